@@ -1,0 +1,94 @@
+"""One labelled structure, in the units and signs of the package."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from ase import Atoms
+from ase.calculators.singlepoint import SinglePointCalculator
+from ase.stress import full_3x3_to_voigt_6_stress
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Structure:
+    """Atoms with the labels that were read for them; a missing label is None, never zero."""
+
+    atomic_numbers: NDArray[np.int64]
+    positions: NDArray[np.float64]
+    """(n_atoms, 3) Å"""
+    cell: NDArray[np.float64] = field(default_factory=lambda: np.zeros((3, 3)))
+    """(3, 3) Å, rows are lattice vectors"""
+    pbc: NDArray[np.bool_] = field(default_factory=lambda: np.zeros(3, dtype=bool))
+    energy: float | None = None
+    """eV"""
+    forces: NDArray[np.float64] | None = None
+    """(n_atoms, 3) eV/Å"""
+    stress: NDArray[np.float64] | None = None
+    """(3, 3) eV/Å³, tension positive"""
+    fixed: NDArray[np.bool_] | None = None
+    """(n_atoms,) atoms held fixed when the data was made"""
+    group: str | None = None
+    """material or trajectory id, for splits that must not leak"""
+    name: str = "structure"
+    """file and frame, for messages"""
+
+    @property
+    def n_atoms(self) -> int:
+        return len(self.atomic_numbers)
+
+    @property
+    def free(self) -> NDArray[np.bool_]:
+        return np.ones(self.n_atoms, dtype=bool) if self.fixed is None else ~self.fixed
+
+    @property
+    def volume(self) -> float:
+        return float(abs(np.linalg.det(self.cell)))
+
+    def validate(self) -> Structure:
+        """Return self if shapes and numbers make sense.
+
+        Raises:
+            ValueError: names the structure, what is wrong, and where.
+        """
+        n = self.n_atoms
+        if n == 0:
+            raise ValueError(f"{self.name}: no atoms. Remove the frame.")
+        if self.atomic_numbers.min() < 1 or self.atomic_numbers.max() > 118:
+            bad = int(self.atomic_numbers[(self.atomic_numbers < 1) | (self.atomic_numbers > 118)][0])
+            raise ValueError(f"{self.name}: atomic number {bad} is not between 1 and 118.")
+        shapes: dict[str, tuple[Any, tuple[int, ...]]] = {
+            "positions": (self.positions, (n, 3)),
+            "cell": (self.cell, (3, 3)),
+            "forces": (self.forces, (n, 3)),
+            "stress": (self.stress, (3, 3)),
+        }
+        for label, (value, shape) in shapes.items():
+            if value is None:
+                continue
+            if np.shape(value) != shape:
+                raise ValueError(f"{self.name}: {label} has shape {np.shape(value)}, expected {shape}.")
+            if not np.isfinite(value).all():
+                where = tuple(int(i) for i in np.argwhere(~np.isfinite(value))[0])
+                raise ValueError(f"{self.name}: {label}{list(where)} is not finite. Remove the frame or repair the label.")
+        if self.energy is not None and not np.isfinite(self.energy):
+            raise ValueError(f"{self.name}: energy is not finite. Remove the frame or repair the label.")
+        if self.pbc.any() and np.linalg.matrix_rank(self.cell[self.pbc], tol=1e-6) < self.pbc.sum():
+            raise ValueError(
+                f"{self.name}: periodic along {np.flatnonzero(self.pbc).tolist()}, but the cell {self.cell.tolist()} has no "
+                'volume there. Give the Lattice, or set pbc="F F F".'
+            )
+        return self
+
+    def to_ase(self) -> Atoms:
+        """The structure as ASE Atoms whose calculator holds the labels."""
+        atoms = Atoms(self.atomic_numbers, self.positions, cell=self.cell, pbc=self.pbc)
+        labels: dict[str, Any] = {"energy": self.energy, "forces": self.forces}
+        if self.stress is not None:
+            labels["stress"] = full_3x3_to_voigt_6_stress(self.stress)
+        labels = {k: v for k, v in labels.items() if v is not None}
+        if labels:
+            atoms.calc = SinglePointCalculator(atoms, **labels)
+        return atoms

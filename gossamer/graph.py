@@ -1,0 +1,114 @@
+"""A batch of structures as named tensors, and the vectors along its edges.
+
+Conventions (docs/conventions.md): `edge_index` is (sender, receiver) = (neighbour, centre); an edge vector points from
+the centre to the neighbour; rows of `cell` are lattice vectors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from gossamer.neighbors import neighbor_list
+
+if TYPE_CHECKING:
+    from gossamer.data.structure import Structure
+
+
+@dataclass(frozen=True, kw_only=True)
+class Graph:
+    """One or more structures with their neighbour lists; labels are None where the batch has none.
+
+    Positions, cells and labels are float64: a float32 energy of a large system cannot resolve 1 meV.
+    """
+
+    atomic_numbers: Int[Tensor, " n_atoms"]
+    positions: Float[Tensor, "n_atoms 3"]
+    """Å"""
+    cell: Float[Tensor, "n_graphs 3 3"]
+    """Å, rows are lattice vectors; zero for a molecule without a cell"""
+    graph_index: Int[Tensor, " n_atoms"]
+    edge_index: Int[Tensor, "2 n_edges"]
+    """(sender, receiver), sorted by receiver"""
+    edge_shifts: Float[Tensor, "n_edges 3"]
+    """whole cell vectors crossed on the way from receiver to sender"""
+    energy: Float[Tensor, " n_graphs"] | None = None
+    """eV"""
+    forces: Float[Tensor, "n_atoms 3"] | None = None
+    """eV/Å; NaN in a frame without this label"""
+    stress: Float[Tensor, "n_graphs 3 3"] | None = None
+    """eV/Å³, tension positive; NaN in a frame without this label"""
+    free: Bool[Tensor, " n_atoms"] | None = None
+    """False for atoms that were held fixed when the labels were made"""
+    names: tuple[str, ...] = ()
+    """where each structure came from, for error messages"""
+
+    @property
+    def n_graphs(self) -> int:
+        return self.cell.shape[0]
+
+    @property
+    def n_atoms(self) -> int:
+        return self.positions.shape[0]
+
+    @property
+    def n_edges(self) -> int:
+        return self.edge_index.shape[1]
+
+    def atoms_per_graph(self) -> Float[Tensor, " n_graphs"]:
+        ones = torch.ones_like(self.graph_index, dtype=self.cell.dtype)
+        return torch.zeros(self.n_graphs, dtype=self.cell.dtype, device=ones.device).index_add(0, self.graph_index, ones)
+
+    def to(self, device: torch.device | str) -> Graph:
+        moved = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(
+            self, **{k: v.to(device, non_blocking=True) for k, v in moved.items() if isinstance(v, Tensor)}
+        )
+
+    def edge_vectors(self) -> Float[Tensor, "n_edges 3"]:
+        """Vectors in Å from each receiver (centre) to its sender (neighbour): r_j + shift · cell - r_i."""
+        sender, receiver = self.edge_index
+        offset = torch.einsum("ex,exy->ey", self.edge_shifts, self.cell[self.graph_index[receiver]])
+        return self.positions[sender] + offset - self.positions[receiver]
+
+
+def collate(structures: Sequence[Structure], cutoff: float, max_neighbors: int | None = None) -> Graph:
+    """Join structures into one graph, building each neighbour list.
+
+    Args:
+        structures: At least one structure.
+        cutoff: Å.
+        max_neighbors: Keep only this many nearest neighbours of each atom (the energy then jumps when ranks change).
+    """
+    lists = [neighbor_list(s.positions, s.cell, s.pbc, cutoff, max_neighbors) for s in structures]
+    sizes = np.array([len(s.atomic_numbers) for s in structures])
+    first = np.cumsum(sizes) - sizes
+    edge_index = np.concatenate([edges + start for (edges, _), start in zip(lists, first, strict=True)], axis=1)
+    edge_shifts = np.concatenate([shifts for _, shifts in lists])
+
+    def label(name: str, shapes: Sequence[tuple[int, ...]]) -> Tensor | None:
+        values = [getattr(s, name) for s in structures]
+        if all(v is None for v in values):
+            return None
+        filled = [np.full(shape, np.nan) if v is None else v for v, shape in zip(values, shapes, strict=True)]
+        return torch.from_numpy(np.concatenate([np.reshape(v, shape) for v, shape in zip(filled, shapes, strict=True)]))
+
+    return Graph(
+        atomic_numbers=torch.from_numpy(np.concatenate([s.atomic_numbers for s in structures]).astype(np.int64)),
+        positions=torch.from_numpy(np.concatenate([s.positions for s in structures])),
+        cell=torch.from_numpy(np.stack([s.cell for s in structures])),
+        graph_index=torch.from_numpy(np.repeat(np.arange(len(structures)), sizes)),
+        edge_index=torch.from_numpy(edge_index),
+        edge_shifts=torch.from_numpy(edge_shifts.astype(np.float64)),
+        energy=label("energy", [(1,)] * len(structures)),
+        forces=label("forces", [(n, 3) for n in sizes]),
+        stress=label("stress", [(1, 3, 3)] * len(structures)),
+        free=torch.from_numpy(np.concatenate([s.free for s in structures])),
+        names=tuple(s.name for s in structures),
+    )

@@ -1,0 +1,211 @@
+"""LEIGNN: scalars and vectors, a directional message, and an optional global context.
+
+Yang, Wang, Li, Lv, Chen, Shen, "Lightweight equivariant model for efficient machine learning interatomic potentials",
+arXiv:2311.02869 (E2GNN, npj Comput. Mater. 2025). Equation numbers below are the paper's.
+
+Shapes: N atoms, E directed edges, G structures, H channels, B radial functions. Scalars x (N, H), vectors v (N, 3, H).
+`variant="published"` is the published network to rounding; `variant="sound"` (default) differs where a potential
+for molecular dynamics needs it: messages vanish at the cutoff with three derivatives, the length of a vector is smooth
+at zero, and sums are scaled by the mean number of neighbours.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Literal
+
+import torch
+from jaxtyping import Float, Int
+from pydantic import Field
+from torch import Tensor, nn
+
+from gossamer.models.output import ModelOutput
+from gossamer.nn.layers import ScaledSiLU, linear, mean_by_index, sum_by_index
+from gossamer.nn.radial import bessel_basis, gaussian_basis, polynomial_envelope
+from gossamer.settings import settings
+
+SMOOTH_LENGTH = 0.1
+"""ε of the sound vector length sqrt(|v|² + ε²) - ε; the published one is 1e-4, with curvature 1e4 at v = 0"""
+
+
+@settings
+class LEIGNNConfig:
+    """Settings of the LEIGNN network (Yang et al., arXiv:2311.02869)."""
+
+    name: Literal["leignn"] = "leignn"
+    variant: Literal["sound", "published"] = "sound"
+    """"sound": smooth at the cutoff, for molecular dynamics. "published": exactly the paper's network."""
+    cutoff: Annotated[float, Field(gt=0)] = 5.0
+    """Radius in Å within which atoms exchange messages."""
+    max_neighbors: Annotated[int, Field(gt=0)] | None = None
+    """Keep only this many nearest neighbours (paper: 20 or 50). The energy then jumps when ranks change; None keeps all."""
+    num_features: Annotated[int, Field(ge=2)] = 64
+    """Channels of the scalars and of the vectors (H; paper: 512)."""
+    num_layers: Annotated[int, Field(ge=1)] = 3
+    """Message-passing steps (paper: 4); the receptive field is num_layers * cutoff."""
+    num_basis: Annotated[int, Field(ge=2)] = 12
+    """Radial functions (B; paper: 128 Gaussians)."""
+    radial_basis: Literal["bessel", "gaussian"] = "bessel"
+    """Kind of radial functions; the published variant always has Gaussians."""
+    update: Literal["nmu", "painn"] = "nmu"
+    """Node update: "nmu" (Eq. 3, 4) or PaiNN's (row "Vanilla" of the paper's Table 2)."""
+    global_context: bool = False
+    """Global scalar and vector of each structure (Eq. 5-8). They couple distant parts; leave off for dynamics."""
+    direct_forces: bool = False
+    """Add a head that predicts forces directly. They are not the gradient of the energy."""
+
+
+class Message(nn.Module):
+    """Local message, Eq. 1 and 2: the sums over neighbours of scalar and vector messages."""
+
+    def __init__(self, config: LEIGNNConfig, mean_neighbors: float) -> None:
+        super().__init__()
+        h = config.num_features
+        self.published = config.variant == "published"
+        self.P = nn.Sequential(linear(h, h // 2), ScaledSiLU(), linear(h // 2, 3 * h))
+        self.R = linear(config.num_basis, 3 * h)
+        self.scale_x = 1.0 if self.published else 1 / math.sqrt(mean_neighbors)
+        self.scale_v = 1 / math.sqrt(h) if self.published else 1 / math.sqrt(mean_neighbors)
+
+    def forward(
+        self,
+        x: Float[Tensor, "N H"],
+        v: Float[Tensor, "N 3 H"] | None,
+        basis: Float[Tensor, "E B"],
+        envelope: Float[Tensor, " E"],
+        unit: Float[Tensor, "E 3"],
+        edge_index: Int[Tensor, "2 E"],
+    ) -> tuple[Tensor, Tensor]:
+        sender, receiver = edge_index
+        filters = self.R(basis) if self.published else self.R(basis) * envelope[:, None]  # (E, 3H)
+        messages = self.P(x).index_select(0, sender) * filters * (1 / math.sqrt(3))
+        m1, m2, m3 = messages.chunk(3, dim=-1)
+        vectors = unit[:, :, None] * m2[:, None, :]  # (E, 3, H)
+        if v is not None:  # v = 0 before the first layer
+            vectors = vectors + v.index_select(0, sender) * m1[:, None, :]
+        sum_v = sum_by_index(vectors, receiver, x.shape[0]) * self.scale_v
+        sum_x = sum_by_index(m3, receiver, x.shape[0]) * self.scale_x
+        return (x + sum_x) * (1 / math.sqrt(2)), sum_v if v is None else v + sum_v
+
+
+class Update(nn.Module):
+    """Local update: the paper's NMU (Eq. 3, 4) or PaiNN's (Schütt et al., arXiv:2102.03150, Eq. 9, 10)."""
+
+    def __init__(self, config: LEIGNNConfig) -> None:
+        super().__init__()
+        h = config.num_features
+        self.kind = config.update
+        self.epsilon = 1e-4 if config.variant == "published" else SMOOTH_LENGTH
+        self.offset = 0.0 if config.variant == "published" else SMOOTH_LENGTH
+        self.W_v = linear(h, 2 * h, bias=False)
+        self.MLP_u = nn.Sequential(linear(2 * h, h), ScaledSiLU(), linear(h, 3 * h))
+
+    def forward(self, x: Float[Tensor, "N H"], v: Float[Tensor, "N 3 H"]) -> tuple[Tensor, Tensor]:
+        v1, v2 = self.W_v(v).chunk(2, dim=-1)
+        length = torch.sqrt((v2 * v2).sum(dim=1) + self.epsilon**2) - self.offset
+        a, b, c = self.MLP_u(torch.cat([x, length], dim=-1)).chunk(3, dim=-1)
+        if self.kind == "nmu":
+            return x + b * (1 / math.sqrt(2)) + x * torch.tanh(c), v + a[:, None, :] * v1
+        inner = (v1 * v2).sum(dim=1) * (1 / math.sqrt(x.shape[1]))
+        return x + (a + b * inner) * (1 / math.sqrt(2)), v + c[:, None, :] * v1
+
+
+class Global(nn.Module):
+    """One side of the global context: distribute (Eq. 5, 6) or aggregate (Eq. 7, 8); both have this form.
+
+    scalars <- scalars + MLP([left, right]);   vectors <- vectors + W (v + g)
+    """
+
+    def __init__(self, num_features: int) -> None:
+        super().__init__()
+        h = num_features
+        self.MLP = nn.Sequential(linear(2 * h, h), ScaledSiLU(), linear(h, h), ScaledSiLU())
+        self.W = linear(h, h, bias=False)
+
+    def forward(self, left: Tensor, right: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor]:
+        return self.MLP(torch.cat([left, right], dim=-1)), self.W(vectors)
+
+
+class Layer(nn.Module):
+    """The four phases of one layer."""
+
+    def __init__(self, config: LEIGNNConfig, mean_neighbors: float) -> None:
+        super().__init__()
+        self.distribute = Global(config.num_features) if config.global_context else None
+        self.message = Message(config, mean_neighbors)
+        self.update = Update(config)
+        self.aggregate = Global(config.num_features) if config.global_context else None
+
+
+class LEIGNN(nn.Module):
+    """Per-atom energies (and direct forces, if asked for) from species and edge vectors."""
+
+    subtract_isolated: bool
+    """whether the potential subtracts the energy of the lone atom; the published network does not"""
+
+    def __init__(self, config: LEIGNNConfig, num_species: int, mean_neighbors: float = 1.0) -> None:
+        """
+        Args:
+            config: Settings.
+            num_species: Rows of the element table.
+            mean_neighbors: Mean number of neighbours in the training data; scales the sums of the sound variant.
+        """
+        super().__init__()
+        h = config.num_features
+        self.config = config
+        self.subtract_isolated = config.variant == "sound"
+        self.embedding = nn.Embedding(num_species, h)
+        nn.init.uniform_(self.embedding.weight, -math.sqrt(3), math.sqrt(3))
+        self.global_scalar = nn.Parameter(torch.zeros(1, h)) if config.global_context else None
+        self.layers = nn.ModuleList(Layer(config, max(mean_neighbors, 1.0)) for _ in range(config.num_layers))
+        self.MLP_E = nn.Sequential(linear(h, h // 2), ScaledSiLU(), linear(h // 2, 1))
+        self.W_F = linear(h, 1, bias=False) if config.direct_forces else None
+
+    def radial(self, lengths: Float[Tensor, " E"]) -> tuple[Float[Tensor, "E B"], Float[Tensor, " E"]]:
+        """Radial functions of each edge and the envelope that ends them."""
+        x = lengths / self.config.cutoff
+        if self.config.variant == "published":
+            envelope = polynomial_envelope(x, p=5, k=2)
+            return gaussian_basis(x, self.config.num_basis) * envelope[:, None], envelope
+        basis = bessel_basis if self.config.radial_basis == "bessel" else gaussian_basis
+        return basis(x, self.config.num_basis), polynomial_envelope(x, p=5, k=3)
+
+    def forward(
+        self,
+        species: Int[Tensor, " N"],
+        edge_index: Int[Tensor, "2 E"],
+        edge_vectors: Float[Tensor, "E 3"],
+        graph_index: Int[Tensor, " N"],
+        n_graphs: int,
+    ) -> ModelOutput:
+        """
+        Args:
+            species: Index of each atom in the model's table of elements.
+            edge_index: (sender, receiver), sorted by receiver.
+            edge_vectors: Å, from centre (receiver) to neighbour (sender).
+            graph_index: Structure of each atom.
+            n_graphs: Number of structures.
+        """
+        lengths = torch.linalg.vector_norm(edge_vectors, dim=-1)
+        unit = -edge_vectors / lengths[:, None]  # the paper's u points from the neighbour j to the centre i
+        basis, envelope = self.radial(lengths)
+        x = self.embedding(species)
+        v: Tensor | None = None
+        s = g = None
+        if self.global_scalar is not None:
+            s = self.global_scalar.expand(n_graphs, -1)
+            g = x.new_zeros(n_graphs, 3, x.shape[1])
+        for layer in self.layers:
+            if layer.distribute is not None:
+                v = torch.zeros_like(x)[:, None, :].expand(-1, 3, -1) if v is None else v
+                dx, dv = layer.distribute(x, s[graph_index], v + g[graph_index])
+                x, v = x + dx, v + dv
+            x, v = layer.message(x, v, basis, envelope, unit, edge_index)
+            x, v = layer.update(x, v)
+            if layer.aggregate is not None:
+                mean_x, mean_v = mean_by_index(x, graph_index, n_graphs), mean_by_index(v, graph_index, n_graphs)
+                ds, dg = layer.aggregate(mean_x, s, mean_v + g)
+                s, g = s + ds, g + dg
+        assert v is not None
+        forces = self.W_F(v)[:, :, 0] if self.W_F is not None else None
+        return ModelOutput(node_energies=self.MLP_E(x)[:, 0], direct_forces=forces)

@@ -1,0 +1,109 @@
+"""Neighbour lists: one contract, a plain reference, and vesin behind it.
+
+Contract of every function here: given positions (n_atoms, 3) in Å, a cell with lattice vectors as rows, and the
+periodicity of each axis, return
+
+    edge_index (2, n_edges) int64   sender (neighbour) and receiver (centre), sorted by receiver
+    edge_shifts (n_edges, 3) int64  so that r_sender + shift · cell - r_receiver is shorter than the cutoff
+
+Both directions of a pair are present, an atom's own periodic images too, an atom itself (shift 0) never. Positions may
+lie outside the cell, the cell may be left-handed, triclinic, or smaller than the cutoff, and axes that are not
+periodic may have any (or no) vector.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import vesin
+from numpy.typing import NDArray
+
+Edges = tuple[NDArray[np.int64], NDArray[np.int64]]
+
+
+def neighbor_list(
+    positions: NDArray[np.float64],
+    cell: NDArray[np.float64],
+    pbc: NDArray[np.bool_],
+    cutoff: float,
+    max_neighbors: int | None = None,
+) -> Edges:
+    """Neighbour list by vesin's cell lists, linear in the number of atoms (contract: see the module).
+
+    Raises:
+        ValueError: non-finite positions, a cutoff that is not positive, or linearly dependent periodic vectors.
+    """
+    cell = complete_cell(positions, cell, pbc, cutoff)
+    calculator = vesin.NeighborList(cutoff=float(cutoff), full_list=True)
+    # vesin wants atoms inside the cell along periodic axes to be exact for any position; wrap, then undo in the shifts
+    crossed = np.where(pbc, np.floor(positions @ np.linalg.inv(cell) + 0.0), 0.0)
+    wrapped = positions - crossed @ cell
+    receiver, sender, shifts = calculator.compute(points=wrapped, box=cell, periodic=np.ascontiguousarray(pbc), quantities="ijS")
+    crossed = crossed.astype(np.int64)
+    receiver, sender = receiver.astype(np.int64), sender.astype(np.int64)
+    shifts = shifts.astype(np.int64) - crossed[sender] + crossed[receiver]
+    order = np.argsort(receiver, kind="stable")
+    edges = np.stack([sender[order], receiver[order]]), shifts[order]
+    return edges if max_neighbors is None else nearest(edges, positions, cell, max_neighbors)
+
+
+def neighbor_list_reference(
+    positions: NDArray[np.float64], cell: NDArray[np.float64], pbc: NDArray[np.bool_], cutoff: float
+) -> Edges:
+    """The definition itself: every pair in every image within reach, n_atoms² work (contract: see the module)."""
+    cell = complete_cell(positions, cell, pbc, cutoff)
+    fractional = positions @ np.linalg.inv(cell)
+    spread = np.ptp(fractional, axis=0)
+    heights = 1.0 / np.linalg.norm(np.linalg.inv(cell), axis=0)
+    reach = [int(np.ceil(cutoff / h + s)) if p else 0 for h, s, p in zip(heights, spread, pbc, strict=True)]
+    rows = []
+    for shift in itertools.product(*(range(-n, n + 1) for n in reach)):
+        vectors = positions[None, :, :] + np.array(shift) @ cell - positions[:, None, :]
+        inside = np.linalg.norm(vectors, axis=-1) < cutoff
+        if shift == (0, 0, 0):
+            np.fill_diagonal(inside, False)
+        for centre, neighbour in np.argwhere(inside):
+            rows.append((neighbour, centre, *shift))
+    table = np.array(sorted(rows, key=lambda row: (row[1], row[0], row[2:])), dtype=np.int64).reshape(-1, 5)
+    return np.ascontiguousarray(table[:, :2].T), table[:, 2:]
+
+
+def complete_cell(
+    positions: NDArray[np.float64], cell: NDArray[np.float64], pbc: NDArray[np.bool_], cutoff: float
+) -> NDArray[np.float64]:
+    """Replace the vectors of non-periodic axes by ones orthogonal to the rest; check what cannot be mended."""
+    if not cutoff > 0:
+        raise ValueError(f"The cutoff must be positive, found {cutoff} Å.")
+    if not np.isfinite(positions).all():
+        atom = int(np.argwhere(~np.isfinite(positions))[0, 0])
+        raise ValueError(f"Position of atom {atom} is not finite: {positions[atom]}.")
+    if not np.isfinite(cell).all():
+        raise ValueError(f"The cell holds values that are not finite: {cell.tolist()}.")
+    completed = np.array(cell, dtype=np.float64)
+    periodic = np.flatnonzero(pbc)
+    rank = np.linalg.matrix_rank(completed[periodic], tol=1e-6) if len(periodic) else 0
+    if rank < len(periodic):
+        raise ValueError(
+            f"Axes {periodic.tolist()} are periodic, but their lattice vectors {completed[periodic].tolist()} are zero "
+            "or linearly dependent. Give a cell with a volume, or switch periodicity off along that axis."
+        )
+    if len(periodic) == 3:
+        return completed
+    # an orthonormal basis of what the periodic vectors leave free
+    basis = np.linalg.svd(completed[periodic])[2][len(periodic) :] if len(periodic) else np.eye(3)
+    for axis, vector in zip(np.flatnonzero(~pbc), basis, strict=True):
+        extent = np.ptp(positions @ vector) if len(positions) else 0.0
+        completed[axis] = vector * (extent + 2 * cutoff + 1.0)
+    return completed
+
+
+def nearest(edges: Edges, positions: NDArray[np.float64], cell: NDArray[np.float64], max_neighbors: int) -> Edges:
+    """Keep the ``max_neighbors`` shortest edges of each receiver."""
+    (sender, receiver), shifts = edges
+    lengths = np.linalg.norm(positions[sender] + shifts @ cell - positions[receiver], axis=1)
+    order = np.lexsort((lengths, receiver))
+    counts = np.bincount(receiver, minlength=len(positions))
+    rank = np.arange(len(order)) - np.repeat(np.cumsum(counts) - counts, counts)
+    keep = np.sort(order[rank < max_neighbors])
+    return np.stack([sender[keep], receiver[keep]]), shifts[keep]

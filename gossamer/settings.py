@@ -1,0 +1,72 @@
+"""Settings as frozen dataclasses: unknown keys are refused, and the string under a field is its documentation."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Mapping
+from dataclasses import fields, is_dataclass
+from typing import Any, TypeVar, dataclass_transform, get_args, get_type_hints
+
+import pydantic
+from pydantic.dataclasses import dataclass as pydantic_dataclass
+
+T = TypeVar("T")
+
+
+@dataclass_transform(kw_only_default=True, frozen_default=True)
+def settings(cls: type[T]) -> type[T]:
+    """Class decorator: a frozen, keyword-only pydantic dataclass that refuses unknown keys and bad types."""
+    config = pydantic.ConfigDict(extra="forbid", use_attribute_docstrings=True, validate_default=True, strict=False)
+    return pydantic_dataclass(cls, frozen=True, kw_only=True, config=config)  # type: ignore[call-overload,no-any-return]
+
+
+def build(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
+    """Make a settings object from nested dictionaries, with errors a person can act on.
+
+    Raises:
+        ValueError: an unknown setting (with the nearest known name), or a value of the wrong type or range.
+    """
+    try:
+        return pydantic.TypeAdapter(cls).validate_python(dict(values))
+    except pydantic.ValidationError as error:
+        raise ValueError("\n".join(_explain(cls, where, item) for item in error.errors())) from None
+
+
+def _explain(cls: type, where: str, item: Any) -> str:
+    # pydantic puts the tags of unions into the path; only names and list positions are the user's
+    known = dict(leaves(cls))
+    names = {part for path in known for part in path.split(".")}
+    parts = [str(p) for p in item["loc"] if isinstance(p, int) or p in names or p == item["loc"][-1]]
+    path = ".".join([where, *parts]).strip(".")
+    if item["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+        prefix = ".".join([where, *parts[:-1]]).strip(".")
+        siblings = sorted({f"{where}.{k}".strip(".") for k in known if f"{where}.{k}".strip(".").startswith(prefix)})
+        near = difflib.get_close_matches(path, siblings, n=1, cutoff=0.5)
+        hint = f" Did you mean {near[0]}?" if near else f" Known settings: {', '.join(siblings)}."
+        return f"{path}: unknown setting.{hint}"
+    return f"{path}: {item['msg']} (found {item.get('input')!r})."
+
+
+def leaves(cls: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield (dotted path, field) of every setting below a settings class."""
+    hints = get_type_hints(cls)
+    for field in fields(cls):  # type: ignore[arg-type]
+        path = f"{prefix}{field.name}"
+        nested = [t for t in (hints[field.name], *get_args(hints[field.name])) if isinstance(t, type) and is_dataclass(t)]
+        if nested:
+            for option in nested:
+                yield from leaves(option, path + ".")
+        else:
+            yield path, field
+
+
+def to_dict(value: Any) -> Any:
+    """Settings as plain dictionaries, lists, strings and numbers (what YAML and JSON can hold)."""
+    return pydantic.TypeAdapter(type(value)).dump_python(value, mode="json")
+
+
+def describe(cls: type) -> list[tuple[str, Any, str]]:
+    """(name, default, explanation) of each field of one settings class, for docs and help."""
+    schema = pydantic.TypeAdapter(cls).json_schema()
+    properties = schema.get("properties", {})
+    return [(name, entry.get("default"), entry.get("description", "")) for name, entry in properties.items()]
