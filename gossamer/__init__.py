@@ -1,0 +1,37 @@
+"""gossamer: train, judge and run lightweight equivariant interatomic potentials.
+
+The public names resolve on first use, so that `import gossamer` and `gossamer --help` do not import torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+__version__ = "0.1.0"
+
+_PUBLIC = {
+    "load": "gossamer.potential",
+    "save": "gossamer.potential",
+    "Potential": "gossamer.potential",
+    "Structure": "gossamer.data.structure",
+    "read_structures": "gossamer.data.readers",
+    "Calculator": "gossamer.simulation.calculator",
+    "train": "gossamer.runs",
+    "fit": "gossamer.runs",
+    "evaluate": "gossamer.runs",
+    "md": "gossamer.simulation.md",
+    "relax": "gossamer.simulation.relax",
+    "inspect": "gossamer.data.inspection",
+}
+__all__ = sorted([*_PUBLIC, "__version__"])
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PUBLIC:
+        return getattr(import_module(_PUBLIC[name]), name)
+    raise AttributeError(f"module 'gossamer' has no attribute '{name}'")
+
+
+def __dir__() -> list[str]:
+    return __all__

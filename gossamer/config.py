@@ -1,0 +1,86 @@
+"""One run's settings: assembled from those of each component, read from YAML, overridden, saved."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from gossamer.data.dataset import DataConfig
+from gossamer.files import write_text
+from gossamer.models import LEIGNNConfig, ModelConfig
+from gossamer.potential import PotentialConfig
+from gossamer.settings import build, settings, to_dict
+from gossamer.training.losses import LossConfig
+from gossamer.training.loop import TrainingConfig
+
+
+@settings
+class Config:
+    """Everything that defines a training run."""
+
+    data: DataConfig
+    model: ModelConfig = LEIGNNConfig()
+    potential: PotentialConfig = PotentialConfig()
+    loss: LossConfig = LossConfig()
+    training: TrainingConfig = TrainingConfig()
+    out: str = "runs/gossamer"
+    """Folder of the run: log, checkpoint, saved potential."""
+
+
+def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML file and apply ``path.to.key=value`` overrides.
+
+    Raises:
+        FileNotFoundError, ValueError: unreadable file, unknown setting, value of the wrong kind.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no configuration file '{path}'.")
+    try:
+        values = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise ValueError(f"'{path}' is not valid YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"'{path}' must hold settings (name: value), found {type(values).__name__}.")
+    return make_config(values, overrides)
+
+
+def make_config(values: Mapping[str, Any], overrides: Sequence[str] = ()) -> Config:
+    """Settings from nested dictionaries, with overrides."""
+    merged = _plain(values)
+    for override in overrides:
+        key, separator, text = override.partition("=")
+        if not separator or not key.strip():
+            raise ValueError(f"'{override}' is not an override. Write path.to.key=value, for example training.steps=1000.")
+        target = merged
+        *parents, last = key.strip().split(".")
+        for parent in parents:
+            target = target.setdefault(parent, {})
+            if not isinstance(target, dict):
+                raise ValueError(f"'{override}': {parent} is a value, not a group of settings.")
+        target[last] = _number(yaml.safe_load(text))
+    return build(Config, _plain(merged))
+
+
+def save_config(config: Config, path: Path) -> None:
+    """Write every setting, defaults included, as YAML."""
+    write_text(path, yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    return [_plain(v) for v in value] if isinstance(value, list) else _number(value)
+
+
+def _number(value: Any) -> Any:
+    """YAML 1.1 reads 1e-3 as text; people mean a number."""
+    if isinstance(value, str):
+        try:
+            return float(value) if any(c in value for c in "eE.") and value.lower() not in ("inf", "nan") else value
+        except ValueError:
+            return value
+    return value

@@ -1,0 +1,317 @@
+"""Readers: labelled structures from the formats of the field, in our units and signs, one at a time.
+
+Labels are taken as they were stored, with constraints not applied (ASE would zero the forces of fixed atoms). A label
+that is absent is None; whether that is an error is decided by the loss that needs it.
+"""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import io
+import lzma
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import ase.db
+import ase.io
+import numpy as np
+from ase import Atoms, units
+from ase.constraints import FixAtoms
+from ase.stress import voigt_6_to_full_3x3_stress
+
+from gossamer.data.structure import Structure
+from gossamer.settings import settings
+
+ENERGY_UNITS = {"eV": 1.0, "meV": 1e-3, "Hartree": units.Hartree, "Ry": units.Rydberg, "kcal/mol": units.kcal / units.mol,
+                "kJ/mol": units.kJ / units.mol}  # fmt: skip
+LENGTH_UNITS = {"Angstrom": 1.0, "Bohr": units.Bohr, "nm": 10.0}
+STRESS_UNITS = {"eV/Angstrom^3": 1.0, "GPa": units.GPa, "kbar": 0.1 * units.GPa, "bar": 1e-4 * units.GPa}
+COMPRESSIONS = {".xz": lzma.open, ".gz": gzip.open, ".bz2": bz2.open}
+
+
+@settings
+class LabelConfig:
+    """Where the labels are and in which units; the defaults fit files written by ASE."""
+
+    energy: str = "energy"
+    """Name of the total energy in the file."""
+    forces: str = "forces"
+    """Name of the forces in the file."""
+    stress: str = "stress"
+    """Name of the stress in the file; a name that begins with "virial" is converted as -virial / volume."""
+    energy_unit: Literal["eV", "meV", "Hartree", "Ry", "kcal/mol", "kJ/mol"] | None = None
+    """None: eV, or kcal/mol for npz files in the layout of MD17 and rMD17."""
+    length_unit: Literal["Angstrom", "Bohr", "nm"] = "Angstrom"
+    """Unit of positions, cell, and of length in forces and virials."""
+    stress_unit: Literal["eV/Angstrom^3", "GPa", "kbar", "bar"] = "eV/Angstrom^3"
+    """Unit of the stress."""
+    stress_sign: Literal["ase", "vasp"] = "ase"
+    """"ase": tension positive. "vasp": compression positive (the "in kB" line of OUTCAR)."""
+    group: str | None = None
+    """Name of a per-frame entry that says which frames belong together (material or trajectory id)."""
+
+    def scales(self, default_energy: str = "eV") -> tuple[float, float, float, float]:
+        """Factors of energy, length, forces and stress to eV, Å, eV/Å and eV/Å³ (ASE sign)."""
+        energy = ENERGY_UNITS[self.energy_unit or default_energy]
+        length = LENGTH_UNITS[self.length_unit]
+        stress = energy / length**3 if self.stress.startswith("virial") else STRESS_UNITS[self.stress_unit]
+        return energy, length, energy / length, stress * (-1.0 if self.stress_sign == "vasp" else 1.0)
+
+
+def read_structures(path: Path | str | Sequence[Path | str], labels: LabelConfig | None = None) -> Iterator[Structure]:
+    """Yield the structures of a file, a folder, or several of them.
+
+    Formats by name: extended XYZ (also .xz .gz .bz2), ASE .db and .aselmdb, ASE .traj, VASP (vasprun.xml, OUTCAR), MD17
+    and rMD17 .npz, MPtrj .json, a folder of OC20 S2EF files (extxyz with their txt of reference energies), and whatever
+    else ASE reads.
+
+    Raises:
+        FileNotFoundError, ValueError: naming file and frame.
+    """
+    labels = labels or LabelConfig()
+    if not isinstance(path, str | Path):
+        for item in path:
+            yield from read_structures(item, labels)
+        return
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"There is no data file '{path}'.")
+    yield from (structure.validate() for structure in _reader(path)(path, labels))
+
+
+def _reader(path: Path) -> Any:
+    suffix = path.with_suffix("").suffix if path.suffix in COMPRESSIONS else path.suffix
+    if path.is_dir():
+        return _read_directory
+    if suffix in (".extxyz", ".xyz"):
+        return _read_extxyz
+    if suffix in (".db", ".aselmdb"):
+        return _read_database
+    if suffix == ".npz":
+        return _read_npz
+    if suffix == ".json":
+        return _read_mptrj
+    if suffix == ".lmdb":
+        raise ValueError(
+            f"'{path}' looks like a database of pickled graphs, and unpickling runs code. If you trust it, convert it once: "
+            f"gossamer data convert --legacy-lmdb {path} --out {path.stem}.store"
+        )
+    return _read_ase
+
+
+# --- ASE and its relatives ----------------------------------------------------------------------------------------
+
+
+def from_atoms(atoms: Atoms, labels: LabelConfig, name: str, extra: dict[str, Any] | None = None) -> Structure:
+    """A structure from ASE Atoms with labels in its calculator, info or arrays (or in ``extra``)."""
+    results = dict(getattr(atoms.calc, "results", {})) if atoms.calc is not None else {}
+    found: dict[str, Any] = {**atoms.info, **atoms.arrays, **results, **(extra or {})}
+    energy_scale, length_scale, force_scale, stress_scale = labels.scales()
+    fixed = np.zeros(len(atoms), dtype=bool)
+    for constraint in atoms.constraints:
+        if isinstance(constraint, FixAtoms):
+            fixed[constraint.index] = True
+    energy = found.get(labels.energy)
+    if energy is not None and np.size(energy) != 1:
+        raise ValueError(f"{name}: '{labels.energy}' holds {np.size(energy)} numbers, expected one total energy.")
+    forces = found.get(labels.forces)
+    stress = found.get(labels.stress)
+    if stress is not None:
+        stress = _full_stress(np.asarray(stress, dtype=float), name, labels.stress) * stress_scale
+        if labels.stress.startswith("virial"):
+            stress = -stress / max(atoms.get_volume() * length_scale**3, 1e-12)
+    group = None if labels.group is None else found.get(labels.group)
+    if labels.group is not None and group is None:
+        raise ValueError(f"{name}: no entry '{labels.group}' (data.labels.group). Found: {_listed(found)}.")
+    return Structure(
+        atomic_numbers=atoms.numbers.astype(np.int64),
+        positions=atoms.positions * length_scale,
+        cell=atoms.cell.array * length_scale,
+        pbc=np.array(atoms.pbc, dtype=bool),
+        energy=None if energy is None else float(np.asarray(energy).reshape(())) * energy_scale,
+        forces=None if forces is None else np.asarray(forces, dtype=np.float64) * force_scale,
+        stress=stress,
+        fixed=fixed if fixed.any() else None,
+        group=None if group is None else str(group),
+        name=name,
+    )
+
+
+def _full_stress(value: np.ndarray, name: str, key: str) -> np.ndarray:
+    if value.size == 9:
+        return value.reshape(3, 3)
+    if value.size == 6:
+        return voigt_6_to_full_3x3_stress(value.reshape(6))
+    raise ValueError(f"{name}: '{key}' holds {value.size} numbers, expected 9 (3 x 3) or 6 (xx, yy, zz, yz, xz, xy).")
+
+
+def _listed(found: dict[str, Any]) -> str:
+    return ", ".join(sorted(str(k) for k in found if k not in ("numbers", "positions"))) or "no labels at all"
+
+
+def _open_text(path: Path) -> io.StringIO | io.TextIOWrapper:
+    """Text of a possibly compressed file; compressed ones are held in memory, since ASE seeks backwards."""
+    if path.suffix not in COMPRESSIONS:
+        return open(path, encoding="utf-8")
+    try:
+        with COMPRESSIONS[path.suffix](path, "rt") as file:  # type: ignore[operator]
+            return io.StringIO(file.read())
+    except (lzma.LZMAError, OSError, EOFError) as error:
+        raise ValueError(f"'{path}' cannot be decompressed ({error}). It may be truncated: copy it again.") from None
+
+
+def _read_extxyz(path: Path, labels: LabelConfig) -> Iterator[Structure]:
+    with _open_text(path) as file:
+        yield from _frames(path, ase.io.iread(file, index=":", format="extxyz"), labels)
+
+
+def _read_ase(path: Path, labels: LabelConfig) -> Iterator[Structure]:
+    try:
+        frames = ase.io.iread(path, index=":")
+        yield from _frames(path, frames, labels)
+    except ase.io.formats.UnknownFileTypeError:
+        raise ValueError(f"'{path}': ASE does not know this file type. Convert it to extended XYZ.") from None
+
+
+def _frames(path: Path, frames: Iterator[Atoms], labels: LabelConfig) -> Iterator[Structure]:
+    index = 0
+    while True:
+        try:
+            atoms = next(frames)
+        except StopIteration:
+            break
+        except (ase.io.formats.UnknownFileTypeError, FileNotFoundError):
+            raise
+        except Exception as error:  # ASE raises whatever its parser meets
+            raise ValueError(
+                f"'{path}' frame {index} cannot be read ({type(error).__name__}: {error}). The file may be truncated or damaged there."
+            ) from error
+        yield from_atoms(atoms, labels, f"'{path}' frame {index}")
+        index += 1
+    if index == 0:
+        raise ValueError(f"'{path}' holds no frames.")
+
+
+def _read_database(path: Path, labels: LabelConfig) -> Iterator[Structure]:
+    if path.suffix == ".aselmdb":
+        try:
+            import ase_db_backends  # noqa: F401
+        except ImportError:
+            raise ImportError(f"Reading '{path}' needs ase-db-backends: pip install 'gossamer[lmdb]'") from None
+    with ase.db.connect(str(path), use_lock_file=False) as database:  # type: ignore[no-untyped-call]
+        count = 0
+        for row in database.select():
+            extra = {**row.key_value_pairs, **row.data}
+            if "atomic_forces" in extra and labels.forces == "forces" and row.get("forces") is None:
+                extra["forces"] = extra["atomic_forces"]  # ISO17 and other databases written by schnetpack
+            if "total_energy" in extra and labels.energy == "energy" and row.get("energy") is None:
+                extra["energy"] = extra["total_energy"]
+            yield from_atoms(row.toatoms(), labels, f"'{path}' row {row.id}", extra)
+            count += 1
+    if count == 0:
+        raise ValueError(f"'{path}' holds no rows.")
+
+
+def _read_directory(path: Path, labels: LabelConfig) -> Iterator[Structure]:
+    if (path / "store.json").exists():
+        from gossamer.data.store import Store
+
+        yield from Store(path)
+        return
+    suffixes = (".extxyz", ".xyz", ".db", ".aselmdb", ".npz", ".traj")
+    files = sorted(p for p in path.iterdir() if any(s in suffixes for s in p.suffixes))
+    if not files:
+        raise ValueError(f"Folder '{path}' holds no data files ({', '.join(suffixes)}, also .xz, or a store).")
+    for file in files:
+        stem = file.name.split(".")[0]
+        twin = next((t for t in (path / f"{stem}.txt", path / f"{stem}.txt.xz") if t.exists()), None)
+        yield from (_reader(file)(file, labels) if twin is None else _read_s2ef(file, twin, labels))
+
+
+def _read_s2ef(path: Path, twin: Path, labels: LabelConfig) -> Iterator[Structure]:
+    """OC20 S2EF: the txt holds "system id, frame, reference energy"; the label is the adsorption energy."""
+    with _open_text(twin) as file:
+        rows = [line.strip().split(",") for line in file if line.strip()]
+    count = 0
+    for structure in _read_extxyz(path, labels):
+        if count >= len(rows):
+            raise ValueError(f"'{path}' holds more frames than '{twin}' has lines ({len(rows)}). They do not belong together.")
+        system, _frame, reference = rows[count]
+        energy = None if structure.energy is None else structure.energy - float(reference)
+        count += 1
+        yield Structure(**{**vars(structure), "energy": energy, "group": system})
+    if count != len(rows):
+        raise ValueError(f"'{path}' holds {count} frames, but '{twin}' has {len(rows)} lines. They do not belong together.")
+
+
+# --- arrays and JSON ----------------------------------------------------------------------------------------------
+
+NPZ_LAYOUTS = {
+    "rMD17": {"numbers": "nuclear_charges", "positions": "coords", "energy": "energies", "forces": "forces"},
+    "MD17": {"numbers": "z", "positions": "R", "energy": "E", "forces": "F"},
+}
+
+
+def _read_npz(path: Path, labels: LabelConfig) -> Iterator[Structure]:
+    try:
+        data = np.load(path, allow_pickle=False)
+        keys = set(data.files)
+        layout = next((v for v in NPZ_LAYOUTS.values() if set(v.values()) <= keys), None)
+        if layout is None:
+            expected = "; ".join(f"{name}: {', '.join(v.values())}" for name, v in NPZ_LAYOUTS.items())
+            raise ValueError(f"'{path}' holds {', '.join(sorted(keys))}, which is neither layout known ({expected}).")
+        arrays = {name: data[key] for name, key in layout.items()}
+    except (OSError, EOFError, KeyError) as error:
+        raise ValueError(f"'{path}' is not a readable npz file ({error}).") from None
+    energy_scale, length_scale, force_scale, _ = labels.scales(default_energy="kcal/mol")
+    n_frames = len(arrays["positions"])
+    for name in ("energy", "forces"):
+        if len(arrays[name]) != n_frames:
+            raise ValueError(f"'{path}': {n_frames} frames of positions, but {len(arrays[name])} of {name}.")
+    for k in range(n_frames):
+        yield Structure(
+            atomic_numbers=arrays["numbers"].astype(np.int64),
+            positions=arrays["positions"][k].astype(np.float64) * length_scale,
+            energy=float(np.reshape(arrays["energy"][k], ())) * energy_scale,
+            forces=arrays["forces"][k].astype(np.float64) * force_scale,
+            name=f"'{path}' frame {k}",
+        )
+
+
+def _read_mptrj(path: Path, labels: LabelConfig) -> Iterator[Structure]:
+    """MPtrj JSON (Deng et al. 2023): {mp id: {frame id: {...}}}, parsed one material at a time.
+
+    Energies are the uncorrected totals; its stress is in kbar with VASP's sign.
+    """
+    import ijson
+
+    with open(path, "rb") as file:
+        try:
+            for material, frames in ijson.kvitems(file, "", use_float=True):
+                for frame_id, frame in frames.items():
+                    name = f"'{path}' {material}/{frame_id}"
+                    try:
+                        crystal = frame["structure"]
+                        yield Structure(
+                            atomic_numbers=np.array([_element(site) for site in crystal["sites"]], dtype=np.int64),
+                            positions=np.array([site["xyz"] for site in crystal["sites"]], dtype=np.float64),
+                            cell=np.array(crystal["lattice"]["matrix"], dtype=np.float64),
+                            pbc=np.ones(3, dtype=bool),
+                            energy=float(frame["uncorrected_total_energy"]),
+                            forces=np.array(frame["force"], dtype=np.float64),
+                            stress=None if frame.get("stress") is None else np.array(frame["stress"]) * -0.1 * units.GPa,
+                            group=material,
+                            name=name,
+                        )
+                    except (KeyError, TypeError) as error:
+                        raise ValueError(f"{name} is not in the layout of MPtrj ({type(error).__name__}: {error}).") from None
+        except ijson.JSONError as error:
+            raise ValueError(f"'{path}' is not complete JSON ({error}). It may be truncated: copy it again.") from None
+
+
+def _element(site: dict[str, Any]) -> int:
+    from ase.data import atomic_numbers
+
+    return atomic_numbers[site["species"][0]["element"]]

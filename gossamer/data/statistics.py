@@ -1,0 +1,124 @@
+"""What a potential needs to know of its training data: elements, reference energies, scales."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+import numpy as np
+from ase.data import atomic_numbers as number_of
+from ase.data import chemical_symbols
+
+from gossamer.data.structure import Structure
+from gossamer.neighbors import neighbor_list
+from gossamer.settings import settings
+
+log = logging.getLogger(__name__)
+ReferenceEnergies = Literal["auto", "isolated", "least_squares"] | Mapping[str, float]
+
+
+@settings
+class Statistics:
+    """Numbers computed once from the training data and stored with the potential."""
+
+    elements: list[str]
+    """chemical symbols of the element table, in its order"""
+    reference_energies: dict[str, float]
+    """eV per atom of each element: what an isolated atom gets"""
+    energy_scale: float = 1.0
+    """eV per unit of the network's output; the RMS force times 1 Å"""
+    mean_neighbors: float = 1.0
+    n_structures: int = 0
+    fingerprint: str = ""
+    """sha256 over atoms, cells and labels of the training structures"""
+
+
+def compute_statistics(
+    structures: Sequence[Structure],
+    cutoff: float,
+    reference_energies: ReferenceEnergies = "auto",
+    elements: Sequence[str] | None = None,
+    max_neighbors: int | None = None,
+) -> Statistics:
+    """One pass over the training structures.
+
+    Args:
+        structures: Training structures.
+        cutoff: Å, for the mean number of neighbours.
+        reference_energies: "isolated" takes single-atom frames, "least_squares" fits energies to compositions, "auto"
+            the first where every element has such a frame, else the second; a mapping gives eV per symbol.
+        elements: Element table; by default the elements that occur.
+        max_neighbors: Cap of the neighbour list, if the model has one.
+
+    Raises:
+        ValueError: an element without a reference energy, or a structure with an element outside the table.
+    """
+    present: set[int] = set()
+    digest = hashlib.sha256()
+    force_squares, force_count = 0.0, 0
+    edges, edge_atoms = 0, 0
+    composition_rows: list[np.ndarray] = []
+    energies: list[float] = []
+    isolated: dict[int, float] = {}
+    stride = max(1, len(structures) // 500)
+    for index, structure in enumerate(structures):
+        present.update(np.unique(structure.atomic_numbers).tolist())
+        for part in (structure.atomic_numbers, structure.positions, structure.cell, structure.forces, structure.energy):
+            digest.update(np.ascontiguousarray(0.0 if part is None else part).tobytes())
+        if structure.forces is not None:
+            force_squares += float((structure.forces**2).sum())
+            force_count += structure.forces.size
+        if structure.energy is not None:
+            composition_rows.append(np.bincount(structure.atomic_numbers, minlength=119))
+            energies.append(structure.energy)
+            if structure.n_atoms == 1 and not structure.pbc.any():
+                isolated.setdefault(int(structure.atomic_numbers[0]), structure.energy)
+        if index % stride == 0:
+            found, _ = neighbor_list(structure.positions, structure.cell, structure.pbc, cutoff, max_neighbors)
+            edges += found.shape[1]
+            edge_atoms += structure.n_atoms
+    table = sorted(present) if elements is None else [number_of[e] for e in elements]
+    missing = sorted(present - set(table))
+    if missing:
+        raise ValueError(
+            f"The data holds {', '.join(chemical_symbols[z] for z in missing)}, which the list of elements "
+            f"({', '.join(chemical_symbols[z] for z in table)}) lacks. Add them to data.elements."
+        )
+    references = _reference_energies(reference_energies, table, np.array(composition_rows), np.array(energies), isolated)
+    force_rms = float(np.sqrt(force_squares / force_count)) if force_count else 0.0
+    return Statistics(
+        elements=[chemical_symbols[z] for z in table],
+        reference_energies=references,
+        energy_scale=force_rms if force_rms > 0 else 1.0,
+        mean_neighbors=edges / max(edge_atoms, 1),
+        n_structures=len(structures),
+        fingerprint=digest.hexdigest(),
+    )
+
+
+def _reference_energies(
+    kind: ReferenceEnergies, table: list[int], rows: np.ndarray, energies: np.ndarray, isolated: dict[int, float]
+) -> dict[str, float]:
+    symbols = [chemical_symbols[z] for z in table]
+    if isinstance(kind, Mapping):
+        absent = [s for s in symbols if s not in kind]
+        if absent:
+            raise ValueError(f"data.reference_energies has no value for {', '.join(absent)}. Give one in eV for each element.")
+        return {s: float(kind[s]) for s in symbols}
+    lone = [z for z in table if z not in isolated]
+    if kind == "isolated" and lone:
+        raise ValueError(
+            f"data.reference_energies is 'isolated', but no frame holds a single atom of "
+            f"{', '.join(chemical_symbols[z] for z in lone)} without periodicity. Add one, give numbers, or use 'least_squares'."
+        )
+    if kind == "isolated" or (kind == "auto" and not lone):
+        return {chemical_symbols[z]: isolated[z] for z in table}
+    if len(energies) == 0:
+        return dict.fromkeys(symbols, 0.0)
+    matrix = rows[:, table].astype(np.float64)
+    solution, _, rank, _ = np.linalg.lstsq(matrix, energies, rcond=1e-10)
+    if rank < len(table):
+        log.info("compositions cannot tell all reference energies apart (rank %d of %d); the smallest solution is used", rank, len(table))
+    return dict(zip(symbols, solution.tolist(), strict=True))

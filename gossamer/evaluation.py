@@ -1,0 +1,128 @@
+"""Errors of a potential on labelled structures, in field units."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from ase.data import chemical_symbols
+
+from gossamer.data.structure import Structure
+from gossamer.potential import Potential
+
+MILLI = 1000.0
+
+
+@dataclass
+class Errors:
+    """Sums of absolute and squared errors, so that batches and ranks can be added up."""
+
+    absolute: float = 0.0
+    squared: float = 0.0
+    count: int = 0
+
+    def add(self, difference: np.ndarray) -> None:
+        self.absolute += float(np.abs(difference).sum())
+        self.squared += float((difference**2).sum())
+        self.count += int(difference.size)
+
+    @property
+    def mae(self) -> float:
+        return MILLI * self.absolute / self.count if self.count else float("nan")
+
+    @property
+    def rmse(self) -> float:
+        return MILLI * float(np.sqrt(self.squared / self.count)) if self.count else float("nan")
+
+
+@dataclass
+class Evaluation:
+    """Errors on a data set; energies per atom in meV, forces in meV/Å, stress in meV/Å³."""
+
+    energy: Errors = field(default_factory=Errors)
+    forces: Errors = field(default_factory=Errors)
+    stress: Errors = field(default_factory=Errors)
+    per_element: dict[str, Errors] = field(default_factory=dict)
+    """force errors by element"""
+    frames: list[dict[str, Any]] = field(default_factory=list)
+    """per frame: index, name, energy_error (meV/atom), forces_rmse (meV/Å)"""
+    energies: list[tuple[float, float]] = field(default_factory=list)
+    """(label, prediction) in eV/atom less the reference energies, for parity plots"""
+    components: list[np.ndarray] = field(default_factory=list)
+    """(2, n) labels and predictions of force components in eV/Å"""
+    conservative: bool = True
+
+    def summary(self) -> dict[str, Any]:
+        """Plain numbers for JSON."""
+        out: dict[str, Any] = {"n_frames": len(self.frames), "conservative_forces": self.conservative}
+        for name, unit in (("energy", "meV_per_atom"), ("forces", "meV_per_A"), ("stress", "meV_per_A3")):
+            errors: Errors = getattr(self, name)
+            if errors.count:
+                out[f"{name}_mae_{unit}"], out[f"{name}_rmse_{unit}"] = errors.mae, errors.rmse
+        out["forces_per_element_meV_per_A"] = {e: {"mae": v.mae, "rmse": v.rmse} for e, v in self.per_element.items()}
+        return out
+
+    def worst(self, n: int = 20) -> list[int]:
+        """Indices of the frames with the largest errors (forces where there are labels, else energy)."""
+        key = "forces_rmse" if any("forces_rmse" in f for f in self.frames) else "energy_error"
+        return [f["index"] for f in sorted(self.frames, key=lambda f: -abs(f.get(key, 0.0)))[:n]]
+
+
+def evaluate_potential(
+    potential: Potential, structures: Sequence[Structure], batch_atoms: int = 2048, keep: int = 200_000
+) -> Evaluation:
+    """Compare predictions with whatever labels the structures have.
+
+    Args:
+        potential: Any potential, left in the mode it was in.
+        structures: At least one of them with a label.
+        batch_atoms: Atoms evaluated at once.
+        keep: Most force components kept for plots.
+
+    Raises:
+        ValueError: no labels at all, or an unknown element.
+    """
+    out = Evaluation(conservative=potential.conservative)
+    kept = 0
+    for start, batch in _batches(structures, batch_atoms):
+        wants_stress = potential.conservative and any(s.stress is not None for s in batch)
+        for offset, (s, p) in enumerate(zip(batch, potential.predict(batch, stress=wants_stress), strict=True)):
+            frame: dict[str, Any] = {"index": start + offset, "name": s.name}
+            if s.energy is not None:
+                difference = (p["energy"] - s.energy) / s.n_atoms
+                out.energy.add(np.array([difference]))
+                frame["energy_error"] = MILLI * difference
+                references = sum(potential.statistics.reference_energies[chemical_symbols[z]] for z in s.atomic_numbers)
+                out.energies.append(((s.energy - references) / s.n_atoms, (p["energy"] - references) / s.n_atoms))
+            if s.forces is not None:
+                difference = p["forces"] - s.forces
+                out.forces.add(difference)
+                frame["forces_rmse"] = MILLI * float(np.sqrt((difference**2).mean()))
+                for z in np.unique(s.atomic_numbers):
+                    errors = out.per_element.setdefault(chemical_symbols[z], Errors())
+                    errors.add(difference[s.atomic_numbers == z])
+                if kept < keep:
+                    out.components.append(np.stack([s.forces.ravel(), p["forces"].ravel()]))
+                    kept += s.forces.size
+            if s.stress is not None and p["stress"] is not None:
+                out.stress.add(p["stress"] - s.stress)
+            out.frames.append(frame)
+    if out.energy.count == out.forces.count == out.stress.count == 0:
+        raise ValueError("None of the structures has a label (energy, forces or stress), so there is nothing to compare with.")
+    return out
+
+
+def _batches(structures: Sequence[Structure], batch_atoms: int) -> Iterable[tuple[int, list[Structure]]]:
+    batch: list[Structure] = []
+    start = atoms = 0
+    for index in range(len(structures)):
+        structure = structures[index]
+        if batch and atoms + structure.n_atoms > batch_atoms:
+            yield start, batch
+            batch, start, atoms = [], index, 0
+        batch.append(structure)
+        atoms += structure.n_atoms
+    if batch:
+        yield start, batch

@@ -1,0 +1,189 @@
+"""The whole path from settings to a saved potential, and its errors, on one page."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import ase.io
+import numpy as np
+import torch
+
+from gossamer.config import Config, load_config, make_config, save_config
+from gossamer.data.dataset import load_data, open_dataset, require_labels
+from gossamer.data.readers import LabelConfig
+from gossamer.data.statistics import compute_statistics
+from gossamer.data.structure import Structure
+from gossamer.evaluation import Evaluation, evaluate_potential
+from gossamer.files import atomic_path, write_json
+from gossamer.potential import DTYPES, Potential, load, save
+from gossamer.settings import to_dict
+from gossamer.training.loop import LABELS, load_state, make_state, run_training
+from gossamer.training.workers import start_workers
+
+log = logging.getLogger(__name__)
+POTENTIAL = "potential.safetensors"
+
+
+def train(config: Config | Path | str | Mapping[str, Any], overrides: Sequence[str] = (), resume: bool = False, progress: bool = True) -> dict[str, Any]:
+    """Train a potential from settings, a YAML file or a dictionary.
+
+    The folder ``config.out`` gets the complete settings (config.yaml), log.csv, checkpoint.safetensors, the best
+    potential by validation (potential.safetensors) and results.json.
+
+    Args:
+        config: Settings, or where they are.
+        overrides: ``path.to.key=value``.
+        resume: Continue from the folder's checkpoint (if there is one).
+        progress: Show a progress bar.
+
+    Returns:
+        What results.json holds: errors on validation and test data, steps, seconds.
+
+    Raises:
+        FileExistsError: the folder holds a run and ``resume`` is False.
+        ValueError: settings, data or labels that do not fit together.
+        RuntimeError: the loss became NaN.
+    """
+    config = _as_config(config, overrides)
+    folder = Path(config.out)
+    checkpoint = folder / "checkpoint.safetensors"
+    if not resume and ((folder / POTENTIAL).exists() or checkpoint.exists()):
+        raise FileExistsError(f"'{folder}' holds a run already. Go on with it (--resume), or choose another folder (out=...).")
+    check_loss(config)
+    train_set, valid_set, test_set = load_data(config.data)
+    needed = config.loss.needed()
+    for part in (train_set, valid_set):
+        require_labels(part, needed, "loss.{label} is above 0")
+    for label in LABELS:
+        if label not in needed and getattr(train_set[0], label) is not None:
+            log.warning("%s labels are in the data but not in the loss (loss.%s is 0)", label, label)
+    statistics = compute_statistics(
+        train_set, config.model.cutoff, config.data.reference_energies, config.data.elements, config.model.max_neighbors
+    )
+    if config.model.max_neighbors is not None:
+        log.warning("model.max_neighbors keeps %d neighbours: energy and forces jump when ranks change", config.model.max_neighbors)
+    workers = start_workers(config.training.device)
+    try:
+        torch.manual_seed(config.training.seed)
+        potential = Potential(config.model, statistics, config.potential)
+        potential.network.to(DTYPES[config.training.dtype])
+        potential.to(workers.device)
+        for structure in valid_set:
+            potential.check_elements(structure.atomic_numbers, structure.name)
+        state = make_state(potential, config.training)
+        settings = to_dict(config)
+        identity = {k: settings[k] for k in ("model", "potential", "loss", "training")} | {"data": statistics.fingerprint}
+        if resume and checkpoint.exists():
+            load_state(state, checkpoint, identity)
+        if workers.rank == 0:
+            save_config(config, folder / "config.yaml")
+        checks = check_structures(valid_set)
+
+        def save_best(best: Potential) -> None:
+            save(best, folder / POTENTIAL, checks, settings)
+
+        run_training(
+            state, train_set, valid_set, config.loss, config.training, workers, folder, identity, save_best, progress
+        )
+        if state.step < config.training.steps and not _stopped_early(state, config):
+            return {"stopped_at_step": state.step, "out": str(folder)}
+        results: dict[str, Any] = {"steps": state.step, "seconds": round(state.seconds, 1), "out": str(folder)}
+        if workers.rank == 0:
+            best = load(folder / POTENTIAL, workers.device)
+            results["num_parameters"] = best.num_parameters
+            results["valid"] = evaluate_potential(best, valid_set).summary()
+            if test_set is not None:
+                results["test"] = evaluate_potential(best, test_set).summary()
+            write_json(folder / "results.json", results)
+        return results
+    finally:
+        workers.close()
+
+
+def _stopped_early(state: Any, config: Config) -> bool:
+    return config.training.early_stopping is not None and state.stale >= config.training.early_stopping
+
+
+def _as_config(config: Config | Path | str | Mapping[str, Any], overrides: Sequence[str]) -> Config:
+    if isinstance(config, Config):
+        return make_config(to_dict(config), overrides) if overrides else config
+    return make_config(config, overrides) if isinstance(config, Mapping) else load_config(config, overrides)
+
+
+def check_loss(config: Config) -> None:
+    """Raise ValueError for a loss that cannot train this model."""
+    loss = config.loss
+    if not loss.needed():
+        raise ValueError("loss.energy, loss.forces and loss.stress are all 0: there is nothing to learn from.")
+    if config.model.direct_forces and loss.stress > 0:
+        raise ValueError("loss.stress is above 0, but model.direct_forces predicts no stress. Set loss.stress to 0, or direct_forces to false.")
+    if config.model.direct_forces and loss.forces == 0:
+        raise ValueError("model.direct_forces needs loss.forces above 0: its force head learns from forces alone.")
+
+
+def check_structures(structures: Sequence[Structure], n: int = 3) -> list[Structure]:
+    """A few small structures, different in composition where possible, to store with the potential."""
+    order = sorted(range(min(len(structures), 1000)), key=lambda k: structures[k].n_atoms)
+    chosen: list[Structure] = []
+    seen: set[tuple[int, ...]] = set()
+    for k in order:
+        key = tuple(np.unique(structures[k].atomic_numbers).tolist())
+        if key not in seen:
+            seen.add(key)
+            chosen.append(structures[k])
+        if len(chosen) == n:
+            return chosen
+    return chosen + [structures[k] for k in order if structures[k] not in chosen][: n - len(chosen)]
+
+
+def evaluate(
+    model: Potential | Path | str,
+    data: Path | str | Sequence[Structure],
+    labels: LabelConfig | None = None,
+    out: Path | str | None = None,
+    worst: int = 20,
+    device: str = "cpu",
+) -> Evaluation:
+    """Errors of a potential on labelled data.
+
+    Args:
+        model: Potential, or file of one.
+        data: Structures, or where they are.
+        labels: Names and units of the labels.
+        out: Folder for errors.json and worst.extxyz (the frames with the largest errors, labels and predictions).
+        worst: How many of those.
+        device: Where to compute, if ``model`` is a file.
+    """
+    potential = model if isinstance(model, Potential) else load(model, device)
+    structures = open_dataset(data, labels) if isinstance(data, str | Path) else data
+    evaluation = evaluate_potential(potential, structures)
+    if out is not None:
+        folder = Path(out)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / "errors.json", evaluation.summary())
+        write_worst(potential, structures, evaluation, folder / "worst.extxyz", worst)
+    return evaluation
+
+
+def write_worst(potential: Potential, structures: Sequence[Structure], evaluation: Evaluation, path: Path, n: int) -> None:
+    """The frames with the largest errors: labels as energy and forces, predictions under names of their own."""
+    frames = []
+    by_index = {f["index"]: f for f in evaluation.frames}
+    for index in evaluation.worst(n):
+        atoms = structures[index].to_ase()
+        predicted = potential.predict([structures[index]])[0]
+        atoms.info |= {k: v for k, v in by_index[index].items() if k != "name"} | {"predicted_energy": predicted["energy"]}
+        atoms.info["source"] = structures[index].name.replace("'", "")
+        atoms.arrays["predicted_forces"] = predicted["forces"]
+        frames.append(atoms)
+    with atomic_path(path) as temporary:
+        ase.io.write(temporary, frames, format="extxyz")
+
+
+def read_results(folder: Path | str) -> dict[str, Any]:
+    """results.json of a finished run."""
+    return json.loads((Path(folder) / "results.json").read_text())

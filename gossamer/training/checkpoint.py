@@ -1,0 +1,67 @@
+"""Checkpoints that resume bitwise: tensors in safetensors, the rest in its JSON metadata; never a pickle."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from gossamer.files import write_bytes
+
+FORMAT = 1
+
+
+def save_checkpoint(path: Path, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+    """Write atomically; the checkpoint before is kept as ``*.previous``."""
+    contiguous = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
+    data = safetensors.torch.save(contiguous, {"state": json.dumps({"format": FORMAT, **state})})
+    previous = path.with_name(path.name + ".previous")
+    if path.exists():
+        previous.unlink(missing_ok=True)
+        os.link(path, previous)
+    write_bytes(path, data)
+
+
+def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read a checkpoint.
+
+    Raises:
+        ValueError: unreadable (says where the one before lies), or of a newer format.
+    """
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            state = json.loads((file.metadata() or {})["state"])
+            tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118 - not a dict
+    except (safetensors.SafetensorError, OSError, KeyError, ValueError) as error:
+        raise ValueError(
+            f"The checkpoint '{path}' cannot be read ({error}). If '{path}.previous' exists, rename it to '{path.name}' "
+            "and resume from there."
+        ) from None
+    if state["format"] > FORMAT:
+        raise ValueError(f"The checkpoint '{path}' has format {state['format']}; this version reads up to {FORMAT}. Update gossamer.")
+    return tensors, state
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The optimiser's state by parameter number and name."""
+    return {
+        f"optimizer.{number}.{name}": value
+        for number, state in optimizer.state_dict()["state"].items()
+        for name, value in state.items()
+    }
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    """Put back what ``optimizer_tensors`` took."""
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        if key.startswith("optimizer."):
+            _, number, name = key.split(".", 2)
+            state.setdefault(int(number), {})[name] = value
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

@@ -1,0 +1,97 @@
+"""Optimiser, learning-rate schedules, exponential moving average."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from gossamer.settings import settings
+
+
+@settings
+class ScheduleConfig:
+    """How the learning rate goes after the warm-up."""
+
+    kind: Literal["cosine", "linear", "constant", "plateau"] = "cosine"
+    """"plateau" multiplies by ``factor`` when validation has not improved ``patience`` times in a row."""
+    warmup_steps: Annotated[int, Field(ge=0)] = 100
+    """Steps over which the rate rises linearly from zero."""
+    final: Annotated[float, Field(ge=0, le=1)] = 0.01
+    """Rate at the end (or lowest rate of the plateau schedule), as a fraction of ``learning_rate``."""
+    factor: Annotated[float, Field(gt=0, lt=1)] = 0.8
+    patience: Annotated[int, Field(ge=0)] = 5
+
+
+class Schedule:
+    """Learning rate as a function of the step; the plateau kind also listens to validation."""
+
+    def __init__(self, config: ScheduleConfig, learning_rate: float, total_steps: int) -> None:
+        self.config, self.base, self.total = config, learning_rate, total_steps
+        self.scale, self.best, self.bad = 1.0, math.inf, 0
+
+    def rate(self, step: int) -> float:
+        """Learning rate of the step (counted from 0)."""
+        c = self.config
+        if step < c.warmup_steps:
+            return self.base * (step + 1) / c.warmup_steps
+        progress = min(1.0, (step - c.warmup_steps) / max(1, self.total - c.warmup_steps))
+        if c.kind == "cosine":
+            return self.base * (c.final + (1 - c.final) * 0.5 * (1 + math.cos(math.pi * progress)))
+        if c.kind == "linear":
+            return self.base * (1 - (1 - c.final) * progress)
+        return self.base * self.scale
+
+    def observe(self, metric: float) -> None:
+        """Tell the validation metric (smaller is better)."""
+        if metric < self.best:
+            self.best, self.bad = metric, 0
+            return
+        self.bad += 1
+        if self.config.kind == "plateau" and self.bad > self.config.patience:
+            self.scale, self.bad = max(self.scale * self.config.factor, self.config.final), 0
+
+    def state(self) -> dict[str, Any]:
+        return {"scale": self.scale, "best": self.best, "bad": self.bad}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self.scale, self.best, self.bad = state["scale"], state["best"], state["bad"]
+
+
+class EMA:
+    """Exponential moving average of the weights, decay min(d, (1 + n) / (10 + n)) at update n."""
+
+    def __init__(self, module: nn.Module, decay: float) -> None:
+        self.module = copy.deepcopy(module).requires_grad_(False)
+        self.decay, self.updates = decay, 0
+        self._pairs = [(a.data, b) for a, b in zip(self.module.parameters(), module.parameters(), strict=True)]
+
+    @torch.no_grad()
+    def update(self) -> None:
+        self.updates += 1
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        averaged = [a for a, _ in self._pairs]
+        torch._foreach_lerp_(averaged, [b.data for _, b in self._pairs], 1 - decay)
+
+
+def make_optimizer(module: nn.Module, learning_rate: float, weight_decay: float, amsgrad: bool) -> torch.optim.AdamW:
+    """AdamW; no weight decay on biases, one-dimensional parameters and element tables."""
+    tables = {id(p) for m in module.modules() if isinstance(m, nn.Embedding) for p in m.parameters(recurse=False)}
+    trainable = [p for p in module.parameters() if p.requires_grad]
+    plain = [p for p in trainable if p.dim() < 2 or id(p) in tables]
+    decayed = [p for p in trainable if not (p.dim() < 2 or id(p) in tables)]
+    groups: list[dict[str, Any]] = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=learning_rate, amsgrad=amsgrad, foreach=True)
+
+
+def clip_gradients(parameters: list[Tensor], max_norm: float | None) -> Tensor:
+    """Scale the gradients so that their joint norm is at most ``max_norm``; returns the norm before."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm(gradients)
+    if max_norm is not None:
+        torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+    return norm
