@@ -3,8 +3,10 @@
 Contract of every function here: given positions (n_atoms, 3) in Å, a cell with lattice vectors as rows, and the
 periodicity of each axis, return
 
-    edge_index (2, n_edges) int64   sender (neighbour) and receiver (centre), sorted by receiver
+    edge_index (2, n_edges) int64   sender (neighbour) and receiver (centre)
     edge_shifts (n_edges, 3) int64  so that r_sender + shift · cell - r_receiver is shorter than the cutoff
+
+sorted by receiver, then sender, then shift, so that the same atoms give the same sums to the last bit whatever came before.
 
 Both directions of a pair are present, an atom's own periodic images too, an atom itself (shift 0) never. Positions may
 lie outside the cell, the cell may be left-handed, triclinic, or smaller than the cutoff, and axes that are not
@@ -43,8 +45,7 @@ def neighbor_list(
     crossed = crossed.astype(np.int64)
     receiver, sender = receiver.astype(np.int64), sender.astype(np.int64)
     shifts = shifts.astype(np.int64) - crossed[sender] + crossed[receiver]
-    order = np.argsort(receiver, kind="stable")
-    edges = np.stack([sender[order], receiver[order]]), shifts[order]
+    edges = _sorted(sender, receiver, shifts, len(positions))
     return edges if max_neighbors is None else nearest(edges, positions, cell, max_neighbors)
 
 
@@ -67,6 +68,20 @@ def neighbor_list_reference(
             rows.append((neighbour, centre, *shift))
     table = np.array(sorted(rows, key=lambda row: (row[1], row[0], row[2:])), dtype=np.int64).reshape(-1, 5)
     return np.ascontiguousarray(table[:, :2].T), table[:, 2:]
+
+
+def _sorted(sender: NDArray[np.int64], receiver: NDArray[np.int64], shifts: NDArray[np.int64], n_atoms: int) -> Edges:
+    """Edges in the order of the contract, by one integer key (by several where that would overflow)."""
+    if len(sender) == 0:
+        return np.zeros((2, 0), dtype=np.int64), np.zeros((0, 3), dtype=np.int64)
+    lowest = shifts.min(axis=0)
+    sx, sy, sz = (int(n) for n in shifts.max(axis=0) - lowest + 1)
+    if n_atoms**2 * sx * sy * sz < 2**62:
+        code = ((shifts[:, 0] - lowest[0]) * sy + (shifts[:, 1] - lowest[1])) * sz + (shifts[:, 2] - lowest[2])
+        order = np.argsort((receiver * n_atoms + sender) * (sx * sy * sz) + code, kind="stable")
+    else:
+        order = np.lexsort((*shifts.T[::-1], sender, receiver))
+    return np.stack([sender[order], receiver[order]]), shifts[order]
 
 
 def complete_cell(

@@ -1,0 +1,137 @@
+"""A potential as an ASE calculator, with a Verlet skin around its neighbour list."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from ase import Atoms
+from ase.calculators.calculator import Calculator as ASECalculator
+from ase.calculators.calculator import PropertyNotImplementedError, all_changes
+from ase.stress import full_3x3_to_voigt_6_stress
+from numpy.typing import NDArray
+
+from gossamer.graph import Graph
+from gossamer.neighbors import Edges, complete_cell, nearest, neighbor_list
+from gossamer.potential import Potential, load
+
+
+class VerletList:
+    """A neighbour list that is rebuilt only when an atom has moved by half the skin.
+
+    Wrapping atoms back into the cell looks like a large move and rebuilds the list; so do a new cell, new periodicity or
+    other atoms. The edges handed out are those within the cutoff, exactly as a fresh list would give them.
+    """
+
+    def __init__(self, cutoff: float, skin: float = 0.5, max_neighbors: int | None = None) -> None:
+        """Args: cutoff, skin: Å; skin 0 rebuilds every time. max_neighbors: cap, applied to the edges handed out."""
+        if skin < 0:
+            raise ValueError(f"skin must not be negative, found {skin} Å.")
+        self.cutoff, self.skin, self.max_neighbors = cutoff, skin, max_neighbors
+        self.builds = 0
+        self._edges: Edges | None = None
+
+    def __call__(self, positions: NDArray[np.float64], cell: NDArray[np.float64], pbc: NDArray[np.bool_]) -> Edges:
+        """Edges of these atoms (contract: `gossamer.neighbors`)."""
+        if not np.isfinite(positions).all():
+            complete_cell(positions, cell, pbc, self.cutoff)  # says which atom
+        if self._edges is None or not self._fresh(positions, cell, pbc):
+            self._edges = neighbor_list(positions, cell, pbc, self.cutoff + self.skin)
+            self._positions, self._cell, self._pbc = positions.copy(), cell.copy(), pbc.copy()
+            self.builds += 1
+        (sender, receiver), shifts = self._edges
+        vectors = positions[sender] + shifts @ cell - positions[receiver]
+        inside = np.einsum("ex,ex->e", vectors, vectors) < self.cutoff**2
+        edges = np.stack([sender[inside], receiver[inside]]), shifts[inside]
+        return edges if self.max_neighbors is None else nearest(edges, positions, cell, self.max_neighbors)
+
+    def _fresh(self, positions: NDArray[np.float64], cell: NDArray[np.float64], pbc: NDArray[np.bool_]) -> bool:
+        if len(positions) != len(self._positions) or np.any(cell != self._cell) or np.any(pbc != self._pbc):
+            return False
+        moved = positions - self._positions
+        return bool(np.einsum("nx,nx->n", moved, moved).max() < (0.5 * self.skin) ** 2)
+
+
+class Calculator(ASECalculator):
+    """ASE calculator of a potential: energy, free_energy, energies, forces, and stress where it is defined."""
+
+    implemented_properties: ClassVar[list[str]] = ["energy", "free_energy", "energies", "forces", "stress"]
+
+    def __init__(
+        self, potential: Potential | Path | str, device: str = "cpu", dtype: str | None = None, skin: float = 0.5, **kwargs: Any
+    ) -> None:
+        """
+        Args:
+            potential: A potential, or the file of one.
+            device: Where to compute, if a file is given.
+            dtype: "float32" or "float64", if a file is given; by default as saved.
+            skin: Å beyond the cutoff that the neighbour list reaches, so that it is rebuilt rarely.
+        """
+        super().__init__(**kwargs)
+        self.potential = potential if isinstance(potential, Potential) else load(potential, device, dtype)
+        self.potential.eval().requires_grad_(False)
+        self.neighbors = VerletList(self.potential.cutoff, skin, self.potential.max_neighbors)
+        self.conservative = self.potential.conservative
+        with torch.no_grad():
+            self._isolated = self.potential.isolated_outputs()
+        self._checked: bytes = b""
+
+    def calculate(
+        self, atoms: Atoms | None = None, properties: list[str] | None = None, system_changes: list[str] = all_changes
+    ) -> None:
+        """Compute everything the potential gives (energy and forces come together).
+
+        Raises:
+            ValueError: unknown element, positions that are not finite, or two atoms on one spot.
+            PropertyNotImplementedError: stress of direct forces, or of a structure without a volume.
+        """
+        super().calculate(atoms, properties, system_changes)
+        assert self.atoms is not None
+        wanted = properties or ["energy"]
+        periodic = bool(self.atoms.pbc.all())
+        if "stress" in wanted and not self.conservative:
+            raise PropertyNotImplementedError("This potential predicts forces directly: it has no stress. Train one with direct_forces: false.")
+        if "stress" in wanted and not periodic:
+            raise PropertyNotImplementedError(f"Stress needs periodicity along all three axes, found pbc {self.atoms.pbc.tolist()}.")
+        graph = self._graph(self.atoms)
+        # stress costs next to nothing beside the forces, so it always comes along
+        out = self.potential(graph, stress=self.conservative and periodic, isolated=self._isolated)
+        forces = out.forces.detach().cpu().numpy()
+        if not np.isfinite(forces).all():
+            self._explain_not_finite(graph)
+        self.results = {
+            "energy": float(out.energy[0]),
+            "free_energy": float(out.energy[0]),
+            "energies": out.node_energies.detach().cpu().numpy(),
+            "forces": forces,
+        }
+        if out.stress is not None:
+            self.results["stress"] = full_3x3_to_voigt_6_stress(out.stress[0].detach().cpu().numpy())
+
+    def _graph(self, atoms: Atoms) -> Graph:
+        numbers = atoms.numbers
+        if self._checked != numbers.tobytes():
+            self.potential.check_elements(numbers)
+            self._checked = numbers.tobytes()
+        (sender, receiver), shifts = self.neighbors(atoms.positions, atoms.cell.array, atoms.pbc)
+        graph = Graph(
+            atomic_numbers=torch.from_numpy(numbers.astype(np.int64)),
+            positions=torch.from_numpy(atoms.positions.astype(np.float64)),
+            cell=torch.from_numpy(atoms.cell.array.astype(np.float64))[None],
+            graph_index=torch.zeros(len(atoms), dtype=torch.int64),
+            edge_index=torch.from_numpy(np.stack([sender, receiver])),
+            edge_shifts=torch.from_numpy(shifts.astype(np.float64)),
+        )
+        return graph.to(self.potential.device)
+
+    def _explain_not_finite(self, graph: Graph) -> None:
+        lengths = graph.edge_vectors().norm(dim=1)
+        if len(lengths):
+            edge = int(lengths.argmin())
+            sender, receiver = graph.edge_index[:, edge].tolist()
+            close = f" Atoms {receiver} and {sender} are {float(lengths[edge]):.3f} Å apart."
+        else:
+            close = ""
+        raise ValueError(f"The potential's forces are not finite.{close} Separate overlapping atoms.")
