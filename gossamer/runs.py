@@ -74,7 +74,7 @@ def train(config: Config | Path | str | Mapping[str, Any], overrides: Sequence[s
         potential.to(workers.device)
         for structure in valid_set:
             potential.check_elements(structure.atomic_numbers, structure.name)
-        state = make_state(potential, config.training)
+        state = make_state(potential, config.training, config.loss)
         settings = to_dict(config)
         identity = {k: settings[k] for k in ("model", "potential", "loss", "training")} | {"data": statistics.fingerprint}
         if resume and checkpoint.exists():

@@ -27,9 +27,10 @@ from gossamer.data.structure import Structure
 from gossamer.evaluation import Evaluation, evaluate_potential
 from gossamer.files import write_text
 from gossamer.graph import Graph
-from gossamer.potential import Potential
+from gossamer.potential import Potential, Prediction
 from gossamer.settings import settings
 from gossamer.training.checkpoint import load_optimizer, optimizer_tensors, read_checkpoint, save_checkpoint
+from gossamer.training.compiled import CompiledForward
 from gossamer.training.losses import LossConfig, loss_sums
 from gossamer.training.optim import EMA, Schedule, ScheduleConfig, clip_gradients, make_optimizer
 from gossamer.training.workers import Workers
@@ -68,6 +69,8 @@ class TrainingConfig:
     """Steps between checkpoints."""
     early_stopping: Annotated[int, Field(gt=0)] | None = None
     """Stop after this many validations without improvement; None never does."""
+    compile: bool = False
+    """Compile the training step (half a minute to two minutes once, then 2 to 4 times faster); checked against the plain one."""
     tensorboard: bool = False
     """Also log to TensorBoard (needs the package tensorboard)."""
     wandb: bool = False
@@ -82,6 +85,8 @@ class State:
     ema: EMA
     optimizer: torch.optim.Optimizer
     schedule: Schedule
+    forward: Callable[[Graph], Prediction]
+    """energies, forces and stress of a batch: plain or compiled"""
     step: int = 0
     epoch: int = 0
     batch: int = 0
@@ -94,11 +99,18 @@ class State:
     """penalty sums and counts since the last log row"""
 
 
-def make_state(potential: Potential, config: TrainingConfig) -> State:
+def make_state(potential: Potential, config: TrainingConfig, loss: LossConfig) -> State:
     """A fresh state around a potential."""
     optimizer = make_optimizer(potential.network, config.learning_rate, config.weight_decay, config.amsgrad)
     schedule = Schedule(config.schedule, config.learning_rate, config.steps)
-    return State(potential=potential, ema=EMA(potential, config.ema_decay), optimizer=optimizer, schedule=schedule)
+    forward = CompiledForward(potential, forces=loss.forces > 0, stress=loss.stress > 0)
+    return State(
+        potential=potential,
+        ema=EMA(potential, config.ema_decay),
+        optimizer=optimizer,
+        schedule=schedule,
+        forward=forward if config.compile else forward.plain,
+    )
 
 
 def train_step(state: State, graph: Graph, loss: LossConfig, config: TrainingConfig, workers: Workers) -> float:
@@ -111,7 +123,7 @@ def train_step(state: State, graph: Graph, loss: LossConfig, config: TrainingCon
     potential.train()
     for group in state.optimizer.param_groups:
         group["lr"] = state.schedule.rate(state.step)
-    prediction = potential(graph, forces=loss.forces > 0, stress=loss.stress > 0)
+    prediction = state.forward(graph)
     sums = loss_sums(prediction, graph, loss)
     counts = workers.sum(torch.tensor([float(n) for _, n in sums.values()], dtype=torch.float64, device=potential.device))
     parts = [getattr(loss, name) * value / count.clamp(min=1) for (name, (value, _)), count in zip(sums.items(), counts, strict=True)]

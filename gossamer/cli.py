@@ -1,0 +1,283 @@
+"""The command line: each command parses, calls one public function of the same parameter names, and prints."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+from typing import Any
+
+from gossamer import __version__
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point; returns the exit status: 0 done, 1 the answer is no (bad data, broken run), 2 wrong use."""
+    parser = build_parser()
+    arguments = parser.parse_args(argv)
+    if arguments.command is None:
+        parser.print_help()
+        return 2
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s", stream=sys.stderr)
+    try:
+        return int(arguments.run(arguments))
+    except (ValueError, FileNotFoundError, FileExistsError, ImportError, RuntimeError) as error:
+        print(f"gossamer {arguments.command}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """All commands and their options; importing nothing heavy."""
+    parser = argparse.ArgumentParser(prog="gossamer", description="Train, judge and run lightweight equivariant interatomic potentials.")
+    parser.add_argument("--version", action="version", version=f"gossamer {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+
+    def command(name: str, run: Any, help: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=help, description=help)
+        sub.set_defaults(run=run)
+        return sub
+
+    train = command("train", _train, "Train a potential from a YAML file.")
+    train.add_argument("config", help="YAML file with the settings")
+    train.add_argument("overrides", nargs="*", metavar="path.to.key=value", help="settings that replace those of the file")
+    train.add_argument("--resume", action="store_true", help="go on from the checkpoint of the run")
+    _common(train)
+
+    fit = command("fit", _fit, "Train a potential on a labelled file; the settings are chosen and written down.")
+    fit.add_argument("data", help="labelled structures")
+    fit.add_argument("--model", default="leignn", help="network (default: leignn)")
+    fit.add_argument("--out", default="fit", help="folder of the run (default: fit)")
+    fit.add_argument("--minutes", type=float, default=30.0, help="about how long to train (default: 30)")
+    fit.add_argument("--resume", action="store_true", help="go on from the checkpoint of the run")
+    fit.add_argument("--force", action="store_true", help="train even if the data looks wrong")
+    _labels(fit)
+    _common(fit)
+
+    evaluate = command("evaluate", _evaluate, "Errors of a potential on labelled data.")
+    evaluate.add_argument("model", help="saved potential")
+    evaluate.add_argument("data", help="labelled structures")
+    evaluate.add_argument("--out", help="folder for errors.json and worst.extxyz (default: beside the potential)")
+    evaluate.add_argument("--worst", type=int, default=20, help="frames with the largest errors to write (default: 20)")
+    evaluate.add_argument("--device", default="cpu", help="default: cpu")
+    _labels(evaluate)
+    _common(evaluate)
+
+    md = command("md", _md, "Molecular dynamics.")
+    md.add_argument("model", help="saved potential")
+    md.add_argument("structure", help="structure file (first frame)")
+    md.add_argument("--temperature", type=float, default=300.0, help="K (default: 300)")
+    md.add_argument("--steps", type=int, default=1000, help="time steps in all (default: 1000)")
+    md.add_argument("--timestep", type=float, default=0.5, help="fs (default: 0.5)")
+    md.add_argument("--ensemble", choices=["nve", "langevin", "nose-hoover", "npt"], default="langevin", help="default: langevin")
+    md.add_argument("--out", default="md", help="folder of the results (default: md)")
+    md.add_argument("--interval", type=int, default=20, help="steps between frames (default: 20)")
+    md.add_argument("--pressure", type=float, default=0.0, help="GPa, for npt (default: 0)")
+    md.add_argument("--thermostat-time", type=float, default=100.0, help="fs (default: 100)")
+    md.add_argument("--barostat-time", type=float, default=1000.0, help="fs (default: 1000)")
+    md.add_argument("--seed", type=int, default=0, help="of velocities and noise (default: 0)")
+    md.add_argument("--max-temperature", type=float, help="K at which to stop (default: 5 times the temperature + 500)")
+    md.add_argument("--max-bond-stretch", type=float, help="Å by which a bond may change before the run stops (default: not watched)")
+    md.add_argument("--device", default="cpu", help="default: cpu")
+    md.add_argument("--dtype", choices=["float32", "float64"], help="default: as saved")
+    md.add_argument("--resume", action="store_true", help="go on where the run stopped, bit for bit")
+    _common(md)
+
+    relax = command("relax", _relax, "Relax positions, and the cell with --cell.")
+    relax.add_argument("model", help="saved potential")
+    relax.add_argument("structure", help="structure file (first frame)")
+    relax.add_argument("--fmax", type=float, default=0.01, help="eV/Å (default: 0.01)")
+    relax.add_argument("--steps", type=int, default=500, help="most steps (default: 500)")
+    relax.add_argument("--cell", action="store_true", help="relax the cell too")
+    relax.add_argument("--optimizer", choices=["fire", "bfgs", "lbfgs"], default="fire", help="default: fire")
+    relax.add_argument("--out", default="relaxed.extxyz", help="relaxed structure (default: relaxed.extxyz)")
+    relax.add_argument("--device", default="cpu", help="default: cpu")
+    relax.add_argument("--dtype", choices=["float32", "float64"], help="default: as saved")
+    _common(relax)
+
+    info = command("info", _info, "The manifest of a saved potential.")
+    info.add_argument("model", help="saved potential")
+    _common(info)
+
+    data = command("data", _data_help, "Look at data, convert data.")
+    actions = data.add_subparsers(dest="action", metavar="ACTION")
+    inspect = actions.add_parser("inspect", help="What is in a data file; exit status 1 when training on it would be wrong.")
+    inspect.set_defaults(run=_inspect)
+    inspect.add_argument("data", help="labelled structures")
+    _labels(inspect)
+    _common(inspect)
+    convert = actions.add_parser("convert", help="Stream data into a store: a folder of arrays, read from disk by index.")
+    convert.set_defaults(run=_convert)
+    convert.add_argument("data", nargs="+", help="files or folders")
+    convert.add_argument("--out", required=True, help="folder to make")
+    convert.add_argument("--legacy-lmdb", action="store_true", help="the files are LMDBs of pickled graphs (read with a restricted unpickler)")
+    _labels(convert)
+    _common(convert)
+    data.set_defaults(parser=data)
+    return parser
+
+
+def _common(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print the answer as JSON")
+
+
+def _labels(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("labels", "names and units in the data")
+    for name in ("energy", "forces", "stress"):
+        group.add_argument(f"--{name}", metavar="NAME", help=f"name of the {name} (default: {name})")
+    group.add_argument("--energy-unit", help="eV, meV, Hartree, Ry, kcal/mol, kJ/mol")
+    group.add_argument("--length-unit", help="Angstrom, Bohr, nm")
+    group.add_argument("--stress-unit", help="eV/Angstrom^3, GPa, kbar, bar")
+    group.add_argument("--stress-sign", help="ase (tension positive) or vasp")
+    group.add_argument("--group", help="entry that says which frames belong together")
+
+
+def _label_config(arguments: argparse.Namespace) -> Any:
+    from gossamer.data.readers import LabelConfig
+    from gossamer.settings import build
+
+    names = ("energy", "forces", "stress", "energy_unit", "length_unit", "stress_unit", "stress_sign", "group")
+    return build(LabelConfig, {n: getattr(arguments, n) for n in names if getattr(arguments, n) is not None}, "labels")
+
+
+def _show(arguments: argparse.Namespace, answer: dict[str, Any]) -> None:
+    if arguments.json:
+        print(json.dumps(answer))
+        return
+    for key, value in answer.items():
+        print(f"{key:36s} {value:.6g}" if isinstance(value, float) else f"{key:36s} {value}")
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    from gossamer.runs import train
+
+    return _trained(arguments, train(arguments.config, arguments.overrides, arguments.resume, progress=sys.stderr.isatty()))
+
+
+def _fit(arguments: argparse.Namespace) -> int:
+    from gossamer.runs import fit
+
+    answer = fit(
+        arguments.data, arguments.model, arguments.out, arguments.minutes, _label_config(arguments), arguments.resume, arguments.force,
+        progress=sys.stderr.isatty(),
+    )  # fmt: skip
+    return _trained(arguments, answer)
+
+
+def _trained(arguments: argparse.Namespace, answer: dict[str, Any]) -> int:
+    if arguments.json or "stopped_at_step" in answer:
+        _show(arguments, answer)
+        return 0
+    print(f"trained {answer['steps']} steps in {answer['seconds']:.0f} s; everything is in '{answer['out']}'")
+    for part in ("valid", "test"):
+        if part in answer:
+            print(f"\n{part}:")
+            print_errors(answer[part])
+    return 0
+
+
+def print_errors(summary: dict[str, Any]) -> None:
+    """Errors as a table for people."""
+    units = {"energy": "meV_per_atom", "forces": "meV_per_A", "stress": "meV_per_A3"}
+    names = {"meV_per_atom": "meV/atom", "meV_per_A": "meV/Å", "meV_per_A3": "meV/Å³"}
+    print(f"  {summary['n_frames']} frames{'' if summary['conservative_forces'] else '; forces are NOT the gradient of the energy'}")
+    print(f"  {'':16s}{'MAE':>10s}{'RMSE':>10s}")
+    for label, unit in units.items():
+        if f"{label}_mae_{unit}" in summary:
+            print(f"  {label:16s}{summary[f'{label}_mae_{unit}']:10.3f}{summary[f'{label}_rmse_{unit}']:10.3f}  {names[unit]}")
+    for element, errors in summary["forces_per_element_meV_per_A"].items():
+        print(f"  {'forces on ' + element:16s}{errors['mae']:10.3f}{errors['rmse']:10.3f}  meV/Å")
+
+
+def _evaluate(arguments: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from gossamer.runs import evaluate
+
+    out = arguments.out or str(Path(arguments.model).parent / "evaluation")
+    evaluation = evaluate(arguments.model, arguments.data, _label_config(arguments), out, arguments.worst, arguments.device)
+    if arguments.json:
+        print(json.dumps({**evaluation.summary(), "out": out}))
+    else:
+        print_errors(evaluation.summary())
+        print(f"  the {min(arguments.worst, len(evaluation.frames))} worst frames are in '{out}/worst.extxyz'")
+    return 0
+
+
+def _md(arguments: argparse.Namespace) -> int:
+    from gossamer.simulation.md import md
+
+    names = ("temperature", "steps", "timestep", "ensemble", "out", "interval", "pressure", "thermostat_time", "barostat_time", "seed",
+             "resume", "max_temperature", "max_bond_stretch", "device", "dtype")  # fmt: skip
+    answer = md(arguments.model, arguments.structure, **{n: getattr(arguments, n) for n in names}, progress=sys.stderr.isatty())
+    _show(arguments, answer)
+    return 1 if answer["broken"] else 0
+
+
+def _relax(arguments: argparse.Namespace) -> int:
+    from gossamer.simulation.relax import relax
+
+    names = ("fmax", "steps", "cell", "optimizer", "out", "device", "dtype")
+    answer = relax(arguments.model, arguments.structure, **{n: getattr(arguments, n) for n in names})
+    del answer["atoms"]
+    _show(arguments, {**answer, "out": arguments.out})
+    return 0 if answer["converged"] else 1
+
+
+def _info(arguments: argparse.Namespace) -> int:
+    from gossamer.potential import read_manifest
+
+    manifest = read_manifest(arguments.model)
+    if arguments.json:
+        print(json.dumps(manifest))
+        return 0
+    import yaml
+
+    if not manifest["conservative"]:
+        print("# forces are predicted directly: they are NOT the gradient of the energy")
+    print(yaml.safe_dump(manifest, sort_keys=False, allow_unicode=True), end="")
+    return 0
+
+
+def _inspect(arguments: argparse.Namespace) -> int:
+    from gossamer.data.inspection import inspect
+
+    report = inspect(arguments.data, _label_config(arguments))
+    if arguments.json:
+        print(json.dumps({"facts": report.facts, "warnings": report.warnings, "errors": report.errors, "ok": report.ok}))
+    else:
+        for key, value in report.facts.items():
+            print(f"{key:24s} {value}")
+        for message in report.warnings:
+            print(f"warning: {message}")
+        for message in report.errors:
+            print(f"ERROR: {message}")
+        print("training on this data would be wrong" if report.errors else "fit for training" + (" (see warnings)" if report.warnings else ""))
+    return 0 if report.ok else 1
+
+
+def _convert(arguments: argparse.Namespace) -> int:
+    from gossamer.data.store import write_store
+
+    if arguments.legacy_lmdb:
+        from gossamer.data.legacy import read_legacy_lmdb
+
+        structures = (s for path in arguments.data for s in read_legacy_lmdb(path))
+    else:
+        from gossamer.data.readers import read_structures
+
+        structures = read_structures(arguments.data, _label_config(arguments))
+    count = write_store(structures, arguments.out)
+    _show(arguments, {"structures": count, "out": arguments.out})
+    return 0
+
+
+def _data_help(arguments: argparse.Namespace) -> int:
+    arguments.parser.print_help()
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

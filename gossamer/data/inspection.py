@@ -1,0 +1,288 @@
+"""What is in a data file, and what is wrong with it, before any training."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ase.data import atomic_numbers as number_of
+from ase.data import chemical_symbols, covalent_radii
+
+from gossamer.data.dataset import identity, open_dataset
+from gossamer.data.readers import ENERGY_UNITS, LabelConfig
+from gossamer.data.structure import Structure
+from gossamer.neighbors import neighbor_list
+
+
+@dataclass
+class Inspection:
+    """Facts about a data set, warnings (look at it), and errors (training on it would be wrong)."""
+
+    facts: dict[str, Any] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+    errors: list[str] = field(default_factory=list)
+
+    @property
+    def ok(self) -> bool:
+        return not self.errors
+
+
+def inspect(data: Path | str | Sequence[Structure], labels: LabelConfig | None = None) -> Inspection:
+    """Look through a data set for what makes trained potentials wrong.
+
+    Args:
+        data: Structures, or where they are.
+        labels: Names and units of the labels.
+    """
+    structures = open_dataset(data, labels) if isinstance(data, str | Path) else data
+    report = Inspection()
+    if len(structures) == 0:
+        report.errors.append("there are no frames")
+        return report
+    _basics(structures, report)
+    _labels(structures, report)
+    _duplicates(structures, report)
+    _energies(structures, report)
+    _distances(structures, report)
+    _pairs(structures, report)
+    _stress_sign(structures, report)
+    return report
+
+
+def _basics(structures: Sequence[Structure], report: Inspection) -> None:
+    elements: Counter[str] = Counter()
+    sizes = []
+    periodic: Counter[str] = Counter()
+    for s in structures:
+        elements.update(chemical_symbols[z] for z in s.atomic_numbers)
+        sizes.append(s.n_atoms)
+        periodic["".join("T" if p else "F" for p in s.pbc)] += 1
+    report.facts |= {
+        "frames": len(structures),
+        "atoms": f"{min(sizes)} to {max(sizes)} per frame, {sum(sizes)} in all",
+        "elements": ", ".join(f"{e} {n}" for e, n in sorted(elements.items(), key=lambda item: number_of[item[0]])),
+        "periodicity": ", ".join(f"{p}: {n} frames" for p, n in periodic.items()),
+    }
+    isolated = sorted({chemical_symbols[s.atomic_numbers[0]] for s in structures if s.n_atoms == 1 and not s.pbc.any()})
+    if isolated:
+        report.facts["isolated atoms"] = ", ".join(isolated)
+        if len(isolated) < len(elements):
+            report.warnings.append(
+                f"isolated atoms of {', '.join(isolated)} are in the data, but not of every element: their energies cannot be "
+                "met unless data.reference_energies gives them"
+            )
+    fixed = sum(s.fixed is not None for s in structures)
+    if fixed:
+        report.facts["fixed atoms"] = f"in {fixed} frames (loss.free_atoms_only leaves their forces out)"
+
+
+def _labels(structures: Sequence[Structure], report: Inspection) -> None:
+    for label in ("energy", "forces", "stress"):
+        missing = [s.name for s in structures if getattr(s, label) is None]
+        if len(missing) == len(structures):
+            report.facts[label] = "none"
+            if label != "stress":
+                report.errors.append(f"no frame has {label}: is it stored under another name (--{label})?")
+            continue
+        if missing:
+            report.errors.append(f"{len(missing)} of {len(structures)} frames have no {label}, the first is {missing[0]}")
+        values = np.concatenate([np.ravel(getattr(s, label)) for s in structures if getattr(s, label) is not None])
+        unit = {"energy": "eV", "forces": "eV/Å", "stress": "eV/Å³"}[label]
+        rms = float(np.sqrt((values**2).mean()))
+        report.facts[label] = f"median {np.median(values):.6g}, RMS {rms:.4g}, range {values.min():.6g} to {values.max():.6g} {unit}"
+        if len(structures) > 1 and label == "forces":
+            zeroed, partly = [], []
+            for s in structures:
+                if s.forces is None or s.n_atoms < 2:
+                    continue
+                silent = ~np.any(s.forces, axis=1) & s.free
+                if silent.any() and not _symmetric(s)[silent].all():
+                    (zeroed if silent.all() else partly).append(s.name)
+            if zeroed:
+                report.errors.append(
+                    f"{len(zeroed)} frames have forces that are all zero though symmetry does not ask for it (a missing label?), the first is "
+                    f"{zeroed[0]}"
+                )
+            if partly:
+                report.warnings.append(
+                    f"{len(partly)} frames have atoms with exactly zero force that are neither fixed nor at a symmetric site (constraints "
+                    f"applied before writing?), the first is {partly[0]}"
+                )
+            largest = max((float(np.abs(s.forces).max()), s.name) for s in structures if s.forces is not None)
+            if largest[0] > 100:
+                report.warnings.append(f"forces up to {largest[0]:.0f} eV/Å, in {largest[1]}")
+            if not 1e-3 < rms < 30:
+                report.warnings.append(f"RMS force of {rms:.3g} eV/Å is unusual (0.01 to 10): check data.labels.energy_unit and length_unit")
+            nets = [float(np.linalg.norm(s.forces.sum(axis=0))) for s in structures if s.forces is not None and s.n_atoms > 1]
+            if nets and np.median(nets) > 0.1 * rms * np.sqrt(np.median([s.n_atoms for s in structures])):
+                report.warnings.append(f"the forces of a frame do not sum to zero (median {np.median(nets):.2g} eV/Å): fixed atoms or noisy labels")
+        if label == "stress" and np.median(np.abs(values)) > 0.5:
+            report.warnings.append(
+                f"stress has median magnitude {np.median(np.abs(values)):.3g}; eV/Å³ values are rarely above 0.5. If they are GPa, set "
+                "data.labels.stress_unit: GPa"
+            )
+
+
+def _symmetric(s: Structure) -> np.ndarray:
+    """(n_atoms,) whether the surroundings single out no direction, so that the force must vanish."""
+    reach = 5.0
+    (sender, receiver), shifts = neighbor_list(s.positions, s.cell, s.pbc, reach)
+    vectors = s.positions[sender] + shifts @ s.cell - s.positions[receiver]
+    lengths = np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-6)
+    weights = np.sqrt(s.atomic_numbers[sender])[:, None] * (1 - lengths / reach) ** 2 / lengths
+    pull, total = np.zeros((s.n_atoms, 3)), np.zeros(s.n_atoms)
+    np.add.at(pull, receiver, weights * vectors)
+    np.add.at(total, receiver, weights[:, 0] * lengths[:, 0])
+    return np.linalg.norm(pull, axis=1) <= 2e-3 * np.maximum(total, 1e-12)
+
+
+def _duplicates(structures: Sequence[Structure], report: Inspection) -> None:
+    seen: dict[bytes, Structure] = {}
+    same, different = [], []
+    for s in structures:
+        twin = seen.setdefault(identity(s), s)
+        if twin is not s:
+            agree = twin.energy is None or s.energy is None or abs(twin.energy - s.energy) <= 1e-3 * s.n_atoms
+            (same if agree else different).append(f"{s.name} and {twin.name}")
+    if same:
+        report.warnings.append(f"{len(same)} duplicate frames: {same[0]}{' ...' if len(same) > 1 else ''}; a random split would leak")
+    if different:
+        report.errors.append(f"{len(different)} pairs of equal structures with different energies: {different[0]}")
+
+
+def _energies(structures: Sequence[Structure], report: Inspection) -> None:
+    """Outliers of energy per atom after removing the best reference energies."""
+    chosen = [s for s in structures if s.energy is not None]
+    if len(chosen) < 10:
+        return
+    rows = np.array([np.bincount(s.atomic_numbers, minlength=119) for s in chosen], dtype=float)
+    energies = np.array([s.energy for s in chosen])
+    used = rows.any(axis=0)
+    sizes = rows.sum(axis=1)
+    matrix = rows[:, used] / sizes[:, None]
+    solution, *_ = np.linalg.lstsq(matrix, energies / sizes, rcond=1e-10)
+    rest = energies / sizes - matrix @ solution
+    centred = rest - np.median(rest)
+    spread = 1.4826 * float(np.median(np.abs(centred)))
+    far = np.flatnonzero(np.abs(centred) > np.maximum(30 * spread, 0.05))
+    report.facts["energy spread"] = f"{1000 * rest.std():.3g} meV/atom about the best reference energies"
+    if 0 < len(far) <= 0.02 * len(chosen):
+        worst = far[np.argmax(np.abs(centred[far]))]
+        report.warnings.append(
+            f"{len(far)} energy outliers, the worst {centred[worst]:+.2f} eV/atom from the rest: {chosen[worst].name}"
+        )
+
+
+def _distances(structures: Sequence[Structure], report: Inspection, limit: int = 2000) -> None:
+    stride = max(1, len(structures) // limit)
+    closest, count, first = (np.inf, ""), 0, ""
+    for k in range(0, len(structures), stride):
+        s = structures[k]
+        radii = covalent_radii[s.atomic_numbers]
+        (sender, receiver), shifts = neighbor_list(s.positions, s.cell, s.pbc, max(1.0, float(radii.max())))
+        if len(sender) == 0:
+            continue
+        lengths = np.linalg.norm(s.positions[sender] + shifts @ s.cell - s.positions[receiver], axis=1)
+        ratio = float((lengths / (radii[sender] + radii[receiver])).min())
+        closest = min(closest, (float(lengths.min()), s.name))
+        if ratio < 0.4:
+            count, first = count + 1, first or s.name
+    if np.isfinite(closest[0]):
+        report.facts["shortest distance"] = f"{closest[0]:.3f} Å in {closest[1]}"
+    if count:
+        extreme = closest[0] < 0.2
+        message = f"{count} frames have atoms closer than 0.4 of their covalent radii, the first is {first}"
+        (report.errors if extreme else report.warnings).append(message + (" (overlapping, or a length unit?)" if extreme else ""))
+
+
+def _pairs(structures: Sequence[Structure], report: Inspection, limit: int = 1500) -> None:
+    """Energy differences of near frames against -F·dx: the slope is 1 if the units and signs of both labels agree."""
+    groups: dict[bytes, list[Structure]] = defaultdict(list)
+    stride = max(1, len(structures) // limit)
+    for k in range(0, len(structures), stride):
+        s = structures[k]
+        if s.energy is not None and s.forces is not None and s.n_atoms > 1:
+            groups[s.atomic_numbers.tobytes() + np.round(s.cell, 6).tobytes()].append(s)
+    works, differences, moves = [], [], []
+    for members in groups.values():
+        flat = np.array([s.positions.ravel() for s in members])
+        if len(members) < 2 or flat.size > 3e7:
+            continue
+        periodic = members[0].pbc.any()
+        squares = (flat**2).sum(axis=1)
+        distance = squares[:, None] + squares[None] - 2 * flat @ flat.T
+        np.fill_diagonal(distance, np.inf)
+        for i, j in enumerate(distance.argmin(axis=1)):
+            if j < i and distance[j].argmin() == i:
+                continue
+            a, b = members[i], members[int(j)]
+            step = b.positions - a.positions
+            if not periodic:
+                step, forces_b = _aligned(a, b)
+            else:
+                forces_b = b.forces
+            works.append(-0.5 * float(((a.forces + forces_b) * step).sum()))
+            differences.append(b.energy - a.energy)
+            moves.append(float(np.linalg.norm(step)))
+    if len(works) < 8:
+        report.facts["energy against forces"] = "not tested (no near pairs of frames)"
+        return
+    order = np.argsort(moves)[: max(8, len(moves) // 4)]
+    work, difference = np.array(works)[order], np.array(differences)[order]
+    correlation = float(np.corrcoef(work, difference)[0, 1])
+    slope = float((work @ difference) / (work @ work))
+    report.facts["energy against forces"] = f"slope {slope:.3g}, correlation {correlation:.3f} over {len(order)} near pairs (1 expected)"
+    if abs(correlation) < 0.8:
+        return
+    if slope < 0:
+        report.errors.append(f"forces have the wrong sign: energy rises along them (slope {slope:.3g}, correlation {correlation:.2f})")
+    elif not 0.6 < slope < 1.6:
+        report.errors.append(
+            f"energies and forces disagree by a factor of {slope:.3g}: {_unit_guess(slope)}. Set data.labels.energy_unit and length_unit"
+        )
+
+
+def _unit_guess(slope: float) -> str:
+    factors = {f"one label is in {u}": f for u, f in ENERGY_UNITS.items() if f != 1} | {
+        "lengths or forces are in Bohr": 0.529177, "forces are in Hartree/Bohr, energies in eV": 1 / 51.422}  # fmt: skip
+    name, factor = min(factors.items(), key=lambda item: min(abs(np.log(slope / item[1])), abs(np.log(slope * item[1]))))
+    near = min(abs(np.log(slope / factor)), abs(np.log(slope * factor)))
+    return name if near < 0.3 else "units or labels do not belong together"
+
+
+def _aligned(a: Structure, b: Structure) -> tuple[np.ndarray, np.ndarray]:
+    """Step from a to b after the best rigid motion of b (Kabsch), and b's forces turned along."""
+    from scipy.spatial.transform import Rotation
+
+    centre_a, centre_b = a.positions.mean(axis=0), b.positions.mean(axis=0)
+    if a.n_atoms < 3:
+        return b.positions - a.positions, b.forces
+    turn = Rotation.align_vectors(a.positions - centre_a, b.positions - centre_b)[0].as_matrix()
+    return (b.positions - centre_b) @ turn.T - (a.positions - centre_a), b.forces @ turn.T
+
+
+def _stress_sign(structures: Sequence[Structure], report: Inspection) -> None:
+    """Stress must rise with volume (positive bulk modulus) among frames of one composition."""
+    groups: dict[tuple[int, ...], list[tuple[float, float]]] = defaultdict(list)
+    for s in structures:
+        if s.stress is not None and s.pbc.all():
+            counts = np.bincount(s.atomic_numbers, minlength=119)
+            key = tuple((counts // np.gcd.reduce(counts[counts > 0])).tolist())
+            groups[key].append((np.log(s.volume / s.n_atoms), float(np.trace(s.stress)) / 3))
+    works = []
+    for points in groups.values():
+        x, y = np.array(points).T
+        if len(points) >= 5 and np.ptp(x) > 0.02:
+            works.append((len(points), float(np.corrcoef(x, y)[0, 1])))
+    if not works:
+        return
+    n, correlation = max(works)
+    report.facts["stress against volume"] = f"correlation {correlation:+.2f} over {n} frames of one composition (positive expected)"
+    if correlation < -0.7:
+        report.errors.append(
+            "stress falls as the volume grows: its sign is that of VASP (compression positive). Set data.labels.stress_sign: vasp"
+        )
