@@ -45,7 +45,7 @@ TOLERANCES = {torch.float32: (2e-5, 2e-3), torch.float64: (1e-9, 1e-7)}
 class PotentialConfig:
     """What surrounds the network."""
 
-    zbl: bool = False
+    zbl: bool = True
     """Add screened nuclear repulsion (universal ZBL), so that atoms cannot collapse where there is no data."""
     zbl_radius: Annotated[float, Field(gt=0)] = 0.8
     """End of the repulsion as a fraction of the sum of the covalent radii."""

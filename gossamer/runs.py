@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,14 +15,16 @@ import torch
 
 from gossamer.config import Config, load_config, make_config, save_config
 from gossamer.data.dataset import load_data, open_dataset, require_labels
+from gossamer.data.inspection import inspect
 from gossamer.data.readers import LabelConfig
 from gossamer.data.statistics import compute_statistics
 from gossamer.data.structure import Structure
 from gossamer.evaluation import Evaluation, evaluate_potential
 from gossamer.files import atomic_path, write_json
+from gossamer.models import MODELS
 from gossamer.potential import DTYPES, Potential, load, save
 from gossamer.settings import to_dict
-from gossamer.training.loop import LABELS, load_state, make_state, run_training
+from gossamer.training.loop import LABELS, load_state, make_state, run_training, train_step
 from gossamer.training.workers import start_workers
 
 log = logging.getLogger(__name__)
@@ -102,6 +105,97 @@ def train(config: Config | Path | str | Mapping[str, Any], overrides: Sequence[s
         return results
     finally:
         workers.close()
+
+
+def fit(
+    data: Path | str,
+    model: str = "leignn",
+    out: Path | str = "fit",
+    minutes: float = 30.0,
+    labels: LabelConfig | None = None,
+    resume: bool = False,
+    force: bool = False,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Train on a labelled file without a configuration: inspect, split, choose settings, write them down, train.
+
+    Args:
+        data: Labelled structures; one tenth is kept for validation.
+        model: Name of the network.
+        out: Folder of the run; its config.yaml holds the settings chosen and can be trained again.
+        minutes: About how long training may take on this machine (measured with a few steps).
+        labels: Names and units of the labels.
+        resume: Go on with the run in ``out``.
+        force: Train even if inspection finds errors.
+        progress: Show a progress bar.
+
+    Returns:
+        As ``train``.
+
+    Raises:
+        ValueError: inspection found errors, or the model is unknown.
+    """
+    if model not in MODELS:
+        raise ValueError(f"model '{model}' is unknown. Choose one of {', '.join(MODELS)}.")
+    if not minutes > 0:
+        raise ValueError(f"minutes must be positive, found {minutes}.")
+    folder = Path(out)
+    if resume and (folder / "config.yaml").exists():
+        return train(folder / "config.yaml", resume=True, progress=progress)
+    structures = open_dataset(data, labels)
+    report = inspect(structures, labels)
+    for message in report.warnings:
+        log.warning("%s", message)
+    if report.errors and not force:
+        raise ValueError("The data is not fit for training: " + "; ".join(report.errors) + ". Mend it, or insist with --force.")
+    config = choose_settings(structures, str(data), model, str(out), labels or LabelConfig())
+    seconds = time_step(config, structures)
+    compiled = minutes > 4
+    # the compiled step takes about half the time, after a minute or so of compiling
+    steps = 60 * (minutes - 1.2) / (0.5 * seconds) if compiled else 60 * minutes / seconds
+    training = {"steps": max(100, round(0.85 * steps)), "compile": compiled}
+    every = max(1, min(1000, training["steps"] // 10))
+    config = make_config(to_dict(config), [f"training.{k}={v}" for k, v in {**training, "valid_every": every, "checkpoint_every": every}.items()])
+    log.info("one step takes %.0f ms: training %d steps; settings are in '%s'", 1000 * seconds, config.training.steps, folder / "config.yaml")
+    return train(config, progress=progress)
+
+
+def choose_settings(structures: Sequence[Structure], data: str, model: str, out: str, labels: LabelConfig) -> Config:
+    """Settings that suit a data set: which labels, which split, how many structures per step."""
+    sample = [structures[k] for k in range(0, len(structures), max(1, len(structures) // 200))]
+    atoms = float(np.mean([s.n_atoms for s in sample]))
+    has = {label: all(getattr(s, label) is not None for s in structures) for label in LABELS}
+    if not has["energy"] and not has["forces"]:
+        raise ValueError(f"Neither energy nor forces are in every frame of '{data}': there is nothing to learn from.")
+    grouped = all(s.group is not None for s in sample)
+    batch_size = int(np.clip(round(160 / atoms), 1, 16))
+    if len(structures) < 20:
+        log.warning("%d frames are few: expect large errors", len(structures))
+    return make_config(
+        {
+            "data": {"train": data, "labels": to_dict(labels), "split": "group" if grouped else "random"},
+            "model": {"name": model},
+            "loss": {"energy": float(has["energy"]), "forces": 10.0 * has["forces"], "stress": 1.0 * has["stress"]},
+            "training": {"batch_size": min(batch_size, max(1, len(structures) // 2))},
+            "out": out,
+        }
+    )
+
+
+def time_step(config: Config, structures: Sequence[Structure], repeats: int = 4) -> float:
+    """Seconds of one plain training step with these settings here (the median; the first call does not count)."""
+    workers = start_workers(config.training.device)
+    sample = [structures[k] for k in range(min(len(structures), config.training.batch_size))]
+    statistics = compute_statistics(structures[: max(20, len(sample))], config.model.cutoff)
+    potential = Potential(config.model, statistics, config.potential)
+    potential.network.to(DTYPES[config.training.dtype])
+    state = make_state(potential.to(workers.device), config.training, config.loss)
+    times = []
+    for _ in range(repeats + 1):
+        began = time.perf_counter()
+        train_step(state, potential.collate(sample), config.loss, config.training, workers)
+        times.append(time.perf_counter() - began)
+    return float(np.median(times[1:]))
 
 
 def _stopped_early(state: Any, config: Config) -> bool:

@@ -137,7 +137,7 @@ def _symmetric(s: Structure) -> np.ndarray:
     pull, total = np.zeros((s.n_atoms, 3)), np.zeros(s.n_atoms)
     np.add.at(pull, receiver, weights * vectors)
     np.add.at(total, receiver, weights[:, 0] * lengths[:, 0])
-    return np.linalg.norm(pull, axis=1) <= 2e-3 * np.maximum(total, 1e-12)
+    return np.linalg.norm(pull, axis=1) <= 1e-4 * np.maximum(total, 1e-12)
 
 
 def _duplicates(structures: Sequence[Structure], report: Inspection) -> None:

@@ -1,0 +1,147 @@
+"""Every variant of the network passes the same physics, with random weights in float64."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from ase import Atoms
+from ase.build import bulk, molecule
+from conftest import MODELS, make_potential
+
+from gossamer.checks.conservation import force_gradient_error, loop_work, nve_conservation, stress_gradient_error
+from gossamer.checks.smoothness import cutoff_exponent, energy_jump
+from gossamer.checks.symmetry import net_force, separation_error, supercell_error, symmetry_errors
+from gossamer.simulation.calculator import Calculator
+
+CONSERVATIVE = [name for name in MODELS if name != "direct"]
+LOCAL = ["sound", "sound-gaussian-painn", "direct"]
+ELEMENTS = ["H", "C", "O", "Si"]
+
+
+def calculator(name: str) -> Calculator:
+    return Calculator(make_potential(ELEMENTS, **MODELS[name]), skin=0.0)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("system", ["ethanol", "crystal", "slab"])
+def test_symmetry(name: str, system: str, request: pytest.FixtureRequest) -> None:
+    errors = symmetry_errors(calculator(name), request.getfixturevalue(system))
+    assert set(errors) >= {"rotation", "reflection", "translation", "permutation"}
+    for change, error in errors.items():
+        assert error["relative"] < 1e-10, change
+
+
+@pytest.mark.parametrize("name", CONSERVATIVE)
+@pytest.mark.parametrize("system", ["ethanol", "crystal", "slab"])
+def test_forces_are_the_gradient(name: str, system: str, request: pytest.FixtureRequest) -> None:
+    atoms = request.getfixturevalue(system)
+    assert force_gradient_error(calculator(name), atoms, step=1e-3, n_atoms=3) < 1e-6
+    assert net_force(calculator(name), atoms) < 1e-10
+
+
+@pytest.mark.parametrize("name", CONSERVATIVE)
+def test_stress_is_the_strain_derivative(name: str, crystal: Atoms) -> None:
+    assert stress_gradient_error(calculator(name), crystal, step=1e-4) < 1e-7
+
+
+@pytest.mark.parametrize("name", CONSERVATIVE)
+def test_no_work_around_a_loop(name: str, ethanol: Atoms) -> None:
+    assert loop_work(calculator(name), ethanol, radius=0.02) < 1e-8
+
+
+def test_direct_forces_do_work_around_a_loop(ethanol: Atoms) -> None:
+    """The check sees forces that are no gradient."""
+    assert loop_work(calculator("direct"), ethanol, radius=0.1) > 1e-4
+    assert force_gradient_error(calculator("direct"), ethanol, step=1e-3, n_atoms=2) > 1e-2
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_extensive(name: str, crystal: Atoms) -> None:
+    calc = calculator(name)
+    assert supercell_error(calc, crystal, (2, 1, 1)) < 1e-10
+    single, double = crystal.copy(), crystal.repeat((2, 1, 1))
+    single.calc = double.calc = calc
+    forces = single.get_forces()
+    assert np.abs(double.get_forces() - np.concatenate([forces, forces])).max() < 1e-10
+
+
+@pytest.mark.parametrize("name", LOCAL)
+def test_far_fragments_do_not_see_each_other(name: str, ethanol: Atoms) -> None:
+    assert separation_error(calculator(name), ethanol) < 1e-10
+
+
+@pytest.mark.parametrize("name", ["sound-global", "published"])
+def test_global_context_couples_far_fragments(name: str, ethanol: Atoms) -> None:
+    """The coupling that keeps global_context off by default."""
+    assert separation_error(calculator(name), ethanol) > 1e-4
+
+
+@pytest.mark.parametrize("name", ["sound", "sound-gaussian-painn", "sound-global", "direct"])
+@pytest.mark.parametrize("element", ELEMENTS)
+def test_isolated_atom_has_its_reference_energy(name: str, element: str) -> None:
+    calc = calculator(name)
+    atoms = Atoms(element, positions=[[0.3, 0.1, -2.0]])
+    atoms.calc = calc
+    assert atoms.get_potential_energy() == pytest.approx(calc.potential.statistics.reference_energies[element], abs=1e-12)
+    assert np.abs(atoms.get_forces()).max() == 0.0
+
+
+@pytest.mark.parametrize("name", ["sound", "sound-gaussian-painn"])
+def test_smooth_through_the_third_derivative_at_the_cutoff(name: str) -> None:
+    water = molecule("H2O")[[1, 0, 2]]
+    assert cutoff_exponent(calculator(name), water, 4.0) > 3.8
+    assert energy_jump(calculator(name), water, 4.0) < 1e-12
+
+
+def test_published_form_jumps_at_the_cutoff() -> None:
+    """The bias of the radial map is why: messages do not vanish at the cutoff."""
+    assert energy_jump(calculator("published-vanilla"), molecule("H2O")[[1, 0, 2]], 4.0) > 1e-6
+
+
+@pytest.mark.parametrize("name", ["sound", "sound-gaussian-painn"])
+def test_third_derivative_is_bounded_at_the_cutoff(name: str) -> None:
+    """Finite differences of the force through the cutoff: value, slope and curvature are continuous."""
+    calc = calculator(name)
+    atoms = Atoms("OH", positions=[[0, 0, 0], [4.0, 0, 0]])
+    atoms.calc = calc
+    step = 0.01
+    forces = []
+    for k in range(-4, 5):
+        atoms.positions[1, 0] = 4.0 + k * step
+        forces.append(atoms.get_forces()[1, 0])
+    curvature = np.diff(forces, 2) / step**2
+    assert np.abs(np.diff(curvature)).max() < 0.5 * np.abs(curvature).max() + 1e-12
+
+
+def test_dynamics_conserve_energy_to_second_order() -> None:
+    atoms = molecule("H2O")
+    atoms.rattle(0.02, seed=0)
+    results = nve_conservation(calculator("sound"), atoms, temperature=100, timestep=0.1, picoseconds=0.05)
+    assert results["fluctuation_ratio"] == pytest.approx(4.0, abs=0.5)
+    assert abs(results["drift_meV_per_atom_per_ps"]) < 1.0
+
+
+def test_vectors_are_smooth_at_symmetric_sites() -> None:
+    """At a perfect crystal all vectors vanish; the energy must still have finite third differences."""
+    calc = calculator("sound")
+    atoms = bulk("SiC", "zincblende", a=4.4, cubic=True)
+    energies = []
+    for offset in np.linspace(-0.02, 0.02, 9):
+        moved = atoms.copy()
+        moved.positions[0, 0] += offset
+        moved.calc = calc
+        energies.append(moved.get_potential_energy())
+    second = np.diff(energies, 2) / 0.005**2
+    assert np.ptp(second) < 0.05 * np.abs(second).max()
+
+
+def test_zbl_wall() -> None:
+    """Two atoms pushed together are repelled, ever more strongly."""
+    atoms = Atoms("OH", positions=[[0, 0, 0], [1, 0, 0]])
+    atoms.calc = calculator("sound")
+    energies = []
+    for distance in (0.4, 0.3, 0.2, 0.1, 0.05):
+        atoms.positions[1, 0] = distance
+        energies.append(atoms.get_potential_energy())
+    assert np.all(np.diff(energies) > 0)
+    assert energies[-1] > 100

@@ -1,0 +1,366 @@
+"""Readers, units, splits, statistics, stores: labels arrive as they were written, or an error says why not."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import lzma
+import pickle
+from pathlib import Path
+
+import ase.db
+import ase.io
+import numpy as np
+import pytest
+from ase import Atoms, units
+from ase.build import bulk, molecule
+from ase.calculators.singlepoint import SinglePointCalculator
+from ase.constraints import FixAtoms
+from ase.stress import full_3x3_to_voigt_6_stress
+
+from gossamer.data.dataset import DataConfig, load_data, open_dataset, require_labels
+from gossamer.data.inspection import inspect
+from gossamer.data.legacy import read_legacy_lmdb
+from gossamer.data.loader import epoch_batches
+from gossamer.data.readers import LabelConfig, read_structures
+from gossamer.data.statistics import compute_statistics
+from gossamer.data.store import Store, write_store
+from gossamer.data.structure import Structure
+
+
+def labelled(seed: int = 0, periodic: bool = True) -> Atoms:
+    rng = np.random.default_rng(seed)
+    atoms = bulk("SiC", "zincblende", a=4.36, cubic=True) if periodic else molecule("CH3OH")
+    atoms.rattle(0.05, seed=seed)
+    stress = rng.normal(scale=0.01, size=(3, 3))
+    results = {"energy": rng.normal(), "forces": rng.normal(size=(len(atoms), 3))}
+    if periodic:
+        results["stress"] = full_3x3_to_voigt_6_stress(stress + stress.T)
+    atoms.calc = SinglePointCalculator(atoms, **results)
+    return atoms
+
+
+def assert_same(structure: Structure, atoms: Atoms, digits: float = 1e-7) -> None:
+    np.testing.assert_array_equal(structure.atomic_numbers, atoms.numbers)
+    np.testing.assert_allclose(structure.positions, atoms.positions, atol=digits)
+    np.testing.assert_allclose(structure.cell, atoms.cell.array, atol=digits)
+    assert structure.energy == pytest.approx(atoms.calc.results["energy"], abs=1e-6)
+    np.testing.assert_allclose(structure.forces, atoms.calc.results["forces"], atol=digits)
+    if "stress" in atoms.calc.results:
+        np.testing.assert_allclose(structure.stress, atoms.get_stress(voigt=False), atol=digits)
+
+
+@pytest.mark.parametrize("suffix", [".extxyz", ".extxyz.xz", ".extxyz.gz", ".db", ".aselmdb", ".traj"])
+def test_formats_of_ase(tmp_path: Path, suffix: str) -> None:
+    frames = [labelled(k) for k in range(3)]
+    path = tmp_path / f"data{suffix}"
+    if suffix in (".db", ".aselmdb"):
+        if suffix == ".aselmdb":
+            pytest.importorskip("ase_db_backends")
+        with ase.db.connect(str(path)) as database:
+            for atoms in frames:
+                database.write(atoms)
+    elif suffix == ".traj":
+        ase.io.write(path, frames)
+    else:
+        text = io.StringIO()
+        ase.io.write(text, frames, format="extxyz")
+        data = text.getvalue().encode()
+        path.write_bytes({".xz": lzma.compress, ".gz": gzip.compress}.get(path.suffix, lambda x: x)(data))
+    structures = list(read_structures(path))
+    assert len(structures) == 3
+    for structure, atoms in zip(structures, frames, strict=True):
+        assert_same(structure, atoms)
+
+
+def test_forces_of_fixed_atoms_are_read_unchanged(tmp_path: Path) -> None:
+    atoms = labelled()
+    atoms.set_constraint(FixAtoms([0, 3]))
+    ase.io.write(tmp_path / "fixed.traj", atoms)
+    (structure,) = read_structures(tmp_path / "fixed.traj")
+    assert np.all(structure.forces[0] != 0)
+    assert np.flatnonzero(structure.fixed).tolist() == [0, 3]
+
+
+def test_vasp_output_through_ase(tmp_path: Path) -> None:
+    """A vasprun.xml in VASP's layout (written here); stress in kbar comes out in eV/Å³ with ASE's sign."""
+    vectors = "".join(f"<v>{x} {y} {z}</v>" for x, y, z in np.eye(3) * 5.0)
+    text = f"""<?xml version="1.0" encoding="ISO-8859-1"?><modeling>
+<incar><i name="NSW" type="int">0</i></incar><kpoints><varray name="kpointlist"><v>0 0 0</v></varray><varray name="weights"><v>1</v></varray></kpoints>
+<parameters><separator name="electronic"><i name="NELECT">2.0</i></separator><separator name="electronic exchange-correlation"></separator></parameters>
+<atominfo><atoms>2</atoms><types>1</types><array name="atoms"><set><rc><c>H</c><c>1</c></rc><rc><c>H</c><c>1</c></rc></set></array></atominfo>
+<structure name="initialpos"><crystal><varray name="basis">{vectors}</varray></crystal><varray name="positions"><v>0 0 0</v><v>0.15 0 0</v></varray></structure>
+<calculation><scstep><energy><i name="e_fr_energy">-6.7</i><i name="e_wo_entrp">-6.7</i><i name="e_0_energy">-6.7</i></energy></scstep>
+<structure><crystal><varray name="basis">{vectors}</varray></crystal><varray name="positions"><v>0 0 0</v><v>0.15 0 0</v></varray></structure>
+<varray name="forces"><v>0.5 0 0</v><v>-0.5 0 0</v></varray><varray name="stress"><v>10 0 0</v><v>0 20 0</v><v>0 0 30</v></varray>
+<energy><i name="e_fr_energy">-6.7</i><i name="e_wo_entrp">-6.7</i><i name="e_0_energy">-6.7</i></energy></calculation>
+</modeling>"""
+    (tmp_path / "vasprun.xml").write_text(text)
+    (structure,) = read_structures(tmp_path / "vasprun.xml")
+    assert structure.energy == pytest.approx(-6.7)
+    assert structure.forces[0].tolist() == [0.5, 0, 0]
+    np.testing.assert_allclose(np.diag(structure.stress), [-10 / 1602.1766, -20 / 1602.1766, -30 / 1602.1766], rtol=1e-4)
+
+
+@pytest.mark.parametrize("layout", ["md17", "rmd17"])
+def test_md17_npz_in_kcal(tmp_path: Path, layout: str) -> None:
+    rng = np.random.default_rng(0)
+    z, r, e, f = np.array([8, 1, 1]), rng.normal(size=(4, 3, 3)), rng.normal(size=4) * 1e4, rng.normal(size=(4, 3, 3))
+    arrays = {"z": z, "R": r, "E": e[:, None], "F": f} if layout == "md17" else {"nuclear_charges": z, "coords": r, "energies": e, "forces": f}
+    np.savez(tmp_path / "data.npz", **arrays)
+    structures = list(read_structures(tmp_path / "data.npz"))
+    factor = 0.0433641153087705
+    assert structures[2].energy == pytest.approx(e[2] * factor, rel=1e-6)
+    np.testing.assert_allclose(structures[2].forces, f[2] * factor, rtol=1e-6)
+    (in_ev, *_) = read_structures(tmp_path / "data.npz", LabelConfig(energy_unit="eV"))
+    assert in_ev.energy == pytest.approx(e[0])
+
+
+def test_iso17_database(tmp_path: Path) -> None:
+    """Databases written by schnetpack keep the energy as a key-value pair and the forces as data."""
+    forces = np.random.default_rng(0).normal(size=(3, 3))
+    with ase.db.connect(str(tmp_path / "iso17.db")) as database:
+        database.write(molecule("H2O"), total_energy=-76.3, data={"atomic_forces": forces})
+    (structure,) = read_structures(tmp_path / "iso17.db")
+    assert structure.energy == -76.3
+    np.testing.assert_allclose(structure.forces, forces)
+
+
+def test_mptrj_json_is_streamed(tmp_path: Path) -> None:
+    site = {"species": [{"element": "Mg", "occu": 1}], "abc": [0, 0, 0], "xyz": [0.1, 0.2, 0.3]}
+    frame = {"structure": {"lattice": {"matrix": (np.eye(3) * 3).tolist()}, "sites": [site]}, "uncorrected_total_energy": -1.5,
+             "corrected_total_energy": -9.0, "force": [[0.1, 0, 0]], "stress": (np.eye(3) * 100).tolist()}  # fmt: skip
+    (tmp_path / "MPtrj.json").write_text(json.dumps({"mp-1": {"mp-1-0-0": frame, "mp-1-0-1": frame}, "mp-2": {"mp-2-0-0": frame}}))
+    structures = list(read_structures(tmp_path / "MPtrj.json"))
+    assert [s.group for s in structures] == ["mp-1", "mp-1", "mp-2"]
+    assert structures[0].energy == -1.5
+    assert structures[0].stress[0, 0] == pytest.approx(-100 * 6.2415091e-4, rel=1e-6)
+
+
+def test_oc20_folder_subtracts_the_reference(tmp_path: Path) -> None:
+    for k in range(2):
+        atoms = [labelled(k), labelled(k + 5)]
+        for a in atoms:
+            a.set_constraint(FixAtoms([0]))
+        text = io.StringIO()
+        ase.io.write(text, atoms, format="extxyz")
+        (tmp_path / f"{k}.extxyz.xz").write_bytes(lzma.compress(text.getvalue().encode()))
+        (tmp_path / f"{k}.txt.xz").write_bytes(lzma.compress(f"random{k},frame0,-10.5\nrandom{k},frame3,-11.5\n".encode()))
+    structures = list(read_structures(tmp_path))
+    assert len(structures) == 4
+    assert structures[0].energy == pytest.approx(labelled(0).calc.results["energy"] + 10.5, abs=1e-6)
+    assert structures[3].energy == pytest.approx(labelled(6).calc.results["energy"] + 11.5, abs=1e-6)
+    assert structures[3].group == "random1"
+    assert np.flatnonzero(structures[0].fixed).tolist() == [0]
+    (tmp_path / "1.txt.xz").write_bytes(lzma.compress(b"random1,frame0,-10.5\n"))
+    with pytest.raises(ValueError, match="do not belong together"):
+        list(read_structures(tmp_path))
+
+
+class _Graph:
+    """Pickled under the name of the graph class of another package."""
+
+
+def test_legacy_lmdb_of_pickled_graphs(tmp_path: Path) -> None:
+    import sys
+    import types
+
+    import torch
+
+    lmdb = pytest.importorskip("lmdb")
+    module = types.ModuleType("torch_geometric.data.data")
+    data_class = type("Data", (), {"__module__": "torch_geometric.data.data", "__qualname__": "Data"})
+    module.Data = data_class
+    sys.modules.update({"torch_geometric": types.ModuleType("torch_geometric"), "torch_geometric.data": types.ModuleType("d"), module.__name__: module})
+    try:
+        graph = data_class()
+        graph.__dict__ |= {"pos": torch.rand(4, 3), "cell": torch.eye(3)[None] * 9, "atomic_numbers": torch.tensor([8.0, 1, 1, 29]), "y": -3.5,
+                           "force": torch.rand(4, 3), "fixed": torch.tensor([0.0, 0, 0, 1]), "sid": 17}  # fmt: skip
+        good = pickle.dumps(graph)
+    finally:
+        for name in ("torch_geometric", "torch_geometric.data", module.__name__):
+            del sys.modules[name]
+
+    class Evil:
+        def __reduce__(self):
+            return (print, ("this must never be printed",))
+
+    for name, content in (("good", good), ("evil", pickle.dumps(Evil()))):
+        environment = lmdb.open(str(tmp_path / f"{name}.lmdb"), subdir=False, map_size=2**24)
+        with environment.begin(write=True) as transaction:
+            transaction.put(b"0", content)
+            transaction.put(b"length", pickle.dumps(1))
+        environment.close()
+    (structure,) = read_legacy_lmdb(tmp_path / "good.lmdb")
+    assert structure.energy == -3.5
+    assert structure.group == "17"
+    assert structure.atomic_numbers.tolist() == [8, 1, 1, 29]
+    assert structure.fixed.tolist() == [False, False, False, True]
+    np.testing.assert_allclose(structure.forces, graph.force.numpy())
+    with pytest.raises(ValueError, match=r"asks for builtins\.print"):
+        list(read_legacy_lmdb(tmp_path / "evil.lmdb"))
+    with pytest.raises(ValueError, match="gossamer data convert --legacy-lmdb"):
+        list(read_structures(tmp_path / "good.lmdb"))
+
+
+def test_units_and_signs(tmp_path: Path) -> None:
+    atoms = labelled()
+    ase.io.write(tmp_path / "a.extxyz", atoms)
+    labels = LabelConfig(energy_unit="Hartree", length_unit="Bohr", stress_unit="GPa", stress_sign="vasp")
+    (s,) = read_structures(tmp_path / "a.extxyz", labels)
+    assert s.energy == pytest.approx(atoms.calc.results["energy"] * 27.2114, rel=1e-5)
+    np.testing.assert_allclose(s.forces, atoms.calc.results["forces"] * 51.42207, rtol=1e-5)
+    np.testing.assert_allclose(s.positions, atoms.positions * 0.529177, rtol=1e-5)
+    np.testing.assert_allclose(s.stress, -atoms.get_stress(voigt=False) * units.GPa, rtol=1e-5, atol=1e-9)
+
+
+def test_virial_becomes_stress(tmp_path: Path) -> None:
+    atoms = labelled()
+    stress = atoms.get_stress(voigt=False)
+    atoms.calc = None
+    atoms.info["virial"] = -stress * atoms.get_volume()
+    ase.io.write(tmp_path / "a.extxyz", atoms)
+    (s,) = read_structures(tmp_path / "a.extxyz", LabelConfig(stress="virial"))
+    np.testing.assert_allclose(s.stress, stress, atol=1e-7)
+
+
+def test_store_streams_and_reads_back(tmp_path: Path) -> None:
+    frames = [labelled(0), labelled(1, periodic=False), labelled(2)]
+    ase.io.write(tmp_path / "a.traj", frames)
+    assert write_store(read_structures(tmp_path / "a.traj"), tmp_path / "a.store") == 3
+    store = open_dataset(tmp_path / "a.store")
+    assert isinstance(store, Store)
+    for structure, atoms in zip(store, frames, strict=True):
+        assert_same(structure, atoms, 1e-12)
+    assert store[1].stress is None
+    with pytest.raises(FileExistsError, match="exists"):
+        write_store([], tmp_path / "a.store")
+    (tmp_path / "a.store" / "forces.bin").write_bytes(b"12345678")
+    with pytest.raises(ValueError, match="damaged"):
+        Store(tmp_path / "a.store")
+
+
+def test_splits(tmp_path: Path) -> None:
+    frames = [labelled(k) for k in range(20)]
+    for k, atoms in enumerate(frames):
+        atoms.info["material"] = f"m{k // 4}"
+    ase.io.write(tmp_path / "a.extxyz", frames)
+    path = str(tmp_path / "a.extxyz")
+    train, valid, test = load_data(DataConfig(train=path, valid_fraction=0.2))
+    assert (len(train), len(valid), test) == (16, 4, None)
+    assert {s.name for s in train}.isdisjoint({s.name for s in valid})
+    again, _, _ = load_data(DataConfig(train=path, valid_fraction=0.2))
+    assert [s.name for s in train] == [s.name for s in again]
+    train, valid, _ = load_data(DataConfig(train=path, valid_fraction=0.2, split="group", labels=LabelConfig(group="material")))
+    assert {s.group for s in train}.isdisjoint({s.group for s in valid})
+    assert len(valid) == 4
+    train, _, _ = load_data(DataConfig(train=path, valid_size=3, train_size=5))
+    assert len(train) == 5
+    with pytest.raises(ValueError, match="is the same structure as"):
+        load_data(DataConfig(train=path, valid=path))
+
+
+def test_statistics() -> None:
+    """Least squares finds the energies that made the labels; isolated atoms take precedence."""
+    references = {"H": -3.0, "C": -7.0, "O": -9.0}
+    structures = []
+    for name in ("CH4", "H2O", "CO2", "CH3OH", "H2"):
+        atoms = molecule(name)
+        energy = sum(references[s] for s in atoms.get_chemical_symbols())
+        structures.append(Structure(atomic_numbers=atoms.numbers, positions=atoms.positions, energy=energy, forces=np.full((len(atoms), 3), 0.5)))
+    statistics = compute_statistics(structures, cutoff=3.0)
+    assert statistics.reference_energies == pytest.approx(references)
+    assert statistics.energy_scale == pytest.approx(0.5)
+    assert statistics.mean_neighbors > 1
+    lone = [Structure(atomic_numbers=np.array([z]), positions=np.zeros((1, 3)), energy=e) for z, e in ((1, -1.0), (6, -2.0), (8, -4.0))]
+    assert compute_statistics([*structures, *lone], 3.0).reference_energies == {"H": -1.0, "C": -2.0, "O": -4.0}
+    assert compute_statistics(structures, 3.0, {"H": 1, "C": 2, "O": 3}).reference_energies["O"] == 3
+    with pytest.raises(ValueError, match="no value for O"):
+        compute_statistics(structures, 3.0, {"H": 1, "C": 2})
+    with pytest.raises(ValueError, match="no frame holds a single atom of"):
+        compute_statistics(structures, 3.0, "isolated")
+    with pytest.raises(ValueError, match="The data holds O"):
+        compute_statistics(structures, 3.0, elements=["H", "C"])
+
+
+def test_batches_cover_an_epoch_once_and_repeat_exactly() -> None:
+    sizes = np.random.default_rng(0).integers(1, 40, 50)
+    batches = epoch_batches(sizes, 8, 100, seed=3, epoch=2)
+    assert sorted(k for b in batches for k in b) == list(range(50))
+    assert all(len(b) <= 8 and (sizes[b].sum() <= 100 or len(b) == 1) for b in batches)
+    assert batches == epoch_batches(sizes, 8, 100, seed=3, epoch=2)
+    assert batches != epoch_batches(sizes, 8, 100, seed=3, epoch=3)
+
+
+def test_missing_label_names_file_and_frame(tmp_path: Path) -> None:
+    frames = [labelled(k) for k in range(3)]
+    del frames[2].calc.results["stress"]
+    ase.io.write(tmp_path / "a.extxyz", frames)
+    with pytest.raises(ValueError, match=r"a\.extxyz' frame 2 has no stress, but loss\.stress is above 0"):
+        require_labels(list(read_structures(tmp_path / "a.extxyz")), ["energy", "stress"], "loss.{label} is above 0")
+
+
+# --- inspection ---------------------------------------------------------------------------------------------------
+
+
+def morse_frames(n: int = 60, energy_factor: float = 1.0, sign: float = 1.0) -> list[Structure]:
+    """Frames of a real potential energy surface (ASE's Morse), near one another."""
+    from ase.calculators.morse import MorsePotential
+
+    atoms = bulk("Cu", cubic=True, a=3.0)
+    rng = np.random.default_rng(0)
+    structures = []
+    for k in range(n):
+        moved = atoms.copy()
+        moved.positions += rng.normal(scale=0.02, size=(4, 3))
+        moved.calc = MorsePotential(rcut1=4.0, rcut2=5.0)
+        structures.append(
+            Structure(atomic_numbers=moved.numbers, positions=moved.positions, cell=moved.cell.array, pbc=np.array(moved.pbc),
+                      energy=moved.get_potential_energy() * energy_factor, forces=sign * moved.get_forces(), name=f"frame {k}")
+        )  # fmt: skip
+    return structures
+
+
+def test_inspection_passes_good_data() -> None:
+    report = inspect(morse_frames())
+    assert report.ok, report.errors
+    assert "slope 1" in report.facts["energy against forces"] or "slope 0.9" in report.facts["energy against forces"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(energy_factor=1 / 27.2114), "disagree by a factor of .* Hartree"),
+        (dict(energy_factor=23.06), "disagree by a factor of .* kcal/mol"),
+        (dict(sign=-1.0), "wrong sign"),
+    ],
+)
+def test_inspection_finds_units_and_signs(change: dict, message: str) -> None:
+    report = inspect(morse_frames(**change))
+    assert not report.ok
+    assert any(__import__("re").search(message, e) for e in report.errors), report.errors
+
+
+def test_inspection_finds_what_is_wrong() -> None:
+    frames = morse_frames()
+
+    def altered(index: int, **values) -> list[Structure]:
+        return [Structure(**{**vars(s), **(values if k == index else {})}) for k, s in enumerate(frames)]
+
+    def found(structures: list[Structure], word: str) -> bool:
+        report = inspect(structures)
+        return any(word in message for message in (*report.errors, *report.warnings))
+
+    assert found(altered(3, forces=np.zeros((4, 3))), "all zero")
+    assert found(altered(3, forces=None), "have no forces, the first is frame 3")
+    assert found(altered(3, energy=frames[3].energy + 40), "energy outliers")
+    assert found(altered(3, positions=frames[4].positions, energy=frames[4].energy), "duplicate frames")
+    assert found(altered(3, positions=frames[4].positions, energy=frames[4].energy + 1), "different energies")
+    assert found(altered(3, positions=np.tile(frames[3].positions[:1], (4, 1)) + np.arange(4)[:, None] * 0.05), "overlapping")
+    strained = []
+    for factor in np.linspace(0.97, 1.03, 9):
+        s = frames[0]
+        strained.append(Structure(**{**vars(s), "cell": s.cell * factor, "positions": s.positions * factor, "stress": -np.eye(3) * (factor - 1), "name": str(factor)}))
+    assert found(strained, "sign is that of VASP")
+    assert inspect([]).errors == ["there are no frames"]
