@@ -87,7 +87,7 @@ def collate(structures: Sequence[Structure], cutoff: float, max_neighbors: int |
         max_neighbors: Keep only this many nearest neighbours of each atom (the energy then jumps when ranks change).
     """
     lists = [neighbor_list(s.positions, s.cell, s.pbc, cutoff, max_neighbors) for s in structures]
-    sizes = np.array([len(s.atomic_numbers) for s in structures])
+    sizes = [s.n_atoms for s in structures]
     first = np.cumsum(sizes) - sizes
     edge_index = np.concatenate([edges + start for (edges, _), start in zip(lists, first, strict=True)], axis=1)
     edge_shifts = np.concatenate([shifts for _, shifts in lists])

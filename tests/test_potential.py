@@ -1,0 +1,177 @@
+"""A potential as a function of batches, and as a file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from ase import Atoms
+from conftest import MODELS, make_potential
+
+from gossamer.data.structure import Structure
+from gossamer.graph import collate
+from gossamer.potential import Potential, load, read_manifest, save
+
+ELEMENTS = ["H", "C", "O", "Si"]
+
+
+def structure(atoms: Atoms, name: str = "s") -> Structure:
+    return Structure(
+        atomic_numbers=atoms.numbers.astype(np.int64), positions=atoms.positions, cell=atoms.cell.array, pbc=np.array(atoms.pbc), name=name
+    )
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_batch_equals_one_by_one(name: str, ethanol: Atoms, crystal: Atoms, slab: Atoms) -> None:
+    potential = make_potential(ELEMENTS, **MODELS[name])
+    structures = [structure(a) for a in (ethanol, crystal, slab, ethanol)]
+    together = potential.predict(structures)
+    for s, batch in zip(structures, together, strict=True):
+        (alone,) = potential.predict([s])
+        assert batch["energy"] == pytest.approx(alone["energy"], rel=1e-12)
+        np.testing.assert_allclose(batch["forces"], alone["forces"], atol=1e-11)
+        if alone["stress"] is not None:
+            np.testing.assert_allclose(batch["stress"], alone["stress"], atol=1e-12)
+
+
+def test_no_gradient_between_structures(ethanol: Atoms, crystal: Atoms) -> None:
+    potential = make_potential(ELEMENTS, global_context=True)
+    graph = potential.collate([structure(ethanol), structure(crystal)])
+    vectors = graph.edge_vectors().requires_grad_()
+    energies, _ = potential._node_energies(graph, vectors, None)
+    (slope,) = torch.autograd.grad(energies[: len(ethanol)].sum(), vectors)
+    other = graph.edge_index[1] >= len(ethanol)
+    assert float(slope[other].abs().max()) == 0.0
+    assert float(slope[~other].abs().max()) > 0
+
+
+def test_lone_atom_table_is_the_same_as_lone_atoms_riding_along(crystal: Atoms) -> None:
+    potential = make_potential(ELEMENTS)
+    graph = potential.collate([structure(crystal)])
+    a, b = potential(graph), potential(graph, isolated=potential.isolated_outputs())
+    assert float(a.energy) == pytest.approx(float(b.energy), abs=1e-12)
+
+
+def test_compiled_shapes_are_checked() -> None:
+    """jaxtyping is on while testing: a wrong shape fails at the call, naming the argument."""
+    from gossamer.nn.radial import bessel_basis
+
+    with pytest.raises(Exception, match="x"):
+        bessel_basis(torch.zeros(3, 2), 4)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_save_and_load(name: str, dtype: str, tmp_path: Path, ethanol: Atoms, crystal: Atoms) -> None:
+    potential = make_potential(ELEMENTS, dtype=getattr(torch, dtype), **MODELS[name])
+    checks = [structure(ethanol), structure(crystal)]
+    save(potential, tmp_path / "p.safetensors", checks, {"note": "made by a test"})
+    again = load(tmp_path / "p.safetensors")
+    assert again.dtype == getattr(torch, dtype)
+    assert again.conservative == ("direct" not in name)
+    for a, b in zip(potential.predict(checks), again.predict(checks), strict=True):
+        assert a["energy"] == b["energy"]
+        np.testing.assert_array_equal(a["forces"], b["forces"])
+    other = load(tmp_path / "p.safetensors", dtype="float64" if dtype == "float32" else "float32")
+    np.testing.assert_allclose(other.predict(checks)[0]["forces"], again.predict(checks)[0]["forces"], atol=2e-3)
+    manifest = read_manifest(tmp_path / "p.safetensors")
+    assert manifest["format"] == 1
+    assert manifest["statistics"]["elements"] == ELEMENTS
+    assert manifest["training"] == {"note": "made by a test"}
+    assert list(tmp_path.iterdir()) == [tmp_path / "p.safetensors"]  # no temporary file is left
+
+
+def saved(tmp_path: Path, atoms: Atoms) -> Path:
+    save(make_potential(ELEMENTS), tmp_path / "p.safetensors", [structure(atoms)])
+    return tmp_path / "p.safetensors"
+
+
+def test_truncated_file_is_refused(tmp_path: Path, ethanol: Atoms) -> None:
+    path = saved(tmp_path, ethanol)
+    data = path.read_bytes()
+    for size in (0, 5, len(data) // 2, len(data) - 1):
+        path.write_bytes(data[:size])
+        with pytest.raises(ValueError, match="not a readable safetensors file .* truncated"):
+            load(path)
+
+
+def test_altered_weights_and_manifest_are_refused(tmp_path: Path, ethanol: Atoms) -> None:
+    path = saved(tmp_path, ethanol)
+    data = bytearray(path.read_bytes())
+    data[-9] ^= 1
+    path.write_bytes(bytes(data))
+    with pytest.raises(ValueError, match="was altered"):
+        load(path)
+    path = saved(tmp_path, ethanol)
+    path.write_bytes(path.read_bytes().replace(b"-1.5", b"-2.5", 1))
+    with pytest.raises(ValueError, match="was altered"):
+        load(path)
+
+
+def test_other_predictions_on_loading_are_refused(tmp_path: Path, ethanol: Atoms, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a broken build of PyTorch or a broken kernel would do: the stored predictions do not come out."""
+    path = saved(tmp_path, ethanol)
+    original = Potential.predict
+
+    def wrong(self, structures, stress=True):
+        out = original(self, structures, stress)
+        return [{**p, "forces": p["forces"] + 0.01} for p in out]
+
+    monkeypatch.setattr(Potential, "predict", wrong)
+    with pytest.raises(ValueError, match="gives other forces here than when it was saved"):
+        load(path)
+    monkeypatch.setattr(Potential, "predict", lambda self, s, stress=True: [{**p, "energy": p["energy"] + 1} for p in original(self, s, stress)])
+    with pytest.raises(ValueError, match="gives another energy here"):
+        load(path)
+
+
+def test_not_a_potential(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="There is no file"):
+        load(tmp_path / "nothing")
+    safetensors.torch.save_file({"a": torch.zeros(1)}, tmp_path / "other")
+    with pytest.raises(ValueError, match="not a potential saved by gossamer"):
+        load(tmp_path / "other")
+    safetensors.torch.save_file({"a": torch.zeros(1)}, tmp_path / "newer", {"gossamer": json.dumps({"format": 99, "gossamer": "9.9"})})
+    with pytest.raises(ValueError, match=r"format 99; this gossamer .* reads up to 1"):
+        load(tmp_path / "newer")
+
+
+def test_pickles_are_not_read(tmp_path: Path) -> None:
+    torch.save({"a": 1}, tmp_path / "model.pt")
+    with pytest.raises(ValueError, match="not a readable safetensors file"):
+        load(tmp_path / "model.pt")
+
+
+def test_unknown_element(ethanol: Atoms) -> None:
+    with pytest.raises(ValueError, match=r"O \(8\) not among the potential's elements \(H, C\)"):
+        make_potential(["H", "C"]).collate([structure(ethanol)])
+
+
+def test_energies_of_large_offsets_keep_their_digits(ethanol: Atoms) -> None:
+    """Reference energies of -1e5 eV per atom leave a float32 network's differences intact."""
+    from gossamer.data.statistics import Statistics
+
+    small = make_potential(ELEMENTS, dtype=torch.float32)
+    big = Potential(
+        small.model_config, Statistics(elements=ELEMENTS, reference_energies=dict.fromkeys(ELEMENTS, -1e5), energy_scale=0.7, mean_neighbors=12.0)
+    ).eval()
+    big.network.load_state_dict(small.network.state_dict())
+    moved = ethanol.copy()
+    moved.positions[0] += 0.01
+    differences = []
+    for potential in (small, big):
+        a, b = potential.predict([structure(ethanol), structure(moved)])
+        differences.append(b["energy"] - a["energy"])
+    assert differences[0] == pytest.approx(differences[1], abs=1e-7)
+
+
+def test_collate_marks_missing_labels_with_nan(ethanol: Atoms) -> None:
+    a = Structure(**{**vars(structure(ethanol)), "energy": 1.0, "forces": np.zeros((9, 3))})
+    graph = collate([a, structure(ethanol)], 3.0)
+    assert torch.isnan(graph.energy).tolist() == [False, True]
+    assert torch.isnan(graph.forces).any(dim=1).tolist() == [False] * 9 + [True] * 9
+    assert graph.stress is None

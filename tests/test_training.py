@@ -1,0 +1,274 @@
+"""Training: it learns, it resumes bitwise after SIGKILL, it stops cleanly, it spreads over processes."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import DEMO
+from safetensors.torch import load_file
+
+from gossamer.config import make_config
+from gossamer.data.readers import read_structures
+from gossamer.evaluation import evaluate_potential
+from gossamer.potential import load
+from gossamer.runs import evaluate, fit, train
+from gossamer.training.losses import LossConfig, penalty
+from gossamer.training.optim import EMA, Schedule, ScheduleConfig, make_optimizer
+
+ETHANOL = str(DEMO / "ethanol_500K.extxyz.xz")
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def settings(out: Path, **training) -> dict:
+    return {
+        "data": {"train": ETHANOL, "valid_size": 20, "train_size": 60},
+        "model": {"name": "leignn", "num_features": 16, "num_layers": 2, "cutoff": 4.0},
+        "training": {"steps": 60, "batch_size": 8, "valid_every": 20, "checkpoint_every": 10, "seed": 1, **training},
+        "out": str(out),
+    }
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return {k: v for k, v in load_file(folder / "checkpoint.safetensors").items() if k != "rng"}
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_it_learns_and_writes_everything(tmp_path: Path) -> None:
+    results = train(settings(tmp_path / "run", steps=200, valid_every=50), progress=False)
+    assert {p.name for p in (tmp_path / "run").iterdir()} >= {"config.yaml", "log.csv", "potential.safetensors", "results.json", "checkpoint.safetensors"}
+    with open(tmp_path / "run" / "log.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert [int(r["step"]) for r in rows] == [50, 100, 150, 200]
+    assert float(rows[-1]["valid_forces_mae"]) < 0.8 * float(rows[0]["valid_forces_mae"])
+    assert results["valid"]["forces_mae_meV_per_A"] == pytest.approx(min(float(r["valid_forces_mae"]) for r in rows), rel=1e-3)
+    config = make_config(json.loads(json.dumps(load(tmp_path / "run" / "potential.safetensors") and _manifest(tmp_path / "run")["training"])))
+    assert config.training.steps == 200
+    # the written settings train again
+    again = train(tmp_path / "run" / "config.yaml", [f"out={tmp_path / 'again'}"], progress=False)
+    assert again["valid"] == results["valid"]
+    with pytest.raises(FileExistsError, match="holds a run already"):
+        train(settings(tmp_path / "run"), progress=False)
+
+
+def _manifest(folder: Path) -> dict:
+    from gossamer.potential import read_manifest
+
+    return read_manifest(folder / "potential.safetensors")
+
+
+def start(tmp_path: Path, name: str, **training) -> tuple[subprocess.Popen, Path]:
+    folder = tmp_path / name
+    config = tmp_path / f"{name}.yaml"
+    config.write_text(json.dumps(settings(folder, **training)))
+    command = [sys.executable, "-m", "gossamer.cli", "train", str(config), "--resume"]
+    return subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True), folder
+
+
+def wait_for(path: Path, process: subprocess.Popen, seconds: float = 90) -> None:
+    deadline = time.monotonic() + seconds
+    while not path.exists():
+        if process.poll() is not None or time.monotonic() > deadline:
+            raise AssertionError(f"no {path}: {process.communicate()[0]}")
+        time.sleep(0.01)
+
+
+def test_killed_and_resumed_is_bitwise_the_same(tmp_path: Path) -> None:
+    options = dict(steps=400, checkpoint_every=10, valid_every=100)
+    whole, whole_folder = start(tmp_path, "whole", **options)
+    cut, cut_folder = start(tmp_path, "cut", **options)
+    wait_for(cut_folder / "checkpoint.safetensors", cut)
+    time.sleep(0.4)
+    cut.send_signal(signal.SIGKILL)
+    cut.communicate()
+    assert not (cut_folder / "results.json").exists()
+    cut, _ = start(tmp_path, "cut", **options)
+    out, _ = cut.communicate(timeout=120)
+    assert cut.returncode == 0, out
+    out, _ = whole.communicate(timeout=120)
+    assert whole.returncode == 0, out
+    assert same(weights(whole_folder), weights(cut_folder))
+    logs = [[{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(open(f / "log.csv"))] for f in (whole_folder, cut_folder)]
+    assert logs[0] == logs[1]
+
+
+def test_sigterm_checkpoints_and_exits_cleanly(tmp_path: Path) -> None:
+    process, folder = start(tmp_path, "run", steps=100_000)
+    wait_for(folder / "checkpoint.safetensors", process)
+    process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 0, out
+    assert "stopped by a signal at step" in out
+    assert "stopped_at_step" in out
+
+
+def test_resume_refuses_other_settings(tmp_path: Path) -> None:
+    train(settings(tmp_path / "run", steps=20), progress=False)
+    with pytest.raises(ValueError, match="belongs to another run: training differ"):
+        train(settings(tmp_path / "run", steps=20, learning_rate=0.1), resume=True, progress=False)
+    changed = settings(tmp_path / "run", steps=20)
+    changed["data"]["train_size"] = 50
+    with pytest.raises(ValueError, match="belongs to another run: data differ"):
+        train(changed, resume=True, progress=False)
+
+
+def test_damaged_checkpoint_points_to_the_one_before(tmp_path: Path) -> None:
+    train(settings(tmp_path / "run", steps=20), progress=False)
+    path = tmp_path / "run" / "checkpoint.safetensors"
+    assert (tmp_path / "run" / "checkpoint.safetensors.previous").exists()
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(ValueError, match=r"cannot be read .*previous"):
+        train(settings(tmp_path / "run", steps=20), resume=True, progress=False)
+
+
+def test_two_processes_equal_one(tmp_path: Path) -> None:
+    """The same batches shared by two processes give the same weights up to the order of sums."""
+    config = settings(tmp_path / "two", steps=12, dtype="float64", valid_every=12)
+    (tmp_path / "two.yaml").write_text(json.dumps(config))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "gossamer.cli", "train", str(tmp_path / "two.yaml")]
+    result = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=180, check=False)
+    assert result.returncode == 0, result.stderr
+    train(settings(tmp_path / "one", steps=12, dtype="float64", valid_every=12), progress=False)
+    one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
+    for name in (k for k in one if k.startswith("network.")):
+        torch.testing.assert_close(one[name], two[name], atol=1e-8, rtol=1e-6)
+
+
+def test_nan_stops_with_the_frame_and_the_checkpoint(tmp_path: Path) -> None:
+    config = settings(tmp_path / "run", learning_rate=1e18, clip_norm=None)
+    config["training"]["schedule"] = {"warmup_steps": 0}
+    with pytest.raises(RuntimeError, match=r"Training stopped at step \d+: loss .*ethanol_500K.* frame \d+.*Last good checkpoint: none yet"):
+        train(config, progress=False)
+
+
+def test_early_stopping(tmp_path: Path) -> None:
+    config = settings(tmp_path / "run", steps=1000, valid_every=5, early_stopping=2, learning_rate=1e-12)
+    config["training"]["ema_decay"] = 0.0
+    results = train(config, progress=False)
+    assert results["steps"] < 1000
+
+
+def test_direct_forces_train(tmp_path: Path) -> None:
+    config = settings(tmp_path / "run", steps=60)
+    config["model"]["direct_forces"] = True
+    results = train(config, progress=False)
+    assert results["valid"]["conservative_forces"] is False
+
+
+def test_compiled_training_equals_plain(tmp_path: Path) -> None:
+    """In a process without the shape checks, which torch.compile cannot trace."""
+    script = f"""
+import json, torch
+from gossamer.runs import train
+torch.set_num_threads(1)
+for name, compiled in (("plain", False), ("compiled", True)):
+    config = json.loads({json.dumps(json.dumps(settings(tmp_path / "X", steps=8, dtype="float64", valid_every=8)))})
+    config["training"]["compile"] = compiled
+    config["out"] = config["out"][:-1] + name
+    train(config, progress=False)
+"""
+    result = subprocess.run([sys.executable, "-W", "ignore", "-c", script], env=ENVIRONMENT, capture_output=True, text=True, timeout=400, check=False)
+    assert result.returncode == 0, result.stderr
+    assert "not compiled" not in result.stderr, result.stderr
+    plain, compiled = weights(tmp_path / "plain"), weights(tmp_path / "compiled")
+    for name in (k for k in plain if k.startswith("network.")):
+        torch.testing.assert_close(plain[name], compiled[name], atol=1e-8, rtol=1e-6)
+
+
+def test_fit_needs_no_configuration(tmp_path: Path) -> None:
+    results = fit(ETHANOL, out=tmp_path / "fit", minutes=0.1, progress=False)
+    assert results["valid"]["forces_mae_meV_per_A"] < 600
+    assert (tmp_path / "fit" / "config.yaml").exists()
+
+
+def test_fit_refuses_bad_data(tmp_path: Path) -> None:
+    import ase.io
+
+    frames = [s.to_ase() for s in read_structures(ETHANOL)][:40]
+    for atoms in frames:
+        atoms.calc.results["energy"] /= 27.2114
+    ase.io.write(tmp_path / "bad.extxyz", frames)
+    with pytest.raises(ValueError, match="not fit for training"):
+        fit(tmp_path / "bad.extxyz", out=tmp_path / "fit", minutes=0.05, progress=False)
+
+
+def test_evaluate_writes_the_worst_frames(tmp_path: Path) -> None:
+    import ase.io
+
+    train(settings(tmp_path / "run", steps=20), progress=False)
+    evaluation = evaluate(tmp_path / "run" / "potential.safetensors", ETHANOL, out=tmp_path / "evaluation", worst=5)
+    frames = ase.io.read(tmp_path / "evaluation" / "worst.extxyz", ":")
+    assert len(frames) == 5
+    assert frames[0].info["forces_rmse"] == pytest.approx(max(f["forces_rmse"] for f in evaluation.frames), rel=1e-5)
+    by_hand = np.concatenate([a.arrays["predicted_forces"] - a.get_forces() for a in frames[:1]])
+    assert 1000 * np.sqrt((by_hand**2).mean()) == pytest.approx(frames[0].info["forces_rmse"], rel=1e-4)
+    summary = json.loads((tmp_path / "evaluation" / "errors.json").read_text())
+    assert set(summary["forces_per_element_meV_per_A"]) == {"H", "C", "O"}
+
+
+def test_evaluation_adds_up(tmp_path: Path) -> None:
+    train(settings(tmp_path / "run", steps=20), progress=False)
+    potential = load(tmp_path / "run" / "potential.safetensors")
+    structures = list(read_structures(ETHANOL))[:12]
+    evaluation = evaluate_potential(potential, structures, batch_atoms=20)
+    predictions = [potential.predict([s])[0] for s in structures]
+    energy = np.array([(p["energy"] - s.energy) / 9 for p, s in zip(predictions, structures, strict=True)])
+    forces = np.array([p["forces"] - s.forces for p, s in zip(predictions, structures, strict=True)])
+    assert evaluation.energy.mae == pytest.approx(1000 * np.abs(energy).mean(), rel=1e-4)
+    assert evaluation.forces.rmse == pytest.approx(1000 * np.sqrt((forces**2).mean()), rel=1e-4)
+
+
+# --- pieces -------------------------------------------------------------------------------------------------------
+
+
+def test_penalties() -> None:
+    r = torch.tensor([-0.02, 0.005, 1.0])
+    assert penalty(r, LossConfig(kind="l1")).tolist() == pytest.approx([0.02, 0.005, 1.0])
+    assert penalty(r, LossConfig(kind="mse")).tolist() == pytest.approx([4e-4, 2.5e-5, 1.0])
+    assert penalty(r, LossConfig(kind="huber", huber_delta=0.01)).tolist() == pytest.approx([0.015, 0.00125, 0.995])
+
+
+def test_schedules() -> None:
+    cosine = Schedule(ScheduleConfig(kind="cosine", warmup_steps=10, final=0.1), 1.0, 110)
+    assert [cosine.rate(k) for k in (0, 9, 10, 60, 110)] == pytest.approx([0.1, 1.0, 1.0, 0.55, 0.1])
+    linear = Schedule(ScheduleConfig(kind="linear", warmup_steps=0, final=0.0), 1.0, 100)
+    assert linear.rate(25) == pytest.approx(0.75)
+    plateau = Schedule(ScheduleConfig(kind="plateau", warmup_steps=0, factor=0.5, patience=1, final=0.3), 1.0, 100)
+    rates = []
+    for metric in (1.0, 1.1, 1.2, 0.9, 1.0, 1.0, 1.0, 1.0):
+        plateau.observe(metric)
+        rates.append(plateau.rate(50))
+    assert rates == pytest.approx([1, 1, 0.5, 0.5, 0.5, 0.3, 0.3, 0.3])
+
+
+def test_ema_follows_its_formula() -> None:
+    module = torch.nn.Linear(1, 1, bias=False)
+    torch.nn.init.zeros_(module.weight)
+    ema = EMA(module, 0.9)
+    expected = 0.0
+    for n in range(1, 6):
+        module.weight.data.fill_(float(n))
+        ema.update()
+        decay = min(0.9, (1 + n) / (10 + n))
+        expected = decay * expected + (1 - decay) * n
+        assert float(ema.module.weight) == pytest.approx(expected, rel=1e-6)
+
+
+def test_no_decay_of_tables_and_biases() -> None:
+    module = torch.nn.Sequential(torch.nn.Embedding(3, 2), torch.nn.Linear(2, 2))
+    groups = make_optimizer(module, 1e-3, 0.1, True).param_groups
+    assert {tuple(p.shape) for p in groups[0]["params"]} == {(2, 2)}
+    assert groups[1]["weight_decay"] == 0.0
+    assert {tuple(p.shape) for p in groups[1]["params"]} == {(3, 2), (2,)}
