@@ -18,7 +18,6 @@ from __future__ import annotations
 import itertools
 
 import numpy as np
-import vesin
 from numpy.typing import NDArray
 
 Edges = tuple[NDArray[np.int64], NDArray[np.int64]]
@@ -36,6 +35,8 @@ def neighbor_list(
     Raises:
         ValueError: non-finite positions, a cutoff that is not positive, or linearly dependent periodic vectors.
     """
+    import vesin  # here, because it imports torch where torch is installed, and the checks must not
+
     cell = complete_cell(positions, cell, pbc, cutoff)
     calculator = vesin.NeighborList(cutoff=float(cutoff), full_list=True)
     # vesin wants atoms inside the cell along periodic axes to be exact for any position; wrap, then undo in the shifts

@@ -29,22 +29,28 @@ def build(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
     try:
         return pydantic.TypeAdapter(cls).validate_python(dict(values))
     except pydantic.ValidationError as error:
-        raise ValueError("\n".join(_explain(cls, where, item) for item in error.errors())) from None
+        lines: dict[str, str] = {}
+        for item in error.errors():
+            path, message = _explain(cls, where, item)
+            lines[path] = f"{lines[path][:-1]}; or {message}" if path in lines else f"{path}: {message}"
+        raise ValueError("\n".join(lines.values())) from None
 
 
-def _explain(cls: type, where: str, item: Any) -> str:
-    # pydantic puts the tags of unions into the path; only names and list positions are the user's
+def _explain(cls: type, where: str, item: Any) -> tuple[str, str]:
+    """Path of a setting, and what is wrong with it."""
     known = dict(leaves(cls))
     names = {part for path in known for part in path.split(".")}
-    parts = [str(p) for p in item["loc"] if isinstance(p, int) or p in names or p == item["loc"][-1]]
+    unknown = item["type"] in ("unexpected_keyword_argument", "extra_forbidden")
+    # pydantic puts the tags of unions into the path; only names and list positions are the user's
+    parts = [str(p) for p in item["loc"] if isinstance(p, int) or p in names or (unknown and p == item["loc"][-1])]
     path = ".".join([where, *parts]).strip(".")
-    if item["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+    if unknown:
         prefix = ".".join([where, *parts[:-1]]).strip(".")
         siblings = sorted({f"{where}.{k}".strip(".") for k in known if f"{where}.{k}".strip(".").startswith(prefix)})
         near = difflib.get_close_matches(path, siblings, n=1, cutoff=0.5)
         hint = f" Did you mean {near[0]}?" if near else f" Known settings: {', '.join(siblings)}."
-        return f"{path}: unknown setting.{hint}"
-    return f"{path}: {item['msg']} (found {item.get('input')!r})."
+        return path, f"unknown setting.{hint}"
+    return path, f"{item['msg']} (found {item.get('input')!r})."
 
 
 def leaves(cls: type, prefix: str = "") -> Iterator[tuple[str, Any]]:

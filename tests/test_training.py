@@ -100,7 +100,10 @@ def test_killed_and_resumed_is_bitwise_the_same(tmp_path: Path) -> None:
     out, _ = whole.communicate(timeout=120)
     assert whole.returncode == 0, out
     assert same(weights(whole_folder), weights(cut_folder))
-    logs = [[{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(open(f / "log.csv"))] for f in (whole_folder, cut_folder)]
+    logs = [
+        [{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader((f / "log.csv").read_text().splitlines())]
+        for f in (whole_folder, cut_folder)
+    ]
     assert logs[0] == logs[1]
 
 

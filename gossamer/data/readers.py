@@ -10,6 +10,7 @@ import bz2
 import gzip
 import io
 import lzma
+import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -113,6 +114,10 @@ def from_atoms(atoms: Atoms, labels: LabelConfig, name: str, extra: dict[str, An
     for constraint in atoms.constraints:
         if isinstance(constraint, FixAtoms):
             fixed[constraint.index] = True
+    for label in ("energy", "forces", "stress"):
+        key = getattr(labels, label)
+        if key != label and key not in found:
+            raise ValueError(f"{name}: no entry '{key}' (data.labels.{label}). Found: {_listed(found)}.")
     energy = found.get(labels.energy)
     if energy is not None and np.size(energy) != 1:
         raise ValueError(f"{name}: '{labels.energy}' holds {np.size(energy)} numbers, expected one total energy.")
@@ -255,6 +260,8 @@ NPZ_LAYOUTS = {
 
 
 def _read_npz(path: Path, labels: LabelConfig) -> Iterator[Structure]:
+    if not zipfile.is_zipfile(path):
+        raise ValueError(f"'{path}' is not a readable npz file. It may be truncated: copy it again.")
     try:
         data = np.load(path, allow_pickle=False)
         keys = set(data.files)

@@ -325,7 +325,8 @@ class _Recorder:
         if resumed:  # drop what was written after the state
             with open(table, newline="") as file:
                 rows = list(csv.reader(file))[1 : kept + 1]
-            frames = list(Trajectory(trajectory))[:kept]
+            with Trajectory(trajectory) as reader:
+                frames = [reader[k] for k in range(min(kept, len(reader)))]
             with atomic_path(trajectory) as temporary, Trajectory(temporary, "w") as writer:
                 for frame in frames:
                     writer.write(frame)

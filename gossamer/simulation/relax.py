@@ -59,10 +59,13 @@ def relax(
     if cell and getattr(atoms.calc, "conservative", True) is False:
         raise ValueError("Relaxing the cell needs stress, which a potential with direct forces does not have.")
     target = FrechetCellFilter(atoms) if cell else atoms
-    trajectory = None if out is None else Trajectory(Path(out).with_suffix(".traj"), "w", atoms)
-    algorithm = OPTIMIZERS[optimizer](target, logfile=None, trajectory=trajectory)
-    converged = bool(algorithm.run(fmax=fmax, steps=steps))
-    if out is not None:
+    if out is None:
+        algorithm = OPTIMIZERS[optimizer](target, logfile=None)
+        converged = bool(algorithm.run(fmax=fmax, steps=steps))
+    else:
+        with Trajectory(Path(out).with_suffix(".traj"), "w", atoms) as trajectory:
+            algorithm = OPTIMIZERS[optimizer](target, logfile=None, trajectory=trajectory)
+            converged = bool(algorithm.run(fmax=fmax, steps=steps))
         with atomic_path(out) as temporary:
             ase.io.write(temporary, atoms, format="extxyz")
     return {

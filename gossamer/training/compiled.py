@@ -64,6 +64,8 @@ class CompiledForward:
         self.names = ["energy", *(["forces"] if forces else []), *(["stress"] if stress else [])]
         self.compiled: Any = None
         self.usable = True
+        # optimisers and averages change these tensors in place, so they can be collected once
+        self.state = {**dict(potential.named_parameters()), **dict(potential.named_buffers())}
 
     def plain(self, graph: Graph) -> Prediction:
         return self.potential(graph, forces=self.forces, stress=self.stress)
@@ -82,11 +84,8 @@ class CompiledForward:
                 return self.plain(graph)
         return self._run(graph)
 
-    def _state(self) -> dict[str, Tensor]:
-        return {**dict(self.potential.named_parameters()), **dict(self.potential.named_buffers())}
-
     def _run(self, graph: Graph) -> Prediction:
-        out = dict(zip(self.names, self.compiled(self._state(), *(getattr(graph, f) for f in FIELDS)), strict=True))
+        out = dict(zip(self.names, self.compiled(self.state, *(getattr(graph, f) for f in FIELDS)), strict=True))
         return Prediction(energy=out["energy"], node_energies=out["energy"], forces=out.get("forces"), stress=out.get("stress"))
 
     def _compile(self, graph: Graph) -> Any:
@@ -96,7 +95,7 @@ class CompiledForward:
             return tuple(getattr(out, name) for name in self.names)
 
         with fx_config.patch(use_duck_shape=False):
-            module = make_fx(outputs, tracing_mode="symbolic")(self._state(), *(getattr(graph, f) for f in FIELDS))
+            module = make_fx(outputs, tracing_mode="symbolic")(self.state, *(getattr(graph, f) for f in FIELDS))
         rewrite(module)
         compiled = torch.compile(module, dynamic=True)
 

@@ -120,7 +120,8 @@ def train_step(state: State, graph: Graph, loss: LossConfig, config: TrainingCon
         FloatingPointError: the loss or the gradient is not finite (the weights are left as they were).
     """
     potential = state.potential
-    potential.train()
+    if not potential.training:
+        potential.train()
     for group in state.optimizer.param_groups:
         group["lr"] = state.schedule.rate(state.step)
     prediction = state.forward(graph)

@@ -1,0 +1,279 @@
+"""The command line, used as a user would; and what it answers to wrong input (at least thirty kinds of it)."""
+
+from __future__ import annotations
+
+import inspect as python_inspect
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import ase.io
+import numpy as np
+import pytest
+import yaml
+from ase import Atoms
+from ase.build import bulk, molecule
+from ase.calculators.singlepoint import SinglePointCalculator
+from conftest import DEMO, make_potential
+
+from gossamer.cli import build_parser, main
+from gossamer.potential import save
+
+ETHANOL = str(DEMO / "ethanol_500K.extxyz.xz")
+
+
+def run(*arguments: str, capsys: pytest.CaptureFixture) -> tuple[int, str, str]:
+    status = main([str(a) for a in arguments])
+    out, err = capsys.readouterr()
+    return status, out, err
+
+
+def config(tmp_path: Path, **changes) -> Path:
+    values = {
+        "data": {"train": ETHANOL, "valid_size": 20, "train_size": 40},
+        "model": {"name": "leignn", "num_features": 8, "num_layers": 1, "cutoff": 3.5},
+        "training": {"steps": 10, "batch_size": 8, "valid_every": 10},
+        "out": str(tmp_path / "run"),
+    }
+    for path, value in changes.items():
+        target = values
+        *parents, last = path.split("__")
+        for parent in parents:
+            target = target.setdefault(parent, {})
+        target[last] = value
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(values))
+    return tmp_path / "config.yaml"
+
+
+def test_help_answers_at_once() -> None:
+    began = time.perf_counter()
+    result = subprocess.run([sys.executable, "-m", "gossamer.cli", "--help"], capture_output=True, text=True, check=False)
+    assert result.returncode == 0
+    assert "Molecular dynamics" in result.stdout
+    assert time.perf_counter() - began < 2.0
+    code = "import sys, gossamer.cli; gossamer.cli.build_parser(); sys.exit('torch' in sys.modules or 'ase' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_flags_share_the_names_of_the_parameters() -> None:
+    import gossamer
+
+    commands = build_parser()._subparsers._group_actions[0].choices
+    for name, function, other in (
+        ("train", gossamer.train, {"progress"}),
+        ("fit", gossamer.fit, {"labels", "progress"}),
+        ("evaluate", gossamer.evaluate, {"labels"}),
+        ("md", gossamer.md, {"progress"}),
+        ("relax", gossamer.relax, set()),
+    ):
+        flags = {a.dest for a in commands[name]._actions}
+        parameters = set(python_inspect.signature(function).parameters)
+        assert parameters - other <= flags, name
+        defaults = {k: p.default for k, p in python_inspect.signature(function).parameters.items() if p.default is not p.empty}
+        for action in commands[name]._actions:
+            if action.dest in defaults and action.dest not in ("out", "overrides", "worst"):
+                assert action.default == defaults[action.dest] or str(action.default) == str(defaults[action.dest]), (name, action.dest)
+
+
+def test_the_whole_path(tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    """inspect, train, evaluate, info, relax, md in a fresh folder."""
+    monkeypatch.chdir(tmp_path)
+    status, out, _ = run("data", "inspect", ETHANOL, capsys=capsys)
+    assert (status, "fit for training" in out) == (0, True)
+    status, out, _ = run("train", config(tmp_path), "training.steps=150", "model.num_features=16", "training.learning_rate=5e-3", capsys=capsys)
+    assert status == 0
+    assert "forces on O" in out
+    model = "run/potential.safetensors"
+    status, out, _ = run("evaluate", model, ETHANOL, "--json", capsys=capsys)
+    answer = json.loads(out)
+    assert status == 0
+    assert answer["n_frames"] == 301
+    assert (tmp_path / "run" / "evaluation" / "worst.extxyz").exists()
+    status, out, _ = run("info", model, "--json", capsys=capsys)
+    assert json.loads(out)["model"]["num_features"] == 16
+    status, out, _ = run("info", model, capsys=capsys)
+    assert "elements" in out
+    ase.io.write("ethanol.xyz", molecule("CH3CH2OH"))
+    status, out, _ = run("relax", model, "ethanol.xyz", "--fmax", "0.2", "--steps", "200", "--json", capsys=capsys)
+    assert json.loads(out)["steps"] > 0
+    assert (tmp_path / "relaxed.extxyz").exists()
+    status, out, _ = run("md", model, "ethanol.xyz", "--steps", "20", "--interval", "10", "--temperature", "100", "--json", capsys=capsys)
+    assert json.loads(out)["steps"] == 20
+    assert len(ase.io.read("md/trajectory.traj", ":")) == 3
+    status, out, _ = run("data", "convert", ETHANOL, "--out", "ethanol.store", "--json", capsys=capsys)
+    assert json.loads(out)["structures"] == 301
+    status, out, _ = run("evaluate", model, "ethanol.store", "--json", capsys=capsys)
+    assert json.loads(out)["forces_mae_meV_per_A"] == pytest.approx(answer["forces_mae_meV_per_A"], rel=1e-6)
+
+
+# --- wrong input: each case with the message that says what to do ------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "overrides", "message"),
+    [
+        (dict(model__cutof=4.0), [], "model.cutof: unknown setting. Did you mean model.cutoff?"),
+        (dict(learning_rate=1e-3), [], "learning_rate: unknown setting."),
+        (dict(), ["training.lerning_rate=0.1"], "training.lerning_rate: unknown setting. Did you mean training.learning_rate?"),
+        (dict(), ["training.steps"], "'training.steps' is not an override. Write path.to.key=value"),
+        (dict(), ["training.steps=many"], "training.steps: Input should be a valid integer"),
+        (dict(), ["training.steps=-5"], "training.steps: Input should be greater than 0 (found -5)"),
+        (dict(), ["model.cutoff=0"], "model.cutoff: Input should be greater than 0"),
+        (dict(), ["model.name=leinn"], "model.name: Input should be 'leignn'"),
+        (dict(), ["loss.kind=l2"], "loss.kind: Input should be 'l1', 'mse' or 'huber'"),
+        (dict(), ["loss.forces=-1"], "loss.forces: Input should be greater than or equal to 0"),
+        (dict(), ["loss.energy=0", "loss.forces=0"], "there is nothing to learn from"),
+        (dict(), ["loss.stress=1"], "has no stress, but loss.stress is above 0"),
+        (dict(), ["model.direct_forces=true", "loss.forces=0"], "model.direct_forces needs loss.forces above 0"),
+        (dict(), ["model.direct_forces=true", "loss.stress=1"], "model.direct_forces predicts no stress"),
+        (dict(), ["data.train=nowhere.xyz"], "There is no data file 'nowhere.xyz'"),
+        (dict(), ["data.labels.energy=dft_energy"], "no entry 'dft_energy' (data.labels.energy). Found: config_type, energy, forces"),
+        (dict(), ["data.labels.energy_unit=hartree"], "data.labels.energy_unit: Input should be 'eV'"),
+        (dict(), ["data.train_size=5000"], "data.train_size is 5000, but only"),
+        (dict(), ["data.elements=[H, C]"], "The data holds O, which the list of elements (H, C) lacks"),
+        (dict(), ["data.reference_energies={H: -13.6}"], "data.reference_energies has no value for C, O"),
+        (dict(), ["data.reference_energies=isolated"], "no frame holds a single atom of H, C, O"),
+        (dict(), ["data.split=group"], "data.labels.group does not say which entry names the group"),
+        (dict(), ["data.valid=" + ETHANOL], "is the same structure as"),
+        (dict(), ["training.device=cuda"], "PyTorch sees no GPU here"),
+        (dict(), ["training.dtype=float16"], "training.dtype: Input should be 'float32' or 'float64'"),
+        (dict(data__train=None), [], "data.train: Input should be a valid string"),
+    ],
+)  # fmt: skip
+def test_wrong_settings(changes: dict, overrides: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    import torch
+
+    if "training.device=cuda" in overrides and torch.cuda.is_available():
+        pytest.skip("a GPU is here")
+    status, _, err = run("train", config(tmp_path, **changes), *overrides, capsys=capsys)
+    assert status == 2
+    assert message in err
+    assert "Traceback" not in err
+    assert not (tmp_path / "run" / "potential.safetensors").exists()
+
+
+def test_wrong_configuration_files(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    for text, message in (("a: [1", "is not valid YAML"), ("- 1\n- 2", "must hold settings"), ("model: {}", "data: ")):
+        (tmp_path / "c.yaml").write_text(text)
+        status, _, err = run("train", tmp_path / "c.yaml", capsys=capsys)
+        assert status == 2
+        assert message in err
+    status, _, err = run("train", tmp_path / "none.yaml", capsys=capsys)
+    assert "There is no configuration file" in err
+
+
+def ethanol_frame(**changes) -> str:
+    """One frame of extended XYZ with something wrong in it."""
+    atoms = molecule("CH3CH2OH")
+    atoms.calc = SinglePointCalculator(atoms, energy=-1.0, forces=np.zeros((9, 3)) + 0.1)
+    import io
+
+    text = io.StringIO()
+    ase.io.write(text, atoms, format="extxyz")
+    out = text.getvalue()
+    for old, new in changes.get("replace", []):
+        assert old in out
+        out = out.replace(old, new, 1)
+    return out
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "holds no frames"),
+        ("0\nProperties=species:S:1:pos:R:3 energy=1.0\n", "no atoms"),
+        (ethanol_frame(replace=[("energy=-1.0", "energy=nan")]), "energy is not finite"),
+        (ethanol_frame(replace=[("0.10000000", "nan")]), "forces[0, 0] is not finite"),
+        (ethanol_frame(replace=[('pbc="F F F"', 'pbc="T T T"')]), "has no volume there"),
+        (ethanol_frame()[:200], "frame 0 cannot be read"),
+        (ethanol_frame() + "9\nProperties=species:S:1:pos:R:3\nC 0 0 0\n", "frame 1 cannot be read"),
+        (ethanol_frame(replace=[("\nC ", "\nQq ")]), "frame 0 cannot be read"),
+        (ethanol_frame(replace=[("energy=-1.0", 'energy="1.0 2.0 3.0"')]), "holds 3 numbers, expected one total energy"),
+        ("this is not a structure\n", "cannot be read"),
+    ],
+)  # fmt: skip
+def test_wrong_data_files(text: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    (tmp_path / "bad.extxyz").write_text(text)
+    status, _, err = run("data", "inspect", tmp_path / "bad.extxyz", capsys=capsys)
+    assert status == 2
+    assert message in err
+    assert "bad.extxyz" in err
+    assert "Traceback" not in err
+
+
+def test_other_wrong_files(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    np.savez(tmp_path / "a.npz", x=np.zeros(3))
+    np.savez(tmp_path / "b.npz", z=[1, 1], R=np.zeros((3, 2, 3)), E=np.zeros(2), F=np.zeros((3, 2, 3)))
+    (tmp_path / "c.npz").write_bytes(b"not an archive")
+    (tmp_path / "d.extxyz.xz").write_bytes(b"not compressed")
+    (tmp_path / "e.json").write_text('{"mp-1": {"mp-1-0": {"structure": 3}}}')
+    (tmp_path / "f.json").write_text('{"mp-1": {"mp-1-0"')
+    (tmp_path / "g.unknown").write_text("?")
+    (tmp_path / "empty").mkdir()
+    for name, message in (
+        ("a.npz", "neither layout known"), ("b.npz", "3 frames of positions, but 2 of energy"), ("c.npz", "not a readable npz"),
+        ("d.extxyz.xz", "cannot be decompressed"), ("e.json", "not in the layout of MPtrj"), ("f.json", "not complete JSON"),
+        ("g.unknown", "does not know this file type"), ("empty", "holds no data files"),
+    ):  # fmt: skip
+        status, _, err = run("data", "inspect", tmp_path / name, capsys=capsys)
+        assert (status, message in err) == (2, True), (name, err)
+
+
+def test_inspection_exit_status(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    frames = ase.io.read(_unpacked(tmp_path), ":60")
+    for atoms in frames:
+        atoms.calc.results["energy"] /= 27.2114
+    ase.io.write(tmp_path / "wrong.extxyz", frames)
+    status, out, _ = run("data", "inspect", tmp_path / "wrong.extxyz", capsys=capsys)
+    assert status == 1
+    assert "Hartree" in out
+    assert "training on this data would be wrong" in out
+    status, out, _ = run("data", "inspect", tmp_path / "wrong.extxyz", "--json", capsys=capsys)
+    assert json.loads(out)["ok"] is False
+
+
+def _unpacked(tmp_path: Path) -> Path:
+    import lzma
+
+    (tmp_path / "ethanol.extxyz").write_bytes(lzma.open(ETHANOL).read())
+    return tmp_path / "ethanol.extxyz"
+
+
+def test_wrong_use_of_a_potential(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    model = tmp_path / "p.safetensors"
+    save(make_potential(["H", "C"]), model)
+    ase.io.write(tmp_path / "ethanol.xyz", molecule("CH3CH2OH"))
+    ase.io.write(tmp_path / "twins.xyz", Atoms("CC", positions=[[0, 0, 0], [0, 0, 0]]))
+    ase.io.write(tmp_path / "bare.extxyz", molecule("CH4"))
+    out = tmp_path / "md"
+    for arguments, message in (
+        (["evaluate", model, ETHANOL], "O (8) not among the potential's elements (H, C)"),
+        (["evaluate", model, tmp_path / "bare.extxyz"], "there is nothing to compare with"),
+        (["evaluate", tmp_path / "nothing", ETHANOL], "There is no file"),
+        (["md", model, tmp_path / "ethanol.xyz", "--out", out], "O (8) not among the potential's elements"),
+        (["md", model, tmp_path / "none.xyz", "--out", out], "There is no structure file"),
+        (["relax", model, tmp_path / "twins.xyz", "--out", tmp_path / "r.xyz"], "Separate overlapping atoms"),
+        (["relax", model, tmp_path / "bare.extxyz", "--cell"], "needs periodicity along all axes"),
+        (["info", tmp_path / "ethanol.xyz"], "not a readable safetensors file"),
+        (["fit", ETHANOL, "--model", "leinn"], "model 'leinn' is unknown. Choose one of leignn"),
+    ):
+        status, _, err = run(*arguments, capsys=capsys)
+        assert status == 2
+        assert message in err, (arguments, err)
+        assert "Traceback" not in err
+    ase.io.write(tmp_path / "cell.extxyz", bulk("C"))
+    with pytest.raises(SystemExit) as stop:
+        main(["md", str(model), str(tmp_path / "cell.extxyz"), "--ensemble", "nvt"])
+    assert stop.value.code == 2
+
+
+def test_a_broken_simulation_has_exit_status_one(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    save(make_potential(["H", "C"]), tmp_path / "p.safetensors")
+    ase.io.write(tmp_path / "m.xyz", molecule("CH4"))
+    status, out, _ = run("md", tmp_path / "p.safetensors", tmp_path / "m.xyz", "--max-temperature", "1", "--out", tmp_path / "md", capsys=capsys)
+    assert status == 1
+    assert "temperature" in out
+    assert os.path.exists(tmp_path / "md" / "broken.extxyz")

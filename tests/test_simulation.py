@@ -1,0 +1,248 @@
+"""The ASE calculator, molecular dynamics and relaxation."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import ase.io
+import numpy as np
+import pytest
+import torch
+from ase import Atoms
+from ase.build import bulk, molecule
+from ase.calculators.calculator import PropertyNotImplementedError
+from ase.calculators.emt import EMT
+from ase.calculators.lj import LennardJones
+from conftest import make_potential
+
+from gossamer.potential import save
+from gossamer.simulation.calculator import Calculator
+from gossamer.simulation.md import md
+from gossamer.simulation.relax import relax
+
+ELEMENTS = ["H", "C", "O", "Si"]
+
+
+def argon(repeat: int = 2) -> Atoms:
+    atoms = bulk("Ar", cubic=True, a=5.4).repeat(repeat)
+    atoms.rattle(0.05, seed=0)
+    return atoms
+
+
+def lj() -> LennardJones:
+    return LennardJones(epsilon=0.0103, sigma=3.4, rc=6.5, smooth=True)
+
+
+def table(folder: Path) -> list[dict[str, str]]:
+    return list(csv.DictReader((folder / "log.csv").read_text().splitlines()))
+
+
+# --- calculator ---------------------------------------------------------------------------------------------------
+
+
+def test_calculator_equals_the_potential(crystal: Atoms) -> None:
+    from gossamer.data.structure import Structure
+
+    potential = make_potential(ELEMENTS)
+    (expected,) = potential.predict([Structure(atomic_numbers=crystal.numbers, positions=crystal.positions, cell=crystal.cell.array, pbc=np.array(crystal.pbc))])
+    crystal.calc = Calculator(potential)
+    assert crystal.get_potential_energy() == pytest.approx(expected["energy"], abs=1e-11)
+    np.testing.assert_allclose(crystal.get_forces(), expected["forces"], atol=1e-11)
+    np.testing.assert_allclose(crystal.get_stress(voigt=False), expected["stress"], atol=1e-12)
+    assert crystal.get_potential_energies().sum() == pytest.approx(expected["energy"], abs=1e-11)
+
+
+def test_skin_changes_nothing(crystal: Atoms) -> None:
+    """Along a random walk, wrapped now and then, a skinned calculator gives the very numbers of one without."""
+    potential = make_potential(ELEMENTS, dtype=torch.float32)
+    with_skin, without = Calculator(potential, skin=1.0), Calculator(potential, skin=0.0)
+    atoms = crystal.repeat((2, 2, 1))
+    rng = np.random.default_rng(0)
+    for step in range(20):
+        atoms.positions += rng.normal(scale=0.05, size=atoms.positions.shape)
+        if step % 7 == 6:
+            atoms.wrap()
+        results = []
+        for calculator in (with_skin, without):
+            copy = atoms.copy()
+            copy.calc = calculator
+            results.append((copy.get_potential_energy(), copy.get_forces()))
+        assert results[0][0] == results[1][0]
+        np.testing.assert_array_equal(results[0][1], results[1][1])
+    assert with_skin.neighbors.builds < without.neighbors.builds
+
+
+def test_calculator_says_what_it_cannot_do(ethanol: Atoms, crystal: Atoms) -> None:
+    ethanol.calc = Calculator(make_potential(ELEMENTS))
+    with pytest.raises(PropertyNotImplementedError, match="periodicity along all three axes"):
+        ethanol.get_stress()
+    crystal.calc = Calculator(make_potential(ELEMENTS, direct_forces=True))
+    with pytest.raises(PropertyNotImplementedError, match="forces directly: it has no stress"):
+        crystal.get_stress()
+    with pytest.raises(ValueError, match="skin must not be negative"):
+        Calculator(make_potential(ELEMENTS), skin=-1)
+    gold = bulk("Au")
+    gold.calc = Calculator(make_potential(ELEMENTS))
+    with pytest.raises(ValueError, match=r"Au \(79\) not among the potential's elements"):
+        gold.get_potential_energy()
+    twins = Atoms("CC", positions=[[0, 0, 0], [0, 0, 0]])
+    twins.calc = Calculator(make_potential(ELEMENTS))
+    with pytest.raises(ValueError, match=r"not finite.* 0\.000 Å apart"):
+        twins.get_forces()
+    lost = Atoms("CC", positions=[[0, 0, 0], [0, 0, np.nan]])
+    lost.calc = Calculator(make_potential(ELEMENTS))
+    with pytest.raises(ValueError, match="Position of atom 1 is not finite"):
+        lost.get_forces()
+
+
+# --- molecular dynamics -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ensemble", ["nve", "langevin", "nose-hoover", "npt"])
+def test_resumed_dynamics_are_exact(ensemble: str, tmp_path: Path) -> None:
+    """Stopped half way and resumed by a fresh calculator, every later frame is the same to the last bit."""
+    options = dict(temperature=40.0, timestep=4.0, ensemble=ensemble, interval=5, seed=3, progress=False)
+    save(make_potential(["Ar"], dtype=torch.float32, cutoff=5.0), tmp_path / "p.safetensors")
+    for name, stops in (("whole", [40]), ("parts", [15, 40])):
+        for k, steps in enumerate(stops):
+            result = md(tmp_path / "p.safetensors", argon(1), steps=steps, out=tmp_path / name, resume=k > 0, max_temperature=1e9, **options)
+            assert result["broken"] is None
+    assert table(tmp_path / "whole") == table(tmp_path / "parts")
+    for a, b in zip(*(ase.io.read(tmp_path / n / "trajectory.traj", ":") for n in ("whole", "parts")), strict=True):
+        np.testing.assert_array_equal(a.positions, b.positions)
+        np.testing.assert_array_equal(a.get_momenta(), b.get_momenta())
+        np.testing.assert_array_equal(a.cell.array, b.cell.array)
+
+
+def test_killed_dynamics_resume_exactly(tmp_path: Path) -> None:
+    save(make_potential(["Ar"], dtype=torch.float32, cutoff=5.0), tmp_path / "p.safetensors")
+    ase.io.write(tmp_path / "argon.extxyz", argon(1))
+    command = [sys.executable, "-m", "gossamer.cli", "md", str(tmp_path / "p.safetensors"), str(tmp_path / "argon.extxyz"), "--steps", "1200",
+               "--temperature", "40", "--timestep", "2", "--interval", "10", "--max-temperature", "1e9", "--resume", "--json"]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen([*command, "--out", str(tmp_path / "cut")], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "cut" / "state.npz").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    time.sleep(0.5)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    done = int(np.load(tmp_path / "cut" / "state.npz")["integrator.nsteps"])
+    assert 0 <= done < 1200
+    for name in ("cut", "whole"):
+        result = subprocess.run([*command, "--out", str(tmp_path / name)], env=environment, capture_output=True, text=True, check=False)
+        assert result.returncode == 0, result.stderr
+        assert json.loads(result.stdout)["steps"] == 1200
+    assert table(tmp_path / "cut") == table(tmp_path / "whole")
+
+
+def test_thermostats_hold_the_temperature(tmp_path: Path) -> None:
+    for ensemble in ("langevin", "nose-hoover"):
+        result = md(lj(), argon(), 60.0, 1000, 5.0, ensemble, tmp_path / ensemble, 10, thermostat_time=200, progress=False)
+        assert result["mean_temperature_K"] == pytest.approx(60, abs=8), ensemble
+    conserved = np.array([float(r["conserved_energy_eV"]) for r in table(tmp_path / "nose-hoover")])
+    assert np.ptp(conserved) / 32 < 2e-4
+
+
+def test_barostat_finds_the_pressure(tmp_path: Path) -> None:
+    md(EMT(), bulk("Cu", cubic=True).repeat(2), 300.0, 700, 4.0, "npt", tmp_path / "npt", 10, pressure=5.0, barostat_time=300, progress=False)
+    pressures = [float(r["pressure_GPa"]) for r in table(tmp_path / "npt")]
+    assert np.mean(pressures[25:]) == pytest.approx(5.0, abs=0.7)
+
+
+def test_guard_stops_a_hot_run_and_saves_the_frame(tmp_path: Path) -> None:
+    atoms = argon()
+    atoms.positions[1] = atoms.positions[0] + [1.9, 0, 0]
+    result = md(lj(), atoms, 30.0, 500, 2.0, "nve", tmp_path / "run", 5, progress=False)
+    assert "temperature" in result["broken"]
+    assert result["broken"] is not None
+    assert len(ase.io.read(tmp_path / "run" / "broken.extxyz")) == 32
+
+
+def test_guard_watches_collapse_and_bonds(tmp_path: Path) -> None:
+    close = argon()
+    close.positions[1] = close.positions[0] + [0.8, 0, 0]
+    assert "Å apart" in md(lj(), close, 30.0, 5, 0.01, "nve", tmp_path / "a", 5, max_temperature=1e12, progress=False)["broken"]
+    pair = Atoms("H2", positions=[[0, 0, 0], [0.7, 0, 0]])
+    pair.set_momenta([[0, 0, 0], [3.0, 0, 0]])
+    calculator = LennardJones(epsilon=1e-6, sigma=0.3, rc=2.0)
+    result = md(calculator, pair, 30.0, 200, 0.5, "nve", tmp_path / "b", 5, max_temperature=1e12, max_bond_stretch=0.5, progress=False)
+    assert "bond 0-1 has changed by" in result["broken"]
+
+
+def test_velocities_of_the_structure_are_kept(tmp_path: Path) -> None:
+    atoms = argon()
+    atoms.set_momenta(np.tile([0.1, 0.0, -0.1], (32, 1)))
+    md(lj(), atoms, 300.0, 5, 1.0, "nve", tmp_path / "run", 5, max_temperature=1e9, progress=False)
+    first = ase.io.read(tmp_path / "run" / "trajectory.traj", 0)
+    np.testing.assert_allclose(first.get_momenta(), atoms.get_momenta())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(temperature=-1), "temperature must be positive, found -1"),
+        (dict(steps=0), "steps must be positive, found 0"),
+        (dict(timestep=0), "timestep must be positive"),
+        (dict(ensemble="nvt"), "ensemble 'nvt' is unknown. Choose nve, langevin, nose-hoover or npt"),
+        (dict(structure=Atoms("H2", positions=[[0, 0, 0], [1, 0, 0]]), ensemble="npt"), "npt needs a structure that is periodic"),
+        (dict(structure="nowhere.xyz"), "There is no structure file 'nowhere.xyz'"),
+    ],
+)
+def test_wrong_use_of_dynamics(change: dict, message: str, tmp_path: Path) -> None:
+    arguments = {"model": lj(), "structure": argon(1), "out": tmp_path / "run", "progress": False, **change}
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        md(**arguments)
+
+
+def test_dynamics_refuse_to_overwrite_and_to_resume_something_else(tmp_path: Path) -> None:
+    md(lj(), argon(1), 40.0, 10, out=tmp_path / "run", progress=False)
+    with pytest.raises(FileExistsError, match="holds a simulation already"):
+        md(lj(), argon(1), 40.0, 20, out=tmp_path / "run", progress=False)
+    with pytest.raises(ValueError, match=r"other settings: temperature 40\.0 \(now 50\.0\)"):
+        md(lj(), argon(1), 50.0, 20, out=tmp_path / "run", resume=True, progress=False)
+    with pytest.raises(ValueError, match="other atoms"):
+        md(lj(), argon(2), 40.0, 20, out=tmp_path / "run", resume=True, progress=False)
+    (tmp_path / "run" / "state.npz").write_bytes(b"not a state")
+    with pytest.raises(ValueError, match="cannot be read"):
+        md(lj(), argon(1), 40.0, 20, out=tmp_path / "run", resume=True, progress=False)
+
+
+def test_direct_forces_warn(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    potential = make_potential(["Ar"], direct_forces=True)
+    md(potential, argon(1), 10.0, 2, out=tmp_path / "run", max_temperature=1e12, progress=False)
+    assert "not the gradient of an energy" in caplog.text
+
+
+# --- relaxation ---------------------------------------------------------------------------------------------------
+
+
+def test_relax_positions_and_cell(tmp_path: Path) -> None:
+    atoms = bulk("Cu", cubic=True, a=3.8)
+    atoms.rattle(0.1, seed=0)
+    result = relax(EMT(), atoms, fmax=0.002, cell=True, out=tmp_path / "relaxed.extxyz")
+    assert result["converged"]
+    assert (result["volume_A3"] / 4) ** (1 / 3) * 4 ** (1 / 3) == pytest.approx(3.59, abs=0.01)  # EMT's lattice constant
+    assert np.abs(result["atoms"].get_stress()).max() < 1e-3
+    again = ase.io.read(tmp_path / "relaxed.extxyz")
+    assert again.get_potential_energy() == pytest.approx(result["energy_eV"], abs=1e-6)
+    assert np.abs(atoms.cell.lengths() - 3.8).max() < 1e-12  # the input is left alone
+    assert not relax(EMT(), atoms, fmax=1e-6, steps=2)["converged"]
+
+
+def test_wrong_use_of_relax(crystal: Atoms) -> None:
+    with pytest.raises(ValueError, match="optimizer 'newton' is unknown"):
+        relax(EMT(), crystal, optimizer="newton")
+    with pytest.raises(ValueError, match="needs periodicity along all axes"):
+        relax(EMT(), molecule("H2O"), cell=True)
+    with pytest.raises(ValueError, match="needs stress"):
+        relax(make_potential(ELEMENTS, direct_forces=True), crystal, cell=True)
+    with pytest.raises(ValueError, match="must be positive"):
+        relax(EMT(), crystal, fmax=0)
