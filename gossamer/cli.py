@@ -112,7 +112,9 @@ def build_parser() -> argparse.ArgumentParser:
     convert.set_defaults(run=_convert)
     convert.add_argument("data", nargs="+", help="files or folders")
     convert.add_argument("--out", required=True, help="folder to make")
-    convert.add_argument("--legacy-lmdb", action="store_true", help="the files are LMDBs of pickled graphs (read with a restricted unpickler)")
+    convert.add_argument(
+        "--legacy-lmdb", action="store_true", help="the files are LMDBs of pickled graphs (read with a restricted unpickler)"
+    )
     _labels(convert)
     _common(convert)
     data.set_defaults(parser=data)
@@ -153,7 +155,7 @@ def _show(arguments: argparse.Namespace, answer: dict[str, Any]) -> None:
 def _train(arguments: argparse.Namespace) -> int:
     from gossamer.runs import train
 
-    return _trained(arguments, train(arguments.config, arguments.overrides, arguments.resume, progress=sys.stderr.isatty()))
+    return _trained(arguments, train(arguments.config, arguments.overrides, arguments.resume))
 
 
 def _fit(arguments: argparse.Namespace) -> int:
@@ -161,7 +163,6 @@ def _fit(arguments: argparse.Namespace) -> int:
 
     answer = fit(
         arguments.data, arguments.model, arguments.out, arguments.minutes, _label_config(arguments), arguments.resume, arguments.force,
-        progress=sys.stderr.isatty(),
     )  # fmt: skip
     return _trained(arguments, answer)
 
@@ -211,7 +212,7 @@ def _md(arguments: argparse.Namespace) -> int:
 
     names = ("temperature", "steps", "timestep", "ensemble", "out", "interval", "pressure", "thermostat_time", "barostat_time", "seed",
              "resume", "max_temperature", "max_bond_stretch", "device", "dtype")  # fmt: skip
-    answer = md(arguments.model, arguments.structure, **{n: getattr(arguments, n) for n in names}, progress=sys.stderr.isatty())
+    answer = md(arguments.model, arguments.structure, **{n: getattr(arguments, n) for n in names})
     _show(arguments, answer)
     return 1 if answer["broken"] else 0
 
@@ -254,7 +255,9 @@ def _inspect(arguments: argparse.Namespace) -> int:
             print(f"warning: {message}")
         for message in report.errors:
             print(f"ERROR: {message}")
-        print("training on this data would be wrong" if report.errors else "fit for training" + (" (see warnings)" if report.warnings else ""))
+        print(
+            "training on this data would be wrong" if report.errors else "fit for training" + (" (see warnings)" if report.warnings else "")
+        )
     return 0 if report.ok else 1
 
 
@@ -264,7 +267,7 @@ def _convert(arguments: argparse.Namespace) -> int:
     if arguments.legacy_lmdb:
         from gossamer.data.legacy import read_legacy_lmdb
 
-        structures = (s for path in arguments.data for s in read_legacy_lmdb(path))
+        structures: Any = (s for path in arguments.data for s in read_legacy_lmdb(path))
     else:
         from gossamer.data.readers import read_structures
 

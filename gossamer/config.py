@@ -13,8 +13,8 @@ from gossamer.files import write_text
 from gossamer.models import LEIGNNConfig, ModelConfig
 from gossamer.potential import PotentialConfig
 from gossamer.settings import build, settings, to_dict
-from gossamer.training.losses import LossConfig
 from gossamer.training.loop import TrainingConfig
+from gossamer.training.losses import LossConfig
 
 
 @settings

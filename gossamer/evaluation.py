@@ -70,9 +70,7 @@ class Evaluation:
         return [f["index"] for f in sorted(self.frames, key=lambda f: -abs(f.get(key, 0.0)))[:n]]
 
 
-def evaluate_potential(
-    potential: Potential, structures: Sequence[Structure], batch_atoms: int = 2048, keep: int = 200_000
-) -> Evaluation:
+def evaluate_potential(potential: Potential, structures: Sequence[Structure], batch_atoms: int = 2048, keep: int = 200_000) -> Evaluation:
     """Compare predictions with whatever labels the structures have.
 
     Args:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -66,10 +66,9 @@ class Graph:
         return torch.zeros(self.n_graphs, dtype=self.cell.dtype, device=ones.device).index_add(0, self.graph_index, ones)
 
     def to(self, device: torch.device | str) -> Graph:
-        moved = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(
-            self, **{k: v.to(device, non_blocking=True) for k, v in moved.items() if isinstance(v, Tensor)}
-        )
+        moved: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
+        moved = {k: v.to(device, non_blocking=True) for k, v in moved.items() if isinstance(v, Tensor)}
+        return replace(self, **moved)
 
     def edge_vectors(self) -> Float[Tensor, "n_edges 3"]:
         """Vectors in Å from each receiver (centre) to its sender (neighbour): r_j + shift · cell - r_i."""

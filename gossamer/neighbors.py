@@ -50,9 +50,7 @@ def neighbor_list(
     return edges if max_neighbors is None else nearest(edges, positions, cell, max_neighbors)
 
 
-def neighbor_list_reference(
-    positions: NDArray[np.float64], cell: NDArray[np.float64], pbc: NDArray[np.bool_], cutoff: float
-) -> Edges:
+def neighbor_list_reference(positions: NDArray[np.float64], cell: NDArray[np.float64], pbc: NDArray[np.bool_], cutoff: float) -> Edges:
     """The definition itself: every pair in every image within reach, n_atoms² work (contract: see the module)."""
     cell = complete_cell(positions, cell, pbc, cutoff)
     fractional = positions @ np.linalg.inv(cell)
@@ -85,9 +83,7 @@ def _sorted(sender: NDArray[np.int64], receiver: NDArray[np.int64], shifts: NDAr
     return np.stack([sender[order], receiver[order]]), shifts[order]
 
 
-def complete_cell(
-    positions: NDArray[np.float64], cell: NDArray[np.float64], pbc: NDArray[np.bool_], cutoff: float
-) -> NDArray[np.float64]:
+def complete_cell(positions: NDArray[np.float64], cell: NDArray[np.float64], pbc: NDArray[np.bool_], cutoff: float) -> NDArray[np.float64]:
     """Replace the vectors of non-periodic axes by ones orthogonal to the rest; check what cannot be mended."""
     if not cutoff > 0:
         raise ValueError(f"The cutoff must be positive, found {cutoff} Å.")

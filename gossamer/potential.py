@@ -145,9 +145,7 @@ class Potential(nn.Module):
         species = torch.arange(n, device=self.device)
         return self.network(species, none, vectors, species, n).node_energies
 
-    def forward(
-        self, graph: Graph, *, forces: bool = True, stress: bool = False, isolated: Tensor | None = None
-    ) -> Prediction:
+    def forward(self, graph: Graph, *, forces: bool = True, stress: bool = False, isolated: Tensor | None = None) -> Prediction:
         """
         Args:
             graph: Batch; its elements must be in the table (``collate`` checks).
@@ -177,9 +175,7 @@ class Potential(nn.Module):
                 force_values = direct
         if not self.training:
             energy, node_energies = energy.detach(), node_energies.detach()
-        return Prediction(
-            energy=energy, node_energies=node_energies, forces=force_values if forces else None, stress=stress_values
-        )
+        return Prediction(energy=energy, node_energies=node_energies, forces=force_values if forces else None, stress=stress_values)
 
     def _node_energies(self, graph: Graph, vectors: Tensor, isolated: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Energies of the atoms in eV (float64), and direct forces in eV/Å if the network has them."""
@@ -347,7 +343,7 @@ def _verify(potential: Potential, tensors: Mapping[str, Tensor], n_check: int, p
     """Refuse a potential that does not reproduce its stored predictions here."""
     energy_tolerance, relative = TOLERANCES[precision]
     for k in range(n_check):
-        stored = {name: tensors[f"check.{k}.{name}"].numpy() for name in ("atomic_numbers", "positions", "cell", "pbc")}
+        stored: dict[str, Any] = {name: tensors[f"check.{k}.{name}"].numpy() for name in ("atomic_numbers", "positions", "cell", "pbc")}
         structure = Structure(**stored, name=f"stored structure {k}")
         predicted = potential.predict([structure])[0]
         deviation = abs(predicted["energy"] - float(tensors[f"check.{k}.energy"])) / structure.n_atoms

@@ -19,7 +19,7 @@ from gossamer.evaluation import Evaluation
 from gossamer.files import write_text
 
 OURS, REFERENCE, THIRD = "#1f6f8b", "#d1495b", "#8a8f98"
-STYLE = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25, "axes.axisbelow": True,
+STYLE: Any = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25, "axes.axisbelow": True,
          "legend.frameon": False, "lines.linewidth": 1.8}  # fmt: skip
 
 PAGE = """<!doctype html>
@@ -130,12 +130,21 @@ def parity_figures(evaluation: Evaluation) -> list[tuple[Figure, str]]:
         out.append((plot_parity(labels, predictions, "eV/atom"), text))
     if evaluation.components:
         labels, predictions = np.concatenate(evaluation.components, axis=1)
-        out.append((plot_parity(labels, predictions, "eV/Å"), f"Force components: MAE {evaluation.forces.mae:.1f} meV/Å on {len(labels)} components."))
+        out.append(
+            (
+                plot_parity(labels, predictions, "eV/Å"),
+                f"Force components: MAE {evaluation.forces.mae:.1f} meV/Å on {len(labels)} components.",
+            )
+        )
     return out
 
 
 def plot_curves(
-    x: np.ndarray, curves: Sequence[tuple[np.ndarray, str]], x_label: str, y_label: str, reference: tuple[np.ndarray, np.ndarray, str] | None = None
+    x: np.ndarray,
+    curves: Sequence[tuple[np.ndarray, str]],
+    x_label: str,
+    y_label: str,
+    reference: tuple[np.ndarray, np.ndarray, str] | None = None,
 ) -> Figure:
     """Curves over one axis, the reference on top (dashed)."""
     figure, axes = _axes(x_label, y_label)

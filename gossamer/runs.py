@@ -31,7 +31,9 @@ log = logging.getLogger(__name__)
 POTENTIAL = "potential.safetensors"
 
 
-def train(config: Config | Path | str | Mapping[str, Any], overrides: Sequence[str] = (), resume: bool = False, progress: bool = True) -> dict[str, Any]:
+def train(
+    config: Config | Path | str | Mapping[str, Any], overrides: Sequence[str] = (), resume: bool = False, progress: bool = True
+) -> dict[str, Any]:
     """Train a potential from settings, a YAML file or a dictionary.
 
     The folder ``config.out`` gets the complete settings (config.yaml), log.csv, checkpoint.safetensors, the best
@@ -89,9 +91,7 @@ def train(config: Config | Path | str | Mapping[str, Any], overrides: Sequence[s
         def save_best(best: Potential) -> None:
             save(best, folder / POTENTIAL, checks, settings)
 
-        run_training(
-            state, train_set, valid_set, config.loss, config.training, workers, folder, identity, save_best, progress
-        )
+        run_training(state, train_set, valid_set, config.loss, config.training, workers, folder, identity, save_best, progress)
         if state.step < config.training.steps and not _stopped_early(state, config):
             return {"stopped_at_step": state.step, "out": str(folder)}
         results: dict[str, Any] = {"steps": state.step, "seconds": round(state.seconds, 1), "out": str(folder)}
@@ -155,8 +155,12 @@ def fit(
     steps = 60 * (minutes - 1.2) / (0.5 * seconds) if compiled else 60 * minutes / seconds
     training = {"steps": max(100, round(0.85 * steps)), "compile": compiled}
     every = max(1, min(1000, training["steps"] // 10))
-    config = make_config(to_dict(config), [f"training.{k}={v}" for k, v in {**training, "valid_every": every, "checkpoint_every": every}.items()])
-    log.info("one step takes %.0f ms: training %d steps; settings are in '%s'", 1000 * seconds, config.training.steps, folder / "config.yaml")
+    config = make_config(
+        to_dict(config), [f"training.{k}={v}" for k, v in {**training, "valid_every": every, "checkpoint_every": every}.items()]
+    )
+    log.info(
+        "one step takes %.0f ms: training %d steps; settings are in '%s'", 1000 * seconds, config.training.steps, folder / "config.yaml"
+    )
     return train(config, progress=progress)
 
 
@@ -214,7 +218,9 @@ def check_loss(config: Config) -> None:
     if not loss.needed():
         raise ValueError("loss.energy, loss.forces and loss.stress are all 0: there is nothing to learn from.")
     if config.model.direct_forces and loss.stress > 0:
-        raise ValueError("loss.stress is above 0, but model.direct_forces predicts no stress. Set loss.stress to 0, or direct_forces to false.")
+        raise ValueError(
+            "loss.stress is above 0, but model.direct_forces predicts no stress. Set loss.stress to 0, or direct_forces to false."
+        )
     if config.model.direct_forces and loss.forces == 0:
         raise ValueError("model.direct_forces needs loss.forces above 0: its force head learns from forces alone.")
 

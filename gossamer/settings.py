@@ -17,7 +17,7 @@ T = TypeVar("T")
 def settings(cls: type[T]) -> type[T]:
     """Class decorator: a frozen, keyword-only pydantic dataclass that refuses unknown keys and bad types."""
     config = pydantic.ConfigDict(extra="forbid", use_attribute_docstrings=True, validate_default=True, strict=False)
-    return pydantic_dataclass(cls, frozen=True, kw_only=True, config=config)  # type: ignore[call-overload,no-any-return]
+    return pydantic_dataclass(cls, frozen=True, kw_only=True, config=config)  # type: ignore[call-overload,no-any-return,return-value]
 
 
 def build(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:

@@ -12,11 +12,11 @@ from jaxtyping import install_import_hook
 # shapes in signatures are checked while testing; compiled code is tested in a process of its own, without the check
 _hook = install_import_hook(["gossamer.graph", "gossamer.potential", "gossamer.nn", "gossamer.models"], "beartype.beartype")
 
-import numpy as np
-import pytest
-import torch
-from ase import Atoms
-from ase.build import bulk, molecule
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from ase import Atoms  # noqa: E402
+from ase.build import bulk, molecule  # noqa: E402
 
 torch.set_num_threads(1)
 

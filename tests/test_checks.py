@@ -136,7 +136,9 @@ def test_rdf_of_lips_agrees_with_the_stored_one() -> None:
     from gossamer.data.readers import read_structures
 
     stored = np.load(shared_data("data", "rdf", "lips_rdf.npz"))
-    frames = [s.to_ase() for part in ("train", "val", "test") for s in read_structures(shared_data("data", "lips", f"lips_{part}.extxyz.xz"))]
+    frames = [
+        s.to_ase() for part in ("train", "val", "test") for s in read_structures(shared_data("data", "lips", f"lips_{part}.extxyz.xz"))
+    ]
     r = stored["r_A"]
     width = r[1] - r[0]
     n_bins = len(r)

@@ -83,7 +83,9 @@ def test_the_whole_path(tmp_path: Path, capsys: pytest.CaptureFixture, monkeypat
     monkeypatch.chdir(tmp_path)
     status, out, _ = run("data", "inspect", ETHANOL, capsys=capsys)
     assert (status, "fit for training" in out) == (0, True)
-    status, out, _ = run("train", config(tmp_path), "training.steps=150", "model.num_features=16", "training.learning_rate=5e-3", capsys=capsys)
+    status, out, _ = run(
+        "train", config(tmp_path), "training.steps=150", "model.num_features=16", "training.learning_rate=5e-3", capsys=capsys
+    )
     assert status == 0
     assert "forces on O" in out
     model = "run/potential.safetensors"
@@ -238,7 +240,7 @@ def test_inspection_exit_status(tmp_path: Path, capsys: pytest.CaptureFixture) -
 def _unpacked(tmp_path: Path) -> Path:
     import lzma
 
-    (tmp_path / "ethanol.extxyz").write_bytes(lzma.open(ETHANOL).read())
+    (tmp_path / "ethanol.extxyz").write_bytes(lzma.decompress(Path(ETHANOL).read_bytes()))
     return tmp_path / "ethanol.extxyz"
 
 
@@ -273,7 +275,9 @@ def test_wrong_use_of_a_potential(tmp_path: Path, capsys: pytest.CaptureFixture)
 def test_a_broken_simulation_has_exit_status_one(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     save(make_potential(["H", "C"]), tmp_path / "p.safetensors")
     ase.io.write(tmp_path / "m.xyz", molecule("CH4"))
-    status, out, _ = run("md", tmp_path / "p.safetensors", tmp_path / "m.xyz", "--max-temperature", "1", "--out", tmp_path / "md", capsys=capsys)
+    status, out, _ = run(
+        "md", tmp_path / "p.safetensors", tmp_path / "m.xyz", "--max-temperature", "1", "--out", tmp_path / "md", capsys=capsys
+    )
     assert status == 1
     assert "temperature" in out
     assert os.path.exists(tmp_path / "md" / "broken.extxyz")

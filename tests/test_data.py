@@ -107,7 +107,9 @@ def test_vasp_output_through_ase(tmp_path: Path) -> None:
 def test_md17_npz_in_kcal(tmp_path: Path, layout: str) -> None:
     rng = np.random.default_rng(0)
     z, r, e, f = np.array([8, 1, 1]), rng.normal(size=(4, 3, 3)), rng.normal(size=4) * 1e4, rng.normal(size=(4, 3, 3))
-    arrays = {"z": z, "R": r, "E": e[:, None], "F": f} if layout == "md17" else {"nuclear_charges": z, "coords": r, "energies": e, "forces": f}
+    arrays = (
+        {"z": z, "R": r, "E": e[:, None], "F": f} if layout == "md17" else {"nuclear_charges": z, "coords": r, "energies": e, "forces": f}
+    )
     np.savez(tmp_path / "data.npz", **arrays)
     structures = list(read_structures(tmp_path / "data.npz"))
     factor = 0.0433641153087705
@@ -172,7 +174,9 @@ def test_legacy_lmdb_of_pickled_graphs(tmp_path: Path) -> None:
     module = types.ModuleType("torch_geometric.data.data")
     data_class = type("Data", (), {"__module__": "torch_geometric.data.data", "__qualname__": "Data"})
     module.Data = data_class
-    sys.modules.update({"torch_geometric": types.ModuleType("torch_geometric"), "torch_geometric.data": types.ModuleType("d"), module.__name__: module})
+    sys.modules.update(
+        {"torch_geometric": types.ModuleType("torch_geometric"), "torch_geometric.data": types.ModuleType("d"), module.__name__: module}
+    )
     try:
         graph = data_class()
         graph.__dict__ |= {"pos": torch.rand(4, 3), "cell": torch.eye(3)[None] * 9, "atomic_numbers": torch.tensor([8.0, 1, 1, 29]), "y": -3.5,
@@ -268,7 +272,9 @@ def test_statistics() -> None:
     for name in ("CH4", "H2O", "CO2", "CH3OH", "H2"):
         atoms = molecule(name)
         energy = sum(references[s] for s in atoms.get_chemical_symbols())
-        structures.append(Structure(atomic_numbers=atoms.numbers, positions=atoms.positions, energy=energy, forces=np.full((len(atoms), 3), 0.5)))
+        structures.append(
+            Structure(atomic_numbers=atoms.numbers, positions=atoms.positions, energy=energy, forces=np.full((len(atoms), 3), 0.5))
+        )
     statistics = compute_statistics(structures, cutoff=3.0)
     assert statistics.reference_energies == pytest.approx(references)
     assert statistics.energy_scale == pytest.approx(0.5)
@@ -361,6 +367,16 @@ def test_inspection_finds_what_is_wrong() -> None:
     strained = []
     for factor in np.linspace(0.97, 1.03, 9):
         s = frames[0]
-        strained.append(Structure(**{**vars(s), "cell": s.cell * factor, "positions": s.positions * factor, "stress": -np.eye(3) * (factor - 1), "name": str(factor)}))
+        strained.append(
+            Structure(
+                **{
+                    **vars(s),
+                    "cell": s.cell * factor,
+                    "positions": s.positions * factor,
+                    "stress": -np.eye(3) * (factor - 1),
+                    "name": str(factor),
+                }
+            )
+        )
     assert found(strained, "sign is that of VASP")
     assert inspect([]).errors == ["there are no frames"]

@@ -84,7 +84,9 @@ def test_verlet_list_equals_a_fresh_one(wrap: bool) -> None:
             atoms.wrap()
         if step == 40:
             atoms.set_cell(atoms.cell * 1.01, scale_atoms=True)
-        assert_equal_edges(verlet(atoms.positions, atoms.cell.array, atoms.pbc), neighbor_list(atoms.positions, atoms.cell.array, atoms.pbc, 4.0))
+        assert_equal_edges(
+            verlet(atoms.positions, atoms.cell.array, atoms.pbc), neighbor_list(atoms.positions, atoms.cell.array, atoms.pbc, 4.0)
+        )
     assert 1 < verlet.builds < 60
 
 
@@ -94,7 +96,9 @@ def test_verlet_list_notices_other_atoms_and_periodicity() -> None:
     verlet(atoms.positions, atoms.cell.array, atoms.pbc)
     for other in (atoms.repeat((2, 1, 1)), atoms):
         other.pbc = [True, False, True]
-        assert_equal_edges(verlet(other.positions, other.cell.array, other.pbc), neighbor_list(other.positions, other.cell.array, other.pbc, 3.0))
+        assert_equal_edges(
+            verlet(other.positions, other.cell.array, other.pbc), neighbor_list(other.positions, other.cell.array, other.pbc, 3.0)
+        )
 
 
 @pytest.mark.parametrize(

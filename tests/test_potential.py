@@ -124,7 +124,9 @@ def test_other_predictions_on_loading_are_refused(tmp_path: Path, ethanol: Atoms
     monkeypatch.setattr(Potential, "predict", wrong)
     with pytest.raises(ValueError, match="gives other forces here than when it was saved"):
         load(path)
-    monkeypatch.setattr(Potential, "predict", lambda self, s, stress=True: [{**p, "energy": p["energy"] + 1} for p in original(self, s, stress)])
+    monkeypatch.setattr(
+        Potential, "predict", lambda self, s, stress=True: [{**p, "energy": p["energy"] + 1} for p in original(self, s, stress)]
+    )
     with pytest.raises(ValueError, match="gives another energy here"):
         load(path)
 
@@ -157,7 +159,8 @@ def test_energies_of_large_offsets_keep_their_digits(ethanol: Atoms) -> None:
 
     small = make_potential(ELEMENTS, dtype=torch.float32)
     big = Potential(
-        small.model_config, Statistics(elements=ELEMENTS, reference_energies=dict.fromkeys(ELEMENTS, -1e5), energy_scale=0.7, mean_neighbors=12.0)
+        small.model_config,
+        Statistics(elements=ELEMENTS, reference_energies=dict.fromkeys(ELEMENTS, -1e5), energy_scale=0.7, mean_neighbors=12.0),
     ).eval()
     big.network.load_state_dict(small.network.state_dict())
     moved = ethanol.copy()

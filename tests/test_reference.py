@@ -11,7 +11,7 @@ import pytest
 from conftest import shared_data
 
 sys.path.insert(0, str(Path(__file__).parent / "reference"))
-from compare import TOLERANCE, compare  # noqa: E402
+from compare import TOLERANCE, compare
 
 SCRIPT = Path(__file__).parent / "reference" / "compare.py"
 

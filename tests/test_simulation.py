@@ -51,7 +51,9 @@ def test_calculator_equals_the_potential(crystal: Atoms) -> None:
     from gossamer.data.structure import Structure
 
     potential = make_potential(ELEMENTS)
-    (expected,) = potential.predict([Structure(atomic_numbers=crystal.numbers, positions=crystal.positions, cell=crystal.cell.array, pbc=np.array(crystal.pbc))])
+    (expected,) = potential.predict(
+        [Structure(atomic_numbers=crystal.numbers, positions=crystal.positions, cell=crystal.cell.array, pbc=np.array(crystal.pbc))]
+    )
     crystal.calc = Calculator(potential)
     assert crystal.get_potential_energy() == pytest.approx(expected["energy"], abs=1e-11)
     np.testing.assert_allclose(crystal.get_forces(), expected["forces"], atol=1e-11)
@@ -112,7 +114,9 @@ def test_resumed_dynamics_are_exact(ensemble: str, tmp_path: Path) -> None:
     save(make_potential(["Ar"], dtype=torch.float32, cutoff=5.0), tmp_path / "p.safetensors")
     for name, stops in (("whole", [40]), ("parts", [15, 40])):
         for k, steps in enumerate(stops):
-            result = md(tmp_path / "p.safetensors", argon(1), steps=steps, out=tmp_path / name, resume=k > 0, max_temperature=1e9, **options)
+            result = md(
+                tmp_path / "p.safetensors", argon(1), steps=steps, out=tmp_path / name, resume=k > 0, max_temperature=1e9, **options
+            )
             assert result["broken"] is None
     assert table(tmp_path / "whole") == table(tmp_path / "parts")
     for a, b in zip(*(ase.io.read(tmp_path / n / "trajectory.traj", ":") for n in ("whole", "parts")), strict=True):
@@ -127,7 +131,9 @@ def test_killed_dynamics_resume_exactly(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "gossamer.cli", "md", str(tmp_path / "p.safetensors"), str(tmp_path / "argon.extxyz"), "--steps", "1200",
                "--temperature", "40", "--timestep", "2", "--interval", "10", "--max-temperature", "1e9", "--resume", "--json"]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen([*command, "--out", str(tmp_path / "cut")], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    process = subprocess.Popen(
+        [*command, "--out", str(tmp_path / "cut")], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
     deadline = time.monotonic() + 60
     while not (tmp_path / "cut" / "state.npz").exists() and time.monotonic() < deadline:
         time.sleep(0.02)
@@ -152,7 +158,19 @@ def test_thermostats_hold_the_temperature(tmp_path: Path) -> None:
 
 
 def test_barostat_finds_the_pressure(tmp_path: Path) -> None:
-    md(EMT(), bulk("Cu", cubic=True).repeat(2), 300.0, 700, 4.0, "npt", tmp_path / "npt", 10, pressure=5.0, barostat_time=300, progress=False)
+    md(
+        EMT(),
+        bulk("Cu", cubic=True).repeat(2),
+        300.0,
+        700,
+        4.0,
+        "npt",
+        tmp_path / "npt",
+        10,
+        pressure=5.0,
+        barostat_time=300,
+        progress=False,
+    )
     pressures = [float(r["pressure_GPa"]) for r in table(tmp_path / "npt")]
     assert np.mean(pressures[25:]) == pytest.approx(5.0, abs=0.7)
 

@@ -48,13 +48,21 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 
 def test_it_learns_and_writes_everything(tmp_path: Path) -> None:
     results = train(settings(tmp_path / "run", steps=200, valid_every=50), progress=False)
-    assert {p.name for p in (tmp_path / "run").iterdir()} >= {"config.yaml", "log.csv", "potential.safetensors", "results.json", "checkpoint.safetensors"}
+    assert {p.name for p in (tmp_path / "run").iterdir()} >= {
+        "config.yaml",
+        "log.csv",
+        "potential.safetensors",
+        "results.json",
+        "checkpoint.safetensors",
+    }
     with open(tmp_path / "run" / "log.csv") as file:
         rows = list(csv.DictReader(file))
     assert [int(r["step"]) for r in rows] == [50, 100, 150, 200]
     assert float(rows[-1]["valid_forces_mae"]) < 0.8 * float(rows[0]["valid_forces_mae"])
     assert results["valid"]["forces_mae_meV_per_A"] == pytest.approx(min(float(r["valid_forces_mae"]) for r in rows), rel=1e-3)
-    config = make_config(json.loads(json.dumps(load(tmp_path / "run" / "potential.safetensors") and _manifest(tmp_path / "run")["training"])))
+    config = make_config(
+        json.loads(json.dumps(load(tmp_path / "run" / "potential.safetensors") and _manifest(tmp_path / "run")["training"]))
+    )
     assert config.training.steps == 200
     # the written settings train again
     again = train(tmp_path / "run" / "config.yaml", [f"out={tmp_path / 'again'}"], progress=False)
@@ -140,7 +148,18 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
     """The same batches shared by two processes give the same weights up to the order of sums."""
     config = settings(tmp_path / "two", steps=12, dtype="float64", valid_every=12)
     (tmp_path / "two.yaml").write_text(json.dumps(config))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "gossamer.cli", "train", str(tmp_path / "two.yaml")]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "gossamer.cli",
+        "train",
+        str(tmp_path / "two.yaml"),
+    ]
     result = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=180, check=False)
     assert result.returncode == 0, result.stderr
     train(settings(tmp_path / "one", steps=12, dtype="float64", valid_every=12), progress=False)
@@ -152,7 +171,9 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
 def test_nan_stops_with_the_frame_and_the_checkpoint(tmp_path: Path) -> None:
     config = settings(tmp_path / "run", learning_rate=1e18, clip_norm=None)
     config["training"]["schedule"] = {"warmup_steps": 0}
-    with pytest.raises(RuntimeError, match=r"Training stopped at step \d+: loss .*ethanol_500K.* frame \d+.*Last good checkpoint: none yet"):
+    with pytest.raises(
+        RuntimeError, match=r"Training stopped at step \d+: loss .*ethanol_500K.* frame \d+.*Last good checkpoint: none yet"
+    ):
         train(config, progress=False)
 
 
@@ -182,7 +203,9 @@ for name, compiled in (("plain", False), ("compiled", True)):
     config["out"] = config["out"][:-1] + name
     train(config, progress=False)
 """
-    result = subprocess.run([sys.executable, "-W", "ignore", "-c", script], env=ENVIRONMENT, capture_output=True, text=True, timeout=400, check=False)
+    result = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", script], env=ENVIRONMENT, capture_output=True, text=True, timeout=400, check=False
+    )
     assert result.returncode == 0, result.stderr
     assert "not compiled" not in result.stderr, result.stderr
     plain, compiled = weights(tmp_path / "plain"), weights(tmp_path / "compiled")

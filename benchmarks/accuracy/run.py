@@ -16,7 +16,6 @@ import datetime
 import json
 import logging
 import os
-import platform
 import time
 from pathlib import Path
 
@@ -81,7 +80,9 @@ def measure(name: str, arguments: argparse.Namespace) -> dict:
     # compilation happens again in the run, mostly out of its cache; validation takes about a tenth
     steps = int(0.9 * (60 * arguments.minutes - compiled) / step)
     results = train(config_of(name, arguments.data, arguments.direct, out, steps), progress=False)
-    cpu = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), platform.processor())
+    cpu = next(
+        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")), "?"
+    )
     record = {
         "name": label, "minutes_budget": arguments.minutes, "minutes_total": round((time.perf_counter() - began) / 60, 1),
         "threads": arguments.threads, "step_ms": round(1000 * step, 1), "steps": results["steps"], "num_parameters": results["num_parameters"],

@@ -18,9 +18,7 @@ from gossamer.neighbors import neighbor_list
 Array = NDArray[np.float64]
 
 
-def rdf(
-    frames: Sequence[Atoms], r_max: float = 6.0, n_bins: int = 500, pair: tuple[str, str] | None = None
-) -> tuple[Array, Array]:
+def rdf(frames: Sequence[Atoms], r_max: float = 6.0, n_bins: int = 500, pair: tuple[str, str] | None = None) -> tuple[Array, Array]:
     """Radial distribution function over all pairs, or those of two elements; periodic images included at any distance.
 
         g(r) = (pairs in the shell) / (pairs of an ideal gas of the same density)
@@ -114,7 +112,9 @@ def diffusivity(msd: Array, interval: float) -> float:
     return float(msd[-1] / (6 * (len(msd) - 1) * interval) * 10)
 
 
-def diffusivity_blocks(positions: Array, masses: Array, selected: NDArray[np.bool_], interval: float, n_blocks: int = 4) -> tuple[float, float]:
+def diffusivity_blocks(
+    positions: Array, masses: Array, selected: NDArray[np.bool_], interval: float, n_blocks: int = 4
+) -> tuple[float, float]:
     """Mean and standard error over blocks of the slope of MSD over 6, between 20 and 70 % of each block, in 1e-9 m²/s.
 
     Args:
@@ -158,8 +158,6 @@ def bond_stability_time(frames: Sequence[Atoms], bonds: NDArray[np.int64], inter
     """First time in ps at which a bond is more than ``tolerance`` Å from its length in the first frame; the length if never."""
     if len(bonds) == 0:
         return len(frames) * interval
-    lengths = np.array(
-        [find_mic(f.positions[bonds[:, 1]] - f.positions[bonds[:, 0]], f.cell, f.pbc)[1] for f in frames]
-    )
+    lengths = np.array([find_mic(f.positions[bonds[:, 1]] - f.positions[bonds[:, 0]], f.cell, f.pbc)[1] for f in frames])
     broken = np.flatnonzero((np.abs(lengths - lengths[0]) > tolerance).any(axis=1))
     return float(broken[0] * interval) if len(broken) else len(frames) * interval

@@ -9,7 +9,9 @@ from ase import Atoms
 from numpy.typing import NDArray
 
 
-def energies_along(calculator: Any, atoms: Atoms, atom: int, direction: NDArray[np.float64], offsets: NDArray[np.float64]) -> NDArray[np.float64]:
+def energies_along(
+    calculator: Any, atoms: Atoms, atom: int, direction: NDArray[np.float64], offsets: NDArray[np.float64]
+) -> NDArray[np.float64]:
     """Energy in eV with one atom moved by each offset (Å) along a unit direction."""
     work = atoms.copy()
     work.calc = calculator

@@ -95,7 +95,8 @@ def _labels(structures: Sequence[Structure], report: Inspection) -> None:
         rms = float(np.sqrt((values**2).mean()))
         report.facts[label] = f"median {np.median(values):.6g}, RMS {rms:.4g}, range {values.min():.6g} to {values.max():.6g} {unit}"
         if len(structures) > 1 and label == "forces":
-            zeroed, partly = [], []
+            zeroed: list[str] = []
+            partly: list[str] = []
             for s in structures:
                 if s.forces is None or s.n_atoms < 2:
                     continue
@@ -116,10 +117,14 @@ def _labels(structures: Sequence[Structure], report: Inspection) -> None:
             if largest[0] > 100:
                 report.warnings.append(f"forces up to {largest[0]:.0f} eV/Å, in {largest[1]}")
             if not 1e-3 < rms < 30:
-                report.warnings.append(f"RMS force of {rms:.3g} eV/Å is unusual (0.01 to 10): check data.labels.energy_unit and length_unit")
+                report.warnings.append(
+                    f"RMS force of {rms:.3g} eV/Å is unusual (0.01 to 10): check data.labels.energy_unit and length_unit"
+                )
             nets = [float(np.linalg.norm(s.forces.sum(axis=0))) for s in structures if s.forces is not None and s.n_atoms > 1]
             if nets and np.median(nets) > 0.1 * rms * np.sqrt(np.median([s.n_atoms for s in structures])):
-                report.warnings.append(f"the forces of a frame do not sum to zero (median {np.median(nets):.2g} eV/Å): fixed atoms or noisy labels")
+                report.warnings.append(
+                    f"the forces of a frame do not sum to zero (median {np.median(nets):.2g} eV/Å): fixed atoms or noisy labels"
+                )
         if label == "stress" and np.median(np.abs(values)) > 0.5:
             report.warnings.append(
                 f"stress has median magnitude {np.median(np.abs(values)):.3g}; eV/Å³ values are rarely above 0.5. If they are GPa, set "
@@ -142,7 +147,8 @@ def _symmetric(s: Structure) -> np.ndarray:
 
 def _duplicates(structures: Sequence[Structure], report: Inspection) -> None:
     seen: dict[bytes, Structure] = {}
-    same, different = [], []
+    same: list[str] = []
+    different: list[str] = []
     for s in structures:
         twin = seen.setdefault(identity(s), s)
         if twin is not s:
@@ -172,9 +178,7 @@ def _energies(structures: Sequence[Structure], report: Inspection) -> None:
     report.facts["energy spread"] = f"{1000 * rest.std():.3g} meV/atom about the best reference energies"
     if 0 < len(far) <= 0.02 * len(chosen):
         worst = far[np.argmax(np.abs(centred[far]))]
-        report.warnings.append(
-            f"{len(far)} energy outliers, the worst {centred[worst]:+.2f} eV/atom from the rest: {chosen[worst].name}"
-        )
+        report.warnings.append(f"{len(far)} energy outliers, the worst {centred[worst]:+.2f} eV/atom from the rest: {chosen[worst].name}")
 
 
 def _distances(structures: Sequence[Structure], report: Inspection, limit: int = 2000) -> None:

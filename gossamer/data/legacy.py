@@ -33,6 +33,9 @@ def _tensor_from_bytes(data: bytes) -> Any:
     return torch.load(io.BytesIO(data), weights_only=True)
 
 
+_multiarray: Any = np._core.multiarray  # type: ignore[attr-defined]
+
+
 def _allowed() -> dict[tuple[str, str], Any]:
     table: dict[tuple[str, str], Any] = {
         ("torch._utils", "_rebuild_tensor_v2"): torch._utils._rebuild_tensor_v2,
@@ -42,7 +45,7 @@ def _allowed() -> dict[tuple[str, str], Any]:
         ("numpy", "dtype"): np.dtype,
     }
     for module in ("numpy.core.multiarray", "numpy._core.multiarray"):
-        table |= {(module, "_reconstruct"): np._core.multiarray._reconstruct, (module, "scalar"): np._core.multiarray.scalar}
+        table |= {(module, "_reconstruct"): _multiarray._reconstruct, (module, "scalar"): _multiarray.scalar}
     for module in ("torch_geometric.data.data", "torch_geometric.data"):
         for name in ("Data", "DataEdgeAttr", "DataTensorAttr"):
             table[(module, name)] = _Bag

@@ -27,9 +27,7 @@ def epoch_batches(n_atoms: np.ndarray, batch_size: int, batch_atoms: int | None,
     return batches
 
 
-def graphs(
-    potential: Potential, structures: Sequence[Structure], batches: Sequence[Sequence[int]], prefetch: int = 2
-) -> Iterator[Graph]:
+def graphs(potential: Potential, structures: Sequence[Structure], batches: Sequence[Sequence[int]], prefetch: int = 2) -> Iterator[Graph]:
     """Collated batches, prepared by one thread ahead of their use."""
     if not batches:
         return

@@ -7,14 +7,19 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import overload
+from typing import Any, overload
 
 import numpy as np
 
 from gossamer.data.structure import Structure
 
-PER_ATOM = {"atomic_numbers": (np.int16, ()), "positions": (np.float64, (3,)), "forces": (np.float64, (3,)), "fixed": (np.bool_, ())}
-PER_FRAME = {"cell": (np.float64, (3, 3)), "pbc": (np.bool_, (3,)), "energy": (np.float64, ()), "stress": (np.float64, (3, 3)),
+PER_ATOM: dict[str, tuple[Any, tuple[int, ...]]] = {
+    "atomic_numbers": (np.int16, ()),
+    "positions": (np.float64, (3,)),
+    "forces": (np.float64, (3,)),
+    "fixed": (np.bool_, ()),
+}
+PER_FRAME: dict[str, tuple[Any, tuple[int, ...]]] = {"cell": (np.float64, (3, 3)), "pbc": (np.bool_, (3,)), "energy": (np.float64, ()), "stress": (np.float64, (3, 3)),
              "n_atoms": (np.int64, ()), "group": (np.dtype("S48"), ())}  # fmt: skip
 
 
@@ -34,7 +39,7 @@ def write_store(structures: Iterable[Structure], path: Path | str) -> int:
     count = 0
     try:
         for s in structures:
-            values = {
+            values: dict[str, Any] = {
                 "atomic_numbers": s.atomic_numbers,
                 "positions": s.positions,
                 "forces": np.full((s.n_atoms, 3), np.nan) if s.forces is None else s.forces,
@@ -75,7 +80,7 @@ class Store(Sequence[Structure]):
         total = int(self._ends[-1]) if count else 0
         self._atoms = {name: self._map(name, kind, total) for name, kind in PER_ATOM.items()}
 
-    def _map(self, name: str, kind: tuple[type, tuple[int, ...]], rows: int) -> np.ndarray:
+    def _map(self, name: str, kind: tuple[Any, tuple[int, ...]], rows: int) -> np.ndarray:
         dtype, shape = kind
         file = self.path / f"{name}.bin"
         expected = rows * np.dtype(dtype).itemsize * int(np.prod(shape))

@@ -12,7 +12,7 @@ at zero, and sums are scaled by the mean number of neighbours.
 from __future__ import annotations
 
 import math
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -157,7 +157,7 @@ class LEIGNN(nn.Module):
         self.embedding = nn.Embedding(num_species, h)
         nn.init.uniform_(self.embedding.weight, -math.sqrt(3), math.sqrt(3))
         self.global_scalar = nn.Parameter(torch.zeros(1, h)) if config.global_context else None
-        self.layers = nn.ModuleList(Layer(config, max(mean_neighbors, 1.0)) for _ in range(config.num_layers))
+        self.layers: Any = nn.ModuleList(Layer(config, max(mean_neighbors, 1.0)) for _ in range(config.num_layers))
         self.MLP_E = nn.Sequential(linear(h, h // 2), ScaledSiLU(), linear(h // 2, 1))
         self.W_F = linear(h, 1, bias=False) if config.direct_forces else None
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -57,7 +57,7 @@ class VerletList:
 class Calculator(ASECalculator):
     """ASE calculator of a potential: energy, free_energy, energies, forces, and stress where it is defined."""
 
-    implemented_properties: ClassVar[list[str]] = ["energy", "free_energy", "energies", "forces", "stress"]
+    implemented_properties = ["energy", "free_energy", "energies", "forces", "stress"]  # noqa: RUF012 - ASE's own convention
 
     def __init__(
         self, potential: Potential | Path | str, device: str = "cpu", dtype: str | None = None, skin: float = 0.5, **kwargs: Any
@@ -78,9 +78,7 @@ class Calculator(ASECalculator):
             self._isolated = self.potential.isolated_outputs()
         self._checked: bytes = b""
 
-    def calculate(
-        self, atoms: Atoms | None = None, properties: list[str] | None = None, system_changes: list[str] = all_changes
-    ) -> None:
+    def calculate(self, atoms: Atoms | None = None, properties: list[str] | None = None, system_changes: list[str] = all_changes) -> None:
         """Compute everything the potential gives (energy and forces come together).
 
         Raises:
@@ -92,7 +90,9 @@ class Calculator(ASECalculator):
         wanted = properties or ["energy"]
         periodic = bool(self.atoms.pbc.all())
         if "stress" in wanted and not self.conservative:
-            raise PropertyNotImplementedError("This potential predicts forces directly: it has no stress. Train one with direct_forces: false.")
+            raise PropertyNotImplementedError(
+                "This potential predicts forces directly: it has no stress. Train one with direct_forces: false."
+            )
         if "stress" in wanted and not periodic:
             raise PropertyNotImplementedError(f"Stress needs periodicity along all three axes, found pbc {self.atoms.pbc.tolist()}.")
         graph = self._graph(self.atoms)

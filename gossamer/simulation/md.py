@@ -7,7 +7,6 @@ import json
 import logging
 import signal
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -195,7 +194,7 @@ def md(
     dynamics.attach(recorder, interval=interval)
     broken = None
     began = time.perf_counter()
-    bar = tqdm(total=steps, initial=dynamics.nsteps, unit="step", disable=not progress, dynamic_ncols=True)
+    bar = tqdm(total=steps, initial=dynamics.nsteps, unit="step", disable=None if progress else True, dynamic_ncols=True)
     stop = _Stop()
     with bar, stop:
         try:
@@ -321,7 +320,7 @@ class _Recorder:
         self.brief = ""
         kept = dynamics.nsteps // interval + 1 if resumed else 0
         trajectory, table = folder / "trajectory.traj", folder / "log.csv"
-        rows: list[Sequence[str]] = []
+        rows: list[list[str]] = []
         if resumed:  # drop what was written after the state
             with open(table, newline="") as file:
                 rows = list(csv.reader(file))[1 : kept + 1]
@@ -362,7 +361,7 @@ class _Recorder:
         self.save_state()
 
     def save_state(self) -> None:
-        arrays = {f"integrator.{k}": v for k, v in _numbers(self.dynamics).items()}
+        arrays: dict[str, Any] = {f"integrator.{k}": v for k, v in _numbers(self.dynamics).items()}
         if hasattr(self.dynamics, "rng"):
             arrays["rng"] = np.array(json.dumps(self.dynamics.rng.bit_generator.state))
         atoms = self.atoms

@@ -51,9 +51,7 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """The optimiser's state by parameter number and name."""
     return {
-        f"optimizer.{number}.{name}": value
-        for number, state in optimizer.state_dict()["state"].items()
-        for name, value in state.items()
+        f"optimizer.{number}.{name}": value for number, state in optimizer.state_dict()["state"].items() for name, value in state.items()
     }
 
 

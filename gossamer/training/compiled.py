@@ -13,7 +13,7 @@ import logging
 from typing import Any
 
 import torch
-import torch.fx.experimental._config as fx_config
+import torch.fx.experimental._config as _fx_config
 from torch import Tensor
 from torch.func import functional_call
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -21,6 +21,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from gossamer.graph import Graph
 from gossamer.potential import Potential, Prediction
 
+fx_config: Any = _fx_config  # its patch() is added at run time
 log = logging.getLogger(__name__)
 FIELDS = ("atomic_numbers", "positions", "cell", "graph_index", "edge_index", "edge_shifts")
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-10}
@@ -90,7 +91,8 @@ class CompiledForward:
 
     def _compile(self, graph: Graph) -> Any:
         def outputs(state: dict[str, Tensor], *tensors: Tensor) -> tuple[Tensor, ...]:
-            batch = Graph(**dict(zip(FIELDS, tensors, strict=True)))
+            fields: dict[str, Any] = dict(zip(FIELDS, tensors, strict=True))
+            batch = Graph(**fields)
             out = functional_call(self.potential, state, (batch,), {"forces": self.forces, "stress": self.stress})
             return tuple(getattr(out, name) for name in self.names)
 
@@ -115,7 +117,9 @@ class CompiledForward:
             weights = [torch.rand(v.shape, generator=generator, dtype=v.dtype).to(v.device) for v in values]
             total = torch.stack([(w * (v - v.detach().mean())).sum() for w, v in zip(weights, values, strict=True)]).sum()
             gradients = torch.autograd.grad(total, parameters, allow_unused=True)
-            flat = torch.cat([torch.zeros_like(p).flatten() if g is None else g.flatten() for p, g in zip(parameters, gradients, strict=True)])
+            flat = torch.cat(
+                [torch.zeros_like(p).flatten() if g is None else g.flatten() for p, g in zip(parameters, gradients, strict=True)]
+            )
             results.append([*(v.detach() - v.detach().mean() for v in values), flat])
         for name, plain, compiled in zip([*self.names, "gradient of the weights"], *results, strict=True):
             deviation = float((plain - compiled).norm() / plain.norm().clamp(min=1e-12))
@@ -126,6 +130,7 @@ class CompiledForward:
 def rewrite(module: torch.fx.GraphModule) -> None:
     """Remove detach nodes, and put our gather and sum in place of those that inductor would fuse."""
     aten, ours = torch.ops.aten, torch.ops.gossamer
+    replacement: tuple[Any, tuple[Any, ...]]
     for node in list(module.graph.nodes):
         if node.target in (aten.detach.default, aten.alias.default):
             node.replace_all_uses_with(node.args[0])

@@ -20,6 +20,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import torch
 from pydantic import Field
+from torch import Tensor
 from tqdm import tqdm
 
 from gossamer.data.loader import epoch_batches, graphs
@@ -131,7 +132,7 @@ def train_step(state: State, graph: Graph, loss: LossConfig, config: TrainingCon
     total = torch.stack(parts).sum()
     state.optimizer.zero_grad(set_to_none=True)
     total.backward()
-    parameters = [p for p in potential.network.parameters() if p.requires_grad]
+    parameters: list[Tensor] = [p for p in potential.network.parameters() if p.requires_grad]
     workers.sum_gradients(parameters)
     norm = clip_gradients(parameters, config.clip_norm)
     value = float(workers.sum(total.detach().clone()))
@@ -147,9 +148,7 @@ def train_step(state: State, graph: Graph, loss: LossConfig, config: TrainingCon
 
 def validation_loss(evaluation: Evaluation, loss: LossConfig) -> float:
     """Weighted sum of mean absolute errors (eV/atom, eV/Å, eV/Å³): the number that picks the best weights."""
-    return sum(
-        getattr(loss, name) * getattr(evaluation, name).mae / 1000 for name in LABELS if getattr(evaluation, name).count
-    )
+    return sum(getattr(loss, name) * getattr(evaluation, name).mae / 1000 for name in LABELS if getattr(evaluation, name).count)
 
 
 # --- checkpoints --------------------------------------------------------------------------------------------------
@@ -216,7 +215,13 @@ class Log:
             except ImportError:
                 raise ImportError("training.tensorboard needs the package tensorboard: pip install tensorboard") from None
             board = SummaryWriter(str(folder / "tensorboard"))
-            self.writers.append(lambda row: [board.add_scalar(k, v, row["step"]) for k, v in row.items() if v != ""] and None)
+
+            def to_board(row: dict[str, Any]) -> None:
+                for key, value in row.items():
+                    if value != "":
+                        board.add_scalar(key, value, row["step"])
+
+            self.writers.append(to_board)
         if config.wandb:
             try:
                 import wandb
@@ -269,7 +274,7 @@ def run_training(
     n_atoms = np.array([train[k].n_atoms for k in range(len(train))])
     logger = Log(folder, config, state.step) if workers.rank == 0 else None
     stop = _StopOnSignal()
-    bar = tqdm(total=config.steps, initial=state.step, unit="step", disable=not progress or workers.rank > 0, dynamic_ncols=True)
+    bar = tqdm(total=config.steps, initial=state.step, unit="step", disable=quiet(progress and workers.rank == 0), dynamic_ncols=True)
     done = state.step >= config.steps
     with stop, bar:
         while not done:
@@ -301,6 +306,8 @@ def run_training(
                     if logger is not None:
                         logger.write(row)
                         bar.set_postfix_str(_brief(row))
+                        if bar.disable:  # no terminal: a line now and then instead of a bar
+                            log.info("step %d of %d: %s", state.step, config.steps, _brief(row))
                 stopping = stop.requested if workers.world == 1 else workers.any(stop.requested)
                 if (state.step % config.checkpoint_every == 0 or done or stopping) and workers.rank == 0:
                     save_state(state, checkpoint, identity)
@@ -340,6 +347,11 @@ def validate(
     state.totals = {k: [0.0, 0.0] for k in LABELS}
     row |= {"seconds": round(state.seconds, 3), "train_loss": train_loss, "valid_loss": metric}
     return row
+
+
+def quiet(progress: bool) -> bool | None:
+    """What tqdm's ``disable`` should be: None shows the bar on a terminal only."""
+    return None if progress else True
 
 
 def _brief(row: dict[str, Any]) -> str:

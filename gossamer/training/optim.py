@@ -66,7 +66,7 @@ class EMA:
     """Exponential moving average of the weights, decay min(d, (1 + n) / (10 + n)) at update n."""
 
     def __init__(self, module: nn.Module, decay: float) -> None:
-        self.module = copy.deepcopy(module).requires_grad_(False)
+        self.module: Any = copy.deepcopy(module).requires_grad_(False)
         self.decay, self.updates = decay, 0
         self._pairs = [(a.data, b) for a, b in zip(self.module.parameters(), module.parameters(), strict=True)]
 

@@ -70,8 +70,8 @@ def compare_leignn(data: np.lib.npyio.NpzFile) -> dict[str, float]:
         outputs: dict[str, torch.Tensor] = {}
 
         def keep(layer: int, outputs: dict[str, torch.Tensor] = outputs):
-            def hook(_module, _inputs, result) -> None:
-                outputs[f"layer{layer}/x_after_update"], outputs[f"layer{layer}/v_after_update"] = result
+            def hook(_module, _inputs, after) -> None:
+                outputs[f"layer{layer}/x_after_update"], outputs[f"layer{layer}/v_after_update"] = after
 
             return hook
 
