@@ -118,6 +118,7 @@ def plot_parity(labels: np.ndarray, predictions: np.ndarray, unit: str) -> Figur
     else:
         axes.plot(labels, predictions, ".", ms=3, color=OURS, alpha=0.6)
     axes.set_aspect("equal", adjustable="datalim")
+    axes.locator_params(nbins=5)
     return figure
 
 
