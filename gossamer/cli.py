@@ -91,7 +91,8 @@ def build_parser() -> argparse.ArgumentParser:
     relax.add_argument("--fmax", type=float, default=0.01, help="eV/Å (default: 0.01)")
     relax.add_argument("--steps", type=int, default=500, help="most steps (default: 500)")
     relax.add_argument("--cell", action="store_true", help="relax the cell too")
-    relax.add_argument("--optimizer", choices=["fire", "bfgs", "lbfgs"], default="fire", help="default: fire")
+    relax.add_argument("--optimizer", choices=["fire", "lbfgs"], default="fire", help="default: fire")
+    relax.add_argument("--resume", action="store_true", help="go on where the relaxation stopped (same structure and options)")
     relax.add_argument("--out", default="relaxed.extxyz", help="relaxed structure (default: relaxed.extxyz)")
     relax.add_argument("--device", default="cpu", help="default: cpu")
     relax.add_argument("--dtype", choices=["float32", "float64"], help="default: as saved")
@@ -220,7 +221,7 @@ def _md(arguments: argparse.Namespace) -> int:
 def _relax(arguments: argparse.Namespace) -> int:
     from gossamer.simulation.relax import relax
 
-    names = ("fmax", "steps", "cell", "optimizer", "out", "device", "dtype")
+    names = ("fmax", "steps", "cell", "optimizer", "out", "resume", "device", "dtype")
     answer = relax(arguments.model, arguments.structure, **{n: getattr(arguments, n) for n in names})
     del answer["atoms"]
     _show(arguments, {**answer, "out": arguments.out})

@@ -255,6 +255,27 @@ def test_relax_positions_and_cell(tmp_path: Path) -> None:
     assert not relax(EMT(), atoms, fmax=1e-6, steps=2)["converged"]
 
 
+@pytest.mark.parametrize("optimizer", ["fire", "lbfgs"])
+@pytest.mark.parametrize("cell", [False, True])
+def test_resumed_relaxation_is_exact(optimizer: str, cell: bool, tmp_path: Path) -> None:
+    atoms = bulk("Cu", cubic=True, a=3.75)
+    atoms.rattle(0.1, seed=0)
+    options = dict(fmax=1e-8, cell=cell, optimizer=optimizer)
+    save(make_potential(["Cu"], cutoff=3.5), model := tmp_path / "p.safetensors")
+    whole = relax(model, atoms, steps=12, out=tmp_path / "whole.extxyz", **options)
+    relax(model, atoms, steps=5, out=tmp_path / "parts.extxyz", **options)
+    parts = relax(model, atoms, steps=12, out=tmp_path / "parts.extxyz", resume=True, **options)
+    assert whole["steps"] == parts["steps"] == 12
+    tolerance = 1e-12 if cell else 0.0  # the cell filter takes logarithms of the strain again
+    np.testing.assert_allclose(whole["atoms"].positions, parts["atoms"].positions, rtol=0, atol=tolerance)
+    np.testing.assert_allclose(whole["atoms"].cell.array, parts["atoms"].cell.array, rtol=0, atol=tolerance)
+    assert np.abs(whole["atoms"].positions - atoms.positions).max() > 1e-3
+    with pytest.raises(ValueError, match="nothing to resume"):
+        relax(EMT(), atoms, out=tmp_path / "none.extxyz", resume=True)
+    with pytest.raises(ValueError, match="other atoms"):
+        relax(EMT(), bulk("Cu"), out=tmp_path / "parts.extxyz", resume=True)
+
+
 def test_wrong_use_of_relax(crystal: Atoms) -> None:
     with pytest.raises(ValueError, match="optimizer 'newton' is unknown"):
         relax(EMT(), crystal, optimizer="newton")

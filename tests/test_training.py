@@ -191,6 +191,50 @@ def test_direct_forces_train(tmp_path: Path) -> None:
     assert results["valid"]["conservative_forces"] is False
 
 
+def test_unrolled_graph_has_right_second_derivatives(tmp_path: Path) -> None:
+    """The graph that is compiled, run uncompiled: values and weight gradients of energies and forces, on two batch shapes."""
+    script = f"""
+import torch
+from gossamer.config import make_config
+from gossamer.data.readers import read_structures
+from gossamer.data.statistics import compute_statistics
+from gossamer.potential import Potential
+from gossamer.training.compiled import CompiledForward
+torch.manual_seed(0)
+structures = list(read_structures({ETHANOL!r}))[:7]
+for options in (dict(num_layers=2), dict(num_layers=1, global_context=True, update="painn")):
+    config = make_config(dict(data=dict(train="x"), model=dict(num_features=8, num_basis=4, cutoff=3.5, **options)))
+    potential = Potential(config.model, compute_statistics(structures, 3.5)).double().train()
+    forward = CompiledForward(potential, forces=True, stress=False)
+    forward.compiled = forward.unroll(potential.collate(structures[:3]))
+    forward._compare(potential.collate(structures[:3]))
+    forward._compare(potential.collate(structures[3:]))
+print("agreed")
+"""
+    result = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", script], env=ENVIRONMENT, capture_output=True, text=True, timeout=200, check=False
+    )
+    assert result.stdout.strip() == "agreed", result.stderr
+
+
+def test_comparison_refuses_a_wrong_graph(caplog: pytest.LogCaptureFixture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A graph whose forces are 1 % off is noticed on the first batch, said in one line, and not used."""
+    from gossamer.training import compiled
+
+    def wrong(self, graph):
+        def call(state, *tensors):
+            out = self.plain(compiled.Graph(**dict(zip(compiled.FIELDS, tensors, strict=True))))
+            return out.energy, out.node_energies, out.forces * 1.01
+
+        return call
+
+    monkeypatch.setattr(compiled.CompiledForward, "_compile", wrong)
+    results = train(settings(tmp_path / "run", steps=5, compile=True), progress=False)
+    assert results["steps"] == 5
+    assert "training is not compiled: the compiled forces differs from the plain one by 1.0e-02" in caplog.text
+
+
+@pytest.mark.slow
 def test_compiled_training_equals_plain(tmp_path: Path) -> None:
     """In a process without the shape checks, which torch.compile cannot trace."""
     script = f"""
@@ -298,3 +342,10 @@ def test_no_decay_of_tables_and_biases() -> None:
     assert {tuple(p.shape) for p in groups[0]["params"]} == {(2, 2)}
     assert groups[1]["weight_decay"] == 0.0
     assert {tuple(p.shape) for p in groups[1]["params"]} == {(3, 2), (2,)}
+
+
+@pytest.mark.parametrize("name", ["tensorboard", "wandb"])
+def test_missing_loggers_are_named(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard" if name == "tensorboard" else "wandb", None)
+    with pytest.raises(ImportError, match=f"pip install {name}"):
+        train(settings(tmp_path / "run", **{name: True}), progress=False)

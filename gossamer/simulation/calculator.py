@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from numpy.typing import NDArray
 from gossamer.graph import Graph
 from gossamer.neighbors import Edges, complete_cell, nearest, neighbor_list
 from gossamer.potential import Potential, load
+
+log = logging.getLogger(__name__)
 
 
 class VerletList:
@@ -74,6 +77,8 @@ class Calculator(ASECalculator):
         self.potential.eval().requires_grad_(False)
         self.neighbors = VerletList(self.potential.cutoff, skin, self.potential.max_neighbors)
         self.conservative = self.potential.conservative
+        if self.potential.max_neighbors is not None:
+            log.warning("this potential keeps %d neighbours: energy and forces jump when ranks change", self.potential.max_neighbors)
         with torch.no_grad():
             self._isolated = self.potential.isolated_outputs()
         self._checked: bytes = b""

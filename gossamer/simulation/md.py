@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from gossamer.files import atomic_path
 from gossamer.neighbors import neighbor_list
+from gossamer.simulation.state import numbers_of, put_back
 
 log = logging.getLogger(__name__)
 Ensemble = Literal["nve", "langevin", "nose-hoover", "npt"]
@@ -262,28 +263,11 @@ def _integrator(atoms: Atoms, settings: dict[str, Any], rng: np.random.Generator
 # --- exact restart: every number the integrator holds, and the state of its random generator ---------------------
 
 
-def _numbers(value: Any, prefix: str = "") -> dict[str, NDArray[Any]]:
-    found: dict[str, NDArray[Any]] = {}
-    for name, item in vars(value).items():
-        if isinstance(item, bool | int | float | np.ndarray | np.generic):
-            found[prefix + name] = np.array(item)
-        elif name in ("_thermostat", "_barostat"):
-            found |= _numbers(item, f"{prefix}{name}.")
-    return found
-
-
 def _restore(dynamics: Any, atoms: Atoms, stored: dict[str, Any]) -> None:
     atoms.set_cell(stored["cell"])
     atoms.set_positions(stored["positions"])
     atoms.set_momenta(stored["momenta"])
-    for key, value in stored.items():
-        if key.startswith("integrator."):
-            *owners, name = key.removeprefix("integrator.").split(".")
-            target = dynamics
-            for owner in owners:
-                target = getattr(target, owner)
-            old = getattr(target, name)
-            setattr(target, name, value.copy() if isinstance(old, np.ndarray) else type(old)(value))
+    put_back(dynamics, {k.removeprefix("integrator."): v for k, v in stored.items() if k.startswith("integrator.")})
     if hasattr(dynamics, "rng"):
         dynamics.rng.bit_generator.state = json.loads(str(stored["rng"]))
 
@@ -361,7 +345,7 @@ class _Recorder:
         self.save_state()
 
     def save_state(self) -> None:
-        arrays: dict[str, Any] = {f"integrator.{k}": v for k, v in _numbers(self.dynamics).items()}
+        arrays: dict[str, Any] = {f"integrator.{k}": v for k, v in numbers_of(self.dynamics).items()}
         if hasattr(self.dynamics, "rng"):
             arrays["rng"] = np.array(json.dumps(self.dynamics.rng.bit_generator.state))
         atoms = self.atoms

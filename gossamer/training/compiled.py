@@ -62,7 +62,7 @@ class CompiledForward:
 
     def __init__(self, potential: Potential, forces: bool, stress: bool) -> None:
         self.potential, self.forces, self.stress = potential, forces, stress
-        self.names = ["energy", *(["forces"] if forces else []), *(["stress"] if stress else [])]
+        self.names = ["energy", "node_energies", *(["forces"] if forces else []), *(["stress"] if stress else [])]
         self.compiled: Any = None
         self.usable = True
         # optimisers and averages change these tensors in place, so they can be collected once
@@ -87,9 +87,11 @@ class CompiledForward:
 
     def _run(self, graph: Graph) -> Prediction:
         out = dict(zip(self.names, self.compiled(self.state, *(getattr(graph, f) for f in FIELDS)), strict=True))
-        return Prediction(energy=out["energy"], node_energies=out["energy"], forces=out.get("forces"), stress=out.get("stress"))
+        return Prediction(**{"forces": None, "stress": None, **out})
 
-    def _compile(self, graph: Graph) -> Any:
+    def unroll(self, graph: Graph) -> torch.fx.GraphModule:
+        """Energies and forces as one graph of primitive operations, for any sizes."""
+
         def outputs(state: dict[str, Tensor], *tensors: Tensor) -> tuple[Tensor, ...]:
             fields: dict[str, Any] = dict(zip(FIELDS, tensors, strict=True))
             batch = Graph(**fields)
@@ -99,7 +101,10 @@ class CompiledForward:
         with fx_config.patch(use_duck_shape=False):
             module = make_fx(outputs, tracing_mode="symbolic")(self.state, *(getattr(graph, f) for f in FIELDS))
         rewrite(module)
-        compiled = torch.compile(module, dynamic=True)
+        return module
+
+    def _compile(self, graph: Graph) -> Any:
+        compiled = torch.compile(self.unroll(graph), dynamic=True)
 
         def call(*arguments: Any) -> Any:
             with fx_config.patch(use_duck_shape=False):
