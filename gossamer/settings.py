@@ -72,7 +72,7 @@ def to_dict(value: Any) -> Any:
 
 
 def describe(cls: type) -> list[tuple[str, Any, str]]:
-    """(name, default, explanation) of each field of one settings class, for docs and help."""
+    """(name, default, explanation) of each field of one settings class; the default of a required one is ``...``."""
     schema = pydantic.TypeAdapter(cls).json_schema()
     properties = schema.get("properties", {})
-    return [(name, entry.get("default"), entry.get("description", "")) for name, entry in properties.items()]
+    return [(name, entry.get("default", ...), entry.get("description", "")) for name, entry in properties.items()]

@@ -47,6 +47,18 @@ def test_examples_run(name: str, tmp_path: Path) -> None:
     assert out.strip()
 
 
+def test_settings_page_is_current() -> None:
+    sys.path.insert(0, str(ROOT / "docs"))
+    try:
+        from make_settings import page
+    finally:
+        sys.path.pop(0)
+    assert (ROOT / "docs" / "settings.md").read_text() == page(), "run python docs/make_settings.py"
+    rows = [line for line in page().splitlines() if line.startswith("| `")]
+    assert len(rows) > 50
+    assert not [row for row in rows if row.endswith("|  |")], "a setting without an explanation"
+
+
 def test_links_in_the_documentation_lead_somewhere() -> None:
     for page in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/**/*.md")]:
         for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):

@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 
 import torch
 from jaxtyping import Float, Int
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from gossamer.models.output import ModelOutput
@@ -33,6 +33,7 @@ class LEIGNNConfig:
     """Settings of the LEIGNN network (Yang et al., arXiv:2311.02869)."""
 
     name: Literal["leignn"] = "leignn"
+    """Which network."""
     variant: Literal["sound", "published"] = "sound"
     """"sound": smooth at the cutoff, for molecular dynamics. "published": exactly the paper's network."""
     cutoff: Annotated[float, Field(gt=0)] = 5.0
@@ -45,14 +46,20 @@ class LEIGNNConfig:
     """Message-passing steps (paper: 4); the receptive field is num_layers * cutoff."""
     num_basis: Annotated[int, Field(ge=2)] = 12
     """Radial functions (B; paper: 128 Gaussians)."""
-    radial_basis: Literal["bessel", "gaussian"] = "bessel"
-    """Kind of radial functions; the published variant always has Gaussians."""
+    radial_basis: Literal["bessel", "gaussian"] | None = None
+    """Kind of radial functions; None takes Bessel for the sound variant and Gaussians for the published one, which has no other."""
     update: Literal["nmu", "painn"] = "nmu"
     """Node update: "nmu" (Eq. 3, 4) or PaiNN's (row "Vanilla" of the paper's Table 2)."""
     global_context: bool = False
     """Global scalar and vector of each structure (Eq. 5-8). They couple distant parts; leave off for dynamics."""
     direct_forces: bool = False
     """Add a head that predicts forces directly. They are not the gradient of the energy."""
+
+    @model_validator(mode="after")
+    def _published_has_gaussians(self) -> LEIGNNConfig:
+        if self.variant == "published" and self.radial_basis == "bessel":
+            raise ValueError("the published variant has Gaussians: leave radial_basis out, or set variant: sound")
+        return self
 
 
 class Message(nn.Module):
@@ -167,7 +174,7 @@ class LEIGNN(nn.Module):
         if self.config.variant == "published":
             envelope = polynomial_envelope(x, p=5, k=2)
             return gaussian_basis(x, self.config.num_basis) * envelope[:, None], envelope
-        basis = bessel_basis if self.config.radial_basis == "bessel" else gaussian_basis
+        basis = gaussian_basis if self.config.radial_basis == "gaussian" else bessel_basis
         return basis(x, self.config.num_basis), polynomial_envelope(x, p=5, k=3)
 
     def forward(

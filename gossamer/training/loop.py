@@ -50,16 +50,20 @@ class TrainingConfig:
     """Structures per step, over all processes."""
     batch_atoms: Annotated[int, Field(gt=0)] | None = None
     """At most this many atoms per step; whichever of the two limits is reached first counts."""
-    learning_rate: Annotated[float, Field(gt=0)] = 2e-3
+    learning_rate: Annotated[float, Field(gt=0)] = 5e-3
+    """Largest learning rate, reached after the warm-up."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """Decay of weight matrices (AdamW); biases and element tables are never decayed."""
     amsgrad: bool = True
+    """Use the AMSGrad variant of AdamW, as the paper did."""
     schedule: ScheduleConfig = ScheduleConfig()
+    """How the learning rate goes after the warm-up."""
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.999
     """Decay of the averaged weights, which are validated and saved."""
     clip_norm: Annotated[float, Field(gt=0)] | None = 10.0
     """Largest norm of the gradient; None does not clip."""
     dtype: Literal["float32", "float64"] = "float32"
+    """Precision of the weights; energies are summed in float64 in any case."""
     device: str = "auto"
     """"auto" takes a GPU if there is one; else "cpu", "cuda", "cuda:1" ..."""
     seed: int = 0

@@ -15,7 +15,7 @@ from gossamer.settings import settings
 
 @settings
 class ScheduleConfig:
-    """How the learning rate goes after the warm-up."""
+    """Learning-rate schedule: a linear warm-up, then one of four shapes."""
 
     kind: Literal["cosine", "linear", "constant", "plateau"] = "cosine"
     """"plateau" multiplies by ``factor`` when validation has not improved ``patience`` times in a row."""
@@ -24,7 +24,9 @@ class ScheduleConfig:
     final: Annotated[float, Field(ge=0, le=1)] = 0.01
     """Rate at the end (or lowest rate of the plateau schedule), as a fraction of ``learning_rate``."""
     factor: Annotated[float, Field(gt=0, lt=1)] = 0.8
+    """Of the plateau schedule."""
     patience: Annotated[int, Field(ge=0)] = 5
+    """Of the plateau schedule, in validations."""
 
 
 class Schedule:
