@@ -155,6 +155,7 @@ def fit(
     steps = 60 * (minutes - 1.2) / (0.5 * seconds) if compiled else 60 * minutes / seconds
     training = {"steps": max(100, round(0.85 * steps)), "compile": compiled}
     every = max(1, min(1000, training["steps"] // 10))
+    training["ema_decay"] = round(min(0.999, 1 - 20 / training["steps"]), 4)  # an average over the last part of the run, not over all of it
     config = make_config(
         to_dict(config), [f"training.{k}={v}" for k, v in {**training, "valid_every": every, "checkpoint_every": every}.items()]
     )
@@ -179,7 +180,8 @@ def choose_settings(structures: Sequence[Structure], data: str, model: str, out:
         {
             "data": {"train": data, "labels": to_dict(labels), "split": "group" if grouped else "random"},
             "model": {"name": model},
-            "loss": {"energy": float(has["energy"]), "forces": 10.0 * has["forces"], "stress": 1.0 * has["stress"]},
+            # stress in eV/Å³ is small: 20 makes it about the virial per atom
+            "loss": {"energy": 5.0 * has["energy"], "forces": 10.0 * has["forces"], "stress": 20.0 * has["stress"]},
             "training": {"batch_size": min(batch_size, max(1, len(structures) // 2))},
             "out": out,
         }
