@@ -240,7 +240,7 @@ def save(potential: Potential, path: Path | str, check: Sequence[Structure] = ()
 
     Args:
         potential: What to save.
-        path: Target, usually ``*.gossamer.safetensors`` or ``*.pt``-free names; any name works.
+        path: Target, usually ``*.safetensors``.
         check: Structures whose predictions are stored and recomputed on loading.
         training: The complete configuration of the run, kept for the record.
     """

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from collections.abc import Mapping, Sequence
@@ -153,7 +152,7 @@ def fit(
     compiled = minutes > 4
     # the compiled step takes about half the time, after a minute or so of compiling
     steps = 60 * (minutes - 1.2) / (0.5 * seconds) if compiled else 60 * minutes / seconds
-    training = {"steps": max(100, round(0.85 * steps)), "compile": compiled}
+    training: dict[str, Any] = {"steps": max(100, round(0.85 * steps)), "compile": compiled}
     every = max(1, min(1000, training["steps"] // 10))
     training["ema_decay"] = round(min(0.999, 1 - 20 / training["steps"]), 4)  # an average over the last part of the run, not over all of it
     config = make_config(
@@ -284,8 +283,3 @@ def write_worst(potential: Potential, structures: Sequence[Structure], evaluatio
         frames.append(atoms)
     with atomic_path(path) as temporary:
         ase.io.write(temporary, frames, format="extxyz")
-
-
-def read_results(folder: Path | str) -> dict[str, Any]:
-    """results.json of a finished run."""
-    return json.loads((Path(folder) / "results.json").read_text())

@@ -94,7 +94,7 @@ def wait_for(path: Path, process: subprocess.Popen, seconds: float = 90) -> None
 
 
 def test_killed_and_resumed_is_bitwise_the_same(tmp_path: Path) -> None:
-    options = dict(steps=400, checkpoint_every=10, valid_every=100)
+    options = dict(steps=250, checkpoint_every=10, valid_every=50)
     whole, whole_folder = start(tmp_path, "whole", **options)
     cut, cut_folder = start(tmp_path, "cut", **options)
     wait_for(cut_folder / "checkpoint.safetensors", cut)

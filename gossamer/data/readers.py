@@ -156,7 +156,7 @@ def _listed(found: dict[str, Any]) -> str:
     return ", ".join(sorted(str(k) for k in found if k not in ("numbers", "positions"))) or "no labels at all"
 
 
-def _open_text(path: Path) -> io.StringIO | io.TextIOWrapper:
+def open_text(path: Path) -> io.StringIO | io.TextIOWrapper:
     """Text of a possibly compressed file; compressed ones are held in memory, since ASE seeks backwards."""
     if path.suffix not in COMPRESSIONS:
         return open(path, encoding="utf-8")
@@ -168,7 +168,7 @@ def _open_text(path: Path) -> io.StringIO | io.TextIOWrapper:
 
 
 def _read_extxyz(path: Path, labels: LabelConfig) -> Iterator[Structure]:
-    with _open_text(path) as file:
+    with open_text(path) as file:
         yield from _frames(path, ase.io.iread(file, index=":", format="extxyz"), labels)
 
 
@@ -237,7 +237,7 @@ def _read_directory(path: Path, labels: LabelConfig) -> Iterator[Structure]:
 
 def _read_s2ef(path: Path, twin: Path, labels: LabelConfig) -> Iterator[Structure]:
     """OC20 S2EF: the txt holds "system id, frame, reference energy"; the label is the adsorption energy."""
-    with _open_text(twin) as file:
+    with open_text(twin) as file:
         rows = [line.strip().split(",") for line in file if line.strip()]
     count = 0
     for structure in _read_extxyz(path, labels):

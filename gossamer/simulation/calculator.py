@@ -15,6 +15,7 @@ from ase.stress import full_3x3_to_voigt_6_stress
 from numpy.typing import NDArray
 
 from gossamer.graph import Graph
+from gossamer.memory import keep_freed_memory
 from gossamer.neighbors import Edges, complete_cell, nearest, neighbor_list
 from gossamer.potential import Potential, load
 
@@ -73,6 +74,7 @@ class Calculator(ASECalculator):
             skin: Å beyond the cutoff that the neighbour list reaches, so that it is rebuilt rarely.
         """
         super().__init__(**kwargs)
+        keep_freed_memory()
         self.potential = potential if isinstance(potential, Potential) else load(potential, device, dtype)
         self.potential.eval().requires_grad_(False)
         self.neighbors = VerletList(self.potential.cutoff, skin, self.potential.max_neighbors)

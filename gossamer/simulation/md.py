@@ -60,7 +60,7 @@ class Guard:
             if ratio[worst] < self.min_distance:
                 return f"atoms {receiver[worst]} and {sender[worst]} are {lengths[worst]:.2f} Å apart"
         if self.max_bond_stretch is not None and len(bonds):
-            change = np.abs(bond_vectors(atoms, bonds) - bond_lengths)
+            change = np.abs(lengths_of(atoms, bonds) - bond_lengths)
             worst = int(change.argmax())
             if change[worst] > self.max_bond_stretch:
                 return f"bond {bonds[worst, 0]}-{bonds[worst, 1]} has changed by {change[worst]:.2f} Å"
@@ -76,7 +76,7 @@ def find_bonds(atoms: Atoms, factor: float = 1.25) -> NDArray[np.int64]:
     return np.stack([receiver[bonded], sender[bonded]], axis=1)
 
 
-def bond_vectors(atoms: Atoms, bonds: NDArray[np.int64]) -> NDArray[np.float64]:
+def lengths_of(atoms: Atoms, bonds: NDArray[np.int64]) -> NDArray[np.float64]:
     """Lengths in Å of the bonds, by the minimum image."""
     from ase.geometry import find_mic
 
@@ -101,9 +101,9 @@ def as_atoms(structure: Atoms | Path | str) -> Atoms:
     if not path.exists():
         raise FileNotFoundError(f"There is no structure file '{path}'.")
     if path.suffix in (".xz", ".gz", ".bz2"):
-        from gossamer.data.readers import _open_text
+        from gossamer.data.readers import open_text
 
-        with _open_text(path) as file:
+        with open_text(path) as file:
             atoms = ase.io.read(file, index=0, format="extxyz")
     else:
         atoms = ase.io.read(path, index=0)
@@ -162,11 +162,7 @@ def md(
         FileExistsError: the folder holds a run and ``resume`` is False.
         ValueError: settings that do not fit together.
     """
-    for name, value in (("temperature", temperature), ("steps", steps), ("timestep", timestep), ("interval", interval)):
-        if not value > 0:
-            raise ValueError(f"{name} must be positive, found {value}.")
-    if ensemble not in ("nve", "langevin", "nose-hoover", "npt"):
-        raise ValueError(f"ensemble '{ensemble}' is unknown. Choose nve, langevin, nose-hoover or npt.")
+    _check_arguments(ensemble, temperature=temperature, steps=steps, timestep=timestep, interval=interval)
     folder = Path(out)
     state_file = folder / "state.npz"
     if state_file.exists() and not resume:
@@ -191,7 +187,7 @@ def md(
         _restore(dynamics, atoms, stored)
     guard = Guard(5 * temperature + 500 if max_temperature is None else max_temperature, max_bond_stretch=max_bond_stretch)
     bonds = find_bonds(first)
-    recorder = _Recorder(folder, atoms, dynamics, settings, interval, guard, bonds, bond_vectors(first, bonds), stored is not None)
+    recorder = _Recorder(folder, atoms, dynamics, settings, interval, guard, bonds, lengths_of(first, bonds), stored is not None)
     dynamics.attach(recorder, interval=interval)
     broken = None
     began = time.perf_counter()
@@ -224,6 +220,14 @@ def md(
         "mean_temperature_K": recorder.mean_temperature(),
         "broken": broken,
     }
+
+
+def _check_arguments(ensemble: str, **positive: float) -> None:
+    for name, value in positive.items():
+        if not value > 0:
+            raise ValueError(f"{name} must be positive, found {value}.")
+    if ensemble not in ("nve", "langevin", "nose-hoover", "npt"):
+        raise ValueError(f"ensemble '{ensemble}' is unknown. Choose nve, langevin, nose-hoover or npt.")
 
 
 class SimulationBroken(RuntimeError):

@@ -28,6 +28,7 @@ from gossamer.data.structure import Structure
 from gossamer.evaluation import Evaluation, evaluate_potential
 from gossamer.files import write_text
 from gossamer.graph import Graph
+from gossamer.memory import keep_freed_memory
 from gossamer.potential import Potential, Prediction
 from gossamer.settings import settings
 from gossamer.training.checkpoint import load_optimizer, optimizer_tensors, read_checkpoint, save_checkpoint
@@ -106,6 +107,7 @@ class State:
 
 def make_state(potential: Potential, config: TrainingConfig, loss: LossConfig) -> State:
     """A fresh state around a potential."""
+    keep_freed_memory()
     optimizer = make_optimizer(potential.network, config.learning_rate, config.weight_decay, config.amsgrad)
     schedule = Schedule(config.schedule, config.learning_rate, config.steps)
     forward = CompiledForward(potential, forces=loss.forces > 0, stress=loss.stress > 0)
