@@ -7,7 +7,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import ase.io
@@ -49,12 +48,11 @@ def config(tmp_path: Path, **changes) -> Path:
 
 
 def test_help_answers_at_once() -> None:
-    began = time.perf_counter()
     result = subprocess.run([sys.executable, "-m", "gossamer.cli", "--help"], capture_output=True, text=True, check=False)
     assert result.returncode == 0
     assert "Molecular dynamics" in result.stdout
-    assert time.perf_counter() - began < 2.0
-    code = "import sys, gossamer.cli; gossamer.cli.build_parser(); sys.exit('torch' in sys.modules or 'ase' in sys.modules)"
+    # what takes time is importing torch, ase and matplotlib: none of them for --help
+    code = "import sys, gossamer.cli; gossamer.cli.build_parser(); sys.exit(any(m in sys.modules for m in ('torch', 'ase', 'numpy', 'matplotlib')))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
