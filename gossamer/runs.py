@@ -23,7 +23,7 @@ from gossamer.files import atomic_path, write_json
 from gossamer.models import MODELS
 from gossamer.potential import DTYPES, Potential, load, save
 from gossamer.settings import to_dict
-from gossamer.training.loop import LABELS, load_state, make_state, run_training, train_step
+from gossamer.training.loop import LABELS, load_state, make_state, run_training, stopped_early, train_step
 from gossamer.training.workers import start_workers
 
 log = logging.getLogger(__name__)
@@ -91,7 +91,7 @@ def train(
             save(best, folder / POTENTIAL, checks, settings)
 
         run_training(state, train_set, valid_set, config.loss, config.training, workers, folder, identity, save_best, progress)
-        if state.step < config.training.steps and not _stopped_early(state, config):
+        if state.step < config.training.steps and not stopped_early(state, config.training):
             return {"stopped_at_step": state.step, "out": str(folder)}
         results: dict[str, Any] = {"steps": state.step, "seconds": round(state.seconds, 1), "out": str(folder)}
         if workers.rank == 0:
@@ -201,10 +201,6 @@ def time_step(config: Config, structures: Sequence[Structure], repeats: int = 4)
         train_step(state, potential.collate(sample), config.loss, config.training, workers)
         times.append(time.perf_counter() - began)
     return float(np.median(times[1:]))
-
-
-def _stopped_early(state: Any, config: Config) -> bool:
-    return config.training.early_stopping is not None and state.stale >= config.training.early_stopping
 
 
 def _as_config(config: Config | Path | str | Mapping[str, Any], overrides: Sequence[str]) -> Config:

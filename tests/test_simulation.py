@@ -272,6 +272,8 @@ def test_resumed_relaxation_is_exact(optimizer: str, cell: bool, tmp_path: Path)
     assert np.abs(whole["atoms"].positions - atoms.positions).max() > 1e-3
     with pytest.raises(ValueError, match="nothing to resume"):
         relax(EMT(), atoms, out=tmp_path / "none.extxyz", resume=True)
+    with pytest.raises(ValueError, match="Resume with the same options"):
+        relax(model, atoms, out=tmp_path / "parts.extxyz", resume=True, **{**options, "cell": not cell})
     with pytest.raises(ValueError, match="other atoms"):
         relax(EMT(), bulk("Cu"), out=tmp_path / "parts.extxyz", resume=True)
 

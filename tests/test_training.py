@@ -182,6 +182,7 @@ def test_early_stopping(tmp_path: Path) -> None:
     config["training"]["ema_decay"] = 0.0
     results = train(config, progress=False)
     assert results["steps"] < 1000
+    assert train(config, resume=True, progress=False)["steps"] == results["steps"]  # resuming does not train on
 
 
 def test_direct_forces_train(tmp_path: Path) -> None:

@@ -70,7 +70,7 @@ def relax(
         converged = bool(algorithm.run(fmax=fmax, steps=steps))
     else:
         path, memory = Path(out).with_suffix(".traj"), Path(out).with_suffix(".state.npz")
-        stored = _go_back(atoms, path, memory) if resume else {}
+        stored = _go_back(atoms, path, memory, [optimizer, str(cell)]) if resume else {}
         with Trajectory(path, "a" if resume else "w", atoms) as trajectory:
             algorithm = OPTIMIZERS[optimizer](target, logfile=None)
             put_back(algorithm, stored)
@@ -80,7 +80,14 @@ def relax(
                     trajectory.write()
                     with atomic_path(memory) as temporary:
                         state: dict[str, Any] = {f"optimizer.{k}": v for k, v in numbers_of(algorithm).items()}
-                        np.savez(temporary, numbers=atoms.numbers, positions=atoms.positions, cell=atoms.cell.array, **state)
+                        np.savez(
+                            temporary,
+                            kind=[optimizer, str(cell)],
+                            numbers=atoms.numbers,
+                            positions=atoms.positions,
+                            cell=atoms.cell.array,
+                            **state,
+                        )
 
             algorithm.attach(record)
             converged = bool(algorithm.run(fmax=fmax, steps=max(0, steps - algorithm.nsteps)))
@@ -96,7 +103,7 @@ def relax(
     }
 
 
-def _go_back(atoms: Atoms, path: Path, memory: Path) -> dict[str, Any]:
+def _go_back(atoms: Atoms, path: Path, memory: Path, kind: list[str]) -> dict[str, Any]:
     """Put the atoms where a relaxation left them; returns the optimiser's numbers."""
     if not (path.exists() and memory.exists()):
         raise ValueError(f"There is nothing to resume: '{memory}' does not exist. Start without --resume.")
@@ -104,6 +111,10 @@ def _go_back(atoms: Atoms, path: Path, memory: Path) -> dict[str, Any]:
         stored = {k: data[k] for k in data.files}
     if not np.array_equal(stored["numbers"], atoms.numbers):
         raise ValueError(f"'{memory}' belongs to other atoms than this structure. Resume with the same structure, or choose another --out.")
+    if stored["kind"].tolist() != kind:
+        raise ValueError(
+            f"'{memory}' was made with optimizer and cell {stored['kind'].tolist()}, now {kind}. Resume with the same options."
+        )
     atoms.set_cell(stored["cell"])
     atoms.set_positions(stored["positions"])
     return {k.removeprefix("optimizer."): v for k, v in stored.items() if k.startswith("optimizer.")}

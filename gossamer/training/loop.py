@@ -281,7 +281,7 @@ def run_training(
     logger = Log(folder, config, state.step) if workers.rank == 0 else None
     stop = _StopOnSignal()
     bar = tqdm(total=config.steps, initial=state.step, unit="step", disable=quiet(progress and workers.rank == 0), dynamic_ncols=True)
-    done = state.step >= config.steps
+    done = state.step >= config.steps or stopped_early(state, config)
     with stop, bar:
         while not done:
             batches = epoch_batches(n_atoms, config.batch_size, config.batch_atoms, config.seed, state.epoch)
@@ -308,7 +308,7 @@ def run_training(
                 done = state.step >= config.steps
                 if state.step % config.valid_every == 0 or done:
                     row = validate(state, valid, loss, workers, save_best)
-                    done = done or (config.early_stopping is not None and state.stale >= config.early_stopping)
+                    done = done or stopped_early(state, config)
                     if logger is not None:
                         logger.write(row)
                         bar.set_postfix_str(_brief(row))
@@ -325,6 +325,11 @@ def run_training(
             else:
                 state.epoch, state.batch = state.epoch + 1, 0
     return state
+
+
+def stopped_early(state: State, config: TrainingConfig) -> bool:
+    """Whether validation has not improved for as long as the settings allow."""
+    return config.early_stopping is not None and state.stale >= config.early_stopping
 
 
 def validate(
