@@ -89,8 +89,8 @@ class CompiledForward:
         out = dict(zip(self.names, self.compiled(self.state, *(getattr(graph, f) for f in FIELDS)), strict=True))
         return Prediction(**{"forces": None, "stress": None, **out})
 
-    def unroll(self, graph: Graph) -> torch.fx.GraphModule:
-        """Energies and forces as one graph of primitive operations, for any sizes."""
+    def unroll(self, graph: Graph, opaque: bool = True) -> torch.fx.GraphModule:
+        """Energies and forces as one graph of primitive operations, for any sizes; ``opaque``: see ``rewrite``."""
 
         def outputs(state: dict[str, Tensor], *tensors: Tensor) -> tuple[Tensor, ...]:
             fields: dict[str, Any] = dict(zip(FIELDS, tensors, strict=True))
@@ -100,7 +100,7 @@ class CompiledForward:
 
         with fx_config.patch(use_duck_shape=False):
             module = make_fx(outputs, tracing_mode="symbolic")(self.state, *(getattr(graph, f) for f in FIELDS))
-        rewrite(module)
+        rewrite(module, opaque)
         return module
 
     def _compile(self, graph: Graph) -> Any:
@@ -132,14 +132,16 @@ class CompiledForward:
                 raise RuntimeError(f"the compiled {name} differs from the plain one by {deviation:.1e} (relative); the plain one is used")
 
 
-def rewrite(module: torch.fx.GraphModule) -> None:
-    """Remove detach nodes, and put our gather and sum in place of those that inductor would fuse."""
+def rewrite(module: torch.fx.GraphModule, opaque: bool = True) -> None:
+    """Remove detach nodes and, if ``opaque``, put our gather and sum in place of those that inductor would fuse."""
     aten, ours = torch.ops.aten, torch.ops.gossamer
     replacement: tuple[Any, tuple[Any, ...]]
     for node in list(module.graph.nodes):
         if node.target in (aten.detach.default, aten.alias.default):
             node.replace_all_uses_with(node.args[0])
             module.graph.erase_node(node)
+            continue
+        if not opaque:
             continue
         if node.target == aten.index_add.default and node.args[1] == 0 and not node.kwargs:
             replacement = (ours.index_add.default, (node.args[0], node.args[2], node.args[3]))
