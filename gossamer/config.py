@@ -10,7 +10,7 @@ import yaml
 
 from gossamer.data.dataset import DataConfig
 from gossamer.files import write_text
-from gossamer.models import LEIGNNConfig, ModelConfig
+from gossamer.models import PRESETS, LEIGNNConfig, ModelConfig
 from gossamer.potential import PotentialConfig
 from gossamer.settings import build, settings, to_dict
 from gossamer.training.loop import TrainingConfig
@@ -49,7 +49,7 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
 
 
 def make_config(values: Mapping[str, Any], overrides: Sequence[str] = ()) -> Config:
-    """Settings from nested dictionaries, with overrides."""
+    """Settings from nested dictionaries, with overrides. ``model.preset`` names a size (`gossamer.models.PRESETS`)."""
     merged = _plain(values)
     for override in overrides:
         key, separator, text = override.partition("=")
@@ -62,7 +62,23 @@ def make_config(values: Mapping[str, Any], overrides: Sequence[str] = ()) -> Con
             if not isinstance(target, dict):
                 raise ValueError(f"'{override}': {parent} is a value, not a group of settings.")
         target[last] = _number(yaml.safe_load(text))
-    return build(Config, _plain(merged))
+    merged = _plain(merged)
+    if isinstance(merged.get("model"), dict) and "preset" in merged["model"]:
+        merged["model"] = expand_preset(merged["model"])
+    return build(Config, merged)
+
+
+def expand_preset(model: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of a named size; what is given beside the name wins.
+
+    Raises:
+        ValueError: this network has no preset of that name.
+    """
+    known = PRESETS.get(model.get("name", "leignn"), {})
+    if model["preset"] not in known:
+        listed = f"Choose one of {', '.join(known)}" if known else f"Networks with presets: {', '.join(PRESETS)}"
+        raise ValueError(f"model.preset: the network {model.get('name', 'leignn')} has no preset {model['preset']!r}. {listed}.")
+    return {**known[model["preset"]], **{k: v for k, v in model.items() if k != "preset"}}
 
 
 def save_config(config: Config, path: Path) -> None:

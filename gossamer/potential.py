@@ -12,7 +12,7 @@ import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import safetensors
@@ -29,7 +29,7 @@ from gossamer.data.statistics import Statistics
 from gossamer.data.structure import Structure
 from gossamer.files import write_bytes
 from gossamer.graph import Graph, collate
-from gossamer.models import MODELS, ModelConfig
+from gossamer.models import MODELS, DataFacts, ModelConfig
 from gossamer.nn.layers import sum_by_index
 from gossamer.nn.zbl import ZBL
 from gossamer.settings import build, settings, to_dict
@@ -47,8 +47,12 @@ class PotentialConfig:
 
     zbl: bool = True
     """Add screened nuclear repulsion (universal ZBL), so that atoms cannot collapse where there is no data."""
-    zbl_radius: Annotated[float, Field(gt=0)] = 0.8
-    """End of the repulsion as a fraction of the sum of the covalent radii."""
+    zbl_radius: Annotated[float, Field(gt=0)] | Literal["cutoff"] = 0.8
+    """End of the repulsion as a fraction of the sum of the covalent radii, or "cutoff": that of the network (as nequip's package)."""
+    zbl_power: Annotated[int, Field(ge=2)] = 5
+    """Power p of its envelope (nequip: 6)."""
+    zbl_order: Literal[2, 3, 4] = 4
+    """Derivatives of its envelope that vanish at its end (nequip: 2)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +67,12 @@ class Prediction:
     """eV/Å"""
     stress: Float[Tensor, "n_graphs 3 3"] | None
     """eV/Å³, tension positive; None if not asked for or not defined; NaN for structures without a volume"""
+
+
+def make_zbl(config: PotentialConfig, cutoff: float) -> ZBL:
+    """The repulsion that the settings describe."""
+    radius = None if config.zbl_radius == "cutoff" else config.zbl_radius
+    return ZBL(radius, cutoff, config.zbl_power, config.zbl_order)
 
 
 class Potential(nn.Module):
@@ -91,8 +101,17 @@ class Potential(nn.Module):
         self.register_buffer("species_of", species_of, persistent=False)
         self.register_buffer("reference_energies", references, persistent=False)
         self.energy_scale = statistics.energy_scale
-        self.network = MODELS[model.name][1](model, len(table), statistics.mean_neighbors)
-        self.zbl = ZBL(self.potential_config.zbl_radius) if self.potential_config.zbl else None
+        scales = statistics.element_scales
+        facts = DataFacts(
+            atomic_numbers=tuple(table.tolist()),
+            mean_neighbors=statistics.mean_neighbors,
+            scales=None if scales is None else tuple(scales[e] for e in statistics.elements),
+        )
+        network: Any = MODELS[model.name][1]
+        self.network = network(model, facts)
+        self.zbl = make_zbl(self.potential_config, model.cutoff) if self.potential_config.zbl else None
+        if self.zbl is not None and self.network.own_repulsion:
+            raise ValueError(f"The published {model.name} has a repulsion of its own: set potential.zbl to false, or model.variant to sound.")
 
     @property
     def cutoff(self) -> float:

@@ -30,6 +30,10 @@ class Statistics:
     energy_scale: float = 1.0
     """eV per unit of the network's output; the RMS force times 1 Å"""
     mean_neighbors: float = 1.0
+    element_scales: dict[str, float] | None = None
+    """RMS force of each element over that of all"""
+    spreads: dict[str, float] | None = None
+    """spread of the labels: energy per atom less the reference energies (eV), force components (eV/Å), stress components (eV/Å³)"""
     n_structures: int = 0
     fingerprint: str = ""
     """sha256 over atoms, cells and labels of the training structures"""
@@ -62,6 +66,8 @@ def compute_statistics(
     composition_rows: list[np.ndarray] = []
     energies: list[float] = []
     isolated: dict[int, float] = {}
+    squares_of, count_of = np.zeros(119), np.zeros(119)
+    stresses: list[np.ndarray] = []
     stride = max(1, len(structures) // 500)
     for index, structure in enumerate(structures):
         present.update(np.unique(structure.atomic_numbers).tolist())
@@ -70,6 +76,10 @@ def compute_statistics(
         if structure.forces is not None:
             force_squares += float((structure.forces**2).sum())
             force_count += structure.forces.size
+            np.add.at(squares_of, structure.atomic_numbers, (structure.forces**2).sum(axis=1))
+            np.add.at(count_of, structure.atomic_numbers, 3)
+        if structure.stress is not None:
+            stresses.append(structure.stress)
         if structure.energy is not None:
             composition_rows.append(np.bincount(structure.atomic_numbers, minlength=119))
             energies.append(structure.energy)
@@ -88,14 +98,30 @@ def compute_statistics(
         )
     references = _reference_energies(reference_energies, table, np.array(composition_rows), np.array(energies), isolated)
     force_rms = float(np.sqrt(force_squares / force_count)) if force_count else 0.0
+    element_rms = {chemical_symbols[z]: float(np.sqrt(squares_of[z] / count_of[z])) for z in table if squares_of[z] > 0}
     return Statistics(
         elements=[chemical_symbols[z] for z in table],
         reference_energies=references,
         energy_scale=force_rms if force_rms > 0 else 1.0,
         mean_neighbors=edges / max(edge_atoms, 1),
+        element_scales={chemical_symbols[z]: element_rms.get(chemical_symbols[z], force_rms) / force_rms for z in table} if force_rms else None,
+        spreads=_spreads(references, table, np.array(composition_rows), np.array(energies), force_rms, stresses),
         n_structures=len(structures),
         fingerprint=digest.hexdigest(),
     )
+
+
+def _spreads(
+    references: Mapping[str, float], table: list[int], rows: np.ndarray, energies: np.ndarray, force_rms: float, stresses: list[np.ndarray]
+) -> dict[str, float]:
+    """Standard deviations of energies per atom and stress components, RMS of force components; only those that are not zero."""
+    found = {"forces": force_rms}
+    if len(energies):
+        shifts = np.array([references[chemical_symbols[z]] for z in table])
+        found["energy"] = float(np.std((energies - rows[:, table] @ shifts) / rows.sum(axis=1)))
+    if stresses:
+        found["stress"] = float(np.std(np.stack(stresses)))
+    return {name: value for name, value in found.items() if value > 0}
 
 
 def _reference_energies(

@@ -2,12 +2,33 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
+from pydantic import Field
+
+from gossamer.models.base import DataFacts, ModelOutput
+from gossamer.models.geodite import Geodite, GeoditeConfig
 from gossamer.models.leignn import LEIGNN, LEIGNNConfig
-from gossamer.models.output import ModelOutput
+from gossamer.models.nequip import NequIP, NequIPConfig
+from gossamer.models.nequip import PRESETS as NEQUIP_PRESETS
+from gossamer.models.painn import PaiNN, PaiNNConfig
+from gossamer.models.schnet import SchNet, SchNetConfig
 
-MODELS = {"leignn": (LEIGNNConfig, LEIGNN)}
+MODELS = {
+    "leignn": (LEIGNNConfig, LEIGNN),
+    "nequip": (NequIPConfig, NequIP),
+    "geodite": (GeoditeConfig, Geodite),
+    "painn": (PaiNNConfig, PaiNN),
+    "schnet": (SchNetConfig, SchNet),
+}
 
-ModelConfig = LEIGNNConfig
-"""settings of any model; with more models a union told apart by ``name``"""
+ModelConfig = Annotated[LEIGNNConfig | NequIPConfig | GeoditeConfig | PaiNNConfig | SchNetConfig, Field(discriminator="name")]
+"""settings of any model, told apart by ``name``"""
 
-__all__ = ["LEIGNN", "MODELS", "LEIGNNConfig", "ModelConfig", "ModelOutput"]
+PRESETS = {"nequip": NEQUIP_PRESETS}
+"""named sizes: ``model: {name: nequip, preset: M}``"""
+
+__all__ = [
+    "LEIGNN", "MODELS", "PRESETS", "DataFacts", "Geodite", "GeoditeConfig", "LEIGNNConfig", "ModelConfig", "ModelOutput", "NequIP",
+    "NequIPConfig", "PaiNN", "PaiNNConfig", "SchNet", "SchNetConfig",
+]  # fmt: skip

@@ -19,7 +19,7 @@ from jaxtyping import Float, Int
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from gossamer.models.output import ModelOutput
+from gossamer.models.base import DataFacts, ModelOutput
 from gossamer.nn.layers import ScaledSiLU, linear, mean_by_index, sum_by_index
 from gossamer.nn.radial import bessel_basis, gaussian_basis, polynomial_envelope
 from gossamer.settings import settings
@@ -150,21 +150,22 @@ class LEIGNN(nn.Module):
     subtract_isolated: bool
     """whether the potential subtracts the energy of the lone atom; the published network does not"""
 
-    def __init__(self, config: LEIGNNConfig, num_species: int, mean_neighbors: float = 1.0) -> None:
+    own_repulsion = False
+
+    def __init__(self, config: LEIGNNConfig, facts: DataFacts) -> None:
         """
         Args:
             config: Settings.
-            num_species: Rows of the element table.
-            mean_neighbors: Mean number of neighbours in the training data; scales the sums of the sound variant.
+            facts: Elements, and the mean number of neighbours, which scales the sums of the sound variant.
         """
         super().__init__()
         h = config.num_features
         self.config = config
         self.subtract_isolated = config.variant == "sound"
-        self.embedding = nn.Embedding(num_species, h)
+        self.embedding = nn.Embedding(len(facts.atomic_numbers), h)
         nn.init.uniform_(self.embedding.weight, -math.sqrt(3), math.sqrt(3))
         self.global_scalar = nn.Parameter(torch.zeros(1, h)) if config.global_context else None
-        self.layers: Any = nn.ModuleList(Layer(config, max(mean_neighbors, 1.0)) for _ in range(config.num_layers))
+        self.layers: Any = nn.ModuleList(Layer(config, max(facts.mean_neighbors, 1.0)) for _ in range(config.num_layers))
         self.MLP_E = nn.Sequential(linear(h, h // 2), ScaledSiLU(), linear(h // 2, 1))
         self.W_F = linear(h, 1, bias=False) if config.direct_forces else None
 

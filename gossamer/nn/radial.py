@@ -49,3 +49,8 @@ def bessel_basis(x: Float[Tensor, " n"], num_basis: int) -> Float[Tensor, "n num
     """
     n = torch.arange(1, num_basis + 1, dtype=x.dtype, device=x.device)
     return math.sqrt(2) * torch.sin(math.pi * n * x[:, None]) / x[:, None]
+
+
+def cosine_cutoff(x: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
+    """½ (cos(π x) + 1) for x < 1, else 0; its second derivative jumps at 1 (Behler, J. Chem. Phys. 134, 074106, 2011)."""
+    return torch.where(x < 1, 0.5 * (torch.cos(math.pi * x) + 1), torch.zeros_like(x))

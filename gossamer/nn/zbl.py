@@ -1,4 +1,4 @@
-"""Screened nuclear repulsion (Ziegler, Biersack and Littmark, 1985) with an envelope that ends below bond length."""
+"""Screened nuclear repulsion (Ziegler, Biersack and Littmark, 1985) with an envelope; shared by all models."""
 
 from __future__ import annotations
 
@@ -37,17 +37,25 @@ def zbl_energy(
 
 
 class ZBL(nn.Module):
-    """Half the ZBL energy of every directed edge, times an envelope that ends at a fraction of the bond length.
+    """Half the ZBL energy of every directed edge, times an envelope f_{p,k}.
 
-    The envelope f_{5,4} has four vanishing derivatives, so that third-order force constants see no kink.
+    By default f_{5,4} ends at a fraction of the bond length: no bonded pair feels it, and with four vanishing derivatives
+    third-order force constants see no kink. NequIP's package ends f_{6,2} at the model's cutoff instead: the repulsion
+    then acts on all bonds, and the network learns the difference.
     """
 
     covalent_radii: Tensor
 
-    def __init__(self, radius_factor: float = 0.8) -> None:
-        """Args: radius_factor: end of the repulsion as a fraction of the sum of the two covalent radii."""
+    def __init__(self, radius_factor: float | None = 0.8, cutoff: float = 5.0, power: int = 5, order: int = 4) -> None:
+        """
+        Args:
+            radius_factor: End of the repulsion as a fraction of the sum of the two covalent radii; None: at ``cutoff``.
+            cutoff: Å; used if ``radius_factor`` is None.
+            power: Power p of the envelope.
+            order: Number k of its derivatives that vanish at the end.
+        """
         super().__init__()
-        self.radius_factor = radius_factor
+        self.radius_factor, self.cutoff, self.power, self.order = radius_factor, cutoff, power, order
         self.register_buffer("covalent_radii", torch.tensor(covalent_radii, dtype=torch.float64), persistent=False)
 
     def forward(
@@ -59,6 +67,9 @@ class ZBL(nn.Module):
         """Energy in eV of each directed edge (half of the pair's), in the dtype of the lengths."""
         sender, receiver = edge_index
         z_i, z_j = atomic_numbers[receiver], atomic_numbers[sender]
-        radius = (self.covalent_radii[z_i] + self.covalent_radii[z_j]) * self.radius_factor
-        envelope = polynomial_envelope(edge_lengths / radius.to(edge_lengths), p=5, k=4)
+        if self.radius_factor is None:
+            x = edge_lengths / self.cutoff
+        else:
+            x = edge_lengths / ((self.covalent_radii[z_i] + self.covalent_radii[z_j]) * self.radius_factor).to(edge_lengths)
+        envelope = polynomial_envelope(x, self.power, self.order)
         return 0.5 * envelope * zbl_energy(edge_lengths, z_i.to(edge_lengths), z_j.to(edge_lengths))

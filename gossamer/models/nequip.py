@@ -1,0 +1,392 @@
+"""NequIP: node features of all degrees l, mixed along edges by O(3) tensor products.
+
+Batzner et al., Nat. Commun. 13, 2453 (2022), arXiv:2101.03164; Tan et al., arXiv:2504.16068. Equal to the package
+nequip 0.19 for the same settings (tests/reference). Nothing here is a deviation: choices of ours are settings, and the
+defaults are chosen for smooth potentials (fixed Bessel frequencies: the energy is C³ at the cutoff).
+
+Shapes: N atoms, E directed edges, S = (l_max + 1)² harmonics. Node features are one tensor (N, width); its blocks are
+(2 l + 1, mul), channels last (`gossamer.nn.tensor_product`). Every map has no bias, so an isolated atom gives zero.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import torch
+from ase.data import atomic_numbers as number_of
+from ase.data import chemical_symbols
+from jaxtyping import Float, Int
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from gossamer.models.base import DataFacts, ModelOutput
+from gossamer.nn.layers import sum_by_index
+from gossamer.nn.radial import polynomial_envelope
+from gossamer.nn.spherical import spherical_harmonics
+from gossamer.nn.tensor_product import Coupling, Irrep, Table, blocks
+from gossamer.settings import settings
+
+UNIT_SILU = 1.6791767923989418
+"""c with <(c SiLU(z))²> = 1 for normal z, as e3nn estimates it"""
+UNIT_TANH = 1.5937334472592695
+"""likewise for tanh, which odd scalars pass"""
+
+_FOUNDATION = {"parity": False, "embedding_features": 32, "radial_depth": 1, "radial_width": 128}
+_LARGE = {**_FOUNDATION, "num_layers": 6, "l_max": 3, "num_features": [128, 64, 32, 32]}
+PRESETS: dict[str, dict[str, Any]] = {
+    "S": {**_FOUNDATION, "num_layers": 2, "l_max": 1, "num_features": [128, 64]},
+    "M": {**_FOUNDATION, "num_layers": 4, "l_max": 2, "num_features": [128, 64, 32]},
+    "L": _LARGE,
+    "XL": {**_FOUNDATION, "num_layers": 6, "l_max": 4, "num_features": [320, 96, 64, 32, 32]},
+    "MP-L": {
+        **_LARGE, "embedding_features": 48, "train_bessel": True, "envelope_power": 5, "cutoff": 6.0,
+        "scales": "per_element", "train_scales": True,
+    },
+}  # fmt: skip
+"""Sizes of the authors' foundation potentials (arXiv:2504.16068): ``model: {name: nequip, preset: M}``"""
+
+
+@settings
+class NequIPConfig:
+    """Settings of the NequIP network (Batzner et al., arXiv:2101.03164)."""
+
+    name: Literal["nequip"] = "nequip"
+    """Which network."""
+    cutoff: Annotated[float, Field(gt=0)] = 5.0
+    """Radius in Å within which atoms exchange messages."""
+    max_neighbors: None = None
+    """Always all neighbours within the cutoff."""
+    l_max: Annotated[int, Field(ge=0, le=8)] = 2
+    """Highest degree of features and harmonics: 1 is fast, 2 accurate, 3 more so."""
+    num_features: Annotated[int, Field(ge=1)] | list[Annotated[int, Field(ge=1)]] = 32
+    """Channels of each degree: one number, or a list of l_max + 1."""
+    num_layers: Annotated[int, Field(ge=1)] = 3
+    """Interactions; the receptive field is num_layers * cutoff."""
+    parity: bool = False
+    """Also features of unnatural parity (0o, 1e, 2o ...): about twice the work, rarely worth it."""
+    num_basis: Annotated[int, Field(ge=1)] = 8
+    """Radial Bessel functions."""
+    train_bessel: bool = False
+    """Train their frequencies. The sine then loses its zero at the cutoff: with envelope_order 2 the energy is only C² there."""
+    envelope_power: Annotated[int, Field(ge=2)] = 6
+    """Power p of the polynomial envelope."""
+    envelope_order: Literal[2, 3, 4] = 2
+    """Derivatives of the envelope that vanish at the cutoff (package: 2; the fixed sine adds one)."""
+    pair_cutoffs: dict[str, float | dict[str, float]] | None = None
+    """Smaller cutoffs by centre and neighbour, {H: 3.0, O: {H: 3.5}}: a number holds for all neighbours; what is missing is ``cutoff``."""
+    embedding_features: Annotated[int, Field(ge=1)] | None = None
+    """Length of the element embedding; None takes the channels of l = 0."""
+    radial_depth: Annotated[int, Field(ge=0)] = 1
+    """Hidden layers of the radial networks."""
+    radial_width: Annotated[int, Field(ge=1)] = 64
+    """Width of those layers (package: 128)."""
+    self_connection: Literal["element", "linear"] = "element"
+    """"element": one linear map per element (NequIP); "linear": the same for all (SevenNet-l3i5, Nequix)."""
+    layer_norm: bool = False
+    """Scale the features of every atom to unit mean square before each interaction (as Nequix does); learned weight per degree."""
+    readout_depth: Annotated[int, Field(ge=0)] = 0
+    """Hidden layers of the energy readout; 0 is one linear map."""
+    readout_width: Annotated[int, Field(ge=1)] | None = None
+    """Width of those layers; None takes the channels of l = 0."""
+    scales: Literal["global", "per_element"] = "global"
+    """Scale the energies of each element by that element's RMS force, or all by the same."""
+    train_scales: bool = False
+    """Train these scales."""
+    direct_forces: bool = False
+    """Add a head that predicts forces directly from l = 1 features. They are not the gradient of the energy."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> NequIPConfig:
+        if isinstance(self.num_features, list) and len(self.num_features) != self.l_max + 1:
+            raise ValueError(f"num_features lists {len(self.num_features)} numbers, but l_max is {self.l_max}: give {self.l_max + 1}")
+        if self.direct_forces and self.l_max < 1:
+            raise ValueError("direct_forces needs l_max of 1 or more: forces are vectors")
+        if self.pair_cutoffs is not None:
+            pair_cutoff_matrix(self.pair_cutoffs, self.cutoff, [])
+        return self
+
+    @property
+    def channels(self) -> list[int]:
+        """Channels of l = 0 … l_max."""
+        return list(self.num_features) if isinstance(self.num_features, list) else [self.num_features] * (self.l_max + 1)
+
+
+def pair_cutoff_matrix(table: Mapping[str, float | Mapping[str, float]], cutoff: float, numbers: Sequence[int]) -> np.ndarray:
+    """Cutoffs (centre, neighbour) in Å of the elements with these atomic numbers.
+
+    Raises:
+        ValueError: an unknown symbol, or a cutoff that is not between 0 and ``cutoff``.
+    """
+    matrix = np.full((len(numbers), len(numbers)), cutoff)
+    for centre, entry in table.items():
+        for neighbour, value in entry.items() if isinstance(entry, Mapping) else [(None, entry)]:
+            for symbol in (centre, *([neighbour] if neighbour else [])):
+                if symbol not in number_of:
+                    raise ValueError(f"pair_cutoffs names '{symbol}', which is no chemical symbol")
+            if not 0 < value <= cutoff:
+                raise ValueError(f"pair_cutoffs gives {value} Å for {centre}-{neighbour or 'any'}: it must be above 0 and at most cutoff, {cutoff} Å")
+            rows = [k for k, z in enumerate(numbers) if z == number_of[centre]]
+            columns = [k for k, z in enumerate(numbers) if neighbour is None or z == number_of[neighbour]]
+            matrix[np.ix_(rows, columns)] = value
+    return matrix
+
+
+class UnitLinear(nn.Linear):
+    """Linear map of the last axis with weights of unit variance, divided by sqrt(inputs) when used."""
+
+    def __init__(self, num_in: int, num_out: int, uniform: bool = False, gain: float = 1.0) -> None:
+        super().__init__(num_in, num_out, bias=False)
+        self.scale = gain / math.sqrt(num_in)
+        if uniform:
+            nn.init.uniform_(self.weight, -math.sqrt(3), math.sqrt(3))
+        else:
+            nn.init.normal_(self.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.weight * self.scale)
+
+
+def scalar_mlp(num_in: int, num_out: int, depth: int, width: int) -> nn.Sequential:
+    """SiLU network without biases; sqrt 2 makes up for the activation."""
+    sizes = [num_in, *[width] * depth, num_out]
+    layers: list[nn.Module] = []
+    for k in range(len(sizes) - 1):
+        layers += [*([nn.SiLU()] if k else []), UnitLinear(sizes[k], sizes[k + 1], uniform=True, gain=math.sqrt(2) if k else 1.0)]
+    return nn.Sequential(*layers)
+
+
+class SelfConnection(nn.Module):
+    """o_l += Σ_{u,t} x_l[u] a_t W_l[u, t] / sqrt(mul_l T): one linear map per element, made from its embedding a."""
+
+    def __init__(self, irrep: Irrep, num_attributes: int, num_out: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(irrep.mul, num_attributes, num_out))
+        self.scale = 1 / math.sqrt(irrep.mul * num_attributes)
+
+    def forward(self, x: Float[Tensor, "N dim mul"], species: Int[Tensor, " N"], table: Float[Tensor, "elements T"]) -> Tensor:
+        n, dim, mul = x.shape
+        if not self.training:
+            return self._by_element(x, species, self.folded(table))
+        if len(table) < table.shape[1]:  # fewer elements than attributes: their one-hot codes are the shorter attributes
+            attributes = nn.functional.one_hot(species, len(table)).to(x.dtype)
+            weight = self.folded(table).transpose(0, 1).reshape(-1, self.weight.shape[2])
+        else:
+            attributes = table.index_select(0, species)
+            weight = self.weight.reshape(-1, self.weight.shape[2]) * self.scale
+        product = x[:, :, :, None] * attributes[:, None, None, :]  # (N, dim, mul, T or elements)
+        return product.reshape(n, dim, -1) @ weight
+
+    def folded(self, table: Tensor) -> Float[Tensor, "elements mul out"]:
+        """The map of each element."""
+        return torch.einsum("et,uto->euo", table, self.weight * self.scale)
+
+    @staticmethod
+    def _by_element(x: Tensor, species: Tensor, maps: Tensor) -> Tensor:
+        """Every atom with the map of its element, without forming products with attributes."""
+        out = x.new_zeros(x.shape[0], x.shape[1], maps.shape[2])
+        for element in species.unique().tolist():
+            rows = (species == element).nonzero()[:, 0]
+            out = out.index_copy(0, rows, x.index_select(0, rows) @ maps[element])
+        return out
+
+
+class FeatureNorm(nn.Module):
+    """x_l <- γ_l x_l / sqrt(mean over all channels of Σ_l |x_l|² / (2 l + 1) + ε)."""
+
+    def __init__(self, irreps: Sequence[Irrep]) -> None:
+        super().__init__()
+        self.irreps = list(irreps)
+        self.gamma = nn.ParameterList(nn.Parameter(torch.ones(i.mul)) for i in self.irreps)
+
+    def forward(self, x: Float[Tensor, "N width"]) -> Tensor:
+        parts = blocks(x, self.irreps)
+        squares = torch.stack([(part**2).mean(dim=1).mean(dim=1) for part in parts], dim=1)
+        weights = squares.new_tensor([i.mul for i in self.irreps]) / sum(i.mul for i in self.irreps)
+        scale = torch.rsqrt((squares * weights).sum(dim=1) + 1e-2)  # smooth at zero: an atom without neighbours stays zero
+        return torch.cat([(part * gamma).flatten(1) for part, gamma in zip(parts, self.gamma, strict=True)], dim=1) * scale[:, None]
+
+
+class Interaction(nn.Module):
+    """One layer: linear map, products along edges, sum over neighbours, linear map, self-connection, gate."""
+
+    def __init__(
+        self, config: NequIPConfig, coupling: Coupling, irreps_out: Sequence[Irrep], num_attributes: int, mean_neighbors: float, first: bool
+    ) -> None:
+        """
+        Args:
+            config: Settings of the network.
+            coupling: Products of this layer; layers with the same blocks share one.
+            irreps_out: Blocks of the result after the gate.
+            num_attributes: Length of the element embedding.
+            mean_neighbors: Messages are divided by its square root.
+            first: No self-connection, so that an isolated atom gives zero.
+        """
+        super().__init__()
+        self.irreps_in, self.irreps_out = coupling.irreps_in, list(irreps_out)
+        self.num_gates = sum(i.mul for i in irreps_out if i.l > 0)
+        self.scale = 1 / math.sqrt(mean_neighbors)
+        self.norm = FeatureNorm(self.irreps_in) if config.layer_norm and not first else None
+        self.linear_in: Any = nn.ModuleList(UnitLinear(i.mul, i.mul) for i in self.irreps_in)
+        self.radial = scalar_mlp(config.num_basis, coupling.num_weights, config.radial_depth, config.radial_width)
+        # even scalars also carry the gates of the other blocks
+        outputs = [i.mul + (self.num_gates if i.kind == (0, 1) else 0) for i in self.irreps_out]
+        summed = {i.kind: i.mul for i in coupling.irreps_out}
+        self.sum_of = [[i.kind for i in coupling.irreps_out].index(i.kind) for i in self.irreps_out]
+        self.linear_out: Any = nn.ModuleList(UnitLinear(summed[i.kind], n) for i, n in zip(self.irreps_out, outputs, strict=True))
+        self.self_connection: Any = nn.ModuleList()
+        self.sources: list[int | None] = []
+        """for each block of the result, the block of the input that its self-connection reads"""
+        kinds = [i.kind for i in self.irreps_in]
+        for i, n in zip(self.irreps_out, outputs, strict=True):
+            source = None if first or i.kind not in kinds else kinds.index(i.kind)
+            self.sources.append(source)
+            if source is not None:
+                element = config.self_connection == "element"
+                mul = self.irreps_in[source].mul
+                self.self_connection.append(SelfConnection(self.irreps_in[source], num_attributes, n) if element else UnitLinear(mul, n))
+
+    def forward(
+        self,
+        x: Float[Tensor, "N width"],
+        species: Int[Tensor, " N"],
+        table: Float[Tensor, "elements T"],
+        basis: Float[Tensor, "E B"],
+        coupling: Coupling,
+        matrices: Sequence[Tensor],
+        edge_index: Int[Tensor, "2 E"],
+    ) -> Tensor:
+        sender, receiver = edge_index
+        if self.norm is not None:
+            x = self.norm(x)
+        parts = blocks(x, self.irreps_in)
+        mixed = torch.cat([linear(part).flatten(1) for linear, part in zip(self.linear_in, parts, strict=True)], dim=1) * self.scale
+        messages = coupling.messages(mixed.index_select(0, sender), matrices, self.radial(basis))
+        sums = coupling.collect(sum_by_index(messages, receiver, len(x)))
+        connections = iter(self.self_connection)
+        results = []
+        for linear, which, source in zip(self.linear_out, self.sum_of, self.sources, strict=True):
+            out = linear(sums[which])
+            if source is not None:
+                connection = next(connections)
+                out = out + (connection(parts[source], species, table) if isinstance(connection, SelfConnection) else connection(parts[source]))
+            results.append(out)
+        return self._gate(results)
+
+    def _gate(self, results: list[Tensor]) -> Tensor:
+        """SiLU of even scalars, tanh of odd ones, and the other blocks times SiLU of their gates; all of unit variance."""
+        gates = None
+        out = []
+        for irrep, block in zip(self.irreps_out, results, strict=True):
+            if irrep.kind == (0, 1):
+                gates = UNIT_SILU * nn.functional.silu(block[:, :, irrep.mul :])
+                block = UNIT_SILU * nn.functional.silu(block[:, :, : irrep.mul])
+            elif irrep.l == 0:
+                block = UNIT_TANH * torch.tanh(block)
+            else:
+                assert gates is not None
+                block, gates = block * gates[:, :, : irrep.mul], gates[:, :, irrep.mul :]
+            out.append(block.flatten(1))
+        return torch.cat(out, dim=1)
+
+
+class NequIP(nn.Module):
+    """The network: species and edge vectors in, per-atom energies (and direct forces) out."""
+
+    subtract_isolated = False
+    """without biases an isolated atom gives zero by itself"""
+    own_repulsion = False
+
+    def __init__(self, config: NequIPConfig, facts: DataFacts) -> None:
+        """
+        Args:
+            config: Settings.
+            facts: Elements, mean number of neighbours, and the scale of each element.
+        """
+        super().__init__()
+        self.config = config
+        channels = config.channels
+        num_attributes = config.embedding_features or channels[0]
+        self.embedding = nn.Embedding(len(facts.atomic_numbers), num_attributes)
+        self.pair_cutoffs = None
+        if config.pair_cutoffs is not None:
+            self.pair_cutoffs = Table(pair_cutoff_matrix(config.pair_cutoffs, config.cutoff, facts.atomic_numbers))
+        frequencies = torch.arange(1.0, config.num_basis + 1)
+        self.frequencies = nn.Parameter(frequencies) if config.train_bessel else None
+        parities = (1, -1) if config.parity else (0,)
+        hidden = [Irrep(channels[l], l, p or (-1) ** l) for l in range(config.l_max + 1) for p in parities]
+        last = [Irrep(channels[0], 0, 1), *([Irrep(channels[1], 1, -1)] if config.direct_forces else [])]
+        couplings: list[Coupling] = []
+        layers = []
+        self.coupling_of: list[int] = []
+        irreps = [Irrep(num_attributes, 0, 1)]
+        for k in range(config.num_layers):
+            wanted = last if k == config.num_layers - 1 else [i for i in hidden if reachable(irreps, config.l_max, i)]
+            key = (irreps, {i.kind for i in wanted})
+            same = [n for n, c in enumerate(couplings) if (c.irreps_in, {i.kind for i in c.irreps_out}) == key]
+            if not same:
+                couplings.append(Coupling(irreps, config.l_max, [i.kind for i in wanted]))
+            self.coupling_of.append(same[0] if same else len(couplings) - 1)
+            coupling = couplings[self.coupling_of[-1]]
+            layers.append(Interaction(config, coupling, wanted, num_attributes, max(facts.mean_neighbors, 1.0), first=k == 0))
+            irreps = list(wanted)
+        self.couplings: Any = nn.ModuleList(couplings)
+        self.layers: Any = nn.ModuleList(layers)
+        self.readout = scalar_mlp(channels[0], 1, config.readout_depth, config.readout_width or channels[0])
+        self.force_readout = UnitLinear(channels[1], 1) if config.direct_forces else None
+        self.scales: nn.Embedding | None = None
+        if config.scales == "per_element" or config.train_scales:
+            values = facts.scales if config.scales == "per_element" and facts.scales is not None else [1.0] * len(facts.atomic_numbers)
+            self.scales = nn.Embedding.from_pretrained(torch.tensor(values)[:, None], freeze=not config.train_scales)
+
+    def radial_basis(self, lengths: Float[Tensor, " E"], centre: Int[Tensor, " E"], neighbour: Int[Tensor, " E"]) -> Float[Tensor, "E B"]:
+        """b_n = 2 / rc² · sin(n π x) / x · f_p(x),  x = r / rc (or over the pair's own cutoff)."""
+        rc: Any = self.config.cutoff
+        if self.pair_cutoffs is not None:
+            table = self.pair_cutoffs()
+            rc = table.flatten().index_select(0, centre * len(table) + neighbour)
+        x = lengths / rc
+        n = torch.arange(1, self.config.num_basis + 1, dtype=x.dtype, device=x.device) if self.frequencies is None else self.frequencies
+        envelope = polynomial_envelope(x, self.config.envelope_power, self.config.envelope_order)
+        return torch.sin(math.pi * n * x[:, None]) * (2 / self.config.cutoff**2 * envelope / x)[:, None]
+
+    def forward(
+        self,
+        species: Int[Tensor, " N"],
+        edge_index: Int[Tensor, "2 E"],
+        edge_vectors: Float[Tensor, "E 3"],
+        graph_index: Int[Tensor, " N"],
+        n_graphs: int,
+    ) -> ModelOutput:
+        """
+        Args:
+            species: Index of each atom in the model's table of elements.
+            edge_index: (sender, receiver), sorted by receiver.
+            edge_vectors: Å, from centre (receiver) to neighbour (sender).
+            graph_index: Structure of each atom (not used: the network is local).
+            n_graphs: Number of structures (not used).
+        """
+        sender, receiver = edge_index
+        lengths = torch.linalg.vector_norm(edge_vectors, dim=-1)
+        harmonics = spherical_harmonics(edge_vectors / lengths[:, None], self.config.l_max, "component")
+        basis = self.radial_basis(lengths, species.index_select(0, receiver), species.index_select(0, sender))
+        matrices = [coupling.matrices(harmonics) for coupling in self.couplings]
+        table = self.embedding.weight
+        x = self.embedding(species)
+        for layer, which in zip(self.layers, self.coupling_of, strict=True):
+            x = layer(x, species, table, basis, self.couplings[which], matrices[which], edge_index)
+        scalars, *vectors = blocks(x, self.layers[-1].irreps_out)
+        energies = self.readout(scalars[:, 0])[:, 0]
+        if self.scales is not None:
+            energies = energies * self.scales(species)[:, 0]
+        forces = self.force_readout(vectors[0])[:, :, 0] if self.force_readout is not None else None
+        return ModelOutput(node_energies=energies, direct_forces=forces)
+
+
+def reachable(irreps: Sequence[Irrep], l_max: int, wanted: Irrep) -> bool:
+    """Whether a product of some block with harmonics of natural parity up to l_max gives (l, p)."""
+    return any(
+        abs(i.l - l_edge) <= wanted.l <= i.l + l_edge and i.p * (-1) ** l_edge == wanted.p for i in irreps for l_edge in range(l_max + 1)
+    )

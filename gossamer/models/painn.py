@@ -1,0 +1,161 @@
+"""PaiNN: scalars and vectors, filters from distances, the baseline of equivariant message passing.
+
+Schütt, Unke, Gastegger, ICML 2021, arXiv:2102.03150. `variant="published"` equals schnetpack's PaiNN (Gaussians, cosine
+cutoff); `variant="sound"` (default) has an envelope with three vanishing derivatives, a smooth length, and gives lone
+atoms their reference energy. `direct_forces` adds the paper's gated equivariant blocks: the baseline "PaiNN_Direct".
+
+Shapes: N atoms, E edges, H channels, B radial functions. Scalars q (N, H), vectors mu (N, 3, H).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Any, Literal
+
+import torch
+from jaxtyping import Float, Int
+from pydantic import Field
+from torch import Tensor, nn
+
+from gossamer.models.base import DataFacts, ModelOutput
+from gossamer.nn.layers import linear, sum_by_index
+from gossamer.nn.radial import bessel_basis, cosine_cutoff, gaussian_basis, polynomial_envelope
+from gossamer.settings import settings
+
+SMOOTH_LENGTH = 0.1
+"""ε of the sound length sqrt(|v|² + ε²) - ε; the published one is sqrt(|v|² + 1e-8)"""
+
+
+@settings
+class PaiNNConfig:
+    """Settings of the PaiNN network (Schütt et al., arXiv:2102.03150)."""
+
+    name: Literal["painn"] = "painn"
+    """Which network."""
+    variant: Literal["sound", "published"] = "sound"
+    """"sound": smooth at the cutoff, for molecular dynamics. "published": as in schnetpack."""
+    cutoff: Annotated[float, Field(gt=0)] = 5.0
+    """Radius in Å within which atoms exchange messages."""
+    max_neighbors: Annotated[int, Field(gt=0)] | None = None
+    """Keep only this many nearest neighbours. The energy then jumps when ranks change; None keeps all."""
+    num_features: Annotated[int, Field(ge=2)] = 64
+    """Channels of the scalars and of the vectors (paper: 128)."""
+    num_layers: Annotated[int, Field(ge=1)] = 3
+    """Message-passing steps."""
+    num_basis: Annotated[int, Field(ge=2)] = 20
+    """Radial functions: Bessel for the sound variant, Gaussians for the published one."""
+    direct_forces: bool = False
+    """Add a head that predicts forces directly. They are not the gradient of the energy."""
+
+
+def dense(num_in: int, num_hidden: int, num_out: int) -> nn.Sequential:
+    return nn.Sequential(linear(num_in, num_hidden), nn.SiLU(), linear(num_hidden, num_out))
+
+
+def smooth_length(v: Float[Tensor, "N 3 H"]) -> Float[Tensor, "N H"]:
+    """sqrt(|v|² + ε²) - ε, with bounded derivatives at zero."""
+    return torch.sqrt((v**2).sum(dim=1) + SMOOTH_LENGTH**2) - SMOOTH_LENGTH
+
+
+class Layer(nn.Module):
+    """Message (Eq. 7, 8) and update (Eq. 9, 10)."""
+
+    def __init__(self, config: PaiNNConfig, scale: float) -> None:
+        super().__init__()
+        h = config.num_features
+        self.published, self.scale = config.variant == "published", scale
+        self.context = dense(h, h, 3 * h)
+        self.filters = linear(config.num_basis, 3 * h)
+        self.mix = linear(h, 2 * h, bias=False)
+        self.update_net = dense(2 * h, h, 3 * h)
+
+    def forward(
+        self, q: Tensor, mu: Tensor | None, basis: Tensor, envelope: Tensor, unit: Tensor, edge_index: Tensor
+    ) -> tuple[Float[Tensor, "N H"], Float[Tensor, "N 3 H"]]:
+        sender, receiver = edge_index
+        messages = self.context(q).index_select(0, sender) * (self.filters(basis) * envelope[:, None])
+        dq, direction, relay = messages.chunk(3, dim=1)
+        vectors = direction[:, None] * unit[:, :, None]
+        if mu is not None:  # mu = 0 before the first layer
+            vectors = vectors + relay[:, None] * mu.index_select(0, sender)
+        q = q + sum_by_index(dq, receiver, len(q)) * self.scale
+        sums = sum_by_index(vectors, receiver, len(q)) * self.scale
+        mu = sums if mu is None else mu + sums
+        v, w = self.mix(mu).chunk(2, dim=2)
+        length = torch.sqrt((v**2).sum(dim=1) + 1e-8) if self.published else smooth_length(v)
+        a, b, c = self.update_net(torch.cat([q, length], dim=1)).chunk(3, dim=1)
+        return q + a + c * (v * w).sum(dim=1), mu + b[:, None] * w
+
+
+class GatedBlock(nn.Module):
+    """Gated equivariant block (Weiler et al. 2018; PaiNN, Fig. 3): vectors are mixed and scaled by scalars."""
+
+    def __init__(self, num_in: int, num_out: int, activate: bool, published: bool) -> None:
+        super().__init__()
+        self.activate, self.published = activate, published
+        self.mix = linear(num_in, 2 * num_out, bias=False)
+        self.net = dense(num_in + num_out, num_in, 2 * num_out)
+
+    def forward(self, q: Float[Tensor, "N A"], mu: Float[Tensor, "N 3 A"]) -> tuple[Tensor, Tensor]:
+        v, w = self.mix(mu).chunk(2, dim=2)
+        length = torch.linalg.vector_norm(v, dim=1) if self.published else smooth_length(v)
+        s, gate = self.net(torch.cat([q, length], dim=1)).chunk(2, dim=1)
+        return nn.functional.silu(s) if self.activate else s, gate[:, None] * w
+
+
+class PaiNN(nn.Module):
+    """The network: species and edge vectors in, per-atom energies (and direct forces) out."""
+
+    own_repulsion = False
+
+    def __init__(self, config: PaiNNConfig, facts: DataFacts) -> None:
+        """
+        Args:
+            config: Settings.
+            facts: Elements, and the mean number of neighbours, which scales the sums of the sound variant.
+        """
+        super().__init__()
+        h = config.num_features
+        self.config = config
+        published = config.variant == "published"
+        self.subtract_isolated = not published
+        scale = 1.0 if published else 1 / math.sqrt(max(facts.mean_neighbors, 1.0))
+        self.embedding = nn.Embedding(len(facts.atomic_numbers), h)
+        self.layers: Any = nn.ModuleList(Layer(config, scale) for _ in range(config.num_layers))
+        self.readout = dense(h, h // 2, 1)
+        self.force_blocks: Any = None
+        if config.direct_forces:
+            self.force_blocks = nn.ModuleList([GatedBlock(h, h // 2, True, published), GatedBlock(h // 2, 1, False, published)])
+
+    def forward(
+        self,
+        species: Int[Tensor, " N"],
+        edge_index: Int[Tensor, "2 E"],
+        edge_vectors: Float[Tensor, "E 3"],
+        graph_index: Int[Tensor, " N"],
+        n_graphs: int,
+    ) -> ModelOutput:
+        """
+        Args:
+            species: Index of each atom in the model's table of elements.
+            edge_index: (sender, receiver), sorted by receiver.
+            edge_vectors: Å, from centre (receiver) to neighbour (sender).
+            graph_index: Structure of each atom (not used: the network is local).
+            n_graphs: Number of structures (not used).
+        """
+        lengths = torch.linalg.vector_norm(edge_vectors, dim=-1)
+        unit = edge_vectors / lengths[:, None]
+        x = lengths / self.config.cutoff
+        if self.config.variant == "published":
+            basis, envelope = gaussian_basis(x, self.config.num_basis), cosine_cutoff(x)
+        else:
+            basis, envelope = bessel_basis(x, self.config.num_basis), polynomial_envelope(x, p=5, k=3)
+        q, mu = self.embedding(species), None
+        for layer in self.layers:
+            q, mu = layer(q, mu, basis, envelope, unit, edge_index)
+        energies = self.readout(q)[:, 0]
+        if self.force_blocks is None:
+            return ModelOutput(node_energies=energies, direct_forces=None)
+        for block in self.force_blocks:
+            q, mu = block(q, mu)
+        return ModelOutput(node_energies=energies, direct_forces=mu[:, :, 0])
