@@ -20,6 +20,7 @@ _PUBLIC = {
     "train": "gossamer.runs",
     "fit": "gossamer.runs",
     "evaluate": "gossamer.runs",
+    "compare": "gossamer.comparison",
     "md": "gossamer.simulation.md",
     "relax": "gossamer.simulation.relax",
     "inspect": "gossamer.data.inspection",

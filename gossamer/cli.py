@@ -48,11 +48,18 @@ def build_parser() -> argparse.ArgumentParser:
 
     fit = command("fit", _fit, "Train a potential on a labelled file; the settings are chosen and written down.")
     fit.add_argument("data", help="labelled structures")
-    fit.add_argument("--model", default="leignn", help="network (default: leignn)")
+    fit.add_argument(
+        "--model", default="leignn", help="network: leignn, nequip, geodite, painn, schnet, or a preset such as nequip/M (default: leignn)"
+    )
     fit.add_argument("--out", default="fit", help="folder of the run (default: fit)")
     fit.add_argument("--minutes", type=float, default=30.0, help="about how long to train (default: 30)")
     fit.add_argument("--resume", action="store_true", help="go on from the checkpoint of the run")
     fit.add_argument("--force", action="store_true", help="train even if the data looks wrong")
+    tune = fit.add_argument_group("fine-tuning", "start from a saved potential")
+    tune.add_argument("--start", metavar="POTENTIAL", help="saved potential whose weights training starts from")
+    tune.add_argument("--weights", nargs="+", metavar="NAME", help="train only these weights (wildcards); the others stay frozen")
+    tune.add_argument("--low-rank", type=int, metavar="RANK", help="train low-rank adapters; the weights themselves stay frozen")
+    tune.add_argument("--replay", metavar="DATA", help="labelled structures of the old data to mix in, so that they are not forgotten")
     _labels(fit)
     _common(fit)
 
@@ -64,6 +71,13 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--device", default="cpu", help="default: cpu")
     _labels(evaluate)
     _common(evaluate)
+
+    compare = command("compare", _compare, "Train several models for the same time on the same data; one table and a plot.")
+    compare.add_argument("configs", nargs="+", help="YAML files with the settings of each")
+    compare.add_argument("--minutes", type=float, default=10.0, help="time for each (default: 10)")
+    compare.add_argument("--out", default="comparison", help="folder of the runs and the table (default: comparison)")
+    compare.add_argument("--resume", action="store_true", help="keep the finished runs that are in the folder")
+    _common(compare)
 
     md = command("md", _md, "Molecular dynamics.")
     md.add_argument("model", help="saved potential")
@@ -100,6 +114,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     info = command("info", _info, "The manifest of a saved potential.")
     info.add_argument("model", help="saved potential")
+    info.add_argument("--weights", action="store_true", help="also list the weights: names (for fine-tuning) and shapes")
     _common(info)
 
     data = command("data", _data_help, "Look at data, convert data.")
@@ -164,6 +179,7 @@ def _fit(arguments: argparse.Namespace) -> int:
 
     answer = fit(
         arguments.data, arguments.model, arguments.out, arguments.minutes, _label_config(arguments), arguments.resume, arguments.force,
+        arguments.start, arguments.weights, arguments.low_rank, arguments.replay,
     )  # fmt: skip
     return _trained(arguments, answer)
 
@@ -173,8 +189,16 @@ def _trained(arguments: argparse.Namespace, answer: dict[str, Any]) -> int:
         _show(arguments, answer)
         return 0
     print(f"trained {answer['steps']} steps in {answer['seconds']:.0f} s; everything is in '{answer['out']}'")
+    if "finetune" in answer:
+        tuning = answer["finetune"]
+        print(f"fine-tuned '{tuning['start']}': {tuning['n_trained']:,} weights trained, {tuning['n_frozen']:,} frozen, "
+              f"{tuning['adapters']} adapters; labels: {', '.join(tuning['labels'])}")  # fmt: skip
+        for when in ("before", "after"):
+            for part, errors in tuning[when].items():
+                print(f"\n{part}, {when}:")
+                print_errors(errors)
     for part in ("valid", "test"):
-        if part in answer:
+        if part in answer and not (part == "valid" and "finetune" in answer):
             print(f"\n{part}:")
             print_errors(answer[part])
     return 0
@@ -208,6 +232,18 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _compare(arguments: argparse.Namespace) -> int:
+    from gossamer.comparison import compare, table
+
+    records = compare(arguments.configs, arguments.minutes, arguments.out, arguments.resume)
+    if arguments.json:
+        print(json.dumps(records))
+    else:
+        print(table(records))
+        print(f"table, plot and runs are in '{arguments.out}'")
+    return 0
+
+
 def _md(arguments: argparse.Namespace) -> int:
     from gossamer.simulation.md import md
 
@@ -229,9 +265,11 @@ def _relax(arguments: argparse.Namespace) -> int:
 
 
 def _info(arguments: argparse.Namespace) -> int:
-    from gossamer.potential import read_manifest
+    from gossamer.potential import read_manifest, weight_shapes
 
     manifest = read_manifest(arguments.model)
+    if arguments.weights:
+        manifest["weights"] = weight_shapes(arguments.model)
     if arguments.json:
         print(json.dumps(manifest))
         return 0

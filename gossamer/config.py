@@ -11,8 +11,9 @@ import yaml
 from gossamer.data.dataset import DataConfig
 from gossamer.files import write_text
 from gossamer.models import PRESETS, LEIGNNConfig, ModelConfig
-from gossamer.potential import PotentialConfig
+from gossamer.potential import PotentialConfig, read_manifest
 from gossamer.settings import build, settings, to_dict
+from gossamer.training.finetune import FineTuneConfig, merge_model
 from gossamer.training.loop import TrainingConfig
 from gossamer.training.losses import LossConfig
 
@@ -26,6 +27,8 @@ class Config:
     potential: PotentialConfig = PotentialConfig()
     loss: LossConfig = LossConfig()
     training: TrainingConfig = TrainingConfig()
+    finetune: FineTuneConfig | None = None
+    """Start from a saved potential instead of random weights."""
     out: str = "runs/gossamer"
     """Folder of the run: log, checkpoint, saved potential."""
 
@@ -65,6 +68,11 @@ def make_config(values: Mapping[str, Any], overrides: Sequence[str] = ()) -> Con
     merged = _plain(merged)
     if isinstance(merged.get("model"), dict) and "preset" in merged["model"]:
         merged["model"] = expand_preset(merged["model"])
+    start = (merged.get("finetune") or {}).get("start")
+    if isinstance(start, str):  # the network and its surroundings come from the file
+        manifest = read_manifest(start)
+        merged["model"] = merge_model(manifest["model"], merged.get("model") or {}, start)
+        merged.setdefault("potential", manifest["potential"])
     return build(Config, merged)
 
 

@@ -111,7 +111,9 @@ class Potential(nn.Module):
         self.network = network(model, facts)
         self.zbl = make_zbl(self.potential_config, model.cutoff) if self.potential_config.zbl else None
         if self.zbl is not None and self.network.own_repulsion:
-            raise ValueError(f"The published {model.name} has a repulsion of its own: set potential.zbl to false, or model.variant to sound.")
+            raise ValueError(
+                f"The published {model.name} has a repulsion of its own: set potential.zbl to false, or model.variant to sound."
+            )
 
     @property
     def cutoff(self) -> float:
@@ -302,6 +304,11 @@ def read_manifest(path: Path | str) -> dict[str, Any]:
     return _open(Path(path))[0]
 
 
+def weight_shapes(path: Path | str) -> dict[str, list[int]]:
+    """Names and shapes of the weights in a saved potential."""
+    return {k.removeprefix("network."): list(v.shape) for k, v in _open(Path(path))[1].items() if k.startswith("network.")}
+
+
 def load(path: Path | str, device: str | torch.device = "cpu", dtype: str | torch.dtype | None = None) -> Potential:
     """Read a saved potential, and recompute its stored predictions on this device and dtype.
 
@@ -317,7 +324,7 @@ def load(path: Path | str, device: str | torch.device = "cpu", dtype: str | torc
     manifest, tensors = _open(path)
     if _checksum(tensors, manifest) != manifest.get("checksum"):
         raise ValueError(f"'{path}' was altered after it was saved (its checksum does not match). Use another copy.")
-    model = build(MODELS[manifest["model"]["name"]][0], manifest["model"], "model")
+    model: Any = build(MODELS[manifest["model"]["name"]][0], manifest["model"], "model")
     statistics = build(Statistics, manifest["statistics"], "statistics")
     potential = Potential(model, statistics, build(PotentialConfig, manifest["potential"], "potential"))
     saved = DTYPES[manifest["dtype"]]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ import numpy as np
 import torch
 
 from gossamer.config import Config, load_config, make_config, save_config
-from gossamer.data.dataset import load_data, open_dataset, require_labels
+from gossamer.data.dataset import Subset, load_data, open_dataset, require_labels
 from gossamer.data.inspection import inspect
 from gossamer.data.readers import LabelConfig
 from gossamer.data.statistics import compute_statistics
@@ -21,8 +23,9 @@ from gossamer.data.structure import Structure
 from gossamer.evaluation import Evaluation, evaluate_potential
 from gossamer.files import atomic_path, write_json
 from gossamer.models import MODELS
-from gossamer.potential import DTYPES, Potential, load, save
+from gossamer.potential import DTYPES, Potential, load, read_manifest, save
 from gossamer.settings import to_dict
+from gossamer.training.finetune import Joined, adapt_statistics, choose_replay, choose_weights, merge_adapters, transfer_weights
 from gossamer.training.loop import LABELS, load_state, make_state, run_training, stopped_early, train_step
 from gossamer.training.workers import start_workers
 
@@ -65,30 +68,47 @@ def train(
     for label in LABELS:
         if label not in needed and getattr(train_set[0], label) is not None:
             log.warning("%s labels are in the data but not in the loss (loss.%s is 0)", label, label)
-    statistics = compute_statistics(
-        train_set, config.model.cutoff, config.data.reference_energies, config.data.elements, config.model.max_neighbors
-    )
     if config.model.max_neighbors is not None:
         log.warning("model.max_neighbors keeps %d neighbours: energy and forces jump when ranks change", config.model.max_neighbors)
     workers = start_workers(config.training.device)
     try:
         torch.manual_seed(config.training.seed)
-        potential = Potential(config.model, statistics, config.potential)
+        replayed: Sequence[Structure] | None = None
+        tuning: dict[str, Any] = {}
+        if config.finetune is None:
+            statistics = compute_statistics(
+                train_set, config.model.cutoff, config.data.reference_energies, config.data.elements, config.model.max_neighbors
+            )
+            potential = Potential(config.model, statistics, config.potential)
+        else:
+            potential, train_set, replayed, tuning = start_finetuning(config, train_set, needed)
+        if config.loss.normalize:
+            spreads = potential.statistics.spreads or {}
+            absent = [label for label in needed if label not in spreads]
+            if absent:
+                raise ValueError(
+                    f"loss.normalize divides by the spread of the labels, but {', '.join(absent)} do not vary in the training data."
+                )
         potential.network.to(DTYPES[config.training.dtype])
         potential.to(workers.device)
         for structure in valid_set:
             potential.check_elements(structure.atomic_numbers, structure.name)
         state = make_state(potential, config.training, config.loss)
         settings = to_dict(config)
-        identity = {k: settings[k] for k in ("model", "potential", "loss", "training")} | {"data": statistics.fingerprint}
+        identity = {k: settings[k] for k in ("model", "potential", "loss", "training")} | {"data": potential.statistics.fingerprint}
+        if config.finetune is not None:
+            identity["finetune"] = settings["finetune"] | {"checksum": tuning["start_checksum"]}
         if resume and checkpoint.exists():
             load_state(state, checkpoint, identity)
+        elif config.finetune is not None and workers.rank == 0:
+            tuning["before"] = tuning_errors(potential, valid_set, replayed)
+            write_json(folder / "finetune.json", tuning)
         if workers.rank == 0:
             save_config(config, folder / "config.yaml")
         checks = check_structures(valid_set)
 
         def save_best(best: Potential) -> None:
-            save(best, folder / POTENTIAL, checks, settings)
+            save(merge_adapters(best), folder / POTENTIAL, checks, settings)
 
         run_training(state, train_set, valid_set, config.loss, config.training, workers, folder, identity, save_best, progress)
         if state.step < config.training.steps and not stopped_early(state, config.training):
@@ -100,10 +120,68 @@ def train(
             results["valid"] = evaluate_potential(best, valid_set).summary()
             if test_set is not None:
                 results["test"] = evaluate_potential(best, test_set).summary()
+            if config.finetune is not None:
+                tuning["before"] = json.loads((folder / "finetune.json").read_text())["before"]
+                tuning["after"] = tuning_errors(best, valid_set, replayed)
+                write_json(folder / "finetune.json", tuning)
+                results["finetune"] = {k: v for k, v in tuning.items() if not k.endswith("_weights")}
             write_json(folder / "results.json", results)
         return results
     finally:
         workers.close()
+
+
+def start_finetuning(
+    config: Config, train_set: Sequence[Structure], needed: Sequence[str]
+) -> tuple[Potential, Sequence[Structure], Sequence[Structure] | None, dict[str, Any]]:
+    """A potential with the weights of the start, the training frames with replayed ones, old frames to test, and a report.
+
+    Raises:
+        ValueError: labels missing in the replayed data, patterns that match no weight, heads or elements left untrained.
+    """
+    tune = config.finetune
+    assert tune is not None
+    start = load(tune.start)
+    fresh = compute_statistics(
+        train_set, config.model.cutoff, config.data.reference_energies if isinstance(config.data.reference_energies, dict) else "least_squares",
+        config.data.elements, config.model.max_neighbors,
+    )  # fmt: skip
+    statistics = adapt_statistics(start, fresh, train_set, keep_references=tune.replay is not None)
+    if config.data.reference_energies != "auto":
+        chosen = compute_statistics(train_set, config.model.cutoff, config.data.reference_energies, config.data.elements)
+        statistics = replace(statistics, reference_energies={**statistics.reference_energies, **chosen.reference_energies})
+    potential = Potential(config.model, statistics, config.potential)
+    potential.network.to(start.dtype)
+    transferred = transfer_weights(start, potential)
+    weights = choose_weights(potential.network, tune, transferred)
+    n_new, replayed = len(train_set), None
+    if tune.replay is not None:
+        old = open_dataset(tune.replay, tune.replay_labels or config.data.labels)
+        used, kept = choose_replay(old, n_new, tune.replay_fraction, config.data.seed)
+        require_labels(Subset(old, used), needed, "loss.{label} is above 0 (frames of finetune.replay)")
+        for structure in old:
+            potential.check_elements(structure.atomic_numbers, structure.name)
+        train_set, replayed = Joined(train_set, Subset(old, used)), Subset(old, kept) if kept else None
+    shifts = {e: statistics.reference_energies[e] - start.statistics.reference_energies.get(e, 0.0) for e in statistics.elements}
+    report = {
+        "start": tune.start, "start_checksum": read_manifest(tune.start)["checksum"], "labels": list(needed), "n_new_frames": n_new,
+        "n_replayed_frames": len(train_set) - n_new, "reference_energy_shifts_eV": shifts, **transferred, **weights,
+    }  # fmt: skip
+    log.info(
+        "fine-tuning '%s': %d weights train, %d are frozen, %d adapters; labels: %s; %d new frames, %d replayed", tune.start, weights["n_trained"],
+        weights["n_frozen"], weights["adapters"], ", ".join(needed), n_new, report["n_replayed_frames"],
+    )  # fmt: skip
+    return potential, train_set, replayed, report
+
+
+def tuning_errors(potential: Potential, valid_set: Sequence[Structure], replayed: Sequence[Structure] | None) -> dict[str, Any]:
+    """Errors on the validation frames, and on old frames that were not replayed."""
+    was_training = potential.training
+    out = {"valid": evaluate_potential(potential.eval(), valid_set, keep=0).summary()}
+    if replayed:
+        out["old_data"] = evaluate_potential(potential, replayed, keep=0).summary()
+    potential.train(was_training)
+    return out
 
 
 def fit(
@@ -114,18 +192,26 @@ def fit(
     labels: LabelConfig | None = None,
     resume: bool = False,
     force: bool = False,
+    start: Path | str | None = None,
+    weights: Sequence[str] | None = None,
+    low_rank: int | None = None,
+    replay: Path | str | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
     """Train on a labelled file without a configuration: inspect, split, choose settings, write them down, train.
 
     Args:
         data: Labelled structures; one tenth is kept for validation.
-        model: Name of the network.
+        model: Name of the network, or of one of its presets (nequip/M); not used with ``start``.
         out: Folder of the run; its config.yaml holds the settings chosen and can be trained again.
         minutes: About how long training may take on this machine (measured with a few steps).
         labels: Names and units of the labels.
         resume: Go on with the run in ``out``.
         force: Train even if inspection finds errors.
+        start: Fine-tune this saved potential instead of training from random weights.
+        weights: With ``start``: names of the weights to train, with wildcards; the others stay frozen.
+        low_rank: With ``start``: train adapters of this rank.
+        replay: With ``start``: labelled structures of the old data to mix in.
         progress: Show a progress bar.
 
     Returns:
@@ -134,8 +220,14 @@ def fit(
     Raises:
         ValueError: inspection found errors, or the model is unknown.
     """
-    if model not in MODELS:
+    if model.split("/")[0] not in MODELS:
         raise ValueError(f"model '{model}' is unknown. Choose one of {', '.join(MODELS)}.")
+    tuning = {"train": list(weights) if weights else None, "low_rank": low_rank, "replay": None if replay is None else str(replay)}
+    tuning = {k: v for k, v in tuning.items() if v is not None}
+    if start is None and tuning:
+        raise ValueError(
+            f"{', '.join('weights' if k == 'train' else k for k in tuning)}: only fine-tuning has these. Name the potential to start from (start)."
+        )
     if not minutes > 0:
         raise ValueError(f"minutes must be positive, found {minutes}.")
     folder = Path(out)
@@ -147,7 +239,8 @@ def fit(
         log.warning("%s", message)
     if report.errors and not force:
         raise ValueError("The data is not fit for training: " + "; ".join(report.errors) + ". Mend it, or insist with --force.")
-    config = choose_settings(structures, str(data), model, str(out), labels or LabelConfig())
+    finetune = None if start is None else {"start": str(start), **tuning}
+    config = choose_settings(structures, str(data), model, str(out), labels or LabelConfig(), finetune)
     seconds = time_step(config, structures)
     compiled = minutes > 4
     # the compiled step takes about half the time, after a minute or so of compiling
@@ -164,7 +257,13 @@ def fit(
     return train(config, progress=progress)
 
 
-def choose_settings(structures: Sequence[Structure], data: str, model: str, out: str, labels: LabelConfig) -> Config:
+LEARNING_RATES = {"leignn": 5e-3, "nequip": 1e-2, "geodite": 2e-3, "painn": 2e-3, "schnet": 2e-3}
+"""what trained each network best in short trials (docs/training.md)"""
+
+
+def choose_settings(
+    structures: Sequence[Structure], data: str, model: str, out: str, labels: LabelConfig, finetune: Mapping[str, Any] | None = None
+) -> Config:
     """Settings that suit a data set: which labels, which split, how many structures per step."""
     sample = [structures[k] for k in range(0, len(structures), max(1, len(structures) // 200))]
     atoms = float(np.mean([s.n_atoms for s in sample]))
@@ -175,13 +274,21 @@ def choose_settings(structures: Sequence[Structure], data: str, model: str, out:
     batch_size = int(np.clip(round(160 / atoms), 1, 16))
     if len(structures) < 20:
         log.warning("%d frames are few: expect large errors", len(structures))
+    name, _, preset = model.partition("/")
+    rate = LEARNING_RATES[name]
+    if finetune is not None:  # near a good solution large steps only destroy
+        rate = LEARNING_RATES[read_manifest(finetune["start"])["model"]["name"]] / 5
     return make_config(
         {
             "data": {"train": data, "labels": to_dict(labels), "split": "group" if grouped else "random"},
-            "model": {"name": model},
+            **(
+                {"finetune": dict(finetune)}
+                if finetune is not None
+                else {"model": {"name": name, **({"preset": preset} if preset else {})}}
+            ),
             # stress in eV/Å³ is small: 20 makes it about the virial per atom
             "loss": {"energy": 5.0 * has["energy"], "forces": 10.0 * has["forces"], "stress": 20.0 * has["stress"]},
-            "training": {"batch_size": min(batch_size, max(1, len(structures) // 2))},
+            "training": {"batch_size": min(batch_size, max(1, len(structures) // 2)), "learning_rate": rate},
             "out": out,
         }
     )

@@ -30,24 +30,61 @@ MODELS = {
     "published": dict(variant="published", global_context=True),
     "published-vanilla": dict(variant="published", update="painn"),
     "direct": dict(direct_forces=True),
+    "nequip": dict(name="nequip"),
+    "nequip-l3-pairs": dict(name="nequip", l_max=3, num_features=[4, 3, 3, 2], pair_cutoffs={"H": 2.5, "C": {"O": 3.0}}),
+    "nequip-parity": dict(name="nequip", l_max=1, parity=True, num_layers=3, scales="per_element", train_scales=True),
+    "nequip-trained-bessel": dict(name="nequip", train_bessel=True, envelope_order=3, layer_norm=False, self_connection="linear"),
+    "nequip-published": dict(name="nequip", variant="published"),
+    "nequip-direct": dict(name="nequip", direct_forces=True),
+    "geodite": dict(name="geodite"),
+    "geodite-l4": dict(name="geodite", l_max=4, num_layers=1),
+    "geodite-published": dict(name="geodite", variant="published"),
+    "geodite-direct": dict(name="geodite", direct_forces=True),
+    "painn": dict(name="painn"),
+    "painn-published": dict(name="painn", variant="published"),
+    "painn-direct": dict(name="painn", direct_forces=True),
+    "schnet": dict(name="schnet"),
+    "schnet-published": dict(name="schnet", variant="published"),
 }
+"""every network that must pass the physics tests: settings on top of those in `make_potential`"""
+DIRECT = [name for name in MODELS if name.endswith("direct")]
+GLOBAL = ["sound-global", "published"]
+"""networks whose energy is not a sum of local terms"""
+SMOOTH = ["sound", "sound-gaussian-painn", "nequip", "nequip-l3-pairs", "nequip-parity", "nequip-trained-bessel", "nequip-published", "geodite", "geodite-l4",
+          "geodite-published", "painn", "schnet"]  # fmt: skip
+"""networks with three continuous derivatives at the cutoff"""
+OWN_ZERO = [name for name in MODELS if name not in ("published", "published-vanilla", "painn-published", "schnet-published")]
+"""networks that give a lone atom its reference energy"""
+SIZES = {
+    "leignn": dict(num_features=8, num_layers=2, num_basis=5), "nequip": dict(num_features=4, num_layers=2, num_basis=4, radial_width=6),
+    "geodite": dict(num_features=8, num_layers=2, num_basis=4, num_heads=2), "painn": dict(num_features=8, num_layers=2, num_basis=5),
+    "schnet": dict(num_features=8, num_layers=2, num_basis=5),
+}  # fmt: skip
 
 
-def make_potential(elements: list[str], seed: int = 0, dtype: torch.dtype = torch.float64, zbl: bool = True, **options):
-    """A tiny LEIGNN potential with random weights."""
+def make_potential(
+    elements: list[str], seed: int = 0, dtype: torch.dtype = torch.float64, zbl: bool = True, name: str = "leignn", **options
+):
+    """A tiny potential with random weights."""
     from gossamer.data.statistics import Statistics
-    from gossamer.models import LEIGNNConfig
+    from gossamer.models import MODELS as NETWORKS
     from gossamer.potential import Potential, PotentialConfig
 
     torch.manual_seed(seed)
-    config = LEIGNNConfig(**{"num_features": 8, "num_layers": 2, "num_basis": 5, "cutoff": 4.0, **options})
+    config = NETWORKS[name][0](**{"cutoff": 4.0, **SIZES[name], **options})
     references = {e: -1.5 * (k + 1) for k, e in enumerate(elements)}
-    statistics = Statistics(elements=elements, reference_energies=references, energy_scale=0.7, mean_neighbors=12.0)
-    potential = Potential(config, statistics, PotentialConfig(zbl=zbl)).eval()
+    statistics = Statistics(
+        elements=elements, reference_energies=references, energy_scale=0.7, mean_neighbors=12.0,
+        element_scales={e: 1 + 0.2 * k for k, e in enumerate(elements)},
+    )  # fmt: skip
+    own_repulsion = name == "geodite" and options.get("variant") == "published"
+    potential = Potential(config, statistics, PotentialConfig(zbl=zbl and not own_repulsion)).eval()
     potential.network.to(dtype)
-    for name, parameter in potential.network.named_parameters():  # biases and the global scalar start at zero
-        if name.endswith("bias") or name == "global_scalar":
+    for key, parameter in potential.network.named_parameters():  # biases and the global scalar start at zero
+        if key.endswith("bias") or key == "global_scalar":
             torch.nn.init.normal_(parameter, std=0.3)
+        if key == "frequencies":  # at whole numbers the sine still vanishes at the cutoff
+            torch.nn.init.uniform_(parameter, 0.5, 3.5)
     return potential
 
 

@@ -1,4 +1,4 @@
-"""The published LEIGNN, to rounding, against stored outputs of the authors' code."""
+"""The published networks, to rounding, against stored outputs of their authors' code."""
 
 from __future__ import annotations
 
@@ -13,20 +13,30 @@ from conftest import shared_data
 sys.path.insert(0, str(Path(__file__).parent / "reference"))
 from compare import TOLERANCE, compare
 
-SCRIPT = Path(__file__).parent / "reference" / "compare.py"
+HERE = Path(__file__).parent / "reference"
+SCRIPT = HERE / "compare.py"
 
 
 @pytest.mark.reference
-def test_published_leignn() -> None:
-    deviations = compare(shared_data("reference", "leignn.npz"))
-    assert len(deviations) == 27
+@pytest.mark.parametrize(("name", "count"), [("leignn", 27), ("geodite", 12)])
+def test_published_outputs(name: str, count: int) -> None:
+    deviations = compare(shared_data("reference", f"{name}.npz"))
+    assert len(deviations) == count
     assert max(deviations.values()) < TOLERANCE
 
 
-@pytest.mark.reference
-def test_the_script_fails_on_altered_outputs(tmp_path: Path) -> None:
-    data = dict(np.load(shared_data("reference", "leignn.npz")))
-    data["vanilla/energy"] = data["vanilla/energy"] * (1 + 1e-8)
+@pytest.mark.parametrize(("name", "count"), [("nequip", 40), ("schnetpack", 7)])
+def test_outputs_of_packages(name: str, count: int) -> None:
+    """Stored in the repository with the scripts that made them (make_nequip.py, make_schnetpack.py)."""
+    deviations = compare(HERE / f"{name}.npz")
+    assert len(deviations) == count
+    assert max(deviations.values()) < 1e-12
+
+
+@pytest.mark.parametrize(("name", "key"), [("nequip", "l2/forces"), ("schnetpack", "painn/energy")])
+def test_the_script_fails_on_altered_outputs(name: str, key: str, tmp_path: Path) -> None:
+    data = dict(np.load(HERE / f"{name}.npz"))
+    data[key] = data[key] * (1 + 1e-8)
     np.savez(tmp_path / "altered.npz", **data)
     result = subprocess.run([sys.executable, str(SCRIPT), str(tmp_path / "altered.npz")], capture_output=True, text=True, check=False)
     assert result.returncode == 1

@@ -104,7 +104,9 @@ def compute_statistics(
         reference_energies=references,
         energy_scale=force_rms if force_rms > 0 else 1.0,
         mean_neighbors=edges / max(edge_atoms, 1),
-        element_scales={chemical_symbols[z]: element_rms.get(chemical_symbols[z], force_rms) / force_rms for z in table} if force_rms else None,
+        element_scales={chemical_symbols[z]: element_rms.get(chemical_symbols[z], force_rms) / force_rms for z in table}
+        if force_rms
+        else None,
         spreads=_spreads(references, table, np.array(composition_rows), np.array(energies), force_rms, stresses),
         n_structures=len(structures),
         fingerprint=digest.hexdigest(),

@@ -9,8 +9,8 @@ from pydantic import Field
 from gossamer.models.base import DataFacts, ModelOutput
 from gossamer.models.geodite import Geodite, GeoditeConfig
 from gossamer.models.leignn import LEIGNN, LEIGNNConfig
-from gossamer.models.nequip import NequIP, NequIPConfig
 from gossamer.models.nequip import PRESETS as NEQUIP_PRESETS
+from gossamer.models.nequip import NequIP, NequIPConfig
 from gossamer.models.painn import PaiNN, PaiNNConfig
 from gossamer.models.schnet import SchNet, SchNetConfig
 

@@ -28,10 +28,9 @@ from torch.nn.functional import linear as apply_linear
 from torch.nn.functional import silu, softplus
 
 from gossamer.models.base import DataFacts, ModelOutput
-from gossamer.nn.layers import linear, sum_by_index
+from gossamer.nn.layers import Table, divide, join, linear, sum_by_index
 from gossamer.nn.radial import polynomial_envelope
-from gossamer.nn.spherical import spherical_harmonics
-from gossamer.nn.tensor_product import Table
+from gossamer.nn.spherical import SphericalHarmonics
 from gossamer.settings import settings
 
 
@@ -134,7 +133,7 @@ class NodeStart(nn.Module):
         sender, receiver = edge_index
         messages = self.A_nbr(species).index_select(0, sender) * self.W_ndp(basis)
         m = sum_by_index(messages, receiver, len(species)) * self.density(basis, receiver, len(species))
-        return self.W_u(silu(self.W_d(torch.cat([self.A_na(species), m], dim=1))))
+        return self.W_u(silu(self.W_d(join([self.A_na(species), m], 1))))
 
 
 class Layer(nn.Module):
@@ -151,6 +150,8 @@ class Layer(nn.Module):
         def square(times: int = 1) -> nn.Linear:
             return linear(c, times * c, bias=False)
 
+        # the heads tile all 3 C channels of the message
+        self.tiles = Table(np.repeat(np.eye(config.num_heads), 3 * c // config.num_heads, axis=1))
         self.gamma = nn.ParameterList(nn.Parameter(torch.ones(c)) for _ in range(l_max + 1))
         self.W_q, self.W_k, self.W_s1, self.W_v1, self.W_re = (square() for _ in range(5))
         self.W_s2, self.W_v2, self.W_rs = (square(3) for _ in range(3))
@@ -165,7 +166,7 @@ class Layer(nn.Module):
 
     def degrees(self, x: Tensor) -> list[Tensor]:
         """Views of the components (axis 1) of l = 1 … L."""
-        return list(x.split([2 * l + 1 for l in range(1, self.l_max + 1)], dim=1))
+        return list(divide(x, [2 * l + 1 for l in range(1, self.l_max + 1)], 1))
 
     def normalize(self, h: Float[Tensor, "N C"], x: Float[Tensor, "N S C"] | None) -> tuple[Tensor, Tensor | None]:
         """Divide both streams by their joint root mean square; it replaces h and X."""
@@ -176,7 +177,7 @@ class Layer(nn.Module):
         scale = torch.rsqrt(squares.mean(dim=1, keepdim=True) + 1e-6)
         h = self.gamma[0] * h * scale
         if x is not None:
-            x = torch.cat([part * gamma for part, gamma in zip(self.degrees(x), list(self.gamma)[1:], strict=True)], dim=1) * scale[:, None]
+            x = join([part * gamma for part, gamma in zip(self.degrees(x), list(self.gamma)[1:], strict=True)], 1) * scale[:, None]
         return h, x
 
     def forward(
@@ -186,17 +187,19 @@ class Layer(nn.Module):
         t: Float[Tensor, "E C"],
         basis: Float[Tensor, "E B"],
         harmonics: Float[Tensor, "E S"],
+        along: Float[Tensor, "E L S"],
         edge_index: Int[Tensor, "2 E"],
     ) -> tuple[Tensor, Tensor | None, Tensor]:
-        """The streams after this layer; X is None before the first layer, where it is zero."""
+        """The streams after this layer; X is None before the first layer, where it is zero. ``along``: each degree in a row."""
         h, x = self.normalize(h, x)
         # one product with everything that reads t, one with everything that reads h
         from_t = [self.W_re, self.W_rs] if self.last else [self.W_re, self.W_rs, self.W_t1]
         c = h.shape[1]
-        filters, rest = apply_linear(t, torch.cat([w.weight for w in from_t])).split([c, (len(from_t) - 2) * c + 3 * c], dim=1)
-        h, x = self.message(h, x, filters, rest[:, : 3 * c], basis, harmonics, edge_index)
+        widths = [c, 3 * c] if self.last else [c, 3 * c, c]
+        logits, filters, *gate = divide(apply_linear(t, join([w.weight for w in from_t], 0)), widths, 1)
+        h, x = self.message(h, x, logits, filters, basis, harmonics, edge_index)
         if not self.last:
-            t = t + silu(self.W_t2(silu(rest[:, 3 * c :]))) * self.W_ed(self.LN_omega(self.alignment(x, harmonics, edge_index)))
+            t = t + silu(self.W_t2(silu(gate[0]))) * self.W_ed(self.LN_omega(self.alignment(x, along, edge_index)))
         return *self.couple(h, x), t
 
     def message(
@@ -206,43 +209,42 @@ class Layer(nn.Module):
         sender, receiver = edge_index
         n, c = h.shape
         parts = 2 if x is None else 3  # without steerables nobody reads the third part
-        q, k, s, v = apply_linear(h, torch.cat([w.weight for w in (self.W_q, self.W_k, self.W_s1, self.W_v1)])).chunk(4, dim=1)
+        from_h = join([w.weight for w in (self.W_q, self.W_k, self.W_s1, self.W_v1)], 0)
+        q, k, s, v = divide(apply_linear(h, from_h), [c] * 4, 1)
         g = apply_linear(silu(s), self.W_s2.weight[: parts * c])
         v = apply_linear(silu(v), self.W_v2.weight[: parts * c])
         aligned = q.index_select(0, receiver) * k.index_select(0, sender) * silu(logits)
         alpha = silu(aligned.reshape(-1, self.num_heads, c // self.num_heads).sum(dim=2)) / math.sqrt(c)  # (E, heads)
         if self.training and self.dropout > 0:
             alpha = nn.functional.dropout(alpha, self.dropout)
-        # the heads tile all 3 C channels
-        share = alpha[:, :, None].expand(-1, -1, 3 * c // self.num_heads).reshape(-1, 3 * c)[:, : parts * c]
-        gv = torch.cat([g, v], dim=1).index_select(0, sender)
-        m = filters[:, : parts * c] * gv[:, : parts * c] + share * gv[:, parts * c :]
-        vectors = m[:, None, c : 2 * c] * harmonics[:, :, None]  # (E, S, C)
+        share = alpha @ self.tiles()[:, : parts * c]
+        if parts == 2:
+            filters, _ = divide(filters, [2 * c, c], 1)
+        g, v = divide(join([g, v], 1).index_select(0, sender), [parts * c] * 2, 1)
+        m_s, m_d, *m_x = divide(torch.addcmul(filters * g, share, v), [c] * parts, 1)
+        vectors = m_d[:, None] * harmonics[:, :, None]  # (E, S, C)
         if x is not None:
-            vectors = vectors + m[:, None, 2 * c :] * x.index_select(0, sender)
+            vectors = torch.addcmul(vectors, m_x[0][:, None], x.index_select(0, sender))
         dilution = self.density(basis, receiver, n)
-        h = h + sum_by_index(m[:, :c], receiver, n) * dilution
+        h = h + sum_by_index(m_s, receiver, n) * dilution
         sums = sum_by_index(vectors, receiver, n) * dilution[:, None]
         return h, sums if x is None else x + sums
 
-    def alignment(self, x: Float[Tensor, "N S C"], harmonics: Float[Tensor, "E S"], edge_index: Tensor) -> Float[Tensor, "E C"]:
+    def alignment(self, x: Float[Tensor, "N S C"], along: Float[Tensor, "E L S"], edge_index: Tensor) -> Float[Tensor, "E C"]:
         """ω = Σ_l [ Q_i·P_j - (Q_i·Y)(P_j·Y) ], the inner products of the parts perpendicular to Y_l."""
         sender, receiver = edge_index
-        keys = torch.cat([W(part) for W, part in zip(self.W_vk, self.degrees(x), strict=True)], dim=1)
+        keys = join([W(part) for W, part in zip(self.W_vk, self.degrees(x), strict=True)], 1)
         q, p = self.W_vq(x).index_select(0, receiver), keys.index_select(0, sender)
         omega = (q * p).sum(dim=1)
-        y = harmonics[:, :, None]
-        for q_along, p_along in zip(self.degrees(q * y), self.degrees(p * y), strict=True):
-            omega = omega - q_along.sum(dim=1) * p_along.sum(dim=1)
-        return omega
+        return omega - (torch.bmm(along, q) * torch.bmm(along, p)).sum(dim=1)
 
     def couple(self, h: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         """Lengths of the steerables enter the scalars; scalars scale the steerables."""
         v = self.W_vu(x)
-        hidden = silu(self.W_m1(torch.cat([h, (v**2).sum(dim=1)], dim=1)))
+        hidden = silu(self.W_m1(join([h, (v**2).sum(dim=1)], 1)))
         if not self.uses_steerables:
             return h + apply_linear(hidden, self.W_m2.weight[: h.shape[1]]), x
-        m1, m2 = self.W_m2(hidden).chunk(2, dim=1)
+        m1, m2 = divide(self.W_m2(hidden), [h.shape[1]] * 2, 1)
         return h + m1, x + m2[:, None] * v
 
 
@@ -287,11 +289,14 @@ class Geodite(nn.Module):
         super().__init__()
         c = config.num_features
         self.config = config
+        self.harmonics = SphericalHarmonics(config.l_max, "norm")
         self.radial = RadialFeatures(config, facts.atomic_numbers)
         self.node_start = NodeStart(c, config.num_basis, len(facts.atomic_numbers))
         self.W_erp = linear(config.num_basis, c, bias=False)
         last = config.num_layers - 1
         self.layers: Any = nn.ModuleList(Layer(config, first=k == 0, last=k == last) for k in range(config.num_layers))
+        degrees = np.repeat(np.arange(1, config.l_max + 1), 2 * np.arange(1, config.l_max + 1) + 1)
+        self.rows = Table((degrees == np.arange(1, config.l_max + 1)[:, None]).astype(float))
         self.readouts: Any = nn.ModuleList(nn.Linear(c, 1, bias=False) for _ in range(config.num_layers))
         self.force_readout = linear(c, 1, bias=False) if config.direct_forces else None
         self.repulsion = Repulsion(facts.atomic_numbers) if config.variant == "published" else None
@@ -303,13 +308,14 @@ class Geodite(nn.Module):
     ) -> tuple[list[Float[Tensor, "N C"]], Float[Tensor, "N S C"]]:
         """Scalars after every layer, and the last steerables."""
         sender, receiver = edge_index
-        harmonics = spherical_harmonics(edge_vectors / lengths[:, None], self.config.l_max, "norm")[:, 1:]
+        harmonics = divide(self.harmonics(edge_vectors / lengths[:, None]), [1, (self.config.l_max + 1) ** 2 - 1], 1)[1]
         basis = self.radial(lengths, species.index_select(0, receiver), species.index_select(0, sender))
+        along = harmonics[:, None, :] * self.rows()
         h, x = self.node_start(species, basis, edge_index), None
         t = (h.index_select(0, receiver) + h.index_select(0, sender)) * self.W_erp(basis)
         states = []
         for layer in self.layers:
-            h, x, t = layer(h, x, t, basis, harmonics, edge_index)
+            h, x, t = layer(h, x, t, basis, harmonics, along, edge_index)
             states.append(h)
         assert x is not None
         return states, x

@@ -20,7 +20,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from gossamer.models.base import DataFacts, ModelOutput
-from gossamer.nn.layers import ScaledSiLU, linear, mean_by_index, sum_by_index
+from gossamer.nn.layers import ScaledSiLU, divide, join, linear, mean_by_index, sum_by_index
 from gossamer.nn.radial import bessel_basis, gaussian_basis, polynomial_envelope
 from gossamer.settings import settings
 
@@ -86,7 +86,7 @@ class Message(nn.Module):
         sender, receiver = edge_index
         filters = self.R(basis) if self.published else self.R(basis) * envelope[:, None]  # (E, 3H)
         messages = self.P(x).index_select(0, sender) * filters * (1 / math.sqrt(3))
-        m1, m2, m3 = messages.chunk(3, dim=-1)
+        m1, m2, m3 = divide(messages, [x.shape[1]] * 3, 1)
         vectors = unit[:, :, None] * m2[:, None, :]  # (E, 3, H)
         if v is not None:  # v = 0 before the first layer
             vectors = vectors + v.index_select(0, sender) * m1[:, None, :]
@@ -108,9 +108,9 @@ class Update(nn.Module):
         self.MLP_u = nn.Sequential(linear(2 * h, h), ScaledSiLU(), linear(h, 3 * h))
 
     def forward(self, x: Float[Tensor, "N H"], v: Float[Tensor, "N 3 H"]) -> tuple[Tensor, Tensor]:
-        v1, v2 = self.W_v(v).chunk(2, dim=-1)
+        v1, v2 = divide(self.W_v(v), [x.shape[1]] * 2, 2)
         length = torch.sqrt((v2 * v2).sum(dim=1) + self.epsilon**2) - self.offset
-        a, b, c = self.MLP_u(torch.cat([x, length], dim=-1)).chunk(3, dim=-1)
+        a, b, c = divide(self.MLP_u(join([x, length], 1)), [x.shape[1]] * 3, 1)
         if self.kind == "nmu":
             return x + b * (1 / math.sqrt(2)) + x * torch.tanh(c), v + a[:, None, :] * v1
         inner = (v1 * v2).sum(dim=1) * (1 / math.sqrt(x.shape[1]))

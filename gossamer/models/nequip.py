@@ -1,8 +1,9 @@
 """NequIP: node features of all degrees l, mixed along edges by O(3) tensor products.
 
-Batzner et al., Nat. Commun. 13, 2453 (2022), arXiv:2101.03164; Tan et al., arXiv:2504.16068. Equal to the package
-nequip 0.19 for the same settings (tests/reference). Nothing here is a deviation: choices of ours are settings, and the
-defaults are chosen for smooth potentials (fixed Bessel frequencies: the energy is C³ at the cutoff).
+Batzner et al., Nat. Commun. 13, 2453 (2022), arXiv:2101.03164; Tan et al., arXiv:2504.16068. `variant="published"` equals
+the package nequip 0.19 for the same settings (tests/reference). In it features start small and shrink by orders of magnitude
+per degree and layer, and training has to make up for it. `variant="sound"` (default) scales radial functions and activations
+so that features of every degree start with unit variance, and normalises the features of each atom between layers.
 
 Shapes: N atoms, E directed edges, S = (l_max + 1)² harmonics. Node features are one tensor (N, width); its blocks are
 (2 l + 1, mul), channels last (`gossamer.nn.tensor_product`). Every map has no bias, so an isolated atom gives zero.
@@ -17,16 +18,15 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import torch
 from ase.data import atomic_numbers as number_of
-from ase.data import chemical_symbols
 from jaxtyping import Float, Int
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from gossamer.models.base import DataFacts, ModelOutput
-from gossamer.nn.layers import sum_by_index
+from gossamer.nn.layers import Table, divide, join, sum_by_index
 from gossamer.nn.radial import polynomial_envelope
-from gossamer.nn.spherical import spherical_harmonics
-from gossamer.nn.tensor_product import Coupling, Irrep, Table, blocks
+from gossamer.nn.spherical import SphericalHarmonics
+from gossamer.nn.tensor_product import Coupling, Irrep, blocks
 from gossamer.settings import settings
 
 UNIT_SILU = 1.6791767923989418
@@ -34,7 +34,7 @@ UNIT_SILU = 1.6791767923989418
 UNIT_TANH = 1.5937334472592695
 """likewise for tanh, which odd scalars pass"""
 
-_FOUNDATION = {"parity": False, "embedding_features": 32, "radial_depth": 1, "radial_width": 128}
+_FOUNDATION = {"variant": "published", "parity": False, "embedding_features": 32, "radial_depth": 1, "radial_width": 128}
 _LARGE = {**_FOUNDATION, "num_layers": 6, "l_max": 3, "num_features": [128, 64, 32, 32]}
 PRESETS: dict[str, dict[str, Any]] = {
     "S": {**_FOUNDATION, "num_layers": 2, "l_max": 1, "num_features": [128, 64]},
@@ -55,6 +55,8 @@ class NequIPConfig:
 
     name: Literal["nequip"] = "nequip"
     """Which network."""
+    variant: Literal["sound", "published"] = "sound"
+    """"sound": features have unit variance, from the start and in every layer. "published": the constants of the nequip package."""
     cutoff: Annotated[float, Field(gt=0)] = 5.0
     """Radius in Å within which atoms exchange messages."""
     max_neighbors: None = None
@@ -85,8 +87,9 @@ class NequIPConfig:
     """Width of those layers (package: 128)."""
     self_connection: Literal["element", "linear"] = "element"
     """"element": one linear map per element (NequIP); "linear": the same for all (SevenNet-l3i5, Nequix)."""
-    layer_norm: bool = False
-    """Scale the features of every atom to unit mean square before each interaction (as Nequix does); learned weight per degree."""
+    layer_norm: bool | None = None
+    """Scale the features of every atom to unit mean square before each interaction, with a learned weight per channel (as Nequix
+    does); None: in the sound variant, not in the published one."""
     readout_depth: Annotated[int, Field(ge=0)] = 0
     """Hidden layers of the energy readout; 0 is one linear map."""
     readout_width: Annotated[int, Field(ge=1)] | None = None
@@ -127,11 +130,21 @@ def pair_cutoff_matrix(table: Mapping[str, float | Mapping[str, float]], cutoff:
                 if symbol not in number_of:
                     raise ValueError(f"pair_cutoffs names '{symbol}', which is no chemical symbol")
             if not 0 < value <= cutoff:
-                raise ValueError(f"pair_cutoffs gives {value} Å for {centre}-{neighbour or 'any'}: it must be above 0 and at most cutoff, {cutoff} Å")
+                raise ValueError(
+                    f"pair_cutoffs gives {value} Å for {centre}-{neighbour or 'any'}: it must be above 0 and at most cutoff, {cutoff} Å"
+                )
             rows = [k for k, z in enumerate(numbers) if z == number_of[centre]]
             columns = [k for k, z in enumerate(numbers) if neighbour is None or z == number_of[neighbour]]
             matrix[np.ix_(rows, columns)] = value
     return matrix
+
+
+def unit_basis_scale(config: NequIPConfig) -> float:
+    """Factor that gives sin(n π x) / x · f_p(x) unit mean square over n and over neighbours spread evenly in the outer 0.2 < x < 1."""
+    x = torch.linspace(0.2, 1, 400, dtype=torch.float64)
+    n = torch.arange(1, config.num_basis + 1, dtype=torch.float64)
+    values = torch.sin(math.pi * n * x[:, None]) * (polynomial_envelope(x, config.envelope_power, config.envelope_order) / x)[:, None]
+    return float(((values**2).mean(dim=1) * x**2).sum() / (x**2).sum()) ** -0.5
 
 
 class UnitLinear(nn.Linear):
@@ -149,12 +162,13 @@ class UnitLinear(nn.Linear):
         return nn.functional.linear(x, self.weight * self.scale)
 
 
-def scalar_mlp(num_in: int, num_out: int, depth: int, width: int) -> nn.Sequential:
-    """SiLU network without biases; sqrt 2 makes up for the activation."""
+def scalar_mlp(num_in: int, num_out: int, depth: int, width: int, published: bool) -> nn.Sequential:
+    """SiLU network without biases; a gain makes up for the activation (sqrt 2 in the package, the exact one if sound)."""
     sizes = [num_in, *[width] * depth, num_out]
+    gain = math.sqrt(2) if published else UNIT_SILU
     layers: list[nn.Module] = []
     for k in range(len(sizes) - 1):
-        layers += [*([nn.SiLU()] if k else []), UnitLinear(sizes[k], sizes[k + 1], uniform=True, gain=math.sqrt(2) if k else 1.0)]
+        layers += [*([nn.SiLU()] if k else []), UnitLinear(sizes[k], sizes[k + 1], uniform=True, gain=gain if k else 1.0)]
     return nn.Sequential(*layers)
 
 
@@ -167,7 +181,6 @@ class SelfConnection(nn.Module):
         self.scale = 1 / math.sqrt(irrep.mul * num_attributes)
 
     def forward(self, x: Float[Tensor, "N dim mul"], species: Int[Tensor, " N"], table: Float[Tensor, "elements T"]) -> Tensor:
-        n, dim, mul = x.shape
         if not self.training:
             return self._by_element(x, species, self.folded(table))
         if len(table) < table.shape[1]:  # fewer elements than attributes: their one-hot codes are the shorter attributes
@@ -177,7 +190,7 @@ class SelfConnection(nn.Module):
             attributes = table.index_select(0, species)
             weight = self.weight.reshape(-1, self.weight.shape[2]) * self.scale
         product = x[:, :, :, None] * attributes[:, None, None, :]  # (N, dim, mul, T or elements)
-        return product.reshape(n, dim, -1) @ weight
+        return product.flatten(2) @ weight
 
     def folded(self, table: Tensor) -> Float[Tensor, "elements mul out"]:
         """The map of each element."""
@@ -206,7 +219,7 @@ class FeatureNorm(nn.Module):
         squares = torch.stack([(part**2).mean(dim=1).mean(dim=1) for part in parts], dim=1)
         weights = squares.new_tensor([i.mul for i in self.irreps]) / sum(i.mul for i in self.irreps)
         scale = torch.rsqrt((squares * weights).sum(dim=1) + 1e-2)  # smooth at zero: an atom without neighbours stays zero
-        return torch.cat([(part * gamma).flatten(1) for part, gamma in zip(parts, self.gamma, strict=True)], dim=1) * scale[:, None]
+        return join([(part * gamma).flatten(1) for part, gamma in zip(parts, self.gamma, strict=True)], 1) * scale[:, None]
 
 
 class Interaction(nn.Module):
@@ -226,11 +239,15 @@ class Interaction(nn.Module):
         """
         super().__init__()
         self.irreps_in, self.irreps_out = coupling.irreps_in, list(irreps_out)
+        self.published = config.variant == "published"
         self.num_gates = sum(i.mul for i in irreps_out if i.l > 0)
         self.scale = 1 / math.sqrt(mean_neighbors)
-        self.norm = FeatureNorm(self.irreps_in) if config.layer_norm and not first else None
+        norm = config.variant == "sound" if config.layer_norm is None else config.layer_norm
+        self.norm = FeatureNorm(self.irreps_in) if norm and not first else None
         self.linear_in: Any = nn.ModuleList(UnitLinear(i.mul, i.mul) for i in self.irreps_in)
-        self.radial = scalar_mlp(config.num_basis, coupling.num_weights, config.radial_depth, config.radial_width)
+        self.radial = scalar_mlp(
+            config.num_basis, coupling.num_weights, config.radial_depth, config.radial_width, config.variant == "published"
+        )
         # even scalars also carry the gates of the other blocks
         outputs = [i.mul + (self.num_gates if i.kind == (0, 1) else 0) for i in self.irreps_out]
         summed = {i.kind: i.mul for i in coupling.irreps_out}
@@ -262,7 +279,7 @@ class Interaction(nn.Module):
         if self.norm is not None:
             x = self.norm(x)
         parts = blocks(x, self.irreps_in)
-        mixed = torch.cat([linear(part).flatten(1) for linear, part in zip(self.linear_in, parts, strict=True)], dim=1) * self.scale
+        mixed = join([linear(part).flatten(1) for linear, part in zip(self.linear_in, parts, strict=True)], 1) * self.scale
         messages = coupling.messages(mixed.index_select(0, sender), matrices, self.radial(basis))
         sums = coupling.collect(sum_by_index(messages, receiver, len(x)))
         connections = iter(self.self_connection)
@@ -271,25 +288,26 @@ class Interaction(nn.Module):
             out = linear(sums[which])
             if source is not None:
                 connection = next(connections)
-                out = out + (connection(parts[source], species, table) if isinstance(connection, SelfConnection) else connection(parts[source]))
+                own = connection(parts[source], species, table) if isinstance(connection, SelfConnection) else connection(parts[source])
+                out = out + own if self.published else (out + own) * math.sqrt(0.5)
             results.append(out)
         return self._gate(results)
 
     def _gate(self, results: list[Tensor]) -> Tensor:
         """SiLU of even scalars, tanh of odd ones, and the other blocks times SiLU of their gates; all of unit variance."""
-        gates = None
+        gates: Any = iter(())
         out = []
         for irrep, block in zip(self.irreps_out, results, strict=True):
             if irrep.kind == (0, 1):
-                gates = UNIT_SILU * nn.functional.silu(block[:, :, irrep.mul :])
-                block = UNIT_SILU * nn.functional.silu(block[:, :, : irrep.mul])
+                block = UNIT_SILU * nn.functional.silu(block)
+                block, *gates = divide(block, [irrep.mul, *(i.mul for i in self.irreps_out if i.l > 0)], 2)
+                gates = iter(gates)
             elif irrep.l == 0:
                 block = UNIT_TANH * torch.tanh(block)
             else:
-                assert gates is not None
-                block, gates = block * gates[:, :, : irrep.mul], gates[:, :, irrep.mul :]
+                block = block * next(gates)
             out.append(block.flatten(1))
-        return torch.cat(out, dim=1)
+        return join(out, 1)
 
 
 class NequIP(nn.Module):
@@ -309,6 +327,7 @@ class NequIP(nn.Module):
         self.config = config
         channels = config.channels
         num_attributes = config.embedding_features or channels[0]
+        self.harmonics = SphericalHarmonics(config.l_max, "component")
         self.embedding = nn.Embedding(len(facts.atomic_numbers), num_attributes)
         self.pair_cutoffs = None
         if config.pair_cutoffs is not None:
@@ -334,15 +353,38 @@ class NequIP(nn.Module):
             irreps = list(wanted)
         self.couplings: Any = nn.ModuleList(couplings)
         self.layers: Any = nn.ModuleList(layers)
-        self.readout = scalar_mlp(channels[0], 1, config.readout_depth, config.readout_width or channels[0])
+        published = config.variant == "published"
+        self.readout = scalar_mlp(channels[0], 1, config.readout_depth, config.readout_width or channels[0], published)
+        self.basis_scale = 2 / config.cutoff**2 if published else unit_basis_scale(config)
         self.force_readout = UnitLinear(channels[1], 1) if config.direct_forces else None
         self.scales: nn.Embedding | None = None
         if config.scales == "per_element" or config.train_scales:
             values = facts.scales if config.scales == "per_element" and facts.scales is not None else [1.0] * len(facts.atomic_numbers)
             self.scales = nn.Embedding.from_pretrained(torch.tensor(values)[:, None], freeze=not config.train_scales)
 
+    def energy_rows(self) -> dict[str, tuple[int, Tensor]]:
+        """Weights of the last layer that also serve the direct forces: (axis, indices along it that serve the energy).
+
+        These weights are larger with `direct_forces`; fine-tuning copies the part that both networks have.
+        """
+        last, coupling = len(self.layers) - 1, self.couplings[self.coupling_of[-1]]
+        mul, rows, first = self.config.channels[0], [], 0
+        for path in coupling.paths:
+            width = coupling.irreps_in[path.block].mul
+            rows += list(range(first, first + width)) if path.out == (0, 1) else []
+            first += width
+        prefix = f"layers.{last}"
+        scalars = torch.arange(mul)
+        names = {
+            f"{prefix}.radial.{len(self.layers[last].radial) - 1}.weight": (0, torch.tensor(rows)),
+            f"{prefix}.linear_out.0.weight": (0, scalars),
+        }
+        if last > 0:
+            names[f"{prefix}.self_connection.0.weight"] = (2 if self.config.self_connection == "element" else 0, scalars)
+        return names
+
     def radial_basis(self, lengths: Float[Tensor, " E"], centre: Int[Tensor, " E"], neighbour: Int[Tensor, " E"]) -> Float[Tensor, "E B"]:
-        """b_n = 2 / rc² · sin(n π x) / x · f_p(x),  x = r / rc (or over the pair's own cutoff)."""
+        """b_n = s · sin(n π x) / x · f_p(x),  x = r / rc (or over the pair's own cutoff); s = 2 / rc² in the package."""
         rc: Any = self.config.cutoff
         if self.pair_cutoffs is not None:
             table = self.pair_cutoffs()
@@ -350,7 +392,7 @@ class NequIP(nn.Module):
         x = lengths / rc
         n = torch.arange(1, self.config.num_basis + 1, dtype=x.dtype, device=x.device) if self.frequencies is None else self.frequencies
         envelope = polynomial_envelope(x, self.config.envelope_power, self.config.envelope_order)
-        return torch.sin(math.pi * n * x[:, None]) * (2 / self.config.cutoff**2 * envelope / x)[:, None]
+        return torch.sin(math.pi * n * x[:, None]) * (self.basis_scale * envelope / x)[:, None]
 
     def forward(
         self,
@@ -370,7 +412,7 @@ class NequIP(nn.Module):
         """
         sender, receiver = edge_index
         lengths = torch.linalg.vector_norm(edge_vectors, dim=-1)
-        harmonics = spherical_harmonics(edge_vectors / lengths[:, None], self.config.l_max, "component")
+        harmonics = self.harmonics(edge_vectors / lengths[:, None])
         basis = self.radial_basis(lengths, species.index_select(0, receiver), species.index_select(0, sender))
         matrices = [coupling.matrices(harmonics) for coupling in self.couplings]
         table = self.embedding.weight

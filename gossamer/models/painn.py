@@ -18,7 +18,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from gossamer.models.base import DataFacts, ModelOutput
-from gossamer.nn.layers import linear, sum_by_index
+from gossamer.nn.layers import divide, join, linear, sum_by_index
 from gossamer.nn.radial import bessel_basis, cosine_cutoff, gaussian_basis, polynomial_envelope
 from gossamer.settings import settings
 
@@ -74,16 +74,16 @@ class Layer(nn.Module):
     ) -> tuple[Float[Tensor, "N H"], Float[Tensor, "N 3 H"]]:
         sender, receiver = edge_index
         messages = self.context(q).index_select(0, sender) * (self.filters(basis) * envelope[:, None])
-        dq, direction, relay = messages.chunk(3, dim=1)
+        dq, direction, relay = divide(messages, [q.shape[1]] * 3, 1)
         vectors = direction[:, None] * unit[:, :, None]
         if mu is not None:  # mu = 0 before the first layer
             vectors = vectors + relay[:, None] * mu.index_select(0, sender)
         q = q + sum_by_index(dq, receiver, len(q)) * self.scale
         sums = sum_by_index(vectors, receiver, len(q)) * self.scale
         mu = sums if mu is None else mu + sums
-        v, w = self.mix(mu).chunk(2, dim=2)
+        v, w = divide(self.mix(mu), [q.shape[1]] * 2, 2)
         length = torch.sqrt((v**2).sum(dim=1) + 1e-8) if self.published else smooth_length(v)
-        a, b, c = self.update_net(torch.cat([q, length], dim=1)).chunk(3, dim=1)
+        a, b, c = divide(self.update_net(join([q, length], 1)), [q.shape[1]] * 3, 1)
         return q + a + c * (v * w).sum(dim=1), mu + b[:, None] * w
 
 

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
 import torch
 from jaxtyping import Float, Int
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 
@@ -16,6 +21,41 @@ def mean_by_index(values: Float[Tensor, "n ..."], index: Int[Tensor, " n"], size
     """out[k] = mean of the values whose index is k; zeros where there are none."""
     count = sum_by_index(torch.ones_like(index, dtype=values.dtype), index, size).clamp(min=1)
     return sum_by_index(values, index, size) / count.reshape(-1, *[1] * (values.dim() - 1))
+
+
+class _Join(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, dim: int, *parts: Tensor) -> Tensor:
+        ctx.dim, ctx.sizes = dim, [p.shape[dim] for p in parts]
+        return torch.cat(parts, dim)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        return None, *_Divide.apply(gradients[0], ctx.sizes, ctx.dim)
+
+
+class _Divide(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, sizes: list[int], dim: int) -> tuple[Tensor, ...]:
+        ctx.dim = dim
+        return x.split(sizes, dim)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        return _Join.apply(ctx.dim, *gradients), None, None
+
+
+def join(parts: Sequence[Tensor], dim: int) -> Tensor:
+    """``torch.cat`` whose derivatives, second ones too, are splits.
+
+    PyTorch's own are slices, each with a gradient of the size of the whole, zeros all around it.
+    """
+    return parts[0] if len(parts) == 1 else _Join.apply(dim, *parts)
+
+
+def divide(x: Tensor, sizes: Sequence[int], dim: int) -> tuple[Tensor, ...]:
+    """``torch.split`` whose derivatives, second ones too, are concatenations."""
+    return (x,) if len(sizes) == 1 else _Divide.apply(x, list(sizes), dim)
 
 
 class ScaledSiLU(nn.Module):
@@ -32,3 +72,22 @@ def linear(num_in: int, num_out: int, bias: bool = True) -> nn.Linear:
     if bias:
         nn.init.zeros_(layer.bias)
     return layer
+
+
+class Table(nn.Module):
+    """A constant tensor that stays exact when the module changes its precision to and fro."""
+
+    values: Tensor
+
+    def __init__(self, values: NDArray[np.float64]) -> None:
+        super().__init__()
+        self.exact = torch.from_numpy(np.ascontiguousarray(values, dtype=np.float64))
+        self.register_buffer("values", self.exact.to(torch.get_default_dtype()), persistent=False)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Table:
+        super()._apply(fn, recurse)
+        self.values = self.exact.to(self.values)
+        return self
+
+    def forward(self) -> Tensor:
+        return self.values

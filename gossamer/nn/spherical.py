@@ -3,44 +3,47 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
+import numpy as np
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
+
+from gossamer.nn.layers import Table, join
+from gossamer.nn.wigner import wigner_3j
 
 
-def spherical_harmonics(
-    unit: Float[Tensor, "n 3"], l_max: int, normalization: Literal["norm", "component"]
-) -> Float[Tensor, "n components"]:
+class SphericalHarmonics(nn.Module):
     """Real spherical harmonics of degrees 0 … l_max, degree by degree, orders m = -l … l.
 
-        Y_lm = N_lm P_l^(m)(y) Re or Im (z + i x)^|m|,      N_lm² = (2 - δ_m0) (l - |m|)! / (l + |m|)!
+    The y axis is the pole, and components have the order and sign of e3nn: Y_1 = (x, y, z) up to its length. Each degree
+    is the coupling of the one below with the vector itself, two small operations instead of dozens:
 
-    with P_l^(m) the m-th derivative of the Legendre polynomial: y is the polar axis and the order of components is that
-    of e3nn, so Y_1 = (x, y, z). Every degree has a constant length: sum_m Y_lm² is 1 ("norm") or 2 l + 1 ("component").
+        Y_l = c_l Σ w3j(1, l - 1, l) u Y_(l-1)
 
-    Args:
-        unit: Unit vectors.
-        l_max: Highest degree.
-        normalization: Length of each degree.
+    Every degree has a constant length: sum_m Y_lm² is 1 ("norm") or 2 l + 1 ("component").
     """
-    x, y, z = unit.unbind(dim=1)
-    cosine, sine = [torch.ones_like(x)], [torch.zeros_like(x)]  # real and imaginary part of (z + i x)^m
-    for _ in range(l_max):
-        cosine, sine = [*cosine, cosine[-1] * z - sine[-1] * x], [*sine, cosine[-1] * x + sine[-1] * z]
-    # derivatives of Legendre polynomials by recursion in l at fixed m
-    legendre: dict[tuple[int, int], Tensor] = {}
-    for m in range(l_max + 1):
-        legendre[m, m] = torch.full_like(y, math.prod(range(1, 2 * m, 2)))
-        for l in range(m + 1, l_max + 1):
-            below = legendre[l - 2, m] * (l + m - 1) if l > m + 1 else 0.0
-            legendre[l, m] = ((2 * l - 1) * y * legendre[l - 1, m] - below) / (l - m)
-    components = []
-    for l in range(l_max + 1):
-        length = math.sqrt(2 * l + 1) if normalization == "component" else 1.0
-        for m in range(-l, l + 1):
-            a = abs(m)
-            factor = length * math.sqrt((2 if m else 1) * math.factorial(l - a) / math.factorial(l + a))
-            components.append(factor * legendre[l, a] * (sine[a] if m < 0 else cosine[a]))
-    return torch.stack(components, dim=1)
+
+    def __init__(self, l_max: int, normalization: Literal["norm", "component"]) -> None:
+        super().__init__()
+        pole = np.array([0.0, 1.0, 0.0])
+        value = np.ones(1)
+        tables = []
+        for l in range(1, l_max + 1):
+            coupling = wigner_3j(1, l - 1, l).reshape(-1, 2 * l + 1)
+            at_pole = np.outer(pole, value).ravel() @ coupling  # only m = 0 is not zero there, and is 1
+            coupling = coupling / at_pole[l]
+            tables.append(Table(coupling))
+            value = np.eye(2 * l + 1)[l]
+        self.tables: Any = nn.ModuleList(tables)
+        self.lengths = [math.sqrt(2 * l + 1) if normalization == "component" else 1.0 for l in range(l_max + 1)]
+
+    def forward(self, unit: Float[Tensor, "n 3"]) -> Float[Tensor, "n components"]:
+        """Values (n, (l_max + 1)²) at unit vectors."""
+        degree = torch.ones_like(unit[:, :1])
+        degrees = [degree]
+        for table, length in zip(self.tables, self.lengths[1:], strict=True):
+            degree = (unit[:, :, None] * degree[:, None, :]).flatten(1) @ table()
+            degrees.append(degree * length if length != 1 else degree)
+        return join(degrees, 1)

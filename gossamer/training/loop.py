@@ -34,7 +34,7 @@ from gossamer.settings import settings
 from gossamer.training.checkpoint import load_optimizer, optimizer_tensors, read_checkpoint, save_checkpoint
 from gossamer.training.compiled import CompiledForward
 from gossamer.training.losses import LossConfig, loss_sums
-from gossamer.training.optim import EMA, Schedule, ScheduleConfig, clip_gradients, make_optimizer
+from gossamer.training.optim import EMA, Clipper, Schedule, ScheduleConfig, make_optimizer
 from gossamer.training.workers import Workers
 
 log = logging.getLogger(__name__)
@@ -63,6 +63,8 @@ class TrainingConfig:
     """Decay of the averaged weights, which are validated and saved."""
     clip_norm: Annotated[float, Field(gt=0)] | None = 10.0
     """Largest norm of the gradient; None does not clip."""
+    zclip: Annotated[float, Field(gt=0)] | None = None
+    """Also cut norms that lie this many standard deviations above their running mean (ZClip; Geodite: 2.5)."""
     dtype: Literal["float32", "float64"] = "float32"
     """Precision of the weights; energies are summed in float64 in any case."""
     device: str = "auto"
@@ -91,6 +93,7 @@ class State:
     ema: EMA
     optimizer: torch.optim.Optimizer
     schedule: Schedule
+    clipper: Clipper
     forward: Callable[[Graph], Prediction]
     """energies, forces and stress of a batch: plain or compiled"""
     step: int = 0
@@ -116,6 +119,7 @@ def make_state(potential: Potential, config: TrainingConfig, loss: LossConfig) -
         ema=EMA(potential, config.ema_decay),
         optimizer=optimizer,
         schedule=schedule,
+        clipper=Clipper(config.clip_norm, config.zclip),
         forward=forward if config.compile else forward.plain,
     )
 
@@ -132,7 +136,7 @@ def train_step(state: State, graph: Graph, loss: LossConfig, config: TrainingCon
     for group in state.optimizer.param_groups:
         group["lr"] = state.schedule.rate(state.step)
     prediction = state.forward(graph)
-    sums = loss_sums(prediction, graph, loss)
+    sums = loss_sums(prediction, graph, loss, potential.statistics.spreads)
     counts = workers.sum(torch.tensor([float(n) for _, n in sums.values()], dtype=torch.float64, device=potential.device))
     parts = [getattr(loss, name) * value / count.clamp(min=1) for (name, (value, _)), count in zip(sums.items(), counts, strict=True)]
     total = torch.stack(parts).sum()
@@ -140,7 +144,7 @@ def train_step(state: State, graph: Graph, loss: LossConfig, config: TrainingCon
     total.backward()
     parameters: list[Tensor] = [p for p in potential.network.parameters() if p.requires_grad]
     workers.sum_gradients(parameters)
-    norm = clip_gradients(parameters, config.clip_norm)
+    norm = state.clipper.clip(parameters)
     value = float(workers.sum(total.detach().clone()))
     if not (math.isfinite(value) and math.isfinite(float(norm))):
         raise FloatingPointError(f"loss {value}, gradient norm {float(norm)}")
@@ -167,7 +171,7 @@ def save_state(state: State, path: Path, identity: dict[str, Any]) -> None:
     tensors |= optimizer_tensors(state.optimizer)
     tensors["rng"] = torch.get_rng_state()
     scalars = {k: getattr(state, k) for k in ("step", "epoch", "batch", "best", "stale", "seconds", "totals")}
-    extra = {"schedule": state.schedule.state(), "ema_updates": state.ema.updates, "identity": identity}
+    extra = {"schedule": state.schedule.state(), "clipper": state.clipper.state(), "ema_updates": state.ema.updates, "identity": identity}
     save_checkpoint(path, tensors, {**scalars, **extra})
 
 
@@ -191,6 +195,7 @@ def load_state(state: State, path: Path, identity: dict[str, Any]) -> None:
     for name in ("step", "epoch", "batch", "best", "stale", "seconds", "totals"):
         setattr(state, name, stored[name])
     state.schedule.load_state(stored["schedule"])
+    state.clipper.load_state(stored["clipper"])
     state.ema.updates = stored["ema_updates"]
 
 

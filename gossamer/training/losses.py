@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Literal
 
 import torch
@@ -17,8 +18,9 @@ from gossamer.settings import settings
 class LossConfig:
     """Weighted sum of errors of energy (per atom), force components and stress components."""
 
-    kind: Literal["l1", "mse", "huber"] = "huber"
-    """Penalty of each residual (in eV/atom, eV/Å, eV/Å³)."""
+    kind: Literal["l1", "mse", "huber", "conditional_huber"] = "huber"
+    """Penalty of each residual (in eV/atom, eV/Å, eV/Å³). "conditional_huber" shrinks the forces' delta where the labelled force is
+    large: by 1, 0.7, 0.4, 0.1 below 100, 200, 300 eV/Å and above (MACE, NequIP foundation models)."""
     energy: Annotated[float, Field(ge=0)] = 5.0
     """Weight of the energy."""
     forces: Annotated[float, Field(ge=0)] = 10.0
@@ -27,6 +29,11 @@ class LossConfig:
     """Weight of the stress; 0 leaves stress labels unread. About 20 suits residuals in eV/Å³."""
     huber_delta: Annotated[float, Field(gt=0)] = 0.01
     """Residual at which the Huber penalty turns from quadratic to linear."""
+    stress_huber_delta: Annotated[float, Field(gt=0)] | None = None
+    """Likewise for stress alone; None takes huber_delta."""
+    normalize: bool = False
+    """Divide residuals by the spread of the labels in the training data (energy per atom less reference energies, force components,
+    stress components) before the penalty, as Geodite's recipe does."""
     energy_per_atom: bool = True
     """Divide energy residuals by the number of atoms (the LEIGNN paper does not)."""
     free_atoms_only: bool = False
@@ -37,31 +44,55 @@ class LossConfig:
         return [name for name in ("energy", "forces", "stress") if getattr(self, name) > 0]
 
 
-def penalty(residual: Tensor, config: LossConfig) -> Tensor:
-    """Elementwise penalty; Huber is divided by delta, so that its linear part has slope one like L1."""
+def penalty(residual: Tensor, config: LossConfig, delta: float | Tensor | None = None) -> Tensor:
+    """Elementwise penalty; Huber is divided by ``huber_delta``, so that its linear part has slope one like L1.
+
+    Args:
+        residual: Prediction minus label.
+        config: Kind of penalty.
+        delta: Where Huber turns linear, if not at ``config.huber_delta``.
+    """
     if config.kind == "l1":
         return residual.abs()
     if config.kind == "mse":
         return residual**2
-    return torch.nn.functional.huber_loss(residual, torch.zeros_like(residual), delta=config.huber_delta, reduction="none") / (
-        config.huber_delta
-    )
+    limit = residual.new_tensor(config.huber_delta) if delta is None else torch.as_tensor(delta).to(residual)
+    size = residual.abs()
+    return torch.where(size <= limit, 0.5 * residual**2, limit * (size - 0.5 * limit)) / config.huber_delta
 
 
-def residuals(prediction: Prediction, graph: Graph, config: LossConfig) -> dict[str, Tensor]:
-    """Prediction minus label, flat, of each label with a weight; energies in eV/atom unless set otherwise."""
+def conditional_deltas(forces: Tensor, delta: float) -> Tensor:
+    """Delta of each atom's force components by the size of the labelled force in eV/Å: (n, 1)."""
+    size = torch.linalg.vector_norm(forces, dim=1, keepdim=True)
+    factors = torch.tensor([1.0, 0.7, 0.4, 0.1], dtype=forces.dtype, device=forces.device)
+    return delta * factors[torch.bucketize(size, torch.tensor([100.0, 200.0, 300.0], dtype=forces.dtype, device=forces.device), right=True)]
+
+
+def loss_sums(
+    prediction: Prediction, graph: Graph, config: LossConfig, spreads: Mapping[str, float] | None = None
+) -> dict[str, tuple[Tensor, int]]:
+    """Sum of penalties and number of terms of each label with a weight; the caller divides (over all ranks, say).
+
+    Args:
+        prediction: Of the batch.
+        graph: With labels.
+        config: Weights and penalties.
+        spreads: Spread of each label in the training data; used if ``config.normalize``.
+    """
+    unit = dict(spreads or {}) if config.normalize else {}
     out = {}
+
+    def add(name: str, residual: Tensor, delta: float | Tensor | None = None) -> None:
+        out[name] = (penalty(residual / unit.get(name, 1.0), config, delta).sum(), residual.numel())
+
     if config.energy > 0:
         difference = prediction.energy - graph.energy
-        out["energy"] = difference / graph.atoms_per_graph() if config.energy_per_atom else difference
+        add("energy", difference / graph.atoms_per_graph() if config.energy_per_atom else difference)
     if config.forces > 0:
-        difference = prediction.forces - graph.forces
-        out["forces"] = (difference[graph.free] if config.free_atoms_only else difference).flatten()
+        difference, labels = prediction.forces - graph.forces, graph.forces
+        if config.free_atoms_only:
+            difference, labels = difference[graph.free], labels[graph.free]
+        add("forces", difference, conditional_deltas(labels, config.huber_delta) if config.kind == "conditional_huber" else None)
     if config.stress > 0:
-        out["stress"] = (prediction.stress - graph.stress).flatten()
+        add("stress", prediction.stress - graph.stress, config.stress_huber_delta)
     return out
-
-
-def loss_sums(prediction: Prediction, graph: Graph, config: LossConfig) -> dict[str, tuple[Tensor, int]]:
-    """Sum of penalties and number of terms of each label; the caller divides (over all ranks, say)."""
-    return {name: (penalty(r, config).sum(), r.numel()) for name, r in residuals(prediction, graph, config).items()}

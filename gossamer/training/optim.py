@@ -20,7 +20,9 @@ class ScheduleConfig:
     kind: Literal["cosine", "linear", "constant", "plateau"] = "cosine"
     """"plateau" multiplies by ``factor`` when validation has not improved ``patience`` times in a row."""
     warmup_steps: Annotated[int, Field(ge=0)] = 100
-    """Steps over which the rate rises linearly from zero."""
+    """Steps over which the rate rises linearly."""
+    initial: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Rate before the first of them, as a fraction of ``learning_rate``."""
     final: Annotated[float, Field(ge=0, le=1)] = 0.01
     """Rate at the end (or lowest rate of the plateau schedule), as a fraction of ``learning_rate``."""
     factor: Annotated[float, Field(gt=0, lt=1)] = 0.8
@@ -40,7 +42,7 @@ class Schedule:
         """Learning rate of the step (counted from 0)."""
         c = self.config
         if step < c.warmup_steps:
-            return self.base * (step + 1) / c.warmup_steps
+            return self.base * (c.initial + (1 - c.initial) * (step + 1) / c.warmup_steps)
         progress = min(1.0, (step - c.warmup_steps) / max(1, self.total - c.warmup_steps))
         if c.kind == "cosine":
             return self.base * (c.final + (1 - c.final) * 0.5 * (1 + math.cos(math.pi * progress)))
@@ -90,10 +92,51 @@ def make_optimizer(module: nn.Module, learning_rate: float, weight_decay: float,
     return torch.optim.AdamW([g for g in groups if g["params"]], lr=learning_rate, amsgrad=amsgrad, foreach=True)
 
 
-def clip_gradients(parameters: list[Tensor], max_norm: float | None) -> Tensor:
-    """Scale the gradients so that their joint norm is at most ``max_norm``; returns the norm before."""
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm(gradients)
-    if max_norm is not None:
-        torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
-    return norm
+class Clipper:
+    """Limits the norm of the gradient: to a fixed value, and to what is usual (ZClip, Kumar et al., arXiv:2504.02507).
+
+    With running mean μ and standard deviation σ of the norm, a norm g with z = (g - μ) / σ above ``z_score`` is cut to
+    μ + z_score² σ / z. The first 25 norms only start the averages.
+    """
+
+    WARMUP = 25
+    DECAY = 0.97
+
+    def __init__(self, max_norm: float | None, z_score: float | None) -> None:
+        self.max_norm, self.z_score = max_norm, z_score
+        self.mean = self.variance = 0.0
+        self.first: list[float] = []
+
+    def limit(self, norm: float) -> float:
+        """Largest norm allowed now; remembers the (cut) norm."""
+        allowed = math.inf if self.max_norm is None else self.max_norm
+        if self.z_score is None or not math.isfinite(norm):
+            return allowed
+        if len(self.first) < self.WARMUP:
+            self.first.append(min(norm, allowed))
+            self.mean = sum(self.first) / len(self.first)
+            self.variance = sum((g - self.mean) ** 2 for g in self.first) / len(self.first)
+            return allowed
+        spread = math.sqrt(self.variance)
+        z = (norm - self.mean) / max(spread, 1e-12)
+        if z > self.z_score:
+            allowed = min(allowed, self.mean + self.z_score**2 * spread / z)
+        kept = min(norm, allowed)
+        self.variance = self.DECAY * self.variance + (1 - self.DECAY) * (kept - self.mean) ** 2
+        self.mean = self.DECAY * self.mean + (1 - self.DECAY) * kept
+        return allowed
+
+    def clip(self, parameters: list[Tensor]) -> Tensor:
+        """Scale the gradients so that their joint norm is within the limit; returns the norm before."""
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        if self.max_norm is not None or self.z_score is not None:
+            allowed = self.max_norm if self.z_score is None else self.limit(float(norm))
+            if allowed is not None and math.isfinite(allowed):
+                torch.nn.utils.clip_grads_with_norm_(parameters, allowed, norm)
+        return norm
+
+    def state(self) -> dict[str, Any]:
+        return {"mean": self.mean, "variance": self.variance, "first": self.first}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self.mean, self.variance, self.first = state["mean"], state["variance"], list(state["first"])

@@ -19,7 +19,19 @@ import torch
 
 from gossamer.data.statistics import Statistics
 from gossamer.graph import Graph
-from gossamer.models import LEIGNN, DataFacts, Geodite, GeoditeConfig, LEIGNNConfig, NequIP, NequIPConfig, PaiNN, PaiNNConfig, SchNet, SchNetConfig
+from gossamer.models import (
+    LEIGNN,
+    DataFacts,
+    Geodite,
+    GeoditeConfig,
+    LEIGNNConfig,
+    NequIP,
+    NequIPConfig,
+    PaiNN,
+    PaiNNConfig,
+    SchNet,
+    SchNetConfig,
+)
 from gossamer.nn.layers import sum_by_index
 from gossamer.potential import Potential, PotentialConfig
 
@@ -159,7 +171,8 @@ def compare_geodite(data: np.lib.npyio.NpzFile) -> dict[str, float]:
         for k, (h, t) in enumerate(zip(lone, table, strict=True))
     }
     energies = model(numbers, edge_index, vectors, graph_index, len(cell)).node_energies
-    isolated = model(torch.arange(len(table[0])), none, no_vectors, graph_index, len(cell)).node_energies
+    everyone = torch.arange(len(table[0]))
+    isolated = model(everyone, none, no_vectors, everyone, len(everyone)).node_energies
     outputs["eps"] = energies - isolated[numbers]
     outputs["energy_network"] = sum_by_index(outputs["eps"], graph_index, len(cell))
     outputs["repulsion_published_start"] = repulsion(numbers, edge_index, lengths)
@@ -223,9 +236,14 @@ def compare_nequip(data: np.lib.npyio.NpzFile) -> dict[str, float]:
     )
     for variant in data["nequip_variants"].tolist():
         settings = json.loads(str(data[f"{variant}/settings"]))
-        config = NequIPConfig(scales="per_element", **{ours: settings[k] for k, ours in NEQUIP_OPTIONS.items() if k in settings})
+        config = NequIPConfig(
+            variant="published", scales="per_element", **{ours: settings[k] for k, ours in NEQUIP_OPTIONS.items() if k in settings}
+        )
         statistics = Statistics(
-            elements=elements, reference_energies=settings["shifts"], element_scales=settings["scales"], mean_neighbors=settings["mean_neighbors"]
+            elements=elements,
+            reference_energies=settings["shifts"],
+            element_scales=settings["scales"],
+            mean_neighbors=settings["mean_neighbors"],
         )
         surroundings = PotentialConfig(zbl=settings["zbl"], zbl_radius="cutoff", zbl_power=6, zbl_order=2)
         potential = Potential(config, statistics, surroundings).eval()

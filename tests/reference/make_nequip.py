@@ -77,7 +77,20 @@ def main() -> None:
     stored: dict[str, np.ndarray] = {"nequip_variants": np.array(list(VARIANTS)), "elements": np.array(ELEMENTS)}
     stored["versions"] = np.array([f"nequip {nequip.__version__}", f"e3nn {e3nn.__version__}", f"torch {torch.__version__}"])
     stored |= graph()
-    for l1, l2, l3 in [(1, 1, 1), (1, 1, 2), (1, 2, 2), (2, 1, 2), (2, 2, 1), (3, 2, 2), (2, 3, 4), (4, 2, 3), (4, 3, 2), (3, 4, 2), (4, 4, 4), (0, 3, 3)]:
+    for l1, l2, l3 in [
+        (1, 1, 1),
+        (1, 1, 2),
+        (1, 2, 2),
+        (2, 1, 2),
+        (2, 2, 1),
+        (3, 2, 2),
+        (2, 3, 4),
+        (4, 2, 3),
+        (4, 3, 2),
+        (3, 4, 2),
+        (4, 4, 4),
+        (0, 3, 3),
+    ]:
         stored[f"wigner_3j/{l1}{l2}{l3}"] = wigner_3j(l1, l2, l3, dtype=torch.float64).numpy()
     types = torch.tensor([ELEMENTS.index(ase.data.chemical_symbols[z]) for z in stored["atomic_numbers"]])
     sender, receiver = torch.from_numpy(stored["edge_sender_receiver"])

@@ -19,8 +19,8 @@ from ase.neighborlist import neighbor_list
 
 if not hasattr(_dataloader, "T_co"):  # schnetpack 2.1.1 imports a name that torch 2.13 no longer has
     _dataloader.T_co = typing.TypeVar("T_co", covariant=True)
-import schnetpack  # noqa: E402
-from schnetpack import properties  # noqa: E402
+import schnetpack
+from schnetpack import properties
 
 CUTOFF, FEATURES, LAYERS, BASIS = 4.0, 8, 2, 5
 
@@ -77,7 +77,9 @@ def main() -> None:
         stored[f"{name}/energy"] = out["energy"].detach().numpy()
         stored[f"{name}/forces"] = -torch.autograd.grad(out["energy"].sum(), positions, retain_graph=True)[0].numpy()
         if head is not None:
-            stored[f"{name}/direct_forces"] = head((out["scalar_representation"], out["vector_representation"]))[1][:, :, 0].detach().numpy()
+            stored[f"{name}/direct_forces"] = (
+                head((out["scalar_representation"], out["vector_representation"]))[1][:, :, 0].detach().numpy()
+            )
         print(name, stored[f"{name}/energy"])
     np.savez_compressed(sys.argv[1], **stored)
 

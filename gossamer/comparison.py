@@ -1,0 +1,246 @@
+"""Several models on the same split within the same time: one table, and a plot of error against cost."""
+
+from __future__ import annotations
+
+import json
+import logging
+import platform
+import time
+from collections.abc import Sequence
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from gossamer import __version__
+from gossamer.config import Config, load_config, make_config
+from gossamer.data.dataset import load_data
+from gossamer.data.statistics import compute_statistics
+from gossamer.data.structure import Structure
+from gossamer.files import atomic_path, write_json, write_text
+from gossamer.potential import DTYPES, Potential, load
+from gossamer.runs import POTENTIAL, check_loss, train
+from gossamer.settings import to_dict
+from gossamer.simulation.calculator import Calculator
+from gossamer.training.loop import make_state, train_step
+from gossamer.training.workers import start_workers
+
+log = logging.getLogger(__name__)
+COMPILE_BUDGET = 0.25
+"""largest share of the time that compiling may take; a run with less time trains without it"""
+
+
+def compare(
+    configs: Sequence[Path | str | Config],
+    minutes: float = 10.0,
+    out: Path | str = "comparison",
+    resume: bool = False,
+    progress: bool = True,
+) -> list[dict[str, Any]]:
+    """Train several models for the same time on the same data and write what came of it.
+
+    The number of steps of each is chosen by timing it here, compiled or not as its settings say, so that compilation,
+    training and validation fill the time. ``training.steps`` of the files is not used; everything else is.
+
+    Args:
+        configs: Settings of the models, or YAML files; their data and split must agree.
+        minutes: Time for each, compilation and validation included, the final test excluded.
+        out: Folder for the runs, comparison.json, comparison.md and comparison.png.
+        resume: Keep finished runs that are already in the folder.
+        progress: Show progress bars.
+
+    Returns:
+        One dictionary per model, as in comparison.json.
+
+    Raises:
+        ValueError: no configuration, two of one name, or different data.
+    """
+    if not minutes > 0:
+        raise ValueError(f"minutes must be positive, found {minutes}.")
+    named = name_configs(configs)
+    check_same_data(named)
+    folder = Path(out)
+    records = []
+    for name, config in named.items():
+        path = folder / name / "comparison.json"
+        if resume and path.exists():
+            records.append(json.loads(path.read_text()))
+            continue
+        log.info("comparing: %s", name)
+        record = {"name": name, **run_one(config, minutes, folder / name, progress)}
+        write_json(path, record)
+        records.append(record)
+        write_summary(records, folder, minutes)
+    write_summary(records, folder, minutes)
+    return records
+
+
+def name_configs(configs: Sequence[Path | str | Config]) -> dict[str, Config]:
+    """Settings by name: that of the file, or of the network."""
+    if not configs:
+        raise ValueError("There is nothing to compare: give at least one configuration.")
+    named: dict[str, Config] = {}
+    for entry in configs:
+        config = entry if isinstance(entry, Config) else load_config(entry)
+        name = config.model.name if isinstance(entry, Config) else Path(entry).stem
+        if name in named:
+            raise ValueError(f"Two configurations are called '{name}'. Give their files different names.")
+        check_loss(config)
+        named[name] = config
+    return named
+
+
+def check_same_data(named: dict[str, Config]) -> None:
+    """Raise ValueError if the configurations do not train and test on the same frames."""
+    first, *others = named
+    for name in others:
+        a, b = to_dict(named[first].data), to_dict(named[name].data)
+        differing = [k for k in a if a[k] != b[k]]
+        if differing:
+            listed = ", ".join(f"data.{k} ({a[k]!r} and {b[k]!r})" for k in differing)
+            raise ValueError(f"'{first}' and '{name}' differ in {listed}. Errors compare only on the same data.")
+
+
+def run_one(config: Config, minutes: float, folder: Path, progress: bool = True) -> dict[str, Any]:
+    """Time, train and test one model."""
+    began = time.perf_counter()
+    torch.manual_seed(config.training.seed)
+    train_set, valid_set, test_set = load_data(config.data)
+    timing = time_training(config, train_set, minutes)
+    steps = max(10, int((60 * minutes - (time.perf_counter() - began) - timing["compile_s"]) * 0.93 / timing["step_s"]))
+    every = max(10, min(2000, steps // 15))
+    chosen = {"steps": steps, "compile": timing["compiled"], "valid_every": every, "checkpoint_every": every}
+    config = make_config(to_dict(config), [*(f"training.{k}={v}" for k, v in chosen.items()), f"out={folder}"])
+    began_training = time.perf_counter()
+    results = train(config, progress=progress)
+    spent = time.perf_counter() - began_training
+    potential = load(folder / POTENTIAL, start_workers(config.training.device).device)
+    sample = test_set if test_set is not None else valid_set
+    seen = steps * min(config.training.batch_size, len(train_set))
+    return {
+        "model": to_dict(config.model), "num_parameters": potential.num_parameters, "minutes": minutes, "steps": results["steps"],
+        "training_seconds": round(results["seconds"], 1), "wall_seconds": round(spent, 1), "compiled": timing["compiled"],
+        "compile_seconds": round(timing["compile_s"], 1), "train_step_ms": 1000 * timing["step_s"], "frames_seen": seen,
+        "epochs": round(seen / len(train_set), 1), "n_train": len(train_set), "n_valid": len(valid_set),
+        "n_test": 0 if test_set is None else len(test_set), "inference_ms": time_inference(potential, sample[0]),
+        "inference_atoms": sample[0].n_atoms, "valid": results["valid"], "test": results.get("test"), "settings": to_dict(config),
+        "machine": machine(potential), "versions": {"gossamer": __version__, "torch": torch.__version__}, "date": date.today().isoformat(),
+    }  # fmt: skip
+
+
+def time_training(config: Config, structures: Sequence[Structure], minutes: float) -> dict[str, Any]:
+    """Median seconds of a training step, compiled if the settings ask for it and there is time."""
+    compiled = config.training.compile
+    workers = start_workers(config.training.device)
+    potential = Potential(config.model, compute_statistics(structures, config.model.cutoff), config.potential)
+    potential.network.to(DTYPES[config.training.dtype])
+    size = min(config.training.batch_size, len(structures))
+    times: list[float] = []
+    compile_s = 0.0
+    for attempt in (compiled, False):
+        state = make_state(
+            potential.to(workers.device), make_config(to_dict(config), [f"training.compile={attempt}"]).training, config.loss
+        )
+        times = []
+        for k in range(14):
+            graph = potential.collate([structures[(k * size + i) % len(structures)] for i in range(size)])
+            began = time.perf_counter()
+            train_step(state, graph, config.loss, config.training, workers)
+            times.append(time.perf_counter() - began)
+        compile_s = times[0] + times[1] if attempt else 0.0
+        compiled = attempt
+        if not attempt or compile_s < COMPILE_BUDGET * 60 * minutes:
+            break
+        log.warning("compiling took %.0f s of %.1f minutes: this run trains without it", compile_s, minutes)
+    return {"step_s": float(np.median(times[3:])), "compile_s": 0.5 * compile_s, "compiled": compiled}
+
+
+def time_inference(potential: Potential, structure: Structure, repeats: int = 15) -> float:
+    """Median ms of energy and forces of one structure through the ASE calculator, as molecular dynamics pays it."""
+    atoms = structure.to_ase()
+    atoms.calc = Calculator(potential)
+    rng = np.random.default_rng(0)
+    times = []
+    for _ in range(repeats):
+        atoms.positions += rng.normal(scale=1e-3, size=atoms.positions.shape)
+        began = time.perf_counter()
+        atoms.get_forces()
+        times.append(time.perf_counter() - began)
+    return 1000 * float(np.median(times[3:]))
+
+
+def machine(potential: Potential) -> str:
+    """Processor or GPU, and threads."""
+    if potential.device.type == "cuda":
+        return torch.cuda.get_device_name(potential.device)
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0] if names else platform.processor()}, {torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)}"
+
+
+# --- what came of it ----------------------------------------------------------------------------------------------
+
+
+def table(records: Sequence[dict[str, Any]]) -> str:
+    """The comparison as a Markdown table, best force error first; errors of the test set where there is one."""
+    rows = [
+        "| model | parameters | training step ms | inference ms | steps | epochs | energy MAE meV/atom | force MAE meV/Å | force RMSE meV/Å | stress MAE meV/Å³ |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]  # fmt: skip
+    for r in sorted(records, key=lambda r: errors(r).get("forces_mae_meV_per_A", np.inf)):
+        e = errors(r)
+
+        def show(key: str, e: dict[str, Any] = e) -> str:
+            return f"{e[key]:.3g}" if key in e else "-"
+
+        rows.append(
+            f"| {r['name']} | {r['num_parameters']:,} | {r['train_step_ms']:.1f}{'' if r['compiled'] else ' (plain)'} | {r['inference_ms']:.1f} | {r['steps']:,} | "
+            f"{r['epochs']:.0f} | {show('energy_mae_meV_per_atom')} | {show('forces_mae_meV_per_A')} | {show('forces_rmse_meV_per_A')} | {show('stress_mae_meV_per_A3')} |"
+        )
+    return "\n".join(rows) + "\n"
+
+
+def errors(record: dict[str, Any]) -> dict[str, Any]:
+    """Test errors, or those of validation."""
+    return dict(record["test"] or record["valid"])
+
+
+def write_summary(records: Sequence[dict[str, Any]], folder: Path, minutes: float) -> None:
+    """comparison.json, comparison.md and comparison.png."""
+    if not records:
+        return
+    write_json(folder / "comparison.json", list(records))
+    r = records[0]
+    which = f"{r['n_test']} test frames" if r["n_test"] else f"{r['n_valid']} validation frames"
+    head = (
+        f"{minutes:g} minutes each, {r['n_train']} training frames, errors on {which}; inference of {r['inference_atoms']} atoms through ASE. "
+        f"{r['machine']}, {r['date']}, gossamer {r['versions']['gossamer']}, torch {r['versions']['torch']}.\n\n"
+    )
+    write_text(folder / "comparison.md", head + table(records))
+    plot(records, folder / "comparison.png")
+
+
+def plot(records: Sequence[dict[str, Any]], path: Path) -> None:
+    """Force error against time of inference and of a training step."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(9, 4), sharey=True, layout="constrained")
+    key = "forces_mae_meV_per_A" if all("forces_mae_meV_per_A" in errors(r) for r in records) else "energy_mae_meV_per_atom"
+    for axis, cost, label in zip(axes, ("inference_ms", "train_step_ms"), ("energy and forces (ms)", "training step (ms)"), strict=True):
+        for k, r in enumerate(records):
+            axis.scatter(r[cost], errors(r)[key], s=45, color=f"C{k % 10}", zorder=3)
+            axis.annotate(r["name"], (r[cost], errors(r)[key]), xytext=(5, 5), textcoords="offset points", fontsize=9)
+        axis.set_xlabel(label)
+        axis.set_xscale("log")
+        axis.set_yscale("log")
+        axis.margins(0.25)
+        axis.grid(alpha=0.3, which="both")
+    axes[0].set_ylabel("force MAE (meV/Å)" if key.startswith("forces") else "energy MAE (meV/atom)")
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, dpi=150, format="png")
+    plt.close(figure)

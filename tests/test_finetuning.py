@@ -1,0 +1,221 @@
+"""Fine-tuning: from where, with which weights, new elements, adapters, replay, and what the report says."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import ase.io
+import numpy as np
+import pytest
+import torch
+from ase import Atoms
+from ase.calculators.singlepoint import SinglePointCalculator
+from conftest import DEMO, make_potential
+
+from gossamer.config import make_config
+from gossamer.data.readers import read_structures
+from gossamer.potential import Potential, load, save
+from gossamer.runs import fit, train
+from gossamer.training.finetune import FineTuneConfig, choose_weights, merge_adapters, transfer_weights
+
+ETHANOL = str(DEMO / "ethanol_500K.extxyz.xz")
+
+
+def settings(out: Path, **changes) -> dict:
+    return {
+        "data": {"train": ETHANOL, "valid_size": 10, "train_size": 20},
+        "training": {"steps": 6, "batch_size": 5, "valid_every": 3, "learning_rate": 1e-3},
+        "out": str(out),
+        **changes,
+    }
+
+
+@pytest.fixture(scope="module", params=["leignn", "nequip", "geodite", "painn"])
+def start(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A potential of each architecture that has both kinds of forces, trained a little with direct ones."""
+    folder = tmp_path_factory.mktemp(request.param)
+    size = {"num_features": 8, "num_layers": 2, "cutoff": 4.0, **({"num_heads": 2} if request.param == "geodite" else {})}
+    train(settings(folder, model={"name": request.param, "direct_forces": True, **size}), progress=False)
+    return folder / "potential.safetensors"
+
+
+def test_direct_then_conservative(start: Path, tmp_path: Path) -> None:
+    """The two-stage recipe: the head goes, everything else stays, and forces are then the gradient."""
+    results = train(settings(tmp_path / "run", finetune={"start": str(start)}, model={"direct_forces": False}), progress=False)
+    tuned = load(tmp_path / "run" / "potential.safetensors")
+    assert tuned.conservative
+    assert not load(start).conservative
+    report = json.loads((tmp_path / "run" / "finetune.json").read_text())
+    assert report["dropped"]
+    assert report["fresh"] == []
+    assert report["n_frozen"] == 0
+    assert results["finetune"]["labels"] == ["energy", "forces"]
+    assert {"valid"} == set(report["before"]) == set(report["after"])
+
+
+def test_energies_survive_a_change_of_heads(start: Path) -> None:
+    """With the head gone, or there again, the energy is the same."""
+    direct = load(start, dtype="float64")
+    structure = next(iter(read_structures(ETHANOL)))
+    energies = [direct.predict([structure])[0]["energy"]]
+    for forces in (False, True):
+        other = Potential(replace(direct.model_config, direct_forces=forces), direct.statistics, direct.potential_config)
+        other.network.double()
+        transfer_weights(direct, other)
+        energies.append(other.predict([structure])[0]["energy"])
+        direct = other
+    assert energies == pytest.approx([energies[0]] * 3, abs=1e-10)
+
+
+def test_from_conservative_to_direct_needs_the_head_trained(start: Path, tmp_path: Path) -> None:
+    train(settings(tmp_path / "a", finetune={"start": str(start)}, model={"direct_forces": False}), progress=False)
+    again = {"start": str(tmp_path / "a" / "potential.safetensors"), "train": ["layers.0.*"]}
+    with pytest.raises(ValueError, match=r"leaves .* frozen at untrained values, but a head that the start lacks needs them"):
+        train(settings(tmp_path / "b", finetune=again, model={"direct_forces": True}), progress=False)
+
+
+def test_frozen_weights_do_not_move(start: Path, tmp_path: Path) -> None:
+    tune = {"start": str(start), "train": ["layers.1.*"]}
+    train(settings(tmp_path / "run", finetune=tune), progress=False)
+    old, new = load(start).network.state_dict(), load(tmp_path / "run" / "potential.safetensors").network.state_dict()
+    moved = {k for k in old if not torch.equal(old[k], new[k])}
+    assert moved
+    assert all(k.startswith("layers.1.") for k in moved)
+    report = json.loads((tmp_path / "run" / "finetune.json").read_text())
+    assert moved <= set(report["trained_weights"])
+    assert report["n_trained"] + report["n_frozen"] == load(start).num_parameters
+
+
+def test_adapters_are_merged_and_resume(start: Path, tmp_path: Path) -> None:
+    tune = {"start": str(start), "low_rank": 2}
+    whole = train(settings(tmp_path / "a", finetune=tune), progress=False)
+    tuned = load(tmp_path / "a" / "potential.safetensors")
+    assert tuned.num_parameters == load(start).num_parameters  # plain weights again
+    assert set(tuned.network.state_dict()) == set(load(start).network.state_dict())
+    assert 0 < whole["finetune"]["n_trained"] < whole["finetune"]["n_frozen"] * 2
+    # a run stopped half-way and resumed gives the same
+    (tmp_path / "b").mkdir()
+    from gossamer import runs
+
+    original = runs.run_training
+
+    def half(state, train_set, valid_set, loss, config, *rest):
+        return original(state, train_set, valid_set, loss, replace(config, steps=3), *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runs, "run_training", half)
+        train(settings(tmp_path / "b", finetune=tune), progress=False)
+    resumed = train(settings(tmp_path / "b", finetune=tune), resume=True, progress=False)
+    assert resumed["valid"] == whole["valid"]
+
+
+def with_silicon(path: Path, n: int = 20) -> Path:
+    """Frames with an element that ethanol lacks; labels of a made-up method, shifted by 3 eV per atom."""
+    rng = np.random.default_rng(0)
+    frames = []
+    for structure in list(read_structures(ETHANOL))[:n]:
+        atoms = structure.to_ase()
+        forces, energy = atoms.get_forces(), atoms.get_potential_energy()
+        atoms.numbers[0] = 14
+        atoms.positions += rng.normal(scale=0.01, size=atoms.positions.shape)
+        atoms.calc = SinglePointCalculator(atoms, energy=energy + 3.0 * len(atoms), forces=forces)
+        frames.append(atoms)
+    ase.io.write(path, frames)
+    return path
+
+
+def test_new_elements_and_replay(start: Path, tmp_path: Path) -> None:
+    data = with_silicon(tmp_path / "si.extxyz")
+    tune = {"start": str(start), "replay": ETHANOL, "replay_fraction": 0.5}
+    config = settings(tmp_path / "run", finetune=tune, data={"train": str(data), "valid_size": 4})
+    results = train(config, progress=False)
+    tuned = load(tmp_path / "run" / "potential.safetensors")
+    assert tuned.statistics.elements == ["H", "C", "O", "Si"]
+    report = results["finetune"]
+    assert report["new_elements"] == ["Si"]
+    assert (report["n_new_frames"], report["n_replayed_frames"]) == (16, 8)
+    assert set(report["after"]) == {"valid", "old_data"}
+    # replayed labels must still fit, so known elements keep their reference energies
+    old = load(start).statistics.reference_energies
+    assert all(tuned.statistics.reference_energies[e] == old[e] for e in old)
+    with pytest.raises(ValueError, match="new elements Si needs them"):
+        train(config | {"finetune": {**tune, "train": ["layers.0.*"]}, "out": str(tmp_path / "x")}, progress=False)
+
+
+def test_references_follow_another_method(start: Path, tmp_path: Path) -> None:
+    """Labels shifted by 3 eV per atom: the shift goes into the reference energies, so training begins near the labels."""
+    frames = []
+    for structure in list(read_structures(ETHANOL))[:20]:
+        atoms = structure.to_ase()
+        energy, forces = atoms.get_potential_energy() + 3.0 * len(atoms), atoms.get_forces()
+        atoms.calc = SinglePointCalculator(atoms, energy=energy, forces=forces)
+        frames.append(atoms)
+    ase.io.write(tmp_path / "shifted.extxyz", frames)
+    data = {"train": str(tmp_path / "shifted.extxyz"), "valid_size": 5}
+    results = train(settings(tmp_path / "run", finetune={"start": str(start)}, data=data), progress=False)
+    assert (
+        results["finetune"]["before"]["valid"]["energy_mae_meV_per_atom"] < 2500
+    )  # of 3000 before the shift, and a network hardly trained
+    assert sum(results["finetune"]["reference_energy_shifts_eV"].values()) > 0
+
+
+def test_transfer_moves_rows_by_element() -> None:
+    small, large = make_potential(["C", "O"], seed=1), make_potential(["H", "C", "N", "O"], seed=2)
+    report = transfer_weights(small, large)
+    assert report["new_elements"] == ["H", "N"]
+    assert torch.equal(large.network.embedding.weight[[1, 3]], small.network.embedding.weight)
+    carbon_oxide = Atoms("CO", positions=[[0, 0, 0], [1.1, 0, 0]])
+    from gossamer.simulation.calculator import Calculator
+
+    forces = []
+    for potential in (small, large):
+        carbon_oxide.calc = Calculator(potential)
+        forces.append(carbon_oxide.get_forces())
+    np.testing.assert_allclose(forces[0], forces[1], atol=1e-12)
+
+
+def test_adapters_start_as_nothing_and_merge_exactly() -> None:
+    potential = make_potential(["C", "O"], name="nequip", num_features=6)
+    config = FineTuneConfig(start="x", low_rank=2)
+    before = potential.network.layers[0].linear_out[0].weight.clone()
+    choose_weights(potential.network, config, {"fresh": [], "new_elements": []})
+    linear = potential.network.layers[0].linear_out[0]
+    assert torch.equal(linear.weight, before)
+    torch.nn.init.normal_(linear.parametrizations.weight[0].B)
+    merged = merge_adapters(potential)
+    assert torch.allclose(merged.network.layers[0].linear_out[0].weight, linear.weight)
+    assert not hasattr(merged.network.layers[0].linear_out[0], "parametrizations")
+
+
+def test_wrong_use(tmp_path: Path) -> None:
+    path = tmp_path / "p.safetensors"
+    save(make_potential(["H", "C", "O"], dtype=torch.float32), path)
+    for model, message in [
+        ({"name": "geodite"}, "holds a leignn network, but model.name is geodite"),
+        ({"num_layers": 5}, r"num_layers is 5 \(the file has 2\)"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            make_config(settings(tmp_path / "run", finetune={"start": str(path)}, model=model))
+    with pytest.raises(FileNotFoundError):
+        make_config(settings(tmp_path / "run", finetune={"start": str(tmp_path / "absent")}))
+    for tune, message in [
+        ({"train": ["layer.9.*"]}, r"no weight matches 'layer.9.\*'. The network has .*layers.0"),
+        ({"low_rank": 64}, "no linear map is that large"),
+        ({"replay": ETHANOL, "replay_fraction": 1000.0}, "asks for 20000 old frames"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            train(settings(tmp_path / "run", finetune={"start": str(path), **tune}), progress=False)
+    with pytest.raises(ValueError, match="only fine-tuning has these"):
+        fit(ETHANOL, low_rank=2)
+    with pytest.raises(ValueError, match=r"finetune.ranc: unknown setting"):
+        make_config(settings(tmp_path / "run", finetune={"start": str(path), "ranc": 2}))
+
+
+def test_fit_from_a_potential(tmp_path: Path) -> None:
+    path = tmp_path / "p.safetensors"
+    save(make_potential(["H", "C", "O"], dtype=torch.float32), path)
+    results = fit(ETHANOL, out=tmp_path / "run", minutes=0.02, start=path, weights=["MLP_E.*"], low_rank=2, progress=False)
+    assert results["finetune"]["adapters"] > 0
+    assert "MLP_E.0.bias" in json.loads((tmp_path / "run" / "finetune.json").read_text())["trained_weights"]
