@@ -9,6 +9,7 @@ from gossamer.data.readers import LabelConfig
 from gossamer.models import MODELS
 from gossamer.potential import PotentialConfig
 from gossamer.settings import describe
+from gossamer.training.finetune import FineTuneConfig
 from gossamer.training.loop import TrainingConfig
 from gossamer.training.losses import LossConfig
 from gossamer.training.optim import ScheduleConfig
@@ -21,6 +22,7 @@ SECTIONS = {
     "loss": LossConfig,
     "training": TrainingConfig,
     "training.schedule": ScheduleConfig,
+    "finetune": FineTuneConfig,
 }
 
 

@@ -42,7 +42,8 @@ def compare(
     """Train several models for the same time on the same data and write what came of it.
 
     The number of steps of each is chosen by timing it here, compiled or not as its settings say, so that compilation,
-    training and validation fill the time. ``training.steps`` of the files is not used; everything else is.
+    training and validation fill the time. Of the files, ``training.steps`` is not used, and the warm-up and the average of
+    the weights are shortened where the run is too short for them; everything else is used as it is.
 
     Args:
         configs: Settings of the models, or YAML files; their data and split must agree.
@@ -111,7 +112,11 @@ def run_one(config: Config, minutes: float, folder: Path, progress: bool = True)
     timing = time_training(config, train_set, minutes)
     steps = max(10, int((60 * minutes - (time.perf_counter() - began) - timing["compile_s"]) * 0.93 / timing["step_s"]))
     every = max(10, min(2000, steps // 15))
-    chosen = {"steps": steps, "compile": timing["compiled"], "valid_every": every, "checkpoint_every": every}
+    # an average and a warm-up that fit the length of the run
+    decay = round(min(config.training.ema_decay, 1 - 20 / max(steps, 21)), 4)
+    warmup = min(config.training.schedule.warmup_steps, steps // 10)
+    chosen = {"steps": steps, "compile": timing["compiled"], "valid_every": every, "checkpoint_every": every,
+              "ema_decay": decay, "schedule.warmup_steps": warmup}  # fmt: skip
     config = make_config(to_dict(config), [*(f"training.{k}={v}" for k, v in chosen.items()), f"out={folder}"])
     began_training = time.perf_counter()
     results = train(config, progress=progress)

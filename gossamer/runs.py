@@ -242,9 +242,9 @@ def fit(
     finetune = None if start is None else {"start": str(start), **tuning}
     config = choose_settings(structures, str(data), model, str(out), labels or LabelConfig(), finetune)
     seconds = time_step(config, structures)
-    compiled = minutes > 4
-    # the compiled step takes about half the time, after a minute or so of compiling
-    steps = 60 * (minutes - 1.2) / (0.5 * seconds) if compiled else 60 * minutes / seconds
+    share, wait = COMPILED[config.model.name]
+    compiled = 60 * minutes > 4 * wait
+    steps = (60 * minutes - wait) / (share * seconds) if compiled else 60 * minutes / seconds
     training: dict[str, Any] = {"steps": max(100, round(0.85 * steps)), "compile": compiled}
     every = max(1, min(1000, training["steps"] // 10))
     training["ema_decay"] = round(min(0.999, 1 - 20 / training["steps"]), 4)  # an average over the last part of the run, not over all of it
@@ -257,8 +257,10 @@ def fit(
     return train(config, progress=progress)
 
 
-LEARNING_RATES = {"leignn": 5e-3, "nequip": 1e-2, "geodite": 2e-3, "painn": 2e-3, "schnet": 2e-3}
+LEARNING_RATES = {"leignn": 5e-3, "nequip": 4e-2, "geodite": 5e-3, "painn": 2e-3, "schnet": 2e-3}
 """what trained each network best in short trials (docs/training.md)"""
+COMPILED = {"leignn": (0.7, 80), "nequip": (0.7, 110), "geodite": (0.75, 100), "painn": (0.7, 80), "schnet": (0.7, 60)}
+"""time of a compiled training step over that of a plain one, and seconds of compiling, on one CPU thread (benchmarks/compile)"""
 
 
 def choose_settings(

@@ -50,6 +50,11 @@ def _explain(cls: type, where: str, item: Any) -> tuple[str, str]:
         near = difflib.get_close_matches(path, siblings, n=1, cutoff=0.5)
         hint = f" Did you mean {near[0]}?" if near else f" Known settings: {', '.join(siblings)}."
         return path, f"unknown setting.{hint}"
+    if item["type"] == "union_tag_invalid":  # which of several settings classes
+        key, tag = item["ctx"]["discriminator"].strip("'"), item["ctx"]["tag"]
+        expected = [t.strip(" '") for t in item["ctx"]["expected_tags"].split(",")]
+        near = difflib.get_close_matches(tag, expected, n=1, cutoff=0.5)
+        return f"{path}.{key}", f"found {tag!r}, expected one of {', '.join(expected)}." + (f" Did you mean {near[0]}?" if near else "")
     return path, f"{item['msg']} (found {item.get('input')!r})."
 
 

@@ -14,16 +14,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import DEMO
+from conftest import DEMO, make_potential
 from safetensors.torch import load_file
 
 from gossamer.config import make_config
 from gossamer.data.readers import read_structures
+from gossamer.data.statistics import compute_statistics
 from gossamer.evaluation import evaluate_potential
 from gossamer.potential import load
 from gossamer.runs import evaluate, fit, train
-from gossamer.training.losses import LossConfig, penalty
-from gossamer.training.optim import EMA, Schedule, ScheduleConfig, make_optimizer
+from gossamer.training.checkpoint import read_checkpoint
+from gossamer.training.losses import LossConfig, conditional_deltas, loss_sums, penalty
+from gossamer.training.optim import EMA, Clipper, Schedule, ScheduleConfig, make_optimizer
 
 ETHANOL = str(DEMO / "ethanol_500K.extxyz.xz")
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -203,8 +205,12 @@ from gossamer.potential import Potential
 from gossamer.training.compiled import CompiledForward
 torch.manual_seed(0)
 structures = list(read_structures({ETHANOL!r}))[:7]
-for options in (dict(num_layers=2), dict(num_layers=1, global_context=True, update="painn")):
-    config = make_config(dict(data=dict(train="x"), model=dict(num_features=8, num_basis=4, cutoff=3.5, **options)))
+for options in (
+    dict(name="leignn", num_layers=2), dict(name="leignn", num_layers=1, global_context=True, update="painn"),
+    dict(name="nequip", num_layers=2, l_max=1, num_features=4), dict(name="geodite", num_layers=2), dict(name="painn", num_layers=1),
+    dict(name="schnet", num_layers=1),
+):
+    config = make_config(dict(data=dict(train="x"), model=dict(num_features=8, num_basis=4, cutoff=3.5) | options))
     potential = Potential(config.model, compute_statistics(structures, 3.5)).double().train()
     forward = CompiledForward(potential, forces=True, stress=False)
     forward.compiled = forward.unroll(potential.collate(structures[:3]))
@@ -236,7 +242,8 @@ def test_comparison_refuses_a_wrong_graph(caplog: pytest.LogCaptureFixture, tmp_
 
 
 @pytest.mark.slow
-def test_compiled_training_equals_plain(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["leignn", "nequip", "geodite", "painn", "schnet"])
+def test_compiled_training_equals_plain(name: str, tmp_path: Path) -> None:
     """In a process without the shape checks, which torch.compile cannot trace."""
     script = f"""
 import json, torch
@@ -245,11 +252,12 @@ torch.set_num_threads(1)
 for name, compiled in (("plain", False), ("compiled", True)):
     config = json.loads({json.dumps(json.dumps(settings(tmp_path / "X", steps=8, dtype="float64", valid_every=8)))})
     config["training"]["compile"] = compiled
+    config["model"]["name"] = {name!r}
     config["out"] = config["out"][:-1] + name
     train(config, progress=False)
 """
     result = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", script], env=ENVIRONMENT, capture_output=True, text=True, timeout=400, check=False
+        [sys.executable, "-W", "ignore", "-c", script], env=ENVIRONMENT, capture_output=True, text=True, timeout=900, check=False
     )
     assert result.returncode == 0, result.stderr
     assert "not compiled" not in result.stderr, result.stderr
@@ -302,6 +310,69 @@ def test_evaluation_adds_up(tmp_path: Path) -> None:
 
 
 # --- pieces -------------------------------------------------------------------------------------------------------
+
+
+def test_conditional_huber_follows_the_size_of_the_force() -> None:
+    config = LossConfig(kind="conditional_huber", huber_delta=0.01)
+    forces = torch.tensor([[1.0, 0, 0], [0, 150.0, 0], [0, 0, 250.0], [400.0, 0, 0]], dtype=torch.float64)
+    deltas = conditional_deltas(forces, 0.01)
+    assert deltas[:, 0].tolist() == pytest.approx([0.01, 0.007, 0.004, 0.001])
+    residual = torch.full((4, 3), 1.0, dtype=torch.float64)
+    slopes = penalty(residual, config, deltas) - penalty(residual - 0.1, config, deltas)
+    assert slopes[:, 0].tolist() == pytest.approx([0.1, 0.07, 0.04, 0.01])
+
+
+def test_normalised_residuals() -> None:
+    """Divided by the spreads of the labels: the loss of a potential is the same in other units."""
+    structures = list(read_structures(ETHANOL))[:4]
+    potential = make_potential(["H", "C", "O"], zbl=False)
+    graph = potential.collate(structures)
+    out = potential(graph)
+    config = LossConfig(normalize=True, kind="mse")
+    plain = loss_sums(out, graph, LossConfig(kind="mse"))
+    scaled = loss_sums(out, graph, config, {"energy": 2.0, "forces": 0.5})
+    assert float(scaled["energy"][0]) == pytest.approx(float(plain["energy"][0]) / 4)
+    assert float(scaled["forces"][0]) == pytest.approx(float(plain["forces"][0]) * 4)
+
+
+def test_spreads_of_labels() -> None:
+    structures = list(read_structures(ETHANOL))[:30]
+    statistics = compute_statistics(structures, 4.0)
+    forces = np.concatenate([s.forces.ravel() for s in structures])
+    assert statistics.spreads["forces"] == pytest.approx(np.sqrt((forces**2).mean()))
+    energies = np.array([s.energy / s.n_atoms for s in structures])
+    assert statistics.spreads["energy"] == pytest.approx(energies.std(), rel=1e-6)  # one composition: references shift all alike
+    of_h = np.concatenate([s.forces[s.atomic_numbers == 1].ravel() for s in structures])
+    assert statistics.element_scales["H"] * statistics.energy_scale == pytest.approx(np.sqrt((of_h**2).mean()))
+
+
+def test_zclip() -> None:
+    """Outliers are cut to the published limit and do not move the averages as they are; a hard cap holds from the start."""
+    rng = np.random.default_rng(0)
+    clipper = Clipper(max_norm=5.0, z_score=2.5)
+    for norm in 1 + 0.1 * rng.normal(size=200):
+        clipper.limit(float(norm))
+    mean, spread = clipper.mean, clipper.variance**0.5
+    assert mean == pytest.approx(1.0, abs=0.1)
+    z = (3.0 - mean) / spread
+    assert clipper.limit(3.0) == pytest.approx(mean + 2.5**2 * spread / z)
+    assert clipper.mean < mean + 0.1
+    assert clipper.limit(mean) == 5.0
+    parameter = torch.nn.Parameter(torch.zeros(2))
+    parameter.grad = torch.tensor([30.0, 40.0])
+    assert float(Clipper(5.0, None).clip([parameter])) == 50.0
+    assert float(parameter.grad.norm()) == pytest.approx(5.0, rel=1e-5)
+    other = Clipper(5.0, 2.5)
+    other.load_state(json.loads(json.dumps(clipper.state())))
+    assert other.limit(4.0) == clipper.limit(4.0)
+
+
+def test_zclip_resumes(tmp_path: Path) -> None:
+    whole = train(settings(tmp_path / "a", steps=30, zclip=1.0, clip_norm=50.0), progress=False)
+    assert json.loads(json.dumps(whole))["steps"] == 30
+    _, state = read_checkpoint(tmp_path / "a" / "checkpoint.safetensors")
+    assert len(state["clipper"]["first"]) == 25
+    assert state["clipper"]["mean"] > 0
 
 
 def test_penalties() -> None:

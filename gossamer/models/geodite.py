@@ -132,7 +132,7 @@ class NodeStart(nn.Module):
     def forward(self, species: Tensor, basis: Tensor, edge_index: Tensor) -> Float[Tensor, "N C"]:
         sender, receiver = edge_index
         messages = self.A_nbr(species).index_select(0, sender) * self.W_ndp(basis)
-        m = sum_by_index(messages, receiver, len(species)) * self.density(basis, receiver, len(species))
+        m = sum_by_index(messages, receiver, species.shape[0]) * self.density(basis, receiver, species.shape[0])
         return self.W_u(silu(self.W_d(join([self.A_na(species), m], 1))))
 
 
@@ -271,7 +271,7 @@ class Repulsion(nn.Module):
         reduced = lengths * (z_i**self.beta + z_j**self.beta) / (0.529 * self.a_0)
         screening = (self.c * torch.exp(-self.d * reduced[:, None])).sum(dim=1)
         envelope = polynomial_envelope(lengths / (radius.index_select(0, receiver) + radius.index_select(0, sender)), p=5)
-        return sum_by_index(0.5 * 14.3996 * z_i * z_j / lengths * screening * envelope, receiver, len(species))
+        return sum_by_index(0.5 * 14.3996 * z_i * z_j / lengths * screening * envelope, receiver, species.shape[0])
 
 
 class Geodite(nn.Module):

@@ -281,7 +281,7 @@ class Interaction(nn.Module):
         parts = blocks(x, self.irreps_in)
         mixed = join([linear(part).flatten(1) for linear, part in zip(self.linear_in, parts, strict=True)], 1) * self.scale
         messages = coupling.messages(mixed.index_select(0, sender), matrices, self.radial(basis))
-        sums = coupling.collect(sum_by_index(messages, receiver, len(x)))
+        sums = coupling.collect(sum_by_index(messages, receiver, x.shape[0]))
         connections = iter(self.self_connection)
         results = []
         for linear, which, source in zip(self.linear_out, self.sum_of, self.sources, strict=True):

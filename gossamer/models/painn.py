@@ -78,8 +78,8 @@ class Layer(nn.Module):
         vectors = direction[:, None] * unit[:, :, None]
         if mu is not None:  # mu = 0 before the first layer
             vectors = vectors + relay[:, None] * mu.index_select(0, sender)
-        q = q + sum_by_index(dq, receiver, len(q)) * self.scale
-        sums = sum_by_index(vectors, receiver, len(q)) * self.scale
+        q = q + sum_by_index(dq, receiver, q.shape[0]) * self.scale
+        sums = sum_by_index(vectors, receiver, q.shape[0]) * self.scale
         mu = sums if mu is None else mu + sums
         v, w = divide(self.mix(mu), [q.shape[1]] * 2, 2)
         length = torch.sqrt((v**2).sum(dim=1) + 1e-8) if self.published else smooth_length(v)

@@ -66,7 +66,7 @@ class Layer(nn.Module):
     def forward(self, x: Float[Tensor, "N H"], basis: Tensor, envelope: Tensor, edge_index: Tensor) -> Float[Tensor, "N H"]:
         sender, receiver = edge_index
         messages = self.to_filters(x).index_select(0, sender) * (self.filters(basis) * envelope[:, None])
-        return x + self.out(sum_by_index(messages, receiver, len(x)) * self.scale)
+        return x + self.out(sum_by_index(messages, receiver, x.shape[0]) * self.scale)
 
 
 class SchNet(nn.Module):

@@ -111,7 +111,7 @@ class Coupling(nn.Module):
     def matrices(self, harmonics: Float[Tensor, "E S"]) -> list[Float[Tensor, "E rows dim"]]:
         """For each input block the matrix of each edge that holds all its paths; depends on directions alone."""
         return [
-            (harmonics @ table()).reshape(len(harmonics), rows, i.dim)
+            (harmonics @ table()).reshape(harmonics.shape[0], rows, i.dim)
             for table, rows, i in zip(self.tables, self.rows, self.irreps_in, strict=True)
         ]
 
@@ -135,5 +135,5 @@ class Coupling(nn.Module):
     def collect(self, sums: Float[Tensor, "N total"]) -> list[Float[Tensor, "N dim channels"]]:
         """Sums over neighbours of ``messages``, regrouped as ``irreps_out``."""
         widths = [(2 * p.out[0] + 1) * self.irreps_in[p.block].mul for p in self.paths]
-        parts = [part.reshape(len(sums), 2 * p.out[0] + 1, -1) for part, p in zip(divide(sums, widths, 1), self.paths, strict=True)]
+        parts = [part.reshape(sums.shape[0], 2 * p.out[0] + 1, -1) for part, p in zip(divide(sums, widths, 1), self.paths, strict=True)]
         return [join([part for part, p in zip(parts, self.paths, strict=True) if p.out == i.kind], 2) for i in self.irreps_out]

@@ -1,0 +1,205 @@
+"""The packages nequip and mace on a crystal for a stated time on one thread, with the split of our own runs.
+
+    python benchmarks/accuracy/peers.py silicon --minutes 8 --nequip /path/to/nequip/venv --mace /path/to/mace/venv
+
+Each package sits in an environment of its own and trains through its own command line; the errors are those of the official
+test frames, from each package's own ASE calculator. Settings: nequip l 2, 32 features, 3 layers, even parity only, cutoff
+5 Å, per-atom MSE of energy, forces and stress, Adam 0.01, EMA 0.999, plateau; mace 64x0e + 64x1o, correlation 2, 2 layers,
+cutoff 5 Å, its universal loss, Adam amsgrad 0.01, EMA 0.99. Both get their packages' recommendations, none of them a search.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+SYMBOLS = {"silicon": "Si", "germanium": "Ge", "molybdenum": "Mo"}
+
+NEQUIP = """
+run: [train]
+hydra: {{run: {{dir: {folder}/hydra}}, output_subdir: null}}
+cutoff_radius: 5.0
+chemical_symbols: [{symbol}]
+model_type_names: ${{chemical_symbols}}
+data:
+  _target_: nequip.data.datamodule.ASEDataModule
+  seed: 0
+  train_file_path: {folder}/train.extxyz
+  val_file_path: {folder}/valid.extxyz
+  transforms:
+    - {{_target_: nequip.data.transforms.ChemicalSpeciesToAtomTypeMapper, model_type_names: "${{model_type_names}}"}}
+    - {{_target_: nequip.data.transforms.NeighborListTransform, r_max: "${{cutoff_radius}}"}}
+  train_dataloader: {{_target_: torch.utils.data.DataLoader, batch_size: 2, shuffle: true}}
+  val_dataloader: {{_target_: torch.utils.data.DataLoader, batch_size: 4}}
+  stats_manager:
+    _target_: nequip.data.CommonDataStatisticsManager
+    dataloader_kwargs: {{batch_size: 10}}
+    type_names: ${{model_type_names}}
+trainer:
+  _target_: lightning.Trainer
+  accelerator: cpu
+  max_time: "00:00:{minutes:02d}:00"
+  max_epochs: 100000
+  check_val_every_n_epoch: 1
+  enable_progress_bar: false
+  logger: {{_target_: lightning.pytorch.loggers.CSVLogger, save_dir: {folder}/logs}}
+  callbacks:
+    - _target_: lightning.pytorch.callbacks.ModelCheckpoint
+      monitor: val0_epoch/weighted_sum
+      dirpath: {folder}
+      filename: best
+training_module:
+  _target_: nequip.train.EMALightningModule
+  ema_decay: 0.999
+  loss:
+    _target_: nequip.train.EnergyForceStressLoss
+    per_atom_energy: true
+    coeffs: {{total_energy: 1.0, forces: 1.0, stress: 1.0}}
+  val_metrics:
+    _target_: nequip.train.EnergyForceStressMetrics
+    coeffs: {{per_atom_energy_mae: 1.0, forces_mae: 1.0, stress_mae: 1.0}}
+  train_metrics: ${{training_module.val_metrics}}
+  test_metrics: ${{training_module.val_metrics}}
+  optimizer: {{_target_: torch.optim.Adam, lr: 0.01}}
+  lr_scheduler:
+    scheduler: {{_target_: torch.optim.lr_scheduler.ReduceLROnPlateau, factor: 0.6, patience: 5, threshold: 0.2}}
+    monitor: val0_epoch/weighted_sum
+    interval: epoch
+    frequency: 1
+  model:
+    _target_: nequip.model.NequIPGNNModel
+    seed: 0
+    model_dtype: float32
+    type_names: ${{model_type_names}}
+    r_max: ${{cutoff_radius}}
+    num_layers: 3
+    l_max: 2
+    parity: false
+    num_features: 32
+    radial_mlp_depth: 1
+    radial_mlp_width: 64
+    avg_num_neighbors: ${{training_data_stats:num_neighbors_mean}}
+    per_type_energy_scales: ${{training_data_stats:per_type_forces_rms}}
+    per_type_energy_shifts: ${{training_data_stats:per_atom_energy_mean}}
+"""
+
+EVALUATE = """
+import json, sys, ase.io, numpy as np
+frames = ase.io.read(sys.argv[2], ":")
+if sys.argv[1] == "nequip":
+    from nequip.utils.global_state import set_global_state
+    set_global_state(allow_tf32=False)
+    from nequip.integrations.ase import NequIPCalculator
+    from nequip.integrations.utils import basic_transforms, handle_chemical_species_map
+    from nequip.model.saved_models.load_utils import load_saved_model
+    model = load_saved_model(sys.argv[3]).eval()
+    names = sorted({s for a in frames for s in a.get_chemical_symbols()})
+    transforms = basic_transforms(model.metadata, 5.0, names, handle_chemical_species_map(None, names), neighborlist_backend="matscipy")
+    calc = NequIPCalculator(model=model, device="cpu", transforms=transforms)
+    parameters = sum(p.numel() for p in model.parameters())
+else:
+    from mace.calculators import MACECalculator
+    calc = MACECalculator(model_paths=sys.argv[3], device="cpu", default_dtype="float32")
+    parameters = sum(p.numel() for p in calc.models[0].parameters())
+e, f, s = [], [], []
+for atoms in frames:
+    labels = atoms.get_potential_energy(), atoms.get_forces(), atoms.get_stress()
+    atoms.calc = calc
+    e.append((atoms.get_potential_energy() - labels[0]) / len(atoms))
+    f.append((atoms.get_forces() - labels[1]).ravel())
+    s.append(atoms.get_stress() - labels[2])
+mae = lambda x: 1000 * float(np.abs(np.concatenate([np.ravel(v) for v in x])).mean())
+print("RESULT " + json.dumps({"energy_mae_meV_per_atom": mae(e), "forces_mae_meV_per_A": mae(f), "stress_mae_meV_per_A3": mae(s),
+                              "num_parameters": parameters}))
+"""
+
+
+def split(symbol: str, data: Path, folder: Path) -> None:
+    """The frames our own runs train, validate and test on, as plain files."""
+    import ase.io
+
+    from gossamer.config import make_config
+    from gossamer.data.dataset import load_data
+
+    files = {k: str(data / "mlearn" / f"mlearn_{symbol}_{k}.extxyz.xz") for k in ("train", "test")}
+    parts = load_data(make_config({"data": {**files, "valid_size": 20}}).data)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, part in zip(("train", "valid", "test"), parts, strict=True):
+        frames = [s.to_ase() for s in part]
+        ase.io.write(folder / f"{name}.extxyz", frames)
+        for atoms in frames:  # mace reads its labels under names of its own
+            results = atoms.calc.results
+            atoms.info |= {"REF_energy": results["energy"], "REF_stress": results["stress"]}
+            atoms.arrays["REF_forces"] = results["forces"]
+            atoms.calc = None
+        ase.io.write(folder / f"{name}_ref.extxyz", frames)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("set", choices=[*SYMBOLS])
+    parser.add_argument("--minutes", type=int, default=8)
+    parser.add_argument("--data", type=Path, default=HERE.parents[2] / "shared" / "data")
+    parser.add_argument("--runs", type=Path, default=Path("runs") / "peers")
+    parser.add_argument("--nequip", type=Path)
+    parser.add_argument("--mace", type=Path)
+    arguments = parser.parse_args()
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD": "1"}
+    for name in ("nequip", "mace"):
+        venv = getattr(arguments, name)
+        if venv is None:
+            continue
+        folder = (arguments.runs / f"{name}-{arguments.set}").resolve()
+        split(SYMBOLS[arguments.set], arguments.data, folder)
+        began = time.perf_counter()
+        if name == "nequip":
+            (folder / "config.yaml").write_text(NEQUIP.format(folder=folder, symbol=SYMBOLS[arguments.set], minutes=arguments.minutes))
+            command = [str(venv / "bin" / "nequip-train"), "-cp", str(folder), "-cn", "config"]
+            model = folder / "best.ckpt"
+        else:
+            command = [
+                str(venv / "bin" / "mace_run_train"), "--name", "m", "--model", "MACE", "--train_file", f"{folder}/train_ref.extxyz",
+                "--valid_file", f"{folder}/valid_ref.extxyz", "--E0s", "average", "--hidden_irreps", "64x0e + 64x1o", "--correlation", "2",
+                "--r_max", "5.0", "--batch_size", "2", "--valid_batch_size", "4", "--max_num_epochs", "100000", "--loss", "universal",
+                "--energy_weight", "1", "--forces_weight", "10", "--stress_weight", "10", "--compute_stress", "True", "--ema", "--amsgrad",
+                "--ema_decay", "0.99", "--default_dtype", "float32", "--device", "cpu", "--seed", "0", "--work_dir", str(folder),
+                "--energy_key", "REF_energy", "--forces_key", "REF_forces", "--stress_key", "REF_stress", "--scheduler_patience", "5",
+                "--lr_factor", "0.6", "--eval_interval", "1",
+            ]  # fmt: skip
+            model = folder / "best.model"
+        with open(folder / "train.log", "w") as log:
+            process = subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=subprocess.STDOUT)
+            try:
+                process.wait(timeout=60 * arguments.minutes + (120 if name == "nequip" else 0))
+            except subprocess.TimeoutExpired:
+                process.kill()
+        seconds = time.perf_counter() - began
+        if name == "mace":  # it was stopped: the best checkpoint, which holds the averaged weights, becomes a model
+            restart = [*command, "--restart_latest", "--max_num_epochs", "0"]
+            subprocess.run(restart, cwd=folder, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT, check=False)
+            found = sorted(folder.glob("*.model")) + sorted((folder / "checkpoints").glob("*.model"))
+            model = found[0] if found else model
+        out = subprocess.run(
+            [str(venv / "bin" / "python"), "-c", EVALUATE, name, str(folder / "test.extxyz"), str(model)],
+            env=environment, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        lines = [line for line in out.stdout.splitlines() if line.startswith("RESULT ")]
+        if not lines:
+            sys.exit(f"{name}: no result\n{out.stdout[-2000:]}{out.stderr[-2000:]}")
+        record = {"name": f"{name} package", "set": arguments.set, "minutes": arguments.minutes, "wall_seconds": round(seconds),
+                  **json.loads(lines[0][7:]), "date": datetime.date.today().isoformat()}  # fmt: skip
+        target = HERE / "compare" / f"{arguments.set}-{arguments.minutes}min-{name}.json"
+        target.parent.mkdir(exist_ok=True)
+        target.write_text(json.dumps(record, indent=1) + "\n")
+        print(json.dumps(record), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,63 @@
+"""Several networks on the same data for the same time."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import DEMO
+
+from gossamer.cli import main
+from gossamer.comparison import compare, table
+from gossamer.config import make_config
+
+ETHANOL = str(DEMO / "ethanol_500K.extxyz.xz")
+
+
+def write(folder: Path, name: str, model: dict, **data) -> Path:
+    values = {
+        "data": {"train": ETHANOL, "train_size": 40, "valid_size": 10, **data},
+        "model": {"num_features": 8, "num_layers": 2, "cutoff": 4.0, **model},
+        "loss": {"energy": 1.0, "forces": 10.0},
+        "training": {"batch_size": 4, "learning_rate": 2e-3},
+    }
+    path = folder / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+def test_one_table_and_one_plot(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    paths = [write(tmp_path, n, {"name": n}) for n in ("leignn", "schnet")]
+    out = tmp_path / "out"
+    assert main(["compare", *map(str, paths), "--minutes", "0.04", "--out", str(out)]) == 0
+    assert "| schnet |" in capsys.readouterr().out
+    records = json.loads((out / "comparison.json").read_text())
+    assert [r["name"] for r in records] == ["leignn", "schnet"]
+    for r in records:
+        assert r["steps"] >= 10
+        assert r["frames_seen"] == 4 * r["steps"]
+        assert r["inference_ms"] > 0
+        assert r["settings"]["training"]["schedule"]["warmup_steps"] <= r["steps"] // 10
+    text = (out / "comparison.md").read_text()
+    assert text.count("\n| ") == 3
+    assert "40 training frames" in text
+    assert (out / "comparison.png").stat().st_size > 10_000
+    # finished runs are kept
+    before = (out / "leignn" / "potential.safetensors").stat().st_mtime
+    again = compare(paths, 0.04, out, resume=True, progress=False)
+    assert table(again) == table(records)
+    assert (out / "leignn" / "potential.safetensors").stat().st_mtime == before
+
+
+def test_wrong_use(tmp_path: Path) -> None:
+    a, b = write(tmp_path, "a", {"name": "leignn"}), write(tmp_path, "b", {"name": "schnet"}, seed=3)
+    with pytest.raises(ValueError, match=r"'a' and 'b' differ in data.seed \(0 and 3\)"):
+        compare([a, b], 1.0, tmp_path / "out")
+    with pytest.raises(ValueError, match="Two configurations are called 'leignn'"):
+        compare([make_config({"data": {"train": ETHANOL}})] * 2, 1.0, tmp_path / "out")
+    with pytest.raises(ValueError, match="nothing to compare"):
+        compare([], 1.0, tmp_path / "out")
+    with pytest.raises(ValueError, match="minutes must be positive"):
+        compare([a], 0.0, tmp_path / "out")
