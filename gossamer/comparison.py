@@ -57,6 +57,7 @@ def compare(
 
     Raises:
         ValueError: no configuration, two of one name, or different data.
+        RuntimeError: a run was stopped by a signal.
     """
     if not minutes > 0:
         raise ValueError(f"minutes must be positive, found {minutes}.")
@@ -120,6 +121,10 @@ def run_one(config: Config, minutes: float, folder: Path, progress: bool = True)
     config = make_config(to_dict(config), [*(f"training.{k}={v}" for k, v in chosen.items()), f"out={folder}"])
     began_training = time.perf_counter()
     results = train(config, progress=progress)
+    if "stopped_at_step" in results:
+        raise RuntimeError(
+            f"'{folder}' was stopped by a signal at step {results['stopped_at_step']} of {steps}: the comparison is not complete."
+        )
     spent = time.perf_counter() - began_training
     potential = load(folder / POTENTIAL, start_workers(config.training.device).device)
     sample = test_set if test_set is not None else valid_set

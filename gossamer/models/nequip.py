@@ -383,13 +383,22 @@ class NequIP(nn.Module):
             names[f"{prefix}.self_connection.0.weight"] = (2 if self.config.self_connection == "element" else 0, scalars)
         return names
 
+    def cutoffs_of(self, centre: Int[Tensor, " E"], neighbour: Int[Tensor, " E"]) -> Float[Tensor, " E"]:
+        """Cutoff in Å of each edge, from the elements of its ends."""
+        assert self.pair_cutoffs is not None
+        table = self.pair_cutoffs()
+        return table.flatten().index_select(0, centre * len(table) + neighbour)
+
+    def within_pair_cutoffs(self, species: Tensor, edge_index: Tensor, edge_vectors: Tensor) -> tuple[Tensor, Tensor]:
+        """The edges shorter than their pair's cutoff; the others would only carry zeros."""
+        sender, receiver = edge_index
+        cutoffs = self.cutoffs_of(species.index_select(0, receiver), species.index_select(0, sender))
+        kept = (torch.linalg.vector_norm(edge_vectors, dim=-1) < cutoffs).nonzero()[:, 0]
+        return edge_index.index_select(1, kept), edge_vectors.index_select(0, kept)
+
     def radial_basis(self, lengths: Float[Tensor, " E"], centre: Int[Tensor, " E"], neighbour: Int[Tensor, " E"]) -> Float[Tensor, "E B"]:
         """b_n = s · sin(n π x) / x · f_p(x),  x = r / rc (or over the pair's own cutoff); s = 2 / rc² in the package."""
-        rc: Any = self.config.cutoff
-        if self.pair_cutoffs is not None:
-            table = self.pair_cutoffs()
-            rc = table.flatten().index_select(0, centre * len(table) + neighbour)
-        x = lengths / rc
+        x = lengths / (self.config.cutoff if self.pair_cutoffs is None else self.cutoffs_of(centre, neighbour))
         n = torch.arange(1, self.config.num_basis + 1, dtype=x.dtype, device=x.device) if self.frequencies is None else self.frequencies
         envelope = polynomial_envelope(x, self.config.envelope_power, self.config.envelope_order)
         return torch.sin(math.pi * n * x[:, None]) * (self.basis_scale * envelope / x)[:, None]
@@ -410,6 +419,8 @@ class NequIP(nn.Module):
             graph_index: Structure of each atom (not used: the network is local).
             n_graphs: Number of structures (not used).
         """
+        if self.pair_cutoffs is not None and not self.training:
+            edge_index, edge_vectors = self.within_pair_cutoffs(species, edge_index, edge_vectors)
         sender, receiver = edge_index
         lengths = torch.linalg.vector_norm(edge_vectors, dim=-1)
         harmonics = self.harmonics(edge_vectors / lengths[:, None])

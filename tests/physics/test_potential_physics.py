@@ -12,6 +12,7 @@ from conftest import DIRECT, GLOBAL, MODELS, OWN_ZERO, SMOOTH, make_potential
 from gossamer.checks.conservation import force_gradient_error, loop_work, nve_conservation, stress_gradient_error
 from gossamer.checks.smoothness import cutoff_exponent, energy_jump
 from gossamer.checks.symmetry import net_force, separation_error, supercell_error, symmetry_errors
+from gossamer.data.structure import Structure
 from gossamer.simulation.calculator import Calculator
 
 CONSERVATIVE = [name for name in MODELS if name not in DIRECT]
@@ -108,6 +109,21 @@ def test_pair_cutoffs_end_as_smoothly() -> None:
     pair.calc = calc
     pair.positions[1, 0] = 3.2
     assert np.abs(pair.get_forces()).max() == 0.0
+
+
+def test_edges_beyond_their_pair_cutoff_are_left_out(ethanol: Atoms) -> None:
+    """Training keeps them (their messages are zero), inference does not: same energies and forces, less work."""
+    potential = make_potential(ELEMENTS, name="nequip", pair_cutoffs={"H": 2.0})
+    structure = Structure(
+        atomic_numbers=ethanol.numbers.astype(np.int64), positions=ethanol.positions, cell=np.zeros((3, 3)), pbc=np.zeros(3, bool)
+    )
+    graph = potential.collate([structure])
+    pruned, whole = potential(graph), potential.train()(graph)
+    assert float(pruned.energy) == pytest.approx(float(whole.energy.detach()), abs=1e-12)
+    np.testing.assert_allclose(pruned.forces.detach().numpy(), whole.forces.detach().numpy(), atol=1e-12)
+    species = potential.species_of[graph.atomic_numbers]
+    kept, _ = potential.network.within_pair_cutoffs(species, graph.edge_index, graph.edge_vectors())
+    assert kept.shape[1] < graph.n_edges
 
 
 def test_trained_frequencies_cost_a_derivative() -> None:
