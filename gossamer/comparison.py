@@ -21,7 +21,7 @@ from gossamer.data.statistics import compute_statistics
 from gossamer.data.structure import Structure
 from gossamer.files import atomic_path, write_json, write_text
 from gossamer.potential import DTYPES, Potential, load
-from gossamer.runs import POTENTIAL, check_loss, train
+from gossamer.runs import COMPILED, POTENTIAL, check_loss, train
 from gossamer.settings import to_dict
 from gossamer.simulation.calculator import Calculator
 from gossamer.training.loop import make_state, train_step
@@ -142,7 +142,7 @@ def run_one(config: Config, minutes: float, folder: Path, progress: bool = True)
 
 def time_training(config: Config, structures: Sequence[Structure], minutes: float) -> dict[str, Any]:
     """Median seconds of a training step, compiled if the settings ask for it and there is time."""
-    compiled = config.training.compile
+    compiled = config.training.compile and COMPILED[config.model.name][1] < COMPILE_BUDGET * 60 * minutes
     workers = start_workers(config.training.device)
     potential = Potential(config.model, compute_statistics(structures, config.model.cutoff), config.potential)
     potential.network.to(DTYPES[config.training.dtype])

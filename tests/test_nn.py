@@ -213,6 +213,9 @@ def test_published_numbers_of_geodite() -> None:
     radial = network.radial.double()
     weight = radial.distance_weight(torch.tensor([0.5, 1.0, 2.0], dtype=torch.float64))
     assert weight.tolist() == pytest.approx([0.00995106, 0.11520446, 0.32474384], abs=5e-9)
+    length, carbon = torch.tensor([2.0], dtype=torch.float64), torch.tensor([6])
+    factors = radial.distance_weight(length / (2 * 0.76)) * polynomial_envelope(length / 6.0, 6)
+    assert float((radial(length, carbon, carbon)[0, 0] / factors).detach()) == pytest.approx(0.2499999, abs=5e-8)
 
 
 @pytest.mark.parametrize(("preset", "total"), [("S", 616_352), ("M", 3_189_664), ("L", 6_836_128), ("XL", 32_136_288), ("MP-L", 9_605_777)])
