@@ -196,8 +196,8 @@ def machine(potential: Potential) -> str:
 def table(records: Sequence[dict[str, Any]]) -> str:
     """The comparison as a Markdown table, best force error first; errors of the test set where there is one."""
     rows = [
-        "| model | parameters | training step ms | inference ms | steps | epochs | energy MAE meV/atom | force MAE meV/Å | force RMSE meV/Å | stress MAE meV/Å³ |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| model | parameters | training step ms | inference ms | minutes taken | steps | epochs | energy MAE meV/atom | force MAE meV/Å | force RMSE meV/Å | stress MAE meV/Å³ |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]  # fmt: skip
     for r in sorted(records, key=lambda r: errors(r).get("forces_mae_meV_per_A", np.inf)):
         e = errors(r)
@@ -206,7 +206,7 @@ def table(records: Sequence[dict[str, Any]]) -> str:
             return f"{e[key]:.3g}" if key in e else "-"
 
         rows.append(
-            f"| {r['name']} | {r['num_parameters']:,} | {r['train_step_ms']:.1f}{'' if r['compiled'] else ' (plain)'} | {r['inference_ms']:.1f} | {r['steps']:,} | "
+            f"| {r['name']} | {r['num_parameters']:,} | {r['train_step_ms']:.1f}{'' if r['compiled'] else ' (plain)'} | {r['inference_ms']:.1f} | {r['wall_seconds'] / 60:.1f} | {r['steps']:,} | "
             f"{r['epochs']:.0f} | {show('energy_mae_meV_per_atom')} | {show('forces_mae_meV_per_A')} | {show('forces_rmse_meV_per_A')} | {show('stress_mae_meV_per_A3')} |"
         )
     return "\n".join(rows) + "\n"
@@ -225,7 +225,7 @@ def write_summary(records: Sequence[dict[str, Any]], folder: Path, minutes: floa
     r = records[0]
     which = f"{r['n_test']} test frames" if r["n_test"] else f"{r['n_valid']} validation frames"
     head = (
-        f"{minutes:g} minutes each, {r['n_train']} training frames, errors on {which}; inference of {r['inference_atoms']} atoms through ASE. "
+        f"Meant to take {minutes:g} minutes each (taken: see the table; a machine that slows down after the step was timed takes longer), {r['n_train']} training frames, errors on {which}; inference of {r['inference_atoms']} atoms through ASE. "
         f"{r['machine']}, {r['date']}, gossamer {r['versions']['gossamer']}, torch {r['versions']['torch']}.\n\n"
     )
     write_text(folder / "comparison.md", head + table(records))
@@ -238,6 +238,7 @@ def plot(records: Sequence[dict[str, Any]], path: Path) -> None:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     figure, axes = plt.subplots(1, 2, figsize=(9, 4), sharey=True, layout="constrained")
     key = "forces_mae_meV_per_A" if all("forces_mae_meV_per_A" in errors(r) for r in records) else "energy_mae_meV_per_atom"
@@ -246,11 +247,17 @@ def plot(records: Sequence[dict[str, Any]], path: Path) -> None:
             axis.scatter(r[cost], errors(r)[key], s=45, color=f"C{k % 10}", zorder=3)
             axis.annotate(r["name"], (r[cost], errors(r)[key]), xytext=(5, 5), textcoords="offset points", fontsize=9)
         axis.set_xlabel(label)
-        axis.set_xscale("log")
-        axis.set_yscale("log")
-        axis.margins(0.25)
-        axis.grid(alpha=0.3, which="both")
+        for side, values in ((axis.xaxis, [r[cost] for r in records]), (axis.yaxis, [errors(r)[key] for r in records])):
+            if max(values) > 4 * min(values):  # a logarithmic axis with plain numbers, where a linear one would crowd the small ones
+                (axis.set_xscale if side is axis.xaxis else axis.set_yscale)("log")
+                side.set_major_locator(LogLocator(subs=(1, 2, 5)))
+                side.set_minor_formatter(NullFormatter())
+            side.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axis.margins(0.2)
+        axis.grid(alpha=0.3)
+        axis.spines[["top", "right"]].set_visible(False)
     axes[0].set_ylabel("force MAE (meV/Å)" if key.startswith("forces") else "energy MAE (meV/atom)")
+    figure.suptitle("error against cost: lower left is better", fontsize=10, color="0.3")
     with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=150, format="png")
     plt.close(figure)
