@@ -68,6 +68,8 @@ def make_config(values: Mapping[str, Any], overrides: Sequence[str] = ()) -> Con
     merged = _plain(merged)
     if isinstance(merged.get("model"), dict) and "preset" in merged["model"]:
         merged["model"] = expand_preset(merged["model"])
+    elif isinstance(merged.get("model"), dict) and not merged.get("finetune"):
+        merged["model"] = {"name": LEIGNNConfig().name, **merged["model"]}
     start = (merged.get("finetune") or {}).get("start")
     if isinstance(start, str):  # the network and its surroundings come from the file
         manifest = read_manifest(start)

@@ -224,6 +224,39 @@ print("agreed")
     assert result.stdout.strip() == "agreed", result.stderr
 
 
+def test_collating_while_tracing_does_no_harm() -> None:
+    """The loader's thread uses the potential while its graph is traced; tracing must not put stand-ins into it."""
+    script = f"""
+import threading, torch
+from gossamer.config import make_config
+from gossamer.data.readers import read_structures
+from gossamer.data.statistics import compute_statistics
+from gossamer.potential import Potential
+from gossamer.training.compiled import CompiledForward
+structures = list(read_structures({ETHANOL!r}))[:4]
+config = make_config(dict(data=dict(train="x"), model=dict(num_features=8, num_layers=1)))
+potential = Potential(config.model, compute_statistics(structures, 5.0)).train()
+graph, failed, done = potential.collate(structures), [], threading.Event()
+def collate():
+    while not done.is_set():
+        try:
+            potential.collate(structures[:1])
+        except BaseException as error:
+            failed.append(error)
+            return
+thread = threading.Thread(target=collate)
+thread.start()
+CompiledForward(potential, forces=True, stress=False).unroll(graph)
+done.set()
+thread.join()
+print("fine" if not failed else failed)
+"""
+    result = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", script], env=ENVIRONMENT, capture_output=True, text=True, timeout=200, check=False
+    )
+    assert result.stdout.strip() == "fine", result.stderr + result.stdout
+
+
 def test_comparison_refuses_a_wrong_graph(caplog: pytest.LogCaptureFixture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A graph whose forces are 1 % off is noticed on the first batch, said in one line, and not used."""
     from gossamer.training import compiled

@@ -9,6 +9,7 @@ the weights included, and is not used if they differ.
 
 from __future__ import annotations
 
+import copy
 import logging
 from typing import Any
 
@@ -92,10 +93,13 @@ class CompiledForward:
     def unroll(self, graph: Graph, opaque: bool = True) -> torch.fx.GraphModule:
         """Energies and forces as one graph of primitive operations, for any sizes; ``opaque``: see ``rewrite``."""
 
+        # a copy: tracing puts stand-ins in place of its tensors, and another thread may be collating with the potential's own
+        potential = copy.deepcopy(self.potential)
+
         def outputs(state: dict[str, Tensor], *tensors: Tensor) -> tuple[Tensor, ...]:
             fields: dict[str, Any] = dict(zip(FIELDS, tensors, strict=True))
             batch = Graph(**fields)
-            out = functional_call(self.potential, state, (batch,), {"forces": self.forces, "stress": self.stress})
+            out = functional_call(potential, state, (batch,), {"forces": self.forces, "stress": self.stress})
             return tuple(getattr(out, name) for name in self.names)
 
         with fx_config.patch(use_duck_shape=False):
