@@ -207,8 +207,7 @@ torch.manual_seed(0)
 structures = list(read_structures({ETHANOL!r}))[:7]
 for options in (
     dict(name="leignn", num_layers=2), dict(name="leignn", num_layers=1, global_context=True, update="painn"),
-    dict(name="nequip", num_layers=2, l_max=1, num_features=4), dict(name="geodite", num_layers=2), dict(name="painn", num_layers=1),
-    dict(name="schnet", num_layers=1),
+    dict(name="nequip", num_layers=2, l_max=1, num_features=4), dict(name="geodite", num_layers=1),
 ):
     config = make_config(dict(data=dict(train="x"), model=dict(num_features=8, num_basis=4, cutoff=3.5) | options))
     potential = Potential(config.model, compute_statistics(structures, 3.5)).double().train()
@@ -234,7 +233,7 @@ from gossamer.data.statistics import compute_statistics
 from gossamer.potential import Potential
 from gossamer.training.compiled import CompiledForward
 structures = list(read_structures({ETHANOL!r}))[:4]
-config = make_config(dict(data=dict(train="x"), model=dict(num_features=8, num_layers=1)))
+config = make_config(dict(data=dict(train="x"), model=dict(name="schnet", num_features=8, num_layers=1)))
 potential = Potential(config.model, compute_statistics(structures, 5.0)).train()
 graph, failed, done = potential.collate(structures), [], threading.Event()
 def collate():
