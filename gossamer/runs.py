@@ -146,7 +146,15 @@ def start_finetuning(
         train_set, config.model.cutoff, config.data.reference_energies if isinstance(config.data.reference_energies, dict) else "least_squares",
         config.data.elements, config.model.max_neighbors,
     )  # fmt: skip
-    statistics = adapt_statistics(start, fresh, train_set, keep_references=tune.replay is not None)
+    n_new, used, replayed = len(train_set), None, None
+    if tune.replay is not None:
+        old = open_dataset(tune.replay, tune.replay_labels or config.data.labels)
+        indices, kept = choose_replay(old, n_new, tune.replay_fraction, config.data.seed)
+        used, replayed = Subset(old, indices), Subset(old, kept) if kept else None
+        require_labels(used, needed, "loss.{label} is above 0 (frames of finetune.replay)")
+        for structure in old:
+            start.check_elements(structure.atomic_numbers, structure.name)
+    statistics = adapt_statistics(start, fresh, train_set, used or ())
     if config.data.reference_energies != "auto":
         chosen = compute_statistics(train_set, config.model.cutoff, config.data.reference_energies, config.data.elements)
         statistics = replace(statistics, reference_energies={**statistics.reference_energies, **chosen.reference_energies})
@@ -154,14 +162,8 @@ def start_finetuning(
     potential.network.to(start.dtype)
     transferred = transfer_weights(start, potential)
     weights = choose_weights(potential.network, tune, transferred)
-    n_new, replayed = len(train_set), None
-    if tune.replay is not None:
-        old = open_dataset(tune.replay, tune.replay_labels or config.data.labels)
-        used, kept = choose_replay(old, n_new, tune.replay_fraction, config.data.seed)
-        require_labels(Subset(old, used), needed, "loss.{label} is above 0 (frames of finetune.replay)")
-        for structure in old:
-            potential.check_elements(structure.atomic_numbers, structure.name)
-        train_set, replayed = Joined(train_set, Subset(old, used)), Subset(old, kept) if kept else None
+    if used is not None:
+        train_set = Joined(train_set, used)
     shifts = {e: statistics.reference_energies[e] - start.statistics.reference_energies.get(e, 0.0) for e in statistics.elements}
     report = {
         "start": tune.start, "start_checksum": read_manifest(tune.start)["checksum"], "labels": list(needed), "n_new_frames": n_new,

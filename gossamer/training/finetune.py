@@ -109,34 +109,43 @@ def choose_replay(old: Sequence[Structure], n_new: int, fraction: float, seed: i
     return sorted(order[:n]), sorted(order[n : n + n_test])
 
 
-def adapt_statistics(start: Potential, fresh: Statistics, structures: Sequence[Structure], keep_references: bool) -> Statistics:
-    """Statistics of the fine-tuned potential: scales of the start, elements of both, reference energies that fit the new labels.
+def adapt_statistics(start: Potential, fresh: Statistics, structures: Sequence[Structure], old: Sequence[Structure] = ()) -> Statistics:
+    """Statistics of the fine-tuned potential: scales of the start, elements of both, reference energies that fit the labels.
 
-    Labels of another method differ from the old ones mostly by an energy per atom of each element. That shift is found
-    by least squares on label minus prediction of the start, so that training begins near the new labels.
+    Labels of another method differ from the old ones mostly by an energy per atom of each element, and reference energies
+    that came from few compositions say little about others. The shift of each element is found by least squares on label
+    minus prediction of the start, so that training begins near the labels; of all shifts that fit, the smallest is taken.
 
     Args:
         start: Potential to start from.
         fresh: Statistics of the new data alone.
-        structures: New training structures (the first 500 are used).
-        keep_references: Do not shift elements that the start knows (old frames are replayed, whose labels must still fit).
+        structures: New training structures (500 at most are used).
+        old: Replayed structures of the old data, whose labels must still fit (likewise).
     """
-    old = start.statistics
-    elements = sorted({*old.elements, *fresh.elements}, key=number_of.__getitem__)
-    new = [e for e in elements if e not in old.elements]
-    base = {e: old.reference_energies.get(e, 0.0) for e in elements}
-    chosen = [s for s in (structures[k] for k in range(min(500, len(structures)))) if s.energy is not None]
-    free = new if keep_references else elements
-    if chosen and free:
-        known = [not set(s.atomic_numbers.tolist()) & {number_of[e] for e in new} for s in chosen]
-        predicted = [start.predict([s], stress=False)[0]["energy"] if k else sum(base[chemical_symbols[z]] for z in s.atomic_numbers)
-                     for s, k in zip(chosen, known, strict=True)]  # fmt: skip
-        rows = np.array([[float((s.atomic_numbers == number_of[e]).sum()) for e in free] for s in chosen])
-        shifts = np.linalg.lstsq(rows, np.array([s.energy for s in chosen]) - np.array(predicted), rcond=1e-8)[0]
-        base.update({e: base[e] + float(d) for e, d in zip(free, shifts, strict=True)})
-    scales = {**dict.fromkeys(elements, 1.0), **(fresh.element_scales or {}), **(old.element_scales or {})}
+    before = start.statistics
+    elements = sorted({*before.elements, *fresh.elements}, key=number_of.__getitem__)
+    known = {number_of[e] for e in before.elements}
+    base = {e: before.reference_energies.get(e, 0.0) for e in elements}
+    chosen = [part[k] for part in (structures, old) for k in np.linspace(0, len(part) - 1, min(500, len(part))).astype(int)]
+    chosen = [s for s in chosen if s.energy is not None]
+    if chosen:
+        # the start cannot say anything about frames with new elements but the sum of reference energies
+        predicted = [start.predict([s], stress=False)[0]["energy"] if set(s.atomic_numbers.tolist()) <= known
+                     else sum(base[chemical_symbols[z]] for z in s.atomic_numbers) for s in chosen]  # fmt: skip
+        rows = np.array([[float((s.atomic_numbers == number_of[e]).sum()) for e in elements] for s in chosen])
+        sizes = rows.sum(axis=1, keepdims=True)
+        differences = np.array([s.energy for s in chosen])[:, None] - np.array(predicted)[:, None]
+        shifts = np.linalg.lstsq(rows / sizes, (differences / sizes)[:, 0], rcond=1e-6)[0]
+        base = {e: base[e] + float(d) for e, d in zip(elements, shifts, strict=True)}
+        left = float(np.abs(differences / sizes - rows @ shifts[:, None] / sizes).mean())
+        if left > 0.5:
+            log.warning(
+                "after shifting the reference energies, labels and predictions of the start still differ by %.2f eV per atom: are units, and "
+                "with replay the methods of old and new labels, the same?", left
+            )  # fmt: skip
+    scales = {**dict.fromkeys(elements, 1.0), **(fresh.element_scales or {}), **(before.element_scales or {})}
     return replace(
-        old, elements=elements, reference_energies=base, element_scales=scales, spreads=fresh.spreads,
+        before, elements=elements, reference_energies=base, element_scales=scales, spreads=fresh.spreads,
         n_structures=fresh.n_structures, fingerprint=fresh.fingerprint,
     )  # fmt: skip
 
