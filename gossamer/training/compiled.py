@@ -132,7 +132,9 @@ class CompiledForward:
             )
             results.append([*(v.detach() - v.detach().mean() for v in values), flat])
         for name, plain, compiled in zip([*self.names, "gradient of the weights"], *results, strict=True):
-            deviation = float((plain - compiled).norm() / plain.norm().clamp(min=1e-12))
+            # forces that vanish by symmetry, in a perfect crystal, are compared with what forces usually are
+            floor = 1e-12 if name.startswith("gradient") else 1e-2 * self.potential.energy_scale * plain.numel() ** 0.5
+            deviation = float((plain - compiled).norm() / plain.norm().clamp(min=floor))
             if not deviation < TOLERANCE[self.potential.dtype]:
                 raise RuntimeError(f"the compiled {name} differs from the plain one by {deviation:.1e} (relative); the plain one is used")
 
