@@ -1,5 +1,5 @@
 # make demo   train, evaluate, simulate and report on the shipped water data (a few minutes on two cores)
-# make test   the test suite (about two minutes on two cores)
+# make test   the test suite (under three minutes on two cores)
 # Both set up a virtual environment with pinned versions first.
 
 PYTHON ?= python3
