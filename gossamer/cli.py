@@ -48,9 +48,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     fit = command("fit", _fit, "Train a potential on a labelled file; the settings are chosen and written down.")
     fit.add_argument("data", help="labelled structures")
-    fit.add_argument(
-        "--model", default="leignn", help="network: leignn, nequip, geodite, painn, schnet, or a preset such as nequip/M (default: leignn)"
-    )
+    fit.add_argument("--model", help="network: leignn, nequip, geodite, painn, schnet, or a preset such as nequip/M (default: leignn)")
     fit.add_argument("--out", default="fit", help="folder of the run (default: fit)")
     fit.add_argument("--minutes", type=float, default=30.0, help="about how long to train (default: 30)")
     fit.add_argument("--resume", action="store_true", help="go on from the checkpoint of the run")

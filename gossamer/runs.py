@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from gossamer.files import atomic_path, write_json
 from gossamer.models import MODELS
 from gossamer.potential import DTYPES, Potential, load, read_manifest, save
 from gossamer.settings import to_dict
+from gossamer.training.compiled import CompiledForward
 from gossamer.training.finetune import Joined, adapt_statistics, choose_replay, choose_weights, merge_adapters, transfer_weights
 from gossamer.training.loop import LABELS, load_state, make_state, run_training, stopped_early, train_step
 from gossamer.training.workers import start_workers
@@ -87,7 +88,8 @@ def train(
             absent = [label for label in needed if label not in spreads]
             if absent:
                 raise ValueError(
-                    f"loss.normalize divides by the spread of the labels, but {', '.join(absent)} do not vary in the training data."
+                    f"loss.normalize divides by the spread of the labels, but {', '.join(absent)} do not vary in the "
+                    "training data. Set loss.normalize to false, or their weights to 0."
                 )
         potential.network.to(DTYPES[config.training.dtype])
         potential.to(workers.device)
@@ -142,10 +144,10 @@ def start_finetuning(
     tune = config.finetune
     assert tune is not None
     start = load(tune.start)
+    given = config.data.reference_energies
     fresh = compute_statistics(
-        train_set, config.model.cutoff, config.data.reference_energies if isinstance(config.data.reference_energies, dict) else "least_squares",
-        config.data.elements, config.model.max_neighbors,
-    )  # fmt: skip
+        train_set, config.model.cutoff, "least_squares" if given == "auto" else given, config.data.elements, config.model.max_neighbors
+    )
     n_new, used, replayed = len(train_set), None, None
     if tune.replay is not None:
         old = open_dataset(tune.replay, tune.replay_labels or config.data.labels)
@@ -155,9 +157,8 @@ def start_finetuning(
         for structure in old:
             start.check_elements(structure.atomic_numbers, structure.name)
     statistics = adapt_statistics(start, fresh, train_set, used or ())
-    if config.data.reference_energies != "auto":
-        chosen = compute_statistics(train_set, config.model.cutoff, config.data.reference_energies, config.data.elements)
-        statistics = replace(statistics, reference_energies={**statistics.reference_energies, **chosen.reference_energies})
+    if given != "auto":
+        statistics = replace(statistics, reference_energies={**statistics.reference_energies, **fresh.reference_energies})
     potential = Potential(config.model, statistics, config.potential)
     potential.network.to(start.dtype)
     transferred = transfer_weights(start, potential)
@@ -188,7 +189,7 @@ def tuning_errors(potential: Potential, valid_set: Sequence[Structure], replayed
 
 def fit(
     data: Path | str,
-    model: str = "leignn",
+    model: str | None = None,
     out: Path | str = "fit",
     minutes: float = 30.0,
     labels: LabelConfig | None = None,
@@ -204,7 +205,7 @@ def fit(
 
     Args:
         data: Labelled structures; one tenth is kept for validation.
-        model: Name of the network, or of one of its presets (nequip/M); not used with ``start``.
+        model: Name of the network, or of one of its presets (nequip/M); None: that of ``start``, else leignn.
         out: Folder of the run; its config.yaml holds the settings chosen and can be trained again.
         minutes: About how long training may take on this machine (measured with a few steps).
         labels: Names and units of the labels.
@@ -222,7 +223,7 @@ def fit(
     Raises:
         ValueError: inspection found errors, or the model is unknown.
     """
-    if model.split("/")[0] not in MODELS:
+    if model is not None and model.split("/")[0] not in MODELS:
         raise ValueError(f"model '{model}' is unknown. Choose one of {', '.join(MODELS)}.")
     tuning = {"train": list(weights) if weights else None, "low_rank": low_rank, "replay": None if replay is None else str(replay)}
     tuning = {k: v for k, v in tuning.items() if v is not None}
@@ -243,7 +244,7 @@ def fit(
         raise ValueError("The data is not fit for training: " + "; ".join(report.errors) + ". Mend it, or insist with --force.")
     finetune = None if start is None else {"start": str(start), **tuning}
     config = choose_settings(structures, str(data), model, str(out), labels or LabelConfig(), finetune)
-    seconds = time_step(config, structures)
+    seconds = float(np.median(time_steps(config, structures)[0][1:]))
     share, wait = COMPILED[config.model.name]
     compiled = 60 * minutes > 4 * wait
     steps = (60 * minutes - wait) / (share * seconds) if compiled else 60 * minutes / seconds
@@ -260,13 +261,14 @@ def fit(
 
 
 LEARNING_RATES = {"leignn": 5e-3, "nequip": 4e-2, "geodite": 5e-3, "painn": 2e-3, "schnet": 2e-3}
-"""what trained each network best in short trials (docs/training.md)"""
+"""what trained LEIGNN, NequIP and Geodite best in short trials (docs/training.md); those of PaiNN and SchNet were not searched"""
 COMPILED = {"leignn": (0.7, 80), "nequip": (0.7, 110), "geodite": (0.75, 100), "painn": (0.7, 80), "schnet": (0.7, 60)}
-"""time of a compiled training step over that of a plain one, and seconds of compiling, on one CPU thread (benchmarks/compile)"""
+"""time of a compiled training step over that of a plain one, and seconds of compiling, on one CPU thread (benchmarks/compile;
+PaiNN and SchNet taken to be like LEIGNN)"""
 
 
 def choose_settings(
-    structures: Sequence[Structure], data: str, model: str, out: str, labels: LabelConfig, finetune: Mapping[str, Any] | None = None
+    structures: Sequence[Structure], data: str, model: str | None, out: str, labels: LabelConfig, finetune: Mapping[str, Any] | None = None
 ) -> Config:
     """Settings that suit a data set: which labels, which split, how many structures per step."""
     sample = [structures[k] for k in range(0, len(structures), max(1, len(structures) // 200))]
@@ -278,18 +280,14 @@ def choose_settings(
     batch_size = int(np.clip(round(160 / atoms), 1, 16))
     if len(structures) < 20:
         log.warning("%d frames are few: expect large errors", len(structures))
-    name, _, preset = model.partition("/")
-    rate = LEARNING_RATES[name]
-    if finetune is not None:  # near a good solution large steps only destroy
-        rate = LEARNING_RATES[read_manifest(finetune["start"])["model"]["name"]] / 5
+    started = None if finetune is None else read_manifest(finetune["start"])["model"]["name"]
+    name, _, preset = (model or started or "leignn").partition("/")
+    rate = LEARNING_RATES[name] * (1.0 if finetune is None else 0.2)  # near a good solution large steps only destroy
     return make_config(
         {
             "data": {"train": data, "labels": to_dict(labels), "split": "group" if grouped else "random"},
-            **(
-                {"finetune": dict(finetune)}
-                if finetune is not None
-                else {"model": {"name": name, **({"preset": preset} if preset else {})}}
-            ),
+            "model": {"name": name, **({"preset": preset} if preset else {})},
+            **({} if finetune is None else {"finetune": dict(finetune)}),
             # stress in eV/Å³ is small: 20 makes it about the virial per atom
             "loss": {"energy": 5.0 * has["energy"], "forces": 10.0 * has["forces"], "stress": 20.0 * has["stress"]},
             "training": {"batch_size": min(batch_size, max(1, len(structures) // 2)), "learning_rate": rate},
@@ -298,20 +296,23 @@ def choose_settings(
     )
 
 
-def time_step(config: Config, structures: Sequence[Structure], repeats: int = 4) -> float:
-    """Seconds of one plain training step with these settings here (the median; the first call does not count)."""
+def time_steps(
+    config: Config, structures: Sequence[Structure], repeats: int = 5, clock: Callable[[], float] = time.perf_counter
+) -> tuple[list[float], bool]:
+    """Seconds of each of some training steps with these settings here, the first ones with compilation; and whether they were compiled."""
     workers = start_workers(config.training.device)
-    sample = [structures[k] for k in range(min(len(structures), config.training.batch_size))]
-    statistics = compute_statistics(structures[: max(20, len(sample))], config.model.cutoff)
+    size = min(len(structures), config.training.batch_size)
+    statistics = compute_statistics(structures, config.model.cutoff)
     potential = Potential(config.model, statistics, config.potential)
     potential.network.to(DTYPES[config.training.dtype])
     state = make_state(potential.to(workers.device), config.training, config.loss)
     times = []
-    for _ in range(repeats + 1):
-        began = time.perf_counter()
-        train_step(state, potential.collate(sample), config.loss, config.training, workers)
-        times.append(time.perf_counter() - began)
-    return float(np.median(times[1:]))
+    for k in range(repeats):
+        graph = potential.collate([structures[(k * size + i) % len(structures)] for i in range(size)])
+        began = clock()
+        train_step(state, graph, config.loss, config.training, workers)
+        times.append(clock() - began)
+    return times, isinstance(state.forward, CompiledForward) and state.forward.usable
 
 
 def _as_config(config: Config | Path | str | Mapping[str, Any], overrides: Sequence[str]) -> Config:

@@ -139,11 +139,11 @@ class NodeStart(nn.Module):
 class Layer(nn.Module):
     """Joint norm, message, edge update (not in the last layer) and equivariant coupling."""
 
-    def __init__(self, config: GeoditeConfig, first: bool, last: bool) -> None:
+    def __init__(self, config: GeoditeConfig, last: bool) -> None:
         super().__init__()
         c, l_max = config.num_features, config.l_max
         self.l_max, self.num_heads = l_max, config.num_heads
-        self.first, self.last, self.uses_steerables = first, last, not last or config.direct_forces
+        self.last, self.uses_steerables = last, not last or config.direct_forces
         published = config.variant == "published"
         self.dropout = config.dropout if config.dropout is not None else 0.2 if published else 0.0
 
@@ -294,7 +294,7 @@ class Geodite(nn.Module):
         self.node_start = NodeStart(c, config.num_basis, len(facts.atomic_numbers))
         self.W_erp = linear(config.num_basis, c, bias=False)
         last = config.num_layers - 1
-        self.layers: Any = nn.ModuleList(Layer(config, first=k == 0, last=k == last) for k in range(config.num_layers))
+        self.layers: Any = nn.ModuleList(Layer(config, last=k == last) for k in range(config.num_layers))
         degrees = np.repeat(np.arange(1, config.l_max + 1), 2 * np.arange(1, config.l_max + 1) + 1)
         self.rows = Table((degrees == np.arange(1, config.l_max + 1)[:, None]).astype(float))
         self.readouts: Any = nn.ModuleList(nn.Linear(c, 1, bias=False) for _ in range(config.num_layers))

@@ -20,12 +20,9 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from gossamer.models.base import DataFacts, ModelOutput
-from gossamer.nn.layers import ScaledSiLU, divide, join, linear, mean_by_index, sum_by_index
+from gossamer.nn.layers import ScaledSiLU, divide, join, linear, mean_by_index, smooth_length, sum_by_index
 from gossamer.nn.radial import bessel_basis, gaussian_basis, polynomial_envelope
 from gossamer.settings import settings
-
-SMOOTH_LENGTH = 0.1
-"""ε of the sound vector length sqrt(|v|² + ε²) - ε; the published one is 1e-4, with curvature 1e4 at v = 0"""
 
 
 @settings
@@ -102,14 +99,13 @@ class Update(nn.Module):
         super().__init__()
         h = config.num_features
         self.kind = config.update
-        self.epsilon = 1e-4 if config.variant == "published" else SMOOTH_LENGTH
-        self.offset = 0.0 if config.variant == "published" else SMOOTH_LENGTH
+        self.published = config.variant == "published"
         self.W_v = linear(h, 2 * h, bias=False)
         self.MLP_u = nn.Sequential(linear(2 * h, h), ScaledSiLU(), linear(h, 3 * h))
 
     def forward(self, x: Float[Tensor, "N H"], v: Float[Tensor, "N 3 H"]) -> tuple[Tensor, Tensor]:
         v1, v2 = divide(self.W_v(v), [x.shape[1]] * 2, 2)
-        length = torch.sqrt((v2 * v2).sum(dim=1) + self.epsilon**2) - self.offset
+        length = torch.sqrt((v2 * v2).sum(dim=1) + 1e-8) if self.published else smooth_length(v2)
         a, b, c = divide(self.MLP_u(join([x, length], 1)), [x.shape[1]] * 3, 1)
         if self.kind == "nmu":
             return x + b * (1 / math.sqrt(2)) + x * torch.tanh(c), v + a[:, None, :] * v1

@@ -121,7 +121,7 @@ def pair_cutoff_matrix(table: Mapping[str, float | Mapping[str, float]], cutoff:
     """Cutoffs (centre, neighbour) in Å of the elements with these atomic numbers.
 
     Raises:
-        ValueError: an unknown symbol, or a cutoff that is not between 0 and ``cutoff``.
+        ValueError: a symbol that is unknown or not among the elements, or a cutoff that is not between 0 and ``cutoff``.
     """
     matrix = np.full((len(numbers), len(numbers)), cutoff)
     for centre, entry in table.items():
@@ -129,6 +129,10 @@ def pair_cutoff_matrix(table: Mapping[str, float | Mapping[str, float]], cutoff:
             for symbol in (centre, *([neighbour] if neighbour else [])):
                 if symbol not in number_of:
                     raise ValueError(f"pair_cutoffs names '{symbol}', which is no chemical symbol")
+                if numbers and number_of[symbol] not in numbers:
+                    raise ValueError(
+                        f"pair_cutoffs names {symbol}, which is not among the elements of the data: leave it out, or add it to data.elements"
+                    )
             if not 0 < value <= cutoff:
                 raise ValueError(
                     f"pair_cutoffs gives {value} Å for {centre}-{neighbour or 'any'}: it must be above 0 and at most cutoff, {cutoff} Å"

@@ -18,12 +18,9 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from gossamer.models.base import DataFacts, ModelOutput
-from gossamer.nn.layers import divide, join, linear, sum_by_index
+from gossamer.nn.layers import divide, join, linear, smooth_length, sum_by_index
 from gossamer.nn.radial import bessel_basis, cosine_cutoff, gaussian_basis, polynomial_envelope
 from gossamer.settings import settings
-
-SMOOTH_LENGTH = 0.1
-"""ε of the sound length sqrt(|v|² + ε²) - ε; the published one is sqrt(|v|² + 1e-8)"""
 
 
 @settings
@@ -50,11 +47,6 @@ class PaiNNConfig:
 
 def dense(num_in: int, num_hidden: int, num_out: int) -> nn.Sequential:
     return nn.Sequential(linear(num_in, num_hidden), nn.SiLU(), linear(num_hidden, num_out))
-
-
-def smooth_length(v: Float[Tensor, "N 3 H"]) -> Float[Tensor, "N H"]:
-    """sqrt(|v|² + ε²) - ε, with bounded derivatives at zero."""
-    return torch.sqrt((v**2).sum(dim=1) + SMOOTH_LENGTH**2) - SMOOTH_LENGTH
 
 
 class Layer(nn.Module):

@@ -58,6 +58,15 @@ def divide(x: Tensor, sizes: Sequence[int], dim: int) -> tuple[Tensor, ...]:
     return (x,) if len(sizes) == 1 else _Divide.apply(x, list(sizes), dim)
 
 
+SMOOTH_LENGTH = 0.1
+"""ε of the smooth length"""
+
+
+def smooth_length(v: Float[Tensor, "n 3 c"]) -> Float[Tensor, "n c"]:
+    """sqrt(|v|² + ε²) - ε along the middle axis, with bounded derivatives at zero."""
+    return torch.sqrt((v**2).sum(dim=1) + SMOOTH_LENGTH**2) - SMOOTH_LENGTH
+
+
 class ScaledSiLU(nn.Module):
     """SiLU / 0.6, which keeps the variance of normal input near one (Gasteiger et al., arXiv:2106.08903)."""
 

@@ -143,7 +143,10 @@ def adapt_statistics(start: Potential, fresh: Statistics, structures: Sequence[S
                 "after shifting the reference energies, labels and predictions of the start still differ by %.2f eV per atom: are units, and "
                 "with replay the methods of old and new labels, the same?", left
             )  # fmt: skip
-    scales = {**dict.fromkeys(elements, 1.0), **(fresh.element_scales or {}), **(before.element_scales or {})}
+    # new elements: their RMS force in the units of the start, whose energy scale is kept
+    factor = fresh.energy_scale / before.energy_scale
+    scales = {e: factor * v for e, v in (fresh.element_scales or {}).items()}
+    scales = {**dict.fromkeys(elements, 1.0), **scales, **(before.element_scales or {})}
     return replace(
         before, elements=elements, reference_energies=base, element_scales=scales, spreads=fresh.spreads,
         n_structures=fresh.n_structures, fingerprint=fresh.fingerprint,
@@ -166,6 +169,7 @@ def transfer_weights(start: Potential, potential: Potential) -> dict[str, list[s
     """
     theirs, ours = start.network.state_dict(), potential.network.state_dict()
     tables = {f"{name}.weight" for name, module in potential.network.named_modules() if isinstance(module, nn.Embedding)}
+    fixed = {name for name, parameter in potential.network.named_parameters() if not parameter.requires_grad}
     parts = [n.energy_rows() if isinstance(n, NequIP) else {} for n in (start.network, potential.network)]
     old, new = start.statistics.elements, potential.statistics.elements
     known = [e for e in new if e in old]
@@ -173,14 +177,18 @@ def transfer_weights(start: Potential, potential: Potential) -> dict[str, list[s
         if name not in theirs:
             continue
         source = theirs[name].to(value)
-        if name in tables:
+        if name in tables and name not in fixed:
             value.copy_(source.mean(dim=0) + 0.1 * source.std(dim=0, correction=0) * torch.randn_like(value))
+        if name in tables:
             value[[new.index(e) for e in known]] = source[[old.index(e) for e in known]]
         elif source.shape != value.shape and name in parts[1]:
             (axis, theirs_rows), (_, our_rows) = (p[name] for p in parts)
             value.index_copy_(axis, our_rows.to(value.device), source.index_select(axis, theirs_rows.to(value.device)))
         elif source.shape != value.shape:
-            raise ValueError(f"The weight {name} has shape {tuple(source.shape)} in the start, but {tuple(value.shape)} here.")
+            raise ValueError(
+                f"The weight {name} has shape {tuple(source.shape)} in the start, but {tuple(value.shape)} here. Fine-tune with the network "
+                "settings of the start: leave model out."
+            )
         else:
             value.copy_(source)
     return {
@@ -208,7 +216,8 @@ def choose_weights(network: nn.Module, config: FineTuneConfig, transferred: Mapp
     Raises:
         ValueError: a pattern that matches nothing, or new elements or heads whose weights would stay at random values.
     """
-    names = [name for name, _ in network.named_parameters()]
+    # what the network itself keeps fixed (NequIP's scales without train_scales) stays so
+    names = [name for name, parameter in network.named_parameters() if parameter.requires_grad]
     patterns = [] if config.train == "all" else list(config.train)
     for pattern in patterns:
         if not fnmatch.filter(names, pattern):
