@@ -110,6 +110,16 @@ def test_wrong_networks(model: dict, message: str) -> None:
         make_config({"data": {"train": "x"}, "model": model})
 
 
+def test_pair_cutoffs_of_absent_elements_are_refused(tmp_path: Path) -> None:
+    config = {
+        "data": {"train": str(DEMO / "ethanol_500K.extxyz.xz")},
+        "model": {"name": "nequip", "pair_cutoffs": {"Si": 3.0}},
+        "out": str(tmp_path / "r"),
+    }
+    with pytest.raises(ValueError, match="pair_cutoffs names Si, which is not among the elements of the data"):
+        train(config, progress=False)
+
+
 def test_two_repulsions_are_refused(tmp_path: Path) -> None:
     config = {
         "data": {"train": str(DEMO / "ethanol_500K.extxyz.xz")},
