@@ -21,6 +21,7 @@ _PUBLIC = {
     "fit": "gossamer.runs",
     "evaluate": "gossamer.runs",
     "compare": "gossamer.comparison",
+    "judge": "gossamer.judging",
     "md": "gossamer.simulation.md",
     "relax": "gossamer.simulation.relax",
     "inspect": "gossamer.data.inspection",

@@ -77,6 +77,8 @@ def build_parser() -> argparse.ArgumentParser:
     compare.add_argument("--resume", action="store_true", help="keep the finished runs that are in the folder")
     _common(compare)
 
+    _judge_parser(command("judge", _judge, "Is a potential, ours or anyone's, fit for use? One report; exit status 1 if a check failed."))
+
     md = command("md", _md, "Molecular dynamics.")
     md.add_argument("model", help="saved potential")
     md.add_argument("structure", help="structure file (first frame)")
@@ -133,6 +135,44 @@ def build_parser() -> argparse.ArgumentParser:
     _common(convert)
     data.set_defaults(parser=data)
     return parser
+
+
+def _judge_parser(judge: argparse.ArgumentParser) -> None:
+    judge.add_argument("models", nargs="*", metavar="[NAME=]POTENTIAL", help="saved potentials; several stand side by side")
+    judge.add_argument("--calculator", action="append", default=[], metavar="[NAME=]MODULE:FACTORY", help="any ASE calculator, for example "
+                       "ase.calculators.emt:EMT or \"small=mace.calculators:mace_mp(model='small')\"; can be given several times")  # fmt: skip
+    judge.add_argument("--out", default="judgement", help="folder of the report; finished checks in it are not done again (default: judgement)")
+    judge.add_argument("--level", choices=["quick", "standard", "full"], default="quick", help="quick: minutes; standard: up to an hour; full: published protocols")
+    judge.add_argument("--only", nargs="+", metavar="CHECK", help="symmetry, conservation, smoothness, diatomics, crystals, phonons, conductivity, dynamics, errors, discovery, speed")
+    judge.add_argument("--skip", nargs="+", metavar="CHECK", default=[], help="checks to leave out")
+    judge.add_argument("--structures", nargs="+", metavar="FILE", default=[], help="what to judge on (default: what the potential was tested on, or simple crystals and molecules)")
+    judge.add_argument("--elements", nargs="+", metavar="SYMBOL", help="for calculators whose elements would have to be found out")
+    judge.add_argument("--data", metavar="FILE", help="labelled structures for the errors")
+    judge.add_argument("--same-zero", action="store_true", help="the labels count energies from the potential's zero: judge energies as they are")
+    judge.add_argument("--crystals", nargs="+", metavar="FILE", default=[], help="for equation of state, elasticity, phonons, thermal conductivity")
+    judge.add_argument("--all-pairs", action="store_true", help="curves of all pairs of elements")
+    judge.add_argument("--diatomics-reference", metavar="JSON", help="reference curves of two atoms")
+    dynamics = judge.add_argument_group("molecular dynamics")
+    dynamics.add_argument("--systems", nargs="+", metavar="FILE", default=[], help="what to simulate (default: the first structure)")
+    dynamics.add_argument("--references", nargs="+", metavar="FILE", default=[], help="reference trajectories of the systems, in their order")
+    dynamics.add_argument("--reference-interval", type=float, metavar="PS", help="between frames of the references, to compare diffusion")
+    dynamics.add_argument("--protocol", choices=["lips", "water", "methane", "molecule", "electrolyte"], help="ensemble, temperature, step and windows of a published benchmark")
+    dynamics.add_argument("--picoseconds", type=float, help="length (default: 1, 5 or 50 by level)")
+    dynamics.add_argument("--temperature", type=float, help="K (default: 300, or that of the protocol)")
+    dynamics.add_argument("--timestep", type=float, default=0.5, help="fs (default: 0.5)")
+    dynamics.add_argument("--two-temperatures", action="store_true", help="also run slightly warmer, and compare the two ensembles")
+    many = judge.add_argument_group("many crystals", "restartable; finished ones are kept")
+    many.add_argument("--conductivity-crystals", metavar="FILE", help="crystals with supercells and meshes, as of phononDB-103")
+    many.add_argument("--conductivity-reference", metavar="JSON", help="reference conductivities, for κ_SRME")
+    many.add_argument("--conductivity-count", type=int, metavar="N", help="only the first N")
+    many.add_argument("--discovery", metavar="FILE", help="initial structures with material_id (Matbench Discovery)")
+    many.add_argument("--discovery-table", metavar="CSV", help="table with the columns of wbm-summary.csv")
+    many.add_argument("--discovery-relaxed", metavar="FILE", help="structures relaxed by DFT, for the RMSD")
+    many.add_argument("--discovery-count", type=int, metavar="N", help="only the first N")
+    many.add_argument("--processes", type=int, default=1, help="workers of the discovery check (default: 1)")
+    judge.add_argument("--device", default="cpu", help="for saved potentials (default: cpu)")
+    judge.add_argument("--dtype", choices=["float32", "float64"], help="for saved potentials (default: as saved)")
+    _common(judge)
 
 
 def _common(parser: argparse.ArgumentParser) -> None:
@@ -240,6 +280,25 @@ def _compare(arguments: argparse.Namespace) -> int:
         print(table(records))
         print(f"table, plot and runs are in '{arguments.out}'")
     return 0
+
+
+def _judge(arguments: argparse.Namespace) -> int:
+    from gossamer.judging import CHECKS, judge
+
+    values = {k: v for k, v in vars(arguments).items() if k not in ("command", "run", "json")}
+    results = judge(**values)
+    failed = any(o.status == "failed" for outcomes in results.values() for o in outcomes.values())
+    if arguments.json:
+        print(json.dumps({name: {c: {k: v for k, v in o.to_dict().items() if k != "panels"} for c, o in outcomes.items()} for name, outcomes in results.items()}))
+        return int(failed)
+    for name, outcomes in results.items():
+        print(f"\n{name}")
+        for check, outcome in outcomes.items():
+            print(f"  {outcome.status:9s}{CHECKS[check].title}: {outcome.reason}")
+            if outcome.consequence:
+                print(f"  {'':9s}  {outcome.consequence}")
+    print(f"\neverything is in '{arguments.out}/report.html' and '{arguments.out}/judgement.json'")
+    return int(failed)
 
 
 def _md(arguments: argparse.Namespace) -> int:

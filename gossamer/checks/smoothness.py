@@ -1,4 +1,4 @@
-"""How an energy behaves where an atom passes the cutoff; any ASE calculator."""
+"""How smooth an energy is: at the cutoff, along paths, and down to the noise of its arithmetic; any ASE calculator."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ from typing import Any
 import numpy as np
 from ase import Atoms
 from numpy.typing import NDArray
+
+from gossamer.checks.outcome import Metric, Outcome, Panel, at_least, at_most, attempt, conclude, curve, measured
+from gossamer.checks.subject import Subject, bond_length, rattled
 
 
 def energies_along(
@@ -49,3 +52,133 @@ def energy_jump(calculator: Any, atoms: Atoms, cutoff: float, delta: float = 1e-
     line.positions[-1] = line.positions[-2] + np.array([cutoff, 0.0, 0.0])
     inside, outside = energies_along(calculator, line, len(line) - 1, np.array([1.0, 0.0, 0.0]), np.array([-delta, delta]))
     return float(abs(inside - outside))
+
+
+def along(calculator: Any, atoms: Atoms, direction: NDArray[np.float64], offsets: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Energies (eV) and slopes -F·direction (eV/Å) with the atoms moved by ``offsets`` (Å) along a (n_atoms, 3) direction."""
+    work = atoms.copy()
+    work.calc = calculator
+    energies, slopes = [], []
+    for offset in offsets:
+        work.positions = atoms.positions + offset * direction
+        energies.append(work.get_potential_energy())
+        slopes.append(-float((work.get_forces(apply_constraint=False) * direction).sum()))
+    return np.array(energies), np.array(slopes)
+
+
+def largest_jump(values: NDArray[np.float64], spacing: float, order: int = 0) -> tuple[float, int]:
+    """Largest jump of the ``order``-th derivative along equally spaced samples, and the sample it lies at.
+
+    Cubics through four samples left and right of a place are extrapolated to it. Where the function is smooth the two
+    agree to the fourth power of the spacing, so of the spacing and twice the spacing the smaller difference is taken:
+    noise shrinks with the larger one, curvature with the smaller, a jump with neither.
+    """
+    jumps = []
+    for stride in (1, 2):
+        nodes = np.arange(1, 5) * stride * spacing
+        # derivative at 0 of the cubic through four nodes to the right; to the left odd derivatives change sign
+        weights = np.linalg.inv(np.vander(nodes, 4, increasing=True))[order] * (1.0, 1.0, 2.0, 6.0)[order]
+        reach = 4 * stride
+        jump = np.zeros(len(values))
+        for k in range(reach, len(values) - reach):
+            right = weights @ values[k + stride : k + reach + 1 : stride]
+            left = (-1) ** order * (weights @ values[k - stride : k - reach - 1 if k > reach else None : -stride])
+            jump[k] = abs(right - left)
+        jumps.append(jump)
+    # a jump between two samples shows at its neighbours: compare the strides within two samples
+    wide = np.array([jumps[1][max(0, k - 2) : k + 3].max() for k in range(len(values))])
+    both = np.minimum(jumps[0], wide)
+    both[:8] = both[len(values) - 8 :] = 0.0
+    place = int(both.argmax())
+    return float(both[place]), place
+
+
+def force_noise(calculator: Any, atoms: Atoms, repeats: int = 8, seed: int = 0) -> float:
+    """Root mean square, in eV/Å, of the scatter of the forces over rigid translations, which change nothing but rounding."""
+    rng = np.random.default_rng(seed)
+    work = atoms.copy()
+    work.calc = calculator
+    forces = []
+    for _ in range(repeats):
+        work.positions = atoms.positions + rng.uniform(-1, 1, size=3)
+        forces.append(work.get_forces(apply_constraint=False))
+    return float(np.sqrt(np.var(forces, axis=0, ddof=1).mean()))
+
+
+def tortuosity(energies: NDArray[np.float64]) -> float:
+    """Total variation of an energy curve over that of its single well: 1 for one minimum and nothing else.
+
+        sum |E_(i+1) - E_i| / (|E_first - E_min| + |E_last - E_min|)
+
+    As in MLIP Arena and Matbench Discovery.
+    """
+    down = abs(energies[0] - energies.min()) + abs(energies[-1] - energies.min())
+    return float(np.abs(np.diff(energies)).sum() / max(down, 1e-300))
+
+
+# --- verdict --------------------------------------------------------------------------------------------------------
+
+KINK = "Energy is not conserved whenever a neighbour comes or goes, and third-order force constants (thermal conductivity) are wrong."
+NOISE = "Relaxations stop short of tight convergence, and finite differences (phonons) are noisy."
+
+
+def check(subject: Subject) -> Outcome:
+    """An atom pulled out of reach of a bonded pair, structures moved along a line, and the noise of the forces."""
+    calculator = subject.calculator
+    points = 4 * subject.effort.diatomic_points
+    metrics: list[Metric] = []
+    panels: list[Panel] = []
+    a, b = (subject.elements * 2)[:2]
+    bond = bond_length(a, b)
+    start = Atoms([a, b, a], [[-0.3 * bond, 0.9 * bond, 0], [0, 0, 0], [1.0, 0, 0]])
+    pull = np.zeros((3, 3))
+    pull[2, 0] = 1.0
+    lengths = np.linspace(max(2.2, 1.3 * bond), 1.15 * subject.cutoff if subject.cutoff else 8.0, points)
+
+    def leaving() -> list[Metric]:
+        energies, slopes = along(calculator, start, pull, lengths - 1.0)
+        spacing = lengths[1] - lengths[0]
+        panels.append(Panel(f"{a} leaving {a}-{b}: force", "distance, Å", "eV/Å", [curve(lengths, -slopes)]))
+        jumps = [largest_jump(energies, spacing), *(largest_jump(slopes, spacing, k) for k in range(3))]
+        limits = [("energy", 1000.0, "meV", 0.05, 1.0), ("force", 1000.0, "meV/Å", 0.5, 10.0), ("stiffness", 1.0, "eV/Å²", 0.02, 0.5), ("third derivative", 1.0, "eV/Å³", 2.0, 20.0)]  # fmt: skip
+        found = [at_most(f"jump of the {name} as an atom leaves", scale * jump, unit, good, poor, KINK)
+                 for (jump, _), (name, scale, unit, good, poor) in zip(jumps, limits, strict=True)]  # fmt: skip
+        worst = int(np.argmax([j / limit[3] * limit[1] for (j, _), limit in zip(jumps, limits, strict=True)]))
+        return [*found, measured("distance of the largest jump", lengths[jumps[worst][1]], "Å")]
+
+    metrics += attempt("an atom leaving", leaving, "Gas phases, surfaces and evaporation cannot be simulated.")
+    if subject.cutoff is not None and _is_double(calculator, start):
+        pair = Atoms([a, b], [[0, 0, 0], [2.0, 0, 0]])
+        metrics += attempt("order at the cutoff", lambda: at_least("power with which the energy vanishes at the cutoff", cutoff_exponent(calculator, pair, subject.cutoff), "", 2.8, 1.8, KINK), KINK)
+    for k, atoms in enumerate(subject.bar(subject.structures, "smoothness")):
+        probe = rattled(atoms, 0.03, seed=k)
+        direction = np.random.default_rng(k).normal(size=probe.positions.shape)
+        direction /= np.abs(direction).max()
+        offsets = np.linspace(-0.3, 0.3, points // 2)
+
+        def path(probe: Atoms = probe, direction: NDArray[np.float64] = direction, offsets: NDArray[np.float64] = offsets) -> list[Metric]:
+            energies, slopes = along(calculator, probe, direction, offsets)
+            spacing = offsets[1] - offsets[0]
+            name = probe.get_chemical_formula()
+            panels.append(Panel(f"Energy along a line, {name}", "largest displacement, Å", "eV", [curve(offsets, energies - energies.min())]))
+            return [
+                at_most(f"jump of the energy along a line, {name}", 1000 * largest_jump(energies, spacing)[0] / len(probe), "meV/atom", 0.05, 1.0, KINK),
+                at_most(f"jump of the force along a line, {name}", 1000 * largest_jump(slopes, spacing)[0] / np.linalg.norm(direction), "meV/Å", 5.0, 50.0, KINK),
+                at_most(f"tortuosity along a line, {name}", tortuosity(energies), "", 1.05, 1.5, "Spurious minima trap atoms."),
+            ]  # fmt: skip
+
+        metrics += attempt(f"a line through {atoms.get_chemical_formula()}", path, KINK, "failed")
+        metrics += attempt("noise", lambda p=probe: at_most(f"noise of the forces, {p.get_chemical_formula()}", 1000 * force_noise(calculator, p), "meV/Å", 0.1, 2.0, NOISE), NOISE, "failed")
+    return conclude(metrics, panels, passed="Smooth where atoms come and go, along lines, and quiet.")
+
+
+def _is_double(calculator: Any, atoms: Atoms) -> bool:
+    """Whether a displacement of 1e-9 Å still changes the force smoothly, as only float64 arithmetic does."""
+    work = atoms.copy()
+    work.positions[2] = work.positions[1] + [2.2, 0, 0]
+    try:
+        _, slopes = along(calculator, work, np.eye(3)[[0, 0, 0]] * [[0], [0], [1]], np.arange(4) * 1e-8)
+    except Exception:
+        return False
+    change = np.diff(slopes)
+    return bool(np.abs(change).max() > 0 and np.abs(np.diff(change)).max() < 0.2 * np.abs(change).max())

@@ -9,6 +9,9 @@ from ase import Atoms
 from numpy.typing import NDArray
 from scipy.spatial.transform import Rotation
 
+from gossamer.checks.outcome import Metric, Outcome, at_most, attempt, conclude
+from gossamer.checks.subject import Subject, rattled
+
 
 def evaluate_on(calculator: Any, atoms: Atoms) -> tuple[float, NDArray[np.float64]]:
     """Energy in eV and forces in eV/Å of a copy of the atoms."""
@@ -87,3 +90,72 @@ def separation_error(calculator: Any, atoms: Atoms, distance: float = 100.0) -> 
 def net_force(calculator: Any, atoms: Atoms) -> float:
     """Length of the sum of all forces in eV/Å; zero for the gradient of a translation-invariant energy."""
     return float(np.linalg.norm(evaluate_on(calculator, atoms)[1].sum(axis=0)))
+
+
+def left_handed_error(calculator: Any, atoms: Atoms) -> float:
+    """Change of the energy in eV/atom when two lattice vectors are exchanged, which leaves the crystal as it is."""
+    other = atoms.copy()
+    other.set_cell(atoms.cell.array[[1, 0, 2]])
+    other.pbc = atoms.pbc[[1, 0, 2]]
+    return abs(evaluate_on(calculator, other)[0] - evaluate_on(calculator, atoms)[0]) / len(atoms)
+
+
+def isolated_atom_error(calculator: Any, element: str, distance: float = 100.0) -> float:
+    """Largest of the force on a lone atom (eV/Å) and the interaction of two of them ``distance`` Å apart (eV)."""
+    energy, force = evaluate_on(calculator, Atoms([element]))
+    both, forces = evaluate_on(calculator, Atoms([element] * 2, [[0, 0, 0], [distance, 0, 0]]))
+    return max(abs(both - 2 * energy), float(np.abs(force).max()), float(np.abs(forces).max()))
+
+
+# --- verdict --------------------------------------------------------------------------------------------------------
+
+TURNED = "Results depend on how the system lies in space: relaxations, phonons and long simulations drift or come out wrong."
+ORDER = "Results depend on how the file lists the atoms."
+SIZE = "Energies of systems of different size cannot be compared: no formation, surface or reaction energies."
+CHANGES = {
+    "rotation": TURNED, "reflection": "Mirror images differ: enantiomers and handed crystals come out wrong.", "translation": TURNED,
+    "permutation": ORDER, "lattice shifts": "Results depend on how atoms are wrapped into the cell: jumps at the cell's border.",
+}  # fmt: skip
+
+
+def check(subject: Subject) -> Outcome:
+    """Symmetry and extensivity of the subject's structures; limits are met by float32 arithmetic of a symmetric model."""
+    calculator = subject.calculator
+    worst: dict[str, dict[str, float]] = {}
+    metrics: list[Metric] = []
+    periodic, molecules = [], []
+    for k, atoms in enumerate(subject.bar(subject.structures, "symmetry")):
+        probe = rattled(atoms, 0.03, seed=k)
+        (periodic if atoms.pbc.any() else molecules).append(probe)
+        try:
+            errors = symmetry_errors(calculator, probe, seed=k)
+        except Exception as error:
+            metrics += attempt(f"evaluation of {atoms.get_chemical_formula()}", lambda e=error: _raise(e), "Such a structure cannot be simulated at all.", "failed")
+            continue
+        for name, values in errors.items():
+            known = worst.setdefault(name, dict.fromkeys(values, 0.0))
+            for key, value in values.items():
+                known[key] = max(known[key], value) if np.isfinite(value) else value
+    for name, values in worst.items():
+        metrics.append(at_most(f"{name}, energy", values["energy"] * 1000, "meV/atom", 0.02, 1.0, CHANGES[name]))
+        metrics.append(at_most(f"{name}, forces relative to the largest", values["relative"], "", 5e-4, 1e-2, CHANGES[name]))
+    for atoms in periodic[:1]:
+        metrics += attempt("supercell", lambda a=atoms: at_most("supercell, energy", 1000 * supercell_error(calculator, a), "meV/atom", 0.05, 1.0, SIZE), SIZE)
+        metrics += attempt(
+            "left-handed cell", lambda a=atoms: at_most("left-handed cell, energy", 1000 * left_handed_error(calculator, a), "meV/atom", 0.02, 1.0, TURNED), TURNED
+        )
+    lone = "Reactions, adsorption, evaporation and gas phases start from a wrong zero."
+    parts = molecules[0] if molecules else Atoms([subject.elements[0]] * 2, [[0, 0, 0], [2.2, 0, 0]])
+    metrics += attempt("two far copies", lambda: at_most("two far copies, energy", 1000 * separation_error(calculator, parts), "meV", 0.1 * len(parts), 20.0, SIZE), SIZE)
+    elements = sorted({s for a in subject.structures for s in a.symbols}) or subject.elements[:3]
+    metrics += attempt(
+        "isolated atoms",
+        lambda: at_most("isolated atoms, interaction at 100 Å and self-force", max(isolated_atom_error(calculator, e) for e in elements), "eV or eV/Å", 1e-4, 1e-2, lone),
+        lone,
+    )  # fmt: skip
+    names = ", ".join(a.get_chemical_formula() for a in subject.structures)
+    return conclude(metrics, notes=[f"Judged on {names}, every coordinate moved by 0.03 Å."], passed="Energy and forces follow every symmetry, and energies add up.")
+
+
+def _raise(error: Exception) -> Any:
+    raise error

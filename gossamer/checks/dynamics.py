@@ -1,0 +1,290 @@
+"""Molecular dynamics under judgement: ensemble, stability, structure and diffusion beside a reference; any ASE calculator.
+
+Protocols and definitions of "Forces are not enough" (Fu et al., TMLR 2023, arXiv:2210.07237); overlap of the radial
+distribution as reported for Geodite (arXiv:2601.15492).
+"""
+
+from __future__ import annotations
+
+import csv
+import itertools
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import ase.io
+import numpy as np
+from ase import Atoms, units
+from ase.io.trajectory import Trajectory
+from numpy.typing import NDArray
+
+from gossamer.checks import liquids
+from gossamer.checks.outcome import Curve, Metric, Outcome, Panel, at_least, at_most, attempt, conclude, curve, measured
+from gossamer.checks.subject import Subject, enlarged
+from gossamer.simulation.md import degrees_of_freedom, find_bonds, md
+
+Array = NDArray[np.float64]
+BINS, R_MAX = 500, 6.0
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How a system is simulated and what is asked of it."""
+
+    ensemble: str = "langevin"
+    temperature: float = 300.0
+    timestep: float = 0.5
+    """fs"""
+    thermostat_time: float = 100.0
+    """fs"""
+    interval: int = 20
+    """steps between frames"""
+    picoseconds: float | None = None
+    """None: the effort decides"""
+    window: float = 1.0
+    """ps of trajectory in each radial distribution of the stability test"""
+    skip: float = 0.0
+    """ps dropped before structure and diffusion are measured"""
+    species: str | None = None
+    """element whose diffusion is measured; None takes all atoms"""
+
+
+PROTOCOLS = {
+    "lips": Protocol("nose-hoover", 520.0, 0.25, 5.0, 50, 50.0, 1.0, 5.0, "Li"),
+    "water": Protocol("langevin", 300.0, 0.5, 100.0, 100, 50.0, 2.0, 5.0, "O"),
+    "methane": Protocol("langevin", 300.0, 0.5, 100.0, 100, 50.0, 2.0, 5.0, "C"),
+    "molecule": Protocol("nose-hoover", 500.0, 0.5, 10.0, 20, 300.0, 1.0, 0.0, None),
+    "electrolyte": Protocol("nose-hoover", 600.0, 1.0, 100.0, 100, 1000.0, 1.0, 50.0, "Li"),
+}
+"""lips, water, methane, molecule: Fu et al. and LEIGNN; electrolyte: 1 ns at the reference temperature (Geodite; step and thermostat are ours)"""
+
+
+def simulate(subject: Subject, name: str, atoms: Atoms, protocol: Protocol, picoseconds: float, label: str = "") -> dict[str, Any]:
+    """Run (or go on with) the simulation of a system in the subject's folder; answer of `gossamer.md`, with "folder"."""
+    folder = subject.folder / "dynamics" / f"{name}{label}"
+    steps = round(picoseconds * 1000 / protocol.timestep)
+    interval = min(protocol.interval, max(1, steps // 50))
+    start = atoms.copy()
+    bonds = not atoms.pbc.any()
+    answer = md(
+        subject.calculator, start, temperature=protocol.temperature, steps=steps, timestep=protocol.timestep, ensemble=protocol.ensemble,  # type: ignore[arg-type]
+        out=folder, interval=interval, thermostat_time=protocol.thermostat_time, seed=0, resume=(folder / "state.npz").exists(),
+        max_bond_stretch=0.5 if bonds else None, progress=subject.progress,
+    )  # fmt: skip
+    return {**answer, "folder": folder, "interval_ps": interval * protocol.timestep / 1000}
+
+
+def read_trajectory(folder: Path) -> tuple[list[Atoms], dict[str, Array]]:
+    """Frames, and the columns of log.csv."""
+    with Trajectory(folder / "trajectory.traj") as reader:
+        frames = [reader[k] for k in range(len(reader))]
+    with open(folder / "log.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    return frames, {key: np.array([float(r[key]) for r in rows]) for key in rows[0]}
+
+
+def kinetic_energy_deviation(log: dict[str, Array], n_freedom: int, temperature: float) -> tuple[float, float]:
+    """How many standard errors mean and width of the kinetic energy are from the canonical ones.
+
+    By the `physical_validation` package (Merz and Shirts, PLoS ONE 13, e0202764 (2018)), Eq. 7: a gamma distribution.
+    """
+    logging.getLogger("pymbar").setLevel(logging.ERROR)  # it advertises on import
+    import physical_validation
+    from physical_validation.data import EnsembleData, ObservableData, SimulationData, SystemData, UnitData
+
+    kinetic = (log["total_energy_eV"] - log["potential_energy_eV"]) / (units.kJ / units.mol)
+    n = len(kinetic)
+    run = SimulationData(
+        units=UnitData.units("GROMACS"), ensemble=EnsembleData("NVT", natoms=n_freedom, volume=1.0, temperature=temperature),
+        system=SystemData(natoms=n_freedom // 3 + 1, nconstraints=3 * (n_freedom // 3 + 1) - n_freedom, ndof_reduction_tra=0, ndof_reduction_rot=0),
+        observables=ObservableData(kinetic_energy=kinetic[n // 5 :], potential_energy=log["potential_energy_eV"][n // 5 :], total_energy=log["total_energy_eV"][n // 5 :]),
+    )  # fmt: skip
+    mean, width = physical_validation.kinetic_energy.distribution(run, strict=False, verbosity=0, bootstrap_seed=1)  # type: ignore[misc]
+    return float(mean), float(width)
+
+
+def ensemble_deviation(first: dict[str, Array], second: dict[str, Array], temperatures: tuple[float, float], n_atoms: int) -> float:
+    """Standard errors between the ratio of two canonical energy distributions and its Boltzmann factor (`physical_validation`, Eq. 4)."""
+    logging.getLogger("pymbar").setLevel(logging.ERROR)
+    import physical_validation
+    from physical_validation.data import EnsembleData, ObservableData, SimulationData, UnitData
+
+    runs = []
+    for log, temperature in zip((first, second), temperatures, strict=True):
+        energy = log["potential_energy_eV"] / (units.kJ / units.mol)
+        runs.append(
+            SimulationData(
+                units=UnitData.units("GROMACS"), ensemble=EnsembleData("NVT", natoms=n_atoms, volume=1.0, temperature=temperature),
+                observables=ObservableData(potential_energy=energy[len(energy) // 5 :]),
+            )
+        )  # fmt: skip
+    return float(np.max(physical_validation.ensemble.check(*runs, verbosity=0)))
+
+
+def vibrational_density(frames: Sequence[Atoms], interval: float) -> tuple[Array, Array]:
+    """Spectrum of the mass-weighted velocities: wavenumbers (1/cm), and density normalised to 1. Args: interval in ps."""
+    velocities = np.array([f.get_velocities() * np.sqrt(f.get_masses())[:, None] for f in frames])
+    velocities -= velocities.mean(axis=0)
+    window = np.hanning(len(velocities))[:, None, None]
+    power = (np.abs(np.fft.rfft(velocities * window, axis=0)) ** 2).sum(axis=(1, 2))
+    wavenumbers = np.fft.rfftfreq(len(velocities), interval * 1e-12) / 2.99792458e10
+    return wavenumbers, power / max(np.trapezoid(power, wavenumbers), 1e-300)
+
+
+def read_reference(path: Path | str) -> list[Atoms]:
+    """Frames of a reference trajectory: anything ASE reads (extended XYZ may be .xz), or .npz with frac, cell_A and numbers."""
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"There is no reference trajectory '{path}'.")
+    if path.suffix == ".npz":
+        with np.load(path, allow_pickle=False) as data:
+            missing = {"frac", "cell_A", "numbers"} - set(data.files)
+            if missing:
+                raise ValueError(f"'{path}' lacks {', '.join(sorted(missing))}; expected frac (n_frames, n_atoms, 3), cell_A (3, 3) and numbers.")
+            return [Atoms(data["numbers"], scaled_positions=f, cell=data["cell_A"], pbc=True) for f in data["frac"]]
+    if path.suffix in (".xz", ".gz", ".bz2"):
+        from gossamer.data.readers import open_text
+
+        with open_text(path) as file:
+            return list(ase.io.iread(file, ":", format="extxyz"))
+    return list(ase.io.iread(path, ":"))
+
+
+# --- verdict --------------------------------------------------------------------------------------------------------
+
+BROKE = "Simulations of this system end in nonsense; nothing after the break can be used."
+WRONG_T = "Averages are not those of the ensemble that was asked for."
+STRUCTURE = "The structure of the material in simulations is not that of the reference."
+KINETICS = "Diffusion, conductivity and reaction rates come out wrong."
+
+
+def check(subject: Subject) -> Outcome:
+    """Each system at constant temperature; beside its reference trajectory where there is one."""
+    metrics: list[Metric] = []
+    panels: list[Panel] = []
+    notes = []
+    options = subject.options
+    protocol = PROTOCOLS[options.protocol] if options.protocol else Protocol(timestep=options.timestep)
+    if options.temperature_given:
+        protocol = replace(protocol, temperature=options.temperature)
+    picoseconds = options.picoseconds or (protocol.picoseconds if options.protocol and subject.effort.md_ps >= 50 else subject.effort.md_ps)
+    references = list(options.references) + [None] * len(subject.systems)
+    for (name, atoms), reference in zip(subject.systems.items(), references, strict=False):
+        system = enlarged(atoms, subject.effort.md_atoms) if options.builtin_systems else atoms
+        own = replace(protocol, temperature=float(atoms.info["temperature_K"])) if "temperature_K" in atoms.info and not options.temperature_given else protocol
+        metrics += attempt(
+            f"{name}: molecular dynamics",
+            lambda n=name, a=system, p=own, r=reference: _system(subject, n, a, p, float(picoseconds), r, panels), BROKE, "failed",
+        )  # fmt: skip
+        notes.append(f"{name}: {system.get_chemical_formula()}, {own.ensemble}, {own.temperature:g} K, {own.timestep:g} fs, {picoseconds:g} ps.")
+    return conclude(metrics, panels, notes, "Stable, at the temperature asked for" + (", with the structure of the reference." if options.references else "."))
+
+
+def _system(subject: Subject, name: str, atoms: Atoms, protocol: Protocol, picoseconds: float, reference: str | None, panels: list[Panel]) -> list[Metric]:
+    run = simulate(subject, name, atoms, protocol, picoseconds)
+    frames, log = read_trajectory(run["folder"])
+    times = log["time_fs"] / 1000
+    stable = run["time_ps"] if run["broken"] else picoseconds
+    metrics = [at_least(f"{name}: time before it breaks", stable, "ps", picoseconds * (1 - 1e-9), picoseconds * (1 - 1e-9), BROKE)]
+    if run["broken"]:
+        metrics[0].reason += f" ({run['broken']})"
+    metrics.append(measured(f"{name}: speed", run["seconds"] / max(run["steps"], 1) * 1000, "ms/step", "low"))
+    panels.append(Panel(f"Temperature, {name}", "time, ps", "K", [curve(times, log["temperature_K"])]))
+    if run["broken"] or len(frames) < 20:
+        return metrics
+    metrics += _ensemble(subject, name, atoms, protocol, picoseconds, frames, log)
+    kept = frames[min(int(protocol.skip / run["interval_ps"]), len(frames) // 2) :]
+    known = read_reference(reference) if reference else None
+    metrics += (_bulk if atoms.pbc.all() else _molecule)(name, frames, kept, run["interval_ps"], protocol, known, panels, subject)
+    wavenumbers, density = vibrational_density(kept, run["interval_ps"])
+    if wavenumbers[-1] > 800:  # frames too far apart fold the spectrum
+        panels.append(Panel(f"Vibrational density of states, {name}", "1/cm", "density", [curve(wavenumbers, density)], x_limits=(0, min(4200.0, wavenumbers[-1]))))
+    grid = np.linspace(0, float(np.percentile([np.linalg.norm(f.get_forces(), axis=1) for f in kept], 99.5)) + 1e-6, 80)
+    magnitudes = np.concatenate([np.linalg.norm(f.get_forces(), axis=1) for f in kept])
+    symbols = np.concatenate([np.array(f.get_chemical_symbols()) for f in kept])
+    middle = 0.5 * (grid[1:] + grid[:-1])
+    panels.append(Panel(f"Force magnitudes, {name}", "eV/Å", "density",
+                        [curve(middle, np.histogram(magnitudes[symbols == e], grid, density=True)[0], e) for e in sorted(set(symbols))]))  # fmt: skip
+    return metrics
+
+
+def _ensemble(subject: Subject, name: str, atoms: Atoms, protocol: Protocol, picoseconds: float, frames: list[Atoms], log: dict[str, Array]) -> list[Metric]:
+    if protocol.ensemble == "nve":
+        return []
+    freedom = degrees_of_freedom(atoms, protocol.ensemble)
+    kinetic = 2 * (log["total_energy_eV"] - log["potential_energy_eV"]) / (freedom * units.kB)
+    late = kinetic[len(kinetic) // 5 :]
+    blocks = [b.mean() for b in np.array_split(late, 5)]
+    error = max(float(np.std(blocks, ddof=1) / np.sqrt(5)), protocol.temperature * np.sqrt(2 / freedom / len(late)))
+    metrics = [
+        measured(f"{name}: mean temperature", float(late.mean()), "K"),
+        at_most(f"{name}: temperature off by", abs(float(late.mean()) - protocol.temperature) / error, "standard errors", 4.0, 8.0, WRONG_T),
+    ]
+    try:
+        mean, width = kinetic_energy_deviation(log, freedom, protocol.temperature)
+    except ImportError:
+        return [*metrics, Metric(f"{name}: distribution of the kinetic energy", None, "", "skipped", "", "", "needs physical_validation: pip install 'gossamer[judge]'")]
+    metrics.append(at_most(f"{name}: kinetic energy, mean and width off by", max(mean, width), "standard errors", 4.0, 8.0, WRONG_T))
+    if subject.options.two_temperatures:
+        warmer = replace(protocol, temperature=protocol.temperature * (1 + np.sqrt(2 / freedom)))
+        second = simulate(subject, name, atoms, warmer, picoseconds, "-warmer")
+        deviation = ensemble_deviation(log, read_trajectory(second["folder"])[1], (protocol.temperature, warmer.temperature), len(atoms))
+        metrics.append(at_most(f"{name}: Boltzmann factor between two temperatures off by", deviation, "standard errors", 4.0, 8.0, WRONG_T))
+    return metrics
+
+
+def _bulk(name: str, frames: list[Atoms], kept: list[Atoms], interval: float, protocol: Protocol, known: list[Atoms] | None, panels: list[Panel], subject: Subject) -> list[Metric]:
+    metrics: list[Metric] = []
+    elements = sorted(set(frames[0].get_chemical_symbols()))
+    pairs = [None, *itertools.combinations_with_replacement(elements, 2)] if len(elements) > 1 else [None]
+    thin = kept[:: max(1, len(kept) // 200)]
+    for pair in pairs:
+        label = "all pairs" if pair is None else "-".join(pair)
+        bins = BINS if pair is None else 200
+        r, g = liquids.rdf(thin, R_MAX, bins, pair)
+        curves: list[Curve] = [curve(r, g)]
+        if known:
+            _, true = liquids.rdf(known[:: max(1, len(known) // 200)], R_MAX, bins, pair)
+            curves.append(curve(r, true, "reference", reference=True))
+            overlap = liquids.rdf_overlap(g, true)
+            metrics.append(at_least(f"{name}: overlap of g(r), {label}", overlap, "", 0.93, 0.8, STRUCTURE))
+            if pair is None:
+                metrics.append(at_most(f"{name}: error of g(r), {label}", liquids.rdf_error(g, true, R_MAX), "Å", 0.3, 1.0, STRUCTURE))
+                broke = liquids.stability_time(frames, true, interval, min(protocol.window, len(frames) * interval / 2))
+                total = len(frames) * interval
+                metrics.append(at_least(f"{name}: time before g(r) leaves the reference", broke, "ps", 0.999 * total, 0.999 * total, STRUCTURE))
+        panels.append(Panel(f"g(r), {label}, {name}", "r, Å", "g(r)", curves))
+    positions, masses = liquids.unwrapped_positions(kept), kept[0].get_masses()
+    chosen = np.array([protocol.species in (None, s) for s in kept[0].get_chemical_symbols()])
+    if not chosen.any():
+        chosen[:] = True
+    msd = liquids.mean_squared_displacement(positions, masses, chosen)
+    panels.append(Panel(f"Mean squared displacement, {name}", "time, ps", "Å²", [curve((np.arange(len(msd)) * interval)[:: max(1, len(msd) // 300)], msd[:: max(1, len(msd) // 300)])]))
+    mean, error = liquids.diffusivity_blocks(positions, masses, chosen, interval)
+    who = protocol.species or "all atoms"
+    metrics += [measured(f"{name}: diffusivity of {who}", mean, "1e-9 m²/s"), measured(f"{name}: its standard error", error, "1e-9 m²/s"),
+                measured(f"{name}: diffusivity by the end of the window", liquids.diffusivity(msd, interval), "1e-9 m²/s")]  # fmt: skip
+    if known and subject.options.reference_interval:
+        true_positions = liquids.unwrapped_positions(known)
+        true, true_error = liquids.diffusivity_blocks(true_positions, masses, chosen, subject.options.reference_interval)
+        allowed = 2 * float(np.hypot(error, true_error))
+        metrics.append(at_most(f"{name}: diffusivity off by", abs(mean - true), "1e-9 m²/s", 0.25 * abs(true) + allowed, abs(true) + allowed, KINETICS))
+    return metrics
+
+
+def _molecule(name: str, frames: list[Atoms], kept: list[Atoms], interval: float, protocol: Protocol, known: list[Atoms] | None, panels: list[Panel], subject: Subject) -> list[Metric]:
+    r, h = liquids.distance_distribution(kept)
+    curves = [curve(r, h)]
+    metrics = []
+    bonds = find_bonds(frames[0])
+    total = len(frames) * interval
+    intact = liquids.bond_stability_time(frames, bonds, interval)
+    metrics.append(at_least(f"{name}: time before a bond changes by 0.5 Å", intact, "ps", 0.999 * total, 0.999 * total, BROKE))
+    if known:
+        _, true = liquids.distance_distribution(known)
+        curves.append(curve(r, true, "reference", reference=True))
+        metrics.append(at_most(f"{name}: error of h(r)", float(np.abs(h - true).mean() * 10.0), "", 0.15, 0.6, STRUCTURE))
+    panels.append(Panel(f"Interatomic distances h(r), {name}", "r, Å", "1/Å", curves))
+    return metrics

@@ -1,0 +1,201 @@
+"""Errors of any ASE calculator on labelled structures, and whether its own uncertainties are honest."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import ase.io
+import numpy as np
+from ase import Atoms
+from ase.stress import voigt_6_to_full_3x3_stress
+from numpy.typing import NDArray
+from scipy.stats import spearmanr
+
+from gossamer.checks.outcome import Metric, Outcome, Panel, at_least, at_most, close_to, conclude, curve, measured, skipped
+from gossamer.checks.subject import Subject
+from gossamer.files import write_text
+
+Array = NDArray[np.float64]
+UNCERTAINTIES = ("forces_uncertainty", "forces_std")
+"""entries of a calculator's results that hold a standard deviation of each force component, eV/Å"""
+
+
+def predict(calculator: Any, frames: Sequence[Atoms], bar: Any = iter) -> list[dict[str, Any]]:
+    """Labels and predictions of each frame: energy (eV), forces (eV/Å), stress (eV/Å³), uncertainty (eV/Å) where there are any.
+
+    Labels are those of ASE's readers: the energy, forces and stress of the frame's own calculator.
+    """
+    out = []
+    for atoms in bar(frames):
+        labels = dict(getattr(atoms.calc, "results", {}) or {})
+        work = atoms.copy()
+        work.calc = calculator
+        entry: dict[str, Any] = {"symbols": np.array(atoms.get_chemical_symbols()), "n_atoms": len(atoms)}
+        entry["energy"] = (labels.get("energy"), float(work.get_potential_energy()))
+        entry["forces"] = (labels.get("forces"), work.get_forces(apply_constraint=False))
+        if labels.get("stress") is not None and atoms.pbc.all():
+            try:
+                entry["stress"] = (_full(labels["stress"]), _full(work.get_stress()))
+            except Exception:
+                entry["stress"] = (None, None)
+        entry["uncertainty"] = next((calculator.results[k] for k in UNCERTAINTIES if k in getattr(calculator, "results", {})), None)
+        out.append(entry)
+    return out
+
+
+def _full(stress: Any) -> Array:
+    array = np.asarray(stress, dtype=float)
+    return voigt_6_to_full_3x3_stress(array) if array.shape == (6,) else array.reshape(3, 3)
+
+
+def aligned_energies(entries: Sequence[dict[str, Any]]) -> tuple[Array, Array, Array]:
+    """Errors of the energy per atom (meV): as they are, and after fitting one constant per element; and the labels per atom (eV).
+
+    Potentials count energies from different zeros (isolated atoms, elements, nothing), so the second says how good the
+    energy differences are.
+    """
+    kept = [e for e in entries if e["energy"][0] is not None]
+    elements = sorted({s for e in kept for s in e["symbols"]})
+    counts = np.array([[(e["symbols"] == s).sum() for s in elements] for e in kept], dtype=float)
+    sizes = counts.sum(axis=1)
+    errors = np.array([e["energy"][1] - e["energy"][0] for e in kept])
+    constants = np.linalg.lstsq(counts / sizes[:, None], errors / sizes, rcond=None)[0]
+    return 1000 * errors / sizes, 1000 * (errors / sizes - counts @ constants / sizes), np.array([e["energy"][0] for e in kept]) / sizes
+
+
+def force_errors(entries: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Mean and root mean square errors in meV/Å: of all components, by element, and by the magnitude of the label."""
+    kept = [e for e in entries if e["forces"][0] is not None]
+    labels, predictions = (np.concatenate([e["forces"][k] for e in kept]) for k in (0, 1))
+    symbols = np.concatenate([e["symbols"] for e in kept])
+    difference = 1000 * (predictions - labels)
+    magnitude = np.linalg.norm(labels, axis=1)
+    edges = np.quantile(magnitude, np.linspace(0, 1, 9))
+    bins = [(magnitude >= a) & (magnitude <= b) for a, b in zip(edges[:-1], edges[1:], strict=True)]
+    norm = np.linalg.norm(labels, axis=1) * np.linalg.norm(predictions, axis=1)
+    strong = magnitude > 0.05
+    cosine = ((labels * predictions).sum(axis=1) / np.maximum(norm, 1e-300))[strong]
+    return {
+        "mae": float(np.abs(difference).mean()), "rmse": float(np.sqrt((difference**2).mean())), "rms_label": 1000 * float(np.sqrt((labels**2).mean())),
+        "cosine": float(cosine.mean()) if strong.any() else float("nan"),
+        "by_element": {e: float(np.abs(difference[symbols == e]).mean()) for e in sorted(set(symbols))},
+        "by_magnitude": [(float(magnitude[b].mean()), float(np.abs(difference[b]).mean())) for b in bins if b.any()],
+        "labels": labels.ravel(), "predictions": predictions.ravel(),
+    }  # fmt: skip
+
+
+def calibration(entries: Sequence[dict[str, Any]]) -> dict[str, float] | None:
+    """Whether uncertainties of force components are honest; None where the calculator gives none.
+
+    ``z_std`` is the standard deviation of error/uncertainty (1 if calibrated), ``within_1`` and ``within_2`` the shares of
+    errors within one and two uncertainties (0.683 and 0.954 if normal), ``rank`` the Spearman correlation of size of error
+    and uncertainty.
+    """
+    kept = [e for e in entries if e["uncertainty"] is not None and e["forces"][0] is not None]
+    if not kept:
+        return None
+    error = np.concatenate([(e["forces"][1] - e["forces"][0]).ravel() for e in kept])
+    sigma = np.concatenate([np.broadcast_to(np.asarray(e["uncertainty"], dtype=float).reshape(e["n_atoms"], -1), (e["n_atoms"], 3)).ravel() for e in kept])
+    z = error / np.maximum(sigma, 1e-12)
+    return {"z_std": float(z.std()), "within_1": float((np.abs(z) <= 1).mean()), "within_2": float((np.abs(z) <= 2).mean()),
+            "rank": float(spearmanr(np.abs(error), sigma).statistic)}  # fmt: skip
+
+
+def read_labelled(path: Path | str) -> list[Atoms]:
+    """Labelled frames of any file ASE reads; extended XYZ may be .xz, .gz or .bz2.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: no frame has an energy or forces.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"There is no file '{path}'.")
+    if path.suffix in (".xz", ".gz", ".bz2"):
+        from gossamer.data.readers import open_text
+
+        with open_text(path) as file:
+            frames = ase.io.read(io.StringIO(file.read()), ":", format="extxyz")
+    else:
+        frames = ase.io.read(path, ":")
+    assert isinstance(frames, list)
+    if not any(f.calc is not None and ("energy" in f.calc.results or "forces" in f.calc.results) for f in frames):
+        raise ValueError(f"No frame of '{path}' has an energy or forces that ASE reads. Name them energy and forces, or convert the file with gossamer data convert.")
+    return frames
+
+
+# --- verdict --------------------------------------------------------------------------------------------------------
+
+INACCURATE = "Quantities computed with this potential differ from those of the reference method; how much depends on the quantity."
+OVERCONFIDENT = "Uncertainties of the potential cannot be used to decide where to trust it."
+
+
+def check(subject: Subject) -> Outcome:
+    """Errors on the labelled file, by element and by force, the worst frames written beside the report."""
+    frames = subject.options.labelled
+    if not frames:
+        return skipped("No labelled data: give --data FILE.")
+    known = [f for f in frames if set(f.symbols) <= set(subject.elements)]
+    if not known:
+        return skipped(f"The data holds elements that the potential does not know ({', '.join(sorted({s for f in frames for s in f.symbols} - set(subject.elements)))}).")
+    limit = {"quick": 100, "standard": 1000}.get(subject.options.level, len(known))
+    chosen = known[:: max(1, int(np.ceil(len(known) / limit)))]
+    entries = predict(subject.calculator, chosen, lambda items: subject.bar(items, "errors"))
+    metrics: list[Metric] = []
+    panels: list[Panel] = []
+    if any(e["energy"][0] is not None for e in entries):
+        raw, shifted, labels = aligned_energies(entries)
+        metrics += [
+            measured("energy, mean absolute error", float(np.abs(raw).mean()), "meV/atom", "low"),
+            measured("energy, with one constant per element fitted", float(np.abs(shifted).mean()), "meV/atom", "low"),
+        ]
+        if not subject.options.same_zero:
+            raw = shifted
+        spread = float(labels.std()) or 1.0
+        panels.append(Panel("Energies", "label, eV/atom", "error, meV/atom", [curve(labels, raw)], points=True))
+        metrics.append(at_most("energy error over the spread of the labels", float(np.abs(raw).mean() / 1000 / spread), "", 0.2, 1.0, INACCURATE))
+    if any(e["forces"][0] is not None for e in entries):
+        f = force_errors(entries)
+        metrics += [
+            measured("force, mean absolute error", f["mae"], "meV/Å", "low"), measured("force, root mean square error", f["rmse"], "meV/Å", "low"),
+            at_most("force error over the size of the labels (both root mean square)", f["rmse"] / f["rms_label"], "", 0.15, 0.5, INACCURATE),
+            at_least("mean cosine between predicted and true force", f["cosine"], "", 0.97, 0.85, INACCURATE),
+        ]  # fmt: skip
+        metrics += [measured(f"force on {e}, mean absolute error", v, "meV/Å", "low") for e, v in f["by_element"].items()]
+        every = max(1, len(f["labels"]) // 3000)
+        span = [float(f["labels"].min()), float(f["labels"].max())]
+        panels.append(Panel("Force components", "label, eV/Å", "prediction, eV/Å", [curve(f["labels"][::every], f["predictions"][::every]), curve(span, span, "equal", reference=True)], points=True))
+        panels.append(Panel("Force error by the size of the force", "label, eV/Å", "mean absolute error, meV/Å", [curve(*zip(*f["by_magnitude"], strict=True))]))
+    stresses = [e["stress"] for e in entries if e.get("stress", (None, None))[0] is not None and e["stress"][1] is not None]
+    if stresses:
+        difference = 1000 * np.array([p - t for t, p in stresses])
+        metrics.append(measured("stress, mean absolute error", float(np.abs(difference).mean()), "meV/Å³", "low"))
+    honest = calibration(entries)
+    if honest:
+        metrics += [
+            close_to("error over uncertainty, standard deviation", honest["z_std"], "", 1.0, 0.3, 1.0, OVERCONFIDENT),
+            at_least("rank correlation of error and uncertainty", honest["rank"], "", 0.3, 0.1, OVERCONFIDENT),
+            measured("errors within one uncertainty", honest["within_1"], "(0.68 if normal)"),
+        ]
+    notes = [f"{len(chosen)} of {len(frames)} frames." + ("" if honest else " The potential gives no uncertainty.")]
+    worst = _worst(chosen, entries, subject.folder / "worst.extxyz")
+    notes.append(f"The frames with the largest errors: {worst}, in {subject.name}/worst.extxyz.")
+    return conclude(metrics, panels, notes, "Errors are small against what there is to predict.")
+
+
+def _worst(frames: Sequence[Atoms], entries: Sequence[dict[str, Any]], path: Path, n: int = 10) -> str:
+    def size(k: int) -> float:
+        true, predicted = entries[k]["forces"]
+        if true is not None:
+            return float(np.sqrt(((predicted - true) ** 2).mean()))
+        label, energy = entries[k]["energy"]
+        return abs(energy - label) / entries[k]["n_atoms"]
+
+    order = sorted(range(len(frames)), key=lambda k: -size(k))[:n]
+    buffer = io.StringIO()
+    ase.io.write(buffer, [frames[k] for k in order], format="extxyz")
+    write_text(path, buffer.getvalue())
+    return ", ".join(f"{k} ({1000 * size(k):.0f} meV/Å)" for k in order[:3])

@@ -1,0 +1,170 @@
+"""What a check says: numbers with units and limits, curves, and the verdict that follows from them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+
+Status = Literal["passed", "weak", "failed", "skipped", "measured"]
+ORDER: dict[str, int] = {"measured": 0, "skipped": 1, "passed": 2, "weak": 3, "failed": 4}
+"""the verdict of a check is the worst one of its numbers"""
+
+
+@dataclass
+class Metric:
+    """One number of a check, with what was expected of it."""
+
+    name: str
+    value: float | None
+    unit: str = ""
+    status: Status = "measured"
+    limit: str = ""
+    """what would have passed, in words"""
+    best: Literal["low", "high", ""] = ""
+    """which end is better, for tables of several potentials"""
+    reason: str = ""
+    consequence: str = ""
+    """what a user has to expect where it did not pass"""
+
+
+@dataclass
+class Curve:
+    """One line (or set of points) of a panel."""
+
+    x: list[float]
+    y: list[float]
+    label: str = ""
+    reference: bool = False
+    """a reference, drawn the same for every potential"""
+
+
+@dataclass
+class Panel:
+    """One picture. Panels of several potentials with the same title are drawn as one."""
+
+    title: str
+    x_label: str
+    y_label: str
+    curves: list[Curve]
+    group: str = ""
+    """panels of one group stand in a grid of small pictures"""
+    x_limits: tuple[float, float] | None = None
+    y_limits: tuple[float, float] | None = None
+    log: str = ""
+    """axes with a logarithmic scale: "", "x", "y" or "xy" """
+    ticks: list[tuple[float, str]] = field(default_factory=list)
+    """named places on the x axis"""
+    points: bool = False
+    """points instead of lines"""
+
+
+@dataclass
+class Outcome:
+    """Verdict, numbers and pictures of one check of one potential."""
+
+    status: Status
+    reason: str
+    consequence: str = ""
+    metrics: list[Metric] = field(default_factory=list)
+    panels: list[Panel] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    """what was judged on, and how"""
+    seconds: float = 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON: numbers that are not finite become None."""
+        return plain(asdict(self))
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Outcome:
+        panels = [Panel(**{**p, "curves": [Curve(**c) for c in p["curves"]], "ticks": [tuple(t) for t in p["ticks"]]}) for p in values["panels"]]
+        for panel in panels:
+            for curve in panel.curves:
+                curve.x, curve.y = ([math.nan if v is None else v for v in values] for values in (curve.x, curve.y))
+        return cls(**{**values, "metrics": [Metric(**m) for m in values["metrics"]], "panels": panels})
+
+
+def plain(value: Any) -> Any:
+    """Numbers, lists and dictionaries that JSON knows; numbers that are not finite become None."""
+    if isinstance(value, dict):
+        return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple | np.ndarray):
+        return [plain(v) for v in value]
+    if isinstance(value, bool | np.bool_):
+        return bool(value)
+    if isinstance(value, np.integer):
+        return int(value)
+    if isinstance(value, float | np.floating):
+        return float(value) if math.isfinite(value) else None
+    return value
+
+
+def curve(x: Iterable[Any], y: Iterable[Any], label: str = "", reference: bool = False) -> Curve:
+    """A curve from arrays."""
+    return Curve([float(v) for v in x], [float(v) for v in y], label, reference)
+
+
+def at_most(name: str, value: float, unit: str, good: float, poor: float, consequence: str) -> Metric:
+    """A number that passes up to ``good``, is weak up to ``poor`` and fails beyond, or if it is not a number."""
+    status: Status = "passed" if value <= good else "weak" if value <= poor else "failed"
+    return _metric(name, value, unit, status, f"at most {good:g}", "low", consequence)
+
+
+def at_least(name: str, value: float, unit: str, good: float, poor: float, consequence: str) -> Metric:
+    """A number that passes from ``good``, is weak from ``poor`` and fails below, or if it is not a number."""
+    status: Status = "passed" if value >= good else "weak" if value >= poor else "failed"
+    return _metric(name, value, unit, status, f"at least {good:g}", "high", consequence)
+
+
+def close_to(name: str, value: float, unit: str, target: float, good: float, poor: float, consequence: str) -> Metric:
+    """A number that passes within ``good`` of the target and is weak within ``poor``."""
+    status: Status = "passed" if abs(value - target) <= good else "weak" if abs(value - target) <= poor else "failed"
+    return _metric(name, value, unit, status, f"{target:g} ± {good:g}", "", consequence)
+
+
+def measured(name: str, value: float, unit: str = "", best: Literal["low", "high", ""] = "") -> Metric:
+    """A number nobody judges."""
+    return Metric(name, float(value) if math.isfinite(value) else None, unit, best=best)
+
+
+def _metric(name: str, value: float, unit: str, status: Status, limit: str, best: Literal["low", "high", ""], consequence: str) -> Metric:
+    shown = f"{value:.3g} {unit}".strip() if math.isfinite(value) else "not a finite number"
+    reason = f"{name}: {shown}, expected {limit}{' ' + unit if unit else ''}"
+    return Metric(name, float(value) if math.isfinite(value) else None, unit, status, limit, best, reason, consequence)
+
+
+def attempt(name: str, measure: Callable[[], Metric | Sequence[Metric]], consequence: str, status: Status = "weak") -> list[Metric]:
+    """Metrics of a measurement, or one that says why the potential could not be asked."""
+    try:
+        found = measure()
+    except KeyboardInterrupt:
+        raise
+    except Exception as error:  # a judged calculator may raise anything
+        text = " ".join(str(error).split())[:200]
+        return [Metric(name, None, "", status, "an answer", "", f"{name}: could not be evaluated ({type(error).__name__}: {text})", consequence)]
+    return [found] if isinstance(found, Metric) else list(found)
+
+
+def conclude(
+    metrics: Sequence[Metric], panels: Sequence[Panel] = (), notes: Sequence[str] = (), passed: str = "Everything within its limit."
+) -> Outcome:
+    """The outcome of a check: as bad as the worst of its numbers, with that number as the reason."""
+    judged = [m for m in metrics if m.status in ("passed", "weak", "failed")]
+    if not judged:
+        status: Status = "measured" if metrics else "skipped"
+        return Outcome(status, "Measured; nothing to pass or fail." if metrics else "Nothing could be measured.", "", list(metrics), list(panels), list(notes))
+    worst = max(judged, key=lambda m: ORDER[m.status])
+    bad = [m for m in judged if m.status == worst.status]
+    if worst.status == "passed":
+        return Outcome("passed", passed, "", list(metrics), list(panels), list(notes))
+    more = f" ({len(bad) - 1} more)" if len(bad) > 1 else ""
+    return Outcome(worst.status, worst.reason[:1].upper() + worst.reason[1:] + more + ".", worst.consequence, list(metrics), list(panels), list(notes))
+
+
+def skipped(reason: str) -> Outcome:
+    """A check that was not done."""
+    return Outcome("skipped", reason)

@@ -1,0 +1,141 @@
+"""Harmonic lattice vibrations through phonopy: bands, density of states, imaginary modes, sum rule; any ASE calculator."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+from ase import Atoms
+from numpy.typing import NDArray
+
+from gossamer.checks.crystals import relaxed
+from gossamer.checks.outcome import Metric, Outcome, Panel, at_least, at_most, attempt, conclude, curve, measured, skipped
+from gossamer.checks.subject import Subject
+
+Array = NDArray[np.float64]
+INSTALL = "This check needs phonopy: pip install 'gossamer[phonons]'."
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without phonopy's notes on defaults that differ from its older versions."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="primitive_matrix defaulted")
+        warnings.filterwarnings("ignore", message=".*acoustic mode.* at Gamma")
+        yield
+
+
+def to_phonopy(atoms: Atoms) -> Any:
+    """phonopy's atoms."""
+    from phonopy.structure.atoms import PhonopyAtoms
+
+    return PhonopyAtoms(symbols=atoms.get_chemical_symbols(), cell=atoms.cell.array, scaled_positions=atoms.get_scaled_positions())
+
+
+def forces_of(calculator: Any, supercells: Sequence[Any], bar: Any = iter) -> Array:
+    """(n, n_atoms, 3) forces in eV/Å on phonopy's displaced supercells, the net force of each removed."""
+    out = []
+    for cell in bar(supercells):
+        atoms = Atoms(cell.symbols, scaled_positions=cell.scaled_positions, cell=cell.cell, pbc=True)
+        atoms.calc = calculator
+        forces = atoms.get_forces()
+        out.append(forces - forces.mean(axis=0))
+    return np.array(out)
+
+
+def supercell_for(atoms: Atoms, length: float = 9.5) -> list[int]:
+    """Repeats that make every side at least ``length`` Å."""
+    return [max(1, int(np.ceil(length / side))) for side in atoms.cell.lengths()]
+
+
+def make_phonons(calculator: Any, atoms: Atoms, supercell: Sequence[int] | None = None, displacement: float = 0.01, bar: Any = iter) -> Any:
+    """A `phonopy.Phonopy` with force constants from finite displacements (Å) of a relaxed structure.
+
+    The force constants are as computed: ``sum_rule_error`` looks at them before they are made to obey the sum rule.
+    """
+    from phonopy import Phonopy
+
+    with quiet():
+        phonons = Phonopy(to_phonopy(atoms), supercell_matrix=np.diag(supercell or supercell_for(atoms)), primitive_matrix="auto")
+    phonons.generate_displacements(distance=displacement)
+    phonons.forces = forces_of(calculator, phonons.supercells_with_displacements, bar)
+    phonons.produce_force_constants()
+    return phonons
+
+
+def sum_rule_error(phonons: Any) -> float:
+    """Largest |Σ_j Φ_ij| in eV/Å²: zero if a rigid shift costs nothing."""
+    constants = phonons.force_constants
+    return float(np.abs(constants.sum(axis=1)).max())
+
+
+def band_path(atoms: Atoms, points: int = 120) -> tuple[Array, Array, list[tuple[float, str]]]:
+    """q points (n, 3), their distance along the path, and the named places, for a primitive cell (Setyawan-Curtarolo paths of ASE)."""
+    path = atoms.cell.bandpath(npoints=points)
+    x, ticks, labels = path.get_linear_kpoint_axis()
+    return path.kpts, x, [(float(t), label.replace("G", "Γ")) for t, label in zip(ticks, labels, strict=True)]
+
+
+def frequencies_at(phonons: Any, qpoints: Array) -> Array:
+    """(n, n_bands) THz; imaginary modes are negative."""
+    phonons.run_qpoints(qpoints)
+    return np.array(phonons.qpoints.frequencies)
+
+
+def mesh_frequencies(phonons: Any, mesh: float = 30.0) -> tuple[Array, Array]:
+    """Frequencies (n, n_bands) in THz and weights (n,) on a mesh of ``mesh`` Å."""
+    phonons.run_mesh(mesh)
+    return np.array(phonons.mesh.frequencies), np.array(phonons.mesh.weights, dtype=float)
+
+
+# --- verdict --------------------------------------------------------------------------------------------------------
+
+IMAGINARY = "The potential says that the crystal would deform by itself: free energies, thermal conductivity and phase stability are meaningless for it."
+SUM_RULE = "A rigid shift of the crystal costs energy: forces are noisy or not translation invariant."
+
+
+def check(subject: Subject) -> Outcome:
+    """Bands, density of states and thermal properties of every crystal of the subject."""
+    try:
+        import phonopy  # noqa: F401
+    except ImportError:
+        return skipped(INSTALL)
+    metrics: list[Metric] = []
+    panels: list[Panel] = []
+    for name, atoms in subject.crystals.items():
+        metrics += attempt(f"{name}: phonons", lambda n=name, a=atoms: _phonons(subject, n, a, panels), IMAGINARY, "failed")
+    return conclude(metrics, panels, ["Cells relaxed first; displacements of 0.01 Å in supercells of at least 9.5 Å; without the non-analytical term of polar crystals."],
+                    "No imaginary modes; the acoustic sum rule holds.")  # fmt: skip
+
+
+def _phonons(subject: Subject, name: str, atoms: Atoms, panels: list[Panel]) -> list[Metric]:
+    cell, _ = relaxed(subject.calculator, atoms, fmax=0.001, steps=500)
+    phonons = make_phonons(subject.calculator, cell, bar=lambda items: subject.bar(items, f"phonons of {name}"))
+    drift = sum_rule_error(phonons)
+    scale = float(np.abs(phonons.force_constants).max())
+    acoustic = float(np.abs(np.sort(np.abs(frequencies_at(phonons, np.zeros((1, 3)))[0]))[:3]).max())
+    phonons.symmetrize_force_constants()
+    primitive = Atoms(phonons.primitive.symbols, scaled_positions=phonons.primitive.scaled_positions, cell=phonons.primitive.cell, pbc=True)
+    qpoints, x, ticks = band_path(primitive)
+    bands = frequencies_at(phonons, qpoints)
+    panels.append(Panel(f"Phonon bands, {name}", "", "THz", [curve(x, band) for band in bands.T], ticks=ticks))
+    frequencies, weights = mesh_frequencies(phonons)
+    top = float(frequencies.max())
+    grid = np.linspace(min(0.0, float(frequencies.min())) - 0.3, top * 1.05, 300)
+    width = max(top / 80, 1e-3)
+    density = (weights[:, None, None] / weights.sum() * np.exp(-0.5 * ((grid - frequencies[..., None]) / width) ** 2)).sum(axis=(0, 1)) / width / np.sqrt(2 * np.pi)
+    panels.append(Panel(f"Phonon density of states, {name}", "THz", "states/THz/cell", [curve(grid, density)]))
+    with quiet():
+        phonons.run_thermal_properties(t_min=300, t_max=300, t_step=1)
+    thermal = phonons.thermal_properties
+    lowest = float(min(frequencies.min(), bands.min()))
+    return [
+        at_least(f"{name}: lowest frequency", lowest, "THz", -0.05 * max(1.0, top / 10), -0.02 * top - 0.1, IMAGINARY),
+        measured(f"{name}: highest frequency", top, "THz"),
+        at_most(f"{name}: acoustic sum rule", drift / scale, "of the largest constant", 1e-3, 2e-2, SUM_RULE),
+        at_most(f"{name}: acoustic frequency at Γ before it is enforced", acoustic, "THz", 0.1, 0.5, SUM_RULE),
+        measured(f"{name}: heat capacity at 300 K", float(thermal.heat_capacity[0]) / len(primitive), "J/K/mol of atoms"),
+    ]  # fmt: skip

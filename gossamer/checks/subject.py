@@ -1,0 +1,200 @@
+"""What is judged, and on what: a potential as a calculator, its elements, and structures to ask it about."""
+
+from __future__ import annotations
+
+import ast
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ase import Atoms
+from ase.build import bulk, molecule
+from ase.collections import g2
+from ase.data import atomic_numbers, chemical_symbols, covalent_radii, reference_states
+from tqdm import tqdm
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How much each check does."""
+
+    n_structures: int
+    n_crystals: int
+    diatomic_points: int
+    equilibration_ps: float
+    nve_ps: float
+    md_ps: float
+    md_atoms: int
+    speed_atoms: int
+    speed_seconds: float
+    """longest single evaluation of the speed check"""
+
+
+LEVELS = {
+    "quick": Effort(1, 1, 60, 0.1, 0.25, 1.0, 64, 1000, 1.0),
+    "standard": Effort(3, 3, 119, 1.0, 2.0, 5.0, 64, 10_000, 5.0),
+    "full": Effort(5, 8, 119, 1.0, 10.0, 50.0, 216, 100_000, 60.0),
+}
+"""quick: minutes; standard: up to an hour on a laptop; full: as the published protocols ask"""
+
+COMPOUNDS = {
+    "MgO": ("rocksalt", 4.212), "NaCl": ("rocksalt", 5.640), "LiF": ("rocksalt", 4.026), "GaAs": ("zincblende", 5.653), "SiC": ("zincblende", 4.358),
+    "ZnS": ("zincblende", 5.409), "CsCl": ("cesiumchloride", 4.123),
+}  # fmt: skip
+"""compound: structure, experimental lattice constant in Å at room temperature"""
+PREFERRED = ["Si", "Cu", "MgO", "NaCl", "Al", "GaAs", "W", "C", "Ge", "Mo", "Li", "Fe", "LiF", "Ni", "Ag", "Au"]
+MOLECULES = ["CH3CH2OH", "H2O", "CH4", "NH3", "C6H6", "CO2", "H2O2", "N2", "O2", "H2", "SiH4", "NaCl", "LiF"]
+
+
+@dataclass
+class Subject:
+    """One potential under judgement."""
+
+    name: str
+    make: Callable[[], Any]
+    """makes an ASE calculator"""
+    elements: list[str]
+    structures: list[Atoms]
+    """what symmetry, conservation, smoothness and speed are judged on"""
+    crystals: dict[str, Atoms]
+    """what equation of state, elasticity, phonons and thermal conductivity are judged on"""
+    systems: dict[str, Atoms]
+    """what molecular dynamics is judged on"""
+    folder: Path
+    """finished work of this potential"""
+    effort: Effort = LEVELS["quick"]
+    options: Any = None
+    """`gossamer.checks.judge.JudgeOptions`"""
+    conservative: bool | None = None
+    """what the potential says of its own forces; None if it does not say"""
+    cutoff: float | None = None
+    """Å, where it is known"""
+    progress: bool = True
+    _calculator: Any = field(default=None, repr=False)
+
+    @property
+    def calculator(self) -> Any:
+        """The calculator, made on first use."""
+        if self._calculator is None:
+            self._calculator = self.make()
+        return self._calculator
+
+    def bar(self, items: Sequence[Any], text: str) -> Any:
+        """The items with a progress bar."""
+        return tqdm(items, desc=f"{self.name}: {text}", disable=None if self.progress else True, dynamic_ncols=True, leave=False)
+
+
+# --- calculators ----------------------------------------------------------------------------------------------------
+
+
+def parse_calculator(text: str) -> tuple[str, Callable[[], Any]]:
+    """(name, factory) from ``[name=]module:factory`` or ``[name=]module:factory(key=value, ...)``; values are Python literals.
+
+    Raises:
+        ValueError: not of this form, or the factory cannot be found or called.
+        ImportError: the module is not installed.
+    """
+    head, _, rest = text.partition(":")
+    name, equals, module = head.rpartition("=")
+    try:
+        node = ast.parse(rest, mode="eval").body
+        keywords: dict[str, Any] = {}
+        if isinstance(node, ast.Call):
+            if node.args or any(k.arg is None for k in node.keywords):
+                raise ValueError("only key=value")
+            keywords = {str(k.arg): ast.literal_eval(k.value) for k in node.keywords}
+            node = node.func
+        path = ast.unparse(node)
+        if not module or not all(part.isidentifier() for part in (*path.split("."), *module.split("."))):
+            raise ValueError("names")
+    except (SyntaxError, ValueError):
+        raise ValueError(
+            f"'{text}' is not a calculator. Write module:factory, module:factory(key=value) or name=module:factory, "
+            "for example ase.calculators.emt:EMT or small=mace.calculators:mace_mp(model='small')."
+        ) from None
+    sys.path.insert(0, "")  # a module in the current folder, as python -m would find it
+    try:
+        found: Any = import_module(module)
+    except ImportError as error:
+        raise ImportError(f"The module '{module}' of the calculator '{text}' cannot be imported ({error}). Install its package here.") from None
+    finally:
+        sys.path.remove("")
+    for part in path.split("."):
+        if not hasattr(found, part):
+            raise ValueError(f"'{module}' has no '{path}'. It has: {', '.join(n for n in dir(found) if not n.startswith('_'))[:300]}.")
+        found = getattr(found, part)
+
+    def make() -> Any:
+        calculator = found(**keywords)
+        if not hasattr(calculator, "get_property"):
+            raise ValueError(f"'{text}' made a {type(calculator).__name__}, which is not an ASE calculator.")
+        return calculator
+
+    return (name if equals else path.split(".")[-1]), make
+
+
+def supported_elements(calculator: Any, candidates: Sequence[str] = chemical_symbols[1:95]) -> list[str]:
+    """The elements whose dimer (3 Å apart, in a box of 12 Å) the calculator evaluates to a finite energy."""
+    found = []
+    for element in candidates:
+        try:
+            pair = Atoms([element] * 2, [[0, 0, 0], [3.0, 0, 0]], cell=[12.0] * 3, pbc=True)
+            pair.calc = calculator
+            if np.isfinite(pair.get_potential_energy()):
+                found.append(element)
+        except Exception as error:
+            log.debug("%s: %s", element, error)
+    return found
+
+
+# --- structures -----------------------------------------------------------------------------------------------------
+
+
+def builtin_crystals(elements: Sequence[str], n: int) -> dict[str, Atoms]:
+    """Cubic (conventional) cells of simple crystals made of these elements, well known ones first."""
+    known = {name: bulk(name, crystal, a=a, cubic=True) for name, (crystal, a) in COMPOUNDS.items()}
+    cells = {name: atoms for name, atoms in known.items() if set(atoms.symbols) <= set(elements)}
+    for element in elements:
+        state = reference_states[atomic_numbers[element]] or {}
+        if state.get("symmetry") in ("fcc", "bcc", "diamond") and state.get("a"):
+            cells[element] = bulk(element, cubic=True)
+    ranked = sorted(cells, key=lambda name: (PREFERRED.index(name) if name in PREFERRED else len(PREFERRED), name))
+    return {name: cells[name] for name in ranked[:n]}
+
+
+def builtin_molecules(elements: Sequence[str], n: int) -> dict[str, Atoms]:
+    """Small molecules made of these elements (geometries of the G2 set, Curtiss et al., J. Chem. Phys. 106, 1063 (1997))."""
+    names = [*MOLECULES, *(m for m in g2.names if m not in MOLECULES)]
+    found = {name: molecule(name) for name in names if set(molecule(name).symbols) <= set(elements)}
+    several = {name: atoms for name, atoms in found.items() if len(atoms) > 1}
+    return dict(list(several.items())[:n])
+
+
+def rattled(atoms: Atoms, amplitude: float = 0.05, seed: int = 0) -> Atoms:
+    """A copy with every coordinate moved by normal noise (Å), so that nothing vanishes by symmetry."""
+    copy = atoms.copy()
+    copy.positions += np.random.default_rng(seed).normal(scale=amplitude, size=copy.positions.shape)
+    return copy
+
+
+def enlarged(atoms: Atoms, n_atoms: int) -> Atoms:
+    """The smallest near-cubic supercell with at least ``n_atoms`` atoms; molecules stay as they are."""
+    if not atoms.pbc.all():
+        return atoms.copy()
+    repeats = np.ones(3, dtype=int)
+    lengths = atoms.cell.lengths()
+    while len(atoms) * repeats.prod() < n_atoms:
+        repeats[np.argmin(lengths * repeats)] += 1
+    return atoms.repeat(tuple(int(r) for r in repeats))
+
+
+def bond_length(first: str, second: str) -> float:
+    """Sum of the covalent radii in Å."""
+    return float(covalent_radii[atomic_numbers[first]] + covalent_radii[atomic_numbers[second]])
