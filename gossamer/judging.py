@@ -218,12 +218,12 @@ def make_subject(
     """One potential with the structures that its elements allow; built-in ones where none were given."""
     effort = LEVELS[options.level]
     own = Subject(candidate.name, candidate.make, [], [], {}, {}, folder, effort, options, candidate.conservative, candidate.cutoff, progress)
-    known = candidate.elements or list(elements or [])
-    if not known:
-        log.info("%s: finding out which elements it knows (give --elements to save this time)", candidate.name)
-        known = subject.supported_elements(own.calculator)
-    elif elements:
-        known = [e for e in known if e in elements]
+    if candidate.elements is None:
+        if not elements:
+            log.info("%s: finding out which elements it knows (give --elements to save this time)", candidate.name)
+        known = subject.supported_elements(own.calculator, elements or subject.chemical_symbols[1:95])
+    else:
+        known = [e for e in candidate.elements if not elements or e in elements]
     if not known:
         raise ValueError(f"'{candidate.name}' could not evaluate any pair of atoms. Is it an ASE calculator with its weights in place?")
     own.elements = sorted(known, key=lambda e: (e not in {s for a in structures for s in a.symbols}, subject.atomic_numbers[e]))

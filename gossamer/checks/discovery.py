@@ -74,10 +74,10 @@ def stability_metrics(true: Array, predicted: Array, threshold: float = 0.0) -> 
     known = np.isfinite(true) & np.isfinite(predicted)
     difference = predicted[known] - true[known]
     variance = ((true[known] - true[known].mean()) ** 2).sum() if known.any() else 0.0
-    # accuracy over all materials; the package of 2024 divided by the predicted ones alone, which differs only with gaps
+    n_known = int(known.sum())  # the package divides the accuracy by the materials with a prediction
     return {
         "F1": ratio(2 * precision * recall, precision + recall), "DAF": ratio(precision, (tp + fn) / len(true)), "Precision": precision, "Recall": recall,
-        "Accuracy": (tp + tn) / len(true), "TPR": recall, "FPR": ratio(fp, fp + tn), "TNR": ratio(tn, fp + tn), "FNR": ratio(fn, tp + fn),
+        "Accuracy": ratio(tp + tn, n_known), "TPR": recall, "FPR": ratio(fp, fp + tn), "TNR": ratio(tn, fp + tn), "FNR": ratio(fn, tp + fn),
         "TP": tp, "FP": fp, "TN": tn, "FN": fn,
         "MAE": float(np.abs(difference).mean()) if known.any() else float("nan"),
         "RMSE": float(np.sqrt((difference**2).mean())) if known.any() else float("nan"),

@@ -27,6 +27,8 @@ from gossamer.simulation.md import degrees_of_freedom, find_bonds, md
 
 Array = NDArray[np.float64]
 BINS, R_MAX = 500, 6.0
+SHORTEST_DIFFUSION = 2.0
+"""ps of trajectory below which no diffusivity is given"""
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ class Protocol:
     window: float = 1.0
     """ps of trajectory in each radial distribution of the stability test"""
     skip: float = 0.0
-    """ps dropped before structure and diffusion are measured"""
+    """ps dropped before structure and diffusion are measured; 0 drops the first half, but no more than that is ever dropped"""
     species: str | None = None
     """element whose diffusion is measured; None takes all atoms"""
 
@@ -99,7 +101,7 @@ def kinetic_energy_deviation(log: dict[str, Array], n_freedom: int, temperature:
     run = SimulationData(
         units=UnitData.units("GROMACS"), ensemble=EnsembleData("NVT", natoms=n_freedom, volume=1.0, temperature=temperature),
         system=SystemData(natoms=n_freedom // 3 + 1, nconstraints=3 * (n_freedom // 3 + 1) - n_freedom, ndof_reduction_tra=0, ndof_reduction_rot=0),
-        observables=ObservableData(kinetic_energy=kinetic[n // 5 :], potential_energy=log["potential_energy_eV"][n // 5 :], total_energy=log["total_energy_eV"][n // 5 :]),
+        observables=ObservableData(kinetic_energy=kinetic[n // 2 :], potential_energy=log["potential_energy_eV"][n // 2 :], total_energy=log["total_energy_eV"][n // 2 :]),
     )  # fmt: skip
     mean, width = physical_validation.kinetic_energy.distribution(run, strict=False, verbosity=0, bootstrap_seed=1)  # type: ignore[misc]
     return float(mean), float(width)
@@ -117,7 +119,7 @@ def ensemble_deviation(first: dict[str, Array], second: dict[str, Array], temper
         runs.append(
             SimulationData(
                 units=UnitData.units("GROMACS"), ensemble=EnsembleData("NVT", natoms=n_atoms, volume=1.0, temperature=temperature),
-                observables=ObservableData(potential_energy=energy[len(energy) // 5 :]),
+                observables=ObservableData(potential_energy=energy[len(energy) // 2 :]),
             )
         )  # fmt: skip
     return float(np.max(physical_validation.ensemble.check(*runs, verbosity=0)))
@@ -195,7 +197,7 @@ def _system(subject: Subject, name: str, atoms: Atoms, protocol: Protocol, picos
     if run["broken"] or len(frames) < 20:
         return metrics
     metrics += _ensemble(subject, name, atoms, protocol, picoseconds, frames, log)
-    kept = frames[min(int(protocol.skip / run["interval_ps"]), len(frames) // 2) :]
+    kept = frames[len(frames) // 2 if protocol.skip <= 0 else min(int(protocol.skip / run["interval_ps"]), len(frames) // 2) :]
     known = read_reference(reference) if reference else None
     metrics += (_bulk if atoms.pbc.all() else _molecule)(name, frames, kept, run["interval_ps"], protocol, known, panels, subject)
     wavenumbers, density = vibrational_density(kept, run["interval_ps"])
@@ -215,7 +217,7 @@ def _ensemble(subject: Subject, name: str, atoms: Atoms, protocol: Protocol, pic
         return []
     freedom = degrees_of_freedom(atoms, protocol.ensemble)
     kinetic = 2 * (log["total_energy_eV"] - log["potential_energy_eV"]) / (freedom * units.kB)
-    late = kinetic[len(kinetic) // 5 :]
+    late = kinetic[len(kinetic) // 2 :]
     blocks = [b.mean() for b in np.array_split(late, 5)]
     error = max(float(np.std(blocks, ddof=1) / np.sqrt(5)), protocol.temperature * np.sqrt(2 / freedom / len(late)))
     metrics = [
@@ -262,6 +264,8 @@ def _bulk(name: str, frames: list[Atoms], kept: list[Atoms], interval: float, pr
         chosen[:] = True
     msd = liquids.mean_squared_displacement(positions, masses, chosen)
     panels.append(Panel(f"Mean squared displacement, {name}", "time, ps", "Å²", [curve((np.arange(len(msd)) * interval)[:: max(1, len(msd) // 300)], msd[:: max(1, len(msd) // 300)])]))
+    if len(kept) * interval < SHORTEST_DIFFUSION:
+        return metrics
     mean, error = liquids.diffusivity_blocks(positions, masses, chosen, interval)
     who = protocol.species or "all atoms"
     metrics += [measured(f"{name}: diffusivity of {who}", mean, "1e-9 m²/s"), measured(f"{name}: its standard error", error, "1e-9 m²/s"),

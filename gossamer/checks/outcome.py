@@ -10,6 +10,7 @@ from typing import Any, Literal
 import numpy as np
 
 Status = Literal["passed", "weak", "failed", "skipped", "measured"]
+Best = Literal["low", "high", ""]
 ORDER: dict[str, int] = {"measured": 0, "skipped": 1, "passed": 2, "weak": 3, "failed": 4}
 """the verdict of a check is the worst one of its numbers"""
 
@@ -24,7 +25,7 @@ class Metric:
     status: Status = "measured"
     limit: str = ""
     """what would have passed, in words"""
-    best: Literal["low", "high", ""] = ""
+    best: Best = ""
     """which end is better, for tables of several potentials"""
     reason: str = ""
     consequence: str = ""
@@ -108,16 +109,16 @@ def curve(x: Iterable[Any], y: Iterable[Any], label: str = "", reference: bool =
     return Curve([float(v) for v in x], [float(v) for v in y], label, reference)
 
 
-def at_most(name: str, value: float, unit: str, good: float, poor: float, consequence: str) -> Metric:
+def at_most(name: str, value: float, unit: str, good: float, poor: float, consequence: str, best: Best = "low") -> Metric:
     """A number that passes up to ``good``, is weak up to ``poor`` and fails beyond, or if it is not a number."""
     status: Status = "passed" if value <= good else "weak" if value <= poor else "failed"
-    return _metric(name, value, unit, status, f"at most {good:g}", "low", consequence)
+    return _metric(name, value, unit, status, f"at most {good:.3g}", best, consequence)
 
 
-def at_least(name: str, value: float, unit: str, good: float, poor: float, consequence: str) -> Metric:
+def at_least(name: str, value: float, unit: str, good: float, poor: float, consequence: str, best: Best = "high") -> Metric:
     """A number that passes from ``good``, is weak from ``poor`` and fails below, or if it is not a number."""
     status: Status = "passed" if value >= good else "weak" if value >= poor else "failed"
-    return _metric(name, value, unit, status, f"at least {good:g}", "high", consequence)
+    return _metric(name, value, unit, status, f"at least {good:.3g}", best, consequence)
 
 
 def close_to(name: str, value: float, unit: str, target: float, good: float, poor: float, consequence: str) -> Metric:
@@ -126,12 +127,12 @@ def close_to(name: str, value: float, unit: str, target: float, good: float, poo
     return _metric(name, value, unit, status, f"{target:g} ± {good:g}", "", consequence)
 
 
-def measured(name: str, value: float, unit: str = "", best: Literal["low", "high", ""] = "") -> Metric:
+def measured(name: str, value: float, unit: str = "", best: Best = "") -> Metric:
     """A number nobody judges."""
     return Metric(name, float(value) if math.isfinite(value) else None, unit, best=best)
 
 
-def _metric(name: str, value: float, unit: str, status: Status, limit: str, best: Literal["low", "high", ""], consequence: str) -> Metric:
+def _metric(name: str, value: float, unit: str, status: Status, limit: str, best: Best, consequence: str) -> Metric:
     shown = f"{value:.3g} {unit}".strip() if math.isfinite(value) else "not a finite number"
     reason = f"{name}: {shown}, expected {limit}{' ' + unit if unit else ''}"
     return Metric(name, float(value) if math.isfinite(value) else None, unit, status, limit, best, reason, consequence)

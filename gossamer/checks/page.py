@@ -158,7 +158,7 @@ def _numbers(present: dict[str, Outcome]) -> str:
     for (title, unit), found in rows.items():
         values = {n: m.value for n, m in found.items() if m.value is not None}
         best = next((m.best for m in found.values() if m.best), "")
-        top = (min if best == "low" else max)(values.values()) if best and len(values) > 1 else None
+        top = (min if best == "low" else max)(values.values()) if best and len(set(values.values())) > 1 else None
         cells = []
         for name in present:
             one = found.get(name)

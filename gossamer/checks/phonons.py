@@ -133,7 +133,7 @@ def _phonons(subject: Subject, name: str, atoms: Atoms, panels: list[Panel]) -> 
     thermal = phonons.thermal_properties
     lowest = float(min(frequencies.min(), bands.min()))
     return [
-        at_least(f"{name}: lowest frequency", lowest, "THz", -0.05 * max(1.0, top / 10), -0.02 * top - 0.1, IMAGINARY),
+        at_least(f"{name}: lowest frequency", lowest, "THz", -0.05 * max(1.0, top / 10), -0.02 * top - 0.1, IMAGINARY, ""),
         measured(f"{name}: highest frequency", top, "THz"),
         at_most(f"{name}: acoustic sum rule", drift / scale, "of the largest constant", 1e-3, 2e-2, SUM_RULE),
         at_most(f"{name}: acoustic frequency at Γ before it is enforced", acoustic, "THz", 0.1, 0.5, SUM_RULE),

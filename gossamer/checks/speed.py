@@ -87,7 +87,7 @@ def check(subject: Subject) -> Outcome:
         measured("memory with it", megabytes[-1], "MB", "low"),
         measured("molecular dynamics at 0.5 fs, smallest system", 0.0432 / seconds[0], "ns/day", "high"),
     ]
-    if len(sizes) > 2:
+    if len(sizes) > 3:
         exponent = growth_exponent(sizes, seconds)
         slow = "Large systems cost more than their share: the neighbour list or the network is not linear."
         metrics.append(at_most("growth of time with the number of atoms", exponent, "(1 is linear)", 1.2, 1.6, slow))

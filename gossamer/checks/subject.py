@@ -78,6 +78,7 @@ class Subject:
     """Å, where it is known"""
     progress: bool = True
     _calculator: Any = field(default=None, repr=False)
+    _needs_box: bool | None = field(default=None, repr=False)
 
     @property
     def calculator(self) -> Any:
@@ -85,6 +86,25 @@ class Subject:
         if self._calculator is None:
             self._calculator = self.make()
         return self._calculator
+
+    def free(self, atoms: Atoms, vacuum: float = 15.0) -> Atoms:
+        """Atoms without a cell, or in a large periodic box for calculators that refuse them without one."""
+        lone = atoms.copy()
+        lone.pbc = False
+        lone.cell = None
+        if self._needs_box is None:
+            probe = Atoms([self.elements[0]] * 2, [[0, 0, 0], [2.2, 0, 0]])
+            try:
+                probe.calc = self.calculator
+                probe.get_forces()
+                self._needs_box = False
+            except Exception as error:
+                log.debug("%s refuses atoms without a cell: %s", self.name, error)
+                self._needs_box = True
+        if self._needs_box:
+            lone.set_cell(np.ptp(lone.positions, axis=0) + 2 * vacuum)
+            lone.pbc = True
+        return lone
 
     def bar(self, items: Sequence[Any], text: str) -> Any:
         """The items with a progress bar."""

@@ -94,7 +94,8 @@ def conductivity(calculator: Any, atoms: Atoms, temperature: float = 300.0, disp
         return out
     solver.generate_displacements(distance=displacement)
     solver.forces = forces_of(calculator, solver.supercells_with_displacements, bar)
-    solver.produce_fc3(symmetrize_fc3r=True)
+    solver.produce_fc3()
+    solver.symmetrize_fc3()
     solver.symmetrize_fc2()
     solver.init_phph_interaction(symmetrize_fc3q=False)
     solver.run_thermal_conductivity(temperatures=[temperature], is_isotope=True, transport_type="SMM19", boundary_mfp=1e6)
