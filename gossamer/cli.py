@@ -141,22 +141,50 @@ def _judge_parser(judge: argparse.ArgumentParser) -> None:
     judge.add_argument("models", nargs="*", metavar="[NAME=]POTENTIAL", help="saved potentials; several stand side by side")
     judge.add_argument("--calculator", action="append", default=[], metavar="[NAME=]MODULE:FACTORY", help="any ASE calculator, for example "
                        "ase.calculators.emt:EMT or \"small=mace.calculators:mace_mp(model='small')\"; can be given several times")  # fmt: skip
-    judge.add_argument("--out", default="judgement", help="folder of the report; finished checks in it are not done again (default: judgement)")
-    judge.add_argument("--level", choices=["quick", "standard", "full"], default="quick", help="quick: minutes; standard: up to an hour; full: published protocols")
-    judge.add_argument("--only", nargs="+", metavar="CHECK", help="symmetry, conservation, smoothness, diatomics, crystals, phonons, conductivity, dynamics, errors, discovery, speed")
+    judge.add_argument(
+        "--out", default="judgement", help="folder of the report; finished checks in it are not done again (default: judgement)"
+    )
+    judge.add_argument(
+        "--level",
+        choices=["quick", "standard", "full"],
+        default="quick",
+        help="quick: minutes; standard: up to an hour; full: published protocols",
+    )
+    judge.add_argument(
+        "--only",
+        nargs="+",
+        metavar="CHECK",
+        help="symmetry, conservation, smoothness, diatomics, crystals, phonons, conductivity, dynamics, errors, discovery, speed",
+    )
     judge.add_argument("--skip", nargs="+", metavar="CHECK", default=[], help="checks to leave out")
-    judge.add_argument("--structures", nargs="+", metavar="FILE", default=[], help="what to judge on (default: what the potential was tested on, or simple crystals and molecules)")
+    judge.add_argument(
+        "--structures",
+        nargs="+",
+        metavar="FILE",
+        default=[],
+        help="what to judge on (default: what the potential was tested on, or simple crystals and molecules)",
+    )
     judge.add_argument("--elements", nargs="+", metavar="SYMBOL", help="for calculators whose elements would have to be found out")
     judge.add_argument("--data", metavar="FILE", help="labelled structures for the errors")
-    judge.add_argument("--same-zero", action="store_true", help="the labels count energies from the potential's zero: judge energies as they are")
-    judge.add_argument("--crystals", nargs="+", metavar="FILE", default=[], help="for equation of state, elasticity, phonons, thermal conductivity")
+    judge.add_argument(
+        "--same-zero", action="store_true", help="the labels count energies from the potential's zero: judge energies as they are"
+    )
+    judge.add_argument(
+        "--crystals", nargs="+", metavar="FILE", default=[], help="for equation of state, elasticity, phonons, thermal conductivity"
+    )
     judge.add_argument("--all-pairs", action="store_true", help="curves of all pairs of elements")
     judge.add_argument("--diatomics-reference", metavar="JSON", help="reference curves of two atoms")
     dynamics = judge.add_argument_group("molecular dynamics")
     dynamics.add_argument("--systems", nargs="+", metavar="FILE", default=[], help="what to simulate (default: the first structure)")
-    dynamics.add_argument("--references", nargs="+", metavar="FILE", default=[], help="reference trajectories of the systems, in their order")
+    dynamics.add_argument(
+        "--references", nargs="+", metavar="FILE", default=[], help="reference trajectories of the systems, in their order"
+    )
     dynamics.add_argument("--reference-interval", type=float, metavar="PS", help="between frames of the references, to compare diffusion")
-    dynamics.add_argument("--protocol", choices=["lips", "water", "methane", "molecule", "electrolyte"], help="ensemble, temperature, step and windows of a published benchmark")
+    dynamics.add_argument(
+        "--protocol",
+        choices=["lips", "water", "methane", "molecule", "electrolyte"],
+        help="ensemble, temperature, step and windows of a published benchmark",
+    )
     dynamics.add_argument("--picoseconds", type=float, help="length (default: 1, 5 or 50 by level)")
     dynamics.add_argument("--temperature", type=float, help="K (default: 300, or that of the protocol)")
     dynamics.add_argument("--timestep", type=float, default=0.5, help="fs (default: 0.5)")
@@ -289,7 +317,14 @@ def _judge(arguments: argparse.Namespace) -> int:
     results = judge(**values)
     failed = any(o.status == "failed" for outcomes in results.values() for o in outcomes.values())
     if arguments.json:
-        print(json.dumps({name: {c: {k: v for k, v in o.to_dict().items() if k != "panels"} for c, o in outcomes.items()} for name, outcomes in results.items()}))
+        print(
+            json.dumps(
+                {
+                    name: {c: {k: v for k, v in o.to_dict().items() if k != "panels"} for c, o in outcomes.items()}
+                    for name, outcomes in results.items()
+                }
+            )
+        )
         return int(failed)
     for name, outcomes in results.items():
         print(f"\n{name}")

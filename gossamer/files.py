@@ -1,13 +1,19 @@
-"""Writing files so that nothing is lost: to a temporary file, synced, then renamed."""
+"""Writing files so that nothing is lost (to a temporary file, synced, then renamed), and reading compressed ones."""
 
 from __future__ import annotations
 
+import bz2
+import gzip
+import io
 import json
+import lzma
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+COMPRESSIONS = {".xz": lzma.open, ".gz": gzip.open, ".bz2": bz2.open}
 
 
 @contextmanager
@@ -42,3 +48,14 @@ def write_text(path: Path | str, text: str) -> None:
 
 def write_json(path: Path | str, value: Any) -> None:
     write_text(path, json.dumps(value, indent=1) + "\n")
+
+
+def open_text(path: Path) -> io.StringIO | io.TextIOWrapper:
+    """Text of a possibly compressed file; compressed ones are held in memory, since ASE seeks backwards."""
+    if path.suffix not in COMPRESSIONS:
+        return open(path, encoding="utf-8")
+    try:
+        with COMPRESSIONS[path.suffix](path, "rt") as file:  # type: ignore[operator]
+            return io.StringIO(file.read())
+    except (lzma.LZMAError, OSError, EOFError) as error:
+        raise ValueError(f"'{path}' cannot be decompressed ({error}). It may be truncated: copy it again.") from None

@@ -20,7 +20,20 @@ import numpy as np
 from ase import Atoms
 
 from gossamer import __version__
-from gossamer.checks import conservation, crystals, diatomics, discovery, dynamics, errors, phonons, smoothness, speed, subject, symmetry, thermal_conductivity
+from gossamer.checks import (
+    conservation,
+    crystals,
+    diatomics,
+    discovery,
+    dynamics,
+    errors,
+    phonons,
+    smoothness,
+    speed,
+    subject,
+    symmetry,
+    thermal_conductivity,
+)
 from gossamer.checks.outcome import ORDER, Outcome, skipped
 from gossamer.checks.page import write_page
 from gossamer.checks.subject import LEVELS, Subject
@@ -157,7 +170,7 @@ def find_candidates(models: Sequence[Path | str], calculators: Sequence[str], de
             )
         )  # fmt: skip
     for text in calculators:
-        name, make = subject.parse_calculator(text)
+        name, _ = subject.parse_calculator(text)
         found.append(Candidate(name, AnyCalculator(text), text.rpartition("=")[2] if "(" not in text else text))
     if not found:
         raise ValueError("There is nothing to judge: give a saved potential, or --calculator module:factory.")
@@ -181,8 +194,6 @@ def read_all(paths: Sequence[Path | str], n: int | None = None) -> list[Atoms]:
     out: list[Atoms] = []
     for path in paths:
         frames = dynamics.read_reference(path)
-        if not frames or any(len(f) == 0 for f in frames):
-            raise ValueError(f"'{path}' holds no atoms, or a frame without any.")
         chosen = range(len(frames)) if n is None else np.unique(np.linspace(0, len(frames) - 1, min(n, len(frames))).astype(int))
         for k in chosen:
             frames[int(k)].info.setdefault("name", Path(path).name.split(".")[0] + (f"-{int(k)}" if len(frames) > 1 else ""))
@@ -217,7 +228,9 @@ def make_subject(
 ) -> Subject:
     """One potential with the structures that its elements allow; built-in ones where none were given."""
     effort = LEVELS[options.level]
-    own = Subject(candidate.name, candidate.make, [], [], {}, {}, folder, effort, options, candidate.conservative, candidate.cutoff, progress)
+    own = Subject(
+        candidate.name, candidate.make, [], [], {}, {}, folder, effort, options, candidate.conservative, candidate.cutoff, progress
+    )
     if candidate.elements is None:
         if not elements:
             log.info("%s: finding out which elements it knows (give --elements to save this time)", candidate.name)
@@ -348,7 +361,9 @@ def judge(
     if not timestep > 0:
         raise ValueError(f"timestep must be positive, found {timestep} fs.")
     if len(references) > max(1, len(systems), len(structures)):
-        raise ValueError(f"{len(references)} references for {len(systems) or len(structures)} systems: give one for each, in the same order.")
+        raise ValueError(
+            f"{len(references)} references for {len(systems) or len(structures)} systems: give one for each, in the same order."
+        )
     candidates = find_candidates(models, calculators, device, dtype)
     options = JudgeOptions(
         level=level, temperature=300.0 if temperature is None else temperature, temperature_given=temperature is not None, timestep=timestep, all_pairs=all_pairs,
@@ -405,7 +420,9 @@ def _claim(folder: Path, candidate: Candidate) -> None:
     if about.exists():
         before = json.loads(about.read_text())
         if before.get("fingerprint") != candidate.fingerprint:
-            raise ValueError(f"'{folder}' holds the judgement of another potential called '{candidate.name}'. Give this one a name (name=...), or use another --out.")
+            raise ValueError(
+                f"'{folder}' holds the judgement of another potential called '{candidate.name}'. Give this one a name (name=...), or use another --out."
+            )
         return
     write_json(about, {**facts, "machine": machine(), "versions": versions(), "date": date.today().isoformat()})
 
@@ -433,7 +450,9 @@ def _run(name: str, person: Subject, options: JudgeOptions, folder: Path) -> Out
             raise
         except Exception as error:  # a judged calculator may raise anything; the others still count
             log.exception("%s: %s", person.name, name)
-            outcome = Outcome("failed", f"The check ended with an error: {type(error).__name__}: {str(error)[:300]}", "It cannot be used for this.")
+            outcome = Outcome(
+                "failed", f"The check ended with an error: {type(error).__name__}: {str(error)[:300]}", "It cannot be used for this."
+            )
     outcome.seconds = round(time.perf_counter() - began, 2)
     write_json(path, {"key": key, "level": options.level, "outcome": outcome.to_dict(), "date": date.today().isoformat()})
     return outcome
@@ -448,7 +467,15 @@ def _key(name: str, person: Subject, options: JudgeOptions) -> str:
             for atoms in found.values() if isinstance(found, dict) else found:
                 for array in (atoms.numbers, atoms.positions.round(6), atoms.cell.array.round(6), atoms.pbc):
                     digest.update(np.ascontiguousarray(array).tobytes())
-        elif used in ("data", "discovery", "discovery_table", "discovery_relaxed", "conductivity_crystals", "conductivity_reference", "diatomics_reference"):
+        elif used in (
+            "data",
+            "discovery",
+            "discovery_table",
+            "discovery_relaxed",
+            "conductivity_crystals",
+            "conductivity_reference",
+            "diatomics_reference",
+        ):
             file = getattr(options, used)
             digest.update(str(file and (Path(file).name, os.stat(file).st_size)).encode())
         else:
@@ -462,7 +489,11 @@ def write_summary(folder: Path) -> None:
     everyone = {}
     for about in sorted(folder.glob("*/about.json"), key=lambda p: p.stat().st_mtime):
         stored = {n: json.loads(p.read_text()) for n in CHECKS if (p := about.parent / f"{n}.json").exists()}
-        everyone[about.parent.name] = {"about": json.loads(about.read_text()), "checks": {n: s["outcome"] for n, s in stored.items()}, "levels": sorted({s["level"] for s in stored.values()})}
+        everyone[about.parent.name] = {
+            "about": json.loads(about.read_text()),
+            "checks": {n: s["outcome"] for n, s in stored.items()},
+            "levels": sorted({s["level"] for s in stored.values()}),
+        }
     numbers = {
         name: {**entry["about"], "verdict": worst(c["status"] for c in entry["checks"].values()),
                "checks": {n: {k: v for k, v in c.items() if k != "panels"} for n, c in entry["checks"].items()}}
@@ -486,7 +517,9 @@ def machine() -> str:
         return str(torch.cuda.get_device_name())
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.processor() or platform.machine()}, {os.environ.get('OMP_NUM_THREADS', os.cpu_count())} threads"
+    return (
+        f"{names[0] if names else platform.processor() or platform.machine()}, {os.environ.get('OMP_NUM_THREADS', os.cpu_count())} threads"
+    )
 
 
 def versions() -> dict[str, str]:

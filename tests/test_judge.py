@@ -23,18 +23,42 @@ from ase.calculators.morse import MorsePotential
 from ase.calculators.singlepoint import SinglePointCalculator
 from ase.calculators.tersoff import Tersoff, TersoffParameters
 from conftest import make_potential, shared_data
-
-from gossamer.checks import conservation, crystals, diatomics, discovery, dynamics, errors, phonons, smoothness, speed, symmetry, thermal_conductivity
-from gossamer.checks.outcome import Outcome, at_least, at_most, close_to, conclude, measured
-from gossamer.checks.page import number
-from gossamer.checks.subject import LEVELS, Subject, builtin_crystals, builtin_molecules, enlarged, parse_calculator, supported_elements
-from gossamer.judging import CHECKS, JudgeOptions, judge
 from test_checks import Broken, copper
 
-TINY = replace(LEVELS["quick"], diatomic_points=40, equilibration_ps=0.02, nve_ps=0.12, md_ps=0.25, md_atoms=32, speed_atoms=32, speed_seconds=0.05)
+from gossamer.checks import (
+    conservation,
+    crystals,
+    diatomics,
+    discovery,
+    dynamics,
+    errors,
+    phonons,
+    smoothness,
+    speed,
+    thermal_conductivity,
+)
+from gossamer.checks.outcome import Outcome, at_least, at_most, close_to, conclude, measured
+from gossamer.checks.page import number
+from gossamer.checks.subject import (
+    LEVELS,
+    Subject,
+    builtin_crystals,
+    builtin_molecules,
+    enlarged,
+    parse_calculator,
+    read_frames,
+    supported_elements,
+)
+from gossamer.judging import CHECKS, JudgeOptions, judge
+
+TINY = replace(
+    LEVELS["quick"], diatomic_points=40, equilibration_ps=0.02, nve_ps=0.12, md_ps=0.25, md_atoms=32, speed_atoms=32, speed_seconds=0.05
+)
 
 
-def subject_of(make: Any, folder: Path, elements: tuple[str, ...] = ("Cu",), structures: list[Atoms] | None = None, **options: Any) -> Subject:
+def subject_of(
+    make: Any, folder: Path, elements: tuple[str, ...] = ("Cu",), structures: list[Atoms] | None = None, **options: Any
+) -> Subject:
     found = [bulk("Cu", cubic=True)] if structures is None else structures
     return Subject("it", make, list(elements), found, {"Cu": bulk("Cu", cubic=True)}, {"Cu": bulk("Cu", cubic=True)}, folder, TINY,
                    JudgeOptions(**{"timestep": 2.0, **options}), progress=False)  # fmt: skip
@@ -108,7 +132,9 @@ def test_broken_potential_is_told_why(check: str, defect: str, says: str, tmp_pa
 
 
 def test_drift_of_forces_that_pump_energy(tmp_path: Path) -> None:
-    swirl = Defect(EMT(), lambda atoms, r: r["forces"].__iadd__(0.05 * np.cross(atoms.positions - atoms.positions.mean(axis=0), [0, 0, 1.0])))
+    swirl = Defect(
+        EMT(), lambda atoms, r: r["forces"].__iadd__(0.05 * np.cross(atoms.positions - atoms.positions.mean(axis=0), [0, 0, 1.0]))
+    )
     outcome = conservation.check(subject_of(lambda: swirl, tmp_path))
     assert outcome.status in ("weak", "failed")
     assert by_name(outcome, "work around a closed loop").status in ("weak", "failed")
@@ -279,7 +305,9 @@ def test_phonons_agree_with_ase() -> None:
             pair.append(moved.get_forces())
         constants = (pair[0] - pair[1]) / 0.02
         dynamical[axis] = (np.exp(2j * np.pi * shifts @ q)[:, None] * constants).sum(axis=0) / mass
-    expected = np.sqrt(np.linalg.eigvalsh(0.5 * (dynamical + dynamical.conj().T))) * units._e**0.5 / units._amu**0.5 * 1e10 / (2 * np.pi) * 1e-12
+    expected = (
+        np.sqrt(np.linalg.eigvalsh(0.5 * (dynamical + dynamical.conj().T))) * units._e**0.5 / units._amu**0.5 * 1e10 / (2 * np.pi) * 1e-12
+    )
     np.testing.assert_allclose(phonons.frequencies_at(ours, q[None])[0], expected, atol=0.02)
     assert theirs is not None
     assert phonons.sum_rule_error(ours) < 1e-9
@@ -310,7 +338,7 @@ def test_conductivity_errors_by_their_definition() -> None:
 @pytest.mark.reference
 def test_conductivity_references_are_read() -> None:
     table = thermal_conductivity.read_references(shared_data("data", "phonondb103", "phonondb103_kappa_pbe_ref82.json.xz"))
-    frames = thermal_conductivity.read_crystals(shared_data("data", "phonondb103", "phonondb103_structures.extxyz.xz"))
+    frames = read_frames(shared_data("data", "phonondb103", "phonondb103_structures.extxyz.xz"))
     assert len(frames) == 103
     assert len(table) == 82
     for entry in table.values():
@@ -387,7 +415,10 @@ def test_dynamics_beside_a_reference(tmp_path: Path) -> None:
     person.options = replace(person.options, references=(str(tmp_path / "same.extxyz"),))
     outcome = dynamics.check(person)
     assert by_name(outcome, "overlap of g(r), all pairs").value == pytest.approx(1, abs=1e-6)
-    molten = [Atoms(f.numbers, np.random.default_rng(k).uniform(size=(len(f), 3)) @ f.cell.array, cell=f.cell, pbc=True) for k, f in enumerate(frames)]
+    molten = [
+        Atoms(f.numbers, np.random.default_rng(k).uniform(size=(len(f), 3)) @ f.cell.array, cell=f.cell, pbc=True)
+        for k, f in enumerate(frames)
+    ]
     ase.io.write(tmp_path / "other.extxyz", molten)
     person.options = replace(person.options, references=(str(tmp_path / "other.extxyz"),))
     outcome = dynamics.check(person)
@@ -447,7 +478,12 @@ def labelled(shift: float = 0.0, noise: float = 0.0, n: int = 6) -> list[Atoms]:
         energy, forces, stress = atoms.get_potential_energy(), atoms.get_forces(), atoms.get_stress()
         frame = atoms.copy()
         per_element = {"Cu": 1.0, "Al": 2.0}[atoms.get_chemical_symbols()[0]]
-        frame.calc = SinglePointCalculator(frame, energy=energy + len(atoms) * shift * per_element, forces=forces + rng.normal(scale=noise, size=forces.shape) if noise else forces, stress=stress)
+        frame.calc = SinglePointCalculator(
+            frame,
+            energy=energy + len(atoms) * shift * per_element,
+            forces=forces + rng.normal(scale=noise, size=forces.shape) if noise else forces,
+            stress=stress,
+        )
         frames.append(frame)
     return frames
 
@@ -509,7 +545,11 @@ def test_stability_metrics_are_those_of_the_package() -> None:
 @pytest.mark.reference
 def test_combined_score_is_that_of_the_leaderboard() -> None:
     with open(shared_data("data", "leaderboard", "matbench_discovery_2026-07-16.csv"), newline="") as file:
-        rows = [r for r in csv.DictReader(file) if r["CPS_recomputed"] and r["kappa_SRME"] and r["geo_opt_rmsd_symprec1e-2"] and r["F1_unique_prototypes"]]
+        rows = [
+            r
+            for r in csv.DictReader(file)
+            if r["CPS_recomputed"] and r["kappa_SRME"] and r["geo_opt_rmsd_symprec1e-2"] and r["F1_unique_prototypes"]
+        ]
     assert len(rows) > 40
     for r in rows:
         score = discovery.combined_score(float(r["F1_unique_prototypes"]), float(r["kappa_SRME"]), float(r["geo_opt_rmsd_symprec1e-2"]))
@@ -526,7 +566,15 @@ def hull_set(folder: Path, n: int = 6) -> tuple[Path, Path]:
         result = discovery.relax_one(EMT(), atoms)
         atoms.info["material_id"] = f"m-{k}"
         frames.append(atoms)
-        rows.append({"material_id": f"m-{k}", "n_sites": 4, "uncorrected_energy": result["energy"], "e_above_hull_mp2020_corrected_ppd_mp": 0.05 * (k - 2.5), "unique_prototype": k % 2 == 0})
+        rows.append(
+            {
+                "material_id": f"m-{k}",
+                "n_sites": 4,
+                "uncorrected_energy": result["energy"],
+                "e_above_hull_mp2020_corrected_ppd_mp": 0.05 * (k - 2.5),
+                "unique_prototype": k % 2 == 0,
+            }
+        )
     ase.io.write(folder / "initial.extxyz", frames)
     with open(folder / "table.csv", "w", newline="") as file:
         writer = csv.DictWriter(file, rows[0])
@@ -557,7 +605,12 @@ def test_discovery_of_the_reference_itself_is_perfect(tmp_path: Path) -> None:
     assert asked == [1]
     assert len(path.read_text().splitlines()) == 6
     # a potential that is 0.2 eV/atom too low calls everything stable
-    low = subject_of(lambda: Defect(EMT(), lambda a, r: r.__setitem__("energy", r["energy"] - 0.2 * len(a))), tmp_path / "b", discovery=str(initial), discovery_table=str(table))
+    low = subject_of(
+        lambda: Defect(EMT(), lambda a, r: r.__setitem__("energy", r["energy"] - 0.2 * len(a))),
+        tmp_path / "b",
+        discovery=str(initial),
+        discovery_table=str(table),
+    )
     outcome = discovery.check(low)
     assert outcome.status == "weak"
     assert by_name(outcome, "F1").value == pytest.approx(2 / 3)
@@ -628,7 +681,9 @@ def test_checks_import_no_torch() -> None:
 
 
 def judged(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "gossamer.cli", "judge", *arguments], cwd=folder, capture_output=True, text=True, check=False, timeout=300)
+    return subprocess.run(
+        [sys.executable, "-m", "gossamer.cli", "judge", *arguments], cwd=folder, capture_output=True, text=True, check=False, timeout=300
+    )
 
 
 def test_judging_on_the_command_line(tmp_path: Path) -> None:
@@ -681,7 +736,9 @@ def test_wrong_questions(options: dict[str, Any], message: str, tmp_path: Path) 
         judge(out=tmp_path, progress=False, **options)
 
 
-@pytest.mark.parametrize("name", ["structures", "data", "crystals", "systems", "discovery", "discovery_table", "conductivity_crystals", "diatomics_reference"])
+@pytest.mark.parametrize(
+    "name", ["structures", "data", "crystals", "systems", "discovery", "discovery_table", "conductivity_crystals", "diatomics_reference"]
+)
 def test_files_that_are_not_there(name: str, tmp_path: Path) -> None:
     value = ["nowhere.extxyz"] if name in ("structures", "crystals", "systems") else "nowhere.extxyz"
     with pytest.raises(FileNotFoundError, match="nowhere"):
@@ -700,7 +757,15 @@ def test_a_check_that_raises_does_not_end_the_others(tmp_path: Path, monkeypatch
 
 
 def test_numbers_are_readable() -> None:
-    assert [number(v) for v in (None, 0.0, 1.23456, 12345.6, 1e-5, 3e7, float("nan"))] == ["–", "0", "1.235", "12,346", "1.00e-05", "3.00e+07", "–"]
+    assert [number(v) for v in (None, 0.0, 1.23456, 12345.6, 1e-5, 3e7, float("nan"))] == [
+        "–",
+        "0",
+        "1.235",
+        "12,346",
+        "1.00e-05",
+        "3.00e+07",
+        "–",
+    ]
 
 
 def test_growth_is_measured() -> None:
@@ -717,7 +782,10 @@ def test_growth_is_measured() -> None:
 @pytest.fixture(scope="module")
 def browser() -> Any:
     pytest.importorskip("selenium", reason="needs selenium: pip install -e '.[dev]'")
-    chromium, driver = (shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")), shutil.which("chromedriver")
+    chromium, driver = (
+        (shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")),
+        shutil.which("chromedriver"),
+    )
     if not chromium or not driver:
         pytest.skip("needs Chromium and ChromeDriver (Debian: chromium chromium-driver)")
     from selenium import webdriver
@@ -725,7 +793,16 @@ def browser() -> Any:
 
     options = webdriver.ChromeOptions()
     options.binary_location = chromium
-    for flag in ("headless=new", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-background-networking", "disable-component-update", "disable-sync"):
+    for flag in (
+        "headless=new",
+        "no-sandbox",
+        "disable-gpu",
+        "disable-quic",
+        "no-first-run",
+        "disable-background-networking",
+        "disable-component-update",
+        "disable-sync",
+    ):
         options.add_argument(f"--{flag}")
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
     found = webdriver.Chrome(options=options, service=Service(driver))
@@ -737,12 +814,22 @@ def browser() -> Any:
 def test_page_in_a_browser(browser: Any, width: int, height: int, tmp_path: Path) -> None:
     from selenium.webdriver.common.by import By
 
-    judge(calculator=["ase.calculators.emt:EMT", "long_name_of_a_potential=ase.calculators.emt:EMT"], elements=["Cu", "Al"], only=["symmetry", "diatomics", "errors"], out=tmp_path, progress=False)
-    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 500})
+    judge(
+        calculator=["ase.calculators.emt:EMT", "long_name_of_a_potential=ase.calculators.emt:EMT"],
+        elements=["Cu", "Al"],
+        only=["symmetry", "diatomics", "errors"],
+        out=tmp_path,
+        progress=False,
+    )
+    browser.execute_cdp_cmd(
+        "Emulation.setDeviceMetricsOverride", {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 500}
+    )
     browser.get((tmp_path / "report.html").as_uri())
     assert not [m for m in browser.get_log("browser") if m["level"] == "SEVERE"]
     assert browser.execute_script("return document.documentElement.scrollWidth") <= width, "the page scrolls sideways"
-    assert browser.execute_script("return new Set([...document.querySelectorAll('[id]')].map(e => e.id)).size == document.querySelectorAll('[id]').length"), "an id occurs twice"
+    assert browser.execute_script(
+        "return new Set([...document.querySelectorAll('[id]')].map(e => e.id)).size == document.querySelectorAll('[id]').length"
+    ), "an id occurs twice"
     chips = [c.text for c in browser.find_elements(By.CSS_SELECTOR, ".chip")]
     assert any("passed" in c for c in chips)
     assert any("skipped" in c for c in chips)
@@ -752,7 +839,10 @@ def test_page_in_a_browser(browser: Any, width: int, height: int, tmp_path: Path
     stage = browser.find_element(By.CSS_SELECTOR, "dialog .stage svg")
     assert stage.is_displayed()
     before = stage.get_dom_attribute("viewBox")
-    browser.execute_script("arguments[0].parentElement.dispatchEvent(new WheelEvent('wheel', {deltaY: -100, clientX: 200, clientY: 300, cancelable: true}))", stage)
+    browser.execute_script(
+        "arguments[0].parentElement.dispatchEvent(new WheelEvent('wheel', {deltaY: -100, clientX: 200, clientY: 300, cancelable: true}))",
+        stage,
+    )
     after = stage.get_dom_attribute("viewBox")
     assert float(after.split()[2]) < float(before.split()[2])
     browser.find_element(By.CSS_SELECTOR, "dialog .close").click()

@@ -190,7 +190,9 @@ def check(subject: Subject) -> Outcome:
         found["loop"].append(1000 * loop_work(calculator, atoms))
         if atoms.pbc.all():
             metrics_stress = attempt(
-                "stress", lambda a=atoms: measured("s", 1000 * smallest(lambda h: stress_gradient_error(calculator, a, h / 4))), WRONG_STRESS
+                "stress",
+                lambda a=atoms: measured("s", 1000 * smallest(lambda h: stress_gradient_error(calculator, a, h / 4))),
+                WRONG_STRESS,
             )
             if metrics_stress[0].value is None:
                 metrics += metrics_stress[:1] if not any(m.name == "stress" for m in metrics) else []

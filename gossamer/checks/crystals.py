@@ -7,14 +7,13 @@ from typing import Any
 import numpy as np
 from ase import Atoms, units
 from ase.build import surface
-from ase.data import atomic_numbers, reference_states
 from ase.eos import EquationOfState
 from ase.filters import FrechetCellFilter
 from ase.optimize import FIRE
 from numpy.typing import NDArray
 
 from gossamer.checks.outcome import Metric, Outcome, Panel, at_least, at_most, attempt, conclude, curve, measured
-from gossamer.checks.subject import COMPOUNDS, Subject, enlarged
+from gossamer.checks.subject import COMPOUNDS, Subject, elemental_state, enlarged
 
 Array = NDArray[np.float64]
 BULK_MODULUS = {
@@ -141,7 +140,7 @@ def experimental(name: str) -> tuple[float | None, float | None]:
     """Lattice constant (Å) and bulk modulus (GPa) of a built-in crystal; None where the table has none."""
     if name in COMPOUNDS:
         return COMPOUNDS[name][1], None
-    state = (reference_states[atomic_numbers[name]] or {}) if name in atomic_numbers else {}
+    state = elemental_state(name)
     return (state.get("a") if state.get("symmetry") in ("fcc", "bcc", "diamond") else None), BULK_MODULUS.get(name)
 
 
@@ -159,9 +158,13 @@ def check(subject: Subject) -> Outcome:
     panels: list[Panel] = []
     notes = []
     for name, atoms in subject.bar(list(subject.crystals.items()), "crystals"):
-        metrics += attempt(name, lambda n=name, a=atoms: _crystal(subject.calculator, n, a, panels, subject.options.builtin_crystals), UNBOUND, "failed")
+        metrics += attempt(
+            name, lambda n=name, a=atoms: _crystal(subject.calculator, n, a, panels, subject.options.builtin_crystals), UNBOUND, "failed"
+        )
     if subject.options.builtin_crystals:
-        notes.append("Compared with experiment at room temperature; functionals differ from it by 1 to 2 % in lattice constants and 10 to 20 % in moduli (PBE is soft).")
+        notes.append(
+            "Compared with experiment at room temperature; functionals differ from it by 1 to 2 % in lattice constants and 10 to 20 % in moduli (PBE is soft)."
+        )
     return conclude(metrics, panels, notes, "The crystals hold, respond and break as solids do.")
 
 
@@ -169,7 +172,18 @@ def _crystal(calculator: Any, name: str, atoms: Atoms, panels: list[Panel], comp
     cell, converged = relaxed(calculator, atoms)
     metrics: list[Metric] = []
     if not converged:
-        metrics.append(Metric(f"{name}: relaxation", None, "", "weak", "forces below 0.01 eV/Å", "", f"{name}: the relaxation did not converge in 300 steps", UNBOUND))
+        metrics.append(
+            Metric(
+                f"{name}: relaxation",
+                None,
+                "",
+                "weak",
+                "forces below 0.01 eV/Å",
+                "",
+                f"{name}: the relaxation did not converge in 300 steps",
+                UNBOUND,
+            )
+        )
     change = (cell.get_volume() / atoms.get_volume()) - 1
     lattice, modulus = experimental(name) if compare else (None, None)
     if lattice is not None:
@@ -189,9 +203,17 @@ def _crystal(calculator: Any, name: str, atoms: Atoms, panels: list[Panel], comp
         metrics.append(at_most(f"{name}: error of the bulk modulus", 100 * abs(eos["bulk_modulus"] / modulus - 1), "%", 20.0, 50.0, STIFF))
     metrics += attempt(f"{name}: elastic constants", lambda: _elastic(calculator, name, cell, eos["bulk_modulus"]), STIFF)
     if len(set(atoms.numbers)) == 1:
-        metrics += attempt(f"{name}: vacancy", lambda: at_least(f"{name}: vacancy energy", vacancy_energy(calculator, cell), "eV", 0.1, 0.0, SOFT, ""), SOFT)
+        metrics += attempt(
+            f"{name}: vacancy",
+            lambda: at_least(f"{name}: vacancy energy", vacancy_energy(calculator, cell), "eV", 0.1, 0.0, SOFT, ""),
+            SOFT,
+        )
     if np.allclose(cell.cell.angles(), 90, atol=0.5):
-        metrics += attempt(f"{name}: surface", lambda: at_least(f"{name}: energy of the (100) surface", surface_energy(calculator, cell), "J/m²", 0.05, 0.0, SOFT, ""), SOFT)
+        metrics += attempt(
+            f"{name}: surface",
+            lambda: at_least(f"{name}: energy of the (100) surface", surface_energy(calculator, cell), "J/m²", 0.05, 0.0, SOFT, ""),
+            SOFT,
+        )
     return metrics
 
 
@@ -207,5 +229,3 @@ def _elastic(calculator: Any, name: str, cell: Atoms, bulk_modulus: float) -> li
         at_least(f"{name}: softest elastic eigenvalue", softest, "GPa", 0.5, 0.0, "The crystal is mechanically unstable: it shears by itself.", ""),
         at_most(f"{name}: bulk modulus from stress against that from energy", 100 * abs(k / bulk_modulus - 1), "%", 5.0, 20.0, "Stress and energy disagree: pressures are wrong."),
     ]  # fmt: skip
-
-

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import itertools
 import json
 from pathlib import Path
@@ -15,6 +14,7 @@ from numpy.typing import NDArray
 from gossamer.checks.outcome import Curve, Metric, Outcome, Panel, at_most, conclude, curve, measured
 from gossamer.checks.smoothness import tortuosity
 from gossamer.checks.subject import Subject, bond_length
+from gossamer.files import open_text
 
 Array = NDArray[np.float64]
 SHORTEST, LONGEST = 0.1, 6.0
@@ -60,7 +60,20 @@ def curve_metrics(distances: Array, energies: Array, forces: Array, bond: float)
     """
     valid = np.isfinite(energies) & np.isfinite(forces)
     if valid.sum() < 8:
-        return dict.fromkeys(("tortuosity", "energy_jump", "energy_flips", "force_flips", "conservation_deviation", "hole", "wall", "well_distance", "well_depth"), np.nan)
+        return dict.fromkeys(
+            (
+                "tortuosity",
+                "energy_jump",
+                "energy_flips",
+                "force_flips",
+                "conservation_deviation",
+                "hole",
+                "wall",
+                "well_distance",
+                "well_depth",
+            ),
+            np.nan,
+        )
     r, e, f = distances[valid], energies[valid], forces[valid]
     steps = np.diff(e)
     steps = steps[np.abs(steps) >= 1e-3]
@@ -89,18 +102,20 @@ def e_ahead(energies: Array) -> Array:
 
 
 def read_reference(path: Path | str, functional: str = "PBE") -> dict[str, tuple[Array, Array]]:
-    """Curves (Å, eV) by pair ("H-H") from a JSON file: {functional: {pair: {"distances", "energies"}}}, .gz allowed.
+    """Curves (Å, eV) by pair ("H-H") from a JSON file: {functional: {pair: {"distances", "energies"}}}, may be compressed.
 
     Raises:
         ValueError: not such a file, or without that functional.
     """
-    data = Path(path).read_bytes()
+    with open_text(Path(path)) as file:
+        text = file.read()
     try:
-        table = json.loads(gzip.decompress(data) if str(path).endswith(".gz") else data)
-        curves = table[functional]
+        curves = json.loads(text)[functional]
         return {pair: (np.array(c["distances"]), np.array(c["energies"])) for pair, c in curves.items()}
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"'{path}' is not a file of dimer curves: expected {{'{functional}': {{'H-H': {{'distances': ..., 'energies': ...}}}}}} ({error!r}).") from None
+        raise ValueError(
+            f"'{path}' is not a file of dimer curves: expected {{'{functional}': {{'H-H': {{'distances': ..., 'energies': ...}}}}}} ({error!r})."
+        ) from None
 
 
 # --- verdict --------------------------------------------------------------------------------------------------------
@@ -128,16 +143,23 @@ def check(subject: Subject) -> Outcome:
             curves.append(curve(r, e - e[-1], "DFT", reference=True))
             far = (r >= 0.8 * bond_length(first, second)) & (r <= LONGEST)
             if far.any():
-                found[name]["reference_mae"] = float(np.abs(np.interp(r[far], distances, energies - energies[-1]) - (e - e[-1])[far]).mean())
+                found[name]["reference_mae"] = float(
+                    np.abs(np.interp(r[far], distances, energies - energies[-1]) - (e - e[-1])[far]).mean()
+                )
         depth = found[name]["well_depth"]
         floor = -1.6 * max(depth, 0.5) if np.isfinite(depth) else -5.0
-        panels.append(Panel(name, "Å", "eV", curves, group="Curves of two atoms", x_limits=(0.0, LONGEST), y_limits=(floor, 4 * max(-floor / 1.6, 0.5))))
+        panels.append(
+            Panel(
+                name, "Å", "eV", curves, group="Curves of two atoms", x_limits=(0.0, LONGEST), y_limits=(floor, 4 * max(-floor / 1.6, 0.5))
+            )
+        )
     return conclude(verdicts(found), panels, [f"{len(pairs)} pairs, {len(distances)} distances of {SHORTEST} to {LONGEST} Å spaced evenly in log r."],
                     "Every pair repels at short range, with one minimum.")  # fmt: skip
 
 
 def verdicts(found: dict[str, dict[str, float]]) -> list[Metric]:
     """The worst and the mean of each number over the pairs, and who is worst."""
+
     def values(key: str) -> Array:
         return np.array([v[key] for v in found.values()])
 

@@ -7,8 +7,6 @@ Riebesell et al., Nat. Mach. Intell. 7, 836 (2025), arXiv:2308.14920. Relaxation
 from __future__ import annotations
 
 import csv
-import gzip
-import io
 import json
 import logging
 import multiprocessing
@@ -17,7 +15,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import ase.io
 import numpy as np
 from ase import Atoms
 from ase.filters import FrechetCellFilter
@@ -26,7 +23,8 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from gossamer.checks.outcome import Metric, Outcome, Panel, at_least, at_most, conclude, curve, measured, plain, skipped
-from gossamer.checks.subject import Subject
+from gossamer.checks.subject import Subject, read_frames
+from gossamer.files import open_text
 
 log = logging.getLogger(__name__)
 Array = NDArray[np.float64]
@@ -117,7 +115,12 @@ def relax_one(calculator: Any, atoms: Atoms, fmax: float = FMAX, steps: int = ST
 
 
 def relax_many(
-    make: Callable[[], Any], structures: Sequence[tuple[str, Atoms]], path: Path, processes: int = 1, progress: bool = True, text: str = "discovery"
+    make: Callable[[], Any],
+    structures: Sequence[tuple[str, Atoms]],
+    path: Path,
+    processes: int = 1,
+    progress: bool = True,
+    text: str = "discovery",
 ) -> dict[str, dict[str, Any]]:
     """Relax structures and keep each result as soon as it is there, one JSON line each; what is in the file already is not done again.
 
@@ -135,8 +138,16 @@ def relax_many(
     done = read_results(path)
     todo = [(name, atoms) for name, atoms in structures if name not in done]
     path.parent.mkdir(parents=True, exist_ok=True)
-    bar = tqdm(total=len(structures), initial=len(structures) - len(todo), desc=text, disable=None if progress else True, dynamic_ncols=True, leave=False)
+    bar = tqdm(
+        total=len(structures),
+        initial=len(structures) - len(todo),
+        desc=text,
+        disable=None if progress else True,
+        dynamic_ncols=True,
+        leave=False,
+    )
     with open(path, "a") as file, bar:
+
         def keep(name: str, result: dict[str, Any]) -> None:
             done[name] = result
             file.write(json.dumps(plain({"id": name, **result})) + "\n")
@@ -190,17 +201,14 @@ def _work(task: tuple[str, Atoms]) -> tuple[str, dict[str, Any]]:
 
 
 def read_initial(path: Path | str) -> list[tuple[str, Atoms]]:
-    """(identifier, atoms) of an extended XYZ file, .gz allowed; the identifier is ``info["material_id"]``.
+    """(identifier, atoms) of an extended XYZ file, may be compressed; the identifier is ``info["material_id"]``.
 
     Raises:
         ValueError: a frame without an identifier, or one that occurs twice.
     """
-    opened: Any = gzip.open(path, "rt") if str(path).endswith(".gz") else open(path)
-    with opened as file:
-        frames = ase.io.read(io.StringIO(file.read()), ":", format="extxyz")
     out: list[tuple[str, Atoms]] = []
     seen = set()
-    for k, atoms in enumerate(frames):
+    for k, atoms in enumerate(read_frames(path)):
         if "material_id" not in atoms.info:
             raise ValueError(f"'{path}' frame {k} has no material_id in its header, so it cannot be found in the table.")
         name = str(atoms.info["material_id"])
@@ -212,13 +220,12 @@ def read_initial(path: Path | str) -> list[tuple[str, Atoms]]:
 
 
 def read_table(path: Path | str) -> dict[str, dict[str, Any]]:
-    """Rows by material_id of a CSV table (.gz allowed) with the columns of the package's wbm-summary.csv.
+    """Rows by material_id of a CSV table (may be compressed) with the columns of the package's wbm-summary.csv.
 
     Raises:
         ValueError: columns are missing.
     """
-    opened: Any = gzip.open(path, "rt", newline="") if str(path).endswith(".gz") else open(path, newline="")
-    with opened as file:
+    with open_text(Path(path)) as file:
         reader = csv.DictReader(file)
         missing = set(COLUMNS) - set(reader.fieldnames or [])
         if missing:
@@ -262,10 +269,14 @@ def check(subject: Subject) -> Outcome:
     structures, table = read_initial(options.discovery), read_table(options.discovery_table)
     unknown = [name for name, _ in structures if name not in table]
     if unknown:
-        raise ValueError(f"{len(unknown)} structures of '{options.discovery}' are not in '{options.discovery_table}' (first: {unknown[0]}).")
+        raise ValueError(
+            f"{len(unknown)} structures of '{options.discovery}' are not in '{options.discovery_table}' (first: {unknown[0]})."
+        )
     if options.discovery_count is not None:
         structures = structures[: options.discovery_count]
-    results = relax_many(subject.make, structures, subject.folder / "discovery.jsonl", options.processes, subject.progress, f"{subject.name}: discovery")
+    results = relax_many(
+        subject.make, structures, subject.folder / "discovery.jsonl", options.processes, subject.progress, f"{subject.name}: discovery"
+    )
     names = [name for name, _ in structures]
     true, predicted = hull_distances(results, table, names)
     every = stability_metrics(true, predicted)
@@ -280,12 +291,27 @@ def check(subject: Subject) -> Outcome:
         ]  # fmt: skip
     failed = sum(r.get("energy") is None for r in (results[n] for n in names))
     metrics.append(at_most("structures without an answer", 100 * failed / len(names), "%", 0.5, 5.0, MISSED))
-    metrics.append(measured("relaxations that did not converge", 100 * sum(not results[n].get("converged") for n in names) / len(names), "%", "low"))
+    metrics.append(
+        measured("relaxations that did not converge", 100 * sum(not results[n].get("converged") for n in names) / len(names), "%", "low")
+    )
     rmsd = _rmsd(options, results, names)
     if rmsd is not None:
         metrics.append(at_most("RMSD of relaxed structures", rmsd, "", 0.1, 0.3, "Relaxed structures are not those of DFT."))
-    panels = [Panel("Distance to the hull", "DFT, eV/atom", "potential, eV/atom", [curve(true, predicted), curve([true.min(), true.max()], [true.min(), true.max()], "equal", reference=True)], points=True)]
-    return conclude(metrics, panels, [f"{len(names)} structures; FIRE, FrechetCellFilter, fmax {FMAX} eV/Å, {STEPS} steps."], "Finds the stable materials.")
+    panels = [
+        Panel(
+            "Distance to the hull",
+            "DFT, eV/atom",
+            "potential, eV/atom",
+            [curve(true, predicted), curve([true.min(), true.max()], [true.min(), true.max()], "equal", reference=True)],
+            points=True,
+        )
+    ]
+    return conclude(
+        metrics,
+        panels,
+        [f"{len(names)} structures; FIRE, FrechetCellFilter, fmax {FMAX} eV/Å, {STEPS} steps."],
+        "Finds the stable materials.",
+    )
 
 
 def _rmsd(options: Any, results: dict[str, dict[str, Any]], names: Sequence[str]) -> float | None:

@@ -14,7 +14,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import ase.io
 import numpy as np
 from ase import Atoms, units
 from ase.io.trajectory import Trajectory
@@ -22,7 +21,7 @@ from numpy.typing import NDArray
 
 from gossamer.checks import liquids
 from gossamer.checks.outcome import Curve, Metric, Outcome, Panel, at_least, at_most, attempt, conclude, curve, measured
-from gossamer.checks.subject import Subject, enlarged
+from gossamer.checks.subject import Subject, enlarged, read_frames
 from gossamer.simulation.md import degrees_of_freedom, find_bonds, md
 
 Array = NDArray[np.float64]
@@ -132,7 +131,7 @@ def vibrational_density(frames: Sequence[Atoms], interval: float) -> tuple[Array
     window = np.hanning(len(velocities))[:, None, None]
     power = (np.abs(np.fft.rfft(velocities * window, axis=0)) ** 2).sum(axis=(1, 2))
     wavenumbers = np.fft.rfftfreq(len(velocities), interval * 1e-12) / 2.99792458e10
-    return wavenumbers, power / max(np.trapezoid(power, wavenumbers), 1e-300)
+    return np.asarray(wavenumbers, dtype=np.float64), power / max(float(np.trapezoid(power, wavenumbers)), 1e-300)
 
 
 def read_reference(path: Path | str) -> list[Atoms]:
@@ -144,14 +143,11 @@ def read_reference(path: Path | str) -> list[Atoms]:
         with np.load(path, allow_pickle=False) as data:
             missing = {"frac", "cell_A", "numbers"} - set(data.files)
             if missing:
-                raise ValueError(f"'{path}' lacks {', '.join(sorted(missing))}; expected frac (n_frames, n_atoms, 3), cell_A (3, 3) and numbers.")
+                raise ValueError(
+                    f"'{path}' lacks {', '.join(sorted(missing))}; expected frac (n_frames, n_atoms, 3), cell_A (3, 3) and numbers."
+                )
             return [Atoms(data["numbers"], scaled_positions=f, cell=data["cell_A"], pbc=True) for f in data["frac"]]
-    if path.suffix in (".xz", ".gz", ".bz2"):
-        from gossamer.data.readers import open_text
-
-        with open_text(path) as file:
-            return list(ase.io.iread(file, ":", format="extxyz"))
-    return list(ase.io.iread(path, ":"))
+    return read_frames(path)
 
 
 # --- verdict --------------------------------------------------------------------------------------------------------
@@ -175,16 +171,29 @@ def check(subject: Subject) -> Outcome:
     references = list(options.references) + [None] * len(subject.systems)
     for (name, atoms), reference in zip(subject.systems.items(), references, strict=False):
         system = enlarged(atoms, subject.effort.md_atoms) if options.builtin_systems else atoms
-        own = replace(protocol, temperature=float(atoms.info["temperature_K"])) if "temperature_K" in atoms.info and not options.temperature_given else protocol
+        own = (
+            replace(protocol, temperature=float(atoms.info["temperature_K"]))
+            if "temperature_K" in atoms.info and not options.temperature_given
+            else protocol
+        )
         metrics += attempt(
             f"{name}: molecular dynamics",
             lambda n=name, a=system, p=own, r=reference: _system(subject, n, a, p, float(picoseconds), r, panels), BROKE, "failed",
         )  # fmt: skip
-        notes.append(f"{name}: {system.get_chemical_formula()}, {own.ensemble}, {own.temperature:g} K, {own.timestep:g} fs, {picoseconds:g} ps.")
-    return conclude(metrics, panels, notes, "Stable, at the temperature asked for" + (", with the structure of the reference." if options.references else "."))
+        notes.append(
+            f"{name}: {system.get_chemical_formula()}, {own.ensemble}, {own.temperature:g} K, {own.timestep:g} fs, {picoseconds:g} ps."
+        )
+    return conclude(
+        metrics,
+        panels,
+        notes,
+        "Stable, at the temperature asked for" + (", with the structure of the reference." if options.references else "."),
+    )
 
 
-def _system(subject: Subject, name: str, atoms: Atoms, protocol: Protocol, picoseconds: float, reference: str | None, panels: list[Panel]) -> list[Metric]:
+def _system(
+    subject: Subject, name: str, atoms: Atoms, protocol: Protocol, picoseconds: float, reference: str | None, panels: list[Panel]
+) -> list[Metric]:
     run = simulate(subject, name, atoms, protocol, picoseconds)
     frames, log = read_trajectory(run["folder"])
     times = log["time_fs"] / 1000
@@ -202,7 +211,15 @@ def _system(subject: Subject, name: str, atoms: Atoms, protocol: Protocol, picos
     metrics += (_bulk if atoms.pbc.all() else _molecule)(name, frames, kept, run["interval_ps"], protocol, known, panels, subject)
     wavenumbers, density = vibrational_density(kept, run["interval_ps"])
     if wavenumbers[-1] > 800:  # frames too far apart fold the spectrum
-        panels.append(Panel(f"Vibrational density of states, {name}", "1/cm", "density", [curve(wavenumbers, density)], x_limits=(0, min(4200.0, wavenumbers[-1]))))
+        panels.append(
+            Panel(
+                f"Vibrational density of states, {name}",
+                "1/cm",
+                "density",
+                [curve(wavenumbers, density)],
+                x_limits=(0, min(4200.0, wavenumbers[-1])),
+            )
+        )
     grid = np.linspace(0, float(np.percentile([np.linalg.norm(f.get_forces(), axis=1) for f in kept], 99.5)) + 1e-6, 80)
     magnitudes = np.concatenate([np.linalg.norm(f.get_forces(), axis=1) for f in kept])
     symbols = np.concatenate([np.array(f.get_chemical_symbols()) for f in kept])
@@ -212,7 +229,9 @@ def _system(subject: Subject, name: str, atoms: Atoms, protocol: Protocol, picos
     return metrics
 
 
-def _ensemble(subject: Subject, name: str, atoms: Atoms, protocol: Protocol, picoseconds: float, frames: list[Atoms], log: dict[str, Array]) -> list[Metric]:
+def _ensemble(
+    subject: Subject, name: str, atoms: Atoms, protocol: Protocol, picoseconds: float, frames: list[Atoms], log: dict[str, Array]
+) -> list[Metric]:
     if protocol.ensemble == "nve":
         return []
     freedom = degrees_of_freedom(atoms, protocol.ensemble)
@@ -222,22 +241,46 @@ def _ensemble(subject: Subject, name: str, atoms: Atoms, protocol: Protocol, pic
     error = max(float(np.std(blocks, ddof=1) / np.sqrt(5)), protocol.temperature * np.sqrt(2 / freedom / len(late)))
     metrics = [
         measured(f"{name}: mean temperature", float(late.mean()), "K"),
-        at_most(f"{name}: temperature off by", abs(float(late.mean()) - protocol.temperature) / error, "standard errors", 4.0, 8.0, WRONG_T),
+        at_most(
+            f"{name}: temperature off by", abs(float(late.mean()) - protocol.temperature) / error, "standard errors", 4.0, 8.0, WRONG_T
+        ),
     ]
     try:
         mean, width = kinetic_energy_deviation(log, freedom, protocol.temperature)
     except ImportError:
-        return [*metrics, Metric(f"{name}: distribution of the kinetic energy", None, "", "skipped", "", "", "needs physical_validation: pip install 'gossamer[judge]'")]
+        return [
+            *metrics,
+            Metric(
+                f"{name}: distribution of the kinetic energy",
+                None,
+                "",
+                "skipped",
+                "",
+                "",
+                "needs physical_validation: pip install 'gossamer[judge]'",
+            ),
+        ]
     metrics.append(at_most(f"{name}: kinetic energy, mean and width off by", max(mean, width), "standard errors", 4.0, 8.0, WRONG_T))
     if subject.options.two_temperatures:
         warmer = replace(protocol, temperature=protocol.temperature * (1 + np.sqrt(2 / freedom)))
         second = simulate(subject, name, atoms, warmer, picoseconds, "-warmer")
         deviation = ensemble_deviation(log, read_trajectory(second["folder"])[1], (protocol.temperature, warmer.temperature), len(atoms))
-        metrics.append(at_most(f"{name}: Boltzmann factor between two temperatures off by", deviation, "standard errors", 4.0, 8.0, WRONG_T))
+        metrics.append(
+            at_most(f"{name}: Boltzmann factor between two temperatures off by", deviation, "standard errors", 4.0, 8.0, WRONG_T)
+        )
     return metrics
 
 
-def _bulk(name: str, frames: list[Atoms], kept: list[Atoms], interval: float, protocol: Protocol, known: list[Atoms] | None, panels: list[Panel], subject: Subject) -> list[Metric]:
+def _bulk(
+    name: str,
+    frames: list[Atoms],
+    kept: list[Atoms],
+    interval: float,
+    protocol: Protocol,
+    known: list[Atoms] | None,
+    panels: list[Panel],
+    subject: Subject,
+) -> list[Metric]:
     metrics: list[Metric] = []
     elements = sorted(set(frames[0].get_chemical_symbols()))
     pairs = [None, *itertools.combinations_with_replacement(elements, 2)] if len(elements) > 1 else [None]
@@ -256,14 +299,23 @@ def _bulk(name: str, frames: list[Atoms], kept: list[Atoms], interval: float, pr
                 metrics.append(at_most(f"{name}: error of g(r), {label}", liquids.rdf_error(g, true, R_MAX), "Å", 0.3, 1.0, STRUCTURE))
                 broke = liquids.stability_time(frames, true, interval, min(protocol.window, len(frames) * interval / 2))
                 total = len(frames) * interval
-                metrics.append(at_least(f"{name}: time before g(r) leaves the reference", broke, "ps", 0.999 * total, 0.999 * total, STRUCTURE))
+                metrics.append(
+                    at_least(f"{name}: time before g(r) leaves the reference", broke, "ps", 0.999 * total, 0.999 * total, STRUCTURE)
+                )
         panels.append(Panel(f"g(r), {label}, {name}", "r, Å", "g(r)", curves))
     positions, masses = liquids.unwrapped_positions(kept), kept[0].get_masses()
     chosen = np.array([protocol.species in (None, s) for s in kept[0].get_chemical_symbols()])
     if not chosen.any():
         chosen[:] = True
     msd = liquids.mean_squared_displacement(positions, masses, chosen)
-    panels.append(Panel(f"Mean squared displacement, {name}", "time, ps", "Å²", [curve((np.arange(len(msd)) * interval)[:: max(1, len(msd) // 300)], msd[:: max(1, len(msd) // 300)])]))
+    panels.append(
+        Panel(
+            f"Mean squared displacement, {name}",
+            "time, ps",
+            "Å²",
+            [curve((np.arange(len(msd)) * interval)[:: max(1, len(msd) // 300)], msd[:: max(1, len(msd) // 300)])],
+        )
+    )
     if len(kept) * interval < SHORTEST_DIFFUSION:
         return metrics
     mean, error = liquids.diffusivity_blocks(positions, masses, chosen, interval)
@@ -272,13 +324,31 @@ def _bulk(name: str, frames: list[Atoms], kept: list[Atoms], interval: float, pr
                 measured(f"{name}: diffusivity by the end of the window", liquids.diffusivity(msd, interval), "1e-9 m²/s")]  # fmt: skip
     if known and subject.options.reference_interval:
         true_positions = liquids.unwrapped_positions(known)
-        true, true_error = liquids.diffusivity_blocks(true_positions, masses, chosen, subject.options.reference_interval)
-        allowed = 2 * float(np.hypot(error, true_error))
-        metrics.append(at_most(f"{name}: diffusivity off by", abs(mean - true), "1e-9 m²/s", 0.25 * abs(true) + allowed, abs(true) + allowed, KINETICS))
+        target, target_error = liquids.diffusivity_blocks(true_positions, masses, chosen, subject.options.reference_interval)
+        allowed = 2 * float(np.hypot(error, target_error))
+        metrics.append(
+            at_most(
+                f"{name}: diffusivity off by",
+                abs(mean - target),
+                "1e-9 m²/s",
+                0.25 * abs(target) + allowed,
+                abs(target) + allowed,
+                KINETICS,
+            )
+        )
     return metrics
 
 
-def _molecule(name: str, frames: list[Atoms], kept: list[Atoms], interval: float, protocol: Protocol, known: list[Atoms] | None, panels: list[Panel], subject: Subject) -> list[Metric]:
+def _molecule(
+    name: str,
+    frames: list[Atoms],
+    kept: list[Atoms],
+    interval: float,
+    protocol: Protocol,
+    known: list[Atoms] | None,
+    panels: list[Panel],
+    subject: Subject,
+) -> list[Metric]:
     r, h = liquids.distance_distribution(kept)
     curves = [curve(r, h)]
     metrics = []

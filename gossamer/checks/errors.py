@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from scipy.stats import spearmanr
 
 from gossamer.checks.outcome import Metric, Outcome, Panel, at_least, at_most, close_to, conclude, curve, measured, skipped
-from gossamer.checks.subject import Subject
+from gossamer.checks.subject import Subject, read_frames
 from gossamer.files import write_text
 
 Array = NDArray[np.float64]
@@ -98,7 +98,9 @@ def calibration(entries: Sequence[dict[str, Any]]) -> dict[str, float] | None:
     if not kept:
         return None
     error = np.concatenate([(e["forces"][1] - e["forces"][0]).ravel() for e in kept])
-    sigma = np.concatenate([np.broadcast_to(np.asarray(e["uncertainty"], dtype=float).reshape(e["n_atoms"], -1), (e["n_atoms"], 3)).ravel() for e in kept])
+    sigma = np.concatenate(
+        [np.broadcast_to(np.asarray(e["uncertainty"], dtype=float).reshape(e["n_atoms"], -1), (e["n_atoms"], 3)).ravel() for e in kept]
+    )
     z = error / np.maximum(sigma, 1e-12)
     return {"z_std": float(z.std()), "within_1": float((np.abs(z) <= 1).mean()), "within_2": float((np.abs(z) <= 2).mean()),
             "rank": float(spearmanr(np.abs(error), sigma).statistic)}  # fmt: skip
@@ -111,19 +113,11 @@ def read_labelled(path: Path | str) -> list[Atoms]:
         FileNotFoundError: no such file.
         ValueError: no frame has an energy or forces.
     """
-    path = Path(path)
-    if not path.exists():
-        raise FileNotFoundError(f"There is no file '{path}'.")
-    if path.suffix in (".xz", ".gz", ".bz2"):
-        from gossamer.data.readers import open_text
-
-        with open_text(path) as file:
-            frames = ase.io.read(io.StringIO(file.read()), ":", format="extxyz")
-    else:
-        frames = ase.io.read(path, ":")
-    assert isinstance(frames, list)
+    frames = read_frames(path)
     if not any(f.calc is not None and ("energy" in f.calc.results or "forces" in f.calc.results) for f in frames):
-        raise ValueError(f"No frame of '{path}' has an energy or forces that ASE reads. Name them energy and forces, or convert the file with gossamer data convert.")
+        raise ValueError(
+            f"No frame of '{path}' has an energy or forces that ASE reads. Name them energy and forces, or convert the file with gossamer data convert."
+        )
     return frames
 
 
@@ -140,7 +134,9 @@ def check(subject: Subject) -> Outcome:
         return skipped("No labelled data: give --data FILE.")
     known = [f for f in frames if set(f.symbols) <= set(subject.elements)]
     if not known:
-        return skipped(f"The data holds elements that the potential does not know ({', '.join(sorted({s for f in frames for s in f.symbols} - set(subject.elements)))}).")
+        return skipped(
+            f"The data holds elements that the potential does not know ({', '.join(sorted({s for f in frames for s in f.symbols} - set(subject.elements)))})."
+        )
     limit = {"quick": 100, "standard": 1000}.get(subject.options.level, len(known))
     chosen = known[:: max(1, int(np.ceil(len(known) / limit)))]
     entries = predict(subject.calculator, chosen, lambda items: subject.bar(items, "errors"))
@@ -156,7 +152,9 @@ def check(subject: Subject) -> Outcome:
             raw = shifted
         spread = float(labels.std()) or 1.0
         panels.append(Panel("Energies", "label, eV/atom", "error, meV/atom", [curve(labels, raw)], points=True))
-        metrics.append(at_most("energy error over the spread of the labels", float(np.abs(raw).mean() / 1000 / spread), "", 0.2, 1.0, INACCURATE))
+        metrics.append(
+            at_most("energy error over the spread of the labels", float(np.abs(raw).mean() / 1000 / spread), "", 0.2, 1.0, INACCURATE)
+        )
     if any(e["forces"][0] is not None for e in entries):
         f = force_errors(entries)
         metrics += [
@@ -167,8 +165,23 @@ def check(subject: Subject) -> Outcome:
         metrics += [measured(f"force on {e}, mean absolute error", v, "meV/Å", "low") for e, v in f["by_element"].items()]
         every = max(1, len(f["labels"]) // 3000)
         span = [float(f["labels"].min()), float(f["labels"].max())]
-        panels.append(Panel("Force components", "label, eV/Å", "prediction, eV/Å", [curve(f["labels"][::every], f["predictions"][::every]), curve(span, span, "equal", reference=True)], points=True))
-        panels.append(Panel("Force error by the size of the force", "label, eV/Å", "mean absolute error, meV/Å", [curve(*zip(*f["by_magnitude"], strict=True))]))
+        panels.append(
+            Panel(
+                "Force components",
+                "label, eV/Å",
+                "prediction, eV/Å",
+                [curve(f["labels"][::every], f["predictions"][::every]), curve(span, span, "equal", reference=True)],
+                points=True,
+            )
+        )
+        panels.append(
+            Panel(
+                "Force error by the size of the force",
+                "label, eV/Å",
+                "mean absolute error, meV/Å",
+                [curve([m for m, _ in f["by_magnitude"]], [e for _, e in f["by_magnitude"]])],
+            )
+        )
     stresses = [e["stress"] for e in entries if e.get("stress", (None, None))[0] is not None and e["stress"][1] is not None]
     if stresses:
         difference = 1000 * np.array([p - t for t, p in stresses])

@@ -82,7 +82,9 @@ class Outcome:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Outcome:
-        panels = [Panel(**{**p, "curves": [Curve(**c) for c in p["curves"]], "ticks": [tuple(t) for t in p["ticks"]]}) for p in values["panels"]]
+        panels = [
+            Panel(**{**p, "curves": [Curve(**c) for c in p["curves"]], "ticks": [tuple(t) for t in p["ticks"]]}) for p in values["panels"]
+        ]
         for panel in panels:
             for curve in panel.curves:
                 curve.x, curve.y = ([math.nan if v is None else v for v in values] for values in (curve.x, curve.y))
@@ -138,7 +140,7 @@ def _metric(name: str, value: float, unit: str, status: Status, limit: str, best
     return Metric(name, float(value) if math.isfinite(value) else None, unit, status, limit, best, reason, consequence)
 
 
-def attempt(name: str, measure: Callable[[], Metric | Sequence[Metric]], consequence: str, status: Status = "weak") -> list[Metric]:
+def attempt(name: str, measure: Callable[..., Metric | Sequence[Metric]], consequence: str, status: Status = "weak") -> list[Metric]:
     """Metrics of a measurement, or one that says why the potential could not be asked."""
     try:
         found = measure()
@@ -146,7 +148,9 @@ def attempt(name: str, measure: Callable[[], Metric | Sequence[Metric]], consequ
         raise
     except Exception as error:  # a judged calculator may raise anything
         text = " ".join(str(error).split())[:200]
-        return [Metric(name, None, "", status, "an answer", "", f"{name}: could not be evaluated ({type(error).__name__}: {text})", consequence)]
+        return [
+            Metric(name, None, "", status, "an answer", "", f"{name}: could not be evaluated ({type(error).__name__}: {text})", consequence)
+        ]
     return [found] if isinstance(found, Metric) else list(found)
 
 
@@ -157,13 +161,22 @@ def conclude(
     judged = [m for m in metrics if m.status in ("passed", "weak", "failed")]
     if not judged:
         status: Status = "measured" if metrics else "skipped"
-        return Outcome(status, "Measured; nothing to pass or fail." if metrics else "Nothing could be measured.", "", list(metrics), list(panels), list(notes))
+        return Outcome(
+            status,
+            "Measured; nothing to pass or fail." if metrics else "Nothing could be measured.",
+            "",
+            list(metrics),
+            list(panels),
+            list(notes),
+        )
     worst = max(judged, key=lambda m: ORDER[m.status])
     bad = [m for m in judged if m.status == worst.status]
     if worst.status == "passed":
         return Outcome("passed", passed, "", list(metrics), list(panels), list(notes))
     more = f" ({len(bad) - 1} more)" if len(bad) > 1 else ""
-    return Outcome(worst.status, worst.reason[:1].upper() + worst.reason[1:] + more + ".", worst.consequence, list(metrics), list(panels), list(notes))
+    return Outcome(
+        worst.status, worst.reason[:1].upper() + worst.reason[1:] + more + ".", worst.consequence, list(metrics), list(panels), list(notes)
+    )
 
 
 def skipped(reason: str) -> Outcome:

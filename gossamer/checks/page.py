@@ -121,7 +121,11 @@ def _overview(names: Sequence[str], outcomes: dict[str, dict[str, Outcome]], che
         parts = [f"{word}: {', '.join(bad[s])}" for s, word in (("failed", "failed"), ("weak", "weak")) if bad[s]]
         n_skipped = sum(o.status == "skipped" for o in found.values())
         done = len(found) - n_skipped
-        sentence = ("; ".join(parts) if parts else f"all {done} checks passed or only measured") + (f"; {n_skipped} skipped" if n_skipped else "") + "."
+        sentence = (
+            ("; ".join(parts) if parts else f"all {done} checks passed or only measured")
+            + (f"; {n_skipped} skipped" if n_skipped else "")
+            + "."
+        )
         lines.append(f'<p class="verdict {status}"><b>{SIGNS[status]} {status}</b> {_e(name)} &mdash; {_e(sentence)}</p>')
     head = "".join(f"<th>{_e(n)}</th>" for n in names)
     rows = "".join(
@@ -262,5 +266,7 @@ def _origin(everyone: dict[str, dict[str, Any]], outcomes: dict[str, dict[str, O
         used = ", ".join(f"{k} {v}" for k, v in about.get("versions", {}).items())
         seconds = sum(o.seconds for o in outcomes[name].values())
         slow = ", ".join(f"{n} {o.seconds:.0f} s" for n, o in outcomes[name].items() if o.status != "skipped")
-        rows.append(f"<p class='note'><b>{_e(name)}</b>: {_e(about.get('machine', ''))}; {_e(used)}; {seconds:.0f} s in all ({_e(slow)}).</p>")
+        rows.append(
+            f"<p class='note'><b>{_e(name)}</b>: {_e(about.get('machine', ''))}; {_e(used)}; {seconds:.0f} s in all ({_e(slow)}).</p>"
+        )
     return f"<h2>How this was made</h2>{''.join(rows)}"

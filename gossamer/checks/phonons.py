@@ -126,7 +126,11 @@ def _phonons(subject: Subject, name: str, atoms: Atoms, panels: list[Panel]) -> 
     top = float(frequencies.max())
     grid = np.linspace(min(0.0, float(frequencies.min())) - 0.3, top * 1.05, 300)
     width = max(top / 80, 1e-3)
-    density = (weights[:, None, None] / weights.sum() * np.exp(-0.5 * ((grid - frequencies[..., None]) / width) ** 2)).sum(axis=(0, 1)) / width / np.sqrt(2 * np.pi)
+    density = (
+        (weights[:, None, None] / weights.sum() * np.exp(-0.5 * ((grid - frequencies[..., None]) / width) ** 2)).sum(axis=(0, 1))
+        / width
+        / np.sqrt(2 * np.pi)
+    )
     panels.append(Panel(f"Phonon density of states, {name}", "THz", "states/THz/cell", [curve(grid, density)]))
     with quiet():
         phonons.run_thermal_properties(t_min=300, t_max=300, t_step=1)

@@ -58,7 +58,9 @@ def energy_jump(calculator: Any, atoms: Atoms, cutoff: float, delta: float = 1e-
     return float(abs(inside - outside))
 
 
-def along(calculator: Any, atoms: Atoms, direction: NDArray[np.float64], offsets: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def along(
+    calculator: Any, atoms: Atoms, direction: NDArray[np.float64], offsets: NDArray[np.float64]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Energies (eV) and slopes -F·direction (eV/Å) with the atoms moved by ``offsets`` (Å) along a (n_atoms, 3) direction."""
     work = atoms.copy()
     work.calc = calculator
@@ -196,7 +198,13 @@ def check(subject: Subject) -> Outcome:
     metrics += attempt("an atom leaving", leaving, "Gas phases, surfaces and evaporation cannot be simulated.")
     if subject.cutoff is not None and double:
         pair = Atoms([a, b], [[0, 0, 0], [2.0, 0, 0]])
-        metrics += attempt("order at the cutoff", lambda: at_least("power with which the energy vanishes at the cutoff", cutoff_exponent(calculator, pair, subject.cutoff), "", 2.8, 1.8, KINK), KINK)
+        metrics += attempt(
+            "order at the cutoff",
+            lambda: at_least(
+                "power with which the energy vanishes at the cutoff", cutoff_exponent(calculator, pair, subject.cutoff), "", 2.8, 1.8, KINK
+            ),
+            KINK,
+        )
     for k, atoms in enumerate(subject.bar(subject.structures, "smoothness")):
         probe = rattled(atoms, 0.03, seed=k)
         direction = np.random.default_rng(k).normal(size=probe.positions.shape)
@@ -207,24 +215,35 @@ def check(subject: Subject) -> Outcome:
             energies, slopes = along(calculator, probe, direction, offsets)
             spacing = offsets[1] - offsets[0]
             name = probe.get_chemical_formula()
-            panels.append(Panel(f"Energy along a line, {name}", "largest displacement, Å", "eV", [curve(offsets, energies - energies.min())]))
+            panels.append(
+                Panel(f"Energy along a line, {name}", "largest displacement, Å", "eV", [curve(offsets, energies - energies.min())])
+            )
             return [
                 at_most(f"jump of the energy within 0.01 Å, {name}", 1000 * largest_jump(energies, spacing)[0] / len(probe), "meV/atom", 0.05, 1.0, KINK),
-                at_most(f"jump of the force within 0.01 Å, {name}", 1000 * largest_jump(slopes, spacing)[0] / np.linalg.norm(direction), "meV/Å", 5.0, 50.0, KINK),
+                at_most(f"jump of the force within 0.01 Å, {name}", 1000 * largest_jump(slopes, spacing)[0] / float(np.linalg.norm(direction)), "meV/Å", 5.0, 50.0, KINK),
                 at_most(f"tortuosity along a line, {name}", tortuosity(energies), "", 1.05, 1.5, "Spurious minima trap atoms."),
             ]  # fmt: skip
 
         metrics += attempt(f"a line through {atoms.get_chemical_formula()}", path, KINK, "failed")
-        metrics += attempt("noise", lambda p=probe: at_most(f"noise of the forces, {p.get_chemical_formula()}", 1000 * force_noise(calculator, p), "meV/Å", 0.1, 2.0, NOISE), NOISE, "failed")
+        metrics += attempt(
+            "noise",
+            lambda p=probe: at_most(
+                f"noise of the forces, {p.get_chemical_formula()}", 1000 * force_noise(calculator, p), "meV/Å", 0.1, 2.0, NOISE
+            ),
+            NOISE,
+            "failed",
+        )
     return conclude(metrics, panels, passed="Smooth where atoms come and go, along lines, and quiet.")
 
 
 def _is_double(calculator: Any, atoms: Atoms) -> bool:
-    """Whether a displacement of 1e-9 Å still changes the force smoothly, as only float64 arithmetic does."""
+    """Whether a displacement of 1e-8 Å still changes the force smoothly, as only float64 arithmetic does."""
     work = atoms.copy()
     work.positions[2] = work.positions[1] + [2.2, 0, 0]
+    pull = np.zeros((3, 3))
+    pull[2, 0] = 1.0
     try:
-        _, slopes = along(calculator, work, np.eye(3)[[0, 0, 0]] * [[0], [0], [1]], np.arange(4) * 1e-8)
+        _, slopes = along(calculator, work, pull, np.linspace(0.0, 3e-8, 4))
     except Exception:
         return False
     change = np.diff(slopes)

@@ -94,7 +94,10 @@ def check(subject: Subject) -> Outcome:
     if subject.cutoff and atoms.pbc.all():
         (sender, _), _ = neighbor_list(atoms.positions, atoms.cell.array, atoms.pbc, subject.cutoff)
         neighbors = len(sender) / len(atoms)
-        metrics += [measured("neighbours per atom", neighbors), measured("time per neighbour pair, largest system", 1e6 * seconds[-1] / sizes[-1] / neighbors, "µs", "low")]
+        metrics += [
+            measured("neighbours per atom", neighbors),
+            measured("time per neighbour pair, largest system", 1e6 * seconds[-1] / sizes[-1] / neighbors, "µs", "low"),
+        ]
     panels = []
     if len(sizes) > 1:
         panels = [
@@ -103,4 +106,10 @@ def check(subject: Subject) -> Outcome:
             Panel("Memory", "atoms", "MB", [curve(sizes, megabytes)], log="x"),
         ]
     name = atoms.get_chemical_formula(empirical=True)
-    return conclude(metrics, panels, [f"{name}, energy and forces through ASE, neighbour list included; ended at {stopped}. {platform.processor() or platform.machine()}"])
+    return conclude(
+        metrics,
+        panels,
+        [
+            f"{name}, energy and forces through ASE, neighbour list included; ended at {stopped}. {platform.processor() or platform.machine()}"
+        ],
+    )

@@ -11,12 +11,15 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import ase.io
 import numpy as np
 from ase import Atoms
 from ase.build import bulk, molecule
 from ase.collections import g2
 from ase.data import atomic_numbers, chemical_symbols, covalent_radii, reference_states
 from tqdm import tqdm
+
+from gossamer.files import COMPRESSIONS, open_text
 
 log = logging.getLogger(__name__)
 
@@ -143,7 +146,9 @@ def parse_calculator(text: str) -> tuple[str, Callable[[], Any]]:
     try:
         found: Any = import_module(module)
     except ImportError as error:
-        raise ImportError(f"The module '{module}' of the calculator '{text}' cannot be imported ({error}). Install its package here.") from None
+        raise ImportError(
+            f"The module '{module}' of the calculator '{text}' cannot be imported ({error}). Install its package here."
+        ) from None
     finally:
         sys.path.remove("")
     for part in path.split("."):
@@ -174,6 +179,29 @@ def supported_elements(calculator: Any, candidates: Sequence[str] = chemical_sym
     return found
 
 
+# --- files ----------------------------------------------------------------------------------------------------------
+
+
+def read_frames(path: Path | str) -> list[Atoms]:
+    """All frames of any file ASE reads; extended XYZ may be .xz, .gz or .bz2.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: no frame, or one without atoms.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"There is no file '{path}'.")
+    if path.suffix in COMPRESSIONS:
+        with open_text(path) as file:
+            frames = list(ase.io.iread(file, ":", format="extxyz"))
+    else:
+        frames = list(ase.io.iread(path, ":"))
+    if not frames or any(len(f) == 0 for f in frames):
+        raise ValueError(f"'{path}' holds no atoms, or a frame without any.")
+    return frames
+
+
 # --- structures -----------------------------------------------------------------------------------------------------
 
 
@@ -182,11 +210,17 @@ def builtin_crystals(elements: Sequence[str], n: int) -> dict[str, Atoms]:
     known = {name: bulk(name, crystal, a=a, cubic=True) for name, (crystal, a) in COMPOUNDS.items()}
     cells = {name: atoms for name, atoms in known.items() if set(atoms.symbols) <= set(elements)}
     for element in elements:
-        state = reference_states[atomic_numbers[element]] or {}
+        state = elemental_state(element)
         if state.get("symmetry") in ("fcc", "bcc", "diamond") and state.get("a"):
             cells[element] = bulk(element, cubic=True)
     ranked = sorted(cells, key=lambda name: (PREFERRED.index(name) if name in PREFERRED else len(PREFERRED), name))
     return {name: cells[name] for name in ranked[:n]}
+
+
+def elemental_state(element: str) -> dict[str, Any]:
+    """ASE's table of the solid elements: "symmetry" and "a" (Å, experiment); empty for what is no element or no solid."""
+    states: Any = reference_states
+    return dict(states[atomic_numbers[element]] or {}) if element in atomic_numbers else {}
 
 
 def builtin_molecules(elements: Sequence[str], n: int) -> dict[str, Atoms]:

@@ -133,14 +133,20 @@ def check(subject: Subject) -> Outcome:
     calculator = subject.calculator
     worst: dict[str, dict[str, float]] = {}
     metrics: list[Metric] = []
-    periodic, molecules = [], []
+    periodic: list[Atoms] = []
+    molecules: list[Atoms] = []
     for k, atoms in enumerate(subject.bar(subject.structures, "symmetry")):
         probe = rattled(atoms, 0.03, seed=k)
         (periodic if atoms.pbc.any() else molecules).append(probe)
         try:
             errors = symmetry_errors(calculator, probe, seed=k)
         except Exception as error:
-            metrics += attempt(f"evaluation of {atoms.get_chemical_formula()}", lambda e=error: _raise(e), "Such a structure cannot be simulated at all.", "failed")
+            metrics += attempt(
+                f"evaluation of {atoms.get_chemical_formula()}",
+                lambda e=error: _raise(e),
+                "Such a structure cannot be simulated at all.",
+                "failed",
+            )
             continue
         for name, values in errors.items():
             known = worst.setdefault(name, dict.fromkeys(values, 0.0))
@@ -150,13 +156,25 @@ def check(subject: Subject) -> Outcome:
         metrics.append(at_most(f"{name}, energy", values["energy"] * 1000, "meV/atom", 0.02, 1.0, CHANGES[name]))
         metrics.append(at_most(f"{name}, forces relative to the largest", values["relative"], "", 5e-4, 1e-2, CHANGES[name]))
     for atoms in periodic[:1]:
-        metrics += attempt("supercell", lambda a=atoms: at_most("supercell, energy", 1000 * supercell_error(calculator, a), "meV/atom", 0.05, 1.0, SIZE), SIZE)
         metrics += attempt(
-            "left-handed cell", lambda a=atoms: at_most("left-handed cell, energy", 1000 * left_handed_error(calculator, a), "meV/atom", 0.02, 1.0, TURNED), TURNED
+            "supercell",
+            lambda a=atoms: at_most("supercell, energy", 1000 * supercell_error(calculator, a), "meV/atom", 0.05, 1.0, SIZE),
+            SIZE,
+        )
+        metrics += attempt(
+            "left-handed cell",
+            lambda a=atoms: at_most("left-handed cell, energy", 1000 * left_handed_error(calculator, a), "meV/atom", 0.02, 1.0, TURNED),
+            TURNED,
         )
     lone = "Reactions, adsorption, evaporation and gas phases start from a wrong zero."
     parts = molecules[0] if molecules else Atoms([subject.elements[0]] * 2, [[0, 0, 0], [2.2, 0, 0]])
-    metrics += attempt("two far copies", lambda: at_most("two far copies, energy", 1000 * separation_error(calculator, parts, prepare=subject.free), "meV", 0.1 * len(parts), 20.0, SIZE), SIZE)
+    metrics += attempt(
+        "two far copies",
+        lambda: at_most(
+            "two far copies, energy", 1000 * separation_error(calculator, parts, prepare=subject.free), "meV", 0.1 * len(parts), 20.0, SIZE
+        ),
+        SIZE,
+    )
     elements = sorted({s for a in subject.structures for s in a.symbols}) or subject.elements[:3]
     metrics += attempt(
         "isolated atoms",
@@ -164,7 +182,11 @@ def check(subject: Subject) -> Outcome:
         lone,
     )  # fmt: skip
     names = ", ".join(a.get_chemical_formula() for a in subject.structures)
-    return conclude(metrics, notes=[f"Judged on {names}, every coordinate moved by 0.03 Å."], passed="Energy and forces follow every symmetry, and energies add up.")
+    return conclude(
+        metrics,
+        notes=[f"Judged on {names}, every coordinate moved by 0.03 Å."],
+        passed="Energy and forces follow every symmetry, and energies add up.",
+    )
 
 
 def _raise(error: Exception) -> Any:

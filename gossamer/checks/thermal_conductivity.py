@@ -6,13 +6,10 @@ approximation with isotope scattering.
 
 from __future__ import annotations
 
-import io
 import json
-import lzma
 from pathlib import Path
 from typing import Any
 
-import ase.io
 import numpy as np
 from ase import Atoms
 from ase.constraints import FixSymmetry
@@ -22,8 +19,8 @@ from numpy.typing import NDArray
 
 from gossamer.checks.outcome import Metric, Outcome, Panel, at_most, attempt, conclude, curve, measured, plain, skipped
 from gossamer.checks.phonons import forces_of, quiet, supercell_for, to_phonopy
-from gossamer.checks.subject import Subject
-from gossamer.files import write_json
+from gossamer.checks.subject import Subject, read_frames
+from gossamer.files import open_text, write_json
 
 Array = NDArray[np.float64]
 INSTALL = "This check needs phono3py and spglib: pip install 'gossamer[phonons]'."
@@ -49,7 +46,9 @@ def relax_symmetric(calculator: Any, atoms: Atoms, fmax: float = 1e-4, steps: in
     return out, bool(converged), group(out) == group(atoms)
 
 
-def conductivity(calculator: Any, atoms: Atoms, temperature: float = 300.0, displacement: float = DISPLACEMENT, bar: Any = iter, relax: bool = True) -> dict[str, Any]:
+def conductivity(
+    calculator: Any, atoms: Atoms, temperature: float = 300.0, displacement: float = DISPLACEMENT, bar: Any = iter, relax: bool = True
+) -> dict[str, Any]:
     """Thermal conductivity of a crystal by phono3py.
 
     Args:
@@ -89,7 +88,13 @@ def conductivity(calculator: Any, atoms: Atoms, temperature: float = 300.0, disp
     # the three acoustic modes at Γ are zero up to rounding
     lowest = float(min(frequencies[1:].min(), frequencies[0, 3:].min() if frequencies.shape[1] > 3 else 0.0, frequencies[0].min() + 1e-2))
     imaginary = lowest < 0
-    out: dict[str, Any] = {"kappa": float("nan"), "converged": converged, "same_symmetry": same, "imaginary": imaginary, "lowest_frequency": lowest}
+    out: dict[str, Any] = {
+        "kappa": float("nan"),
+        "converged": converged,
+        "same_symmetry": same,
+        "imaginary": imaginary,
+        "lowest_frequency": lowest,
+    }
     if imaginary or not same:
         return out
     solver.generate_displacements(distance=displacement)
@@ -137,17 +142,9 @@ def relative_errors(predicted: dict[str, Any], reference: dict[str, Any]) -> dic
     return {"sre": float(sre), "srme": float(2 * np.abs(mode - true_mode).sum() / np.sum(reference["weights"]) / (kappa + true))}
 
 
-def read_crystals(path: Path | str) -> list[Atoms]:
-    """Crystals of an extended XYZ file (may be .xz); names from ``info["name"]``, ids from ``info["mp_id"]``."""
-    with lzma.open(path, "rt") if str(path).endswith(".xz") else open(path) as file:
-        frames = ase.io.read(io.StringIO(file.read()), ":", format="extxyz")
-    assert isinstance(frames, list)
-    return frames
-
-
 def read_references(path: Path | str) -> dict[str, dict[str, Any]]:
-    """References by material id, from a JSON table of columns (mp_id, kappa_TOT_ave, mode_kappa_TOT_ave, weights), may be .xz."""
-    with lzma.open(path, "rt") if str(path).endswith(".xz") else open(path) as file:
+    """References by material id, from a JSON table of columns (mp_id, kappa_TOT_ave, mode_kappa_TOT_ave, weights), may be compressed."""
+    with open_text(Path(path)) as file:
         table = json.load(file)
     try:
         return {
@@ -156,7 +153,9 @@ def read_references(path: Path | str) -> dict[str, dict[str, Any]]:
             for row, identifier in table["mp_id"].items()
         }  # fmt: skip
     except (KeyError, TypeError) as error:
-        raise ValueError(f"'{path}' is not a table of conductivities: expected columns mp_id, kappa_TOT_ave, mode_kappa_TOT_ave and weights ({error!r}).") from None
+        raise ValueError(
+            f"'{path}' is not a table of conductivities: expected columns mp_id, kappa_TOT_ave, mode_kappa_TOT_ave and weights ({error!r})."
+        ) from None
 
 
 def _squeeze(values: Any) -> Array:
@@ -177,7 +176,11 @@ def check(subject: Subject) -> Outcome:
     except ImportError:
         return skipped(INSTALL)
     options = subject.options
-    crystals = read_crystals(options.conductivity_crystals) if options.conductivity_crystals else list(subject.crystals.values())[: max(1, subject.effort.n_crystals // 3)]
+    crystals = (
+        read_frames(options.conductivity_crystals)
+        if options.conductivity_crystals
+        else list(subject.crystals.values())[: max(1, subject.effort.n_crystals // 3)]
+    )
     references = read_references(options.conductivity_reference) if options.conductivity_reference else {}
     if references:
         crystals = [c for c in crystals if c.info.get("mp_id") in references]
@@ -201,12 +204,19 @@ def check(subject: Subject) -> Outcome:
         result = {k: np.nan if v is None else v for k, v in json.loads(path.read_text()).items()}
         results[key] = {**result, "name": name}
         status = "imaginary modes" if result["imaginary"] else "" if result["same_symmetry"] else "symmetry lost"
-        metrics.append(at_most(f"{name}: κ at 300 K without a value ({status})", 1.0, "", 0.0, 0.0, HEAT) if status else measured(f"{name}: κ at 300 K", result["kappa"], "W/m/K"))
+        metrics.append(
+            at_most(f"{name}: κ at 300 K without a value ({status})", 1.0, "", 0.0, 0.0, HEAT)
+            if status
+            else measured(f"{name}: κ at 300 K", result["kappa"], "W/m/K")
+        )
     panels = []
     scored = {k: relative_errors(r, references[k]) for k, r in results.items() if k in references}
     if scored:
         srme, sre = (float(np.mean([e[k] for e in scored.values()])) for k in ("srme", "sre"))
-        metrics += [at_most("κ_SRME", srme, f"over {len(scored)} crystals", 0.5, 1.0, HEAT), at_most("κ_SRE", sre, f"over {len(scored)} crystals", 0.5, 1.0, HEAT)]
+        metrics += [
+            at_most("κ_SRME", srme, f"over {len(scored)} crystals", 0.5, 1.0, HEAT),
+            at_most("κ_SRE", sre, f"over {len(scored)} crystals", 0.5, 1.0, HEAT),
+        ]
         true = [references[k]["kappa"] for k in scored]
         span = [min(true), max(true)]
         panels.append(Panel("Thermal conductivity at 300 K", "reference, W/m/K", "predicted, W/m/K",
@@ -216,6 +226,8 @@ def check(subject: Subject) -> Outcome:
 
 
 def _store(subject: Subject, atoms: Atoms, path: Path) -> list[Metric]:
-    result = conductivity(subject.calculator, atoms, bar=lambda items: subject.bar(items, f"supercells of {atoms.get_chemical_formula(empirical=True)}"))
+    result = conductivity(
+        subject.calculator, atoms, bar=lambda items: subject.bar(items, f"supercells of {atoms.get_chemical_formula(empirical=True)}")
+    )
     write_json(path, plain(result))
     return []

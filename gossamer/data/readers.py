@@ -6,10 +6,6 @@ that is absent is None; whether that is an error is decided by the loss that nee
 
 from __future__ import annotations
 
-import bz2
-import gzip
-import io
-import lzma
 import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -23,13 +19,13 @@ from ase.constraints import FixAtoms
 from ase.stress import voigt_6_to_full_3x3_stress
 
 from gossamer.data.structure import Structure
+from gossamer.files import COMPRESSIONS, open_text
 from gossamer.settings import settings
 
 ENERGY_UNITS = {"eV": 1.0, "meV": 1e-3, "Hartree": units.Hartree, "Ry": units.Rydberg, "kcal/mol": units.kcal / units.mol,
                 "kJ/mol": units.kJ / units.mol}  # fmt: skip
 LENGTH_UNITS = {"Angstrom": 1.0, "Bohr": units.Bohr, "nm": 10.0}
 STRESS_UNITS = {"eV/Angstrom^3": 1.0, "GPa": units.GPa, "kbar": 0.1 * units.GPa, "bar": 1e-4 * units.GPa}
-COMPRESSIONS = {".xz": lzma.open, ".gz": gzip.open, ".bz2": bz2.open}
 
 
 @settings
@@ -154,17 +150,6 @@ def _full_stress(value: np.ndarray, name: str, key: str) -> np.ndarray:
 
 def _listed(found: dict[str, Any]) -> str:
     return ", ".join(sorted(str(k) for k in found if k not in ("numbers", "positions"))) or "no labels at all"
-
-
-def open_text(path: Path) -> io.StringIO | io.TextIOWrapper:
-    """Text of a possibly compressed file; compressed ones are held in memory, since ASE seeks backwards."""
-    if path.suffix not in COMPRESSIONS:
-        return open(path, encoding="utf-8")
-    try:
-        with COMPRESSIONS[path.suffix](path, "rt") as file:  # type: ignore[operator]
-            return io.StringIO(file.read())
-    except (lzma.LZMAError, OSError, EOFError) as error:
-        raise ValueError(f"'{path}' cannot be decompressed ({error}). It may be truncated: copy it again.") from None
 
 
 def _read_extxyz(path: Path, labels: LabelConfig) -> Iterator[Structure]:

@@ -24,7 +24,7 @@ from ase.md.verlet import VelocityVerlet
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from gossamer.files import atomic_path
+from gossamer.files import COMPRESSIONS, atomic_path, open_text
 from gossamer.neighbors import neighbor_list
 from gossamer.simulation.state import numbers_of, put_back
 
@@ -110,9 +110,7 @@ def as_atoms(structure: Atoms | Path | str) -> Atoms:
     path = Path(structure)
     if not path.exists():
         raise FileNotFoundError(f"There is no structure file '{path}'.")
-    if path.suffix in (".xz", ".gz", ".bz2"):
-        from gossamer.data.readers import open_text
-
+    if path.suffix in COMPRESSIONS:
         with open_text(path) as file:
             atoms = ase.io.read(file, index=0, format="extxyz")
     else:
