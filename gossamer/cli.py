@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import logging
 import sys
@@ -314,7 +315,8 @@ def _judge(arguments: argparse.Namespace) -> int:
     from gossamer.judging import CHECKS, judge
 
     values = {k: v for k, v in vars(arguments).items() if k not in ("command", "run", "json")}
-    results = judge(**values)
+    with contextlib.redirect_stdout(sys.stderr):  # some packages greet on standard output, which is for the answer
+        results = judge(**values)
     failed = any(o.status == "failed" for outcomes in results.values() for o in outcomes.values())
     if arguments.json:
         print(

@@ -499,8 +499,19 @@ def write_summary(folder: Path) -> None:
                "checks": {n: {k: v for k, v in c.items() if k != "panels"} for n, c in entry["checks"].items()}}
         for name, entry in everyone.items()
     }  # fmt: skip
+    for name, entry in everyone.items():
+        score = combined(entry["checks"])
+        if score is not None:
+            numbers[name]["CPS"] = entry["CPS"] = score
     write_json(folder / "judgement.json", numbers)
     write_page(folder / "report.html", everyone, {n: (c.title, c.question) for n, c in CHECKS.items()})
+
+
+def combined(checks: dict[str, Any]) -> float | None:
+    """CPS of Matbench Discovery, where F1, κ_SRME and RMSD were all measured."""
+    values = {m["name"]: m["value"] for n in ("discovery", "conductivity") for m in checks.get(n, {}).get("metrics", [])}
+    f1, srme, rmsd = values.get("F1, unique prototypes", values.get("F1")), values.get("κ_SRME"), values.get("RMSD of relaxed structures")
+    return None if f1 is None or srme is None or rmsd is None else discovery.combined_score(f1, srme, rmsd)
 
 
 def worst(statuses: Any) -> str:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -502,6 +504,17 @@ def test_errors_have_their_size(tmp_path: Path) -> None:
     assert by_name(outcome, "cosine").value == pytest.approx(-1)
 
 
+def test_frames_without_an_answer_count(tmp_path: Path) -> None:
+    def refuse(atoms: Atoms, r: dict[str, Any]) -> None:
+        if "Al" in atoms.symbols:
+            raise RuntimeError("no aluminium today")
+
+    outcome = errors.check(subject_of(lambda: Defect(EMT(), refuse), tmp_path, ("Al", "Cu"), labelled=labelled(), data="x"))
+    assert outcome.status == "failed"
+    assert "50 %" in outcome.reason
+    assert "no aluminium today" in outcome.reason
+
+
 def test_uncertainties_are_weighed(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
 
@@ -622,6 +635,46 @@ def test_discovery_on_several_processes(tmp_path: Path) -> None:
     found = discovery.relax_many(EMT, discovery.read_initial(initial), tmp_path / "r.jsonl", processes=2, progress=False)
     alone = discovery.relax_many(EMT, discovery.read_initial(initial), tmp_path / "s.jsonl", processes=1, progress=False)
     assert {k: v["energy"] for k, v in found.items()} == {k: v["energy"] for k, v in alone.items()}
+
+
+def which_gpu(folder: str) -> Any:
+    (Path(folder) / str(os.getpid())).write_text(os.environ["CUDA_VISIBLE_DEVICES"])
+    return EMT()
+
+
+def test_workers_share_the_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
+    initial, _ = hull_set(tmp_path, 2)
+    (tmp_path / "seen").mkdir()
+    discovery.relax_many(
+        partial(which_gpu, str(tmp_path / "seen")), discovery.read_initial(initial), tmp_path / "r.jsonl", processes=2, progress=False
+    )
+    assert sorted(p.read_text() for p in (tmp_path / "seen").iterdir()) == ["4", "7"]
+
+
+def test_combined_score_needs_its_three_parts() -> None:
+    from gossamer.judging import combined
+
+    parts = {
+        "discovery": {"metrics": [{"name": "F1", "value": 0.8}, {"name": "RMSD of relaxed structures", "value": 0.075}]},
+        "conductivity": {"metrics": [{"name": "κ_SRME", "value": 0.5}]},
+    }
+    assert combined(parts) == pytest.approx(0.5 * 0.8 + 0.4 * 0.75 + 0.1 * 0.5)
+    assert combined({"discovery": parts["discovery"]}) is None
+
+
+@pytest.mark.parametrize(("check", "package"), [("phonons", "phonopy"), ("conductivity", "phono3py")])
+def test_missing_packages_are_named(check: str, package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    outcome = CHECKS[check].run(subject_of(EMT, tmp_path))
+    assert outcome.status == "skipped"
+    assert "pip install 'gossamer[phonons]'" in outcome.reason
+
+
+def test_missing_physical_validation_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "physical_validation", None)
+    outcome = dynamics.check(subject_of(EMT, tmp_path, picoseconds=1.2))
+    assert any("pip install 'gossamer[judge]'" in note for note in outcome.notes)
 
 
 def test_discovery_says_what_is_missing(tmp_path: Path) -> None:

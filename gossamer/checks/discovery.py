@@ -128,7 +128,7 @@ def relax_many(
         make: Makes the calculator, once in each process (must be picklable for more than one process).
         structures: (identifier, atoms).
         path: File of results, made or continued. A last line cut short by a crash is dropped.
-        processes: Worker processes; each uses one thread.
+        processes: Worker processes; each uses one thread, and one of the GPUs listed in CUDA_VISIBLE_DEVICES in turn.
         progress: Show a bar.
         text: Beside the bar.
 
@@ -184,6 +184,9 @@ _CALCULATOR: Any = None
 
 def _start(make: Callable[[], Any]) -> None:
     global _CALCULATOR
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    if len(visible) > 1:  # a GPU for each worker, in turn
+        os.environ["CUDA_VISIBLE_DEVICES"] = visible[(multiprocessing.current_process()._identity[0] - 1) % len(visible)]
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
         os.environ[name] = "1"
     _CALCULATOR = make()

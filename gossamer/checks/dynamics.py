@@ -26,6 +26,8 @@ from gossamer.simulation.md import degrees_of_freedom, find_bonds, md
 
 Array = NDArray[np.float64]
 BINS, R_MAX = 500, 6.0
+SHORTEST_ENSEMBLE = 5.0
+"""thermostat times of kept trajectory below which the ensemble is not judged"""
 SHORTEST_DIFFUSION = 2.0
 """ps of trajectory below which no diffusivity is given"""
 
@@ -239,6 +241,8 @@ def _ensemble(
     late = kinetic[len(kinetic) // 2 :]
     blocks = [b.mean() for b in np.array_split(late, 5)]
     error = max(float(np.std(blocks, ddof=1) / np.sqrt(5)), protocol.temperature * np.sqrt(2 / freedom / len(late)))
+    if len(late) * (log["time_fs"][1] - log["time_fs"][0]) < SHORTEST_ENSEMBLE * protocol.thermostat_time:
+        return [measured(f"{name}: mean temperature (too short to judge)", float(late.mean()), "K")]
     metrics = [
         measured(f"{name}: mean temperature", float(late.mean()), "K"),
         at_most(

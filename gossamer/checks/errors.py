@@ -26,16 +26,27 @@ UNCERTAINTIES = ("forces_uncertainty", "forces_std")
 def predict(calculator: Any, frames: Sequence[Atoms], bar: Any = iter) -> list[dict[str, Any]]:
     """Labels and predictions of each frame: energy (eV), forces (eV/Å), stress (eV/Å³), uncertainty (eV/Å) where there are any.
 
+    A frame that the calculator cannot evaluate has an "error" and no predictions.
+
     Labels are those of ASE's readers: the energy, forces and stress of the frame's own calculator.
     """
     out = []
     for atoms in bar(frames):
         labels = dict(getattr(atoms.calc, "results", {}) or {})
+        entry: dict[str, Any] = {
+            "symbols": np.array(atoms.get_chemical_symbols()),
+            "n_atoms": len(atoms),
+            "energy": (None, None),
+            "forces": (None, None),
+        }
         work = atoms.copy()
         work.calc = calculator
-        entry: dict[str, Any] = {"symbols": np.array(atoms.get_chemical_symbols()), "n_atoms": len(atoms)}
-        entry["energy"] = (labels.get("energy"), float(work.get_potential_energy()))
-        entry["forces"] = (labels.get("forces"), work.get_forces(apply_constraint=False))
+        try:
+            energy, forces = float(work.get_potential_energy()), work.get_forces(apply_constraint=False)
+        except Exception as error:  # a judged calculator may raise anything; the other frames still count
+            out.append({**entry, "error": f"{type(error).__name__}: {error}", "uncertainty": None})
+            continue
+        entry["energy"], entry["forces"] = (labels.get("energy"), energy), (labels.get("forces"), forces)
         if labels.get("stress") is not None and atoms.pbc.all():
             try:
                 entry["stress"] = (_full(labels["stress"]), _full(work.get_stress()))
@@ -140,7 +151,12 @@ def check(subject: Subject) -> Outcome:
     limit = {"quick": 100, "standard": 1000}.get(subject.options.level, len(known))
     chosen = known[:: max(1, int(np.ceil(len(known) / limit)))]
     entries = predict(subject.calculator, chosen, lambda items: subject.bar(items, "errors"))
-    metrics: list[Metric] = []
+    lost = [e["error"] for e in entries if "error" in e]
+    metrics: list[Metric] = [
+        at_most("frames without an answer", 100 * len(lost) / len(entries), "%", 0.0, 1.0, "Such structures cannot be simulated at all.")
+    ]
+    if lost:
+        metrics[0].reason += f" ({' '.join(lost[0].split())[:150]})"
     panels: list[Panel] = []
     if any(e["energy"][0] is not None for e in entries):
         raw, shifted, labels = aligned_energies(entries)
@@ -201,10 +217,14 @@ def check(subject: Subject) -> Outcome:
 
 def _worst(frames: Sequence[Atoms], entries: Sequence[dict[str, Any]], path: Path, n: int = 10) -> str:
     def size(k: int) -> float:
+        if "error" in entries[k]:
+            return float("inf")
         true, predicted = entries[k]["forces"]
         if true is not None:
             return float(np.sqrt(((predicted - true) ** 2).mean()))
         label, energy = entries[k]["energy"]
+        if label is None:
+            return 0.0
         return abs(energy - label) / entries[k]["n_atoms"]
 
     order = sorted(range(len(frames)), key=lambda k: -size(k))[:n]

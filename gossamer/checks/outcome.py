@@ -159,6 +159,7 @@ def conclude(
 ) -> Outcome:
     """The outcome of a check: as bad as the worst of its numbers, with that number as the reason."""
     judged = [m for m in metrics if m.status in ("passed", "weak", "failed")]
+    notes = [*notes, *(f"Not judged: {m.name}: {m.reason}" for m in metrics if m.status == "skipped")]
     if not judged:
         status: Status = "measured" if metrics else "skipped"
         return Outcome(

@@ -85,6 +85,13 @@ def write_page(path: Path, everyone: dict[str, dict[str, Any]], checks: dict[str
     names = list(outcomes)
     colours = {name: COLOURS[k % len(COLOURS)] for k, name in enumerate(names)}
     body = [_overview(names, outcomes, checks)]
+    scores = {name: entry["CPS"] for name, entry in everyone.items() if "CPS" in entry}
+    if scores:
+        body.append(
+            "<p>Combined performance score (CPS) of Matbench Discovery, on the structures judged here: "
+            + ", ".join(f"{_e(n)} <b>{v:.3f}</b>" for n, v in scores.items())
+            + ".</p>"
+        )
     for check, (title, question) in checks.items():
         present = {name: outcomes[name][check] for name in names if check in outcomes[name]}
         if not present:

@@ -18,7 +18,7 @@ from gossamer.neighbors import neighbor_list
 
 
 def time_evaluation(calculator: Any, atoms: Atoms, repeats: int = 5, seconds: float = 1.0) -> float:
-    """Median seconds of energy and forces of slightly moved atoms, as molecular dynamics asks for them.
+    """Seconds of energy and forces of slightly moved atoms, as molecular dynamics asks for them: the fastest of several, since other jobs only add.
 
     One evaluation goes before (it may compile or allocate); at least one is timed, and no new one starts after ``seconds``.
     """
@@ -33,7 +33,7 @@ def time_evaluation(calculator: Any, atoms: Atoms, repeats: int = 5, seconds: fl
         start = time.perf_counter()
         work.get_forces()
         times.append(time.perf_counter() - start)
-    return float(np.median(times))
+    return min(times)
 
 
 def memory() -> Callable[[], float]:
@@ -87,7 +87,7 @@ def check(subject: Subject) -> Outcome:
         measured("memory with it", megabytes[-1], "MB", "low"),
         measured("molecular dynamics at 0.5 fs, smallest system", 0.0432 / seconds[0], "ns/day", "high"),
     ]
-    if len(sizes) > 3:
+    if len(sizes) > 3 and seconds[-1] > 0.02:
         exponent = growth_exponent(sizes, seconds)
         slow = "Large systems cost more than their share: the neighbour list or the network is not linear."
         metrics.append(at_most("growth of time with the number of atoms", exponent, "(1 is linear)", 1.2, 1.6, slow))

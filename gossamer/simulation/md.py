@@ -15,6 +15,7 @@ import ase.io
 import numpy as np
 from ase import Atoms, units
 from ase.calculators.calculator import Calculator as ASECalculator
+from ase.calculators.singlepoint import SinglePointCalculator
 from ase.data import covalent_radii
 from ase.io.trajectory import Trajectory
 from ase.md.langevinbaoab import LangevinBAOAB
@@ -331,7 +332,7 @@ class _Recorder:
         with atomic_path(table) as temporary, open(temporary, "w", newline="") as file:
             csv.writer(file).writerows([COLUMNS, *rows])
         self.table = open(table, "a", newline="")  # noqa: SIM115 - closed by close()
-        self.trajectory = Trajectory(trajectory, "a" if resumed else "w", atoms)
+        self.trajectory = Trajectory(trajectory, "a" if resumed else "w")
 
     def __call__(self) -> None:
         atoms, dynamics = self.atoms, self.dynamics
@@ -351,13 +352,20 @@ class _Recorder:
         row = [dynamics.nsteps, dynamics.nsteps * self.settings["timestep"], temperature, potential, total, conserved, pressure, volume]
         csv.writer(self.table).writerow([repr(float(x)) if isinstance(x, float) else x for x in row])
         self.table.flush()
-        self.trajectory.write()
+        self.trajectory.write(self._frame())
         self.temperatures.append(temperature)
         self.brief = f"{temperature:.0f} K  {potential / len(atoms):.4f} eV/atom"
         problem = self.guard.problem(atoms, self.bonds, self.bond_lengths)
         if problem is not None:
             raise SimulationBroken(problem)
         self.save_state()
+
+    def _frame(self) -> Atoms:
+        """The atoms with plain results: ASE's writer would also store the calculator's parameters, and fails on some."""
+        frame = self.atoms.copy()
+        results = {k: v for k, v in self.atoms.calc.results.items() if k in ("energy", "free_energy", "forces", "stress")}
+        frame.calc = SinglePointCalculator(frame, **results)
+        return frame
 
     def save_state(self) -> None:
         arrays: dict[str, Any] = {f"integrator.{k}": v for k, v in numbers_of(self.dynamics).items()}
