@@ -13,7 +13,7 @@ SEVENNET="SevenNet-0=sevenn.calculator:SevenNetCalculator(model='7net-0', device
 
 silicon() {
     "$OURS" -c "from ase.build import bulk; a = bulk('Si', cubic=True); a.write('$OUT/Si8.extxyz'); a.repeat(2).write('$OUT/Si64.extxyz')"
-    local on=(--out "$OUT/silicon" --structures "$OUT/Si8.extxyz" --systems "$OUT/Si64.extxyz" --elements Si --timestep 1 --picoseconds 0.5 --data "$DATA/mlearn/mlearn_Si_test.extxyz.xz")
+    local on=(--out "$OUT/silicon" --structures "$OUT/Si8.extxyz" --systems "$OUT/Si64.extxyz" --elements Si --timestep 1 --picoseconds 1 --data "$DATA/mlearn/mlearn_Si_test.extxyz.xz")
     judge "$OURS" "NequIP=$RUNS/silicon-6min/nequip/potential.safetensors" "Geodite=$RUNS/silicon-6min/geodite/potential.safetensors" \
         "LEIGNN=$RUNS/silicon-6min/leignn/potential.safetensors" --calculator Tersoff=potentials:tersoff --calculator Stillinger-Weber=potentials:stillinger_weber "${on[@]}"
     judge "$THEIRS" --calculator "$CHGNET" --calculator "$SEVENNET" "${on[@]}"

@@ -203,12 +203,15 @@ def check(subject: Subject) -> Outcome:
                 continue
         result = {k: np.nan if v is None else v for k, v in json.loads(path.read_text()).items()}
         results[key] = {**result, "name": name}
-        status = "imaginary modes" if result["imaginary"] else "" if result["same_symmetry"] else "symmetry lost"
-        metrics.append(
-            at_most(f"{name}: κ at 300 K without a value ({status})", 1.0, "", 0.0, 0.0, HEAT)
-            if status
-            else measured(f"{name}: κ at 300 K", result["kappa"], "W/m/K")
-        )
+        if result["imaginary"] or not result["same_symmetry"]:
+            why = (
+                f"a frequency of {result['lowest_frequency']:.2g} THz is imaginary"
+                if result["imaginary"]
+                else "it lost its symmetry in relaxation"
+            )
+            metrics.append(Metric(f"{name}: κ at 300 K", None, "W/m/K", "failed", "a stable crystal", "", f"{name} has no κ: {why}", HEAT))
+        else:
+            metrics.append(measured(f"{name}: κ at 300 K", result["kappa"], "W/m/K"))
     panels = []
     scored = {k: relative_errors(r, references[k]) for k, r in results.items() if k in references}
     if scored:
