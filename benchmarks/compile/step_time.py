@@ -1,0 +1,92 @@
+"""ms of a training step on ten ethanol molecules: plain, compiled with several fusion sizes, and with PyTorch's own cat and split.
+
+    python benchmarks/compile/step_time.py nequip --fusion 0 8 64      # 0 is the plain step
+    python benchmarks/compile/step_time.py nequip --fusion 0 --torch-cat
+
+CPU time of one thread, median of eleven steps after three; the compiler's cache is emptied before each (TORCHINDUCTOR_CACHE_DIR).
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def measure(name: str, fusion: int, torch_cat: bool, data: str) -> None:
+    """One timing, in a process of its own."""
+    import numpy as np
+    import torch
+    import yaml
+
+    torch.set_num_threads(1)
+    compile_with = torch.compile
+
+    def chosen(graph, **options):
+        return compile_with(graph, **{**options, "options": {"max_fusion_size": fusion}})
+
+    torch.compile = chosen
+    if torch_cat:
+        for module in ("leignn", "nequip", "geodite", "painn"):
+            scope = vars(__import__(f"gossamer.models.{module}", fromlist=["x"]))
+            scope.update(join=lambda parts, dim: torch.cat(list(parts), dim), divide=lambda x, sizes, dim: x.split(list(sizes), dim))
+        for module in ("spherical", "tensor_product"):
+            scope = vars(__import__(f"gossamer.nn.{module}", fromlist=["x"]))
+            scope.update(join=lambda parts, dim: torch.cat(list(parts), dim))
+            if "divide" in scope:
+                scope.update(divide=lambda x, sizes, dim: x.split(list(sizes), dim))
+    from gossamer.config import make_config
+    from gossamer.data.readers import read_structures
+    from gossamer.runs import time_steps
+
+    values = yaml.safe_load((ROOT / "recipes" / f"rmd17-{name}.yaml").read_text())
+    values["data"]["train"] = data
+    config = make_config(values, [f"training.compile={str(fusion > 0).lower()}", "training.batch_size=10"])
+    structures = list(read_structures(data))[:100]
+    began = time.process_time()
+    times, compiled = time_steps(config, structures, 14, time.process_time)
+    if fusion and not compiled:
+        raise SystemExit(f"{name}: compilation failed")
+    how = f"fusion {fusion}" if fusion else "plain"
+    print(
+        f"{name:8s} {how:10s} {'cat and split' if torch_cat else 'join and divide':16s} {1000 * np.median(times[3:]):7.1f} ms, first step after {times[0]:.0f} s of {time.process_time() - began:.0f}",
+        flush=True,
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="+", choices=["leignn", "nequip", "geodite", "painn", "schnet"])
+    parser.add_argument("--fusion", nargs="+", type=int, default=[0, 8])
+    parser.add_argument("--torch-cat", action="store_true")
+    parser.add_argument("--data", default=str(ROOT.parent / "shared" / "data" / "rmd17" / "rmd17_ethanol_train.extxyz.xz"))
+    parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.here:
+        measure(arguments.names[0], arguments.fusion[0], arguments.torch_cat, arguments.data)
+        return
+    for name in arguments.names:
+        for fusion in arguments.fusion:
+            with tempfile.TemporaryDirectory() as cache:
+                command = [
+                    sys.executable,
+                    __file__,
+                    name,
+                    "--fusion",
+                    str(fusion),
+                    "--data",
+                    arguments.data,
+                    "--here",
+                    *(["--torch-cat"] if arguments.torch_cat else []),
+                ]
+                subprocess.run(command, env={**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache, "OMP_NUM_THREADS": "1"}, check=True)
+
+
+if __name__ == "__main__":
+    main()
