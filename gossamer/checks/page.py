@@ -37,12 +37,13 @@ a {{ color:var(--link); text-decoration:none; }} a:hover {{ text-decoration:unde
 .passed {{ --c:var(--good); }} .weak {{ --c:var(--weak); }} .failed {{ --c:var(--bad); }} .skipped, .measured {{ --c:var(--none); }}
 .verdict {{ border-color:var(--c); }} .verdict b {{ color:var(--c); }} .chip {{ color:var(--c); font-weight:600; white-space:nowrap; }}
 .scroll {{ overflow-x:auto; background:var(--paper); border-radius:6px; margin:10px 0; }} table {{ border-collapse:collapse; width:100%; font-variant-numeric:tabular-nums; font-size:.93rem; }}
-th,td {{ padding:6px 12px; text-align:right; border-bottom:1px solid var(--line); white-space:nowrap; }} tr:last-child td {{ border-bottom:0; }} th:first-child,td:first-child {{ text-align:left; white-space:normal; min-width:11em; }}
+th,td {{ padding:6px 12px; text-align:right; border-bottom:1px solid var(--line); white-space:nowrap; }} tr:last-child td {{ border-bottom:0; }} th:first-child,td:first-child {{ position:sticky; left:0; background:var(--paper); text-align:left; white-space:normal; min-width:11em; }}
 th {{ color:var(--soft); font-weight:600; font-size:.85rem; }} th.limit {{ text-align:left; }} td.unit {{ color:var(--soft); text-align:left; font-size:.85rem; }} td b {{ font-weight:700; }} td i {{ font-style:normal; color:var(--c); }}
 .grid {{ display:grid; gap:14px; grid-template-columns:repeat(auto-fill,minmax(min(100%,340px),1fr)); margin:12px 0; }} .grid.small {{ grid-template-columns:repeat(auto-fill,minmax(min(46%,190px),1fr)); gap:8px; }}
 figure {{ margin:0; background:#fff; color:#20262e; border-radius:6px; padding:8px; }} figure button {{ all:unset; cursor:zoom-in; display:block; width:100%; }} figure button:focus-visible {{ outline:3px solid var(--link); border-radius:4px; }}
 figure svg {{ width:100%; height:auto; display:block; }} figcaption {{ color:#5d6672; font-size:.85rem; margin:2px 4px; }}
 .legend {{ display:flex; flex-wrap:wrap; gap:4px 16px; font-size:.9rem; margin:8px 0; }} .legend span::before {{ content:""; display:inline-block; width:1.4em; height:.28em; margin-right:.45em; vertical-align:.25em; background:var(--k); border-radius:2px; }}
+@media (max-width:600px) {{ th,td {{ padding:6px 8px; }} th:first-child,td:first-child {{ min-width:8.5em; max-width:42vw; }} }}
 dialog {{ border:0; padding:0; width:100vw; height:100dvh; max-width:none; max-height:none; background:#fff; color:#20262e; }} dialog::backdrop {{ background:#0008; }} dialog .stage {{ width:100%; height:100%; touch-action:none; cursor:grab; overflow:hidden; }}
 dialog svg {{ width:100%; height:100%; }} dialog .close {{ position:fixed; top:8px; right:8px; font:600 1rem system-ui; padding:8px 14px; border-radius:8px; border:1px solid #cfd4da; background:#fff; color:#20262e; cursor:pointer; }}
 dialog p {{ position:fixed; bottom:4px; left:0; right:0; margin:0; text-align:center; color:#5d6672; font-size:.85rem; pointer-events:none; }}
@@ -97,7 +98,10 @@ def write_page(path: Path, everyone: dict[str, dict[str, Any]], checks: dict[str
         if not present:
             continue
         body.append(f'<section id="{check}"><h2>{_e(title)}</h2><p class="soft">{_e(question)}</p>')
-        body += [_verdict(name, outcome, len(names) > 1) for name, outcome in present.items()]
+        alike: dict[tuple[str, str, str], list[str]] = {}
+        for name, outcome in present.items():
+            alike.setdefault((outcome.status, outcome.reason, outcome.consequence), []).append(name)
+        body += [_verdict(", ".join(who) if len(names) > 1 else "", *verdict) for verdict, who in alike.items()]
         body.append(_numbers(present))
         body.append(_pictures(present, colours))
         notes = {note for outcome in present.values() for note in outcome.notes}
@@ -142,10 +146,10 @@ def _overview(names: Sequence[str], outcomes: dict[str, dict[str, Outcome]], che
     return "".join(lines) + f'<div class="scroll"><table><thead><tr><th>Check</th>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
 
 
-def _verdict(name: str, outcome: Outcome, several: bool) -> str:
-    who = f"{_e(name)} &mdash; " if several else ""
-    why = f'<span class="why">{_e(outcome.consequence)}</span>' if outcome.consequence else ""
-    return f'<p class="verdict {outcome.status}"><b>{SIGNS[outcome.status]} {WORDS[outcome.status]}</b> {who}{_e(outcome.reason)}{why}</p>'
+def _verdict(who: str, status: str, reason: str, consequence: str) -> str:
+    subject = f"{_e(who)} &mdash; " if who else ""
+    why = f'<span class="why">{_e(consequence)}</span>' if consequence else ""
+    return f'<p class="verdict {status}"><b>{SIGNS[status]} {WORDS[status]}</b> {subject}{_e(reason)}{why}</p>'
 
 
 def number(value: float | None) -> str:
