@@ -22,6 +22,7 @@ _PUBLIC = {
     "evaluate": "gossamer.runs",
     "compare": "gossamer.comparison",
     "judge": "gossamer.judging",
+    "export": "gossamer.program",
     "md": "gossamer.simulation.md",
     "relax": "gossamer.simulation.relax",
     "inspect": "gossamer.data.inspection",

@@ -97,6 +97,11 @@ def build_parser() -> argparse.ArgumentParser:
     md.add_argument("--max-bond-stretch", type=float, help="Å by which a bond may change before the run stops (default: not watched)")
     md.add_argument("--device", default="cpu", help="default: cpu")
     md.add_argument("--dtype", choices=["float32", "float64"], help="default: as saved")
+    md.add_argument(
+        "--compiled",
+        action=argparse.BooleanOptionalAction,
+        help="run a compiled program (default: if one is cached, or the run is long enough to pay for it)",
+    )
     md.add_argument("--resume", action="store_true", help="go on where the run stopped, bit for bit")
     _common(md)
 
@@ -112,6 +117,14 @@ def build_parser() -> argparse.ArgumentParser:
     relax.add_argument("--device", default="cpu", help="default: cpu")
     relax.add_argument("--dtype", choices=["float32", "float64"], help="default: as saved")
     _common(relax)
+
+    export = command("export", _export, "Compile a potential into a program that runs without gossamer (.pt2).")
+    export.add_argument("model", help="saved potential")
+    export.add_argument("out", help="file to make (.pt2)")
+    export.add_argument("--structure", help="structure to trace and compare with (default: a small cluster of its elements)")
+    export.add_argument("--device", default="cpu", help="kind of device it will run on (default: cpu)")
+    export.add_argument("--dtype", choices=["float32", "float64"], help="default: as saved")
+    _common(export)
 
     info = command("info", _info, "The manifest of a saved potential.")
     info.add_argument("model", help="saved potential")
@@ -342,7 +355,7 @@ def _md(arguments: argparse.Namespace) -> int:
     from gossamer.simulation.md import md
 
     names = ("temperature", "steps", "timestep", "ensemble", "out", "interval", "pressure", "thermostat_time", "barostat_time", "seed",
-             "resume", "max_temperature", "max_bond_stretch", "device", "dtype")  # fmt: skip
+             "resume", "max_temperature", "max_bond_stretch", "device", "dtype", "compiled")  # fmt: skip
     answer = md(arguments.model, arguments.structure, **{n: getattr(arguments, n) for n in names})
     _show(arguments, answer)
     return 1 if answer["broken"] else 0
@@ -356,6 +369,16 @@ def _relax(arguments: argparse.Namespace) -> int:
     del answer["atoms"]
     _show(arguments, {**answer, "out": arguments.out})
     return 0 if answer["converged"] else 1
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    from gossamer.program import export
+
+    answer = export(arguments.model, arguments.out, arguments.structure, arguments.device, arguments.dtype)
+    if not arguments.json:
+        print("A compiled potential is a program: load only those you trust. It runs on this kind of machine and this PyTorch only.")
+    _show(arguments, answer)
+    return 0
 
 
 def _info(arguments: argparse.Namespace) -> int:

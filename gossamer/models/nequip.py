@@ -183,9 +183,11 @@ class SelfConnection(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.randn(irrep.mul, num_attributes, num_out))
         self.scale = 1 / math.sqrt(irrep.mul * num_attributes)
+        self.by_element = True
+        """outside training, take the atoms of one element at a time; off while a compiler traces"""
 
     def forward(self, x: Float[Tensor, "N dim mul"], species: Int[Tensor, " N"], table: Float[Tensor, "elements T"]) -> Tensor:
-        if not self.training:
+        if not self.training and self.by_element:
             return self._by_element(x, species, self.folded(table))
         if len(table) < table.shape[1]:  # fewer elements than attributes: their one-hot codes are the shorter attributes
             attributes = nn.functional.one_hot(species, len(table)).to(x.dtype)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,12 @@ from numpy.typing import NDArray
 from gossamer.graph import Graph
 from gossamer.memory import keep_freed_memory
 from gossamer.neighbors import Edges, complete_cell, nearest, neighbor_list
-from gossamer.potential import Potential, load
+from gossamer.potential import Potential, Prediction, load
+from gossamer.program import Program, cached_program, fits
 
 log = logging.getLogger(__name__)
+COMPILATION, SAVED = 120.0, 0.5
+"""seconds that compiling may take, and the share of an evaluation that it saves at least"""
 
 
 class VerletList:
@@ -64,7 +68,13 @@ class Calculator(ASECalculator):
     implemented_properties = ["energy", "free_energy", "energies", "forces", "stress"]  # noqa: RUF012 - ASE's own convention
 
     def __init__(
-        self, potential: Potential | Path | str, device: str = "cpu", dtype: str | None = None, skin: float = 0.5, **kwargs: Any
+        self,
+        potential: Potential | Path | str,
+        device: str = "cpu",
+        dtype: str | None = None,
+        skin: float = 0.5,
+        compiled: bool | None = None,
+        **kwargs: Any,
     ) -> None:
         """
         Args:
@@ -72,6 +82,9 @@ class Calculator(ASECalculator):
             device: Where to compute, if a file is given.
             dtype: "float32" or "float64", if a file is given; by default as saved.
             skin: Å beyond the cutoff that the neighbour list reaches, so that it is rebuilt rarely.
+            compiled: Run a compiled program instead of the potential: None if there is one in the cache (`gossamer.program`), True
+                makes it if there is none (about a minute, once), False never. It is compared with the potential on the first
+                structure, and not used if it differs.
         """
         super().__init__(**kwargs)
         keep_freed_memory()
@@ -82,7 +95,11 @@ class Calculator(ASECalculator):
         if self.potential.max_neighbors is not None:
             log.warning("this potential keeps %d neighbours: energy and forces jump when ranks change", self.potential.max_neighbors)
         with torch.no_grad():
-            self._isolated = self.potential.isolated_outputs()
+            self.isolated = self.potential.isolated_outputs()
+        self.compiled = compiled
+        self.program: Program | None = None
+        """the compiled program in use"""
+        self._looked = False
         self._checked: bytes = b""
 
     def calculate(self, atoms: Atoms | None = None, properties: list[str] | None = None, system_changes: list[str] = all_changes) -> None:
@@ -104,7 +121,7 @@ class Calculator(ASECalculator):
             raise PropertyNotImplementedError(f"Stress needs periodicity along all three axes, found pbc {self.atoms.pbc.tolist()}.")
         graph = self._graph(self.atoms)
         # stress costs next to nothing beside the forces, so it always comes along
-        out = self.potential(graph, stress=self.conservative and periodic, isolated=self._isolated)
+        out = self._predict(graph, stress=self.conservative and periodic)
         forces = out.forces.detach().cpu().numpy()
         if not np.isfinite(forces).all():
             self._explain_not_finite(graph)
@@ -114,8 +131,27 @@ class Calculator(ASECalculator):
             "energies": out.node_energies.detach().cpu().numpy(),
             "forces": forces,
         }
-        if out.stress is not None:
+        if out.stress is not None and periodic:
             self.results["stress"] = full_3x3_to_voigt_6_stress(out.stress[0].detach().cpu().numpy())
+
+    def _predict(self, graph: Graph, stress: bool) -> Prediction:
+        if not self._looked and self.compiled is not False and fits(graph):
+            self._looked = True
+            self.program = cached_program(self.potential, graph, make=self.compiled is True)
+        if self.program is not None and fits(graph):
+            return self.program(graph)
+        return self.potential(graph, stress=stress, isolated=self.isolated)
+
+    def compile_if_worth(self, atoms: Atoms, evaluations: int) -> None:
+        """Compile, unless told otherwise, if that many evaluations of these atoms would save more time than it takes."""
+        graph = self._graph(atoms)
+        self._predict(graph, self.conservative)
+        if self.program is not None or self.compiled is not None or not fits(graph):
+            return
+        began = time.perf_counter()
+        self._predict(graph, self.conservative)
+        if SAVED * (time.perf_counter() - began) * evaluations > COMPILATION:
+            self.program = cached_program(self.potential, graph, make=True)
 
     def _graph(self, atoms: Atoms) -> Graph:
         numbers = atoms.numbers

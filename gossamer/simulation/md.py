@@ -95,13 +95,13 @@ def temperature_of(atoms: Atoms, ensemble: str) -> float:
     return float(2 * atoms.get_kinetic_energy() / (degrees_of_freedom(atoms, ensemble) * units.kB))
 
 
-def as_calculator(model: Any, device: str = "cpu", dtype: str | None = None) -> ASECalculator:
+def as_calculator(model: Any, device: str = "cpu", dtype: str | None = None, compiled: bool | None = None) -> ASECalculator:
     """A calculator from an ASE calculator, a potential, or the file of one."""
     if hasattr(model, "get_property"):
         return model
     from gossamer.simulation.calculator import Calculator
 
-    return Calculator(model, device=device, dtype=dtype)
+    return Calculator(model, device=device, dtype=dtype, compiled=compiled)
 
 
 def as_atoms(structure: Atoms | Path | str) -> Atoms:
@@ -140,6 +140,7 @@ def md(
     max_bond_stretch: float | None = None,
     device: str = "cpu",
     dtype: str | None = None,
+    compiled: bool | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
     """Run molecular dynamics; the folder ``out`` gets trajectory.traj, log.csv and state.npz.
@@ -162,6 +163,8 @@ def md(
         max_bond_stretch: Å by which a bond of the first frame may change before the run stops; None does not watch.
         device: Of a potential read from a file.
         dtype: Of a potential read from a file.
+        compiled: Run a compiled program of a saved potential; by default if there is one in the cache, or if the run is so long
+            that compiling (about a minute, once) pays. A resumed run goes on as it began.
         progress: Show a progress bar.
 
     Returns:
@@ -177,7 +180,11 @@ def md(
     if state_file.exists() and not resume:
         raise FileExistsError(f"'{folder}' holds a simulation already. Go on with it (--resume), or choose another folder (--out).")
     atoms = as_atoms(structure)
-    calculator = as_calculator(model, device, dtype)
+    if resume and state_file.exists():
+        compiled = _stored_settings(state_file).get("compiled", False)
+    calculator = as_calculator(model, device, dtype, compiled)
+    if hasattr(calculator, "compile_if_worth"):
+        calculator.compile_if_worth(atoms, steps)
     if ensemble == "npt" and (not atoms.pbc.all() or getattr(calculator, "conservative", True) is False):
         raise ValueError("npt needs a structure that is periodic along all axes, and a potential with stress (not direct forces).")
     if getattr(calculator, "conservative", True) is False:
@@ -189,7 +196,8 @@ def md(
     first = atoms.copy()
     atoms.calc = calculator
     settings = {"ensemble": ensemble, "timestep": timestep, "temperature": temperature, "pressure": pressure,
-                "thermostat_time": thermostat_time, "barostat_time": barostat_time, "interval": interval}  # fmt: skip
+                "thermostat_time": thermostat_time, "barostat_time": barostat_time, "interval": interval,
+                "compiled": getattr(calculator, "program", None) is not None}  # fmt: skip
     stored = _read_state(state_file, settings, atoms) if resume and state_file.exists() else None
     dynamics = _integrator(atoms, settings, rng)
     if stored is not None:
@@ -287,13 +295,18 @@ def _restore(dynamics: Any, atoms: Atoms, stored: dict[str, Any]) -> None:
         dynamics.rng.bit_generator.state = json.loads(str(stored["rng"]))
 
 
-def _read_state(path: Path, settings: dict[str, Any], atoms: Atoms) -> dict[str, Any]:
+def _stored_settings(path: Path) -> dict[str, Any]:
     try:
         with np.load(path, allow_pickle=False) as data:
-            stored = {k: data[k] for k in data.files}
-        before = json.loads(str(stored["settings"]))
+            return dict(json.loads(str(data["settings"])))
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"'{path}' cannot be read ({error}). Start again in another folder (--out).") from None
+
+
+def _read_state(path: Path, settings: dict[str, Any], atoms: Atoms) -> dict[str, Any]:
+    before = {"compiled": False, **_stored_settings(path)}
+    with np.load(path, allow_pickle=False) as data:
+        stored = {k: data[k] for k in data.files}
     changed = sorted(k for k in settings if before[k] != settings[k])
     if changed:
         raise ValueError(
