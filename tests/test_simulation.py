@@ -309,3 +309,46 @@ assert second < 0.1 * max(first, 100), (first, second)
     if result.returncode == 77:
         pytest.skip("needs glibc")
     assert result.returncode == 0, result.stderr
+
+
+def test_chains_hold_the_temperature_asked_for(tmp_path: Path) -> None:
+    """ASE's chains count 3 N degrees of freedom; with the centre of mass at rest 3 N - 3 move, which is 25 % for four atoms."""
+    from ase.build import bulk
+    from ase.calculators.emt import EMT
+
+    from gossamer.simulation.md import degrees_of_freedom
+
+    atoms = bulk("Cu", cubic=True)
+    assert (degrees_of_freedom(atoms, "langevin"), degrees_of_freedom(atoms, "nose-hoover")) == (12, 9)
+    means = {}
+    for ensemble, tau in (("nose-hoover", 20.0), ("langevin", 50.0)):
+        answer = md(
+            EMT(),
+            atoms,
+            temperature=200,
+            steps=3000,
+            timestep=4.0,
+            ensemble=ensemble,
+            thermostat_time=tau,
+            out=tmp_path / ensemble,
+            interval=2,
+            progress=False,
+        )
+        means[ensemble] = answer["mean_temperature_K"]
+    assert means["nose-hoover"] == pytest.approx(200, rel=0.08)
+    assert means["langevin"] == pytest.approx(200, rel=0.12)
+
+
+def test_calculators_without_a_free_energy_can_be_simulated(tmp_path: Path) -> None:
+    from ase.build import bulk
+    from ase.calculators.emt import EMT
+
+    class Plain(EMT):
+        implemented_properties = ["energy", "forces", "stress"]  # noqa: RUF012
+
+        def calculate(self, *args, **kwargs) -> None:
+            super().calculate(*args, **kwargs)
+            self.results.pop("free_energy", None)
+
+    answer = md(Plain(), bulk("Cu", cubic=True), steps=10, interval=5, ensemble="nose-hoover", out=tmp_path / "md", progress=False)
+    assert answer["broken"] is None

@@ -225,7 +225,7 @@ def _figure(title: str, panels: Sequence[tuple[str, Panel]], colours: dict[str, 
                 if c.reference:
                     axes.plot(x, y, "--", color=REFERENCE, lw=1.3, zorder=3)
                 elif panel.points:
-                    axes.plot(x, y, ".", ms=3, alpha=0.55, color=colours[name])
+                    axes.plot(x, y, ".", ms=3, alpha=0.55, color=colours[name], rasterized=True)  # thousands of points as one picture
                 else:
                     own = not several and shades > 1
                     axes.plot(x, y, color=COLOURS[k % len(COLOURS)] if own else colours[name], label=c.label if own else None)
@@ -234,7 +234,7 @@ def _figure(title: str, panels: Sequence[tuple[str, Panel]], colours: dict[str, 
                 axes.legend(fontsize=8)
         _dress(axes, first, panels, small)
         buffer = io.BytesIO()
-        figure.savefig(buffer, format="svg", metadata={"Date": None})
+        figure.savefig(buffer, format="svg", dpi=150, metadata={"Date": None})
     svg = buffer.getvalue().decode()
     svg = svg[svg.index("<svg") :].strip()
     # identifiers are shared by the whole page, and the drawing scales with its place

@@ -15,6 +15,7 @@ import ase.io
 import numpy as np
 from ase import Atoms, units
 from ase.calculators.calculator import Calculator as ASECalculator
+from ase.calculators.calculator import PropertyNotImplementedError
 from ase.calculators.singlepoint import SinglePointCalculator
 from ase.data import covalent_radii
 from ase.io.trajectory import Trajectory
@@ -354,9 +355,7 @@ class _Recorder:
         potential, kinetic = atoms.get_potential_energy(), atoms.get_kinetic_energy()
         temperature = temperature_of(atoms, self.settings["ensemble"])
         total = potential + kinetic
-        conserved = {"nve": lambda: total, "langevin": lambda: float("nan")}.get(
-            self.settings["ensemble"], lambda: dynamics.get_conserved_energy()
-        )()
+        conserved = self._conserved(total)
         pressure = volume = float("nan")
         if atoms.pbc.all():
             volume = atoms.get_volume()
@@ -372,6 +371,17 @@ class _Recorder:
         if problem is not None:
             raise SimulationBroken(problem)
         self.save_state()
+
+    def _conserved(self, total: float) -> float:
+        """The integrator's conserved quantity in eV; NaN for Langevin, and for calculators without a free_energy, which ASE asks for."""
+        if self.settings["ensemble"] == "nve":
+            return total
+        if self.settings["ensemble"] == "langevin":
+            return float("nan")
+        try:
+            return float(self.dynamics.get_conserved_energy())
+        except PropertyNotImplementedError:
+            return float("nan")
 
     def _frame(self) -> Atoms:
         """The atoms with plain results: ASE's writer would also store the calculator's parameters, and fails on some."""
