@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from gossamer.data.structure import Structure
 
 
+FIELDS = ("atomic_numbers", "positions", "cell", "graph_index", "edge_index", "edge_shifts")
+"""tensors of a graph, in the order in which compiled graphs take them"""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Graph:
     """One or more structures with their neighbour lists; labels are None where the batch has none.

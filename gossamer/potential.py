@@ -295,6 +295,11 @@ def save(potential: Potential, path: Path | str, check: Sequence[Structure] = ()
     write_bytes(path, safetensors.torch.save(tensors, {"gossamer": json.dumps(manifest)}))
 
 
+def state_of(potential: Potential) -> dict[str, Tensor]:
+    """Weights and tables by name."""
+    return {**dict(potential.named_parameters()), **dict(potential.named_buffers())}
+
+
 def read_manifest(path: Path | str) -> dict[str, Any]:
     """The manifest of a saved potential, without building it.
 

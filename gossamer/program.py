@@ -17,13 +17,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.export import Dim
 
 from gossamer import __version__
 from gossamer.files import atomic_path
-from gossamer.graph import Graph
-from gossamer.potential import Potential, Prediction, load
-from gossamer.unrolled import FIELDS, state_of, unroll
+from gossamer.graph import FIELDS, Graph
+from gossamer.potential import Potential, Prediction, load, state_of
 
 log = logging.getLogger(__name__)
 NAMES = ["energy", "node_energies", "forces", "stress"]
@@ -41,8 +39,9 @@ class Program:
         """
         self.path, self.names = path, names_of(potential)
         try:
-            self._run = torch._inductor.aoti_load_package(str(path))
-            found = json.loads(self._run.get_metadata()["gossamer"])
+            # what torch._inductor.aoti_load_package wraps; importing that module takes seconds
+            self._program = torch._C._aoti.AOTIModelPackageLoader(str(path), "model", False, 1, -1)  # type: ignore[attr-defined]
+            found = json.loads(self._program.get_metadata()["gossamer"])
         except (RuntimeError, KeyError, ValueError, OSError) as error:
             text = " ".join(str(error).split())[:200]
             raise ValueError(f"'{path}' is not a compiled potential ({text}). Make it again with gossamer export.") from None
@@ -61,7 +60,7 @@ class Program:
             raise ValueError(
                 f"A compiled potential takes one structure of at least two atoms and edges, found {graph.n_graphs}, {graph.n_atoms} and {graph.n_edges}."
             )
-        out = self._run(*(getattr(graph, f).contiguous() for f in FIELDS))
+        out = self._program.run([getattr(graph, f).contiguous() for f in FIELDS])
         return Prediction(**{"forces": None, "stress": None, **dict(zip(self.names, out, strict=True))})
 
 
@@ -126,6 +125,10 @@ def make_program(potential: Potential, graph: Graph, path: Path | str) -> Progra
         raise ValueError(
             f"One structure of at least two atoms and edges is needed to compile, found {graph.n_graphs}, {graph.n_atoms} and {graph.n_edges}."
         )
+    from torch.export import Dim  # seconds to import: only who compiles pays for it
+
+    from gossamer.unrolled import unroll
+
     path = Path(path)
     was_training = potential.training
     potential.eval()

@@ -14,12 +14,10 @@ from torch import Tensor
 from torch.func import functional_call
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from gossamer.graph import Graph
+from gossamer.graph import FIELDS, Graph
 from gossamer.potential import Potential
 
 fx_config: Any = _fx_config  # its patch() is added at run time
-FIELDS = ("atomic_numbers", "positions", "cell", "graph_index", "edge_index", "edge_shifts")
-
 _library = torch.library.Library("gossamer", "DEF")
 _library.define("index_add(Tensor base, Tensor index, Tensor values) -> Tensor")
 _library.define("index_select(Tensor values, Tensor index) -> Tensor")
@@ -51,11 +49,6 @@ torch.library.register_autograd("gossamer::index_add", _add_backward, setup_cont
 torch.library.register_autograd("gossamer::index_select", _select_backward, setup_context=_select_context)
 
 
-def state_of(potential: Potential) -> dict[str, Tensor]:
-    """Weights and tables by name."""
-    return {**dict(potential.named_parameters()), **dict(potential.named_buffers())}
-
-
 def unroll(
     potential: Potential, state: dict[str, Tensor], graph: Graph, names: list[str], opaque: bool = True, isolated: Tensor | None = None
 ) -> torch.fx.GraphModule:
@@ -72,8 +65,8 @@ def unroll(
     # a copy: tracing puts stand-ins in place of its tensors, and another thread may be collating with the potential's own
     potential = copy.deepcopy(potential)
     for module in potential.modules():
-        if hasattr(module, "by_element"):
-            vars(module)["by_element"] = False  # sizes that depend on values cannot be traced
+        if hasattr(module, "dynamic_sizes"):
+            vars(module)["dynamic_sizes"] = False  # sizes that depend on values cannot be traced
     inputs = state if isolated is None else {**state, "isolated": isolated}
 
     def outputs(values: dict[str, Tensor], *tensors: Tensor) -> tuple[Tensor, ...]:

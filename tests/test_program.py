@@ -48,7 +48,7 @@ from gossamer.checks.symmetry import supercell_error, symmetry_errors
 from gossamer.program import compare, fits
 from gossamer.simulation.calculator import Calculator
 
-potential = make_potential(["C", "Si"], **MODELS[{name!r}])
+potential = make_potential(["C", "H", "O", "Si"], **MODELS[{name!r}])
 crystal = bulk("SiC", "zincblende", a=4.36)
 crystal.rattle(0.1, seed=0)
 crystal.set_cell(crystal.cell.array @ (np.eye(3) + 0.03 * np.array([[1, 2, 0], [0, -1, 1], [1, 0, 1]])), scale_atoms=True)
@@ -105,7 +105,7 @@ calculator = Calculator("p.safetensors", compiled=False)
 program = Program(Path("p.pt2"), calculator.potential)
 # plain torch runs it, without gossamer
 graph = calculator._graph(atoms)
-from gossamer.unrolled import FIELDS
+from gossamer.graph import FIELDS
 out = torch._inductor.aoti_load_package("p.pt2")(*(getattr(graph, f) for f in FIELDS))
 atoms.calc = calculator
 assert np.abs(out[2].numpy() - atoms.get_forces()).max() < 1e-4

@@ -183,11 +183,11 @@ class SelfConnection(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.randn(irrep.mul, num_attributes, num_out))
         self.scale = 1 / math.sqrt(irrep.mul * num_attributes)
-        self.by_element = True
+        self.dynamic_sizes = True
         """outside training, take the atoms of one element at a time; off while a compiler traces"""
 
     def forward(self, x: Float[Tensor, "N dim mul"], species: Int[Tensor, " N"], table: Float[Tensor, "elements T"]) -> Tensor:
-        if not self.training and self.by_element:
+        if not self.training and self.dynamic_sizes:
             return self._by_element(x, species, self.folded(table))
         if len(table) < table.shape[1]:  # fewer elements than attributes: their one-hot codes are the shorter attributes
             attributes = nn.functional.one_hot(species, len(table)).to(x.dtype)
@@ -335,6 +335,8 @@ class NequIP(nn.Module):
         num_attributes = config.embedding_features or channels[0]
         self.harmonics = SphericalHarmonics(config.l_max, "component")
         self.embedding = nn.Embedding(len(facts.atomic_numbers), num_attributes)
+        self.dynamic_sizes = True
+        """outside training, drop the edges beyond pair cutoffs; off while a compiler traces"""
         self.pair_cutoffs = None
         if config.pair_cutoffs is not None:
             self.pair_cutoffs = Table(pair_cutoff_matrix(config.pair_cutoffs, config.cutoff, facts.atomic_numbers))
@@ -425,7 +427,7 @@ class NequIP(nn.Module):
             graph_index: Structure of each atom (not used: the network is local).
             n_graphs: Number of structures (not used).
         """
-        if self.pair_cutoffs is not None and not self.training:
+        if self.pair_cutoffs is not None and not self.training and self.dynamic_sizes:
             edge_index, edge_vectors = self.within_pair_cutoffs(species, edge_index, edge_vectors)
         sender, receiver = edge_index
         lengths = torch.linalg.vector_norm(edge_vectors, dim=-1)

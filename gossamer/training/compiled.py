@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 
-from gossamer.graph import Graph
-from gossamer.potential import Potential, Prediction
-from gossamer.unrolled import FIELDS, fx_config, state_of, unroll
+from gossamer.graph import FIELDS, Graph
+from gossamer.potential import Potential, Prediction, state_of
+from gossamer.unrolled import fx_config, unroll
 
 log = logging.getLogger(__name__)
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-10}

@@ -1,0 +1,69 @@
+"""Energy and forces of saved potentials through ASE, the potential itself beside its compiled program, in one run.
+
+    python benchmarks/speed/compiled.py POTENTIAL STRUCTURE [REPEATS] [--threads 1]
+
+CPU time on one thread (wall time on several), fastest of several calls with slightly moved atoms, neighbour list included.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from gossamer.comparison import machine
+from gossamer.simulation.calculator import Calculator
+from gossamer.simulation.md import as_atoms
+
+
+def fastest(run, clock, repeats: int) -> float:
+    times = []
+    for _ in range(repeats):
+        began = clock()
+        run()
+        times.append(clock() - began)
+    return 1000 * min(times)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("potential", type=Path)
+    parser.add_argument("structure", type=Path)
+    parser.add_argument("repeats", type=int, nargs="?", default=1, help="copies along each axis")
+    parser.add_argument("--threads", type=int, default=1)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    clock = time.process_time if arguments.threads == 1 else time.perf_counter
+    atoms = as_atoms(arguments.structure).repeat(arguments.repeats)
+    positions = atoms.positions.copy()
+    rng = np.random.default_rng(0)
+    calls, networks, forces, ready = [], [], [], 0.0
+    for compiled in (False, True):
+        atoms.positions = positions
+        atoms.calc = calculator = Calculator(arguments.potential, compiled=compiled)
+        began = time.perf_counter()
+        forces.append(atoms.get_forces())
+        ready = time.perf_counter() - began
+        repeats = 60 if len(atoms) < 100 else 15
+
+        def call() -> None:
+            atoms.positions = positions + 1e-3 * rng.normal(size=positions.shape)
+            atoms.get_forces()
+
+        calls.append(fastest(call, clock, repeats))
+        atoms.positions = positions
+        graph = calculator._graph(atoms)
+        networks.append(fastest(lambda c=calculator, g=graph: c._predict(g, True), clock, repeats))
+    deviation = np.abs(forces[1] - forces[0]).max()
+    model = calculator.potential.network.config.name
+    print(
+        f"| {model}, {calculator.potential.num_parameters:,} | {arguments.structure.name.split('.')[0]}, {len(atoms)} | {graph.n_edges:,} | {calls[0]:.2f} | {calls[1]:.2f} | "
+        f"{calls[0] / calls[1]:.1f} | {networks[0]:.2f} | {networks[1]:.2f} | {networks[0] / networks[1]:.1f} | {ready:.0f} s | {deviation:.0e} | {machine(calculator.potential)} |"
+    )
+
+
+if __name__ == "__main__":
+    main()
