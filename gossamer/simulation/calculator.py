@@ -142,6 +142,10 @@ class Calculator(ASECalculator):
             return self.program(graph)
         return self.potential(graph, stress=stress, isolated=self.isolated)
 
+    def use_program(self, compiled: bool) -> None:
+        """From now on run a compiled program (made if there is none), or the potential itself."""
+        self.compiled, self.program, self._looked = compiled, None, not compiled
+
     def compile_if_worth(self, atoms: Atoms, evaluations: int) -> None:
         """Compile, unless told otherwise, if that many evaluations of these atoms would save more time than it takes."""
         graph = self._graph(atoms)

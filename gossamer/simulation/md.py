@@ -181,10 +181,10 @@ def md(
     if state_file.exists() and not resume:
         raise FileExistsError(f"'{folder}' holds a simulation already. Go on with it (--resume), or choose another folder (--out).")
     atoms = as_atoms(structure)
-    if resume and state_file.exists():
-        compiled = _stored_settings(state_file).get("compiled", False)
     calculator = as_calculator(model, device, dtype, compiled)
     if hasattr(calculator, "compile_if_worth"):
+        if resume and state_file.exists():
+            calculator.use_program(_stored_settings(state_file).get("compiled", False))
         calculator.compile_if_worth(atoms, steps)
     if ensemble == "npt" and (not atoms.pbc.all() or getattr(calculator, "conservative", True) is False):
         raise ValueError("npt needs a structure that is periodic along all axes, and a potential with stress (not direct forces).")
