@@ -181,7 +181,7 @@ def md(
     if state_file.exists() and not resume:
         raise FileExistsError(f"'{folder}' holds a simulation already. Go on with it (--resume), or choose another folder (--out).")
     atoms = as_atoms(structure)
-    calculator = as_calculator(model, device, dtype, compiled)
+    calculator: Any = as_calculator(model, device, dtype, compiled)
     if hasattr(calculator, "compile_if_worth"):
         if resume and state_file.exists():
             calculator.use_program(_stored_settings(state_file).get("compiled", False))
