@@ -3,7 +3,7 @@
     python benchmarks/cost/run.py --schnetpack /path/to/venv/bin/python
 
 schnetpack lives in an environment of its own (schnetpack 2.1.1 over the dependencies of 2.0.4; torch 2.13.0). Both sides
-run as their users run them: plain PyTorch (no compilation on either side unless a row says so), float32, one thread,
+run as their users run them: plain PyTorch (rows called compiled: our compiled program for inference, compiled step for training), float32, one thread,
 conservative forces, neighbour list included for inference through each ASE calculator and excluded for training. The
 two processes are asked in turn, several rounds, so that a busy machine slows both; CPU time of the process, median.
 128 channels, 3 layers, 20 radial functions, cutoff 5 Å.
@@ -54,7 +54,7 @@ def ours(kind: str):
 
     from gossamer.data.statistics import Statistics
     from gossamer.data.structure import Structure
-    from gossamer.models import LEIGNNConfig
+    from gossamer.models import MODELS
     from gossamer.potential import Potential
     from gossamer.simulation.calculator import Calculator
     from gossamer.training.loop import LossConfig, TrainingConfig, make_state, train_step
@@ -66,21 +66,25 @@ def ours(kind: str):
         "leignn-sound": {},
         "direct": {"direct_forces": True, "global_context": True},
         "painn-update": {"update": "painn"},
+        "painn": {},
     }
-    flags = options[kind.removesuffix("-compiled")]
-    config = LEIGNNConfig(num_features=WIDTH, num_layers=LAYERS, num_basis=BASIS, cutoff=CUTOFF, **flags)
+    base, compiled = kind.removesuffix("-compiled"), kind.endswith("-compiled")
+    flags = options[base]
+    config = MODELS["painn" if base == "painn" else "leignn"][0](
+        num_features=WIDTH, num_layers=LAYERS, num_basis=BASIS, cutoff=CUTOFF, **flags
+    )
     statistics = Statistics(elements=["H", "C", "O"], reference_energies={"H": 0, "C": 0, "O": 0}, mean_neighbors=30.0)
 
     def infer(name: str):
         atoms = structure(name)
-        atoms.calc = Calculator(Potential(config, statistics))
-        base = atoms.positions.copy()
+        atoms.calc = Calculator(Potential(config, statistics), compiled=compiled)
+        start = atoms.positions.copy()
         import numpy as np
 
         rng = np.random.default_rng(0)
 
         def step() -> None:
-            atoms.positions = base + 1e-3 * rng.standard_normal(base.shape)
+            atoms.positions = start + 1e-3 * rng.standard_normal(start.shape)
             atoms.get_forces()
 
         return step
@@ -92,7 +96,7 @@ def ours(kind: str):
             atoms = structure(name, k)
             frames.append(Structure(atomic_numbers=atoms.numbers, positions=atoms.positions, cell=atoms.cell.array, pbc=atoms.pbc, energy=0.0,
                                     forces=0.1 * atoms.positions))  # fmt: skip
-        training = TrainingConfig(compile=kind.endswith("-compiled"))
+        training = TrainingConfig(compile=compiled)
         state, graph = make_state(potential, training, LossConfig()), potential.collate(frames)
         workers = start_workers("cpu")
         return lambda: train_step(state, graph, LossConfig(), training, workers)
@@ -177,12 +181,19 @@ def main() -> None:
     parser.add_argument("--schnetpack", help="Python of an environment with schnetpack")
     parser.add_argument("--serve", help=argparse.SUPPRESS)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument(
+        "--kinds",
+        nargs="+",
+        default=["leignn-sound", "leignn", "painn-update", "direct", "painn", "leignn-sound-compiled", "painn-compiled"],
+    )
+    parser.add_argument("--only", choices=["inference", "training"], help="default: both")
+    parser.add_argument("--name", default="results", help="of the files written here")
     arguments = parser.parse_args()
     if arguments.serve:
         serve(arguments.serve)
         return
-    kinds = ["leignn-sound", "leignn", "painn-update", "direct", "leignn-sound-compiled"]
-    pythons = dict.fromkeys(kinds, sys.executable) | ({"schnetpack": arguments.schnetpack} if arguments.schnetpack else {})
+    questions = [arguments.only] if arguments.only else ["inference", "training"]
+    pythons = dict.fromkeys(arguments.kinds, sys.executable) | ({"schnetpack": arguments.schnetpack} if arguments.schnetpack else {})
     servers = {}
     for kind, python in pythons.items():
         servers[kind] = subprocess.Popen(
@@ -191,25 +202,23 @@ def main() -> None:
     parameters = {kind: json.loads(p.stdout.readline())["parameters"] for kind, p in servers.items()}
     times: dict[str, dict[str, list[float]]] = {kind: {} for kind in servers}
     for _ in range(arguments.rounds):
-        for what in ("inference", "training"):
+        for what in questions:
             for name in SYSTEMS:
                 for kind, process in servers.items():
-                    if kind.endswith("compiled") and what == "inference":
-                        continue
                     process.stdin.write(f"{what} {name} {12 if name == 'ethanol' else 2}\n")
                     process.stdin.flush()
                     times[kind].setdefault(f"{what} {name}", []).append(json.loads(process.stdout.readline()))
     for process in servers.values():
         process.stdin.close()
         process.wait()
-    columns = [f"{what} {name}" for what in ("inference", "training") for name in SYSTEMS]
+    columns = [f"{what} {name}" for what in questions for name in SYSTEMS]
     medians = {k: {c: sorted(v[c])[len(v[c]) // 2] for c in columns if c in v} for k, v in times.items()}
     lines = ["| model | parameters | " + " | ".join(f"{c} ms" for c in columns) + " |", "|---|---|" + "---|" * len(columns)]
     for kind, row in medians.items():
         lines.append(f"| {kind} | {parameters[kind]:,} | " + " | ".join(f"{row[c]:.1f}" if c in row else "-" for c in columns) + " |")
     record = {"parameters": parameters, "cpu_ms_per_step": medians, "rounds": arguments.rounds, "date": datetime.date.today().isoformat()}
-    (HERE / "results.json").write_text(json.dumps(record, indent=1) + "\n")
-    (HERE / "results.md").write_text("\n".join(lines) + "\n")
+    (HERE / f"{arguments.name}.json").write_text(json.dumps(record, indent=1) + "\n")
+    (HERE / f"{arguments.name}.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
 
 
