@@ -67,6 +67,8 @@ def test_flags_share_the_names_of_the_parameters() -> None:
         ("compare", gossamer.compare, {"progress"}),
         ("md", gossamer.md, {"progress"}),
         ("relax", gossamer.relax, set()),
+        ("judge", gossamer.judge, {"progress"}),
+        ("export", gossamer.export, set()),
     ):
         flags = {a.dest for a in commands[name]._actions}
         parameters = set(python_inspect.signature(function).parameters)
@@ -74,7 +76,8 @@ def test_flags_share_the_names_of_the_parameters() -> None:
         defaults = {k: p.default for k, p in python_inspect.signature(function).parameters.items() if p.default is not p.empty}
         for action in commands[name]._actions:
             if action.dest in defaults and action.dest not in ("out", "overrides", "worst"):
-                assert action.default == defaults[action.dest] or str(action.default) == str(defaults[action.dest]), (name, action.dest)
+                found = tuple(action.default) if isinstance(action.default, list) else action.default
+                assert found == defaults[action.dest] or str(found) == str(defaults[action.dest]), (name, action.dest)
 
 
 def test_the_whole_path(tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
