@@ -152,7 +152,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _judge_parser(judge: argparse.ArgumentParser) -> None:
-    judge.add_argument("models", nargs="*", metavar="[NAME=]POTENTIAL", help="saved potentials; several stand side by side")
+    judge.add_argument("models", nargs="*", default=[], metavar="[NAME=]POTENTIAL", help="saved potentials; several stand side by side")
     judge.add_argument("--calculator", action="append", default=[], metavar="[NAME=]MODULE:FACTORY", help="any ASE calculator, for example "
                        "ase.calculators.emt:EMT or \"small=mace.calculators:mace_mp(model='small')\"; can be given several times")  # fmt: skip
     judge.add_argument(
