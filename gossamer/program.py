@@ -12,6 +12,7 @@ import logging
 import os
 import platform
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -201,9 +202,10 @@ def cached_program(potential: Potential, graph: Graph, make: bool = False) -> Pr
         log.info("compiling the potential for this machine, about a minute, once")
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         return make_program(potential, graph, path)
-    except (ValueError, RuntimeError) as error:
+    except (ValueError, RuntimeError, OSError) as error:
         log.warning("the potential runs without compilation: %s", str(error).splitlines()[0])
-        path.unlink(missing_ok=True)
+        with suppress(OSError):
+            path.unlink(missing_ok=True)
         return None
 
 

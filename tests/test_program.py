@@ -179,6 +179,14 @@ def test_a_program_that_differs_is_not_used(cache: Path, monkeypatch: pytest.Mon
     np.testing.assert_array_equal(forces, atoms.get_forces())
 
 
+def test_a_cache_that_cannot_be_written_is_no_obstacle(caplog: pytest.LogCaptureFixture) -> None:
+    potential = make_potential(["Si"])
+    atoms = bulk("Si")
+    atoms.calc = Calculator(potential, compiled=True)  # conftest puts the cache where no folder can be
+    assert np.isfinite(atoms.get_forces()).all()
+    assert "runs without compilation" in caplog.text
+
+
 def test_wrong_programs_and_sizes(cache: Path, tmp_path: Path) -> None:
     potential = make_potential(["Si"])
     (tmp_path / "x.pt2").write_bytes(b"PK nothing")
