@@ -9,7 +9,6 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -637,19 +636,16 @@ def test_discovery_on_several_processes(tmp_path: Path) -> None:
     assert {k: v["energy"] for k, v in found.items()} == {k: v["energy"] for k, v in alone.items()}
 
 
-def which_gpu(folder: str) -> Any:
-    (Path(folder) / str(os.getpid())).write_text(os.environ["CUDA_VISIBLE_DEVICES"])
-    return EMT()
-
-
-def test_workers_share_the_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("worker", "device"), [(1, "4"), (2, "7"), (3, "4")])
+def test_workers_take_the_gpus_in_turn(worker: int, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+        monkeypatch.setenv(name, "1")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
-    initial, _ = hull_set(tmp_path, 2)
-    (tmp_path / "seen").mkdir()
-    discovery.relax_many(
-        partial(which_gpu, str(tmp_path / "seen")), discovery.read_initial(initial), tmp_path / "r.jsonl", processes=2, progress=False
-    )
-    assert sorted(p.read_text() for p in (tmp_path / "seen").iterdir()) == ["4", "7"]
+    monkeypatch.setattr(discovery.multiprocessing, "current_process", lambda: type("Worker", (), {"_identity": (worker,)}))
+    monkeypatch.setattr(discovery, "_CALCULATOR", None)
+    seen: list[str] = []
+    discovery._start(lambda: seen.append(os.environ["CUDA_VISIBLE_DEVICES"]))
+    assert seen == [device]
 
 
 def test_combined_score_needs_its_three_parts() -> None:
