@@ -224,6 +224,19 @@ def test_hole_at_short_range_fails(tmp_path: Path) -> None:
     assert diatomics.check(subject_of(EMT, tmp_path, ("Cu", "Al"), all_pairs=True)).notes[0].startswith("3 pairs")
 
 
+def test_distances_without_an_answer_are_gaps(tmp_path: Path) -> None:
+    def refuse(atoms: Atoms, r: dict[str, Any]) -> None:
+        if len(atoms) == 2 and atoms.get_distance(0, 1) > 5:
+            raise RuntimeError("too far")
+
+    outcome = diatomics.check(subject_of(lambda: Defect(EMT(), refuse), tmp_path))
+    assert outcome.status == "weak"
+    assert by_name(outcome, "distances without an answer").value == pytest.approx(5.0)
+    drawn = np.array(outcome.panels[0].curves[0].y)
+    assert np.isnan(drawn[-2:]).all()
+    assert np.isfinite(drawn[:-2]).all()
+
+
 def test_dimers_beside_a_reference(tmp_path: Path) -> None:
     file = tmp_path / "curves.json"
     r = np.geomspace(0.1, 6, 40)

@@ -132,19 +132,23 @@ def check(subject: Subject) -> Outcome:
     reference = read_reference(subject.options.diatomics_reference) if subject.options.diatomics_reference else {}
     distances = np.geomspace(SHORTEST, LONGEST, subject.effort.diatomic_points)
     found: dict[str, dict[str, float]] = {}
+    missing: dict[str, float] = {}
     panels = []
     for first, second in subject.bar(pairs, "diatomics"):
         name = f"{first}-{second}"
         energies, forces = dimer_curve(subject.calculator, first, second, distances)
         found[name] = curve_metrics(distances, energies, forces, bond_length(first, second))
-        curves: list[Curve] = [curve(distances, energies - energies[-1])]
+        answered = np.isfinite(energies)
+        energies = energies - (energies[answered][-1] if answered.any() else 0.0)  # counted from the farthest distance with an answer
+        missing[name] = float((~answered).mean())
+        curves: list[Curve] = [curve(distances, energies)]
         if name in reference:
             r, e = reference[name]
             curves.append(curve(r, e - e[-1], "DFT", reference=True))
             far = (r >= 0.8 * bond_length(first, second)) & (r <= LONGEST)
-            if far.any():
+            if far.any() and answered.any():
                 found[name]["reference_mae"] = float(
-                    np.abs(np.interp(r[far], distances, energies - energies[-1]) - (e - e[-1])[far]).mean()
+                    np.abs(np.interp(r[far], distances[answered], energies[answered]) - (e - e[-1])[far]).mean()
                 )
         depth = found[name]["well_depth"]
         floor = -1.6 * max(depth, 0.5) if np.isfinite(depth) else -5.0
@@ -153,7 +157,7 @@ def check(subject: Subject) -> Outcome:
                 name, "Å", "eV", curves, group="Curves of two atoms", x_limits=(0.0, LONGEST), y_limits=(floor, 4 * max(-floor / 1.6, 0.5))
             )
         )
-    return conclude(verdicts(found), panels, [f"{len(pairs)} pairs, {len(distances)} distances of {SHORTEST} to {LONGEST} Å spaced evenly in log r."],
+    return conclude([*verdicts(found), _gaps(missing)], panels, [f"{len(pairs)} pairs, {len(distances)} distances of {SHORTEST} to {LONGEST} Å spaced evenly in log r."],
                     "Every pair repels at short range, with one minimum.")  # fmt: skip
 
 
@@ -187,6 +191,14 @@ def verdicts(found: dict[str, dict[str, float]]) -> list[Metric]:
     if errors:
         metrics.append(measured("mean error against the reference beyond 0.8 bond lengths", float(np.mean(errors)), "eV", "low"))
     return metrics
+
+
+def _gaps(missing: dict[str, float]) -> Metric:
+    """Share of the distances that the calculator could not evaluate."""
+    worst = max(missing, key=lambda pair: missing[pair])
+    metric = at_most("distances without an answer, worst pair", 100 * missing[worst], "%", 0.0, 20.0, HOLE)
+    metric.reason += f" ({worst})"
+    return metric
 
 
 def _count(name: str, pairs: list[str], n: int, consequence: str) -> Metric:
