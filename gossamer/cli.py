@@ -201,7 +201,7 @@ def _judge_parser(judge: argparse.ArgumentParser) -> None:
     )
     dynamics.add_argument("--picoseconds", type=float, help="length (default: 1, 5 or 50 by level)")
     dynamics.add_argument("--temperature", type=float, help="K (default: 300, or that of the protocol)")
-    dynamics.add_argument("--timestep", type=float, default=0.5, help="fs (default: 0.5)")
+    dynamics.add_argument("--timestep", type=float, help="fs (default: 0.5, or that of the protocol)")
     dynamics.add_argument("--two-temperatures", action="store_true", help="also run slightly warmer, and compare the two ensembles")
     many = judge.add_argument_group("many crystals", "restartable; finished ones are kept")
     many.add_argument("--conductivity-crystals", metavar="FILE", help="crystals with supercells and meshes, as of phononDB-103")

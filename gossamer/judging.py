@@ -34,7 +34,7 @@ from gossamer.checks import (
     symmetry,
     thermal_conductivity,
 )
-from gossamer.checks.outcome import ORDER, Outcome, skipped
+from gossamer.checks.outcome import ORDER, InputError, Outcome, skipped
 from gossamer.checks.page import write_page
 from gossamer.checks.subject import LEVELS, Subject
 from gossamer.files import write_json
@@ -62,12 +62,12 @@ CHECKS = {
     "conservation": Check("Conservation", conservation.check, "Are forces and stress the gradient of the energy, and does dynamics conserve it?", ("structures", "temperature", "timestep")),
     "smoothness": Check("Smoothness", smoothness.check, "Does the energy jump or wave as atoms move, come and go?", ("structures",)),
     "diatomics": Check("Curves of two atoms", diatomics.check, "Do atoms repel when pushed together, with one minimum?", ("all_pairs", "diatomics_reference"), "elements"),
-    "crystals": Check("Crystals", crystals.check, "Equation of state, elasticity, vacancies and surfaces: does the solid hold and respond?", ("crystals",), "crystals"),
+    "crystals": Check("Crystals", crystals.check, "Equation of state, elasticity, vacancies and surfaces: does the solid hold and respond?", ("crystals", "builtin_crystals"), "crystals"),
     "phonons": Check("Phonons", phonons.check, "Does the crystal vibrate as a stable crystal does?", ("crystals",), "crystals"),
     "conductivity": Check("Thermal conductivity", thermal_conductivity.check, "Are the anharmonic forces right?", ("crystals", "conductivity_crystals", "conductivity_reference", "conductivity_count"), "crystals"),
     "dynamics": Check("Molecular dynamics", dynamics.check, "Is a simulation stable, in its ensemble, and like the reference?",
-                      ("systems", "temperature", "timestep", "protocol", "picoseconds", "references", "reference_interval", "two_temperatures"), "systems"),
-    "errors": Check("Errors on labelled data", errors.check, "How far from the reference method?", ("data",), "elements"),
+                      ("systems", "builtin_systems", "temperature", "temperature_given", "timestep", "timestep_given", "protocol", "picoseconds", "references", "reference_interval", "two_temperatures"), "systems"),
+    "errors": Check("Errors on labelled data", errors.check, "How far from the reference method?", ("data", "same_zero"), "elements"),
     "discovery": Check("Matbench Discovery", discovery.check, "Does it find the stable materials?", ("discovery", "discovery_table", "discovery_relaxed", "discovery_count"), "elements"),
     "speed": Check("Speed and size", speed.check, "How fast, and how large?", ("structures",)),
 }  # fmt: skip
@@ -81,6 +81,7 @@ class JudgeOptions:
     temperature: float = 300.0
     temperature_given: bool = False
     timestep: float = 0.5
+    timestep_given: bool = False
     all_pairs: bool = False
     diatomics_reference: str | None = None
     builtin_crystals: bool = True
@@ -249,7 +250,6 @@ def make_subject(
     if not given and candidate.trained_on is not None:
         given = training_structures(candidate.trained_on, effort.n_structures)
     builtin = subject.builtin_crystals(own.elements, effort.n_crystals)
-    small = [a for a in given if a.pbc.all() and len(a) <= 40]
     if crystal_list:
         own.crystals = {_name(a, k): a for k, a in enumerate(fitting(crystal_list))}
     elif not given or any(a.pbc.all() for a in given):  # a potential of molecules is not asked about crystals
@@ -257,7 +257,7 @@ def make_subject(
     molecules = subject.builtin_molecules(own.elements, 1)
     own.structures = given[: effort.n_structures] if given else [*builtin.values(), *molecules.values()][: max(1, effort.n_structures)]
     if not own.structures:
-        own.structures = small or [Atoms([own.elements[0]] * 2, [[0, 0, 0], [subject.bond_length(own.elements[0], own.elements[0]), 0, 0]])]
+        own.structures = [Atoms([own.elements[0]] * 2, [[0, 0, 0], [subject.bond_length(own.elements[0], own.elements[0]), 0, 0]])]
     moving = fitting(systems) or own.structures[:1]
     own.systems = {_name(a, k): a for k, a in enumerate(moving)}
     return own
@@ -288,7 +288,7 @@ def judge(
     protocol: str | None = None,
     picoseconds: float | None = None,
     temperature: float | None = None,
-    timestep: float = 0.5,
+    timestep: float | None = None,
     two_temperatures: bool = False,
     all_pairs: bool = False,
     diatomics_reference: Path | str | None = None,
@@ -328,7 +328,7 @@ def judge(
         protocol: "lips", "water", "methane", "molecule" or "electrolyte" (`gossamer.checks.dynamics.PROTOCOLS`).
         picoseconds: Length of the dynamics; by default by level or protocol.
         temperature: K (default 300, or that of the protocol).
-        timestep: fs.
+        timestep: fs (default 0.5, or that of the protocol).
         two_temperatures: Also run slightly warmer, and compare the two ensembles.
         all_pairs: Curves of all pairs of elements, not only of each with itself.
         diatomics_reference: JSON file of reference curves.
@@ -358,7 +358,7 @@ def judge(
     chosen = _choose(only, skip, level, protocol)
     if temperature is not None and not temperature > 0:
         raise ValueError(f"temperature must be positive, found {temperature} K.")
-    if not timestep > 0:
+    if timestep is not None and not timestep > 0:
         raise ValueError(f"timestep must be positive, found {timestep} fs.")
     if len(references) > max(1, len(systems), len(structures)):
         raise ValueError(
@@ -366,10 +366,10 @@ def judge(
         )
     candidates = find_candidates(models, calculators, device, dtype)
     options = JudgeOptions(
-        level=level, temperature=300.0 if temperature is None else temperature, temperature_given=temperature is not None, timestep=timestep, all_pairs=all_pairs,
+        level=level, temperature=300.0 if temperature is None else temperature, temperature_given=temperature is not None, timestep=timestep or 0.5, timestep_given=timestep is not None, all_pairs=all_pairs,
         diatomics_reference=_text(diatomics_reference), builtin_crystals=not crystals, builtin_systems=not (systems or structures),
         conductivity_crystals=_text(conductivity_crystals), conductivity_reference=_text(conductivity_reference), conductivity_count=conductivity_count,
-        protocol=protocol, picoseconds=picoseconds, references=tuple(str(r) for r in references), reference_interval=reference_interval,
+        protocol=protocol, picoseconds=picoseconds, references=tuple(str(_text(r)) for r in references), reference_interval=reference_interval,
         two_temperatures=two_temperatures, data=_text(data), labelled=errors.read_labelled(data) if data else [], same_zero=same_zero,
         discovery=_text(discovery), discovery_table=_text(discovery_table), discovery_relaxed=_text(discovery_relaxed), discovery_count=discovery_count, processes=processes,
     )  # fmt: skip
@@ -444,9 +444,7 @@ def _run(name: str, person: Subject, options: JudgeOptions, folder: Path) -> Out
     else:
         try:
             outcome = check.run(person)
-        except KeyboardInterrupt:
-            raise
-        except (ValueError, FileNotFoundError, ImportError):
+        except (KeyboardInterrupt, InputError, FileNotFoundError):
             raise
         except Exception as error:  # a judged calculator may raise anything; the others still count
             log.exception("%s: %s", person.name, name)
@@ -465,6 +463,7 @@ def _key(name: str, person: Subject, options: JudgeOptions) -> str:
         if used in ("structures", "crystals", "systems"):
             found = getattr(person, used)
             for atoms in found.values() if isinstance(found, dict) else found:
+                digest.update(str(atoms.info.get("temperature_K")).encode())
                 for array in (atoms.numbers, atoms.positions.round(6), atoms.cell.array.round(6), atoms.pbc):
                     digest.update(np.ascontiguousarray(array).tobytes())
         elif used in (
@@ -480,7 +479,6 @@ def _key(name: str, person: Subject, options: JudgeOptions) -> str:
             digest.update(str(file and (Path(file).name, os.stat(file).st_size)).encode())
         else:
             digest.update(f"{used}={getattr(options, used)}".encode())
-    digest.update(str(options.same_zero).encode() if name == "errors" else b"")
     return digest.hexdigest()[:8]
 
 

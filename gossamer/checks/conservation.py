@@ -13,7 +13,7 @@ from ase.stress import full_3x3_to_voigt_6_stress
 
 from gossamer.checks.outcome import Metric, Outcome, Panel, at_most, attempt, close_to, conclude, curve, measured
 from gossamer.checks.subject import Subject, enlarged, rattled
-from gossamer.checks.symmetry import net_force
+from gossamer.checks.symmetry import evaluate_on, net_force
 
 
 def force_gradient_error(calculator: Any, atoms: Atoms, step: float = 1e-4, n_atoms: int = 8, seed: int = 0) -> float:
@@ -184,7 +184,7 @@ def check(subject: Subject) -> Outcome:
     probes = [rattled(a, 0.03, seed=k) for k, a in enumerate(subject.structures)]
     found: dict[str, list[float]] = {"forces": [], "net": [], "loop": [], "stress": []}
     for atoms in subject.bar(probes, "conservation"):
-        scale = 1 + 0.05 * float(np.abs(_forces(calculator, atoms)).max())
+        scale = 1 + 0.05 * float(np.abs(evaluate_on(calculator, atoms)[1]).max())
         found["forces"].append(1000 * smallest(lambda h, a=atoms: force_gradient_error(calculator, a, h, n_atoms=4)) / scale)
         found["net"].append(1000 * net_force(calculator, atoms) / len(atoms))
         found["loop"].append(1000 * loop_work(calculator, atoms))
@@ -224,9 +224,3 @@ def _dynamics(subject: Subject, atoms: Atoms, timestep: float, panels: list[Pane
         measured("standard error of the drift", run["drift_error"], "meV/atom/ps"),
         close_to("ratio of fluctuations at two time steps", run["fluctuation_ratio"], "", 4.0, 0.5, 1.5, NOT_SMOOTH),
     ]  # fmt: skip
-
-
-def _forces(calculator: Any, atoms: Atoms) -> np.ndarray:
-    copy = atoms.copy()
-    copy.calc = calculator
-    return copy.get_forces(apply_constraint=False)

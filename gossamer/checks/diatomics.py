@@ -11,7 +11,7 @@ import numpy as np
 from ase import Atoms
 from numpy.typing import NDArray
 
-from gossamer.checks.outcome import Curve, Metric, Outcome, Panel, at_most, conclude, curve, measured
+from gossamer.checks.outcome import Curve, InputError, Metric, Outcome, Panel, at_most, conclude, curve, measured
 from gossamer.checks.smoothness import tortuosity
 from gossamer.checks.subject import Subject, bond_length
 from gossamer.files import open_text
@@ -113,7 +113,7 @@ def read_reference(path: Path | str, functional: str = "PBE") -> dict[str, tuple
         curves = json.loads(text)[functional]
         return {pair: (np.array(c["distances"]), np.array(c["energies"])) for pair, c in curves.items()}
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(
+        raise InputError(
             f"'{path}' is not a file of dimer curves: expected {{'{functional}': {{'H-H': {{'distances': ..., 'energies': ...}}}}}} ({error!r})."
         ) from None
 

@@ -22,7 +22,7 @@ from ase.optimize import FIRE
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from gossamer.checks.outcome import Metric, Outcome, Panel, at_least, at_most, conclude, curve, measured, plain, skipped
+from gossamer.checks.outcome import InputError, Metric, Outcome, Panel, at_least, at_most, conclude, curve, measured, plain, skipped
 from gossamer.checks.subject import Subject, read_frames
 from gossamer.files import open_text
 
@@ -60,7 +60,7 @@ def stability_metrics(true: Array, predicted: Array, threshold: float = 0.0) -> 
     """
     true, predicted = np.asarray(true, dtype=float), np.asarray(predicted, dtype=float)
     if true.shape != predicted.shape or true.ndim != 1:
-        raise ValueError(f"Distances to the hull must be two lists of one length, found {true.shape} and {predicted.shape}.")
+        raise InputError(f"Distances to the hull must be two lists of one length, found {true.shape} and {predicted.shape}.")
     stable, called = true <= threshold, predicted <= threshold  # NaN is not called stable
     tp, fn = float((stable & called).sum()), float((stable & ~called).sum())
     fp, tn = float((~stable & called).sum()), float((~stable & ~called).sum())
@@ -213,10 +213,10 @@ def read_initial(path: Path | str) -> list[tuple[str, Atoms]]:
     seen = set()
     for k, atoms in enumerate(read_frames(path)):
         if "material_id" not in atoms.info:
-            raise ValueError(f"'{path}' frame {k} has no material_id in its header, so it cannot be found in the table.")
+            raise InputError(f"'{path}' frame {k} has no material_id in its header, so it cannot be found in the table.")
         name = str(atoms.info["material_id"])
         if name in seen:
-            raise ValueError(f"'{path}': material_id '{name}' occurs twice.")
+            raise InputError(f"'{path}': material_id '{name}' occurs twice.")
         seen.add(name)
         out.append((name, atoms))
     return out
@@ -232,7 +232,7 @@ def read_table(path: Path | str) -> dict[str, dict[str, Any]]:
         reader = csv.DictReader(file)
         missing = set(COLUMNS) - set(reader.fieldnames or [])
         if missing:
-            raise ValueError(f"'{path}' lacks {', '.join(f'{c} ({COLUMNS[c]})' for c in sorted(missing))}.")
+            raise InputError(f"'{path}' lacks {', '.join(f'{c} ({COLUMNS[c]})' for c in sorted(missing))}.")
         return {row["material_id"]: row for row in reader}
 
 
@@ -268,11 +268,11 @@ def check(subject: Subject) -> Outcome:
     if not options.discovery:
         return skipped("No set of crystals: give --discovery STRUCTURES and --discovery-table CSV.")
     if not options.discovery_table:
-        raise ValueError("--discovery needs --discovery-table: a CSV file with the columns of wbm-summary.csv.")
+        raise InputError("--discovery needs --discovery-table: a CSV file with the columns of wbm-summary.csv.")
     structures, table = read_initial(options.discovery), read_table(options.discovery_table)
     unknown = [name for name, _ in structures if name not in table]
     if unknown:
-        raise ValueError(
+        raise InputError(
             f"{len(unknown)} structures of '{options.discovery}' are not in '{options.discovery_table}' (first: {unknown[0]})."
         )
     if options.discovery_count is not None:

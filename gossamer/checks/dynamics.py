@@ -20,7 +20,7 @@ from ase.io.trajectory import Trajectory
 from numpy.typing import NDArray
 
 from gossamer.checks import liquids
-from gossamer.checks.outcome import Curve, Metric, Outcome, Panel, at_least, at_most, attempt, conclude, curve, measured
+from gossamer.checks.outcome import Curve, InputError, Metric, Outcome, Panel, at_least, at_most, attempt, conclude, curve, measured
 from gossamer.checks.subject import Subject, enlarged, read_frames
 from gossamer.simulation.md import degrees_of_freedom, find_bonds, md
 
@@ -145,7 +145,7 @@ def read_reference(path: Path | str) -> list[Atoms]:
         with np.load(path, allow_pickle=False) as data:
             missing = {"frac", "cell_A", "numbers"} - set(data.files)
             if missing:
-                raise ValueError(
+                raise InputError(
                     f"'{path}' lacks {', '.join(sorted(missing))}; expected frac (n_frames, n_atoms, 3), cell_A (3, 3) and numbers."
                 )
             return [Atoms(data["numbers"], scaled_positions=f, cell=data["cell_A"], pbc=True) for f in data["frac"]]
@@ -169,6 +169,8 @@ def check(subject: Subject) -> Outcome:
     protocol = PROTOCOLS[options.protocol] if options.protocol else Protocol(timestep=options.timestep)
     if options.temperature_given:
         protocol = replace(protocol, temperature=options.temperature)
+    if options.timestep_given:
+        protocol = replace(protocol, timestep=options.timestep)
     picoseconds = options.picoseconds or (protocol.picoseconds if options.protocol and subject.effort.md_ps >= 50 else subject.effort.md_ps)
     references = list(options.references) + [None] * len(subject.systems)
     for (name, atoms), reference in zip(subject.systems.items(), references, strict=False):

@@ -15,6 +15,10 @@ ORDER: dict[str, int] = {"measured": 0, "skipped": 1, "passed": 2, "weak": 3, "f
 """the verdict of a check is the worst one of its numbers"""
 
 
+class InputError(ValueError):
+    """A file or option of the user is wrong: the judge stops, where an error of the judged calculator counts against it."""
+
+
 @dataclass
 class Metric:
     """One number of a check, with what was expected of it."""
@@ -144,7 +148,7 @@ def attempt(name: str, measure: Callable[..., Metric | Sequence[Metric]], conseq
     """Metrics of a measurement, or one that says why the potential could not be asked."""
     try:
         found = measure()
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, InputError):
         raise
     except Exception as error:  # a judged calculator may raise anything
         text = " ".join(str(error).split())[:200]

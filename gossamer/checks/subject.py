@@ -19,6 +19,7 @@ from ase.collections import g2
 from ase.data import atomic_numbers, chemical_symbols, covalent_radii, reference_states
 from tqdm import tqdm
 
+from gossamer.checks.outcome import InputError
 from gossamer.files import COMPRESSIONS, open_text
 
 log = logging.getLogger(__name__)
@@ -74,7 +75,7 @@ class Subject:
     """finished work of this potential"""
     effort: Effort = LEVELS["quick"]
     options: Any = None
-    """`gossamer.checks.judge.JudgeOptions`"""
+    """`gossamer.judging.JudgeOptions`"""
     conservative: bool | None = None
     """what the potential says of its own forces; None if it does not say"""
     cutoff: float | None = None
@@ -198,7 +199,7 @@ def read_frames(path: Path | str) -> list[Atoms]:
     else:
         frames = list(ase.io.iread(path, ":"))
     if not frames or any(len(f) == 0 for f in frames):
-        raise ValueError(f"'{path}' holds no atoms, or a frame without any.")
+        raise InputError(f"'{path}' holds no atoms, or a frame without any.")
     return frames
 
 

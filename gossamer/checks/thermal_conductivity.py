@@ -17,7 +17,7 @@ from ase.filters import FrechetCellFilter
 from ase.optimize import FIRE
 from numpy.typing import NDArray
 
-from gossamer.checks.outcome import Metric, Outcome, Panel, at_most, attempt, conclude, curve, measured, plain, skipped
+from gossamer.checks.outcome import InputError, Metric, Outcome, Panel, at_most, attempt, conclude, curve, measured, plain, skipped
 from gossamer.checks.phonons import forces_of, quiet, supercell_for, to_phonopy
 from gossamer.checks.subject import Subject, read_frames
 from gossamer.files import open_text, write_json
@@ -153,7 +153,7 @@ def read_references(path: Path | str) -> dict[str, dict[str, Any]]:
             for row, identifier in table["mp_id"].items()
         }  # fmt: skip
     except (KeyError, TypeError) as error:
-        raise ValueError(
+        raise InputError(
             f"'{path}' is not a table of conductivities: expected columns mp_id, kappa_TOT_ave, mode_kappa_TOT_ave and weights ({error!r})."
         ) from None
 
