@@ -460,6 +460,24 @@ def test_ensembles_of_harmonic_atoms_are_right(tmp_path: Path) -> None:
     assert dynamics.ensemble_deviation(log(temperature), log(temperature), (temperature, 2 * temperature), n) > 5
 
 
+def test_a_protocol_gives_way_to_what_was_asked(tmp_path: Path) -> None:
+    asked = dict(
+        calculator="ase.calculators.emt:EMT", elements=["Cu"], only=["dynamics"], protocol="methane", picoseconds=0.05, progress=False
+    )
+    own = judge(out=tmp_path, **asked)["EMT"]["dynamics"]
+    assert "300 K, 0.5 fs" in own.notes[0]
+    other = judge(out=tmp_path, timestep=2.0, temperature=100, **asked)["EMT"]["dynamics"]  # another question: done again
+    assert "100 K, 2 fs" in other.notes[0]
+
+
+@pytest.mark.parametrize("name", ["references", "diatomics_reference"])
+def test_wrong_files_stop_the_judge(name: str, tmp_path: Path) -> None:
+    (tmp_path / "x.json").write_text("{}")
+    value = [str(tmp_path / "gone.xyz")] if name == "references" else str(tmp_path / "x.json")
+    with pytest.raises((ValueError, FileNotFoundError), match="gone|not a file of dimer curves"):
+        judge(calculator="ase.calculators.emt:EMT", elements=["Cu"], only=["diatomics"], out=tmp_path, progress=False, **{name: value})
+
+
 def test_vibrations_have_their_wavenumber() -> None:
     times = np.arange(2000) * 0.5e-3  # ps
     frames = []
