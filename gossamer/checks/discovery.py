@@ -37,7 +37,7 @@ COLUMNS = {
     "uncorrected_energy": "DFT energy of the cell, eV, without corrections",
     "e_above_hull_mp2020_corrected_ppd_mp": "DFT distance to the hull, eV/atom",
 }
-"""columns of the package's table wbm-summary.csv that are needed; unique_prototype and e_form_per_atom_mp2020_corrected are used if there"""
+"""columns of the package's table wbm-summary.csv that are needed; unique_prototype is used if there"""
 
 
 # --- metrics --------------------------------------------------------------------------------------------------------
