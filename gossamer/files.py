@@ -59,3 +59,9 @@ def open_text(path: Path) -> io.StringIO | io.TextIOWrapper:
             return io.StringIO(file.read())
     except (lzma.LZMAError, OSError, EOFError) as error:
         raise ValueError(f"'{path}' cannot be decompressed ({error}). It may be truncated: copy it again.") from None
+
+
+def cache_folder() -> Path:
+    """Where compiled programs and kernels are kept: $GOSSAMER_CACHE, or gossamer in the user's cache folder."""
+    own = os.environ.get("GOSSAMER_CACHE")
+    return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gossamer"

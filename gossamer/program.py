@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import platform
 import time
 from contextlib import suppress
@@ -20,14 +19,13 @@ import torch
 from torch import Tensor, nn
 
 from gossamer import __version__
-from gossamer.files import atomic_path
+from gossamer.fast import TOLERANCE, compare
+from gossamer.files import atomic_path, cache_folder
 from gossamer.graph import FIELDS, Graph
 from gossamer.potential import Potential, Prediction, load, state_of
 
 log = logging.getLogger(__name__)
 NAMES = ["energy", "node_energies", "forces", "stress"]
-TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-10}
-"""largest deviation of a force, relative to the root mean square force or a hundredth of the usual one"""
 
 
 class Program:
@@ -151,32 +149,8 @@ def make_program(potential: Potential, graph: Graph, path: Path | str) -> Progra
     finally:
         potential.train(was_training)
     program = Program(path, potential)
-    compare(program, potential, graph)
+    compare(program, potential, graph, TOLERANCE[potential.dtype])
     return program
-
-
-def compare(program: Program, potential: Potential, graph: Graph) -> None:
-    """Raise RuntimeError unless a program gives the potential's energy, forces and stress."""
-    stress = "stress" in program.names
-    plain, compiled = potential(graph, stress=stress), program(graph)
-    scale = 1e-2 * potential.energy_scale
-    volume = max(float(torch.linalg.det(graph.cell[0].cpu()).abs()), 1.0)
-    floors = {"energy": scale * graph.n_atoms, "forces": scale, "stress": scale * graph.n_atoms / volume}
-    for name, floor in floors.items():
-        if name not in program.names:
-            continue
-        a, b = (getattr(p, name).detach().nan_to_num().to(torch.float64) for p in (plain, compiled))
-        # reference energies are exact and large: an energy is compared with the scale of forces, not with itself
-        size = float(floor) if name == "energy" else max(float(a.pow(2).mean().sqrt()), float(floor))
-        deviation = float((a - b).abs().max()) / size
-        if not deviation < TOLERANCE[potential.dtype]:
-            raise RuntimeError(f"the compiled {name} differs from the plain one by {deviation:.1e} (relative)")
-
-
-def cache_folder() -> Path:
-    """Where compiled potentials are kept: $GOSSAMER_CACHE, or gossamer in the user's cache folder."""
-    own = os.environ.get("GOSSAMER_CACHE")
-    return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gossamer"
 
 
 def cache_path(potential: Potential) -> Path:
@@ -195,11 +169,11 @@ def cached_program(potential: Potential, graph: Graph, make: bool = False) -> Pr
     try:
         if path.exists():
             program = Program(path, potential)
-            compare(program, potential, graph)
+            compare(program, potential, graph, TOLERANCE[potential.dtype])
             return program
         if not make:
             return None
-        log.info("compiling the potential for this machine, about a minute, once")
+        log.info("compiling the potential for this machine, less than a minute, once")
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         return make_program(potential, graph, path)
     except (ValueError, RuntimeError, OSError) as error:

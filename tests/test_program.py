@@ -64,7 +64,7 @@ for atoms in (crystal, crystal.repeat((2, 2, 1)), molecule("C2H6")[:2], crystal.
     for a, b in zip(*found):
         worst = max(worst, float(np.abs(np.asarray(a) - np.asarray(b)).max() / max(1.0, np.abs(np.asarray(a)).max())))
 print("worst", worst)
-assert worst < 1e-10, worst
+assert worst < (1e-10 if fast.fast is None else 1e-8), worst  # radial functions from tables
 if potential.conservative:
     assert force_gradient_error(fast, crystal) < 1e-6
     assert stress_gradient_error(fast, crystal) < 1e-7
@@ -96,6 +96,11 @@ from gossamer.program import Program, cache_folder, cache_path
 from gossamer.simulation.calculator import Calculator
 from gossamer.simulation.md import md
 
+# exported programs hold no kernels; with them the cache is tested in test_program_is_the_potential
+import gossamer.fast
+def missing(potential):
+    raise gossamer.fast.Missing("none here")
+gossamer.fast.add_kernels = missing
 save(make_potential(["Si"], dtype=torch.float32), "p.safetensors")
 atoms = bulk("Si", cubic=True)
 atoms.rattle(0.05, seed=0)
@@ -134,7 +139,7 @@ for file in cache_folder().glob("*.pt2"):
 md("p.safetensors", "si.extxyz", out="parts", resume=True, **{**short, "steps": 40})
 a, b = (np.load(f"{n}/state.npz")["positions"] for n in ("whole", "parts"))
 assert np.array_equal(a, b)
-assert json.loads(str(np.load("whole/state.npz")["settings"]))["compiled"] is True
+assert json.loads(str(np.load("whole/state.npz")["settings"]))["compiled"] == "program"
 # a cached file that is damaged is thrown away, and the potential runs
 for file in cache_folder().glob("*.pt2"):
     file.write_bytes(b"nonsense")
@@ -167,16 +172,16 @@ def test_a_program_that_differs_is_not_used(cache: Path, monkeypatch: pytest.Mon
             out = potential(graph, stress=True)
             return type(out)(energy=out.energy, node_energies=out.node_energies, forces=out.forces * (1 + self.size), stress=out.stress)
 
-    compare(Wrong(0.0), potential, graph)
+    compare(Wrong(0.0), potential, graph, 1e-10)
     with pytest.raises(RuntimeError, match="compiled forces differs"):
-        compare(Wrong(1e-6), potential, graph)
+        compare(Wrong(1e-6), potential, graph, 1e-10)
     monkeypatch.setattr(program, "make_program", lambda *a: (_ for _ in ()).throw(RuntimeError("no compiler here")))
     atoms.calc = Calculator(potential, compiled=True)
     forces = atoms.get_forces()
     assert atoms.calc.program is None
     assert "runs without compilation: no compiler here" in caplog.text
     atoms.calc = calculator
-    np.testing.assert_array_equal(forces, atoms.get_forces())
+    np.testing.assert_allclose(forces, atoms.get_forces(), atol=1e-8)
 
 
 def test_a_cache_that_cannot_be_written_is_no_obstacle(caplog: pytest.LogCaptureFixture) -> None:
@@ -216,4 +221,4 @@ def test_long_runs_compile_and_short_ones_do_not(cache: Path, monkeypatch: pytes
     assert len(asked) == 3
     md(potential, atoms, steps=2, out=tmp_path / "a", progress=False, compiled=False)
     assert len(asked) == 3
-    assert json.loads(str(np.load(tmp_path / "a" / "state.npz")["settings"]))["compiled"] is False
+    assert json.loads(str(np.load(tmp_path / "a" / "state.npz")["settings"]))["compiled"] == "plain"

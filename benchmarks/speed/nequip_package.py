@@ -4,7 +4,8 @@
 
 Presets S to XL are those of the authors' foundation potentials (l2: below), which ours equals to 1e-14 (tests/reference); random weights,
 float32, 5 Å, one thread, CPU time. The package runs eagerly and compiled by AOTInductor, as `nequip-compile` does it; ours
-plain and as a compiled program. Structures are those of benchmarks/cost/run.py: a molecule and 192 atoms of water.
+plain, with kernels (the default), and as a compiled program with them. Structures: structures.py. Memory: growth of the
+process from the molecule to the largest structure.
 """
 
 from __future__ import annotations
@@ -21,8 +22,10 @@ from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent / "cost"))
-CUTOFF, NEIGHBORS, ELEMENTS = 5.0, 30.0, ["H", "C", "O"]
+sys.path.insert(0, str(HERE))
+CUTOFF, NEIGHBORS, ELEMENTS = 5.0, 30.0, ["H", "C", "O", "Si"]
+REPEATS = {"molecule21": 10, "water192": 3, "silicon512": 2}
+HOW = ("plain", "kernels", "compiled")
 OWN = {"l2": {"num_layers": 4, "l_max": 2, "num_features": 32, "parity": True}}
 """settings besides the presets: the size of the 2022 paper, with features of both parities"""
 
@@ -39,7 +42,7 @@ def theirs(preset: str, compiled: bool):
     from nequip.integrations.utils import basic_transforms, handle_chemical_species_map
     from nequip.model import NequIPGNNModel
     from nequip.model.nequip_models import _NEQUIP_GNN_PRESETS, _NEQUIP_GNN_STANDARD_PRESET
-    from run import structure
+    from structures import structure
 
     model = NequIPGNNModel(
         seed=1, model_dtype="float32", type_names=ELEMENTS, r_max=CUTOFF, avg_num_neighbors=NEIGHBORS, per_type_energy_scales=1.0,
@@ -73,7 +76,7 @@ def theirs(preset: str, compiled: bool):
     return NequIPCalculator(model=model, device="cpu", transforms=steps), parameters
 
 
-def ours(preset: str, compiled: bool):
+def ours(preset: str, how: str):
     import torch
 
     torch.set_num_threads(1)
@@ -86,19 +89,22 @@ def ours(preset: str, compiled: bool):
     values = {**same, **OWN[preset]} if preset in OWN else {"preset": preset}
     model = make_config({"data": {"train": "-"}, "model": {"name": "nequip", "cutoff": CUTOFF, **values}}).model
     potential = Potential(model, Statistics(elements=ELEMENTS, reference_energies=dict.fromkeys(ELEMENTS, 0.0), mean_neighbors=NEIGHBORS))
-    return Calculator(potential, compiled=compiled), potential.num_parameters
+    return Calculator(potential, compiled={"plain": False, "kernels": None, "compiled": True}[how]), potential.num_parameters
 
 
 def serve(kind: str) -> None:
     """Answer timing requests on standard input, one line each: milliseconds of CPU time per call."""
     who, preset, how = kind.split("/")
     import numpy as np
-    from run import structure
+    from structures import structure
 
     answers = sys.stdout
     sys.stdout = sys.stderr
-    calculator, parameters = (theirs if who == "nequip" else ours)(preset, how == "compiled")
+    import resource
+
+    calculator, parameters = theirs(preset, how == "compiled") if who == "nequip" else ours(preset, how)
     print(json.dumps({"parameters": parameters}), file=answers, flush=True)
+    before = 0
     rng = np.random.default_rng(0)
     for line in sys.stdin:
         name, repeats = line.split()
@@ -110,7 +116,9 @@ def serve(kind: str) -> None:
             began = time.process_time()
             atoms.get_forces()
             times.append(time.process_time() - began)
-        print(json.dumps(1000 * sorted(times[2:])[len(times[2:]) // 2]), file=answers, flush=True)
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        before = before or peak  # after the small molecule: libraries, weights, compilation
+        print(json.dumps([1000 * sorted(times[2:])[len(times[2:]) // 2], peak - before]), file=answers, flush=True)
 
 
 def main() -> None:
@@ -125,7 +133,7 @@ def main() -> None:
         return
     rows, record = [], {}
     for preset in arguments.presets:
-        kinds = [f"{who}/{preset}/{how}" for who in ("nequip", "ours") for how in ("plain", "compiled")]
+        kinds = [f"{k}" for k in (f"nequip/{preset}/plain", f"nequip/{preset}/compiled", *(f"ours/{preset}/{h}" for h in HOW))]
         servers = {}
         for kind in kinds:
             python = arguments.nequip if kind.startswith("nequip") else sys.executable
@@ -133,9 +141,9 @@ def main() -> None:
                 [python, "-W", "ignore", __file__, "--serve", kind], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
             )
             sizes = servers[kind].stdout.readline()
-            record[kind] = {**json.loads(sizes), "ethanol": [], "water192": []}
+            record[kind] = {**json.loads(sizes), **{name: [] for name in REPEATS}}
         for _ in range(arguments.rounds):
-            for name, repeats in (("ethanol", 10), ("water192", 3)):
+            for name, repeats in REPEATS.items():
                 for kind, process in servers.items():
                     process.stdin.write(f"{name} {repeats}\n")
                     process.stdin.flush()
@@ -143,12 +151,15 @@ def main() -> None:
         for kind, process in servers.items():
             process.stdin.close()
             process.wait()
-            medians = [sorted(record[kind][n])[len(record[kind][n]) // 2] for n in ("ethanol", "water192")]
-            rows.append(f"| {kind} | {record[kind]['parameters']:,} | {medians[0]:.1f} | {medians[1]:.0f} |")
+            medians = [sorted(t for t, _ in record[kind][n])[len(record[kind][n]) // 2] for n in REPEATS]
+            memory = record[kind]["silicon512"][-1][1]
+            rows.append(f"| {kind} | {record[kind]['parameters']:,} | {' | '.join(f'{m:.3g}' for m in medians)} | {memory:.0f} |")
             print(rows[-1], flush=True)
-    head = "| who/preset/how | parameters | ethanol ms | water192 ms |\n|---|---|---|---|\n"
+    head = f"| who/preset/how | parameters | {' | '.join(f'{n} ms' for n in REPEATS)} | memory, MB |\n|{'---|' * (3 + len(REPEATS))}\n"
     (HERE / "nequip_package.md").write_text(head + "\n".join(rows) + "\n")
-    (HERE / "nequip_package.json").write_text(json.dumps({"cpu_ms": record, "date": datetime.date.today().isoformat()}, indent=1) + "\n")
+    (HERE / "nequip_package.json").write_text(
+        json.dumps({"cpu_ms_and_MB": record, "date": datetime.date.today().isoformat()}, indent=1) + "\n"
+    )
 
 
 if __name__ == "__main__":

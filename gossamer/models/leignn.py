@@ -11,6 +11,7 @@ at zero, and sums are scaled by the mean number of neighbours.
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Annotated, Any, Literal
 
@@ -19,6 +20,8 @@ from jaxtyping import Float, Int
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from gossamer.kernels.layer import KernelLayer, SortedEdges
+from gossamer.kernels.product import vector_convolution
 from gossamer.models.base import DataFacts, ModelOutput
 from gossamer.nn.layers import ScaledSiLU, divide, join, linear, mean_by_index, smooth_length, sum_by_index
 from gossamer.nn.radial import bessel_basis, gaussian_basis, polynomial_envelope
@@ -70,6 +73,10 @@ class Message(nn.Module):
         self.R = linear(config.num_basis, 3 * h)
         self.scale_x = 1.0 if self.published else 1 / math.sqrt(mean_neighbors)
         self.scale_v = 1 / math.sqrt(h) if self.published else 1 / math.sqrt(mean_neighbors)
+        self.kernel: KernelLayer | None = None
+
+    def filters(self, basis: Float[Tensor, "E B"], envelope: Float[Tensor, " E"]) -> Float[Tensor, "E F"]:
+        return self.R(basis) if self.published else self.R(basis) * envelope[:, None]
 
     def forward(
         self,
@@ -81,15 +88,31 @@ class Message(nn.Module):
         edge_index: Int[Tensor, "2 E"],
     ) -> tuple[Tensor, Tensor]:
         sender, receiver = edge_index
-        filters = self.R(basis) if self.published else self.R(basis) * envelope[:, None]  # (E, 3H)
-        messages = self.P(x).index_select(0, sender) * filters * (1 / math.sqrt(3))
+        messages = self.P(x).index_select(0, sender) * self.filters(basis, envelope) * (1 / math.sqrt(3))
         m1, m2, m3 = divide(messages, [x.shape[1]] * 3, 1)
         vectors = unit[:, :, None] * m2[:, None, :]  # (E, 3, H)
         if v is not None:  # v = 0 before the first layer
             vectors = vectors + v.index_select(0, sender) * m1[:, None, :]
         sum_v = sum_by_index(vectors, receiver, x.shape[0]) * self.scale_v
         sum_x = sum_by_index(m3, receiver, x.shape[0]) * self.scale_x
+        return self.add(x, v, sum_x, sum_v)
+
+    def add(self, x: Tensor, v: Tensor | None, sum_x: Tensor, sum_v: Tensor) -> tuple[Tensor, Tensor]:
         return (x + sum_x) * (1 / math.sqrt(2)), sum_v if v is None else v + sum_v
+
+    def with_kernel(self, x: Float[Tensor, "N H"], v: Float[Tensor, "N 3 H"] | None, edges: SortedEdges) -> tuple[Tensor, Tensor]:
+        """The same by a kernel; its radial functions hold all factors."""
+        assert self.kernel is not None
+        h = x.shape[1]
+        m1, m2, m3 = divide(self.P(x), [h] * 3, 1)
+        features = [m3, m2] if v is None else [m3, m2, (v * m1[:, None, :]).flatten(1)]
+        sum_x, sum_v = divide(self.kernel(join(features, 1), edges), [h, 3 * h], 1)
+        return self.add(x, v, sum_x, sum_v.reshape(-1, 3, h))
+
+    def radial_functions(self, basis: Tensor, envelope: Tensor, relay: bool) -> Tensor:
+        """Radial functions of the kernel."""
+        f1, f2, f3 = (self.filters(basis, envelope) * (1 / math.sqrt(3))).chunk(3, dim=1)
+        return torch.cat([f3 * self.scale_x, f2 * self.scale_v, *([f1 * self.scale_v] if relay else [])], dim=1)
 
 
 class Update(nn.Module):
@@ -165,9 +188,20 @@ class LEIGNN(nn.Module):
         self.MLP_E = nn.Sequential(linear(h, h // 2), ScaledSiLU(), linear(h // 2, 1))
         self.W_F = linear(h, 1, bias=False) if config.direct_forces else None
 
-    def radial(self, lengths: Float[Tensor, " E"]) -> tuple[Float[Tensor, "E B"], Float[Tensor, " E"]]:
-        """Radial functions of each edge and the envelope that ends them."""
-        x = lengths / self.config.cutoff
+    def add_kernels(self) -> None:
+        """From now on pass messages by kernels: for inference with these very weights."""
+        exact = copy.deepcopy(self).double()
+        for k, layer in enumerate(self.layers):
+            relay = k > 0 or layer.distribute is not None
+
+            def radial(x: Tensor, k: int = k, relay: bool = relay) -> Tensor:
+                return exact.layers[k].message.radial_functions(*exact.radial(x), relay)
+
+            convolution = vector_convolution(self.config.num_features, relay)
+            layer.message.kernel = KernelLayer(convolution, radial, self.embedding.weight.dtype)
+
+    def radial(self, x: Float[Tensor, " E"]) -> tuple[Float[Tensor, "E B"], Float[Tensor, " E"]]:
+        """Radial functions of distance over cutoff, and the envelope that ends them."""
         if self.config.variant == "published":
             envelope = polynomial_envelope(x, p=5, k=2)
             return gaussian_basis(x, self.config.num_basis) * envelope[:, None], envelope
@@ -192,8 +226,13 @@ class LEIGNN(nn.Module):
         """
         lengths = torch.linalg.vector_norm(edge_vectors, dim=-1)
         unit = -edge_vectors / lengths[:, None]  # the paper's u points from the neighbour j to the centre i
-        basis, envelope = self.radial(lengths)
+        distance = lengths / self.config.cutoff
         x = self.embedding(species)
+        kernel = self.layers[0].message.kernel
+        if kernel is not None:
+            edges = kernel.sort(edge_index, x, join([torch.ones_like(unit[:, :1]), unit], 1), distance)
+        else:
+            basis, envelope = self.radial(distance)
         v: Tensor | None = None
         s = g = None
         if self.global_scalar is not None:
@@ -204,7 +243,7 @@ class LEIGNN(nn.Module):
                 v = torch.zeros_like(x)[:, None, :].expand(-1, 3, -1) if v is None else v
                 dx, dv = layer.distribute(x, s[graph_index], v + g[graph_index])
                 x, v = x + dx, v + dv
-            x, v = layer.message(x, v, basis, envelope, unit, edge_index)
+            x, v = layer.message.with_kernel(x, v, edges) if kernel is not None else layer.message(x, v, basis, envelope, unit, edge_index)
             x, v = layer.update(x, v)
             if layer.aggregate is not None:
                 mean_x, mean_v = mean_by_index(x, graph_index, n_graphs), mean_by_index(v, graph_index, n_graphs)

@@ -11,6 +11,7 @@ Shapes: N atoms, E directed edges, S = (l_max + 1)² harmonics. Node features ar
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
@@ -22,6 +23,7 @@ from jaxtyping import Float, Int
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from gossamer.kernels.layer import KernelLayer, SortedEdges
 from gossamer.models.base import DataFacts, ModelOutput
 from gossamer.nn.layers import Table, divide, join, sum_by_index
 from gossamer.nn.radial import polynomial_envelope
@@ -179,14 +181,20 @@ def scalar_mlp(num_in: int, num_out: int, depth: int, width: int, published: boo
 class SelfConnection(nn.Module):
     """o_l += Σ_{u,t} x_l[u] a_t W_l[u, t] / sqrt(mul_l T): one linear map per element, made from its embedding a."""
 
+    maps: Tensor | None
+    """the map of each element, where weights no longer change"""
+
     def __init__(self, irrep: Irrep, num_attributes: int, num_out: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.randn(irrep.mul, num_attributes, num_out))
         self.scale = 1 / math.sqrt(irrep.mul * num_attributes)
         self.dynamic_sizes = True
         """outside training, take the atoms of one element at a time; off while a compiler traces"""
+        self.register_buffer("maps", None, persistent=False)
 
     def forward(self, x: Float[Tensor, "N dim mul"], species: Int[Tensor, " N"], table: Float[Tensor, "elements T"]) -> Tensor:
+        if self.maps is not None:
+            return torch.ops.gossamer.map_by_species(x.contiguous(), species, self.maps)
         if not self.training and self.dynamic_sizes:
             return self._by_element(x, species, self.folded(table))
         if len(table) < table.shape[1]:  # fewer elements than attributes: their one-hot codes are the shorter attributes
@@ -259,6 +267,7 @@ class Interaction(nn.Module):
         summed = {i.kind: i.mul for i in coupling.irreps_out}
         self.sum_of = [[i.kind for i in coupling.irreps_out].index(i.kind) for i in self.irreps_out]
         self.linear_out: Any = nn.ModuleList(UnitLinear(summed[i.kind], n) for i, n in zip(self.irreps_out, outputs, strict=True))
+        self.kernel: KernelLayer | None = None
         self.self_connection: Any = nn.ModuleList()
         self.sources: list[int | None] = []
         """for each block of the result, the block of the input that its self-connection reads"""
@@ -276,18 +285,21 @@ class Interaction(nn.Module):
         x: Float[Tensor, "N width"],
         species: Int[Tensor, " N"],
         table: Float[Tensor, "elements T"],
-        basis: Float[Tensor, "E B"],
+        basis: Float[Tensor, "E B"] | None,
         coupling: Coupling,
         matrices: Sequence[Tensor],
-        edge_index: Int[Tensor, "2 E"],
+        edges: Int[Tensor, "2 E"] | SortedEdges,
     ) -> Tensor:
-        sender, receiver = edge_index
         if self.norm is not None:
             x = self.norm(x)
         parts = blocks(x, self.irreps_in)
         mixed = join([linear(part).flatten(1) for linear, part in zip(self.linear_in, parts, strict=True)], 1) * self.scale
-        messages = coupling.messages(mixed.index_select(0, sender), matrices, self.radial(basis))
-        sums = coupling.collect(sum_by_index(messages, receiver, x.shape[0]))
+        if isinstance(edges, SortedEdges):
+            sums = blocks(self.kernel(mixed, edges), coupling.irreps_out)
+        else:
+            sender, receiver = edges
+            messages = coupling.messages(mixed.index_select(0, sender), matrices, self.radial(basis))
+            sums = coupling.collect(sum_by_index(messages, receiver, x.shape[0]))
         connections = iter(self.self_connection)
         results = []
         for linear, which, source in zip(self.linear_out, self.sum_of, self.sources, strict=True):
@@ -370,6 +382,20 @@ class NequIP(nn.Module):
             values = facts.scales if config.scales == "per_element" and facts.scales is not None else [1.0] * len(facts.atomic_numbers)
             self.scales = nn.Embedding.from_pretrained(torch.tensor(values)[:, None], freeze=not config.train_scales)
 
+    def add_kernels(self) -> None:
+        """From now on pass messages by kernels, and keep the maps of the elements: for inference with these very weights."""
+        exact = copy.deepcopy(self).double()
+        dtype = self.embedding.weight.dtype
+        for k, (layer, which) in enumerate(zip(self.layers, self.coupling_of, strict=True)):
+
+            def radial(x: Tensor, k: int = k) -> Tensor:
+                return exact.layers[k].radial(exact.radial_basis(x))
+
+            layer.kernel = KernelLayer(self.couplings[which].convolution(), radial, dtype)
+            for connection, precise in zip(layer.self_connection, exact.layers[k].self_connection, strict=True):
+                if isinstance(connection, SelfConnection):
+                    connection.maps = precise.folded(exact.embedding.weight).detach().to(dtype)
+
     def energy_rows(self) -> dict[str, tuple[int, Tensor]]:
         """Weights of the last layer that also serve the direct forces: (axis, indices along it that serve the energy).
 
@@ -404,9 +430,8 @@ class NequIP(nn.Module):
         kept = (torch.linalg.vector_norm(edge_vectors, dim=-1) < cutoffs).nonzero()[:, 0]
         return edge_index.index_select(1, kept), edge_vectors.index_select(0, kept)
 
-    def radial_basis(self, lengths: Float[Tensor, " E"], centre: Int[Tensor, " E"], neighbour: Int[Tensor, " E"]) -> Float[Tensor, "E B"]:
+    def radial_basis(self, x: Float[Tensor, " E"]) -> Float[Tensor, "E B"]:
         """b_n = s · sin(n π x) / x · f_p(x),  x = r / rc (or over the pair's own cutoff); s = 2 / rc² in the package."""
-        x = lengths / (self.config.cutoff if self.pair_cutoffs is None else self.cutoffs_of(centre, neighbour))
         n = torch.arange(1, self.config.num_basis + 1, dtype=x.dtype, device=x.device) if self.frequencies is None else self.frequencies
         envelope = polynomial_envelope(x, self.config.envelope_power, self.config.envelope_order)
         return torch.sin(math.pi * n * x[:, None]) * (self.basis_scale * envelope / x)[:, None]
@@ -432,12 +457,22 @@ class NequIP(nn.Module):
         sender, receiver = edge_index
         lengths = torch.linalg.vector_norm(edge_vectors, dim=-1)
         harmonics = self.harmonics(edge_vectors / lengths[:, None])
-        basis = self.radial_basis(lengths, species.index_select(0, receiver), species.index_select(0, sender))
-        matrices = [coupling.matrices(harmonics) for coupling in self.couplings]
+        if self.pair_cutoffs is None:
+            distance = lengths / self.config.cutoff
+        else:
+            distance = lengths / self.cutoffs_of(species.index_select(0, receiver), species.index_select(0, sender))
         table = self.embedding.weight
         x = self.embedding(species)
+        kernel = self.layers[0].kernel
+        basis: Tensor | None = None
+        matrices: list[list[Tensor]] = [[] for _ in self.couplings]
+        edges: Tensor | SortedEdges = edge_index
+        if kernel is not None:
+            edges = kernel.sort(edge_index, x, harmonics, distance)
+        else:
+            basis, matrices = self.radial_basis(distance), [coupling.matrices(harmonics) for coupling in self.couplings]
         for layer, which in zip(self.layers, self.coupling_of, strict=True):
-            x = layer(x, species, table, basis, self.couplings[which], matrices[which], edge_index)
+            x = layer(x, species, table, basis, self.couplings[which], matrices[which], edges)
         scalars, *vectors = blocks(x, self.layers[-1].irreps_out)
         energies = self.readout(scalars[:, 0])[:, 0]
         if self.scales is not None:

@@ -9,6 +9,7 @@ Shapes: N atoms, E edges, H channels, B radial functions. Scalars q (N, H), vect
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Annotated, Any, Literal
 
@@ -17,6 +18,8 @@ from jaxtyping import Float, Int
 from pydantic import Field
 from torch import Tensor, nn
 
+from gossamer.kernels.layer import KernelLayer, SortedEdges
+from gossamer.kernels.product import vector_convolution
 from gossamer.models.base import DataFacts, ModelOutput
 from gossamer.nn.layers import divide, join, linear, smooth_length, sum_by_index
 from gossamer.nn.radial import bessel_basis, cosine_cutoff, gaussian_basis, polynomial_envelope
@@ -60,6 +63,7 @@ class Layer(nn.Module):
         self.filters = linear(config.num_basis, 3 * h)
         self.mix = linear(h, 2 * h, bias=False)
         self.update_net = dense(2 * h, h, 3 * h)
+        self.kernel: KernelLayer | None = None
 
     def forward(
         self, q: Tensor, mu: Tensor | None, basis: Tensor, envelope: Tensor, unit: Tensor, edge_index: Tensor
@@ -70,9 +74,20 @@ class Layer(nn.Module):
         vectors = direction[:, None] * unit[:, :, None]
         if mu is not None:  # mu = 0 before the first layer
             vectors = vectors + relay[:, None] * mu.index_select(0, sender)
-        q = q + sum_by_index(dq, receiver, q.shape[0]) * self.scale
         sums = sum_by_index(vectors, receiver, q.shape[0]) * self.scale
-        mu = sums if mu is None else mu + sums
+        return self.update(q + sum_by_index(dq, receiver, q.shape[0]) * self.scale, sums if mu is None else mu + sums)
+
+    def with_kernel(self, q: Tensor, mu: Tensor | None, edges: SortedEdges) -> tuple[Tensor, Tensor]:
+        """The same by a kernel; its radial functions hold all factors."""
+        assert self.kernel is not None
+        h = q.shape[1]
+        dq, direction, relay = divide(self.context(q), [h] * 3, 1)
+        features = [dq, direction] if mu is None else [dq, direction, (relay[:, None] * mu).flatten(1)]
+        sum_q, sums = divide(self.kernel(join(features, 1), edges), [h, 3 * h], 1)
+        sums = sums.reshape(-1, 3, h)
+        return self.update(q + sum_q, sums if mu is None else mu + sums)
+
+    def update(self, q: Tensor, mu: Tensor) -> tuple[Tensor, Tensor]:
         v, w = divide(self.mix(mu), [q.shape[1]] * 2, 2)
         length = torch.sqrt((v**2).sum(dim=1) + 1e-8) if self.published else smooth_length(v)
         a, b, c = divide(self.update_net(join([q, length], 1)), [q.shape[1]] * 3, 1)
@@ -119,6 +134,24 @@ class PaiNN(nn.Module):
         if config.direct_forces:
             self.force_blocks = nn.ModuleList([GatedBlock(h, h // 2, True, published), GatedBlock(h // 2, 1, False, published)])
 
+    def add_kernels(self) -> None:
+        """From now on pass messages by kernels: for inference with these very weights."""
+        exact = copy.deepcopy(self).double()
+        h = self.config.num_features
+        for k, layer in enumerate(self.layers):
+
+            def radial(x: Tensor, k: int = k) -> Tensor:
+                basis, envelope = exact.radial(x)
+                return (exact.layers[k].filters(basis) * envelope[:, None] * exact.layers[k].scale)[:, : 3 * h if k else 2 * h]
+
+            layer.kernel = KernelLayer(vector_convolution(h, k > 0), radial, self.embedding.weight.dtype)
+
+    def radial(self, x: Float[Tensor, " E"]) -> tuple[Float[Tensor, "E B"], Float[Tensor, " E"]]:
+        """Radial functions of distance over cutoff, and the envelope that ends them."""
+        if self.config.variant == "published":
+            return gaussian_basis(x, self.config.num_basis), cosine_cutoff(x)
+        return bessel_basis(x, self.config.num_basis), polynomial_envelope(x, p=5, k=3)
+
     def forward(
         self,
         species: Int[Tensor, " N"],
@@ -138,13 +171,14 @@ class PaiNN(nn.Module):
         lengths = torch.linalg.vector_norm(edge_vectors, dim=-1)
         unit = edge_vectors / lengths[:, None]
         x = lengths / self.config.cutoff
-        if self.config.variant == "published":
-            basis, envelope = gaussian_basis(x, self.config.num_basis), cosine_cutoff(x)
-        else:
-            basis, envelope = bessel_basis(x, self.config.num_basis), polynomial_envelope(x, p=5, k=3)
         q, mu = self.embedding(species), None
+        kernel = self.layers[0].kernel
+        if kernel is not None:
+            edges = kernel.sort(edge_index, q, join([torch.ones_like(unit[:, :1]), unit], 1), x)
+        else:
+            basis, envelope = self.radial(x)
         for layer in self.layers:
-            q, mu = layer(q, mu, basis, envelope, unit, edge_index)
+            q, mu = layer.with_kernel(q, mu, edges) if kernel is not None else layer(q, mu, basis, envelope, unit, edge_index)
         energies = self.readout(q)[:, 0]
         if self.force_blocks is None:
             return ModelOutput(node_energies=energies, direct_forces=None)

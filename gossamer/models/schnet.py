@@ -9,6 +9,7 @@ Shapes: N atoms, E edges, H channels, B radial functions.
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Annotated, Any, Literal
 
@@ -17,6 +18,8 @@ from jaxtyping import Float, Int
 from pydantic import Field
 from torch import Tensor, nn
 
+from gossamer.kernels.layer import KernelLayer, SortedEdges
+from gossamer.kernels.product import scalar_convolution
 from gossamer.models.base import DataFacts, ModelOutput
 from gossamer.nn.layers import linear, sum_by_index
 from gossamer.nn.radial import cosine_cutoff, gaussian_basis, polynomial_envelope
@@ -62,11 +65,17 @@ class Layer(nn.Module):
         self.to_filters = linear(h, h, bias=False)
         self.filters = nn.Sequential(linear(config.num_basis, h), ShiftedSoftplus(), linear(h, h))
         self.out = nn.Sequential(linear(h, h), ShiftedSoftplus(), linear(h, h))
+        self.kernel: KernelLayer | None = None
 
     def forward(self, x: Float[Tensor, "N H"], basis: Tensor, envelope: Tensor, edge_index: Tensor) -> Float[Tensor, "N H"]:
         sender, receiver = edge_index
         messages = self.to_filters(x).index_select(0, sender) * (self.filters(basis) * envelope[:, None])
         return x + self.out(sum_by_index(messages, receiver, x.shape[0]) * self.scale)
+
+    def with_kernel(self, x: Float[Tensor, "N H"], edges: SortedEdges) -> Float[Tensor, "N H"]:
+        """The same by a kernel; its radial functions hold all factors."""
+        assert self.kernel is not None
+        return x + self.out(self.kernel(self.to_filters(x), edges))
 
 
 class SchNet(nn.Module):
@@ -90,6 +99,22 @@ class SchNet(nn.Module):
         self.layers: Any = nn.ModuleList(Layer(config, scale) for _ in range(config.num_layers))
         self.readout = nn.Sequential(linear(h, h // 2), nn.SiLU(), linear(h // 2, 1))
 
+    def add_kernels(self) -> None:
+        """From now on pass messages by kernels: for inference with these very weights."""
+        exact = copy.deepcopy(self).double()
+        for k, layer in enumerate(self.layers):
+
+            def radial(x: Tensor, k: int = k) -> Tensor:
+                basis, envelope = exact.radial(x)
+                return exact.layers[k].filters(basis) * envelope[:, None] * exact.layers[k].scale
+
+            layer.kernel = KernelLayer(scalar_convolution(self.config.num_features), radial, self.embedding.weight.dtype)
+
+    def radial(self, x: Float[Tensor, " E"]) -> tuple[Float[Tensor, "E B"], Float[Tensor, " E"]]:
+        """Gaussians of distance over cutoff, and the envelope that ends them."""
+        envelope = cosine_cutoff(x) if self.config.variant == "published" else polynomial_envelope(x, p=5, k=3)
+        return gaussian_basis(x, self.config.num_basis), envelope
+
     def forward(
         self,
         species: Int[Tensor, " N"],
@@ -107,9 +132,12 @@ class SchNet(nn.Module):
             n_graphs: Number of structures (not used).
         """
         x = torch.linalg.vector_norm(edge_vectors, dim=-1) / self.config.cutoff
-        envelope = cosine_cutoff(x) if self.config.variant == "published" else polynomial_envelope(x, p=5, k=3)
-        basis = gaussian_basis(x, self.config.num_basis)
         h = self.embedding(species)
+        kernel = self.layers[0].kernel
+        if kernel is not None:
+            edges = kernel.sort(edge_index, h, torch.ones_like(x[:, None]), x)
+        else:
+            basis, envelope = self.radial(x)
         for layer in self.layers:
-            h = layer(h, basis, envelope, edge_index)
+            h = layer.with_kernel(h, edges) if kernel is not None else layer(h, basis, envelope, edge_index)
         return ModelOutput(node_energies=self.readout(h)[:, 0], direct_forces=None)

@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from gossamer.kernels.product import Convolution, Product
 from gossamer.nn.layers import Table, divide, join
 from gossamer.nn.wigner import wigner_3j
 
@@ -86,6 +87,7 @@ class Coupling(nn.Module):
         """
         super().__init__()
         self.irreps_in = list(irreps_in)
+        self.n_harmonics = (l_max + 1) ** 2
         self.paths = paths_between(irreps_in, l_max, wanted)
         unreached = [kind for kind in wanted if kind not in {p.out for p in self.paths}]
         if unreached:
@@ -107,6 +109,19 @@ class Coupling(nn.Module):
         kinds = sorted({p.out for p in self.paths})  # by degree, odd parity first, as e3nn sorts them
         self.irreps_out = [Irrep(sum(self.irreps_in[p.block].mul for p in self.paths if p.out == kind), *kind) for kind in kinds]
         """what `collect` returns: for each (l, p) all paths side by side, in the order of ``paths``"""
+
+    def convolution(self) -> Convolution:
+        """The same products for a kernel, which returns what ``collect`` does, block after block."""
+        kinds = [i.kind for i in self.irreps_out]
+        channel = dict.fromkeys(kinds, 0)
+        products = []
+        for p in self.paths:
+            irrep = self.irreps_in[p.block]
+            symbols = wigner_3j(irrep.l, p.l_edge, p.out[0]) * math.sqrt(2 * p.out[0] + 1)  # (in, edge, out)
+            products.append(Product(p.block, p.l_edge**2, kinds.index(p.out), channel[p.out], symbols.transpose(2, 0, 1)))
+            channel[p.out] += irrep.mul
+        blocks_in, blocks_out = (tuple((i.dim, i.mul) for i in irreps) for irreps in (self.irreps_in, self.irreps_out))
+        return Convolution(blocks_in, blocks_out, tuple(products), self.n_harmonics)
 
     def matrices(self, harmonics: Float[Tensor, "E S"]) -> list[Float[Tensor, "E rows dim"]]:
         """For each input block the matrix of each edge that holds all its paths; depends on directions alone."""

@@ -15,6 +15,7 @@ from ase.calculators.calculator import PropertyNotImplementedError, all_changes
 from ase.stress import full_3x3_to_voigt_6_stress
 from numpy.typing import NDArray
 
+from gossamer.fast import verified_kernels
 from gossamer.graph import Graph
 from gossamer.memory import keep_freed_memory
 from gossamer.neighbors import Edges, complete_cell, nearest, neighbor_list
@@ -22,7 +23,7 @@ from gossamer.potential import Potential, Prediction, load
 from gossamer.program import Program, cached_program, fits
 
 log = logging.getLogger(__name__)
-COMPILATION, SAVED = 120.0, 0.5
+COMPILATION, SAVED = 60.0, 0.4
 """seconds that compiling may take, and the share of an evaluation that it saves at least"""
 
 
@@ -82,9 +83,10 @@ class Calculator(ASECalculator):
             device: Where to compute, if a file is given.
             dtype: "float32" or "float64", if a file is given; by default as saved.
             skin: Å beyond the cutoff that the neighbour list reaches, so that it is rebuilt rarely.
-            compiled: Run a compiled program instead of the potential: None if there is one in the cache (`gossamer.program`), True
-                makes it if there is none (about a minute, once), False never. It is compared with the potential on the first
-                structure, and not used if it differs.
+            compiled: False runs the potential as it is. None (default) passes messages by kernels (`gossamer.fast`, built in
+                seconds, once) where there is a C++ compiler, and runs a compiled program (`gossamer.program`) if one is in the
+                cache; True makes that program if there is none (half a minute, once). Both are compared with the potential on
+                the first structure, and not used if they differ.
         """
         super().__init__(**kwargs)
         keep_freed_memory()
@@ -99,7 +101,9 @@ class Calculator(ASECalculator):
         self.compiled = compiled
         self.program: Program | None = None
         """the compiled program in use"""
-        self._looked = False
+        self.fast: Potential | None = None
+        """the potential with kernels"""
+        self._looked = self._fixed = False
         self._checked: bytes = b""
 
     def calculate(self, atoms: Atoms | None = None, properties: list[str] | None = None, system_changes: list[str] = all_changes) -> None:
@@ -137,25 +141,34 @@ class Calculator(ASECalculator):
     def _predict(self, graph: Graph, stress: bool) -> Prediction:
         if not self._looked and self.compiled is not False and fits(graph):
             self._looked = True
-            self.program = cached_program(self.potential, graph, make=self.compiled is True)
+            self.fast = verified_kernels(self.potential, graph)
+            if self.compiled or not self._fixed:
+                self.program = cached_program(self.fast or self.potential, graph, make=self.compiled is True)
         if self.program is not None and fits(graph):
             return self.program(graph)
-        return self.potential(graph, stress=stress, isolated=self.isolated)
+        return (self.fast or self.potential)(graph, stress=stress, isolated=self.isolated)
 
-    def use_program(self, compiled: bool) -> None:
-        """From now on run a compiled program (made if there is none), or the potential itself."""
-        self.compiled, self.program, self._looked = compiled, None, not compiled
+    @property
+    def mode(self) -> str:
+        """What runs: "plain" (the potential as it is), "kernels" or "program"."""
+        return "program" if self.program is not None else "kernels" if self.fast is not None else "plain"
+
+    def use_mode(self, mode: str) -> None:
+        """From now on run just this (a program is made if there is none); rounding differs between the three."""
+        self.compiled = {"plain": False, "kernels": None, "program": True}[mode]
+        self.program, self.fast, self._looked = None, None, False
+        self._fixed = True
 
     def compile_if_worth(self, atoms: Atoms, evaluations: int) -> None:
         """Compile, unless told otherwise, if that many evaluations of these atoms would save more time than it takes."""
         graph = self._graph(atoms)
         self._predict(graph, self.conservative)
-        if self.program is not None or self.compiled is not None or not fits(graph):
+        if self.program is not None or self.compiled is not None or self._fixed or not fits(graph):
             return
         began = time.perf_counter()
         self._predict(graph, self.conservative)
         if SAVED * (time.perf_counter() - began) * evaluations > COMPILATION:
-            self.program = cached_program(self.potential, graph, make=True)
+            self.program = cached_program(self.fast or self.potential, graph, make=True)
 
     def _graph(self, atoms: Atoms) -> Graph:
         numbers = atoms.numbers

@@ -164,8 +164,8 @@ def md(
         max_bond_stretch: Å by which a bond of the first frame may change before the run stops; None does not watch.
         device: Of a potential read from a file.
         dtype: Of a potential read from a file.
-        compiled: Run a compiled program of a saved potential; by default if there is one in the cache, or if the run is so long
-            that compiling (about a minute, once) pays. A resumed run goes on as it began.
+        compiled: True runs a compiled program of a saved potential, False the potential as it is; by default kernels, and a program if
+            there is one in the cache, or if the run is so long that compiling (half a minute, once) pays. A resumed run goes on as it began.
         progress: Show a progress bar.
 
     Returns:
@@ -184,7 +184,7 @@ def md(
     calculator: Any = as_calculator(model, device, dtype, compiled)
     if hasattr(calculator, "compile_if_worth"):
         if resume and state_file.exists():
-            calculator.use_program(_stored_settings(state_file).get("compiled", False))
+            calculator.use_mode(_stored_settings(state_file)["compiled"])
         calculator.compile_if_worth(atoms, steps)
     if ensemble == "npt" and (not atoms.pbc.all() or getattr(calculator, "conservative", True) is False):
         raise ValueError("npt needs a structure that is periodic along all axes, and a potential with stress (not direct forces).")
@@ -198,7 +198,7 @@ def md(
     atoms.calc = calculator
     settings = {"ensemble": ensemble, "timestep": timestep, "temperature": temperature, "pressure": pressure,
                 "thermostat_time": thermostat_time, "barostat_time": barostat_time, "interval": interval,
-                "compiled": getattr(calculator, "program", None) is not None}  # fmt: skip
+                "compiled": getattr(calculator, "mode", "plain")}  # fmt: skip
     stored = _read_state(state_file, settings, atoms) if resume and state_file.exists() else None
     dynamics = _integrator(atoms, settings, rng)
     if stored is not None:
@@ -299,13 +299,16 @@ def _restore(dynamics: Any, atoms: Atoms, stored: dict[str, Any]) -> None:
 def _stored_settings(path: Path) -> dict[str, Any]:
     try:
         with np.load(path, allow_pickle=False) as data:
-            return dict(json.loads(str(data["settings"])))
+            settings = dict(json.loads(str(data["settings"])))
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"'{path}' cannot be read ({error}). Start again in another folder (--out).") from None
+    before = settings.get("compiled", False)
+    settings["compiled"] = before if isinstance(before, str) else "program" if before else "plain"  # files before kernels
+    return settings
 
 
 def _read_state(path: Path, settings: dict[str, Any], atoms: Atoms) -> dict[str, Any]:
-    before = {"compiled": False, **_stored_settings(path)}
+    before = _stored_settings(path)
     with np.load(path, allow_pickle=False) as data:
         stored = {k: data[k] for k in data.files}
     changed = sorted(k for k in settings if before[k] != settings[k])

@@ -1,0 +1,88 @@
+"""A potential with kernels: the same numbers, several times faster; compared with the potential before use."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from gossamer.graph import Graph
+from gossamer.kernels.cpu import Missing
+from gossamer.potential import Potential, Prediction
+
+log = logging.getLogger(__name__)
+TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-10}
+"""largest deviation of a compiled force, relative to the root mean square force or a hundredth of the usual one"""
+TABLE_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-7}
+"""likewise where radial functions come from a table"""
+
+
+def has_kernels(potential: Potential) -> bool:
+    """Whether kernels were added."""
+    return any(name.endswith("kernel.table") for name, _ in potential.named_buffers())
+
+
+def add_kernels(potential: Potential) -> Potential:
+    """A copy for inference that passes messages by kernels (`gossamer.kernels`).
+
+    Radial functions come from tables: energies and forces differ by about 1e-5 of the root mean square force in float32,
+    1e-9 in float64. Forces stay the exact gradient of the energy.
+
+    Args:
+        potential: Weights must not change afterwards.
+
+    Raises:
+        Missing: there are no kernels for this network, device or machine.
+    """
+    network: Any = potential.network
+    if not hasattr(network, "add_kernels"):
+        raise Missing(f"{potential.model_config.name} has no kernels")
+    if potential.device.type != "cpu":
+        raise Missing(f"there are no kernels for {potential.device.type}")
+    fast = copy.deepcopy(potential).eval().requires_grad_(False)
+    try:
+        fast.network.add_kernels()
+    except ValueError as error:
+        raise Missing(str(error)) from None
+    return fast
+
+
+def verified_kernels(potential: Potential, graph: Graph) -> Potential | None:
+    """``add_kernels``, compared with the potential on this batch; None, with one line of the log, if that is not possible."""
+    try:
+        fast = add_kernels(potential)
+        compare(fast, potential, graph, TABLE_TOLERANCE[potential.dtype])
+    except (Missing, RuntimeError) as error:
+        level = logging.WARNING if hasattr(potential.network, "add_kernels") and potential.device.type == "cpu" else logging.DEBUG
+        log.log(level, "the potential runs without kernels: %s", str(error).splitlines()[0])
+        return None
+    return fast
+
+
+def compare(fast: Callable[..., Prediction], potential: Potential, graph: Graph, tolerance: float) -> None:
+    """Raise RuntimeError unless something that stands in for a potential gives its energy, forces and stress.
+
+    Args:
+        fast: Takes a graph.
+        potential: The potential.
+        graph: One structure.
+        tolerance: Largest deviation, relative to the root mean square or a hundredth of the usual size.
+    """
+    stress = potential.conservative
+    plain = potential(graph, stress=stress)
+    other = fast(graph, stress=stress) if isinstance(fast, Potential) else fast(graph)
+    scale = 1e-2 * potential.energy_scale
+    volume = max(float(torch.linalg.det(graph.cell[0].cpu()).abs()), 1.0)
+    floors = {"energy": scale * graph.n_atoms, "forces": scale, "stress": scale * graph.n_atoms / volume}
+    for name, floor in floors.items():
+        if name == "stress" and not stress:
+            continue
+        a, b = (getattr(p, name).detach().nan_to_num().to(torch.float64) for p in (plain, other))
+        # reference energies are exact and large: an energy is compared with the scale of forces, not with itself
+        size = float(floor) if name == "energy" else max(float(a.pow(2).mean().sqrt()), float(floor))
+        deviation = float((a - b).abs().max()) / size
+        if not deviation < tolerance:
+            raise RuntimeError(f"the compiled {name} differs from the plain one by {deviation:.1e} (relative)")

@@ -1,0 +1,106 @@
+// Loops over atoms; included after the generated functions.
+
+// weights of the quintic Hermite spline (gossamer/kernels/table.py) and, if asked, their derivatives with respect to x
+static void interval(Job &job, int e, T x, int64_t intervals, bool slopes) {
+  T scaled = (x > 0 ? (x < 1 ? x : T(1)) : T(0)) * intervals;  // NaN becomes 0: harmonics carry it on
+  int64_t k = std::min((int64_t)scaled, intervals - 1);
+  T t = scaled - k, t2 = t * t, t3 = t2 * t;
+  job.knot[e] = k * 3 * CHUNK;
+  T late = t3 * (10 - 15 * t + 6 * t2);
+  job.h[0][e] = 1 - late;
+  job.h[1][e] = t - t3 * (6 - 8 * t + 3 * t2);
+  job.h[2][e] = T(0.5) * t2 - t3 * (T(1.5) - T(1.5) * t + T(0.5) * t2);
+  job.h[3][e] = late;
+  job.h[4][e] = t3 * (-4 + 7 * t - 3 * t2);
+  job.h[5][e] = t3 * (T(0.5) - t + T(0.5) * t2);
+  if (!slopes) return;
+  T s = (x < 0 || x > 1) ? 0 : intervals, l = 30 * t2 * (1 - t) * (1 - t);
+  job.d[0][e] = -s * l;
+  job.d[1][e] = s * (1 - t2 * (18 - 32 * t + 15 * t2));
+  job.d[2][e] = s * (t - t2 * (T(4.5) - 6 * t + T(2.5) * t2));
+  job.d[3][e] = s * l;
+  job.d[4][e] = s * t2 * (-12 + 28 * t - 15 * t2);
+  job.d[5][e] = s * t2 * (T(1.5) - 4 * t + T(2.5) * t2);
+}
+
+extern "C" {
+
+// rows: first edge of each receiver (edges are sorted by it); order: edges sorted by sender; columns: first of each sender there
+void sort_edges(int64_t atoms, int64_t edges, const int64_t *index, int64_t *rows, int64_t *columns, int64_t *order) {
+  const int64_t *sender = index, *receiver = index + edges;
+  std::fill(rows, rows + atoms + 1, 0);
+  std::fill(columns, columns + atoms + 1, 0);
+  for (int64_t e = 0; e < edges; e++) { rows[receiver[e] + 1]++; columns[sender[e] + 1]++; }
+  for (int64_t i = 0; i < atoms; i++) { rows[i + 1] += rows[i]; columns[i + 1] += columns[i]; }
+  std::vector<int64_t> next(columns, columns + atoms);
+  for (int64_t e = 0; e < edges; e++) order[next[sender[e]]++] = e;
+}
+
+void forward(int64_t atoms, int64_t width_in, int64_t width_out, int64_t intervals, int64_t threads, const int64_t *layout,
+             const T *features, const T *harmonics, const T *x, const T *table, const int64_t *sender, const int64_t *rows, T *out) {
+#pragma omp parallel num_threads(threads) if (threads > 1)
+  {
+    Job job;
+    job.table = table;
+    job.chunk = (intervals + 1) * 3 * CHUNK;
+#pragma omp for schedule(dynamic, 4)
+    for (int64_t i = 0; i < atoms; i++) {
+      job.out = out + i * width_out;
+      std::fill(job.out, job.out + width_out, T(0));
+      for (int64_t first = rows[i]; first < rows[i + 1]; first += STRIDE) {
+        job.n = (int)std::min<int64_t>(STRIDE, rows[i + 1] - first);
+        for (int e = 0; e < job.n; e++) {
+          interval(job, e, x[first + e], intervals, false);
+          job.f[e] = features + sender[first + e] * width_in;
+          for (int s = 0; s < HARMONICS; s++) job.y[s][e] = harmonics[(first + e) * HARMONICS + s];
+        }
+        matrices(job.n, job.y, job.m);
+        forward_all(job, layout);
+      }
+    }
+  }
+}
+
+void backward(int64_t atoms, int64_t width_in, int64_t width_out, int64_t intervals, int64_t threads, const int64_t *layout,
+              const T *features, const T *harmonics, const T *x, const T *table, const int64_t *receiver, const int64_t *columns,
+              const int64_t *order, const T *gradient, T *to_features, T *to_harmonics, T *to_x) {
+#pragma omp parallel num_threads(threads) if (threads > 1)
+  {
+    Job job;
+    job.table = table;
+    job.chunk = (intervals + 1) * 3 * CHUNK;
+    std::vector<T> sums(STRIDE * (HARMONICS + 1) * LANES), own(width_in);
+    job.sums = sums.data();
+    job.out = own.data();
+#pragma omp for schedule(dynamic, 4)
+    for (int64_t j = 0; j < atoms; j++) {
+      T *total = to_features + j * width_in;
+      std::fill(total, total + width_in, T(0));
+      job.f[0] = features + j * width_in;
+      for (int64_t first = columns[j]; first < columns[j + 1]; first += STRIDE) {
+        job.n = (int)std::min<int64_t>(STRIDE, columns[j + 1] - first);
+        for (int e = 0; e < job.n; e++) {
+          int64_t edge = order[first + e];
+          interval(job, e, x[edge], intervals, true);
+          job.g[e] = gradient + receiver[edge] * width_out;
+          for (int s = 0; s < HARMONICS; s++) job.y[s][e] = harmonics[edge * HARMONICS + s];
+        }
+        matrices(job.n, job.y, job.m);
+        std::fill(sums.begin(), sums.begin() + job.n * (HARMONICS + 1) * LANES, T(0));
+        std::fill(own.begin(), own.end(), T(0));
+        backward_all(job, layout);
+        for (int64_t k = 0; k < width_in; k++) total[k] += own[k];
+        for (int e = 0; e < job.n; e++) {
+          const T *row = job.sums + e * (HARMONICS + 1) * LANES;
+          int64_t edge = order[first + e];
+          for (int s = 0; s <= HARMONICS; s++) {
+            T sum = 0;
+            for (int l = 0; l < LANES; l++) sum += row[s * LANES + l];
+            (s < HARMONICS ? to_harmonics[edge * HARMONICS + s] : to_x[edge]) = sum;
+          }
+        }
+      }
+    }
+  }
+}
+}

@@ -1,0 +1,61 @@
+"""A message passing step done by a kernel, as the networks use it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from gossamer.kernels import cpu, ops
+from gossamer.kernels.product import Convolution
+from gossamer.kernels.table import tabulate
+
+
+class SortedEdges(NamedTuple):
+    """What all layers share: edges by receiver and by sender, their harmonics and distances."""
+
+    edge_index: Int[Tensor, "2 E"]
+    rows: Int[Tensor, " N+1"]
+    columns: Int[Tensor, " N+1"]
+    order: Int[Tensor, " E"]
+    harmonics: Float[Tensor, "E S"]
+    x: Float[Tensor, " E"]
+    """distance over cutoff"""
+
+
+class KernelLayer(nn.Module):
+    """Sum over neighbours of radial functions times products of features with harmonics (`gossamer.kernels.product`)."""
+
+    table: Tensor
+
+    def __init__(self, convolution: Convolution, radial: Callable[[Tensor], Tensor], dtype: torch.dtype) -> None:
+        """
+        Args:
+            convolution: The products.
+            radial: Their radial functions of x = distance over cutoff, (n,) -> (n, channels of all products), float64.
+            dtype: Precision of the network.
+
+        Raises:
+            Missing: no kernel can be built on this machine.
+            ValueError: the radial functions cannot be tabulated.
+        """
+        super().__init__()
+        self.convolution = convolution
+        self.key = ops.register(convolution, dtype)
+        with torch.no_grad():
+            packed = convolution.pack(tabulate(radial, dtype), cpu.LANES[dtype]).to(dtype)
+        self.register_buffer("table", packed, persistent=False)
+
+    def sort(self, edge_index: Int[Tensor, "2 E"], nodes: Tensor, harmonics: Float[Tensor, "E S"], x: Float[Tensor, " E"]) -> SortedEdges:
+        """Edges (sorted by receiver) as kernels need them; ``nodes`` has one row per atom."""
+        edge_index = edge_index.contiguous()
+        rows, columns, order = torch.ops.gossamer.sort_edges(self.key, edge_index, nodes)
+        return SortedEdges(edge_index, rows, columns, order, harmonics, x)
+
+    def forward(self, features: Float[Tensor, "N width_in"], edges: SortedEdges) -> Float[Tensor, "N width_out"]:
+        return torch.ops.gossamer.convolve(
+            self.key, features, edges.harmonics, edges.x, self.table, edges.edge_index, edges.rows, edges.columns, edges.order
+        )

@@ -1,0 +1,355 @@
+"""Kernels: equal to their definition in PyTorch, to the networks they speed up, and refused where they are not."""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from ase import Atoms
+from ase.build import bulk, molecule
+from conftest import DIRECT, GLOBAL, MODELS, SMOOTH, make_potential
+
+from gossamer import fast
+from gossamer.checks.conservation import force_gradient_error, nve_conservation, stress_gradient_error
+from gossamer.checks.smoothness import cutoff_exponent, energy_jump
+from gossamer.checks.symmetry import net_force, separation_error, supercell_error, symmetry_errors
+from gossamer.data.readers import LabelConfig, from_atoms
+from gossamer.fast import add_kernels, compare, has_kernels, verified_kernels
+from gossamer.kernels import cpu, ops
+from gossamer.kernels.cpu import Missing
+from gossamer.kernels.product import Convolution, Product, scalar_convolution, vector_convolution
+from gossamer.kernels.table import TOLERANCE, derivatives, interpolate, tabulate
+from gossamer.nn.tensor_product import Coupling, Irrep
+from gossamer.simulation.calculator import Calculator
+from gossamer.simulation.md import md
+
+NAMES = [name for name in MODELS if not name.startswith("geodite")]
+ELEMENTS = ["H", "C", "O", "Si"]
+needs_compiler = pytest.mark.skipif(not any(shutil.which(c) for c in ("g++", "clang++", "c++")), reason="needs a C++ compiler")
+pytestmark = needs_compiler
+
+
+@pytest.fixture(scope="session")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("kernels")
+
+
+@pytest.fixture(autouse=True)
+def cache(built: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("GOSSAMER_CACHE", str(built))
+    return built
+
+
+# --- the spline ------------------------------------------------------------------------------------------------------
+
+
+def bessel(x: torch.Tensor) -> torch.Tensor:
+    n = torch.arange(1, 9, dtype=x.dtype)
+    return torch.sin(torch.pi * n * x[:, None]) / x[:, None] * ((1 - x) ** 4)[:, None]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_table_holds_its_tolerance_and_differentiates_exactly(dtype: torch.dtype) -> None:
+    table = tabulate(bessel, dtype)
+    x = torch.linspace(0.08, 1, 3001, dtype=torch.float64, requires_grad=True)
+    values = interpolate(table, x)
+    assert float((values - bessel(x)).detach().abs().max()) < 2 * TOLERANCE[dtype] * float(table[:, 0].abs().max())
+    (slope,) = torch.autograd.grad(values.sum(), x)
+    (exact,) = torch.autograd.grad(bessel(x).sum(), x)
+    assert float((slope - exact).abs().max() / exact.abs().max()) < 100 * TOLERANCE[dtype]
+    a = interpolate(table, torch.tensor([0.5 - 1e-6, 0.5 + 1e-6], dtype=torch.float64))
+    assert float((a[1] - a[0]).abs().max()) < 1e-3  # and no step at a knot
+    assert float(interpolate(table, torch.tensor([1.0, 1.7], dtype=torch.float64)).abs().max()) < 1e-12
+
+
+def test_derivatives_are_right() -> None:
+    x = torch.linspace(0.1, 0.9, 7, dtype=torch.float64)
+    f = torch.stack([torch.sin(3 * x), x**4], dim=1)
+    value, slope, curvature = derivatives(lambda x: torch.stack([torch.sin(3 * x), x**4], dim=1), x)
+    torch.testing.assert_close(value, f)
+    torch.testing.assert_close(slope, torch.stack([3 * torch.cos(3 * x), 4 * x**3], dim=1))
+    torch.testing.assert_close(curvature, torch.stack([-9 * torch.sin(3 * x), 12 * x**2], dim=1))
+
+
+def test_what_cannot_be_tabulated_is_refused() -> None:
+    with pytest.raises(ValueError, match="cannot be tabulated"):
+        tabulate(lambda x: torch.sin(3e4 * x)[:, None], torch.float64)
+    with pytest.raises(ValueError, match="not finite"):
+        tabulate(lambda x: torch.log(x - 0.5)[:, None], torch.float32)
+
+
+# --- the kernel ------------------------------------------------------------------------------------------------------
+
+
+def nequip_convolution(l_max: int, parity: bool, channels: list[int]) -> Convolution:
+    irreps = [Irrep(channels[l], l, p or (-1) ** l) for l in range(l_max + 1) for p in ((1, -1) if parity else (0,))]
+    return Coupling(irreps, l_max, [i.kind for i in irreps]).convolution()
+
+
+MANY = [Product(0, 0, 0, 3 * k, np.random.default_rng(k).normal(size=(5, 5, 3))) for k in range(4)] + [
+    Product(0, 1, 0, 0, np.ones((5, 5, 2)))  # adds to channels of the first
+]
+CONVOLUTIONS: dict[str, Callable[[], Convolution]] = {
+    "vectors": lambda: vector_convolution(16, True),
+    "odd channels": lambda: vector_convolution(13, True),
+    "first layer": lambda: vector_convolution(32, False),
+    "scalars": lambda: scalar_convolution(31),
+    "l 2": lambda: nequip_convolution(2, False, [19, 8, 3]),
+    "l 1, both parities": lambda: nequip_convolution(1, True, [16, 5]),
+    "many rows": lambda: Convolution(((5, 3),), ((5, 12),), tuple(MANY), 3),
+}  # fmt: skip
+
+
+def inputs_of(convolution: Convolution, dtype: torch.dtype, n: int = 9, edges: int = 300) -> tuple[torch.Tensor, ...]:
+    """Random features, harmonics, distances, a table and edges; atom 3 has none, atom 5 has more than 64."""
+    generator = torch.Generator().manual_seed(1)
+    receiver = torch.randint(0, n, (edges,), generator=generator)
+    sender = torch.randint(0, n, (edges,), generator=generator)
+    receiver[:100], sender[100:200] = 5, 5
+    receiver[receiver == 3], sender[sender == 3] = 4, 4
+    receiver = receiver.sort()[0]
+    width = sum(convolution.channels)
+
+    def radial(x: torch.Tensor) -> torch.Tensor:
+        return torch.sin(x[:, None] * torch.arange(1, width + 1, dtype=x.dtype) / width * 20) * (1 - x[:, None]) ** 3
+
+    table = convolution.pack(tabulate(radial, dtype), cpu.LANES[dtype]).to(dtype)
+    random = {"dtype": dtype, "generator": generator}
+    features = torch.randn(n, convolution.width_in, **random)  # type: ignore[call-overload]
+    harmonics = torch.randn(edges, convolution.n_harmonics, **random)  # type: ignore[call-overload]
+    x = torch.rand(edges, **random)  # type: ignore[call-overload]
+    return features, harmonics, x, table, torch.stack([sender, receiver])
+
+
+def run(convolution: Convolution, features, harmonics, x, table, edge_index) -> torch.Tensor:
+    key = ops.register(convolution, features.dtype)
+    rows, columns, order = torch.ops.gossamer.sort_edges(key, edge_index, features)
+    return torch.ops.gossamer.convolve(key, features, harmonics, x, table, edge_index, rows, columns, order)
+
+
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_kernel_is_its_definition(name: str, dtype: torch.dtype) -> None:
+    convolution = CONVOLUTIONS[name]()
+    features, harmonics, x, table, edge_index = inputs_of(convolution, dtype)
+    results = []
+    for function in (run, lambda c, *a: c.plain(*a)):
+        variables = [t.clone().requires_grad_() for t in (features, harmonics, x)]
+        out = function(convolution, *variables, table, edge_index)
+        weights = torch.randn(out.shape, dtype=dtype, generator=torch.Generator().manual_seed(2))
+        results.append([out.detach(), *torch.autograd.grad(out, variables, weights, allow_unused=True)])
+    assert float(results[0][0][3].abs().max()) == 0  # the atom without edges
+    for mine, definition in zip(*results, strict=True):
+        definition = torch.zeros_like(mine) if definition is None else definition
+        scale = float(definition.abs().max())
+        assert float((mine - definition).abs().max()) < (1e-5 if dtype == torch.float32 else 1e-12) * scale
+
+
+def test_gradients_of_the_kernel() -> None:
+    convolution = nequip_convolution(1, False, [3, 2])
+    features, harmonics, x, table, edge_index = inputs_of(convolution, torch.float64, n=6, edges=210)
+    assert torch.autograd.gradcheck(
+        lambda f, y, d: run(convolution, f, y, d, table, edge_index)[4],
+        [t.requires_grad_() for t in (features, harmonics, x)],
+        fast_mode=True,
+    )
+
+
+def test_threads_change_nothing() -> None:
+    convolution = nequip_convolution(1, False, [16, 8])
+    arguments = inputs_of(convolution, torch.float32)
+    one = run(convolution, *arguments)
+    torch.set_num_threads(2)
+    try:
+        assert torch.equal(run(convolution, *arguments), one)
+    finally:
+        torch.set_num_threads(1)
+
+
+def test_distances_beyond_the_cutoff_and_without_value() -> None:
+    """Beyond the cutoff radial functions are what they are there; NaN reaches the result through the harmonics, and never an address."""
+    convolution = scalar_convolution(4)
+    features, harmonics, x, table, edge_index = inputs_of(convolution, torch.float64)
+    x[:] = 1.5
+    assert float(run(convolution, features, harmonics, x, table, edge_index).abs().max()) < 1e-9
+    x[0] = torch.nan
+    harmonics[0] = torch.nan
+    out = run(convolution, features, harmonics, x, table, edge_index)
+    assert out.isnan().any()
+    assert not out.isnan().all()
+
+
+def test_memory_layout_is_checked() -> None:
+    with pytest.raises(ValueError, match="not contiguous"):
+        cpu.pointers(torch.zeros(4, 4).T)
+
+
+# --- networks with kernels -------------------------------------------------------------------------------------------
+
+
+def pair(name: str, dtype: torch.dtype = torch.float64) -> tuple[Calculator, Calculator]:
+    """A calculator without and one with kernels."""
+    potential = make_potential(ELEMENTS, dtype=dtype, **MODELS[name])
+    return Calculator(potential, compiled=False, skin=0.0), Calculator(add_kernels(potential), compiled=False, skin=0.0)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("system", ["ethanol", "crystal", "slab"])
+def test_potential_with_kernels(name: str, system: str, request: pytest.FixtureRequest) -> None:
+    atoms = request.getfixturevalue(system)
+    found = []
+    plain, quick = pair(name)
+    assert has_kernels(quick.potential)
+    assert not has_kernels(plain.potential)
+    for calculator in (plain, quick):
+        atoms.calc = calculator
+        stress = atoms.get_stress() if atoms.pbc.all() and plain.conservative else np.zeros(6)
+        found.append((atoms.get_potential_energy(), atoms.get_potential_energies(), atoms.get_forces(), stress))
+    for a, b in zip(*found, strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-8 * max(1.0, np.abs(a).max()))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_physics_with_kernels(name: str, ethanol: Atoms, crystal: Atoms) -> None:
+    _, quick = pair(name)
+    for atoms in (ethanol, crystal):
+        for change, error in symmetry_errors(quick, atoms).items():
+            assert error["relative"] < 1e-10, change
+    if name not in DIRECT:
+        assert force_gradient_error(quick, ethanol, step=1e-3, n_atoms=3) < 1e-6
+        assert net_force(quick, ethanol) < 1e-10
+        assert stress_gradient_error(quick, crystal, step=1e-4) < 1e-7
+    if name in SMOOTH and name != "nequip-l3-pairs":
+        steps = (0.04, 0.02, 0.01) if name.startswith("nequip") else (0.1, 0.05, 0.025)
+        assert cutoff_exponent(quick, molecule("H2O")[[1, 0, 2]], 4.0, steps) > 3.8
+        assert energy_jump(quick, molecule("H2O")[[1, 0, 2]], 4.0) < 1e-11
+    assert supercell_error(quick, crystal) < 1e-10
+    if name not in GLOBAL:
+        assert separation_error(quick, ethanol) < 1e-10
+
+
+def test_dynamics_with_kernels_conserves_energy(ethanol: Atoms) -> None:
+    plain, quick = pair("nequip")
+    results = []
+    for calculator in (plain, quick):
+        results.append(nve_conservation(calculator, ethanol.copy(), 100.0, 0.25, 0.05))
+    assert set(results[0]) == set(results[1])
+    for key, value in results[0].items():
+        assert results[1][key] == pytest.approx(value, rel=1e-3, abs=1e-7), key
+
+
+def test_float32_and_batches() -> None:
+    potential = make_potential(ELEMENTS, dtype=torch.float32, **MODELS["nequip"])
+    quick = add_kernels(potential)
+    structures = [
+        from_atoms(a, LabelConfig(), "frame") for a in (molecule("CH3OH"), molecule("H2O"), bulk("SiC", "zincblende", a=4.4), Atoms("O"))
+    ]
+    graph = potential.collate(structures)
+    a, b = potential(graph, stress=True), quick(graph, stress=True)
+    scale = float(a.forces.pow(2).mean().sqrt())
+    torch.testing.assert_close(a.forces, b.forces, atol=1e-4 * scale, rtol=0)
+    torch.testing.assert_close(a.energy, b.energy, atol=1e-4, rtol=0)
+
+
+# --- what a user meets -----------------------------------------------------------------------------------------------
+
+
+def test_calculator_uses_kernels_by_default(ethanol: Atoms, caplog: pytest.LogCaptureFixture) -> None:
+    potential = make_potential(ELEMENTS)
+    ethanol.calc = calculator = Calculator(potential)
+    forces = ethanol.get_forces()
+    assert calculator.mode == "kernels"
+    ethanol.calc = plain = Calculator(potential, compiled=False)
+    np.testing.assert_allclose(ethanol.get_forces(), forces, atol=1e-8)
+    assert plain.mode == "plain"
+    assert not caplog.records
+    ethanol.calc = geodite = Calculator(make_potential(ELEMENTS, **MODELS["geodite"]))
+    ethanol.get_forces()
+    assert geodite.mode == "plain"
+    assert not caplog.records  # there is nothing that a user could do
+
+
+def test_without_compiler(ethanol: Atoms, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
+    potential = make_potential(ELEMENTS)
+    monkeypatch.setattr(cpu, "library", cpu.library.__wrapped__)  # nothing from earlier tests
+    monkeypatch.setenv("GOSSAMER_CACHE", str(tmp_path))
+    for setting, found in {
+        "": "no C++ compiler was found",
+        "/bin/false": "could not build a kernel",
+    }.items():
+        caplog.clear()
+        monkeypatch.setattr(shutil, "which", lambda name: None)
+        monkeypatch.setenv("CXX", setting) if setting else monkeypatch.delenv("CXX", raising=False)
+        ethanol.calc = calculator = Calculator(potential)
+        assert np.isfinite(ethanol.get_forces()).all()
+        assert calculator.mode == "plain"
+        assert found in caplog.text
+        assert caplog.text.count("runs without kernels") == 1
+    monkeypatch.undo()
+    monkeypatch.setenv("GOSSAMER_CACHE", "/dev/null/nowhere")
+    monkeypatch.setattr(cpu, "library", cpu.library.__wrapped__)
+    with pytest.raises(Missing, match="set GOSSAMER_CACHE"):
+        add_kernels(potential)
+
+
+def test_wrong_kernels_are_refused(ethanol: Atoms, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    potential = make_potential(ELEMENTS)
+    right = fast.add_kernels
+
+    def wrong(potential):
+        broken = right(potential)
+        broken.network.layers[1].message.kernel.table.mul_(1.001)
+        return broken
+
+    graph = Calculator(potential, compiled=False)._graph(ethanol)
+    compare(right(potential), potential, graph, 1e-7)
+    with pytest.raises(RuntimeError, match="compiled energy differs from the plain one by"):
+        compare(wrong(potential), potential, graph, 1e-7)
+    monkeypatch.setattr(fast, "add_kernels", wrong)
+    assert verified_kernels(potential, graph) is None
+    assert "runs without kernels: the compiled energy differs" in caplog.text
+
+
+def test_potentials_keep_their_own_weights(ethanol: Atoms) -> None:
+    """Adding kernels leaves the potential as it was, and what is saved too."""
+    potential = make_potential(ELEMENTS, **MODELS["nequip"])
+    before = copy.deepcopy(potential.state_dict())
+    quick = add_kernels(potential)
+    assert list(before) == list(potential.state_dict()) == list(quick.state_dict())
+    assert all(torch.equal(before[k], v) for k, v in quick.state_dict().items())
+
+
+def test_simulation_resumes_with_kernels(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    atoms = molecule("CH3OH")
+    potential = make_potential(["H", "C", "O"], dtype=torch.float32)
+    options = dict(ensemble="langevin", temperature=100.0, timestep=0.2, interval=5, seed=3, progress=False)
+    md(potential, atoms, steps=20, out=tmp_path / "whole", **options)
+    md(potential, atoms, steps=10, out=tmp_path / "parts", **options)
+    md(potential, atoms, steps=20, out=tmp_path / "parts", resume=True, **options)
+    with np.load(tmp_path / "whole" / "state.npz") as a, np.load(tmp_path / "parts" / "state.npz") as b:
+        assert json.loads(str(a["settings"]))["compiled"] == "kernels"
+        np.testing.assert_array_equal(a["positions"], b["positions"])
+    md(potential, atoms, steps=10, out=tmp_path / "plain", compiled=False, **options)
+    assert json.loads(str(np.load(tmp_path / "plain" / "state.npz")["settings"]))["compiled"] == "plain"
+
+
+def test_registered_layers_survive_in_the_cache(cache: Path) -> None:
+    ops.register(scalar_convolution(8), torch.float32)
+    before = {p: p.stat().st_mtime_ns for p in cache.glob("convolution-*.so")}
+    cpu.library.__wrapped__(scalar_convolution(16), "again", torch.float32)  # other channels, same source
+    assert {p: p.stat().st_mtime_ns for p in cache.glob("convolution-*.so")} == before
+    assert not any(p.is_dir() for p in cache.iterdir())
+
+
+def test_logging_is_quiet(ethanol: Atoms, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    ethanol.calc = Calculator(make_potential(ELEMENTS, **MODELS["schnet"]))
+    ethanol.get_forces()
+    assert not [r for r in caplog.records if r.name.startswith("gossamer")]
