@@ -78,6 +78,7 @@ def build_parser() -> argparse.ArgumentParser:
     compare.add_argument("--resume", action="store_true", help="keep the finished runs that are in the folder")
     _common(compare)
 
+    _bench_parser(command("bench", _bench, "Time and memory of energy and forces against the number of atoms."))
     _judge_parser(command("judge", _judge, "Is a potential, ours or anyone's, fit for use? One report; exit status 1 if a check failed."))
 
     md = command("md", _md, "Molecular dynamics.")
@@ -149,6 +150,23 @@ def build_parser() -> argparse.ArgumentParser:
     _common(convert)
     data.set_defaults(parser=data)
     return parser
+
+
+def _bench_parser(bench: argparse.ArgumentParser) -> None:
+    bench.add_argument("models", nargs="*", default=[], metavar="[NAME=]POTENTIAL", help="saved potentials")
+    bench.add_argument("--calculator", action="append", default=[], metavar="[NAME=]MODULE:FACTORY",
+                       help="any ASE calculator, as gossamer judge takes them; can be given several times")  # fmt: skip
+    bench.add_argument("--structure", help="file whose first frame is repeated (default: a simple crystal or molecule)")
+    bench.add_argument("--sizes", nargs="+", type=int, default=[100, 300, 1000, 3000, 10_000, 30_000, 100_000], metavar="ATOMS",
+                       help="numbers of atoms (default: 100 to 100000)")  # fmt: skip
+    bench.add_argument("--seconds", type=float, default=10.0, help="longest single evaluation; larger systems are left out (default: 10)")
+    bench.add_argument("--threads", type=int, help="of PyTorch and OpenMP; with one, CPU time is taken (default: as they find)")
+    bench.add_argument("--mode", choices=["auto", "plain", "program"], default="auto",
+                       help="how our potentials run: as by default, without kernels, or compiled (default: auto)")  # fmt: skip
+    bench.add_argument("--device", default="cpu", help="of our potentials (default: cpu)")
+    bench.add_argument("--dtype", choices=["float32", "float64"], help="of our potentials (default: as saved)")
+    bench.add_argument("--out", default="bench", help="folder of bench.json, bench.md and bench.png (default: bench)")
+    _common(bench)
 
 
 def _judge_parser(judge: argparse.ArgumentParser) -> None:
@@ -322,6 +340,21 @@ def _compare(arguments: argparse.Namespace) -> int:
         print(table(records))
         print(f"table, plot and runs are in '{arguments.out}'")
     return 0
+
+
+def _bench(arguments: argparse.Namespace) -> int:
+    from gossamer.bench import bench, table
+
+    records = bench(**{k: v for k, v in vars(arguments).items() if k not in ("command", "run", "json")})
+    failed = any(not r["rows"] for r in records)
+    if arguments.json:
+        print(json.dumps(records))
+        return int(failed)
+    print(table(records), end="")
+    for r in records:
+        print(f"{r['name']}: ended: {r['stopped']}" + ("" if r["growth"] is None else f"; time grows as atoms^{r['growth']:.2f}"))
+    print(f"everything is in '{arguments.out}'")
+    return int(failed)
 
 
 def _judge(arguments: argparse.Namespace) -> int:

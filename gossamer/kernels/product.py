@@ -66,6 +66,19 @@ class Convolution:
     def width_out(self) -> int:
         return sum(d * m for d, m in self.blocks_out)
 
+    @property
+    def operations(self) -> int:
+        """Multiply-adds per edge of the kernel, forward and backward, as `gossamer.kernels.cpu` writes them."""
+        total = 0
+        for p, channels in zip(self.products, self.channels, strict=True):
+            nonzero = np.abs(p.coefficients) > 1e-12
+            matrix, harmonics = nonzero.any(axis=2).sum(), nonzero.any(axis=1).sum()  # entries (m, c) and (m, s)
+            rows, columns, edges = p.coefficients.shape
+            forward = 6 + matrix + rows
+            backward = 12 + matrix + columns + harmonics + 2 * edges + 1
+            total += channels * int(forward + backward)
+        return total
+
     def structure(self) -> str:
         """Everything but the number of channels, as text: what the source of a kernel depends on."""
         products = [[p.block, p.edge, p.coefficients.shape, np.round(p.coefficients, 14).ravel().tolist()] for p in self.products]

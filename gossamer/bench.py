@@ -1,0 +1,453 @@
+"""Time and memory of energy and forces against the number of atoms, for our potentials and any ASE calculator.
+
+Every candidate runs in a process of its own, one after the other, so that memory is its own and a crash ends only it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import logging
+import multiprocessing
+import os
+import platform
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from ase import Atoms
+
+from gossamer import __version__
+from gossamer.checks.speed import growth_exponent, memory
+from gossamer.checks.subject import (
+    builtin_crystals,
+    builtin_molecules,
+    enlarged,
+    parse_calculator,
+    rattled,
+    read_frames,
+    supported_elements,
+)
+from gossamer.files import atomic_path, write_json, write_text
+
+log = logging.getLogger(__name__)
+Mode = Literal["auto", "plain", "program"]
+MOVE = 2e-3
+"""Å by which atoms move between evaluations, as in a step of molecular dynamics"""
+
+
+def bench(
+    models: Sequence[Path | str] = (),
+    calculator: Sequence[str] = (),
+    structure: Path | str | None = None,
+    sizes: Sequence[int] = (100, 300, 1000, 3000, 10_000, 30_000, 100_000),
+    seconds: float = 10.0,
+    threads: int | None = None,
+    mode: Mode = "auto",
+    device: str = "cpu",
+    dtype: str | None = None,
+    out: Path | str = "bench",
+) -> list[dict[str, Any]]:
+    """Time potentials over system sizes; writes bench.json, bench.md and bench.png.
+
+    Args:
+        models: Saved potentials, ``PATH`` or ``NAME=PATH``.
+        calculator: Any ASE calculators, ``[NAME=]MODULE:FACTORY``, as `gossamer judge` takes them.
+        structure: File whose first frame is repeated up to each size (a molecule stays one); by default a simple crystal or
+            molecule of elements that all candidates know.
+        sizes: Numbers of atoms, at least; the next size is left out when an evaluation would take longer than ``seconds``.
+        seconds: Longest single evaluation.
+        threads: Of PyTorch and OpenMP; by default as they find. With one thread CPU time is taken, otherwise wall time.
+        mode: How our potentials run: "auto" as the calculator does by default, "plain" without kernels, "program" compiled.
+        device: Of our potentials.
+        dtype: "float32" or "float64" of our potentials; by default as saved.
+        out: Folder.
+
+    Returns:
+        For each candidate ``name``, ``rows`` (one for each size), ``growth`` (power n of time ~ atoms^n), ``stopped`` (why no larger
+        size) and, for our potentials, ``mode`` and ``parameters``.
+
+    Raises:
+        ValueError: nothing to time, two of one name, or settings that cannot be.
+    """
+    candidates: list[dict[str, Any]] = []
+    for text in models:
+        head, equals, path = str(text).partition("=")
+        candidates.append({"name": head if equals else _short_name(Path(str(text))), "model": path if equals else str(text)})
+    for text in calculator:
+        candidates.append({"name": parse_calculator(text)[0], "calculator": text})
+    names = [c["name"] for c in candidates]
+    if not candidates or len(set(names)) < len(names):
+        raise ValueError(
+            "There is nothing to time: give a potential or a calculator."
+            if not candidates
+            else f"Two candidates have one name: {names}. Write NAME=..."
+        )
+    for c in candidates:
+        if "model" in c and not Path(c["model"]).exists():
+            raise FileNotFoundError(f"There is no potential '{c['model']}'.")
+    if not (list(sizes) and min(sizes) > 0 and seconds > 0 and (threads is None or threads > 0)):
+        raise ValueError(f"sizes, seconds and threads must be positive, found {list(sizes)}, {seconds} and {threads}.")
+    atoms = read_frames(structure)[0] if structure is not None else None
+    if atoms is not None:
+        atoms.calc = None
+    records = []
+    for c in candidates:
+        job = {
+            **c,
+            "sizes": sorted(set(sizes)),
+            "seconds": seconds,
+            "threads": threads,
+            "mode": mode,
+            "device": device,
+            "dtype": dtype,
+            "atoms": atoms,
+        }
+        record = _in_own_process(job)
+        if atoms is None and record.get("atoms") is not None:
+            atoms = record["atoms"]  # the same for all that follow
+        records.append({k: v for k, v in record.items() if k != "atoms"})
+        write_summary(records, Path(out))
+    return records
+
+
+def _short_name(path: Path) -> str:
+    """Name of a potential: of its file, or of the run's folder where all files have one name."""
+    return path.resolve().parent.name if path.stem == "potential" else path.stem
+
+
+# --- one candidate ---------------------------------------------------------------------------------------------------
+
+
+def _in_own_process(job: dict[str, Any]) -> dict[str, Any]:
+    """Run ``measure`` in a fresh process; what it had measured survives its death."""
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    before = os.environ.get("OMP_NUM_THREADS")
+    if job["threads"]:
+        os.environ["OMP_NUM_THREADS"] = str(job["threads"])
+    process = context.Process(target=_child, args=(job, sender))
+    process.start()
+    if job["threads"]:
+        os.environ.pop("OMP_NUM_THREADS") if before is None else os.environ.update(OMP_NUM_THREADS=before)
+    sender.close()
+    record: dict[str, Any] = {"name": job["name"], "rows": [], "stopped": "", "growth": None}
+    error: BaseException | None = None
+    try:
+        while True:
+            kind, value = receiver.recv()
+            if kind == "row":
+                record["rows"].append(value)
+                log.info("%s: %d atoms, %.3g ms", job["name"], value["atoms"], value["ms"])
+            elif kind == "error":
+                error = value
+            else:
+                record.update(value)
+    except EOFError:
+        pass
+    process.join()
+    if error is not None:
+        record["stopped"] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    elif process.exitcode:
+        record["stopped"] = f"the process died at the next size (exit {process.exitcode}; out of memory?)"
+    rows = record["rows"]
+    slow = [r for r in rows if r["ms"] > 20]
+    if len(slow) > 2:
+        record["growth"] = growth_exponent([r["atoms"] for r in slow], [r["ms"] for r in slow])
+    return record
+
+
+def _child(job: dict[str, Any], pipe: Any) -> None:
+    try:
+        facts = measure(job, lambda row: pipe.send(("row", row)))
+        pipe.send(("facts", facts))
+    except Exception as error:
+        try:
+            pipe.send(("error", error))
+        except Exception:  # an error that cannot be sent as it is
+            pipe.send(("error", RuntimeError(str(error))))
+    finally:
+        pipe.close()
+
+
+def measure(job: dict[str, Any], report: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    """Time one candidate over the sizes; every row is reported as soon as it is known."""
+    own = "model" in job
+    potential: Any = None
+    if own:
+        import torch
+
+        from gossamer.potential import load
+
+        if job["threads"]:
+            torch.set_num_threads(job["threads"])
+        potential = load(job["model"], job["device"], job["dtype"])
+        elements = list(potential.statistics.elements)
+        one_thread = torch.get_num_threads() == 1 and potential.device.type == "cpu"
+    else:
+        _, make = parse_calculator(job["calculator"])
+        foreign = make()
+        elements = [] if job["atoms"] is not None else supported_elements(foreign)
+        one_thread = job["threads"] == 1
+    atoms = job["atoms"] if job["atoms"] is not None else default_structure(elements)
+    clock = time.process_time if one_thread else time.perf_counter
+    facts: dict[str, Any] = {
+        "atoms": atoms, "system": atoms.get_chemical_formula(empirical=True), "clock": "CPU time, one thread" if one_thread else "wall time",
+        "stopped": "the largest size asked for", "machine": _machine(job, potential), "date": datetime.date.today().isoformat(), "versions": _versions(job),
+    }  # fmt: skip
+    ceiling = ceilings(potential) if own else None
+    last = 0
+    previous: dict[str, Any] | None = None
+    for size in job["sizes"]:
+        system = rattled(enlarged(atoms, size), 0.02)
+        if len(system) == last:
+            facts["stopped"] = "one molecule"
+            break
+        if previous is not None and previous["ms"] / 1000 * len(system) / last > job["seconds"]:
+            facts["stopped"] = f"{len(system)} atoms would take more than {job['seconds']:g} s"
+            break
+        last = len(system)
+        if own:
+            from gossamer.simulation.calculator import Calculator
+
+            calculator: Any = Calculator(potential, compiled={"auto": None, "plain": False, "program": True}[job["mode"]])
+        else:
+            calculator = foreign
+        row = time_one(calculator, system, clock, job["seconds"])
+        if own:
+            row.update(details(calculator, system, clock, ceiling))
+            facts.update(mode=calculator.mode, parameters=potential.num_parameters)
+        report(row)
+        previous = row
+    return facts
+
+
+def default_structure(elements: Sequence[str]) -> Atoms:
+    """A simple crystal of these elements, or a molecule."""
+    found = {**builtin_crystals(elements, 1), **builtin_molecules(elements, 1)}
+    if not found:
+        raise ValueError(f"No simple crystal or molecule of {', '.join(elements)} is known here: give --structure.")
+    return next(iter(found.values()))
+
+
+def _moved(atoms: Atoms, rng: np.random.Generator) -> None:
+    atoms.positions += rng.normal(scale=MOVE, size=atoms.positions.shape)
+
+
+def fastest(run: Callable[[], Any], clock: Callable[[], float], seconds: float, repeats: int = 7) -> float:
+    """Shortest of several calls, within a total of ``seconds``: other jobs on the machine only add."""
+    times: list[float] = []
+    began = time.perf_counter()
+    while len(times) < repeats and (len(times) < 2 or time.perf_counter() - began < seconds):
+        start = clock()
+        run()
+        times.append(clock() - start)
+    return min(times)
+
+
+def time_one(calculator: Any, atoms: Atoms, clock: Callable[[], float], seconds: float) -> dict[str, Any]:
+    """Energy and forces as molecular dynamics asks for them, neighbour list as the calculator keeps it."""
+    used = memory()
+    before = used()
+    work = atoms.copy()
+    work.calc = calculator
+    work.get_forces()  # compiles, allocates
+    rng = np.random.default_rng(0)
+
+    def step() -> None:
+        _moved(work, rng)
+        work.get_forces()
+
+    taken = fastest(step, clock, seconds)
+    return {
+        "atoms": len(atoms),
+        "ms": 1000 * taken,
+        "us_per_atom": 1e6 * taken / len(atoms),
+        "memory_MB": used(),
+        "grown_MB": used() - before,
+    }
+
+
+def details(calculator: Any, atoms: Atoms, clock: Callable[[], float], ceiling: dict[str, float]) -> dict[str, Any]:
+    """What only our own calculators tell: pairs, the network and the neighbour list alone, the floor."""
+    from gossamer.neighbors import neighbor_list
+
+    graph = calculator._graph(atoms)
+    network = fastest(lambda: calculator._predict(graph, calculator.conservative and bool(atoms.pbc.all())), clock, 2.0)
+    whole = fastest(lambda: neighbor_list(atoms.positions, atoms.cell.array, atoms.pbc, calculator.potential.cutoff), clock, 2.0, 3)
+    least = floor(calculator, graph, ceiling)
+    return {
+        "edges": graph.n_edges,
+        "network_ms": 1000 * network,
+        "new_list_ms": 1000 * whole,
+        **least,
+        "times_floor": 1000 * network / least["floor_ms"],
+    }
+
+
+# --- the floor -------------------------------------------------------------------------------------------------------
+
+
+def ceilings(potential: Any) -> dict[str, float]:
+    """What this machine reaches here and now: multiply-adds per second of a matrix product, bytes per second of a copy."""
+    import torch
+
+    device, dtype = potential.device, potential.dtype
+    n, length = (2048, 2**28) if device.type == "cuda" else (768, 2**25)
+    a, b = (torch.randn(n, n, dtype=dtype, device=device) for _ in range(2))
+    source = torch.empty(length, dtype=torch.float32, device=device).fill_(1.0)
+    target = torch.empty_like(source)
+
+    def best(run: Callable[[], Any]) -> float:
+        times = []
+        for _ in range(8):
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            start = time.perf_counter()
+            run()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            times.append(time.perf_counter() - start)
+        return min(times)
+
+    return {"macs": n**3 / best(lambda: torch.mm(a, b)), "bytes": 8 * length / best(lambda: target.copy_(source))}
+
+
+def floor(calculator: Any, graph: Any, ceiling: dict[str, float]) -> dict[str, float]:
+    """Least time of energy and forces: the larger of arithmetic over its ceiling and bytes over theirs.
+
+    Arithmetic: matrix products as PyTorch counts them, and the kernels' own. Where a network has kernels, radial networks
+    are tables and do not count. Bytes: weights once; features and sums of each kernel, and their gradients, once; of each edge
+    its indices, harmonics and distance with their gradients. What lies between two matrix products is taken to stay in the cache, so
+    that no program can be faster; for a network without kernels only the edges' own values count (channels in and out of each layer).
+    """
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from gossamer.fast import add_kernels, has_kernels
+    from gossamer.kernels.cpu import Missing
+    from gossamer.kernels.layer import KernelLayer
+
+    potential = calculator.fast or calculator.potential
+    if not has_kernels(potential):
+        with contextlib.suppress(Missing):
+            potential = add_kernels(potential)
+    with FlopCounterMode(display=False) as counter:
+        potential(graph, stress=False, isolated=calculator.isolated)
+    macs = counter.get_total_flops() / 2
+    size = torch.finfo(potential.dtype).bits // 8
+    layers = [m for m in potential.modules() if isinstance(m, KernelLayer)]
+    moved = size * potential.num_parameters
+    for layer in layers:
+        c = layer.convolution
+        macs += c.operations * graph.n_edges
+        moved += 2 * size * graph.n_atoms * (c.width_in + c.width_out) + graph.n_edges * (2 * 16 + 4 * size * (c.n_harmonics + 1))
+    if not layers:
+        config = potential.model_config
+        moved += 4 * size * graph.n_edges * getattr(config, "num_features", 1) * getattr(config, "num_layers", 1)
+    return {"multiply_adds": float(macs), "bytes": float(moved), "floor_ms": 1000 * max(macs / ceiling["macs"], moved / ceiling["bytes"])}
+
+
+# --- what came of it --------------------------------------------------------------------------------------------------
+
+
+def _machine(job: dict[str, Any], potential: Any) -> str:
+    if potential is not None:
+        from gossamer.comparison import machine
+
+        return machine(potential)
+    from gossamer.judging import machine as any_machine
+
+    return any_machine()
+
+
+def _versions(job: dict[str, Any]) -> dict[str, str]:
+    from importlib.metadata import PackageNotFoundError, version
+
+    wanted = ["torch", "ase", *([job["calculator"].partition(":")[0].rpartition("=")[2].split(".")[0]] if "calculator" in job else [])]
+    found = {"gossamer": __version__, "python": platform.python_version()}
+    for package in wanted:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def table(records: Sequence[dict[str, Any]]) -> str:
+    """All candidates and sizes as a Markdown table."""
+    head = [
+        "candidate",
+        "atoms",
+        "pairs",
+        "ms/step",
+        "µs/atom/step",
+        "network, ms",
+        "new list, ms",
+        "floor, ms",
+        "times floor",
+        "memory, MB",
+    ]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+
+    def cell(row: dict[str, Any], key: str, form: str = ".3g") -> str:
+        value = row.get(key)
+        return "" if value is None else format(value, form)
+
+    for record in records:
+        for row in record["rows"]:
+            cells = [
+                f"{record['name']}{' (' + record['mode'] + ')' if 'mode' in record else ''}", f"{row['atoms']:,}", cell(row, "edges", ","), cell(row, "ms"),
+                cell(row, "us_per_atom"), cell(row, "network_ms"), cell(row, "new_list_ms"), cell(row, "floor_ms"), cell(row, "times_floor", ".1f"),
+                cell(row, "memory_MB", ".0f"),
+            ]  # fmt: skip
+            lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def write_summary(records: Sequence[dict[str, Any]], folder: Path) -> None:
+    write_json(folder / "bench.json", list(records))
+    notes = []
+    for r in records:
+        growth = "" if r["growth"] is None else f"; time grows as atoms^{r['growth']:.2f}"
+        versions = ", ".join(f"{k} {v}" for k, v in r.get("versions", {}).items())
+        notes.append(
+            f"- {r['name']}: {r.get('system', '')}, {r.get('clock', '')}, {r.get('machine', '')}, {r.get('date', '')}, {versions}. Ended: {r['stopped']}{growth}."
+        )
+    write_text(folder / "bench.md", table(records) + "\n" + "\n".join(notes) + "\n")
+    if any(r["rows"] for r in records):
+        plot(records, folder / "bench.png")
+
+
+def plot(records: Sequence[dict[str, Any]], path: Path) -> None:
+    """Time per atom and memory against the number of atoms; the floor of our potentials dotted."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(9.5, 4), layout="constrained")
+    for k, record in enumerate(records):
+        rows = record["rows"]
+        if not rows:
+            continue
+        atoms = [r["atoms"] for r in rows]
+        style: dict[str, Any] = {"color": f"C{k % 10}", "marker": "o", "markersize": 4, "linewidth": 1.4}
+        axes[0].plot(atoms, [r["us_per_atom"] for r in rows], label=record["name"], **style)
+        axes[1].plot(atoms, [r["memory_MB"] for r in rows], **style)
+        if all("floor_ms" in r for r in rows):
+            floors = [1000 * r["floor_ms"] / r["atoms"] for r in rows]
+            axes[0].plot(atoms, floors, color=f"C{k % 10}", linestyle=":", linewidth=1.2)
+    for axis, label in zip(axes, ("energy and forces (µs/atom), dotted: floor", "memory of the process (MB)"), strict=True):
+        axis.set_xscale("log")
+        axis.set_yscale("log")
+        axis.set_xlabel("atoms")
+        axis.set_ylabel(label)
+        axis.grid(alpha=0.3, which="both")
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].legend(frameon=False, fontsize=9)
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, dpi=150, format="png")
+    plt.close(figure)
