@@ -22,7 +22,7 @@ TABLE_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-7}
 
 def has_kernels(potential: Potential) -> bool:
     """Whether kernels were added."""
-    return any(name.endswith("kernel.table") for name, _ in potential.named_buffers())
+    return any(name.endswith("kernel.table") for name, _ in potential.named_buffers()) or getattr(potential.network, "kernels", False)
 
 
 def add_kernels(potential: Potential) -> Potential:

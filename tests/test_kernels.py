@@ -24,13 +24,14 @@ from gossamer.data.readers import LabelConfig, from_atoms
 from gossamer.fast import add_kernels, compare, has_kernels, verified_kernels
 from gossamer.kernels import cpu, ops
 from gossamer.kernels.cpu import Missing
+from gossamer.kernels.layer import sort_edges
 from gossamer.kernels.product import Convolution, Product, scalar_convolution, vector_convolution
 from gossamer.kernels.table import TOLERANCE, derivatives, interpolate, tabulate
 from gossamer.nn.tensor_product import Coupling, Irrep
 from gossamer.simulation.calculator import Calculator
 from gossamer.simulation.md import md
 
-NAMES = [name for name in MODELS if not name.startswith("geodite")]
+NAMES = list(MODELS)
 ELEMENTS = ["H", "C", "O", "Si"]
 needs_compiler = pytest.mark.skipif(not any(shutil.which(c) for c in ("g++", "clang++", "c++")), reason="needs a C++ compiler")
 pytestmark = needs_compiler
@@ -130,8 +131,7 @@ def inputs_of(convolution: Convolution, dtype: torch.dtype, n: int = 9, edges: i
 
 def run(convolution: Convolution, features, harmonics, x, table, edge_index) -> torch.Tensor:
     key = ops.register(convolution, features.dtype)
-    rows, columns, order = torch.ops.gossamer.sort_edges(key, edge_index, features)
-    return torch.ops.gossamer.convolve(key, features, harmonics, x, table, edge_index, rows, columns, order)
+    return torch.ops.gossamer.convolve(key, features, harmonics, x, table, *sort_edges(edge_index, features))
 
 
 @pytest.mark.parametrize("name", CONVOLUTIONS)
@@ -270,15 +270,23 @@ def test_calculator_uses_kernels_by_default(ethanol: Atoms, caplog: pytest.LogCa
     np.testing.assert_allclose(ethanol.get_forces(), forces, atol=1e-8)
     assert plain.mode == "plain"
     assert not caplog.records
-    ethanol.calc = geodite = Calculator(make_potential(ELEMENTS, **MODELS["geodite"]))
+
+
+def test_networks_without_kernels_run_as_they_are(
+    ethanol: Atoms, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    potential = make_potential(ELEMENTS)
+    monkeypatch.delattr(type(potential.network), "add_kernels")
+    ethanol.calc = calculator = Calculator(potential)
     ethanol.get_forces()
-    assert geodite.mode == "plain"
+    assert calculator.mode == "plain"
     assert not caplog.records  # there is nothing that a user could do
 
 
 def test_without_compiler(ethanol: Atoms, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
     potential = make_potential(ELEMENTS)
     monkeypatch.setattr(cpu, "library", cpu.library.__wrapped__)  # nothing from earlier tests
+    monkeypatch.setattr(ops, "_convolutions", {})
     monkeypatch.setenv("GOSSAMER_CACHE", str(tmp_path))
     for setting, found in {
         "": "no C++ compiler was found",
@@ -295,6 +303,7 @@ def test_without_compiler(ethanol: Atoms, monkeypatch: pytest.MonkeyPatch, caplo
     monkeypatch.undo()
     monkeypatch.setenv("GOSSAMER_CACHE", "/dev/null/nowhere")
     monkeypatch.setattr(cpu, "library", cpu.library.__wrapped__)
+    monkeypatch.setattr(ops, "_convolutions", {})
     with pytest.raises(Missing, match="set GOSSAMER_CACHE"):
         add_kernels(potential)
 
@@ -343,7 +352,7 @@ def test_simulation_resumes_with_kernels(tmp_path: Path, caplog: pytest.LogCaptu
 def test_registered_layers_survive_in_the_cache(cache: Path) -> None:
     ops.register(scalar_convolution(8), torch.float32)
     before = {p: p.stat().st_mtime_ns for p in cache.glob("convolution-*.so")}
-    cpu.library.__wrapped__(scalar_convolution(16), "again", torch.float32)  # other channels, same source
+    cpu.convolution_library(scalar_convolution(16), torch.float32)  # other channels, same source
     assert {p: p.stat().st_mtime_ns for p in cache.glob("convolution-*.so")} == before
     assert not any(p.is_dir() for p in cache.iterdir())
 

@@ -1,25 +1,5 @@
-// Vectors along channels, and the work of one atom. Included in generated source, after T, HARMONICS and ENTRIES.
-#include <cstdint>
-#include <cstring>
-#include <vector>
-#include <algorithm>
-
-#define CHUNK (64 / (int)sizeof(T))  // channels in a chunk of the table
-#if defined(__AVX512F__)
-#define LANES (64 / (int)sizeof(T))
-#elif defined(__AVX__)
-#define LANES (32 / (int)sizeof(T))
-#else
-#define LANES (16 / (int)sizeof(T))
-#endif
+// The work of one atom and some of its edges. Included in generated source, after T, HARMONICS, ENTRIES and vectors.hpp.
 #define STRIDE 64  // neighbours that are gone through at once
-
-template <int N> struct Vector { typedef T type __attribute__((vector_size(N * sizeof(T)))); };
-template <> struct Vector<1> { typedef T type; };
-template <int N> using vec = typename Vector<N>::type;
-template <int N> static inline vec<N> load(const T *p) { vec<N> v; std::memcpy(&v, p, sizeof v); return v; }
-template <int N> static inline void store(T *p, vec<N> v) { std::memcpy(p, &v, sizeof v); }
-template <int N> static inline void add(T *p, vec<N> v) { store<N>(p, load<N>(p) + v); }
 
 struct Job {  // one atom and up to STRIDE of its edges
   int n;

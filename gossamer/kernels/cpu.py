@@ -32,6 +32,10 @@ ACCUMULATORS = 20
 HERE = Path(__file__).parent
 
 
+def text(name: str) -> str:
+    return (HERE / f"{name}.hpp").read_text()
+
+
 def generate(convolution: Convolution) -> str:
     """C++ source of the forward and backward pass; channels and precision stay open."""
     entries: dict[tuple[int, int, int], int] = {}
@@ -43,7 +47,7 @@ def generate(convolution: Convolution) -> str:
             terms = [f"T({float(c[m, k, s])!r}) * y[{product.edge + s}][e]" for s in np.flatnonzero(np.abs(c[m, k]) > 1e-12).tolist()]
             lines.append(f"m[{entries[p, m, k]}][e] = {' + '.join(terms)};")
     loops = "\n".join(f"  for (int e = 0; e < n; e++) {line}" for line in lines)
-    pieces = [f"#define HARMONICS {convolution.n_harmonics}", f"#define ENTRIES {len(entries)}", (HERE / "convolution.hpp").read_text()]
+    pieces = [f"#define HARMONICS {convolution.n_harmonics}", f"#define ENTRIES {len(entries)}", text("vectors"), text("convolution")]
     pieces.append(f"static void matrices(int n, T (*__restrict y)[STRIDE], T (*__restrict m)[STRIDE]) {{\n{loops}\n}}")
     forward, backward = [], []
     for block, (dim, _) in enumerate(convolution.blocks_in):
@@ -59,7 +63,7 @@ def generate(convolution: Convolution) -> str:
             backward.append(f"  SWEEP(backward_{block}, layout[{6 * min(products)}])")
     pieces.append("static void forward_all(const Job& job, const int64_t* layout) {\n" + "\n".join(forward) + "\n}")
     pieces.append("static void backward_all(const Job& job, const int64_t* layout) {\n" + "\n".join(backward) + "\n}")
-    return "\n".join([*pieces, (HERE / "drivers.hpp").read_text()])
+    return "\n".join([*pieces, text("drivers")])
 
 
 def groups(rows: list[int]) -> list[list[int]]:
@@ -206,17 +210,42 @@ def _processor() -> str:
     return next((line.split(":", 1)[1].strip() for line in text.splitlines() if line.startswith(("flags", "Features"))), "")
 
 
+REAL = {torch.float32: "float", torch.float64: "double"}
+# arguments of the functions: sizes first, then addresses
+SORTING = {"sort_edges": (2, 4)}
+CONVOLUTION = {"forward": (5, 8), "backward": (5, 12)}
+ATTENTION = {"attend": (5, 12), "attend_backward": (5, 24), "perpendicular": (3, 6), "perpendicular_backward": (3, 12)}
+
+
 @functools.cache
-def library(structure: Convolution, key: str, dtype: torch.dtype) -> Any:
-    """The built functions for one structure and precision, with their argument types."""
-    del key
-    real = "float" if dtype == torch.float32 else "double"
-    loaded = ctypes.CDLL(str(build(f"typedef {real} T;\n{generate(structure)}", "convolution")))
-    pointer, integer = ctypes.c_void_p, ctypes.c_int64
-    loaded.forward.argtypes = [integer, integer, integer, integer, integer, *[pointer] * 8]
-    loaded.backward.argtypes = [integer, integer, integer, integer, integer, *[pointer] * 12]
-    loaded.sort_edges.argtypes = [integer, integer, *[pointer] * 4]
+def library(source: str, name: str, functions: tuple[tuple[str, tuple[int, int]], ...]) -> Any:
+    """A built and loaded library with the argument types of its functions.
+
+    Raises:
+        Missing: it cannot be built on this machine.
+    """
+    loaded = ctypes.CDLL(str(build(source, name)))
+    for function, (sizes, addresses) in functions:
+        getattr(loaded, function).argtypes = [ctypes.c_int64] * sizes + [ctypes.c_void_p] * addresses
+        getattr(loaded, function).restype = None
     return loaded
+
+
+@functools.cache
+def sorting() -> Any:
+    return library(f"typedef float T;\n{text('vectors')}", "sorting", tuple(SORTING.items()))
+
+
+def convolution_library(convolution: Convolution, dtype: torch.dtype) -> Any:
+    """Forward and backward of one structure of products."""
+    return library(f"typedef {REAL[dtype]} T;\n{generate(convolution)}", "convolution", tuple(CONVOLUTION.items()))
+
+
+@functools.cache
+def attention_library(degrees: int, dtype: torch.dtype) -> Any:
+    """Geodite's attention and alignment for harmonics of degrees 1 … ``degrees``."""
+    head = f"typedef {REAL[dtype]} T;\n#define DEGREES {degrees}\n#define HARMONICS {(degrees + 1) ** 2 - 1}\n"
+    return library(head + text("vectors") + text("attention"), "attention", tuple(ATTENTION.items()))
 
 
 def pointers(*tensors: Tensor) -> list[int]:

@@ -25,17 +25,6 @@ static void interval(Job &job, int e, T x, int64_t intervals, bool slopes) {
 
 extern "C" {
 
-// rows: first edge of each receiver (edges are sorted by it); order: edges sorted by sender; columns: first of each sender there
-void sort_edges(int64_t atoms, int64_t edges, const int64_t *index, int64_t *rows, int64_t *columns, int64_t *order) {
-  const int64_t *sender = index, *receiver = index + edges;
-  std::fill(rows, rows + atoms + 1, 0);
-  std::fill(columns, columns + atoms + 1, 0);
-  for (int64_t e = 0; e < edges; e++) { rows[receiver[e] + 1]++; columns[sender[e] + 1]++; }
-  for (int64_t i = 0; i < atoms; i++) { rows[i + 1] += rows[i]; columns[i + 1] += columns[i]; }
-  std::vector<int64_t> next(columns, columns + atoms);
-  for (int64_t e = 0; e < edges; e++) order[next[sender[e]]++] = e;
-}
-
 void forward(int64_t atoms, int64_t width_in, int64_t width_out, int64_t intervals, int64_t threads, const int64_t *layout,
              const T *features, const T *harmonics, const T *x, const T *table, const int64_t *sender, const int64_t *rows, T *out) {
 #pragma omp parallel num_threads(threads) if (threads > 1)

@@ -15,12 +15,29 @@ from gossamer.kernels.table import tabulate
 
 
 class SortedEdges(NamedTuple):
-    """What all layers share: edges by receiver and by sender, their harmonics and distances."""
+    """Edges by receiver and by sender: what all layers share."""
 
     edge_index: Int[Tensor, "2 E"]
+    """(sender, receiver), sorted by receiver"""
     rows: Int[Tensor, " N+1"]
+    """first edge of each receiver"""
     columns: Int[Tensor, " N+1"]
+    """first edge of each sender in ``order``"""
     order: Int[Tensor, " E"]
+    """edges sorted by sender"""
+
+
+def sort_edges(edge_index: Int[Tensor, "2 E"], nodes: Tensor) -> SortedEdges:
+    """Edges (sorted by receiver) as kernels need them; ``nodes`` has one row per atom."""
+    edge_index = edge_index.contiguous()
+    rows, columns, order = torch.ops.gossamer.sort_edges(edge_index, nodes)
+    return SortedEdges(edge_index, rows, columns, order)
+
+
+class KernelEdges(NamedTuple):
+    """Sorted edges with their harmonics and distances."""
+
+    sorted: SortedEdges
     harmonics: Float[Tensor, "E S"]
     x: Float[Tensor, " E"]
     """distance over cutoff"""
@@ -49,13 +66,5 @@ class KernelLayer(nn.Module):
             packed = convolution.pack(tabulate(radial, dtype), cpu.LANES[dtype]).to(dtype)
         self.register_buffer("table", packed, persistent=False)
 
-    def sort(self, edge_index: Int[Tensor, "2 E"], nodes: Tensor, harmonics: Float[Tensor, "E S"], x: Float[Tensor, " E"]) -> SortedEdges:
-        """Edges (sorted by receiver) as kernels need them; ``nodes`` has one row per atom."""
-        edge_index = edge_index.contiguous()
-        rows, columns, order = torch.ops.gossamer.sort_edges(self.key, edge_index, nodes)
-        return SortedEdges(edge_index, rows, columns, order, harmonics, x)
-
-    def forward(self, features: Float[Tensor, "N width_in"], edges: SortedEdges) -> Float[Tensor, "N width_out"]:
-        return torch.ops.gossamer.convolve(
-            self.key, features, edges.harmonics, edges.x, self.table, edges.edge_index, edges.rows, edges.columns, edges.order
-        )
+    def forward(self, features: Float[Tensor, "N width_in"], edges: KernelEdges) -> Float[Tensor, "N width_out"]:
+        return torch.ops.gossamer.convolve(self.key, features, edges.harmonics, edges.x, self.table, *edges.sorted)

@@ -11,18 +11,22 @@ from gossamer.kernels import cpu
 from gossamer.kernels.product import Convolution
 
 _library = torch.library.Library("gossamer", "FRAGMENT")
-_library.define("sort_edges(str key, Tensor edge_index, Tensor nodes) -> (Tensor, Tensor, Tensor)")
-_library.define(
-    "convolve(str key, Tensor features, Tensor harmonics, Tensor x, Tensor table, Tensor edge_index, Tensor rows, Tensor columns, Tensor order) -> Tensor"
-)
-_library.define(
-    "convolve_backward(str key, Tensor gradient, Tensor features, Tensor harmonics, Tensor x, Tensor table, Tensor edge_index, "
-    "Tensor columns, Tensor order) -> (Tensor, Tensor, Tensor)"
-)
-_library.define("map_by_species(Tensor x, Tensor species, Tensor maps) -> Tensor")
+_EDGES = "Tensor edge_index, Tensor rows, Tensor columns, Tensor order"
+for _schema in (
+    "sort_edges(Tensor edge_index, Tensor nodes) -> (Tensor, Tensor, Tensor)",
+    f"convolve(str key, Tensor features, Tensor harmonics, Tensor x, Tensor table, {_EDGES}) -> Tensor",
+    f"convolve_backward(str key, Tensor gradient, Tensor features, Tensor harmonics, Tensor x, Tensor table, {_EDGES}) -> (Tensor, Tensor, Tensor)",
+    f"attend(int heads, Tensor q, Tensor k, Tensor g, Tensor v, Tensor x, Tensor sl, Tensor f, Tensor y, {_EDGES}) -> (Tensor, Tensor)",
+    f"attend_backward(int heads, Tensor dh, Tensor dout, Tensor q, Tensor k, Tensor g, Tensor v, Tensor x, Tensor sl, Tensor f, Tensor y, {_EDGES})"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"perpendicular(Tensor q, Tensor p, Tensor y, {_EDGES}) -> Tensor",
+    f"perpendicular_backward(Tensor gradient, Tensor q, Tensor p, Tensor y, {_EDGES}) -> (Tensor, Tensor, Tensor)",
+    "map_by_species(Tensor x, Tensor species, Tensor maps) -> Tensor",
+):
+    _library.define(_schema)
 
-_convolutions: dict[str, tuple[Convolution, Tensor]] = {}
-"""by key, with the layout of the CPU's kernel"""
+_convolutions: dict[str, tuple[Convolution, Any, Tensor]] = {}
+"""by key: the products, the built kernel, and where everything lies"""
 
 
 def register(convolution: Convolution, dtype: torch.dtype) -> str:
@@ -31,19 +35,20 @@ def register(convolution: Convolution, dtype: torch.dtype) -> str:
     Raises:
         Missing: it cannot be built on this machine.
     """
-    cpu.library(convolution, convolution.key, dtype)
-    layout = torch.tensor(convolution.layout(cpu.LANES[dtype]))
-    key = f"{convolution.key}-{'-'.join(str(m) for _, m in (*convolution.blocks_in, *convolution.blocks_out))}-{cpu.LANES[dtype]}"
-    _convolutions[key] = convolution, layout
+    cpu.sorting()
+    channels = "-".join(str(m) for _, m in (*convolution.blocks_in, *convolution.blocks_out))
+    key = f"{convolution.key}-{channels}-{cpu.REAL[dtype]}"
+    if key not in _convolutions:
+        _convolutions[key] = convolution, cpu.convolution_library(convolution, dtype), torch.tensor(convolution.layout(cpu.LANES[dtype]))
     return key
 
 
-def _sort_edges(key: str, edge_index: Tensor, nodes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    convolution, _ = _convolutions[key]
-    n, edges = nodes.shape[0], edge_index.shape[1]
-    rows, columns, order = (edge_index.new_empty(size) for size in (n + 1, n + 1, edges))
-    library = cpu.library(convolution, convolution.key, torch.float64 if key.endswith("-8") else torch.float32)
-    library.sort_edges(n, edges, *cpu.pointers(edge_index, rows, columns, order))
+# --- on the CPU ------------------------------------------------------------------------------------------------------
+
+
+def _sort_edges(edge_index: Tensor, nodes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    rows, columns, order = _fake_sort(edge_index, nodes)
+    cpu.sorting().sort_edges(nodes.shape[0], edge_index.shape[1], *cpu.pointers(edge_index, rows, columns, order))
     return rows, columns, order
 
 
@@ -58,11 +63,11 @@ def _convolve(
     columns: Tensor,
     order: Tensor,
 ) -> Tensor:
-    convolution, layout = _convolutions[key]
+    convolution, kernel, layout = _convolutions[key]
     n = features.shape[0]
     features, harmonics, x = features.contiguous(), harmonics.contiguous(), x.contiguous()
     out = features.new_empty(n, convolution.width_out)
-    cpu.library(convolution, convolution.key, features.dtype).forward(
+    kernel.forward(
         n, convolution.width_in, convolution.width_out, table.shape[1] - 1, torch.get_num_threads(),
         *cpu.pointers(layout, features, harmonics, x, table, edge_index, rows, out),
     )  # fmt: skip
@@ -70,43 +75,93 @@ def _convolve(
 
 
 def _convolve_backward(
-    key: str,
-    gradient: Tensor,
-    features: Tensor,
-    harmonics: Tensor,
-    x: Tensor,
-    table: Tensor,
-    edge_index: Tensor,
-    columns: Tensor,
-    order: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    convolution, layout = _convolutions[key]
+    key: str, gradient: Tensor, features: Tensor, harmonics: Tensor, x: Tensor, table: Tensor,
+    edge_index: Tensor, rows: Tensor, columns: Tensor, order: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    convolution, kernel, layout = _convolutions[key]
     features, harmonics, x, gradient = features.contiguous(), harmonics.contiguous(), x.contiguous(), gradient.contiguous()
     results = torch.empty_like(features), torch.empty_like(harmonics), torch.empty_like(x)
-    cpu.library(convolution, convolution.key, features.dtype).backward(
+    kernel.backward(
         features.shape[0], convolution.width_in, convolution.width_out, table.shape[1] - 1, torch.get_num_threads(),
         *cpu.pointers(layout, features, harmonics, x, table, edge_index[1], columns, order, gradient, *results),
     )  # fmt: skip
     return results
 
 
+def _degrees(y: Tensor) -> int:
+    return round((y.shape[1] + 1) ** 0.5) - 1
+
+
+def _attend(heads: int, *tensors: Tensor) -> tuple[Tensor, Tensor]:
+    *values, edge_index, rows, _, _ = tensors
+    q, k, g, v, x, sl, f, y = (t.contiguous() for t in values)
+    n, c = q.shape
+    h, out = q.new_empty(n, c), q.new_empty(n, y.shape[1], c)
+    cpu.attention_library(_degrees(y), q.dtype).attend(
+        n, c, f.shape[1] // c, heads, torch.get_num_threads(), *cpu.pointers(q, k, g, v, x, sl, f, y, edge_index, rows, h, out)
+    )
+    return h, out
+
+
+def _attend_backward(heads: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+    *values, edge_index, rows, columns, order = tensors
+    dh, dout, q, k, g, v, x, sl, f, y = (t.contiguous() for t in values)
+    n, c = q.shape
+    results = tuple(torch.empty_like(t) for t in (q, k, g, v, x, sl, f, y))
+    scratch = q.new_empty(edge_index.shape[1], heads)
+    cpu.attention_library(_degrees(y), q.dtype).attend_backward(
+        n, c, f.shape[1] // c, heads, torch.get_num_threads(),
+        *cpu.pointers(q, k, g, v, x, sl, f, y, edge_index, edge_index[1], rows, columns, order, dh, dout, *results, scratch),
+    )  # fmt: skip
+    return results
+
+
+def _perpendicular(*tensors: Tensor) -> Tensor:
+    *values, edge_index, rows, _, _ = tensors
+    q, p, y = (t.contiguous() for t in values)
+    omega = q.new_empty(edge_index.shape[1], q.shape[2])
+    cpu.attention_library(_degrees(y), q.dtype).perpendicular(
+        q.shape[0], q.shape[2], torch.get_num_threads(), *cpu.pointers(q, p, y, edge_index, rows, omega)
+    )
+    return omega
+
+
+def _perpendicular_backward(*tensors: Tensor) -> tuple[Tensor, ...]:
+    *values, edge_index, rows, columns, order = tensors
+    gradient, q, p, y = (t.contiguous() for t in values)
+    results = tuple(torch.empty_like(t) for t in (q, p, y))
+    cpu.attention_library(_degrees(y), q.dtype).perpendicular_backward(
+        q.shape[0], q.shape[2], torch.get_num_threads(),
+        *cpu.pointers(q, p, y, edge_index, edge_index[1], rows, columns, order, gradient, *results),
+    )  # fmt: skip
+    return results
+
+
 def _map_by_species(x: Tensor, species: Tensor, maps: Tensor) -> Tensor:
-    out = x.new_zeros(x.shape[0], x.shape[1], maps.shape[2])
     present = torch.bincount(species, minlength=maps.shape[0]).nonzero()[:, 0].tolist()
     if len(present) == 1:
         return x @ maps[present[0]]
+    out = x.new_zeros(x.shape[0], x.shape[1], maps.shape[2])
     for element in present:
         rows = (species == element).nonzero()[:, 0]
         out.index_copy_(0, rows, x.index_select(0, rows) @ maps[element])
     return out
 
 
-for _name, _function in {"sort_edges": _sort_edges, "convolve": _convolve, "convolve_backward": _convolve_backward}.items():
-    _library.impl(_name, _function, "CPU")
+_library.impl("sort_edges", _sort_edges, "CPU")
+_library.impl("convolve", _convolve, "CPU")
+_library.impl("convolve_backward", _convolve_backward, "CPU")
+_library.impl("attend", _attend, "CPU")
+_library.impl("attend_backward", _attend_backward, "CPU")
+_library.impl("perpendicular", _perpendicular, "CPU")
+_library.impl("perpendicular_backward", _perpendicular_backward, "CPU")
 _library.impl("map_by_species", _map_by_species, "CompositeExplicitAutograd")
 
 
-def _fake_sort(key: str, edge_index: Tensor, nodes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+# --- shapes, for compilers -------------------------------------------------------------------------------------------
+
+
+def _fake_sort(edge_index: Tensor, nodes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     n = nodes.shape[0]
     return edge_index.new_empty(n + 1), edge_index.new_empty(n + 1), edge_index.new_empty(edge_index.shape[1])
 
@@ -115,33 +170,62 @@ def _fake_convolve(key: str, features: Tensor, *others: Tensor) -> Tensor:
     return features.new_empty(features.shape[0], _convolutions[key][0].width_out)
 
 
-def _fake_backward(key: str, gradient: Tensor, features: Tensor, harmonics: Tensor, x: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
+def _fake_convolve_backward(
+    key: str, gradient: Tensor, features: Tensor, harmonics: Tensor, x: Tensor, *others: Tensor
+) -> tuple[Tensor, ...]:
     return torch.empty_like(features), torch.empty_like(harmonics), torch.empty_like(x)
 
 
-def _save_convolve(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.key = inputs[0]
-    ctx.save_for_backward(*inputs[1:])
+def _fake_attend(heads: int, q: Tensor, *others: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(q), q.new_empty(q.shape[0], others[6].shape[1], q.shape[1])
 
 
-def _convolve_gradient(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
-    features, harmonics, x, table, edge_index, _, columns, order = ctx.saved_tensors
-    found = torch.ops.gossamer.convolve_backward(ctx.key, gradient, features, harmonics, x, table, edge_index, columns, order)
-    return None, *found, None, None, None, None, None
-
-
-def _save_map(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(inputs[1], inputs[2])
-
-
-def _map_gradient(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
-    species, maps = ctx.saved_tensors
-    return torch.ops.gossamer.map_by_species(gradient.contiguous(), species, maps.transpose(1, 2)), None, None
+def _alike(*tensors: Tensor) -> tuple[Tensor, ...]:
+    return tuple(torch.empty_like(t) for t in tensors)
 
 
 torch.library.register_fake("gossamer::sort_edges", _fake_sort)
 torch.library.register_fake("gossamer::convolve", _fake_convolve)
-torch.library.register_fake("gossamer::convolve_backward", _fake_backward)
+torch.library.register_fake("gossamer::convolve_backward", _fake_convolve_backward)
+torch.library.register_fake("gossamer::attend", _fake_attend)
+torch.library.register_fake("gossamer::attend_backward", lambda heads, *t: _alike(*t[2:10]))
+torch.library.register_fake("gossamer::perpendicular", lambda q, p, y, edge_index, *o: q.new_empty(edge_index.shape[1], q.shape[2]))
+torch.library.register_fake("gossamer::perpendicular_backward", lambda gradient, q, p, y, *o: _alike(q, p, y))
 torch.library.register_fake("gossamer::map_by_species", lambda x, species, maps: x.new_empty(x.shape[0], x.shape[1], maps.shape[2]))
-torch.library.register_autograd("gossamer::convolve", _convolve_gradient, setup_context=_save_convolve)
-torch.library.register_autograd("gossamer::map_by_species", _map_gradient, setup_context=_save_map)
+
+
+# --- derivatives -----------------------------------------------------------------------------------------------------
+
+
+def _save_after_first(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    ctx.first = inputs[0]
+    ctx.save_for_backward(*inputs[1:])
+
+
+def _save_all(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _convolve_gradient(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
+    found = torch.ops.gossamer.convolve_backward(ctx.first, gradient, *ctx.saved_tensors)
+    return None, *found, None, None, None, None, None
+
+
+def _attend_gradient(ctx: Any, dh: Tensor, dout: Tensor) -> tuple[Any, ...]:
+    found = torch.ops.gossamer.attend_backward(ctx.first, dh, dout, *ctx.saved_tensors)
+    return None, *found, None, None, None, None
+
+
+def _perpendicular_gradient(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
+    return *torch.ops.gossamer.perpendicular_backward(gradient, *ctx.saved_tensors), None, None, None, None
+
+
+def _map_gradient(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
+    _, species, maps = ctx.saved_tensors
+    return torch.ops.gossamer.map_by_species(gradient.contiguous(), species, maps.transpose(1, 2)), None, None
+
+
+torch.library.register_autograd("gossamer::convolve", _convolve_gradient, setup_context=_save_after_first)
+torch.library.register_autograd("gossamer::attend", _attend_gradient, setup_context=_save_after_first)
+torch.library.register_autograd("gossamer::perpendicular", _perpendicular_gradient, setup_context=_save_all)
+torch.library.register_autograd("gossamer::map_by_species", _map_gradient, setup_context=_save_all)

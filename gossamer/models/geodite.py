@@ -27,6 +27,8 @@ from torch import Tensor, nn
 from torch.nn.functional import linear as apply_linear
 from torch.nn.functional import silu, softplus
 
+from gossamer.kernels import cpu
+from gossamer.kernels.layer import SortedEdges, sort_edges
 from gossamer.models.base import DataFacts, ModelOutput
 from gossamer.nn.layers import Table, divide, join, linear, sum_by_index
 from gossamer.nn.radial import polynomial_envelope
@@ -189,18 +191,33 @@ class Layer(nn.Module):
         harmonics: Float[Tensor, "E S"],
         along: Float[Tensor, "E L S"],
         edge_index: Int[Tensor, "2 E"],
+        edges: SortedEdges | None = None,
     ) -> tuple[Tensor, Tensor | None, Tensor]:
-        """The streams after this layer; X is None before the first layer, where it is zero. ``along``: each degree in a row."""
+        """The streams after this layer; X is None before the first layer, where it is zero. ``along``: each degree in a row.
+
+        With sorted ``edges``, messages and alignments are done by kernels.
+        """
         h, x = self.normalize(h, x)
-        # one product with everything that reads t, one with everything that reads h
-        from_t = [self.W_re, self.W_rs] if self.last else [self.W_re, self.W_rs, self.W_t1]
         c = h.shape[1]
-        widths = [c, 3 * c] if self.last else [c, 3 * c, c]
-        logits, filters, *gate = divide(apply_linear(t, join([w.weight for w in from_t], 0)), widths, 1)
-        h, x = self.message(h, x, logits, filters, basis, harmonics, edge_index)
+        filters = self.W_rs.weight if x is not None else self.W_rs.weight[: 2 * c]  # without steerables nobody reads the third part
+        if edges is not None:
+            h, x = self.message_with_kernel(h, x, silu(self.W_re(t)), apply_linear(t, filters), basis, harmonics, edges)
+            gate = [] if self.last else [self.W_t1(t)]
+        else:
+            # one product with everything that reads t
+            from_t = [self.W_re.weight, filters] if self.last else [self.W_re.weight, filters, self.W_t1.weight]
+            logits, f, *gate = divide(apply_linear(t, join(from_t, 0)), [w.shape[0] for w in from_t], 1)
+            h, x = self.message(h, x, logits, f, basis, harmonics, edge_index)
         if not self.last:
-            t = t + silu(self.W_t2(silu(gate[0]))) * self.W_ed(self.LN_omega(self.alignment(x, along, edge_index)))
+            omega = self.alignment(x, along, edge_index) if edges is None else self.alignment_with_kernel(x, harmonics, edges)
+            t = t + silu(self.W_t2(silu(gate[0]))) * self.W_ed(self.LN_omega(omega))
         return *self.couple(h, x), t
+
+    def from_nodes(self, h: Tensor, parts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Queries and keys (N, C), filtered scalars and values (N, parts C); one product with everything that reads h."""
+        c = h.shape[1]
+        q, k, s, v = divide(apply_linear(h, join([w.weight for w in (self.W_q, self.W_k, self.W_s1, self.W_v1)], 0)), [c] * 4, 1)
+        return q, k, apply_linear(silu(s), self.W_s2.weight[: parts * c]), apply_linear(silu(v), self.W_v2.weight[: parts * c])
 
     def message(
         self, h: Tensor, x: Tensor | None, logits: Tensor, filters: Tensor, basis: Tensor, harmonics: Tensor, edge_index: Tensor
@@ -208,18 +225,13 @@ class Layer(nn.Module):
         """Attention and filtered scalars of the neighbours, split into parts for h, for Y and for X; summed over neighbours."""
         sender, receiver = edge_index
         n, c = h.shape
-        parts = 2 if x is None else 3  # without steerables nobody reads the third part
-        from_h = join([w.weight for w in (self.W_q, self.W_k, self.W_s1, self.W_v1)], 0)
-        q, k, s, v = divide(apply_linear(h, from_h), [c] * 4, 1)
-        g = apply_linear(silu(s), self.W_s2.weight[: parts * c])
-        v = apply_linear(silu(v), self.W_v2.weight[: parts * c])
+        parts = 2 if x is None else 3
+        q, k, g, v = self.from_nodes(h, parts)
         aligned = q.index_select(0, receiver) * k.index_select(0, sender) * silu(logits)
         alpha = silu(aligned.reshape(-1, self.num_heads, c // self.num_heads).sum(dim=2)) / math.sqrt(c)  # (E, heads)
         if self.training and self.dropout > 0:
             alpha = nn.functional.dropout(alpha, self.dropout)
         share = alpha @ self.tiles()[:, : parts * c]
-        if parts == 2:
-            filters, _ = divide(filters, [2 * c, c], 1)
         g, v = divide(join([g, v], 1).index_select(0, sender), [parts * c] * 2, 1)
         m_s, m_d, *m_x = divide(torch.addcmul(filters * g, share, v), [c] * parts, 1)
         vectors = m_d[:, None] * harmonics[:, :, None]  # (E, S, C)
@@ -229,6 +241,22 @@ class Layer(nn.Module):
         h = h + sum_by_index(m_s, receiver, n) * dilution
         sums = sum_by_index(vectors, receiver, n) * dilution[:, None]
         return h, sums if x is None else x + sums
+
+    def message_with_kernel(
+        self, h: Tensor, x: Tensor | None, gates: Tensor, filters: Tensor, basis: Tensor, harmonics: Tensor, edges: SortedEdges
+    ) -> tuple[Tensor, Tensor]:
+        """The same by a kernel, without dropout; ``gates``: SiLU of the logits."""
+        receiver, n = edges.edge_index[1], h.shape[0]
+        parts = self.from_nodes(h, 2 if x is None else 3)
+        steerables = h.new_zeros(0, harmonics.shape[1], h.shape[1]) if x is None else x
+        sum_h, sums = torch.ops.gossamer.attend(self.num_heads, *parts, steerables, gates, filters, harmonics, *edges)
+        dilution = self.density(basis, receiver, n)
+        sums = sums * dilution[:, None]
+        return h + sum_h * dilution, sums if x is None else x + sums
+
+    def alignment_with_kernel(self, x: Float[Tensor, "N S C"], harmonics: Float[Tensor, "E S"], edges: SortedEdges) -> Float[Tensor, "E C"]:
+        keys = join([W(part) for W, part in zip(self.W_vk, self.degrees(x), strict=True)], 1)
+        return torch.ops.gossamer.perpendicular(self.W_vq(x), keys, harmonics, *edges)
 
     def alignment(self, x: Float[Tensor, "N S C"], along: Float[Tensor, "E L S"], edge_index: Tensor) -> Float[Tensor, "E C"]:
         """ω = Σ_l [ Q_i·P_j - (Q_i·Y)(P_j·Y) ], the inner products of the parts perpendicular to Y_l."""
@@ -302,6 +330,13 @@ class Geodite(nn.Module):
         self.repulsion = Repulsion(facts.atomic_numbers) if config.variant == "published" else None
         self.own_repulsion = self.repulsion is not None
         """whether the potential must not add a repulsion of its own"""
+        self.kernels = False
+
+    def add_kernels(self) -> None:
+        """From now on pass messages by kernels: for inference."""
+        cpu.sorting()
+        cpu.attention_library(self.config.l_max, self.W_erp.weight.dtype)
+        self.kernels = True
 
     def embed(
         self, species: Tensor, edge_index: Tensor, edge_vectors: Tensor, lengths: Tensor
@@ -314,8 +349,9 @@ class Geodite(nn.Module):
         h, x = self.node_start(species, basis, edge_index), None
         t = (h.index_select(0, receiver) + h.index_select(0, sender)) * self.W_erp(basis)
         states = []
+        edges = sort_edges(edge_index, h) if self.kernels else None
         for layer in self.layers:
-            h, x, t = layer(h, x, t, basis, harmonics, along, edge_index)
+            h, x, t = layer(h, x, t, basis, harmonics, along, edge_index, edges)
             states.append(h)
         assert x is not None
         return states, x

@@ -20,7 +20,7 @@ from jaxtyping import Float, Int
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from gossamer.kernels.layer import KernelLayer, SortedEdges
+from gossamer.kernels.layer import KernelEdges, KernelLayer, sort_edges
 from gossamer.kernels.product import vector_convolution
 from gossamer.models.base import DataFacts, ModelOutput
 from gossamer.nn.layers import ScaledSiLU, divide, join, linear, mean_by_index, smooth_length, sum_by_index
@@ -100,7 +100,7 @@ class Message(nn.Module):
     def add(self, x: Tensor, v: Tensor | None, sum_x: Tensor, sum_v: Tensor) -> tuple[Tensor, Tensor]:
         return (x + sum_x) * (1 / math.sqrt(2)), sum_v if v is None else v + sum_v
 
-    def with_kernel(self, x: Float[Tensor, "N H"], v: Float[Tensor, "N 3 H"] | None, edges: SortedEdges) -> tuple[Tensor, Tensor]:
+    def with_kernel(self, x: Float[Tensor, "N H"], v: Float[Tensor, "N 3 H"] | None, edges: KernelEdges) -> tuple[Tensor, Tensor]:
         """The same by a kernel; its radial functions hold all factors."""
         assert self.kernel is not None
         h = x.shape[1]
@@ -230,7 +230,7 @@ class LEIGNN(nn.Module):
         x = self.embedding(species)
         kernel = self.layers[0].message.kernel
         if kernel is not None:
-            edges = kernel.sort(edge_index, x, join([torch.ones_like(unit[:, :1]), unit], 1), distance)
+            edges = KernelEdges(sort_edges(edge_index, x), join([torch.ones_like(unit[:, :1]), unit], 1), distance)
         else:
             basis, envelope = self.radial(distance)
         v: Tensor | None = None

@@ -23,7 +23,7 @@ from jaxtyping import Float, Int
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from gossamer.kernels.layer import KernelLayer, SortedEdges
+from gossamer.kernels.layer import KernelEdges, KernelLayer, sort_edges
 from gossamer.models.base import DataFacts, ModelOutput
 from gossamer.nn.layers import Table, divide, join, sum_by_index
 from gossamer.nn.radial import polynomial_envelope
@@ -288,13 +288,13 @@ class Interaction(nn.Module):
         basis: Float[Tensor, "E B"] | None,
         coupling: Coupling,
         matrices: Sequence[Tensor],
-        edges: Int[Tensor, "2 E"] | SortedEdges,
+        edges: Int[Tensor, "2 E"] | KernelEdges,
     ) -> Tensor:
         if self.norm is not None:
             x = self.norm(x)
         parts = blocks(x, self.irreps_in)
         mixed = join([linear(part).flatten(1) for linear, part in zip(self.linear_in, parts, strict=True)], 1) * self.scale
-        if isinstance(edges, SortedEdges):
+        if isinstance(edges, KernelEdges):
             sums = blocks(self.kernel(mixed, edges), coupling.irreps_out)
         else:
             sender, receiver = edges
@@ -466,9 +466,9 @@ class NequIP(nn.Module):
         kernel = self.layers[0].kernel
         basis: Tensor | None = None
         matrices: list[list[Tensor]] = [[] for _ in self.couplings]
-        edges: Tensor | SortedEdges = edge_index
+        edges: Tensor | KernelEdges = edge_index
         if kernel is not None:
-            edges = kernel.sort(edge_index, x, harmonics, distance)
+            edges = KernelEdges(sort_edges(edge_index, x), harmonics, distance)
         else:
             basis, matrices = self.radial_basis(distance), [coupling.matrices(harmonics) for coupling in self.couplings]
         for layer, which in zip(self.layers, self.coupling_of, strict=True):

@@ -18,7 +18,7 @@ from jaxtyping import Float, Int
 from pydantic import Field
 from torch import Tensor, nn
 
-from gossamer.kernels.layer import KernelLayer, SortedEdges
+from gossamer.kernels.layer import KernelEdges, KernelLayer, sort_edges
 from gossamer.kernels.product import vector_convolution
 from gossamer.models.base import DataFacts, ModelOutput
 from gossamer.nn.layers import divide, join, linear, smooth_length, sum_by_index
@@ -77,7 +77,7 @@ class Layer(nn.Module):
         sums = sum_by_index(vectors, receiver, q.shape[0]) * self.scale
         return self.update(q + sum_by_index(dq, receiver, q.shape[0]) * self.scale, sums if mu is None else mu + sums)
 
-    def with_kernel(self, q: Tensor, mu: Tensor | None, edges: SortedEdges) -> tuple[Tensor, Tensor]:
+    def with_kernel(self, q: Tensor, mu: Tensor | None, edges: KernelEdges) -> tuple[Tensor, Tensor]:
         """The same by a kernel; its radial functions hold all factors."""
         assert self.kernel is not None
         h = q.shape[1]
@@ -174,7 +174,7 @@ class PaiNN(nn.Module):
         q, mu = self.embedding(species), None
         kernel = self.layers[0].kernel
         if kernel is not None:
-            edges = kernel.sort(edge_index, q, join([torch.ones_like(unit[:, :1]), unit], 1), x)
+            edges = KernelEdges(sort_edges(edge_index, q), join([torch.ones_like(unit[:, :1]), unit], 1), x)
         else:
             basis, envelope = self.radial(x)
         for layer in self.layers:

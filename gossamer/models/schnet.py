@@ -18,7 +18,7 @@ from jaxtyping import Float, Int
 from pydantic import Field
 from torch import Tensor, nn
 
-from gossamer.kernels.layer import KernelLayer, SortedEdges
+from gossamer.kernels.layer import KernelEdges, KernelLayer, sort_edges
 from gossamer.kernels.product import scalar_convolution
 from gossamer.models.base import DataFacts, ModelOutput
 from gossamer.nn.layers import linear, sum_by_index
@@ -72,7 +72,7 @@ class Layer(nn.Module):
         messages = self.to_filters(x).index_select(0, sender) * (self.filters(basis) * envelope[:, None])
         return x + self.out(sum_by_index(messages, receiver, x.shape[0]) * self.scale)
 
-    def with_kernel(self, x: Float[Tensor, "N H"], edges: SortedEdges) -> Float[Tensor, "N H"]:
+    def with_kernel(self, x: Float[Tensor, "N H"], edges: KernelEdges) -> Float[Tensor, "N H"]:
         """The same by a kernel; its radial functions hold all factors."""
         assert self.kernel is not None
         return x + self.out(self.kernel(self.to_filters(x), edges))
@@ -135,7 +135,7 @@ class SchNet(nn.Module):
         h = self.embedding(species)
         kernel = self.layers[0].kernel
         if kernel is not None:
-            edges = kernel.sort(edge_index, h, torch.ones_like(x[:, None]), x)
+            edges = KernelEdges(sort_edges(edge_index, h), torch.ones_like(x[:, None]), x)
         else:
             basis, envelope = self.radial(x)
         for layer in self.layers:

@@ -1,0 +1,36 @@
+// Vectors along channels; included after T.
+#include <cstdint>
+#include <cstring>
+#include <cmath>
+#include <vector>
+#include <algorithm>
+
+#define CHUNK (64 / (int)sizeof(T))  // channels in a chunk of the table
+#if defined(__AVX512F__)
+#define LANES (64 / (int)sizeof(T))
+#elif defined(__AVX__)
+#define LANES (32 / (int)sizeof(T))
+#else
+#define LANES (16 / (int)sizeof(T))
+#endif
+
+template <int N> struct Vector { typedef T type __attribute__((vector_size(N * sizeof(T)))); };
+template <> struct Vector<1> { typedef T type; };
+template <int N> using vec = typename Vector<N>::type;
+template <int N> static inline vec<N> load(const T *p) { vec<N> v; std::memcpy(&v, p, sizeof v); return v; }
+template <int N> static inline void store(T *p, vec<N> v) { std::memcpy(p, &v, sizeof v); }
+template <int N> static inline void add(T *p, vec<N> v) { store<N>(p, load<N>(p) + v); }
+
+
+extern "C" {
+// rows: first edge of each receiver (edges are sorted by it); order: edges sorted by sender; columns: first of each sender there
+void sort_edges(int64_t atoms, int64_t edges, const int64_t *index, int64_t *rows, int64_t *columns, int64_t *order) {
+  const int64_t *sender = index, *receiver = index + edges;
+  std::fill(rows, rows + atoms + 1, 0);
+  std::fill(columns, columns + atoms + 1, 0);
+  for (int64_t e = 0; e < edges; e++) { rows[receiver[e] + 1]++; columns[sender[e] + 1]++; }
+  for (int64_t i = 0; i < atoms; i++) { rows[i + 1] += rows[i]; columns[i + 1] += columns[i]; }
+  std::vector<int64_t> next(columns, columns + atoms);
+  for (int64_t e = 0; e < edges; e++) order[next[sender[e]]++] = e;
+}
+}
