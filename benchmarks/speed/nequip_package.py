@@ -30,7 +30,7 @@ OWN = {"l2": {"num_layers": 4, "l_max": 2, "num_features": 32, "parity": True}}
 """settings besides the presets: the size of the 2022 paper, with features of both parities"""
 
 
-def theirs(preset: str, compiled: bool):
+def theirs(preset: str, compiled: bool, build=None):
     import torch
 
     torch.set_num_threads(1)
@@ -44,7 +44,7 @@ def theirs(preset: str, compiled: bool):
     from nequip.model.nequip_models import _NEQUIP_GNN_PRESETS, _NEQUIP_GNN_STANDARD_PRESET
     from structures import structure
 
-    model = NequIPGNNModel(
+    model = (build or NequIPGNNModel)(
         seed=1, model_dtype="float32", type_names=ELEMENTS, r_max=CUTOFF, avg_num_neighbors=NEIGHBORS, per_type_energy_scales=1.0,
         per_type_energy_shifts=dict.fromkeys(ELEMENTS, 0.0), compile_mode="eager", **{**_NEQUIP_GNN_STANDARD_PRESET, **(OWN[preset] if preset in OWN else _NEQUIP_GNN_PRESETS[preset])},
     ).eval()  # fmt: skip
