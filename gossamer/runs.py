@@ -21,6 +21,7 @@ from gossamer.data.readers import LabelConfig
 from gossamer.data.statistics import compute_statistics
 from gossamer.data.structure import Structure
 from gossamer.evaluation import Evaluation, evaluate_potential
+from gossamer.fast import verified_kernels
 from gossamer.files import atomic_path, write_json
 from gossamer.models import MODELS
 from gossamer.potential import DTYPES, Potential, load, read_manifest, save
@@ -369,7 +370,7 @@ def evaluate(
     """
     potential = model if isinstance(model, Potential) else load(model, device)
     structures = open_dataset(data, labels) if isinstance(data, str | Path) else data
-    evaluation = evaluate_potential(potential, structures)
+    evaluation = evaluate_potential(verified_kernels(potential, potential.collate([structures[0]])) or potential, structures)
     if out is not None:
         folder = Path(out)
         folder.mkdir(parents=True, exist_ok=True)

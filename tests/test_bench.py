@@ -1,0 +1,90 @@
+"""gossamer bench: what it measures is there, larger is later, and one candidate's failure is its own."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import ase.io
+import pytest
+import torch
+from ase.build import bulk, molecule
+from conftest import make_potential
+
+from gossamer.bench import bench, ceilings, floor, table
+from gossamer.cli import main
+from gossamer.kernels.product import scalar_convolution, vector_convolution
+from gossamer.potential import save
+from gossamer.simulation.calculator import Calculator
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    save(make_potential(["Cu"], dtype=torch.float32), tmp_path / "cu.safetensors")
+    return tmp_path / "cu.safetensors"
+
+
+def test_bench_of_a_potential_and_a_calculator(saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["bench", str(saved), "--calculator", "ase.calculators.emt:EMT", "--sizes", "30", "60", "120", "--threads", "1",
+                 "--seconds", "5", "--out", str(tmp_path / "out"), "--mode", "plain"]  # fmt: skip
+    assert main(arguments) == 0
+    printed = capsys.readouterr().out
+    ours, emt = json.loads((tmp_path / "out" / "bench.json").read_text())
+    assert [r["atoms"] for r in ours["rows"]] == [r["atoms"] for r in emt["rows"]]
+    assert ours["system"] == emt["system"] == "Cu"
+    assert ours["mode"] == "plain"
+    for row in ours["rows"]:
+        assert row["us_per_atom"] == pytest.approx(1000 * row["ms"] / row["atoms"])
+        assert row["times_floor"] > 1
+        assert row["network_ms"] < 1.5 * row["ms"]
+        assert row["memory_MB"] > 50
+    assert ours["rows"][2]["edges"] > 3 * ours["rows"][0]["edges"]
+    assert "the largest size asked for" in ours["stopped"]
+    assert "ms/step" in printed
+    assert "EMT" in (tmp_path / "out" / "bench.md").read_text()
+    assert (tmp_path / "out" / "bench.png").stat().st_size > 10_000
+
+
+def test_a_candidate_that_fails_stands_alone(saved: Path, tmp_path: Path) -> None:
+    structure = tmp_path / "gold.extxyz"
+    ase.io.write(structure, bulk("Au", cubic=True))
+    options = {"structure": structure, "sizes": (10,), "seconds": 2.0, "threads": 1, "out": tmp_path / "out"}
+    ours, emt = bench([f"small={saved}"], ["ase.calculators.emt:EMT"], **options)
+    assert ours["rows"] == []
+    assert "Au (79) not among the potential's elements" in ours["stopped"]
+    assert len(emt["rows"]) == 1
+    assert main(["bench", str(saved), "--structure", str(structure), "--sizes", "10", "--out", str(tmp_path / "out")]) == 1
+    water = tmp_path / "water.extxyz"
+    ase.io.write(water, molecule("H2O"))
+    (emt,) = bench([], ["ase.calculators.emt:EMT"], **{**options, "structure": water, "sizes": (10, 100)})
+    assert emt["stopped"] == "one molecule"
+    assert len(table([emt]).splitlines()) == 3
+
+
+def test_wrong_use(saved: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="nothing to time"):
+        bench()
+    with pytest.raises(ValueError, match="one name"):
+        bench([f"a={saved}", f"a={saved}"])
+    with pytest.raises(FileNotFoundError, match="no potential 'missing"):
+        bench(["missing.safetensors"])
+    with pytest.raises(ValueError, match="must be positive"):
+        bench([saved], sizes=(0,))
+    with pytest.raises(ValueError, match="is not a calculator"):
+        bench([], ["nonsense"])
+
+
+def test_floor_counts_what_must_be_done() -> None:
+    """Arithmetic grows with pairs, and doubling the machine's rates halves the floor."""
+    potential = make_potential(["Si"], dtype=torch.float32)
+    calculator = Calculator(potential, compiled=False)
+    rates = ceilings(potential)
+    assert rates["macs"] > 1e8
+    assert rates["bytes"] > 1e8
+    small, large = (floor(calculator, calculator._graph(bulk("Si", cubic=True).repeat(n)), rates) for n in (1, 2))
+    assert large["multiply_adds"] == pytest.approx(8 * small["multiply_adds"], rel=0.02)
+    twice = floor(calculator, calculator._graph(bulk("Si", cubic=True)), {k: 2 * v for k, v in rates.items()})
+    assert twice["floor_ms"] == pytest.approx(small["floor_ms"] / 2)
+    # one product of scalars: spline 6, coefficient 1, sum 1; backward: spline and slope 12, 1 + 1, 1 harmonic and its 2 sums, slope 1
+    assert scalar_convolution(1).operations == (6 + 1 + 1) + (12 + 1 + 1 + 1 + 2 + 1)
+    assert vector_convolution(10, True).operations == 10 * vector_convolution(1, True).operations
