@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from gossamer.kernels import cpu, ops
+from gossamer.kernels import cpu, gpu, ops
 from gossamer.kernels.product import Convolution
 from gossamer.kernels.table import tabulate
 
@@ -48,12 +48,12 @@ class KernelLayer(nn.Module):
 
     table: Tensor
 
-    def __init__(self, convolution: Convolution, radial: Callable[[Tensor], Tensor], dtype: torch.dtype) -> None:
+    def __init__(self, convolution: Convolution, radial: Callable[[Tensor], Tensor], like: Tensor) -> None:
         """
         Args:
             convolution: The products.
-            radial: Their radial functions of x = distance over cutoff, (n,) -> (n, channels of all products), float64.
-            dtype: Precision of the network.
+            radial: Their radial functions of x = distance over cutoff, (n,) -> (n, channels of all products), float64 on the CPU.
+            like: A weight of the network, for its precision and device.
 
         Raises:
             Missing: no kernel can be built on this machine.
@@ -61,9 +61,10 @@ class KernelLayer(nn.Module):
         """
         super().__init__()
         self.convolution = convolution
-        self.key = ops.register(convolution, dtype)
+        self.key = ops.register(convolution, like.dtype, like.device.type)
+        lanes = gpu.LANES if like.device.type == "cuda" else cpu.LANES[like.dtype]
         with torch.no_grad():
-            packed = convolution.pack(tabulate(radial, dtype), cpu.LANES[dtype]).to(dtype)
+            packed = convolution.pack(tabulate(radial, like.dtype), lanes).to(like)
         self.register_buffer("table", packed, persistent=False)
 
     def forward(self, features: Float[Tensor, "N width_in"], edges: KernelEdges) -> Float[Tensor, "N width_out"]:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gossamer.kernels import cpu
+from gossamer.kernels import cpu, gpu
 from gossamer.kernels.product import Convolution
 
 _library = torch.library.Library("gossamer", "FRAGMENT")
@@ -25,20 +25,24 @@ for _schema in (
 ):
     _library.define(_schema)
 
-_convolutions: dict[str, tuple[Convolution, Any, Tensor]] = {}
-"""by key: the products, the built kernel, and where everything lies"""
+_convolutions: dict[str, tuple[Convolution, Any, Any]] = {}
+"""by key: the products, the built kernel, and where everything lies (on GPUs that is part of the kernel)"""
 
 
-def register(convolution: Convolution, dtype: torch.dtype) -> str:
+def register(convolution: Convolution, dtype: torch.dtype, device: str = "cpu") -> str:
     """Build the kernel of a layer, and return the key by which operators know it.
 
     Raises:
         Missing: it cannot be built on this machine.
     """
-    cpu.sorting()
     channels = "-".join(str(m) for _, m in (*convolution.blocks_in, *convolution.blocks_out))
-    key = f"{convolution.key}-{channels}-{cpu.REAL[dtype]}"
-    if key not in _convolutions:
+    key = f"{convolution.key}-{channels}-{cpu.REAL[dtype]}-{device}"
+    if key in _convolutions:
+        return key
+    if device == "cuda":
+        _convolutions[key] = convolution, gpu.module(gpu.generate(convolution)), None
+    else:
+        cpu.sorting()
         _convolutions[key] = convolution, cpu.convolution_library(convolution, dtype), torch.tensor(convolution.layout(cpu.LANES[dtype]))
     return key
 
@@ -156,6 +160,35 @@ _library.impl("attend_backward", _attend_backward, "CPU")
 _library.impl("perpendicular", _perpendicular, "CPU")
 _library.impl("perpendicular_backward", _perpendicular_backward, "CPU")
 _library.impl("map_by_species", _map_by_species, "CompositeExplicitAutograd")
+
+
+# --- on a GPU --------------------------------------------------------------------------------------------------------
+
+
+def _convolve_gpu(
+    key: str,
+    features: Tensor,
+    harmonics: Tensor,
+    x: Tensor,
+    table: Tensor,
+    edge_index: Tensor,
+    rows: Tensor,
+    columns: Tensor,
+    order: Tensor,
+) -> Tensor:
+    return gpu.convolve(_convolutions[key][0], features, harmonics, x, table, edge_index, rows)
+
+
+def _convolve_backward_gpu(
+    key: str, gradient: Tensor, features: Tensor, harmonics: Tensor, x: Tensor, table: Tensor,
+    edge_index: Tensor, rows: Tensor, columns: Tensor, order: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    return gpu.convolve_backward(_convolutions[key][0], gradient, features, harmonics, x, table, edge_index, columns, order)
+
+
+_library.impl("sort_edges", gpu.sort_edges, "CUDA")
+_library.impl("convolve", _convolve_gpu, "CUDA")
+_library.impl("convolve_backward", _convolve_backward_gpu, "CUDA")
 
 
 # --- shapes, for compilers -------------------------------------------------------------------------------------------

@@ -333,7 +333,9 @@ class Geodite(nn.Module):
         self.kernels = False
 
     def add_kernels(self) -> None:
-        """From now on pass messages by kernels: for inference."""
+        """From now on pass messages by kernels: for inference on a CPU."""
+        if self.W_erp.weight.device.type != "cpu":
+            raise cpu.Missing("geodite has kernels for CPUs only")
         cpu.sorting()
         cpu.attention_library(self.config.l_max, self.W_erp.weight.dtype)
         self.kernels = True

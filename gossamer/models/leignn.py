@@ -190,7 +190,7 @@ class LEIGNN(nn.Module):
 
     def add_kernels(self) -> None:
         """From now on pass messages by kernels: for inference with these very weights."""
-        exact = copy.deepcopy(self).double()
+        exact = copy.deepcopy(self).cpu().double()
         for k, layer in enumerate(self.layers):
             relay = k > 0 or layer.distribute is not None
 
@@ -198,7 +198,7 @@ class LEIGNN(nn.Module):
                 return exact.layers[k].message.radial_functions(*exact.radial(x), relay)
 
             convolution = vector_convolution(self.config.num_features, relay)
-            layer.message.kernel = KernelLayer(convolution, radial, self.embedding.weight.dtype)
+            layer.message.kernel = KernelLayer(convolution, radial, self.embedding.weight)
 
     def radial(self, x: Float[Tensor, " E"]) -> tuple[Float[Tensor, "E B"], Float[Tensor, " E"]]:
         """Radial functions of distance over cutoff, and the envelope that ends them."""

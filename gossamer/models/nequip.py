@@ -384,17 +384,17 @@ class NequIP(nn.Module):
 
     def add_kernels(self) -> None:
         """From now on pass messages by kernels, and keep the maps of the elements: for inference with these very weights."""
-        exact = copy.deepcopy(self).double()
-        dtype = self.embedding.weight.dtype
+        exact = copy.deepcopy(self).cpu().double()
+        like = self.embedding.weight
         for k, (layer, which) in enumerate(zip(self.layers, self.coupling_of, strict=True)):
 
             def radial(x: Tensor, k: int = k) -> Tensor:
                 return exact.layers[k].radial(exact.radial_basis(x))
 
-            layer.kernel = KernelLayer(self.couplings[which].convolution(), radial, dtype)
+            layer.kernel = KernelLayer(self.couplings[which].convolution(), radial, like)
             for connection, precise in zip(layer.self_connection, exact.layers[k].self_connection, strict=True):
                 if isinstance(connection, SelfConnection):
-                    connection.maps = precise.folded(exact.embedding.weight).detach().to(dtype)
+                    connection.maps = precise.folded(exact.embedding.weight).detach().to(like)
 
     def energy_rows(self) -> dict[str, tuple[int, Tensor]]:
         """Weights of the last layer that also serve the direct forces: (axis, indices along it that serve the energy).

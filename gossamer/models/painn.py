@@ -136,7 +136,7 @@ class PaiNN(nn.Module):
 
     def add_kernels(self) -> None:
         """From now on pass messages by kernels: for inference with these very weights."""
-        exact = copy.deepcopy(self).double()
+        exact = copy.deepcopy(self).cpu().double()
         h = self.config.num_features
         for k, layer in enumerate(self.layers):
 
@@ -144,7 +144,7 @@ class PaiNN(nn.Module):
                 basis, envelope = exact.radial(x)
                 return (exact.layers[k].filters(basis) * envelope[:, None] * exact.layers[k].scale)[:, : 3 * h if k else 2 * h]
 
-            layer.kernel = KernelLayer(vector_convolution(h, k > 0), radial, self.embedding.weight.dtype)
+            layer.kernel = KernelLayer(vector_convolution(h, k > 0), radial, self.embedding.weight)
 
     def radial(self, x: Float[Tensor, " E"]) -> tuple[Float[Tensor, "E B"], Float[Tensor, " E"]]:
         """Radial functions of distance over cutoff, and the envelope that ends them."""

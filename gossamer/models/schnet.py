@@ -101,14 +101,14 @@ class SchNet(nn.Module):
 
     def add_kernels(self) -> None:
         """From now on pass messages by kernels: for inference with these very weights."""
-        exact = copy.deepcopy(self).double()
+        exact = copy.deepcopy(self).cpu().double()
         for k, layer in enumerate(self.layers):
 
             def radial(x: Tensor, k: int = k) -> Tensor:
                 basis, envelope = exact.radial(x)
                 return exact.layers[k].filters(basis) * envelope[:, None] * exact.layers[k].scale
 
-            layer.kernel = KernelLayer(scalar_convolution(self.config.num_features), radial, self.embedding.weight.dtype)
+            layer.kernel = KernelLayer(scalar_convolution(self.config.num_features), radial, self.embedding.weight)
 
     def radial(self, x: Float[Tensor, " E"]) -> tuple[Float[Tensor, "E B"], Float[Tensor, " E"]]:
         """Gaussians of distance over cutoff, and the envelope that ends them."""
