@@ -133,7 +133,9 @@ def schnetpack(kind: str, layers: int) -> tuple[Any, int]:
             out = model(converter(atoms))
             self.results = {"energy": out["energy"].item(), "forces": out["forces"].detach().numpy()}
 
-    return InMemory(), sum(p.numel() for p in model.parameters())
+    calculator = InMemory()
+    calculator.model, calculator.converter = model, converter
+    return calculator, sum(p.numel() for p in model.parameters())
 
 
 def tensornet() -> tuple[Any, int]:
