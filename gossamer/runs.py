@@ -26,7 +26,6 @@ from gossamer.files import atomic_path, write_json
 from gossamer.models import MODELS
 from gossamer.potential import DTYPES, Potential, load, read_manifest, save
 from gossamer.settings import to_dict
-from gossamer.training.compiled import CompiledForward
 from gossamer.training.finetune import Joined, adapt_statistics, choose_replay, choose_weights, merge_adapters, transfer_weights
 from gossamer.training.loop import LABELS, load_state, make_state, run_training, stopped_early, train_step
 from gossamer.training.workers import start_workers
@@ -313,7 +312,7 @@ def time_steps(
         began = clock()
         train_step(state, graph, config.loss, config.training, workers)
         times.append(clock() - began)
-    return times, isinstance(state.forward, CompiledForward) and state.forward.usable
+    return times, state.forward.compiled is not None
 
 
 def _as_config(config: Config | Path | str | Mapping[str, Any], overrides: Sequence[str]) -> Config:

@@ -15,6 +15,7 @@ import torch
 from ase import Atoms
 from ase.build import bulk, molecule
 from conftest import DIRECT, GLOBAL, MODELS, SMOOTH, make_potential
+from test_training import settings, weights
 
 from gossamer import fast
 from gossamer.checks.conservation import force_gradient_error, nve_conservation, stress_gradient_error
@@ -24,10 +25,11 @@ from gossamer.data.readers import LabelConfig, from_atoms
 from gossamer.fast import add_kernels, compare, has_kernels, verified_kernels
 from gossamer.kernels import cpu, ops
 from gossamer.kernels.cpu import Missing
-from gossamer.kernels.layer import sort_edges
+from gossamer.kernels.layer import EdgeKernel, sort_edges
 from gossamer.kernels.product import Convolution, Product, scalar_convolution, vector_convolution
 from gossamer.kernels.table import TOLERANCE, derivatives, interpolate, tabulate
 from gossamer.nn.tensor_product import Coupling, Irrep
+from gossamer.runs import train
 from gossamer.simulation.calculator import Calculator
 from gossamer.simulation.md import md
 
@@ -362,3 +364,48 @@ def test_logging_is_quiet(ethanol: Atoms, caplog: pytest.LogCaptureFixture) -> N
     ethanol.calc = Calculator(make_potential(ELEMENTS, **MODELS["schnet"]))
     ethanol.get_forces()
     assert not [r for r in caplog.records if r.name.startswith("gossamer")]
+
+
+# --- training --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["odd channels", "first layer", "scalars", "l 2", "many rows"])
+def test_edge_kernel_has_right_second_derivatives(name: str) -> None:
+    convolution = CONVOLUTIONS[name]()
+    key = ops.register(convolution, torch.float64, edge_weights=True)
+    features, harmonics, _, _, edge_index = inputs_of(convolution, torch.float64, n=7, edges=210)
+    weights = torch.randn(210, sum(convolution.channels), dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    edges = sort_edges(edge_index, features)
+    found = []
+    for function in (
+        lambda f, y, w: torch.ops.gossamer.weigh(key, f, y, w, *edges),
+        lambda f, y, w: convolution.plain_weighted(f, y, w, edge_index),
+    ):
+        variables = [t.clone().requires_grad_() for t in (features, harmonics, weights)]
+        out = function(*variables)
+        slopes = torch.autograd.grad(out.tanh().sum(), variables, create_graph=True, allow_unused=True)
+        kept = [s for s in slopes if s is not None]
+        curvatures = torch.autograd.grad(sum((s**3).sum() for s in kept), variables, allow_unused=True)
+        found.append([out, *(torch.zeros_like(v) if s is None else s for s, v in zip((*slopes, *curvatures), variables * 2, strict=True))])
+    for a, b in zip(*found, strict=True):
+        assert float((a - b).detach().abs().max()) < 1e-12 * max(1.0, float(b.detach().abs().max()))
+
+
+@pytest.mark.parametrize("name", ["leignn", "nequip", "painn", "schnet"])
+def test_training_with_kernels_is_plain_training(name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    for kernels in (True, False):
+        config = settings(tmp_path / str(kernels), steps=6, valid_every=6, dtype="float64", kernels=kernels)
+        config["model"]["name"] = name
+        train(config, progress=False)
+    assert "without kernels" not in caplog.text
+    quick, plain = weights(tmp_path / "True"), weights(tmp_path / "False")
+    for key in (k for k in plain if k.startswith("network.")):
+        torch.testing.assert_close(quick[key], plain[key], atol=1e-9, rtol=1e-7)
+
+
+def test_wrong_training_kernels_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    right = EdgeKernel.__call__
+    monkeypatch.setattr(EdgeKernel, "__call__", lambda self, f, w, e: right(self, f, 1.001 * w, e))
+    train(settings(tmp_path / "run", steps=3), progress=False)
+    assert "training runs without kernels: the accelerated" in caplog.text

@@ -7,8 +7,16 @@ struct Job {  // one atom and up to STRIDE of its edges
   T y[HARMONICS][STRIDE], m[ENTRIES][STRIDE], h[6][STRIDE], d[6][STRIDE];
   int64_t knot[STRIDE], chunk;           // where its interval starts in a chunk of the table; size of a chunk
   const T *table;
-  T *out, *sums;
+  const T *w[STRIDE];                    // radial functions of each edge, where they are given
+  T *dw[STRIDE], *out, *sums;
 };
+
+#ifdef EDGE_WEIGHTS
+template <int N> static inline vec<N> radial(const Job &job, int64_t first, int64_t u, int e) { return load<N>(job.w[e] + first + u); }
+template <int N> static inline void radial_and_slope(const Job &job, int64_t first, int64_t u, int e, vec<N> &r, vec<N> &) { r = load<N>(job.w[e] + first + u); }
+#define GRADIENT(place) store<L_>(job.dw[e] + layout[place] + u, w);
+#else
+#define GRADIENT(place) slope += q * w;
 
 template <int N> static inline vec<N> radial(const Job &job, int64_t first, int64_t u, int e) {
   const T *t = job.table + (first + u / CHUNK) * job.chunk + job.knot[e] + u % CHUNK;
@@ -22,6 +30,8 @@ template <int N> static inline void radial_and_slope(const Job &job, int64_t fir
   r = job.h[0][e] * t0 + job.h[1][e] * t1 + job.h[2][e] * t2 + job.h[3][e] * t3 + job.h[4][e] * t4 + job.h[5][e] * t5;
   q = job.d[0][e] * t0 + job.d[1][e] * t1 + job.d[2][e] * t2 + job.d[3][e] * t3 + job.d[4][e] * t4 + job.d[5][e] * t5;
 }
+
+#endif
 
 // every channel: whole vectors, then smaller ones
 #define SWEEP(function, channels)                                              \

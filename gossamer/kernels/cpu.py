@@ -36,8 +36,11 @@ def text(name: str) -> str:
     return (HERE / f"{name}.hpp").read_text()
 
 
-def generate(convolution: Convolution) -> str:
-    """C++ source of the forward and backward pass; channels and precision stay open."""
+def generate(convolution: Convolution, edge_weights: bool = False) -> str:
+    """C++ source of the forward and backward pass; channels and precision stay open.
+
+    With ``edge_weights``, the values of the radial functions on every edge are an input, not a table.
+    """
     entries: dict[tuple[int, int, int], int] = {}
     lines = []
     for p, product in enumerate(convolution.products):
@@ -47,7 +50,8 @@ def generate(convolution: Convolution) -> str:
             terms = [f"T({float(c[m, k, s])!r}) * y[{product.edge + s}][e]" for s in np.flatnonzero(np.abs(c[m, k]) > 1e-12).tolist()]
             lines.append(f"m[{entries[p, m, k]}][e] = {' + '.join(terms)};")
     loops = "\n".join(f"  for (int e = 0; e < n; e++) {line}" for line in lines)
-    pieces = [f"#define HARMONICS {convolution.n_harmonics}", f"#define ENTRIES {len(entries)}", text("vectors"), text("convolution")]
+    pieces = ["#define EDGE_WEIGHTS"] if edge_weights else []
+    pieces += [f"#define HARMONICS {convolution.n_harmonics}", f"#define ENTRIES {len(entries)}", text("vectors"), text("convolution")]
     pieces.append(f"static void matrices(int n, T (*__restrict y)[STRIDE], T (*__restrict m)[STRIDE]) {{\n{loops}\n}}")
     forward, backward = [], []
     for block, (dim, _) in enumerate(convolution.blocks_in):
@@ -122,7 +126,7 @@ def backward_source(name: str, dim: int, products: dict[int, Product], entries: 
         lines.append("    {")
         lines.append(f"      const T *g = job.g[e] + layout[{6 * p + 3}] + u;")
         lines += [f"      V g{m} = load<L_>(g + {m} * layout[{6 * p + 4}]);" for m in range(c.shape[0])]
-        lines.append(f"      V r, q; radial_and_slope<L_>(job, layout[{6 * p + 5}], u, e, r, q);")
+        lines.append(f"      V r, q = {{}}; radial_and_slope<L_>(job, layout[{6 * p + 5}], u, e, r, q);")
         lines.append("      V w = {};")
         for k in range(dim):
             terms = [f"job.m[{entries[p, m, k]}][e] * g{m}" for m in range(c.shape[0]) if (p, m, k) in entries]
@@ -132,7 +136,7 @@ def backward_source(name: str, dim: int, products: dict[int, Product], entries: 
             terms = [f"g{m} * p{p}_{m}_{s}" for m in range(c.shape[0]) if np.abs(c[m, :, s]).max() > 1e-12]
             if terms:
                 lines.append(f"      {{ V t = {_sum(terms)}; y{product.edge + s} += r * t; w += job.y[{product.edge + s}][e] * t; }}")
-        lines.append("      slope += q * w;")
+        lines.append(f"      GRADIENT({6 * p + 5})")
         lines.append("    }")
     lines += [f"    add<L_>(job.sums + (e * (HARMONICS + 1) + {s}) * LANES, y{s});" for s in sorted(used)]
     lines.append("    add<L_>(job.sums + (e * (HARMONICS + 1) + HARMONICS) * LANES, slope);")
@@ -236,9 +240,9 @@ def sorting() -> Any:
     return library(f"typedef float T;\n{text('vectors')}", "sorting", tuple(SORTING.items()))
 
 
-def convolution_library(convolution: Convolution, dtype: torch.dtype) -> Any:
+def convolution_library(convolution: Convolution, dtype: torch.dtype, edge_weights: bool = False) -> Any:
     """Forward and backward of one structure of products."""
-    return library(f"typedef {REAL[dtype]} T;\n{generate(convolution)}", "convolution", tuple(CONVOLUTION.items()))
+    return library(f"typedef {REAL[dtype]} T;\n{generate(convolution, edge_weights)}", "convolution", tuple(CONVOLUTION.items()))
 
 
 @functools.cache

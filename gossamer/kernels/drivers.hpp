@@ -1,5 +1,11 @@
 // Loops over atoms; included after the generated functions.
 
+#ifdef EDGE_WEIGHTS
+static void prepare(Job &job, int e, int64_t edge, const T *values, int64_t width, T *gradient, bool) {
+  job.w[e] = values + edge * width;
+  job.dw[e] = gradient + edge * width;
+}
+#else
 // weights of the quintic Hermite spline (gossamer/kernels/table.py) and, if asked, their derivatives with respect to x
 static void interval(Job &job, int e, T x, int64_t intervals, bool slopes) {
   T scaled = (x > 0 ? (x < 1 ? x : T(1)) : T(0)) * intervals;  // NaN becomes 0: harmonics carry it on
@@ -23,15 +29,19 @@ static void interval(Job &job, int e, T x, int64_t intervals, bool slopes) {
   job.d[5][e] = s * t2 * (T(1.5) - 4 * t + T(2.5) * t2);
 }
 
+static void prepare(Job &job, int e, int64_t edge, const T *x, int64_t intervals, T *, bool slopes) { interval(job, e, x[edge], intervals, slopes); }
+#endif
+
+// values: distance over cutoff of every edge, and size intervals of the table; or, with EDGE_WEIGHTS, rows of size radial functions, and no table
 extern "C" {
 
-void forward(int64_t atoms, int64_t width_in, int64_t width_out, int64_t intervals, int64_t threads, const int64_t *layout,
-             const T *features, const T *harmonics, const T *x, const T *table, const int64_t *sender, const int64_t *rows, T *out) {
+void forward(int64_t atoms, int64_t width_in, int64_t width_out, int64_t size, int64_t threads, const int64_t *layout,
+             const T *features, const T *harmonics, const T *values, const T *table, const int64_t *sender, const int64_t *rows, T *out) {
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
     Job job;
     job.table = table;
-    job.chunk = (intervals + 1) * 3 * CHUNK;
+    job.chunk = (size + 1) * 3 * CHUNK;
 #pragma omp for schedule(dynamic, 4)
     for (int64_t i = 0; i < atoms; i++) {
       job.out = out + i * width_out;
@@ -39,7 +49,7 @@ void forward(int64_t atoms, int64_t width_in, int64_t width_out, int64_t interva
       for (int64_t first = rows[i]; first < rows[i + 1]; first += STRIDE) {
         job.n = (int)std::min<int64_t>(STRIDE, rows[i + 1] - first);
         for (int e = 0; e < job.n; e++) {
-          interval(job, e, x[first + e], intervals, false);
+          prepare(job, e, first + e, values, size, nullptr, false);
           job.f[e] = features + sender[first + e] * width_in;
           for (int s = 0; s < HARMONICS; s++) job.y[s][e] = harmonics[(first + e) * HARMONICS + s];
         }
@@ -50,14 +60,14 @@ void forward(int64_t atoms, int64_t width_in, int64_t width_out, int64_t interva
   }
 }
 
-void backward(int64_t atoms, int64_t width_in, int64_t width_out, int64_t intervals, int64_t threads, const int64_t *layout,
-              const T *features, const T *harmonics, const T *x, const T *table, const int64_t *receiver, const int64_t *columns,
-              const int64_t *order, const T *gradient, T *to_features, T *to_harmonics, T *to_x) {
+void backward(int64_t atoms, int64_t width_in, int64_t width_out, int64_t size, int64_t threads, const int64_t *layout,
+              const T *features, const T *harmonics, const T *values, const T *table, const int64_t *receiver, const int64_t *columns,
+              const int64_t *order, const T *gradient, T *to_features, T *to_harmonics, T *to_values) {
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
     Job job;
     job.table = table;
-    job.chunk = (intervals + 1) * 3 * CHUNK;
+    job.chunk = (size + 1) * 3 * CHUNK;
     std::vector<T> sums(STRIDE * (HARMONICS + 1) * LANES), own(width_in);
     job.sums = sums.data();
     job.out = own.data();
@@ -70,7 +80,7 @@ void backward(int64_t atoms, int64_t width_in, int64_t width_out, int64_t interv
         job.n = (int)std::min<int64_t>(STRIDE, columns[j + 1] - first);
         for (int e = 0; e < job.n; e++) {
           int64_t edge = order[first + e];
-          interval(job, e, x[edge], intervals, true);
+          prepare(job, e, edge, values, size, to_values, true);
           job.g[e] = gradient + receiver[edge] * width_out;
           for (int s = 0; s < HARMONICS; s++) job.y[s][e] = harmonics[edge * HARMONICS + s];
         }
@@ -85,7 +95,10 @@ void backward(int64_t atoms, int64_t width_in, int64_t width_out, int64_t interv
           for (int s = 0; s <= HARMONICS; s++) {
             T sum = 0;
             for (int l = 0; l < LANES; l++) sum += row[s * LANES + l];
-            (s < HARMONICS ? to_harmonics[edge * HARMONICS + s] : to_x[edge]) = sum;
+            if (s < HARMONICS) to_harmonics[edge * HARMONICS + s] = sum;
+#ifndef EDGE_WEIGHTS
+            else to_values[edge] = sum;
+#endif
           }
         }
       }

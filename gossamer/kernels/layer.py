@@ -69,3 +69,19 @@ class KernelLayer(nn.Module):
 
     def forward(self, features: Float[Tensor, "N width_in"], edges: KernelEdges) -> Float[Tensor, "N width_out"]:
         return torch.ops.gossamer.convolve(self.key, features, edges.harmonics, edges.x, self.table, *edges.sorted)
+
+
+class EdgeKernel:
+    """The same sum with the radial functions of every edge as an input: for training, since it can be differentiated any number of times."""
+
+    def __init__(self, convolution: Convolution, like: Tensor) -> None:
+        """
+        Raises:
+            Missing: no kernel can be built on this machine.
+        """
+        self.key = ops.register(convolution, like.dtype, like.device.type, edge_weights=True)
+
+    def __call__(
+        self, features: Float[Tensor, "N width_in"], weights: Float[Tensor, "E values"], edges: KernelEdges
+    ) -> Float[Tensor, "N width_out"]:
+        return torch.ops.gossamer.weigh(self.key, features, edges.harmonics, weights, *edges.sorted)

@@ -16,6 +16,8 @@ for _schema in (
     "sort_edges(Tensor edge_index, Tensor nodes) -> (Tensor, Tensor, Tensor)",
     f"convolve(str key, Tensor features, Tensor harmonics, Tensor x, Tensor table, {_EDGES}) -> Tensor",
     f"convolve_backward(str key, Tensor gradient, Tensor features, Tensor harmonics, Tensor x, Tensor table, {_EDGES}) -> (Tensor, Tensor, Tensor)",
+    f"weigh(str key, Tensor features, Tensor harmonics, Tensor weights, {_EDGES}) -> Tensor",
+    f"weigh_backward(str key, Tensor gradient, Tensor features, Tensor harmonics, Tensor weights, {_EDGES}) -> (Tensor, Tensor, Tensor)",
     f"attend(int heads, Tensor q, Tensor k, Tensor g, Tensor v, Tensor x, Tensor sl, Tensor f, Tensor y, {_EDGES}) -> (Tensor, Tensor)",
     f"attend_backward(int heads, Tensor dh, Tensor dout, Tensor q, Tensor k, Tensor g, Tensor v, Tensor x, Tensor sl, Tensor f, Tensor y, {_EDGES})"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
@@ -29,21 +31,27 @@ _convolutions: dict[str, tuple[Convolution, Any, Any]] = {}
 """by key: the products, the built kernel, and where everything lies (on GPUs that is part of the kernel)"""
 
 
-def register(convolution: Convolution, dtype: torch.dtype, device: str = "cpu") -> str:
+def register(convolution: Convolution, dtype: torch.dtype, device: str = "cpu", edge_weights: bool = False) -> str:
     """Build the kernel of a layer, and return the key by which operators know it.
+
+    With ``edge_weights``, for the operator ``weigh``, which takes the radial functions of every edge, instead of ``convolve``.
 
     Raises:
         Missing: it cannot be built on this machine.
     """
     channels = "-".join(str(m) for _, m in (*convolution.blocks_in, *convolution.blocks_out))
-    key = f"{convolution.key}-{channels}-{cpu.REAL[dtype]}-{device}"
+    key = f"{convolution.key}-{channels}-{cpu.REAL[dtype]}-{device}{'-weights' if edge_weights else ''}"
     if key in _convolutions:
         return key
     if device == "cuda":
         _convolutions[key] = convolution, gpu.module(gpu.generate(convolution)), None
     else:
         cpu.sorting()
-        _convolutions[key] = convolution, cpu.convolution_library(convolution, dtype), torch.tensor(convolution.layout(cpu.LANES[dtype]))
+        _convolutions[key] = (
+            convolution,
+            cpu.convolution_library(convolution, dtype, edge_weights),
+            torch.tensor(convolution.layout(1 if edge_weights else cpu.LANES[dtype])),
+        )
     return key
 
 
@@ -76,6 +84,41 @@ def _convolve(
         *cpu.pointers(layout, features, harmonics, x, table, edge_index, rows, out),
     )  # fmt: skip
     return out
+
+
+def _weigh(
+    key: str, features: Tensor, harmonics: Tensor, weights: Tensor, edge_index: Tensor, rows: Tensor, columns: Tensor, order: Tensor
+) -> Tensor:
+    convolution, kernel, layout = _convolutions[key]
+    n = features.shape[0]
+    features, harmonics, weights = features.contiguous(), harmonics.contiguous(), weights.contiguous()
+    out = features.new_empty(n, convolution.width_out)
+    kernel.forward(
+        n, convolution.width_in, convolution.width_out, weights.shape[1], torch.get_num_threads(),
+        *cpu.pointers(layout, features, harmonics, weights, weights, edge_index, rows, out),
+    )  # fmt: skip
+    return out
+
+
+def _weigh_backward(
+    key: str,
+    gradient: Tensor,
+    features: Tensor,
+    harmonics: Tensor,
+    weights: Tensor,
+    edge_index: Tensor,
+    rows: Tensor,
+    columns: Tensor,
+    order: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    convolution, kernel, layout = _convolutions[key]
+    gradient, features, harmonics, weights = (t.contiguous() for t in (gradient, features, harmonics, weights))
+    results = torch.empty_like(features), torch.empty_like(harmonics), torch.empty_like(weights)
+    kernel.backward(
+        features.shape[0], convolution.width_in, convolution.width_out, weights.shape[1], torch.get_num_threads(),
+        *cpu.pointers(layout, features, harmonics, weights, weights, edge_index[1], columns, order, gradient, *results),
+    )  # fmt: skip
+    return results
 
 
 def _convolve_backward(
@@ -155,6 +198,8 @@ def _map_by_species(x: Tensor, species: Tensor, maps: Tensor) -> Tensor:
 _library.impl("sort_edges", _sort_edges, "CPU")
 _library.impl("convolve", _convolve, "CPU")
 _library.impl("convolve_backward", _convolve_backward, "CPU")
+_library.impl("weigh", _weigh, "CPU")
+_library.impl("weigh_backward", _weigh_backward, "CPU")
 _library.impl("attend", _attend, "CPU")
 _library.impl("attend_backward", _attend_backward, "CPU")
 _library.impl("perpendicular", _perpendicular, "CPU")
@@ -220,6 +265,8 @@ def _alike(*tensors: Tensor) -> tuple[Tensor, ...]:
 torch.library.register_fake("gossamer::sort_edges", _fake_sort)
 torch.library.register_fake("gossamer::convolve", _fake_convolve)
 torch.library.register_fake("gossamer::convolve_backward", _fake_convolve_backward)
+torch.library.register_fake("gossamer::weigh", _fake_convolve)
+torch.library.register_fake("gossamer::weigh_backward", lambda key, gradient, *t: _alike(*t[:3]))
 torch.library.register_fake("gossamer::attend", _fake_attend)
 torch.library.register_fake("gossamer::attend_backward", lambda heads, *t: _alike(*t[2:10]))
 torch.library.register_fake("gossamer::perpendicular", lambda q, p, y, edge_index, *o: q.new_empty(edge_index.shape[1], q.shape[2]))
@@ -244,6 +291,24 @@ def _convolve_gradient(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
     return None, *found, None, None, None, None, None
 
 
+def _weigh_gradient(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
+    found = torch.ops.gossamer.weigh_backward(ctx.first, gradient, *ctx.saved_tensors)
+    return None, *found, None, None, None, None
+
+
+def _weigh_second_gradient(ctx: Any, *h: Tensor) -> tuple[Any, ...]:
+    """Q(g, f, y, w) is linear in each argument, and the backward pass gives its slopes in f, y, w. Their slopes are again the forward
+    and the backward pass with one argument replaced by its cotangent; so the two operators are differentiable any number of times."""
+    gradient, f, y, w, *edges = ctx.saved_tensors
+    hf, hy, hw = (torch.zeros_like(t) if h_t is None else h_t for t, h_t in zip((f, y, w), h, strict=True))
+    forward, backward, key = torch.ops.gossamer.weigh, torch.ops.gossamer.weigh_backward, ctx.first
+    to_gradient = forward(key, hf, y, w, *edges) + forward(key, f, hy, w, *edges) + forward(key, f, y, hw, *edges)
+    _, y1, w1 = backward(key, gradient, hf, y, w, *edges)
+    f1, _, w2 = backward(key, gradient, f, hy, w, *edges)
+    f2, y2, _ = backward(key, gradient, f, y, hw, *edges)
+    return None, to_gradient, f1 + f2, y1 + y2, w1 + w2, None, None, None, None
+
+
 def _attend_gradient(ctx: Any, dh: Tensor, dout: Tensor) -> tuple[Any, ...]:
     found = torch.ops.gossamer.attend_backward(ctx.first, dh, dout, *ctx.saved_tensors)
     return None, *found, None, None, None, None
@@ -259,6 +324,8 @@ def _map_gradient(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
 
 
 torch.library.register_autograd("gossamer::convolve", _convolve_gradient, setup_context=_save_after_first)
+torch.library.register_autograd("gossamer::weigh", _weigh_gradient, setup_context=_save_after_first)
+torch.library.register_autograd("gossamer::weigh_backward", _weigh_second_gradient, setup_context=_save_after_first)
 torch.library.register_autograd("gossamer::attend", _attend_gradient, setup_context=_save_after_first)
 torch.library.register_autograd("gossamer::perpendicular", _perpendicular_gradient, setup_context=_save_all)
 torch.library.register_autograd("gossamer::map_by_species", _map_gradient, setup_context=_save_all)

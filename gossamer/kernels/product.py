@@ -124,16 +124,26 @@ class Convolution:
         table: Float[Tensor, "chunks knots 3 lanes"],
         edge_index: Int[Tensor, "2 E"],
     ) -> Float[Tensor, "N width_out"]:
-        """The definition in PyTorch, differentiable; for tests, and where there is no kernel."""
+        """The definition in PyTorch, with radial functions from a table; for tests."""
+        return self.plain_weighted(features, harmonics, interpolate(self.unpack(table), x), edge_index)
+
+    def plain_weighted(
+        self,
+        features: Float[Tensor, "N width_in"],
+        harmonics: Float[Tensor, "E S"],
+        weights: Float[Tensor, "E values"],
+        edge_index: Int[Tensor, "2 E"],
+    ) -> Float[Tensor, "N width_out"]:
+        """The definition in PyTorch, with the radial functions of every edge; for tests."""
         sender, receiver = edge_index
-        radial = torch.split(interpolate(self.unpack(table), x), self.channels, dim=1)
+        radial = torch.split(weights, self.channels, dim=1)
         blocks = [b.reshape(-1, *s) for b, s in zip(features.split([d * m for d, m in self.blocks_in], 1), self.blocks_in, strict=True)]
         out = [features.new_zeros(features.shape[0], d, m) for d, m in self.blocks_out]
-        for p, weights in zip(self.products, radial, strict=True):
+        for p, own in zip(self.products, radial, strict=True):
             c = torch.from_numpy(p.coefficients).to(features)
             y = harmonics[:, p.edge : p.edge + c.shape[2]]
-            messages = torch.einsum("mcs,es,ecu,eu->emu", c, y, blocks[p.block].index_select(0, sender), weights)
-            channels = torch.arange(p.channel, p.channel + weights.shape[1], device=features.device)
+            messages = torch.einsum("mcs,es,ecu,eu->emu", c, y, blocks[p.block].index_select(0, sender), own)
+            channels = torch.arange(p.channel, p.channel + own.shape[1], device=features.device)
             sums = torch.zeros_like(out[p.out]).index_select(2, channels).index_add(0, receiver, messages)
             out[p.out] = out[p.out].index_add(2, channels, sums)
         return torch.cat([o.flatten(1) for o in out], dim=1)

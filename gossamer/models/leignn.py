@@ -20,7 +20,7 @@ from jaxtyping import Float, Int
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from gossamer.kernels.layer import KernelEdges, KernelLayer, sort_edges
+from gossamer.kernels.layer import EdgeKernel, KernelEdges, KernelLayer, sort_edges
 from gossamer.kernels.product import vector_convolution
 from gossamer.models.base import DataFacts, ModelOutput
 from gossamer.nn.layers import ScaledSiLU, divide, join, linear, mean_by_index, smooth_length, sum_by_index
@@ -74,6 +74,7 @@ class Message(nn.Module):
         self.scale_x = 1.0 if self.published else 1 / math.sqrt(mean_neighbors)
         self.scale_v = 1 / math.sqrt(h) if self.published else 1 / math.sqrt(mean_neighbors)
         self.kernel: KernelLayer | None = None
+        self.edge_kernel: EdgeKernel | None = None
 
     def filters(self, basis: Float[Tensor, "E B"], envelope: Float[Tensor, " E"]) -> Float[Tensor, "E F"]:
         return self.R(basis) if self.published else self.R(basis) * envelope[:, None]
@@ -100,19 +101,30 @@ class Message(nn.Module):
     def add(self, x: Tensor, v: Tensor | None, sum_x: Tensor, sum_v: Tensor) -> tuple[Tensor, Tensor]:
         return (x + sum_x) * (1 / math.sqrt(2)), sum_v if v is None else v + sum_v
 
-    def with_kernel(self, x: Float[Tensor, "N H"], v: Float[Tensor, "N 3 H"] | None, edges: KernelEdges) -> tuple[Tensor, Tensor]:
+    def with_kernel(
+        self,
+        x: Float[Tensor, "N H"],
+        v: Float[Tensor, "N 3 H"] | None,
+        basis: Float[Tensor, "E B"] | None,
+        envelope: Float[Tensor, " E"] | None,
+        edges: KernelEdges,
+    ) -> tuple[Tensor, Tensor]:
         """The same by a kernel; its radial functions hold all factors."""
-        assert self.kernel is not None
         h = x.shape[1]
         m1, m2, m3 = divide(self.P(x), [h] * 3, 1)
-        features = [m3, m2] if v is None else [m3, m2, (v * m1[:, None, :]).flatten(1)]
-        sum_x, sum_v = divide(self.kernel(join(features, 1), edges), [h, 3 * h], 1)
+        features = join([m3, m2] if v is None else [m3, m2, (v * m1[:, None, :]).flatten(1)], 1)
+        if self.kernel is not None:
+            sums = self.kernel(features, edges)
+        else:
+            assert self.edge_kernel is not None
+            sums = self.edge_kernel(features, self.radial_functions(basis, envelope, v is not None), edges)
+        sum_x, sum_v = divide(sums, [h, 3 * h], 1)
         return self.add(x, v, sum_x, sum_v.reshape(-1, 3, h))
 
     def radial_functions(self, basis: Tensor, envelope: Tensor, relay: bool) -> Tensor:
         """Radial functions of the kernel."""
-        f1, f2, f3 = (self.filters(basis, envelope) * (1 / math.sqrt(3))).chunk(3, dim=1)
-        return torch.cat([f3 * self.scale_x, f2 * self.scale_v, *([f1 * self.scale_v] if relay else [])], dim=1)
+        f1, f2, f3 = divide(self.filters(basis, envelope) * (1 / math.sqrt(3)), [self.R.out_features // 3] * 3, 1)
+        return join([f3 * self.scale_x, f2 * self.scale_v, *([f1 * self.scale_v] if relay else [])], 1)
 
 
 class Update(nn.Module):
@@ -200,6 +212,12 @@ class LEIGNN(nn.Module):
             convolution = vector_convolution(self.config.num_features, relay)
             layer.message.kernel = KernelLayer(convolution, radial, self.embedding.weight)
 
+    def use_edge_kernels(self, on: bool) -> None:
+        """Pass messages by kernels that training can differentiate, or no longer."""
+        for k, layer in enumerate(self.layers):
+            convolution = vector_convolution(self.config.num_features, k > 0 or layer.distribute is not None)
+            layer.message.edge_kernel = EdgeKernel(convolution, self.embedding.weight) if on else None
+
     def radial(self, x: Float[Tensor, " E"]) -> tuple[Float[Tensor, "E B"], Float[Tensor, " E"]]:
         """Radial functions of distance over cutoff, and the envelope that ends them."""
         if self.config.variant == "published":
@@ -228,11 +246,11 @@ class LEIGNN(nn.Module):
         unit = -edge_vectors / lengths[:, None]  # the paper's u points from the neighbour j to the centre i
         distance = lengths / self.config.cutoff
         x = self.embedding(species)
-        kernel = self.layers[0].message.kernel
-        if kernel is not None:
+        first = self.layers[0].message
+        basis, envelope = (None, None) if first.kernel is not None else self.radial(distance)
+        edges: KernelEdges | None = None
+        if first.kernel is not None or first.edge_kernel is not None:
             edges = KernelEdges(sort_edges(edge_index, x), join([torch.ones_like(unit[:, :1]), unit], 1), distance)
-        else:
-            basis, envelope = self.radial(distance)
         v: Tensor | None = None
         s = g = None
         if self.global_scalar is not None:
@@ -243,7 +261,10 @@ class LEIGNN(nn.Module):
                 v = torch.zeros_like(x)[:, None, :].expand(-1, 3, -1) if v is None else v
                 dx, dv = layer.distribute(x, s[graph_index], v + g[graph_index])
                 x, v = x + dx, v + dv
-            x, v = layer.message.with_kernel(x, v, edges) if kernel is not None else layer.message(x, v, basis, envelope, unit, edge_index)
+            if edges is not None:
+                x, v = layer.message.with_kernel(x, v, basis, envelope, edges)
+            else:
+                x, v = layer.message(x, v, basis, envelope, unit, edge_index)
             x, v = layer.update(x, v)
             if layer.aggregate is not None:
                 mean_x, mean_v = mean_by_index(x, graph_index, n_graphs), mean_by_index(v, graph_index, n_graphs)

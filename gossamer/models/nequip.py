@@ -23,7 +23,7 @@ from jaxtyping import Float, Int
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from gossamer.kernels.layer import KernelEdges, KernelLayer, sort_edges
+from gossamer.kernels.layer import EdgeKernel, KernelEdges, KernelLayer, sort_edges
 from gossamer.models.base import DataFacts, ModelOutput
 from gossamer.nn.layers import Table, divide, join, sum_by_index
 from gossamer.nn.radial import polynomial_envelope
@@ -268,6 +268,7 @@ class Interaction(nn.Module):
         self.sum_of = [[i.kind for i in coupling.irreps_out].index(i.kind) for i in self.irreps_out]
         self.linear_out: Any = nn.ModuleList(UnitLinear(summed[i.kind], n) for i, n in zip(self.irreps_out, outputs, strict=True))
         self.kernel: KernelLayer | None = None
+        self.edge_kernel: EdgeKernel | None = None
         self.self_connection: Any = nn.ModuleList()
         self.sources: list[int | None] = []
         """for each block of the result, the block of the input that its self-connection reads"""
@@ -295,7 +296,9 @@ class Interaction(nn.Module):
         parts = blocks(x, self.irreps_in)
         mixed = join([linear(part).flatten(1) for linear, part in zip(self.linear_in, parts, strict=True)], 1) * self.scale
         if isinstance(edges, KernelEdges):
-            sums = blocks(self.kernel(mixed, edges), coupling.irreps_out)
+            sums = blocks(
+                self.kernel(mixed, edges) if self.kernel else self.edge_kernel(mixed, self.radial(basis), edges), coupling.irreps_out
+            )
         else:
             sender, receiver = edges
             messages = coupling.messages(mixed.index_select(0, sender), matrices, self.radial(basis))
@@ -396,6 +399,11 @@ class NequIP(nn.Module):
                 if isinstance(connection, SelfConnection):
                     connection.maps = precise.folded(exact.embedding.weight).detach().to(like)
 
+    def use_edge_kernels(self, on: bool) -> None:
+        """Pass messages by kernels that training can differentiate, or no longer."""
+        for layer, which in zip(self.layers, self.coupling_of, strict=True):
+            layer.edge_kernel = EdgeKernel(self.couplings[which].convolution(), self.embedding.weight) if on else None
+
     def energy_rows(self) -> dict[str, tuple[int, Tensor]]:
         """Weights of the last layer that also serve the direct forces: (axis, indices along it that serve the energy).
 
@@ -463,14 +471,13 @@ class NequIP(nn.Module):
             distance = lengths / self.cutoffs_of(species.index_select(0, receiver), species.index_select(0, sender))
         table = self.embedding.weight
         x = self.embedding(species)
-        kernel = self.layers[0].kernel
-        basis: Tensor | None = None
         matrices: list[list[Tensor]] = [[] for _ in self.couplings]
         edges: Tensor | KernelEdges = edge_index
-        if kernel is not None:
+        basis = None if self.layers[0].kernel is not None else self.radial_basis(distance)
+        if self.layers[0].kernel is not None or self.layers[0].edge_kernel is not None:
             edges = KernelEdges(sort_edges(edge_index, x), harmonics, distance)
         else:
-            basis, matrices = self.radial_basis(distance), [coupling.matrices(harmonics) for coupling in self.couplings]
+            matrices = [coupling.matrices(harmonics) for coupling in self.couplings]
         for layer, which in zip(self.layers, self.coupling_of, strict=True):
             x = layer(x, species, table, basis, self.couplings[which], matrices[which], edges)
         scalars, *vectors = blocks(x, self.layers[-1].irreps_out)

@@ -18,7 +18,7 @@ from jaxtyping import Float, Int
 from pydantic import Field
 from torch import Tensor, nn
 
-from gossamer.kernels.layer import KernelEdges, KernelLayer, sort_edges
+from gossamer.kernels.layer import EdgeKernel, KernelEdges, KernelLayer, sort_edges
 from gossamer.kernels.product import vector_convolution
 from gossamer.models.base import DataFacts, ModelOutput
 from gossamer.nn.layers import divide, join, linear, smooth_length, sum_by_index
@@ -64,6 +64,7 @@ class Layer(nn.Module):
         self.mix = linear(h, 2 * h, bias=False)
         self.update_net = dense(2 * h, h, 3 * h)
         self.kernel: KernelLayer | None = None
+        self.edge_kernel: EdgeKernel | None = None
 
     def forward(
         self, q: Tensor, mu: Tensor | None, basis: Tensor, envelope: Tensor, unit: Tensor, edge_index: Tensor
@@ -77,15 +78,27 @@ class Layer(nn.Module):
         sums = sum_by_index(vectors, receiver, q.shape[0]) * self.scale
         return self.update(q + sum_by_index(dq, receiver, q.shape[0]) * self.scale, sums if mu is None else mu + sums)
 
-    def with_kernel(self, q: Tensor, mu: Tensor | None, edges: KernelEdges) -> tuple[Tensor, Tensor]:
+    def with_kernel(
+        self, q: Tensor, mu: Tensor | None, basis: Tensor | None, envelope: Tensor | None, edges: KernelEdges
+    ) -> tuple[Tensor, Tensor]:
         """The same by a kernel; its radial functions hold all factors."""
-        assert self.kernel is not None
         h = q.shape[1]
         dq, direction, relay = divide(self.context(q), [h] * 3, 1)
-        features = [dq, direction] if mu is None else [dq, direction, (relay[:, None] * mu).flatten(1)]
-        sum_q, sums = divide(self.kernel(join(features, 1), edges), [h, 3 * h], 1)
+        features = join([dq, direction] if mu is None else [dq, direction, (relay[:, None] * mu).flatten(1)], 1)
+        if self.kernel is not None:
+            both = self.kernel(features, edges)
+        else:
+            assert self.edge_kernel is not None
+            both = self.edge_kernel(features, self.radial_functions(basis, envelope, mu is not None), edges)
+        sum_q, sums = divide(both, [h, 3 * h], 1)
         sums = sums.reshape(-1, 3, h)
         return self.update(q + sum_q, sums if mu is None else mu + sums)
+
+    def radial_functions(self, basis: Tensor, envelope: Tensor, relay: bool) -> Tensor:
+        """Radial functions of the kernel."""
+        width = self.filters.out_features
+        values = self.filters(basis) * (envelope * self.scale)[:, None]
+        return values if relay else divide(values, [2 * width // 3, width // 3], 1)[0]
 
     def update(self, q: Tensor, mu: Tensor) -> tuple[Tensor, Tensor]:
         v, w = divide(self.mix(mu), [q.shape[1]] * 2, 2)
@@ -141,10 +154,14 @@ class PaiNN(nn.Module):
         for k, layer in enumerate(self.layers):
 
             def radial(x: Tensor, k: int = k) -> Tensor:
-                basis, envelope = exact.radial(x)
-                return (exact.layers[k].filters(basis) * envelope[:, None] * exact.layers[k].scale)[:, : 3 * h if k else 2 * h]
+                return exact.layers[k].radial_functions(*exact.radial(x), k > 0)
 
             layer.kernel = KernelLayer(vector_convolution(h, k > 0), radial, self.embedding.weight)
+
+    def use_edge_kernels(self, on: bool) -> None:
+        """Pass messages by kernels that training can differentiate, or no longer."""
+        for k, layer in enumerate(self.layers):
+            layer.edge_kernel = EdgeKernel(vector_convolution(self.config.num_features, k > 0), self.embedding.weight) if on else None
 
     def radial(self, x: Float[Tensor, " E"]) -> tuple[Float[Tensor, "E B"], Float[Tensor, " E"]]:
         """Radial functions of distance over cutoff, and the envelope that ends them."""
@@ -172,13 +189,16 @@ class PaiNN(nn.Module):
         unit = edge_vectors / lengths[:, None]
         x = lengths / self.config.cutoff
         q, mu = self.embedding(species), None
-        kernel = self.layers[0].kernel
-        if kernel is not None:
+        first = self.layers[0]
+        basis, envelope = (None, None) if first.kernel is not None else self.radial(x)
+        edges: KernelEdges | None = None
+        if first.kernel is not None or first.edge_kernel is not None:
             edges = KernelEdges(sort_edges(edge_index, q), join([torch.ones_like(unit[:, :1]), unit], 1), x)
-        else:
-            basis, envelope = self.radial(x)
         for layer in self.layers:
-            q, mu = layer.with_kernel(q, mu, edges) if kernel is not None else layer(q, mu, basis, envelope, unit, edge_index)
+            if edges is not None:
+                q, mu = layer.with_kernel(q, mu, basis, envelope, edges)
+            else:
+                q, mu = layer(q, mu, basis, envelope, unit, edge_index)
         energies = self.readout(q)[:, 0]
         if self.force_blocks is None:
             return ModelOutput(node_energies=energies, direct_forces=None)

@@ -18,7 +18,7 @@ from jaxtyping import Float, Int
 from pydantic import Field
 from torch import Tensor, nn
 
-from gossamer.kernels.layer import KernelEdges, KernelLayer, sort_edges
+from gossamer.kernels.layer import EdgeKernel, KernelEdges, KernelLayer, sort_edges
 from gossamer.kernels.product import scalar_convolution
 from gossamer.models.base import DataFacts, ModelOutput
 from gossamer.nn.layers import linear, sum_by_index
@@ -66,16 +66,26 @@ class Layer(nn.Module):
         self.filters = nn.Sequential(linear(config.num_basis, h), ShiftedSoftplus(), linear(h, h))
         self.out = nn.Sequential(linear(h, h), ShiftedSoftplus(), linear(h, h))
         self.kernel: KernelLayer | None = None
+        self.edge_kernel: EdgeKernel | None = None
 
     def forward(self, x: Float[Tensor, "N H"], basis: Tensor, envelope: Tensor, edge_index: Tensor) -> Float[Tensor, "N H"]:
         sender, receiver = edge_index
         messages = self.to_filters(x).index_select(0, sender) * (self.filters(basis) * envelope[:, None])
         return x + self.out(sum_by_index(messages, receiver, x.shape[0]) * self.scale)
 
-    def with_kernel(self, x: Float[Tensor, "N H"], edges: KernelEdges) -> Float[Tensor, "N H"]:
+    def with_kernel(
+        self, x: Float[Tensor, "N H"], basis: Tensor | None, envelope: Tensor | None, edges: KernelEdges
+    ) -> Float[Tensor, "N H"]:
         """The same by a kernel; its radial functions hold all factors."""
-        assert self.kernel is not None
-        return x + self.out(self.kernel(self.to_filters(x), edges))
+        features = self.to_filters(x)
+        if self.kernel is not None:
+            return x + self.out(self.kernel(features, edges))
+        assert self.edge_kernel is not None
+        return x + self.out(self.edge_kernel(features, self.radial_functions(basis, envelope), edges))
+
+    def radial_functions(self, basis: Tensor, envelope: Tensor) -> Tensor:
+        """Radial functions of the kernel."""
+        return self.filters(basis) * (envelope * self.scale)[:, None]
 
 
 class SchNet(nn.Module):
@@ -105,10 +115,14 @@ class SchNet(nn.Module):
         for k, layer in enumerate(self.layers):
 
             def radial(x: Tensor, k: int = k) -> Tensor:
-                basis, envelope = exact.radial(x)
-                return exact.layers[k].filters(basis) * envelope[:, None] * exact.layers[k].scale
+                return exact.layers[k].radial_functions(*exact.radial(x))
 
             layer.kernel = KernelLayer(scalar_convolution(self.config.num_features), radial, self.embedding.weight)
+
+    def use_edge_kernels(self, on: bool) -> None:
+        """Pass messages by kernels that training can differentiate, or no longer."""
+        for layer in self.layers:
+            layer.edge_kernel = EdgeKernel(scalar_convolution(self.config.num_features), self.embedding.weight) if on else None
 
     def radial(self, x: Float[Tensor, " E"]) -> tuple[Float[Tensor, "E B"], Float[Tensor, " E"]]:
         """Gaussians of distance over cutoff, and the envelope that ends them."""
@@ -133,11 +147,11 @@ class SchNet(nn.Module):
         """
         x = torch.linalg.vector_norm(edge_vectors, dim=-1) / self.config.cutoff
         h = self.embedding(species)
-        kernel = self.layers[0].kernel
-        if kernel is not None:
+        first = self.layers[0]
+        basis, envelope = (None, None) if first.kernel is not None else self.radial(x)
+        edges: KernelEdges | None = None
+        if first.kernel is not None or first.edge_kernel is not None:
             edges = KernelEdges(sort_edges(edge_index, h), torch.ones_like(x[:, None]), x)
-        else:
-            basis, envelope = self.radial(x)
         for layer in self.layers:
-            h = layer.with_kernel(h, edges) if kernel is not None else layer(h, basis, envelope, edge_index)
+            h = layer(h, basis, envelope, edge_index) if edges is None else layer.with_kernel(h, basis, envelope, edges)
         return ModelOutput(node_energies=self.readout(h)[:, 0], direct_forces=None)

@@ -1,4 +1,4 @@
-"""Energies, forces and stress of a training batch as one compiled graph, with right second derivatives.
+"""Energies, forces and stress of a training batch with kernels and as one compiled graph, with right second derivatives.
 
 The force gradient is unrolled by `make_fx`, the `detach` nodes that would cut the second derivative are removed, and the
 result goes through `torch.compile`. Gathers and sums over edges stay PyTorch's own calls: fused by inductor's C++
@@ -10,11 +10,14 @@ the weights included, and is not used if they differ.
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from gossamer.graph import FIELDS, Graph
+from gossamer.kernels.cpu import Missing
 from gossamer.potential import Potential, Prediction, state_of
 from gossamer.unrolled import fx_config, unroll
 
@@ -23,13 +26,23 @@ TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-10}
 
 
 class CompiledForward:
-    """Stands in for ``potential(graph, forces=…, stress=…)`` in training; falls back to it where compiling is no use."""
+    """Stands in for ``potential(graph, forces=…, stress=…)`` in training: with kernels, compiled, or as it is where neither is right."""
 
-    def __init__(self, potential: Potential, forces: bool, stress: bool) -> None:
+    def __init__(self, potential: Potential, forces: bool, stress: bool, compile: bool = True, kernels: bool = False) -> None:
+        """
+        Args:
+            potential: In training mode.
+            forces: Predict forces.
+            stress: Predict stress.
+            compile: Compile the step.
+            kernels: Pass messages by kernels (`gossamer.kernels`), on a CPU.
+        """
         self.potential, self.forces, self.stress = potential, forces, stress
         self.names = ["energy", "node_energies", *(["forces"] if forces else []), *(["stress"] if stress else [])]
+        self.compile, self.kernels = compile, kernels
         self.compiled: Any = None
-        self.usable = True
+        """the compiled step, once there is one"""
+        self.prepared = False
         # optimisers and averages change these tensors in place, so they can be collected once
         self.state = state_of(potential)
 
@@ -38,17 +51,31 @@ class CompiledForward:
 
     def __call__(self, graph: Graph) -> Prediction:
         # sizes 0 and 1 would be frozen into the graph
-        if not self.usable or min(graph.n_graphs, graph.n_atoms, graph.n_edges) < 2:
+        if min(graph.n_graphs, graph.n_atoms, graph.n_edges) < 2:
             return self.plain(graph)
-        if self.compiled is None:
+        if not self.prepared:
+            self._prepare(graph)
+        return self.plain(graph) if self.compiled is None else self._run(graph)
+
+    def _prepare(self, graph: Graph) -> None:
+        """Put kernels into the network and compile, each compared with what it replaces on this batch."""
+        self.prepared = True
+        network: Any = self.potential.network
+        if self.kernels and self.potential.device.type == "cpu" and hasattr(network, "use_edge_kernels"):
+            before = self._results(self.plain, graph)
+            try:
+                network.use_edge_kernels(True)
+                self._agree(before, self._results(self.plain, graph), "accelerated")
+            except (Missing, RuntimeError) as error:
+                network.use_edge_kernels(False)
+                log.log(logging.INFO if isinstance(error, Missing) else logging.WARNING, "training runs without kernels: %s", error)
+        if self.compile:
             try:
                 self.compiled = self._compile(graph)
                 self._compare(graph)
             except Exception as error:  # whatever the compiler raises, training goes on without it
                 log.warning("training is not compiled: %s", str(error).strip().splitlines()[0] if str(error) else type(error).__name__)
-                self.usable = False
-                return self.plain(graph)
-        return self._run(graph)
+                self.compiled = None
 
     def _run(self, graph: Graph) -> Prediction:
         out = dict(zip(self.names, self.compiled(self.state, *(getattr(graph, f) for f in FIELDS)), strict=True))
@@ -69,22 +96,26 @@ class CompiledForward:
         return call
 
     def _compare(self, graph: Graph) -> None:
-        """Raise RuntimeError unless outputs and weight gradients agree with the plain ones."""
+        """Raise RuntimeError unless outputs and weight gradients of the compiled step agree with the plain ones."""
+        self._agree(self._results(self.plain, graph), self._results(self._run, graph), "compiled")
+
+    def _results(self, run: Callable[[Graph], Prediction], graph: Graph) -> list[Tensor]:
+        """Outputs, and the gradient of the weights of a random sum of them."""
         parameters = [p for p in self.potential.parameters() if p.requires_grad]
-        results = []
-        for prediction in (self.plain(graph), self._run(graph)):
-            values = [getattr(prediction, name).nan_to_num() for name in self.names]
-            generator = torch.Generator().manual_seed(0)
-            weights = [torch.rand(v.shape, generator=generator, dtype=v.dtype).to(v.device) for v in values]
-            total = torch.stack([(w * (v - v.detach().mean())).sum() for w, v in zip(weights, values, strict=True)]).sum()
-            gradients = torch.autograd.grad(total, parameters, allow_unused=True)
-            flat = torch.cat(
-                [torch.zeros_like(p).flatten() if g is None else g.flatten() for p, g in zip(parameters, gradients, strict=True)]
-            )
-            results.append([*(v.detach() - v.detach().mean() for v in values), flat])
-        for name, plain, compiled in zip([*self.names, "gradient of the weights"], *results, strict=True):
+        prediction = run(graph)
+        values = [getattr(prediction, name).nan_to_num() for name in self.names]
+        generator = torch.Generator().manual_seed(0)
+        weights = [torch.rand(v.shape, generator=generator, dtype=v.dtype).to(v.device) for v in values]
+        total = torch.stack([(w * (v - v.detach().mean())).sum() for w, v in zip(weights, values, strict=True)]).sum()
+        gradients = torch.autograd.grad(total, parameters, allow_unused=True)
+        flat = torch.cat([torch.zeros_like(p).flatten() if g is None else g.flatten() for p, g in zip(parameters, gradients, strict=True)])
+        return [*(v.detach() - v.detach().mean() for v in values), flat]
+
+    def _agree(self, plain: Sequence[Tensor], other: Sequence[Tensor], what: str) -> None:
+        """Raise RuntimeError if two results differ."""
+        for name, a, b in zip([*self.names, "gradient of the weights"], plain, other, strict=True):
             # forces that vanish by symmetry, in a perfect crystal, are compared with what forces usually are
-            floor = 1e-12 if name.startswith("gradient") else 1e-2 * self.potential.energy_scale * plain.numel() ** 0.5
-            deviation = float((plain - compiled).norm() / plain.norm().clamp(min=floor))
+            floor = 1e-12 if name.startswith("gradient") else 1e-2 * self.potential.energy_scale * a.numel() ** 0.5
+            deviation = float((a - b).norm() / a.norm().clamp(min=floor))
             if not deviation < TOLERANCE[self.potential.dtype]:
-                raise RuntimeError(f"the compiled {name} differs from the plain one by {deviation:.1e} (relative); the plain one is used")
+                raise RuntimeError(f"the {what} {name} differs from the plain one by {deviation:.1e} (relative); the plain one is used")

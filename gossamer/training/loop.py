@@ -29,7 +29,7 @@ from gossamer.evaluation import Evaluation, evaluate_potential
 from gossamer.files import write_text
 from gossamer.graph import Graph
 from gossamer.memory import keep_freed_memory
-from gossamer.potential import Potential, Prediction
+from gossamer.potential import Potential
 from gossamer.settings import settings
 from gossamer.training.checkpoint import load_optimizer, optimizer_tensors, read_checkpoint, save_checkpoint
 from gossamer.training.compiled import CompiledForward
@@ -79,6 +79,8 @@ class TrainingConfig:
     """Stop after this many validations without improvement; None never does."""
     compile: bool = False
     """Compile the training step (half a minute to two minutes once, then 2 to 4 times faster); checked against the plain one."""
+    kernels: bool = True
+    """Pass messages by kernels on CPUs with a C++ compiler (built once, in seconds); checked against the plain step."""
     tensorboard: bool = False
     """Also log to TensorBoard (needs the package tensorboard)."""
     wandb: bool = False
@@ -94,8 +96,8 @@ class State:
     optimizer: torch.optim.Optimizer
     schedule: Schedule
     clipper: Clipper
-    forward: Callable[[Graph], Prediction]
-    """energies, forces and stress of a batch: plain or compiled"""
+    forward: CompiledForward
+    """energies, forces and stress of a batch: plain, with kernels, or compiled"""
     step: int = 0
     epoch: int = 0
     batch: int = 0
@@ -113,14 +115,14 @@ def make_state(potential: Potential, config: TrainingConfig, loss: LossConfig) -
     keep_freed_memory()
     optimizer = make_optimizer(potential.network, config.learning_rate, config.weight_decay, config.amsgrad)
     schedule = Schedule(config.schedule, config.learning_rate, config.steps)
-    forward = CompiledForward(potential, forces=loss.forces > 0, stress=loss.stress > 0)
+    forward = CompiledForward(potential, loss.forces > 0, loss.stress > 0, compile=config.compile, kernels=config.kernels)
     return State(
         potential=potential,
         ema=EMA(potential, config.ema_decay),
         optimizer=optimizer,
         schedule=schedule,
         clipper=Clipper(config.clip_norm, config.zclip),
-        forward=forward if config.compile else forward.plain,
+        forward=forward,
     )
 
 
