@@ -26,7 +26,7 @@ def saved(tmp_path: Path) -> Path:
 
 def test_bench_of_a_potential_and_a_calculator(saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["bench", str(saved), "--calculator", "ase.calculators.emt:EMT", "--sizes", "30", "60", "120", "--threads", "1",
-                 "--seconds", "5", "--out", str(tmp_path / "out"), "--mode", "plain"]  # fmt: skip
+                 "--seconds", "1", "--out", str(tmp_path / "out"), "--mode", "plain"]  # fmt: skip
     assert main(arguments) == 0
     printed = capsys.readouterr().out
     ours, emt = json.loads((tmp_path / "out" / "bench.json").read_text())
