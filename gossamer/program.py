@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from gossamer import __version__
-from gossamer.fast import TOLERANCE, compare
+from gossamer.fast import TOLERANCE, compare, part_of
 from gossamer.files import atomic_path, cache_folder
 from gossamer.graph import FIELDS, Graph
 from gossamer.potential import Potential, Prediction, load, state_of
@@ -162,10 +162,10 @@ def cache_path(potential: Potential) -> Path:
 def cached_program(potential: Potential, graph: Graph, make: bool = False) -> Program | None:
     """The program of a potential on this machine, kept from an earlier call, or made now if asked; None if there is none.
 
-    Every program is compared with the potential on this very structure before it is returned. What goes wrong is said in
+    Every program is compared with the potential on this very structure (of a large one, a part) before it is returned. What goes wrong is said in
     one line of the log, and the potential itself is used.
     """
-    path = cache_path(potential)
+    path, graph = cache_path(potential), part_of(graph)
     try:
         if path.exists():
             program = Program(path, potential)

@@ -22,7 +22,7 @@ from gossamer.checks.conservation import force_gradient_error, nve_conservation,
 from gossamer.checks.smoothness import cutoff_exponent, energy_jump
 from gossamer.checks.symmetry import net_force, separation_error, supercell_error, symmetry_errors
 from gossamer.data.readers import LabelConfig, from_atoms
-from gossamer.fast import add_kernels, compare, has_kernels, verified_kernels
+from gossamer.fast import add_kernels, compare, has_kernels, part_of, verified_kernels
 from gossamer.kernels import cpu, ops
 from gossamer.kernels.cpu import Missing
 from gossamer.kernels.layer import EdgeKernel, sort_edges
@@ -330,6 +330,18 @@ def test_wrong_kernels_are_refused(ethanol: Atoms, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(fast, "add_kernels", wrong)
     assert verified_kernels(potential, graph) is None
     assert "runs without kernels: the compiled energy differs" in caplog.text
+
+
+def test_part_of_a_large_structure() -> None:
+    """What is compared of a large system: a graph of its own, with fewer pairs."""
+    potential = make_potential(["Si"])
+    graph = Calculator(potential, compiled=False)._graph(bulk("Si", cubic=True).repeat(3))
+    part = part_of(graph, 1000)
+    assert 300 < part.n_edges <= 1000
+    assert int(part.edge_index.max()) < part.n_atoms < graph.n_atoms
+    np.testing.assert_array_equal(part.edge_vectors(), graph.edge_vectors()[((graph.edge_index < part.n_atoms).all(dim=0)).nonzero()[:, 0]])
+    compare(add_kernels(potential), potential, part, 1e-7)
+    assert part_of(graph) is graph
 
 
 def test_potentials_keep_their_own_weights(ethanol: Atoms) -> None:
