@@ -40,9 +40,9 @@ def run_without_hook(code: str, folder: Path) -> str:
 CHECK = """
 import numpy as np, torch
 from pathlib import Path
-torch.set_num_threads(1)
 from ase.build import bulk, molecule
 from conftest import MODELS, make_potential
+torch.set_num_threads(2)  # other code is generated than for one
 from gossamer.checks.conservation import force_gradient_error, stress_gradient_error
 from gossamer.checks.symmetry import supercell_error, symmetry_errors
 from gossamer.program import compare, fits

@@ -283,7 +283,7 @@ def main() -> None:
     pythons = {"ours": sys.executable, **dict(text.split("=", 1) for text in arguments.python)}
     target = HERE / f"peers-{arguments.threads}thread{'s' if arguments.threads > 1 else ''}.json"
     record = json.loads(target.read_text()) if target.exists() else {}
-    environment = {**os.environ, "OMP_NUM_THREADS": str(arguments.threads), "OMP_WAIT_POLICY": "passive", "PYTHONWARNINGS": "ignore"}
+    environment = {**os.environ, "OMP_NUM_THREADS": str(arguments.threads), "PYTHONWARNINGS": "ignore"}
     for name, (package, _) in MODELS.items():
         if package not in pythons or (arguments.only and package not in arguments.only and name not in arguments.only):
             continue

@@ -113,7 +113,7 @@ void attend(int64_t atoms, int64_t channels, int64_t parts, int64_t heads, int64
             const T *sl, const T *f, const T *y, const int64_t *sender, const int64_t *rows, T *h, T *out) {
   const Sizes n = {atoms, channels, parts, heads, threads};
   const int64_t C = channels, W = parts * C;
-#pragma omp parallel num_threads(threads) if (threads > 1)
+#pragma omp parallel num_threads(threads) if (threads > 1 && rows[atoms] * channels > SMALL)
   {
     std::vector<T> sum(heads), share(3 * C);
 #pragma omp for schedule(dynamic, 4)
@@ -139,7 +139,7 @@ void attend_backward(int64_t atoms, int64_t channels, int64_t parts, int64_t hea
                      T *dsum) {
   const Sizes n = {atoms, channels, parts, heads, threads};
   const int64_t C = channels, W = parts * C;
-#pragma omp parallel num_threads(threads) if (threads > 1)
+#pragma omp parallel num_threads(threads) if (threads > 1 && rows[atoms] * channels > SMALL)
   {
     std::vector<T> sum(heads), alpha(heads), share(3 * C), dshare(3 * C), y_sums(HARMONICS * LANES);
 #pragma omp for schedule(dynamic, 4)
@@ -195,7 +195,7 @@ void perpendicular(int64_t atoms, int64_t channels, int64_t threads, const T *q,
                    T *omega) {
   const Sizes n = {atoms, channels, 0, 0, threads};
   const int64_t C = channels, W = HARMONICS * C;
-#pragma omp parallel for schedule(dynamic, 4) num_threads(threads) if (threads > 1)
+#pragma omp parallel for schedule(dynamic, 4) num_threads(threads) if (threads > 1 && rows[atoms] * channels > SMALL)
   for (int64_t i = 0; i < atoms; i++)
     for (int64_t e = rows[i]; e < rows[i + 1]; e++) CHANNELS(align<L_>(n, q + i * W, p + sender[e] * W, y + e * HARMONICS, omega + e * C, c))
 }
@@ -205,7 +205,7 @@ void perpendicular_backward(int64_t atoms, int64_t channels, int64_t threads, co
                             T *dy) {
   const Sizes n = {atoms, channels, 0, 0, threads};
   const int64_t C = channels, W = HARMONICS * C;
-#pragma omp parallel num_threads(threads) if (threads > 1)
+#pragma omp parallel num_threads(threads) if (threads > 1 && rows[atoms] * channels > SMALL)
   {
     std::vector<T> y_sums(HARMONICS * LANES);
 #pragma omp for schedule(dynamic, 4)

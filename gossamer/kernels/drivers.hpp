@@ -37,7 +37,7 @@ extern "C" {
 
 void forward(int64_t atoms, int64_t width_in, int64_t width_out, int64_t size, int64_t threads, const int64_t *layout,
              const T *features, const T *harmonics, const T *values, const T *table, const int64_t *sender, const int64_t *rows, T *out) {
-#pragma omp parallel num_threads(threads) if (threads > 1)
+#pragma omp parallel num_threads(threads) if (threads > 1 && rows[atoms] * width_in > SMALL)
   {
     Job job;
     job.table = table;
@@ -63,7 +63,7 @@ void forward(int64_t atoms, int64_t width_in, int64_t width_out, int64_t size, i
 void backward(int64_t atoms, int64_t width_in, int64_t width_out, int64_t size, int64_t threads, const int64_t *layout,
               const T *features, const T *harmonics, const T *values, const T *table, const int64_t *receiver, const int64_t *columns,
               const int64_t *order, const T *gradient, T *to_features, T *to_harmonics, T *to_values) {
-#pragma omp parallel num_threads(threads) if (threads > 1)
+#pragma omp parallel num_threads(threads) if (threads > 1 && columns[atoms] * width_in > SMALL)
   {
     Job job;
     job.table = table;

@@ -14,6 +14,8 @@
 #define LANES (16 / (int)sizeof(T))
 #endif
 
+#define SMALL (1 << 17)  // edges times channels below which waking other threads costs more than they save
+
 template <int N> struct Vector { typedef T type __attribute__((vector_size(N * sizeof(T)))); };
 template <> struct Vector<1> { typedef T type; };
 template <int N> using vec = typename Vector<N>::type;

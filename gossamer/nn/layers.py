@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 def sum_by_index(values: Float[Tensor, "n ..."], index: Int[Tensor, " n"], size: int) -> Float[Tensor, "size ..."]:
     """out[k] = sum of the values whose index is k; zeros where there are none."""
+    if isinstance(size, int) and size == 1:  # one structure; a scatter onto one number cannot be compiled for several threads
+        return values.sum(dim=0, keepdim=True)
     return values.new_zeros((size, *values.shape[1:])).index_add(0, index, values)
 
 
