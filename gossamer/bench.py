@@ -427,6 +427,7 @@ def plot(records: Sequence[dict[str, Any]], path: Path) -> None:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     figure, axes = plt.subplots(1, 2, figsize=(9.5, 4), layout="constrained")
     for k, record in enumerate(records):
@@ -442,7 +443,15 @@ def plot(records: Sequence[dict[str, Any]], path: Path) -> None:
             axes[0].plot(atoms, floors, color=f"C{k % 10}", linestyle=":", linewidth=1.2)
     for axis, label in zip(axes, ("energy and forces (µs/atom), dotted: floor", "memory of the process (MB)"), strict=True):
         axis.set_xscale("log")
-        axis.set_yscale("log")
+        axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+        low, high = axis.dataLim.intervaly
+        if high > 8 * low:
+            axis.set_yscale("log")
+            axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.yaxis.set_minor_formatter(NullFormatter())
+        else:
+            axis.set_ylim(0, 1.1 * high)
+        axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
         axis.set_xlabel("atoms")
         axis.set_ylabel(label)
         axis.grid(alpha=0.3, which="both")
