@@ -55,8 +55,8 @@ def bench(
     Args:
         models: Saved potentials, ``PATH`` or ``NAME=PATH``.
         calculator: Any ASE calculators, ``[NAME=]MODULE:FACTORY``, as `gossamer judge` takes them.
-        structure: File whose first frame is repeated up to each size (a molecule stays one); by default a simple crystal or
-            molecule of elements that all candidates know.
+        structure: File whose first frame is repeated up to each size (a molecule stays one); by default a structure kept in the first
+            potential's file, else a simple crystal or molecule.
         sizes: Numbers of atoms, at least; the next size is left out when an evaluation would take longer than ``seconds``.
         seconds: Longest single evaluation.
         threads: Of PyTorch and OpenMP; by default as they find. With one thread CPU time is taken, otherwise wall time.
@@ -179,19 +179,23 @@ def measure(job: dict[str, Any], report: Callable[[dict[str, Any]], None]) -> di
     if own:
         import torch
 
-        from gossamer.potential import load
+        from gossamer.potential import load, stored_structures
 
         if job["threads"]:
             torch.set_num_threads(job["threads"])
         potential = load(job["model"], job["device"], job["dtype"])
         elements = list(potential.statistics.elements)
+        stored = stored_structures(job["model"])
         one_thread = torch.get_num_threads() == 1 and potential.device.type == "cpu"
     else:
         _, make = parse_calculator(job["calculator"])
-        foreign = make()
+        foreign, stored = make(), []
         elements = [] if job["atoms"] is not None else supported_elements(foreign)
         one_thread = job["threads"] == 1
-    atoms = job["atoms"] if job["atoms"] is not None else default_structure(elements)
+    atoms = job["atoms"]
+    if atoms is None:
+        atoms = stored[0].to_ase() if stored else default_structure(elements)
+        atoms.calc = None
     clock = time.process_time if one_thread else time.perf_counter
     facts: dict[str, Any] = {
         "atoms": atoms, "system": atoms.get_chemical_formula(empirical=True), "clock": "CPU time, one thread" if one_thread else "wall time",

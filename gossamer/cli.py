@@ -156,7 +156,10 @@ def _bench_parser(bench: argparse.ArgumentParser) -> None:
     bench.add_argument("models", nargs="*", default=[], metavar="[NAME=]POTENTIAL", help="saved potentials")
     bench.add_argument("--calculator", action="append", default=[], metavar="[NAME=]MODULE:FACTORY",
                        help="any ASE calculator, as gossamer judge takes them; can be given several times")  # fmt: skip
-    bench.add_argument("--structure", help="file whose first frame is repeated (default: a simple crystal or molecule)")
+    bench.add_argument(
+        "--structure",
+        help="file whose first frame is repeated (default: one that the potential's file holds, else a simple crystal or molecule)",
+    )
     bench.add_argument("--sizes", nargs="+", type=int, default=[100, 300, 1000, 3000, 10_000, 30_000, 100_000], metavar="ATOMS",
                        help="numbers of atoms (default: 100 to 100000)")  # fmt: skip
     bench.add_argument("--seconds", type=float, default=10.0, help="longest single evaluation; larger systems are left out (default: 10)")

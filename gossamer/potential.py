@@ -362,6 +362,17 @@ def _open(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return manifest, tensors
 
 
+def stored_structures(path: Path | str) -> list[Structure]:
+    """The structures whose predictions are stored in a saved potential."""
+    manifest, tensors = _open(Path(path))
+    return [_stored(tensors, k) for k in range(manifest["n_check"])]
+
+
+def _stored(tensors: Mapping[str, Tensor], k: int) -> Structure:
+    values: dict[str, Any] = {name: tensors[f"check.{k}.{name}"].numpy() for name in ("atomic_numbers", "positions", "cell", "pbc")}
+    return Structure(**values, name=f"stored structure {k}")
+
+
 def _checksum(tensors: Mapping[str, Tensor], manifest: Mapping[str, Any]) -> str:
     digest = hashlib.sha256(json.dumps({k: v for k, v in manifest.items() if k != "checksum"}, sort_keys=True).encode())
     for name in sorted(tensors):
@@ -374,8 +385,7 @@ def _verify(potential: Potential, tensors: Mapping[str, Tensor], n_check: int, p
     """Refuse a potential that does not reproduce its stored predictions here."""
     energy_tolerance, relative = TOLERANCES[precision]
     for k in range(n_check):
-        stored: dict[str, Any] = {name: tensors[f"check.{k}.{name}"].numpy() for name in ("atomic_numbers", "positions", "cell", "pbc")}
-        structure = Structure(**stored, name=f"stored structure {k}")
+        structure = _stored(tensors, k)
         predicted = potential.predict([structure])[0]
         deviation = abs(predicted["energy"] - float(tensors[f"check.{k}.energy"])) / structure.n_atoms
         if not deviation <= energy_tolerance:

@@ -13,6 +13,7 @@ from conftest import make_potential
 
 from gossamer.bench import bench, ceilings, floor, table
 from gossamer.cli import main
+from gossamer.data.readers import LabelConfig, from_atoms
 from gossamer.kernels.product import scalar_convolution, vector_convolution
 from gossamer.potential import save
 from gossamer.simulation.calculator import Calculator
@@ -59,6 +60,14 @@ def test_a_candidate_that_fails_stands_alone(saved: Path, tmp_path: Path) -> Non
     (emt,) = bench([], ["ase.calculators.emt:EMT"], **{**options, "structure": water, "sizes": (10, 100)})
     assert emt["stopped"] == "one molecule"
     assert len(table([emt]).splitlines()) == 3
+
+
+def test_what_a_potential_was_tested_on_is_timed(tmp_path: Path) -> None:
+    path = tmp_path / "water.safetensors"
+    save(make_potential(["H", "O"], dtype=torch.float32), path, check=[from_atoms(molecule("H2O"), LabelConfig(), "water")])
+    (record,) = bench([path], sizes=(3, 50), seconds=1.0, threads=1, out=tmp_path / "out")
+    assert record["system"] == "H2O"
+    assert [r["atoms"] for r in record["rows"]] == [3]
 
 
 def test_wrong_use(saved: Path, tmp_path: Path) -> None:
