@@ -77,7 +77,8 @@ def verified_kernels(potential: Potential, graph: Graph) -> Potential | None:
 
     Of a large structure a part is compared. On a GPU both are timed too, and None is returned if the potential itself is faster.
     """
-    graph = part_of(graph)
+    graph, was_training = part_of(graph), potential.training
+    potential.eval()
     try:
         fast = add_kernels(potential)
         compare(fast, potential, graph, TABLE_TOLERANCE[potential.dtype])
@@ -87,6 +88,8 @@ def verified_kernels(potential: Potential, graph: Graph) -> Potential | None:
         level = logging.WARNING if potential.device.type == "cpu" and hasattr(potential.network, "add_kernels") else logging.INFO
         log.log(level, "the potential runs without kernels: %s", str(error).splitlines()[0])
         return None
+    finally:
+        potential.train(was_training)
     return fast
 
 

@@ -369,7 +369,9 @@ def evaluate(
     """
     potential = model if isinstance(model, Potential) else load(model, device)
     structures = open_dataset(data, labels) if isinstance(data, str | Path) else data
-    evaluation = evaluate_potential(verified_kernels(potential, potential.collate([structures[0]])) or potential, structures)
+    example = next((s for s in structures if s.n_atoms > 1), None)  # lone atoms would show nothing of a kernel
+    quick = None if example is None else verified_kernels(potential, potential.collate([example]))
+    evaluation = evaluate_potential(quick or potential, structures)
     if out is not None:
         folder = Path(out)
         folder.mkdir(parents=True, exist_ok=True)

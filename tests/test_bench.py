@@ -70,6 +70,13 @@ def test_what_a_potential_was_tested_on_is_timed(tmp_path: Path) -> None:
     assert [r["atoms"] for r in record["rows"]] == [3]
 
 
+def test_a_large_cell_serves_several_sizes(saved: Path, tmp_path: Path) -> None:
+    ase.io.write(tmp_path / "cu.extxyz", bulk("Cu", cubic=True).repeat(2))
+    (record,) = bench([saved], structure=tmp_path / "cu.extxyz", sizes=(5, 10, 60), seconds=1.0, threads=1, out=tmp_path / "out")
+    assert [r["atoms"] for r in record["rows"]] == [32, 64]
+    assert record["stopped"] == "the largest size asked for"
+
+
 def test_wrong_use(saved: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="nothing to time"):
         bench()

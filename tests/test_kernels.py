@@ -29,7 +29,7 @@ from gossamer.kernels.layer import EdgeKernel, sort_edges
 from gossamer.kernels.product import Convolution, Product, scalar_convolution, vector_convolution
 from gossamer.kernels.table import TOLERANCE, derivatives, interpolate, tabulate
 from gossamer.nn.tensor_product import Coupling, Irrep
-from gossamer.runs import train
+from gossamer.runs import evaluate, train
 from gossamer.simulation.calculator import Calculator
 from gossamer.simulation.md import md
 
@@ -297,6 +297,7 @@ def test_without_compiler(ethanol: Atoms, monkeypatch: pytest.MonkeyPatch, caplo
     for setting, found in {
         "": "no C++ compiler was found",
         "/bin/false": "could not build a kernel",
+        "/no/such/compiler": "set CXX to one that can",
     }.items():
         caplog.clear()
         monkeypatch.setattr(shutil, "which", lambda name: None)
@@ -375,6 +376,28 @@ def test_registered_layers_survive_in_the_cache(cache: Path) -> None:
     assert not any(p.is_dir() for p in cache.iterdir())
 
 
+def test_damaged_kernels_are_built_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GOSSAMER_CACHE", str(tmp_path))
+    source = 'extern "C" void nothing() {}'
+    path = cpu.build(source, "part")
+    path.write_bytes(b"not a library")
+    assert cpu.library.__wrapped__(source, "part", ()).nothing is not None
+    assert path.read_bytes()[:4] != b"not "
+
+
+def test_evaluation_with_kernels(caplog: pytest.LogCaptureFixture) -> None:
+    """Frames of lone atoms come first; a potential in training mode stays in it."""
+    potential = make_potential(ELEMENTS)
+    frames = [molecule("H"), molecule("CH3OH")]
+    for frame in frames:
+        frame.calc = Calculator(potential, compiled=False)
+        frame.get_forces()
+    errors = evaluate(potential.train(), [from_atoms(f, LabelConfig(), "frame") for f in frames]).summary()
+    assert potential.training
+    assert errors["forces_mae_meV_per_A"] < 1e-5
+    assert not caplog.records
+
+
 def test_logging_is_quiet(ethanol: Atoms, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     ethanol.calc = Calculator(make_potential(ELEMENTS, **MODELS["schnet"]))
@@ -418,6 +441,14 @@ def test_training_with_kernels_is_plain_training(name: str, tmp_path: Path, capl
     quick, plain = weights(tmp_path / "True"), weights(tmp_path / "False")
     for key in (k for k in plain if k.startswith("network.")):
         torch.testing.assert_close(quick[key], plain[key], atol=1e-9, rtol=1e-7)
+
+
+def test_batches_of_one_structure_use_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    used = []
+    right = EdgeKernel.__call__
+    monkeypatch.setattr(EdgeKernel, "__call__", lambda self, f, w, e: used.append(1) or right(self, f, w, e))
+    train(settings(tmp_path / "run", steps=2, batch_size=1), progress=False)
+    assert used
 
 
 def test_wrong_training_kernels_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:

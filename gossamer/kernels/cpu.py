@@ -195,7 +195,10 @@ def build(source: str, name: str) -> Path:
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
             file, library = Path(folder) / "kernel.cpp", Path(folder) / "kernel.so"
             file.write_text(source)
-            result = subprocess.run([*command, str(file), "-o", str(library)], capture_output=True, text=True, check=False)
+            try:
+                result = subprocess.run([*command, str(file), "-o", str(library)], capture_output=True, text=True, check=False)
+            except OSError as error:
+                raise Missing(f"the C++ compiler '{command[0]}' cannot be run ({error}); set CXX to one that can") from None
             if result.returncode:
                 first = next((line for line in result.stderr.splitlines() if "error" in line), result.stderr.strip()[:200])
                 raise Missing(f"{command[0]} could not build a kernel: {first}")
@@ -228,7 +231,15 @@ def library(source: str, name: str, functions: tuple[tuple[str, tuple[int, int]]
     Raises:
         Missing: it cannot be built on this machine.
     """
-    loaded = ctypes.CDLL(str(build(source, name)))
+    path = build(source, name)
+    try:
+        loaded = ctypes.CDLL(str(path))
+    except OSError:  # damaged in the cache
+        path.unlink(missing_ok=True)
+        try:
+            loaded = ctypes.CDLL(str(build(source, name)))
+        except OSError as error:
+            raise Missing(f"a kernel built in '{path.parent}' cannot be loaded ({error}); set GOSSAMER_CACHE to another folder") from None
     for function, (sizes, addresses) in functions:
         getattr(loaded, function).argtypes = [ctypes.c_int64] * sizes + [ctypes.c_void_p] * addresses
         getattr(loaded, function).restype = None

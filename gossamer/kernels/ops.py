@@ -1,4 +1,7 @@
-"""The kernels as PyTorch operators with derivatives (first ones: they are for inference), opaque to compilers."""
+"""The kernels as PyTorch operators with derivatives, opaque to compilers.
+
+``weigh``, for training, can be differentiated any number of times; the others, for inference, once.
+"""
 
 from __future__ import annotations
 

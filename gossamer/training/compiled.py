@@ -40,9 +40,9 @@ class CompiledForward:
         self.potential, self.forces, self.stress = potential, forces, stress
         self.names = ["energy", "node_energies", *(["forces"] if forces else []), *(["stress"] if stress else [])]
         self.compile, self.kernels = compile, kernels
+        """what is still to be done on the first batch"""
         self.compiled: Any = None
         """the compiled step, once there is one"""
-        self.prepared = False
         # optimisers and averages change these tensors in place, so they can be collected once
         self.state = state_of(potential)
 
@@ -50,32 +50,34 @@ class CompiledForward:
         return self.potential(graph, forces=self.forces, stress=self.stress)
 
     def __call__(self, graph: Graph) -> Prediction:
+        if self.kernels and graph.n_edges > 0:
+            self.kernels = False  # asked for once
+            self._add_kernels(graph)
         # sizes 0 and 1 would be frozen into the graph
         if min(graph.n_graphs, graph.n_atoms, graph.n_edges) < 2:
             return self.plain(graph)
-        if not self.prepared:
-            self._prepare(graph)
-        return self.plain(graph) if self.compiled is None else self._run(graph)
-
-    def _prepare(self, graph: Graph) -> None:
-        """Put kernels into the network and compile, each compared with what it replaces on this batch."""
-        self.prepared = True
-        network: Any = self.potential.network
-        if self.kernels and self.potential.device.type == "cpu" and hasattr(network, "use_edge_kernels"):
-            before = self._results(self.plain, graph)
-            try:
-                network.use_edge_kernels(True)
-                self._agree(before, self._results(self.plain, graph), "accelerated")
-            except (Missing, RuntimeError) as error:
-                network.use_edge_kernels(False)
-                log.log(logging.INFO if isinstance(error, Missing) else logging.WARNING, "training runs without kernels: %s", error)
         if self.compile:
+            self.compile = False
             try:
                 self.compiled = self._compile(graph)
                 self._compare(graph)
             except Exception as error:  # whatever the compiler raises, training goes on without it
                 log.warning("training is not compiled: %s", str(error).strip().splitlines()[0] if str(error) else type(error).__name__)
                 self.compiled = None
+        return self.plain(graph) if self.compiled is None else self._run(graph)
+
+    def _add_kernels(self, graph: Graph) -> None:
+        """Put kernels into the network, unless they differ from the plain step on this batch."""
+        network: Any = self.potential.network
+        if self.potential.device.type != "cpu" or not hasattr(network, "use_edge_kernels"):
+            return
+        before = self._results(self.plain, graph)
+        try:
+            network.use_edge_kernels(True)
+            self._agree(before, self._results(self.plain, graph), "accelerated")
+        except (Missing, RuntimeError) as error:
+            network.use_edge_kernels(False)
+            log.log(logging.INFO if isinstance(error, Missing) else logging.WARNING, "training runs without kernels: %s", error)
 
     def _run(self, graph: Graph) -> Prediction:
         out = dict(zip(self.names, self.compiled(self.state, *(getattr(graph, f) for f in FIELDS)), strict=True))
