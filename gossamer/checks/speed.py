@@ -15,10 +15,13 @@ from ase import Atoms
 from gossamer.checks.outcome import Metric, Outcome, Panel, at_most, conclude, curve, measured
 from gossamer.checks.subject import Subject, enlarged
 from gossamer.neighbors import neighbor_list
+from gossamer.timing import fastest
 
 
-def time_evaluation(calculator: Any, atoms: Atoms, repeats: int = 5, seconds: float = 1.0) -> float:
-    """Seconds of energy and forces of slightly moved atoms, as molecular dynamics asks for them: the fastest of several, since other jobs only add.
+def time_evaluation(
+    calculator: Any, atoms: Atoms, repeats: int = 5, seconds: float = 1.0, clock: Callable[[], float] = time.perf_counter
+) -> float:
+    """Seconds of energy and forces of slightly moved atoms, as molecular dynamics asks for them: the fastest of several.
 
     One evaluation goes before (it may compile or allocate); at least one is timed, and no new one starts after ``seconds``.
     """
@@ -26,14 +29,12 @@ def time_evaluation(calculator: Any, atoms: Atoms, repeats: int = 5, seconds: fl
     work.calc = calculator
     work.get_forces()
     rng = np.random.default_rng(0)
-    times: list[float] = []
-    began = time.perf_counter()
-    while len(times) < repeats and (not times or time.perf_counter() - began < seconds):
+
+    def step() -> None:
         work.positions += rng.normal(scale=2e-3, size=work.positions.shape)
-        start = time.perf_counter()
         work.get_forces()
-        times.append(time.perf_counter() - start)
-    return min(times)
+
+    return fastest(step, repeats, seconds, clock)
 
 
 def memory() -> Callable[[], float]:
