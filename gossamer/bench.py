@@ -16,11 +16,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 from ase import Atoms
 
 from gossamer import __version__
-from gossamer.checks.speed import growth_exponent, memory
+from gossamer.checks.speed import growth_exponent, memory, time_evaluation
 from gossamer.checks.subject import (
     builtin_crystals,
     builtin_molecules,
@@ -31,11 +30,10 @@ from gossamer.checks.subject import (
     supported_elements,
 )
 from gossamer.files import atomic_path, write_json, write_text
+from gossamer.timing import fastest
 
 log = logging.getLogger(__name__)
 Mode = Literal["auto", "plain", "program"]
-MOVE = 2e-3
-"""Å by which atoms move between evaluations, as in a step of molecular dynamics"""
 
 
 def bench(
@@ -238,35 +236,11 @@ def default_structure(elements: Sequence[str]) -> Atoms:
     return next(iter(found.values()))
 
 
-def _moved(atoms: Atoms, rng: np.random.Generator) -> None:
-    atoms.positions += rng.normal(scale=MOVE, size=atoms.positions.shape)
-
-
-def fastest(run: Callable[[], Any], clock: Callable[[], float], seconds: float, repeats: int = 7) -> float:
-    """Shortest of several calls, within a total of ``seconds``: other jobs on the machine only add."""
-    times: list[float] = []
-    began = time.perf_counter()
-    while len(times) < repeats and (len(times) < 2 or time.perf_counter() - began < seconds):
-        start = clock()
-        run()
-        times.append(clock() - start)
-    return min(times)
-
-
 def time_one(calculator: Any, atoms: Atoms, clock: Callable[[], float], seconds: float) -> dict[str, Any]:
     """Energy and forces as molecular dynamics asks for them, neighbour list as the calculator keeps it."""
     used = memory()
     before = used()
-    work = atoms.copy()
-    work.calc = calculator
-    work.get_forces()  # compiles, allocates
-    rng = np.random.default_rng(0)
-
-    def step() -> None:
-        _moved(work, rng)
-        work.get_forces()
-
-    taken = fastest(step, clock, seconds)
+    taken = time_evaluation(calculator, atoms, 7, seconds, clock)
     return {
         "atoms": len(atoms),
         "ms": 1000 * taken,
@@ -281,8 +255,8 @@ def details(calculator: Any, atoms: Atoms, clock: Callable[[], float], ceiling: 
     from gossamer.neighbors import neighbor_list
 
     graph = calculator._graph(atoms)
-    network = fastest(lambda: calculator._predict(graph, calculator.conservative and bool(atoms.pbc.all())), clock, 2.0)
-    whole = fastest(lambda: neighbor_list(atoms.positions, atoms.cell.array, atoms.pbc, calculator.potential.cutoff), clock, 2.0, 3)
+    network = fastest(lambda: calculator._predict(graph, calculator.conservative and bool(atoms.pbc.all())), 7, 2.0, clock)
+    whole = fastest(lambda: neighbor_list(atoms.positions, atoms.cell.array, atoms.pbc, calculator.potential.cutoff), 3, 2.0, clock)
     least = floor(calculator, graph, ceiling)
     return {
         "edges": graph.n_edges,
@@ -306,19 +280,7 @@ def ceilings(potential: Any) -> dict[str, float]:
     source = torch.empty(length, dtype=torch.float32, device=device).fill_(1.0)
     target = torch.empty_like(source)
 
-    def best(run: Callable[[], Any]) -> float:
-        times = []
-        for _ in range(8):
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            start = time.perf_counter()
-            run()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            times.append(time.perf_counter() - start)
-        return min(times)
-
-    return {"macs": n**3 / best(lambda: torch.mm(a, b)), "bytes": 8 * length / best(lambda: target.copy_(source))}
+    return {"macs": n**3 / fastest(lambda: torch.mm(a, b), 8), "bytes": 8 * length / fastest(lambda: target.copy_(source), 8)}
 
 
 def floor(calculator: Any, graph: Any, ceiling: dict[str, float]) -> dict[str, float]:

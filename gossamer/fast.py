@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import logging
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +12,7 @@ import torch
 from gossamer.graph import Graph
 from gossamer.kernels.cpu import Missing
 from gossamer.potential import Potential, Prediction
+from gossamer.timing import fastest
 
 log = logging.getLogger(__name__)
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-10}
@@ -82,7 +82,7 @@ def verified_kernels(potential: Potential, graph: Graph) -> Potential | None:
     try:
         fast = add_kernels(potential)
         compare(fast, potential, graph, TABLE_TOLERANCE[potential.dtype])
-        if potential.device.type == "cuda" and seconds_of(potential, graph) < seconds_of(fast, graph):
+        if potential.device.type == "cuda" and fastest(lambda: potential(graph)) < fastest(lambda: fast(graph)):
             return None
     except (Missing, RuntimeError) as error:
         level = logging.WARNING if potential.device.type == "cpu" and hasattr(potential.network, "add_kernels") else logging.INFO
@@ -91,18 +91,6 @@ def verified_kernels(potential: Potential, graph: Graph) -> Potential | None:
     finally:
         potential.train(was_training)
     return fast
-
-
-def seconds_of(potential: Potential, graph: Graph) -> float:
-    """Time of energy and forces on a GPU, the fastest of some."""
-    times = []
-    for _ in range(5):
-        torch.cuda.synchronize()
-        began = time.perf_counter()
-        potential(graph)
-        torch.cuda.synchronize()
-        times.append(time.perf_counter() - began)
-    return min(times)
 
 
 def compare(fast: Callable[..., Prediction], potential: Potential, graph: Graph, tolerance: float) -> None:

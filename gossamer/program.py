@@ -23,6 +23,7 @@ from gossamer.fast import TOLERANCE, compare, part_of
 from gossamer.files import atomic_path, cache_folder
 from gossamer.graph import FIELDS, Graph
 from gossamer.potential import Potential, Prediction, load, state_of
+from gossamer.timing import fastest
 
 log = logging.getLogger(__name__)
 NAMES = ["energy", "node_energies", "forces", "stress"]
@@ -231,17 +232,6 @@ def export(model: Path | str, out: Path | str, structure: Any = None, device: st
     seconds = time.perf_counter() - began
     return {
         "out": str(out), "seconds": round(seconds, 1), "megabytes": round(out.stat().st_size / 1e6, 1),
-        "plain_ms": round(1000 * _fastest(lambda: potential(graph, stress=potential.conservative, isolated=calculator.isolated)), 2),
-        "compiled_ms": round(1000 * _fastest(lambda: program(graph)), 2),
+        "plain_ms": round(1000 * fastest(lambda: potential(graph, stress=potential.conservative, isolated=calculator.isolated), 10), 2),
+        "compiled_ms": round(1000 * fastest(lambda: program(graph), 10), 2),
     }  # fmt: skip
-
-
-def _fastest(run: Any, repeats: int = 10) -> float:
-    times = []
-    for _ in range(repeats):
-        began = time.perf_counter()
-        run()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - began)
-    return min(times)

@@ -17,15 +17,7 @@ import torch
 from gossamer.comparison import machine
 from gossamer.simulation.calculator import Calculator
 from gossamer.simulation.md import as_atoms
-
-
-def fastest(run, clock, repeats: int) -> float:
-    times = []
-    for _ in range(repeats):
-        began = clock()
-        run()
-        times.append(clock() - began)
-    return 1000 * min(times)
+from gossamer.timing import fastest
 
 
 def main() -> None:
@@ -53,10 +45,10 @@ def main() -> None:
             atoms.positions = positions + 1e-3 * rng.normal(size=positions.shape)
             atoms.get_forces()
 
-        through_ase = fastest(call, clock, repeats)
+        through_ase = 1000 * fastest(call, repeats, clock=clock)
         atoms.positions = positions
         graph = calculator._graph(atoms)
-        network = fastest(lambda c=calculator, g=graph: c._predict(g, True), clock, repeats)
+        network = 1000 * fastest(lambda c=calculator, g=graph: c._predict(g, True), repeats, clock=clock)
         rows.append(f"{through_ase:.2f} ({network:.2f}; {ready:.0f} s)")
     deviation = np.abs(forces[2] - forces[0]).max()
     model = calculator.potential.network.config.name

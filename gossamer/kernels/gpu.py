@@ -201,8 +201,9 @@ def module(source: str) -> Any:
 
 
 @functools.cache
-def _kernels(convolution: Convolution, key: str) -> Any:
-    del key  # convolutions compare without their coefficients
+def kernels(convolution: Convolution, key: str) -> Any:
+    """The kernels of a layer; ``key`` is the convolution's own, since convolutions compare without their coefficients."""
+    del key
     return module(generate(convolution))
 
 
@@ -216,12 +217,12 @@ def convolve(
     convolution: Convolution, features: Tensor, harmonics: Tensor, x: Tensor, table: Tensor, edge_index: Tensor, rows: Tensor
 ) -> Tensor:
     """Forward pass; arguments as for the operator."""
-    kernels = _kernels(convolution, convolution.key)
+    built = kernels(convolution, convolution.key)
     features, harmonics, x = features.contiguous(), harmonics.contiguous(), x.contiguous()
     out = features.new_zeros(features.shape[0], convolution.width_out)
     constants = {"INTERVALS": table.shape[1] - 1, "HARMONICS": harmonics.shape[1]}
     for block, chunks in _launches(convolution):
-        getattr(kernels, f"forward_{block}")[(features.shape[0], chunks)](
+        getattr(built, f"forward_{block}")[(features.shape[0], chunks)](
             features, harmonics, x, table, edge_index[0], rows, out, num_warps=1, enable_fp_fusion=True, **constants
         )
     return out
@@ -232,12 +233,12 @@ def convolve_backward(
     edge_index: Tensor, columns: Tensor, order: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Backward pass; arguments as for the operator."""
-    kernels = _kernels(convolution, convolution.key)
+    built = kernels(convolution, convolution.key)
     features, harmonics, x, gradient = features.contiguous(), harmonics.contiguous(), x.contiguous(), gradient.contiguous()
     results = torch.zeros_like(features), torch.zeros_like(harmonics), torch.zeros_like(x)
     constants = {"INTERVALS": table.shape[1] - 1, "HARMONICS": harmonics.shape[1]}
     for block, chunks in _launches(convolution):
-        getattr(kernels, f"backward_{block}")[(features.shape[0], chunks)](
+        getattr(built, f"backward_{block}")[(features.shape[0], chunks)](
             features,
             harmonics,
             x,

@@ -47,7 +47,7 @@ def register(convolution: Convolution, dtype: torch.dtype, device: str = "cpu", 
     if key in _convolutions:
         return key
     if device == "cuda":
-        _convolutions[key] = convolution, gpu.module(gpu.generate(convolution)), None
+        _convolutions[key] = convolution, gpu.kernels(convolution, convolution.key), None
     else:
         cpu.sorting()
         _convolutions[key] = (
@@ -67,75 +67,50 @@ def _sort_edges(edge_index: Tensor, nodes: Tensor) -> tuple[Tensor, Tensor, Tens
     return rows, columns, order
 
 
-def _convolve(
-    key: str,
-    features: Tensor,
-    harmonics: Tensor,
-    x: Tensor,
-    table: Tensor,
-    edge_index: Tensor,
-    rows: Tensor,
-    columns: Tensor,
-    order: Tensor,
+def _forward(
+    key: str, features: Tensor, harmonics: Tensor, values: Tensor, table: Tensor, size: int, edge_index: Tensor, rows: Tensor
 ) -> Tensor:
+    """``values``: distances, with a table of ``size`` intervals; or ``size`` radial functions of every edge, and no table."""
     convolution, kernel, layout = _convolutions[key]
-    n = features.shape[0]
-    features, harmonics, x = features.contiguous(), harmonics.contiguous(), x.contiguous()
-    out = features.new_empty(n, convolution.width_out)
+    features, harmonics, values = features.contiguous(), harmonics.contiguous(), values.contiguous()
+    out = features.new_empty(features.shape[0], convolution.width_out)
     kernel.forward(
-        n, convolution.width_in, convolution.width_out, table.shape[1] - 1, torch.get_num_threads(),
-        *cpu.pointers(layout, features, harmonics, x, table, edge_index, rows, out),
+        features.shape[0], convolution.width_in, convolution.width_out, size, torch.get_num_threads(),
+        *cpu.pointers(layout, features, harmonics, values, table, edge_index, rows, out),
     )  # fmt: skip
     return out
 
 
-def _weigh(
-    key: str, features: Tensor, harmonics: Tensor, weights: Tensor, edge_index: Tensor, rows: Tensor, columns: Tensor, order: Tensor
-) -> Tensor:
+def _backward(key: str, gradient: Tensor, features: Tensor, harmonics: Tensor, values: Tensor, table: Tensor, size: int,
+              edge_index: Tensor, columns: Tensor, order: Tensor) -> tuple[Tensor, ...]:  # fmt: skip
     convolution, kernel, layout = _convolutions[key]
-    n = features.shape[0]
-    features, harmonics, weights = features.contiguous(), harmonics.contiguous(), weights.contiguous()
-    out = features.new_empty(n, convolution.width_out)
-    kernel.forward(
-        n, convolution.width_in, convolution.width_out, weights.shape[1], torch.get_num_threads(),
-        *cpu.pointers(layout, features, harmonics, weights, weights, edge_index, rows, out),
-    )  # fmt: skip
-    return out
-
-
-def _weigh_backward(
-    key: str,
-    gradient: Tensor,
-    features: Tensor,
-    harmonics: Tensor,
-    weights: Tensor,
-    edge_index: Tensor,
-    rows: Tensor,
-    columns: Tensor,
-    order: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    convolution, kernel, layout = _convolutions[key]
-    gradient, features, harmonics, weights = (t.contiguous() for t in (gradient, features, harmonics, weights))
-    results = torch.empty_like(features), torch.empty_like(harmonics), torch.empty_like(weights)
+    gradient, features, harmonics, values = (t.contiguous() for t in (gradient, features, harmonics, values))
+    results = _alike(features, harmonics, values)
     kernel.backward(
-        features.shape[0], convolution.width_in, convolution.width_out, weights.shape[1], torch.get_num_threads(),
-        *cpu.pointers(layout, features, harmonics, weights, weights, edge_index[1], columns, order, gradient, *results),
+        features.shape[0], convolution.width_in, convolution.width_out, size, torch.get_num_threads(),
+        *cpu.pointers(layout, features, harmonics, values, table, edge_index[1], columns, order, gradient, *results),
     )  # fmt: skip
     return results
 
 
-def _convolve_backward(
-    key: str, gradient: Tensor, features: Tensor, harmonics: Tensor, x: Tensor, table: Tensor,
-    edge_index: Tensor, rows: Tensor, columns: Tensor, order: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    convolution, kernel, layout = _convolutions[key]
-    features, harmonics, x, gradient = features.contiguous(), harmonics.contiguous(), x.contiguous(), gradient.contiguous()
-    results = torch.empty_like(features), torch.empty_like(harmonics), torch.empty_like(x)
-    kernel.backward(
-        features.shape[0], convolution.width_in, convolution.width_out, table.shape[1] - 1, torch.get_num_threads(),
-        *cpu.pointers(layout, features, harmonics, x, table, edge_index[1], columns, order, gradient, *results),
-    )  # fmt: skip
-    return results
+def _convolve(key: str, *tensors: Tensor) -> Tensor:
+    features, harmonics, x, table, edge_index, rows, _, _ = tensors
+    return _forward(key, features, harmonics, x, table, table.shape[1] - 1, edge_index, rows)
+
+
+def _convolve_backward(key: str, *tensors: Tensor) -> tuple[Tensor, ...]:
+    gradient, features, harmonics, x, table, edge_index, _, columns, order = tensors
+    return _backward(key, gradient, features, harmonics, x, table, table.shape[1] - 1, edge_index, columns, order)
+
+
+def _weigh(key: str, *tensors: Tensor) -> Tensor:
+    features, harmonics, weights, edge_index, rows, _, _ = tensors
+    return _forward(key, features, harmonics, weights, weights.new_empty(0), weights.shape[1], edge_index, rows)
+
+
+def _weigh_backward(key: str, *tensors: Tensor) -> tuple[Tensor, ...]:
+    gradient, features, harmonics, weights, edge_index, _, columns, order = tensors
+    return _backward(key, gradient, features, harmonics, weights, weights.new_empty(0), weights.shape[1], edge_index, columns, order)
 
 
 def _degrees(y: Tensor) -> int:
@@ -157,7 +132,7 @@ def _attend_backward(heads: int, *tensors: Tensor) -> tuple[Tensor, ...]:
     *values, edge_index, rows, columns, order = tensors
     dh, dout, q, k, g, v, x, sl, f, y = (t.contiguous() for t in values)
     n, c = q.shape
-    results = tuple(torch.empty_like(t) for t in (q, k, g, v, x, sl, f, y))
+    results = _alike(q, k, g, v, x, sl, f, y)
     scratch = q.new_empty(edge_index.shape[1], heads)
     cpu.attention_library(_degrees(y), q.dtype).attend_backward(
         n, c, f.shape[1] // c, heads, torch.get_num_threads(),
@@ -179,7 +154,7 @@ def _perpendicular(*tensors: Tensor) -> Tensor:
 def _perpendicular_backward(*tensors: Tensor) -> tuple[Tensor, ...]:
     *values, edge_index, rows, columns, order = tensors
     gradient, q, p, y = (t.contiguous() for t in values)
-    results = tuple(torch.empty_like(t) for t in (q, p, y))
+    results = _alike(q, p, y)
     cpu.attention_library(_degrees(y), q.dtype).perpendicular_backward(
         q.shape[0], q.shape[2], torch.get_num_threads(),
         *cpu.pointers(q, p, y, edge_index, edge_index[1], rows, columns, order, gradient, *results),
@@ -213,24 +188,13 @@ _library.impl("map_by_species", _map_by_species, "CompositeExplicitAutograd")
 # --- on a GPU --------------------------------------------------------------------------------------------------------
 
 
-def _convolve_gpu(
-    key: str,
-    features: Tensor,
-    harmonics: Tensor,
-    x: Tensor,
-    table: Tensor,
-    edge_index: Tensor,
-    rows: Tensor,
-    columns: Tensor,
-    order: Tensor,
-) -> Tensor:
+def _convolve_gpu(key: str, *tensors: Tensor) -> Tensor:
+    features, harmonics, x, table, edge_index, rows, _, _ = tensors
     return gpu.convolve(_convolutions[key][0], features, harmonics, x, table, edge_index, rows)
 
 
-def _convolve_backward_gpu(
-    key: str, gradient: Tensor, features: Tensor, harmonics: Tensor, x: Tensor, table: Tensor,
-    edge_index: Tensor, rows: Tensor, columns: Tensor, order: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+def _convolve_backward_gpu(key: str, *tensors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    gradient, features, harmonics, x, table, edge_index, _, columns, order = tensors
     return gpu.convolve_backward(_convolutions[key][0], gradient, features, harmonics, x, table, edge_index, columns, order)
 
 
@@ -251,12 +215,6 @@ def _fake_convolve(key: str, features: Tensor, *others: Tensor) -> Tensor:
     return features.new_empty(features.shape[0], _convolutions[key][0].width_out)
 
 
-def _fake_convolve_backward(
-    key: str, gradient: Tensor, features: Tensor, harmonics: Tensor, x: Tensor, *others: Tensor
-) -> tuple[Tensor, ...]:
-    return torch.empty_like(features), torch.empty_like(harmonics), torch.empty_like(x)
-
-
 def _fake_attend(heads: int, q: Tensor, *others: Tensor) -> tuple[Tensor, Tensor]:
     return torch.empty_like(q), q.new_empty(q.shape[0], others[6].shape[1], q.shape[1])
 
@@ -267,7 +225,7 @@ def _alike(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 torch.library.register_fake("gossamer::sort_edges", _fake_sort)
 torch.library.register_fake("gossamer::convolve", _fake_convolve)
-torch.library.register_fake("gossamer::convolve_backward", _fake_convolve_backward)
+torch.library.register_fake("gossamer::convolve_backward", lambda key, gradient, *t: _alike(*t[:3]))
 torch.library.register_fake("gossamer::weigh", _fake_convolve)
 torch.library.register_fake("gossamer::weigh_backward", lambda key, gradient, *t: _alike(*t[:3]))
 torch.library.register_fake("gossamer::attend", _fake_attend)
