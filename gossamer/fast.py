@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -93,6 +94,32 @@ def verified_kernels(potential: Potential, graph: Graph) -> Potential | None:
     return fast
 
 
+@contextmanager
+def changing_kernels(potential: Potential, graph: Graph) -> Iterator[None]:
+    """Within this block the potential passes messages by kernels that hold nothing of its weights; later these may change.
+
+    They are compared with the potential on this graph of one structure; where there are none, or they differ, it runs as it is.
+    """
+    network: Any = potential.network
+    switch = getattr(network, "use_edge_kernels", getattr(network, "use_kernels", None))
+    on = False
+    if switch is not None and potential.device.type == "cpu" and graph.n_edges > 0:
+        plain = potential(graph, stress=potential.conservative)
+        try:
+            switch(True)
+            on = True
+            agree(plain, potential(graph, stress=potential.conservative), potential, graph, TOLERANCE[potential.dtype])
+        except (Missing, RuntimeError) as error:
+            log.log(logging.INFO if isinstance(error, Missing) else logging.WARNING, "without kernels: %s", error)
+            switch(False)
+            on = False
+    try:
+        yield
+    finally:
+        if on:
+            switch(False)
+
+
 def compare(fast: Callable[..., Prediction], potential: Potential, graph: Graph, tolerance: float) -> None:
     """Raise RuntimeError unless something that stands in for a potential gives its energy, forces and stress.
 
@@ -104,16 +131,20 @@ def compare(fast: Callable[..., Prediction], potential: Potential, graph: Graph,
     """
     stress = potential.conservative
     plain = potential(graph, stress=stress)
-    other = fast(graph, stress=stress) if isinstance(fast, Potential) else fast(graph)
+    agree(plain, fast(graph, stress=stress) if isinstance(fast, Potential) else fast(graph), potential, graph, tolerance)
+
+
+def agree(plain: Prediction, other: Prediction, potential: Potential, graph: Graph, tolerance: float) -> None:
+    """Raise RuntimeError unless two predictions of a potential for one structure are equal; tolerance as for ``compare``."""
     scale = 1e-2 * potential.energy_scale
     volume = max(float(torch.linalg.det(graph.cell[0].cpu()).abs()), 1.0)
     floors = {"energy": scale * graph.n_atoms, "forces": scale, "stress": scale * graph.n_atoms / volume}
     for name, floor in floors.items():
-        if name == "stress" and not stress:
+        if name == "stress" and not potential.conservative:
             continue
         a, b = (getattr(p, name).detach().nan_to_num().to(torch.float64) for p in (plain, other))
         # reference energies are exact and large: an energy is compared with the scale of forces, not with itself
         size = float(floor) if name == "energy" else max(float(a.pow(2).mean().sqrt()), float(floor))
         deviation = float((a - b).abs().max()) / size
         if not deviation < tolerance:
-            raise RuntimeError(f"the compiled {name} differs from the plain one by {deviation:.1e} (relative)")
+            raise RuntimeError(f"the fast {name} differs from the plain one by {deviation:.1e} (relative)")

@@ -22,7 +22,7 @@ from gossamer.checks.conservation import force_gradient_error, nve_conservation,
 from gossamer.checks.smoothness import cutoff_exponent, energy_jump
 from gossamer.checks.symmetry import net_force, separation_error, supercell_error, symmetry_errors
 from gossamer.data.readers import LabelConfig, from_atoms
-from gossamer.fast import add_kernels, compare, has_kernels, part_of, verified_kernels
+from gossamer.fast import add_kernels, changing_kernels, compare, has_kernels, part_of, verified_kernels
 from gossamer.kernels import cpu, ops
 from gossamer.kernels.cpu import Missing
 from gossamer.kernels.layer import EdgeKernel, sort_edges
@@ -326,11 +326,11 @@ def test_wrong_kernels_are_refused(ethanol: Atoms, monkeypatch: pytest.MonkeyPat
 
     graph = Calculator(potential, compiled=False)._graph(ethanol)
     compare(right(potential), potential, graph, 1e-7)
-    with pytest.raises(RuntimeError, match="compiled energy differs from the plain one by"):
+    with pytest.raises(RuntimeError, match="fast energy differs from the plain one by"):
         compare(wrong(potential), potential, graph, 1e-7)
     monkeypatch.setattr(fast, "add_kernels", wrong)
     assert verified_kernels(potential, graph) is None
-    assert "runs without kernels: the compiled energy differs" in caplog.text
+    assert "runs without kernels: the fast energy differs" in caplog.text
 
 
 def test_part_of_a_large_structure() -> None:
@@ -396,6 +396,37 @@ def test_evaluation_with_kernels(caplog: pytest.LogCaptureFixture) -> None:
     assert potential.training
     assert errors["forces_mae_meV_per_A"] < 1e-5
     assert not caplog.records
+
+
+@pytest.mark.parametrize("name", [*MODELS])
+def test_kernels_while_weights_change(name: str, ethanol: Atoms, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """Validation: on within the block and off after it, equal with the weights of the moment; wrong ones are not used."""
+    potential = make_potential(ELEMENTS, **MODELS[name]).eval()
+    graph = Calculator(potential, compiled=False)._graph(ethanol)
+    calls: list[str] = []
+    for operator in ("weigh", "attend"):
+        original = getattr(torch.ops.gossamer, operator)
+        monkeypatch.setattr(torch.ops.gossamer, operator, lambda *a, o=original, n=operator: (calls.append(n), o(*a))[1])
+    for step in range(2):
+        with torch.no_grad():
+            for parameter in potential.network.parameters():
+                parameter.mul_(1.0 + 0.1 * step)
+        plain = potential(graph)
+        assert not calls
+        with changing_kernels(potential, graph):
+            calls.clear()
+            fast = potential(graph)
+            assert calls
+        calls.clear()
+        torch.testing.assert_close(fast.forces, plain.forces, rtol=0, atol=1e-11)
+        torch.testing.assert_close(fast.energy, plain.energy, rtol=0, atol=1e-10)
+    for operator in ("weigh", "attend"):
+        right = getattr(torch.ops.gossamer, operator)
+        wrong = (lambda *a, o=right: o(*a) * 1.001) if operator == "weigh" else (lambda *a, o=right: tuple(1.001 * t for t in o(*a)))
+        monkeypatch.setattr(torch.ops.gossamer, operator, wrong)
+    with changing_kernels(potential, graph):
+        torch.testing.assert_close(potential(graph).forces, plain.forces, rtol=0, atol=1e-12)
+    assert "differs from the plain one" in caplog.text
 
 
 def test_logging_is_quiet(ethanol: Atoms, caplog: pytest.LogCaptureFixture) -> None:

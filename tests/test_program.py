@@ -173,7 +173,7 @@ def test_a_program_that_differs_is_not_used(cache: Path, monkeypatch: pytest.Mon
             return type(out)(energy=out.energy, node_energies=out.node_energies, forces=out.forces * (1 + self.size), stress=out.stress)
 
     compare(Wrong(0.0), potential, graph, 1e-10)
-    with pytest.raises(RuntimeError, match="compiled forces differs"):
+    with pytest.raises(RuntimeError, match="fast forces differs"):
         compare(Wrong(1e-6), potential, graph, 1e-10)
     monkeypatch.setattr(program, "make_program", lambda *a: (_ for _ in ()).throw(RuntimeError("no compiler here")))
     atoms.calc = Calculator(potential, compiled=True)

@@ -334,11 +334,16 @@ class Geodite(nn.Module):
 
     def add_kernels(self) -> None:
         """From now on pass messages by kernels: for inference on a CPU."""
-        if self.W_erp.weight.device.type != "cpu":
+        self.use_kernels(True)
+
+    def use_kernels(self, on: bool) -> None:
+        """Pass messages by kernels, or no longer; they hold nothing of the weights."""
+        if on and self.W_erp.weight.device.type != "cpu":
             raise cpu.Missing("geodite has kernels for CPUs only")
-        cpu.sorting()
-        cpu.attention_library(self.config.l_max, self.W_erp.weight.dtype)
-        self.kernels = True
+        if on:
+            cpu.sorting()
+            cpu.attention_library(self.config.l_max, self.W_erp.weight.dtype)
+        self.kernels = on
 
     def embed(
         self, species: Tensor, edge_index: Tensor, edge_vectors: Tensor, lengths: Tensor

@@ -13,6 +13,7 @@ import math
 import signal
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -26,6 +27,7 @@ from tqdm import tqdm
 from gossamer.data.loader import epoch_batches, graphs
 from gossamer.data.structure import Structure
 from gossamer.evaluation import Evaluation, evaluate_potential
+from gossamer.fast import changing_kernels
 from gossamer.files import write_text
 from gossamer.graph import Graph
 from gossamer.memory import keep_freed_memory
@@ -143,8 +145,8 @@ def train_step(state: State, graph: Graph, loss: LossConfig, config: TrainingCon
     parts = [getattr(loss, name) * value / count.clamp(min=1) for (name, (value, _)), count in zip(sums.items(), counts, strict=True)]
     total = torch.stack(parts).sum()
     state.optimizer.zero_grad(set_to_none=True)
-    total.backward()
     parameters: list[Tensor] = [p for p in potential.network.parameters() if p.requires_grad]
+    total.backward(inputs=parameters)  # and not into the edge vectors
     workers.sum_gradients(parameters)
     norm = state.clipper.clip(parameters)
     value = float(workers.sum(total.detach().clone()))
@@ -314,7 +316,7 @@ def run_training(
                 bar.update()
                 done = state.step >= config.steps
                 if state.step % config.valid_every == 0 or done:
-                    row = validate(state, valid, loss, workers, save_best)
+                    row = validate(state, valid, loss, config, workers, save_best)
                     done = done or stopped_early(state, config)
                     if logger is not None:
                         logger.write(row)
@@ -340,13 +342,20 @@ def stopped_early(state: State, config: TrainingConfig) -> bool:
 
 
 def validate(
-    state: State, valid: Sequence[Structure], loss: LossConfig, workers: Workers, save_best: Callable[[Potential], None]
+    state: State,
+    valid: Sequence[Structure],
+    loss: LossConfig,
+    config: TrainingConfig,
+    workers: Workers,
+    save_best: Callable[[Potential], None],
 ) -> dict[str, Any]:
     """Errors of the averaged weights; saves them if they are the best so far; returns a row of the log."""
     row: dict[str, Any] = {"step": state.step, "epoch": state.epoch, "learning_rate": state.schedule.rate(state.step - 1)}
     metric = math.inf
     if workers.rank == 0:
-        evaluation = evaluate_potential(state.ema.module.eval(), valid, keep=0)
+        averaged = state.ema.module.eval()
+        with changing_kernels(averaged, averaged.collate([valid[0]])) if config.kernels else nullcontext():
+            evaluation = evaluate_potential(averaged, valid, keep=0)
         metric = validation_loss(evaluation, loss)
         row |= {
             f"valid_{label}_{kind}": getattr(getattr(evaluation, label), kind) if getattr(evaluation, label).count else ""
