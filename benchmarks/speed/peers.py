@@ -4,7 +4,10 @@
 
 How each was installed (torch 2.13.0 first, held by a constraints file): nequip: `nequip nequip-allegro`; mace: `mace-torch`;
 sevenn: `sevenn`; chgnet: `chgnet`; schnetpack: `schnetpack==2.0.4`, then 2.1.1 without dependencies; matgl: `matgl`; orb:
-`orb-models`; deepmd: `deepmd-kit==3.2.0` without dependencies, then what it imports, its operators for torch 2.11 moved away.
+`orb-models`; deepmd: `deepmd-kit==3.2.0` without dependencies, then what it imports, its operators for torch 2.11 moved away;
+gotennet: `gotennet` without dependencies, then `torch_geometric e3nn ase omegaconf lightning rich hydra-core python-dotenv
+pyrootutils scikit-learn pandas`; nequix: `nequix` without dependencies (they bring 4.5 GB of CUDA), then `jax equinox e3nn-jax
+jraph matscipy ase ase-db-backends optax h5py tqdm pyyaml cloudpickle wandb wandb-osh`.
 
 Every model runs as its users run it, through its ASE calculator (neighbour list included), in float32. Random weights
 unless a package bundles some; SevenNet's and CHGNet's own. One thread: CPU time, fastest of several calls with
@@ -187,6 +190,68 @@ def deeppot() -> tuple[Any, int]:
     return InMemory(), sum(p.numel() for p in model.parameters())
 
 
+def gotennet(layers: int) -> tuple[Any, int]:
+    """The representation with a two-layer energy head; the package has no calculator and no periodic neighbour list: ASE's."""
+    import types
+    from importlib.machinery import ModuleSpec
+
+    for name, attribute in (("torch_cluster", "radius_graph"), ("torch_scatter", "scatter")):  # no wheels, and not called here
+        module: Any = types.ModuleType(name)
+        setattr(module, attribute, None)
+        module.__spec__ = ModuleSpec(name, None)
+        sys.modules.setdefault(name, module)
+    import numpy as np
+    import torch
+    from ase.calculators.calculator import Calculator, all_changes
+    from ase.neighborlist import primitive_neighbor_list
+    from gotennet.models.components.layers import CosineCutoff
+    from gotennet.models.representation.gotennet import GotenNet
+
+    torch.manual_seed(0)
+    body = GotenNet(n_atom_basis=256, n_interactions=layers, n_rbf=32, cutoff_fn=CosineCutoff(5.0), num_heads=8, edge_updates=True, lmax=2,
+                    aggr="add", scale_edge=False, sep_htr=True, sep_dir=True, sep_tensor=True)  # fmt: skip
+    head = torch.nn.Sequential(torch.nn.Linear(256, 256), torch.nn.SiLU(), torch.nn.Linear(256, 1))
+    model = torch.nn.ModuleList([body, head]).eval().requires_grad_(False)
+
+    class InMemory(Calculator):
+        implemented_properties = ["energy", "forces"]  # noqa: RUF012
+
+        def calculate(self, atoms=None, properties=None, system_changes=all_changes):
+            super().calculate(atoms)
+            i, j, vectors = primitive_neighbor_list("ijD", atoms.pbc, atoms.cell, atoms.positions, 5.0)
+            index = torch.as_tensor(np.stack([j, i]))
+            edges = torch.as_tensor(vectors, dtype=torch.float32).requires_grad_()
+            scalars, _ = body(torch.as_tensor(atoms.numbers), index, edges.norm(dim=1), edges.clone())
+            energy = head(scalars).sum()
+            (slope,) = torch.autograd.grad(energy, edges)
+            zeros = torch.zeros(len(atoms), 3)
+            forces = zeros.index_add(0, index[1], slope).index_add(0, index[0], -slope)
+            self.results = {"energy": energy.item(), "forces": forces.numpy()}
+
+    return InMemory(), sum(p.numel() for p in model.parameters())
+
+
+def nequix(cutoff: float) -> tuple[Any, int]:
+    """The architecture of nequix-mp-1 with random weights, jitted by JAX."""
+    import ase.calculators.calculator
+    import equinox
+    import jax
+    from nequix.calculator import NequixCalculator
+    from nequix.data import atomic_numbers_to_indices
+    from nequix.model import Nequix
+
+    model = Nequix(jax.random.PRNGKey(0), n_species=len(ALL), cutoff=cutoff, lmax=3, hidden_irreps="128x0e + 64x1o + 32x2e + 32x3o", n_layers=4,
+                   radial_basis_size=8, radial_mlp_size=64, radial_mlp_layers=2, radial_polynomial_p=6.0, index_weights=False, layer_norm=True,
+                   kernel=False, avg_n_neighbors=57.4)  # fmt: skip
+    calculator = NequixCalculator.__new__(NequixCalculator)
+    ase.calculators.calculator.Calculator.__init__(calculator)
+    calculator.model, calculator.backend, calculator.cutoff = model, "jax", cutoff
+    calculator.config = {"atomic_numbers": ALL, "cutoff": cutoff}
+    calculator.atom_indices = atomic_numbers_to_indices(ALL)
+    calculator._capacity, calculator._capacity_multiplier = None, 1.1
+    return calculator, sum(x.size for x in jax.tree_util.tree_leaves(equinox.filter(model, equinox.is_inexact_array)))
+
+
 SAME = {"name": "nequip", "variant": "published", "embedding_features": 32, "radial_depth": 1, "radial_width": 128}
 PARITY = {**SAME, "num_layers": 4, "l_max": 2, "num_features": 32, "parity": True}
 WIDE = {"num_features": 128, "num_layers": 3, "num_basis": 20}
@@ -218,6 +283,8 @@ MODELS: dict[str, tuple[str, Callable[[], tuple[Any, int]]]] = {
     "tensornet 64": ("matgl", tensornet),
     "orb-v3 conservative": ("orb", orb),
     "deeppot-se 6 Å": ("deepmd", deeppot),
+    "gotennet S": ("gotennet", lambda: gotennet(4)),
+    "nequix-mp-1": ("nequix", lambda: nequix(6.0)),
 }  # fmt: skip
 
 
@@ -241,6 +308,8 @@ def measure(name: str, threads: int, structures: list[str]) -> None:
 
     answers, sys.stdout = sys.stdout, sys.stderr
     torch.set_num_threads(threads)
+    if MODELS[name][0] == "nequix":  # JAX takes all cores it sees, whatever it is told
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[-threads:])
     clock = time.process_time if threads == 1 else time.perf_counter
     before = product_ms()
     calculator, parameters = MODELS[name][1]()
