@@ -5,14 +5,22 @@ struct Sizes {
 };
 static inline T sigmoid(T x) { return 1 / (1 + std::exp(-x)); }
 
+// sums over a part of the channels, in eights
+template <class F8, class F1> static inline T reduce(int64_t c, int64_t end, F8 eight, F1 one) {
+  vec<8> sums = {};
+  T total = 0;
+  for (; c + 8 <= end; c += 8) sums += eight(c);
+  for (; c < end; c++) total += one(c);
+  for (int l = 0; l < 8; l++) total += sums[l];
+  return total;
+}
 // attention of one edge before its SiLU, for each head
 static void logits(const Sizes &n, const T *q, const T *k, const T *sl, T *sum) {
   const int64_t width = n.channels / n.heads;
-  for (int64_t head = 0; head < n.heads; head++) {
-    T total = 0;
-    for (int64_t c = head * width; c < (head + 1) * width; c++) total += q[c] * k[c] * sl[c];
-    sum[head] = total;
-  }
+  for (int64_t head = 0; head < n.heads; head++)
+    sum[head] = reduce(
+        head * width, (head + 1) * width, [=](int64_t c) { return load<8>(q + c) * load<8>(k + c) * load<8>(sl + c); },
+        [=](int64_t c) { return q[c] * k[c] * sl[c]; });
 }
 // the heads tile all 3 C channels of a message
 static void spread(const Sizes &n, const T *value, T *share) {
@@ -166,11 +174,17 @@ void attend_backward(int64_t atoms, int64_t channels, int64_t parts, int64_t hea
         const int64_t wide = 3 * C / heads, narrow = C / heads;
         T *dse = dsl + e * C, *ds = dsum + e * heads;
         for (int64_t head = 0; head < heads; head++) {
-          T total = 0;
-          for (int64_t c = head * wide; c < std::min((head + 1) * wide, W); c++) total += dshare[c];
+          const T *d = dshare.data();
+          const T total = reduce(head * wide, std::min((head + 1) * wide, W), [=](int64_t c) { return load<8>(d + c); }, [=](int64_t c) { return d[c]; });
           const T z = sigmoid(sum[head]);
           ds[head] = total * z * (1 + sum[head] * (1 - z)) / std::sqrt(T(C));
-          for (int64_t c = head * narrow; c < (head + 1) * narrow; c++) {
+          int64_t c = head * narrow;
+          for (; c + 8 <= (head + 1) * narrow; c += 8) {
+            const vec<8> scaled = ds[head] * load<8>(qi + c);
+            store<8>(dse + c, scaled * load<8>(kj + c));
+            add<8>(dkj + c, scaled * load<8>(se + c));
+          }
+          for (; c < (head + 1) * narrow; c++) {
             dse[c] = ds[head] * qi[c] * kj[c];
             dkj[c] += ds[head] * qi[c] * se[c];
           }
@@ -184,8 +198,11 @@ void attend_backward(int64_t atoms, int64_t channels, int64_t parts, int64_t hea
       std::fill(dqi, dqi + C, T(0));
       for (int64_t e = rows[i]; e < rows[i + 1]; e++) {
         const T *kj = k + sender[e] * C, *se = sl + e * C, *ds = dsum + e * heads;
-        for (int64_t head = 0; head < heads; head++)
-          for (int64_t c = head * narrow; c < (head + 1) * narrow; c++) dqi[c] += ds[head] * kj[c] * se[c];
+        for (int64_t head = 0; head < heads; head++) {
+          int64_t c = head * narrow;
+          for (; c + 8 <= (head + 1) * narrow; c += 8) add<8>(dqi + c, ds[head] * load<8>(kj + c) * load<8>(se + c));
+          for (; c < (head + 1) * narrow; c++) dqi[c] += ds[head] * kj[c] * se[c];
+        }
       }
     }
   }
