@@ -54,6 +54,15 @@ def add_kernels(potential: Potential) -> Potential:
     return fast
 
 
+def fixed_sizes(potential: Potential) -> Potential:
+    """A copy in which no size depends on values, outside training too: for compilers, and for recordings on a GPU."""
+    potential = copy.deepcopy(potential)
+    for module in potential.modules():
+        if hasattr(module, "dynamic_sizes"):
+            vars(module)["dynamic_sizes"] = False
+    return potential
+
+
 def part_of(graph: Graph, n_edges: int = LARGEST) -> Graph:
     """The first atoms of one structure with the pairs among them, at most about ``n_edges``; small graphs as they are."""
     if graph.n_edges <= n_edges or graph.n_graphs != 1:

@@ -5,7 +5,6 @@ The force gradient is unrolled by `make_fx`, and the `detach` nodes that would c
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from torch import Tensor
 from torch.func import functional_call
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from gossamer.fast import fixed_sizes
 from gossamer.graph import FIELDS, Graph
 from gossamer.potential import Potential
 
@@ -63,10 +63,7 @@ def unroll(
         isolated: As for ``Potential.forward``; becomes the input "isolated" of the state.
     """
     # a copy: tracing puts stand-ins in place of its tensors, and another thread may be collating with the potential's own
-    potential = copy.deepcopy(potential)
-    for module in potential.modules():
-        if hasattr(module, "dynamic_sizes"):
-            vars(module)["dynamic_sizes"] = False  # sizes that depend on values cannot be traced
+    potential = fixed_sizes(potential)
     inputs = state if isolated is None else {**state, "isolated": isolated}
 
     def outputs(values: dict[str, Tensor], *tensors: Tensor) -> tuple[Tensor, ...]:

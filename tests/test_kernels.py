@@ -23,7 +23,7 @@ from gossamer.checks.smoothness import cutoff_exponent, energy_jump
 from gossamer.checks.symmetry import net_force, separation_error, supercell_error, symmetry_errors
 from gossamer.data.readers import LabelConfig, from_atoms
 from gossamer.fast import add_kernels, changing_kernels, compare, has_kernels, part_of, verified_kernels
-from gossamer.kernels import cpu, ops
+from gossamer.kernels import cpu, gpu, ops
 from gossamer.kernels.cpu import Missing
 from gossamer.kernels.layer import EdgeKernel, sort_edges
 from gossamer.kernels.product import Convolution, Product, scalar_convolution, vector_convolution
@@ -374,6 +374,15 @@ def test_registered_layers_survive_in_the_cache(cache: Path) -> None:
     cpu.convolution_library(scalar_convolution(16), torch.float32)  # other channels, same source
     assert {p: p.stat().st_mtime_ns for p in cache.glob("convolution-*.so")} == before
     assert not any(p.is_dir() for p in cache.iterdir())
+
+
+def test_edges_are_sorted_as_on_the_cpu() -> None:
+    generator = torch.Generator().manual_seed(0)
+    sender, receiver = torch.randint(0, 9, (2, 60), generator=generator)
+    sender[sender == 4], receiver[receiver == 2] = 5, 3
+    edge_index, nodes = torch.stack([sender, receiver.sort()[0]]), torch.zeros(9, 1)
+    for a, b in zip(gpu.sort_edges(edge_index, nodes), torch.ops.gossamer.sort_edges(edge_index, nodes), strict=True):
+        assert torch.equal(a, b)
 
 
 def test_damaged_kernels_are_built_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

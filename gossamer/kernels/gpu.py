@@ -21,6 +21,8 @@ from gossamer.kernels.product import Convolution, Product
 
 LANES = 32
 """channels of one program, and of a chunk of the table"""
+LARGEST = 1 << 28
+"""numbers in the matrices of all atoms, up to which each atom gets its own copy"""
 
 HEAD = '''"""Written by gossamer.kernels.gpu; not to be changed."""
 
@@ -256,9 +258,20 @@ def convolve_backward(
 
 
 def sort_edges(edge_index: Tensor, nodes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """First edge of each receiver; first edge of each sender in ``order``; edges sorted by sender."""
-    sender, receiver = edge_index
-    n = nodes.shape[0]
-    zero = sender.new_zeros(1)
-    rows, columns = (torch.cat([zero, torch.bincount(index, minlength=n).cumsum(0)]) for index in (receiver, sender))
-    return rows, columns, torch.argsort(sender, stable=True)
+    """First edge of each receiver; first edge of each sender in ``order``; edges sorted by sender. Does not wait for the GPU."""
+    sender, receiver = edge_index.contiguous()
+    atoms = torch.arange(nodes.shape[0] + 1, device=edge_index.device)
+    order = torch.argsort(sender, stable=True)
+    return torch.searchsorted(receiver, atoms), torch.searchsorted(sender.index_select(0, order), atoms), order
+
+
+def map_by_species(x: Tensor, species: Tensor, maps: Tensor) -> Tensor:
+    """Every atom (N, dim, in) with the matrix (in, out) of its element. Does not wait for the GPU while these matrices fit easily."""
+    n_atoms, _, n_in = x.shape
+    if n_atoms * n_in * maps.shape[2] <= LARGEST:
+        return torch.bmm(x, maps.index_select(0, species))
+    out = x.new_zeros(n_atoms, x.shape[1], maps.shape[2])
+    for element, matrix in enumerate(maps):
+        rows = (species == element).nonzero()[:, 0]
+        out.index_copy_(0, rows, x.index_select(0, rows) @ matrix)
+    return out

@@ -182,7 +182,7 @@ _library.impl("attend", _attend, "CPU")
 _library.impl("attend_backward", _attend_backward, "CPU")
 _library.impl("perpendicular", _perpendicular, "CPU")
 _library.impl("perpendicular_backward", _perpendicular_backward, "CPU")
-_library.impl("map_by_species", _map_by_species, "CompositeExplicitAutograd")
+_library.impl("map_by_species", _map_by_species, "CPU")
 
 
 # --- on a GPU --------------------------------------------------------------------------------------------------------
@@ -199,6 +199,7 @@ def _convolve_backward_gpu(key: str, *tensors: Tensor) -> tuple[Tensor, Tensor, 
 
 
 _library.impl("sort_edges", gpu.sort_edges, "CUDA")
+_library.impl("map_by_species", gpu.map_by_species, "CUDA")
 _library.impl("convolve", _convolve_gpu, "CUDA")
 _library.impl("convolve_backward", _convolve_backward_gpu, "CUDA")
 

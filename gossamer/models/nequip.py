@@ -227,12 +227,13 @@ class FeatureNorm(nn.Module):
         super().__init__()
         self.irreps = list(irreps)
         self.gamma = nn.ParameterList(nn.Parameter(torch.ones(i.mul)) for i in self.irreps)
+        muls = np.array([float(i.mul) for i in self.irreps])
+        self.shares = Table(muls / muls.sum())
 
     def forward(self, x: Float[Tensor, "N width"]) -> Tensor:
         parts = blocks(x, self.irreps)
         squares = torch.stack([(part**2).mean(dim=1).mean(dim=1) for part in parts], dim=1)
-        weights = squares.new_tensor([i.mul for i in self.irreps]) / sum(i.mul for i in self.irreps)
-        scale = torch.rsqrt((squares * weights).sum(dim=1) + 1e-2)  # smooth at zero: an atom without neighbours stays zero
+        scale = torch.rsqrt((squares * self.shares()).sum(dim=1) + 1e-2)  # smooth at zero: an atom without neighbours stays zero
         return join([(part * gamma).flatten(1) for part, gamma in zip(parts, self.gamma, strict=True)], 1) * scale[:, None]
 
 

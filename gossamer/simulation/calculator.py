@@ -15,7 +15,8 @@ from ase.calculators.calculator import PropertyNotImplementedError, all_changes
 from ase.stress import full_3x3_to_voigt_6_stress
 from numpy.typing import NDArray
 
-from gossamer.fast import verified_kernels
+from gossamer.captured import Captured
+from gossamer.fast import TOLERANCE, agree, fixed_sizes, verified_kernels
 from gossamer.graph import Graph
 from gossamer.memory import keep_freed_memory
 from gossamer.neighbors import Edges, complete_cell, nearest, neighbor_list
@@ -75,6 +76,7 @@ class Calculator(ASECalculator):
         dtype: str | None = None,
         skin: float = 0.5,
         compiled: bool | None = None,
+        cuda_graph: bool = False,
         **kwargs: Any,
     ) -> None:
         """
@@ -87,6 +89,11 @@ class Calculator(ASECalculator):
                 seconds, once) where there is a C++ compiler, and runs a compiled program (`gossamer.program`) if one is in the
                 cache; True makes that program if there is none (half a minute, once). Both are compared with the potential on
                 the first structure, and not used if they differ.
+            cuda_graph: On a GPU, record potential and kernels as a CUDA graph (`gossamer.captured`): faster for small structures;
+                recorded again when the number of atoms changes or edges no longer fit. Compared before use.
+
+        Raises:
+            ValueError: a CUDA graph without a GPU, or of a compiled program.
         """
         super().__init__(**kwargs)
         keep_freed_memory()
@@ -98,6 +105,15 @@ class Calculator(ASECalculator):
             log.warning("this potential keeps %d neighbours: energy and forces jump when ranks change", self.potential.max_neighbors)
         with torch.no_grad():
             self.isolated = self.potential.isolated_outputs()
+        if cuda_graph and compiled:
+            raise ValueError(
+                "cuda_graph records the potential and its kernels, not a compiled program: choose one of cuda_graph and compiled."
+            )
+        if cuda_graph and self.potential.device.type != "cuda":
+            raise ValueError(f"cuda_graph needs a potential on a GPU, found {self.potential.device}. Give device='cuda', or leave it out.")
+        self.cuda_graph = cuda_graph
+        self.captured: Captured | None = None
+        """the recording in use"""
         self.compiled = compiled
         self.program: Program | None = None
         """the compiled program in use"""
@@ -142,11 +158,31 @@ class Calculator(ASECalculator):
         if not self._looked and self.compiled is not False and fits(graph):
             self._looked = True
             self.fast = verified_kernels(self.potential, graph)
-            if self.compiled or not self._fixed:
+            if not self.cuda_graph and (self.compiled or not self._fixed):
                 self.program = cached_program(self.fast or self.potential, graph, make=self.compiled is True)
+        if self.cuda_graph and fits(graph) and (self.captured is None or not self.captured.fits(graph)):
+            self._capture(graph)
+        if self.captured is not None and self.captured.fits(graph):
+            return self.captured(graph)
         if self.program is not None and fits(graph):
             return self.program(graph)
         return (self.fast or self.potential)(graph, stress=stress, isolated=self.isolated)
+
+    def _capture(self, graph: Graph) -> None:
+        """Record what runs; if that is not possible, say so once and go on without."""
+        self.captured = None
+        steady = fixed_sizes(self.fast or self.potential)
+
+        def run(graph: Graph) -> Prediction:
+            return steady(graph, stress=self.conservative, isolated=self.isolated)
+
+        try:
+            recording = Captured(run, graph, self.potential.cutoff)
+            agree(run(graph), recording(graph), self.potential, graph, TOLERANCE[self.potential.dtype])
+            self.captured = recording
+        except RuntimeError as error:
+            self.cuda_graph = False
+            log.warning("the potential runs without a CUDA graph: %s", str(error).splitlines()[0])
 
     @property
     def mode(self) -> str:
@@ -156,14 +192,14 @@ class Calculator(ASECalculator):
     def use_mode(self, mode: str) -> None:
         """From now on run just this (a program is made if there is none); rounding differs between the three."""
         self.compiled = {"plain": False, "kernels": None, "program": True}[mode]
-        self.program, self.fast, self._looked = None, None, False
+        self.program, self.fast, self.captured, self._looked = None, None, None, False
         self._fixed = True
 
     def compile_if_worth(self, atoms: Atoms, evaluations: int) -> None:
         """Compile, unless told otherwise, if that many evaluations of these atoms would save more time than it takes."""
         graph = self._graph(atoms)
         self._predict(graph, self.conservative)
-        if self.program is not None or self.compiled is not None or self._fixed or not fits(graph):
+        if self.program is not None or self.compiled is not None or self._fixed or self.cuda_graph or not fits(graph):
             return
         began = time.perf_counter()
         self._predict(graph, self.conservative)
