@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from ase import Atoms
 from ase.build import bulk
 from ase.neighborlist import neighbor_list as ase_neighbor_list
 
 from gossamer.neighbors import complete_cell, neighbor_list, neighbor_list_reference
-from gossamer.simulation.calculator import VerletList
+from gossamer.simulation import verlet as verlet_lists
+from gossamer.simulation.verlet import DeviceVerletList, VerletList, device_neighbor_list
 
 TRICLINIC = np.array([[4.0, 0.0, 0.0], [1.5, 3.5, 0.0], [-1.0, 0.7, 3.2]])
 AWKWARD = {
@@ -41,6 +43,8 @@ def test_awkward_cells(case: str) -> None:
     pbc = np.array(pbc, dtype=bool)
     found = neighbor_list(positions, cell, pbc, cutoff)
     assert_equal_edges(found, neighbor_list_reference(positions, cell, pbc, cutoff))
+    edges, device_shifts = device_neighbor_list(positions, cell, pbc, cutoff, torch.device("cpu"))
+    assert_equal_edges(found, (edges.numpy(), device_shifts.numpy().astype(np.int64)))
     # ASE wants full cells; it returns i = centre, j = neighbour, S
     atoms = Atoms("H" * len(positions), positions, cell=complete_cell(positions, cell, pbc, cutoff), pbc=pbc)
     i, j, shifts, vectors = ase_neighbor_list("ijSD", atoms, cutoff)
@@ -88,6 +92,66 @@ def test_verlet_list_equals_a_fresh_one(wrap: bool) -> None:
             verlet(atoms.positions, atoms.cell.array, atoms.pbc), neighbor_list(atoms.positions, atoms.cell.array, atoms.pbc, 4.0)
         )
     assert 1 < verlet.builds < 60
+
+
+def test_verlet_list_follows_the_cell() -> None:
+    """A cell that breathes and shears a little, as under a barostat, costs no new list; a large change does."""
+    rng = np.random.default_rng(2)
+    atoms = bulk("SiC", "zincblende", a=4.36, cubic=True).repeat((2, 1, 1))
+    atoms.rattle(0.1, seed=1)
+    start, verlet, builds = atoms.cell.array.copy(), VerletList(cutoff=4.0, skin=0.6), []
+    for size in (0.0, 0.005, 0.02, 0.05, 0.05, 0.1, 0.3):
+        for _ in range(4):
+            atoms.set_cell(start @ (np.eye(3) + size * rng.uniform(-1, 1, (3, 3))), scale_atoms=True)
+            atoms.positions += rng.normal(scale=0.005, size=atoms.positions.shape)
+            arguments = atoms.positions, atoms.cell.array, atoms.pbc
+            assert_equal_edges(verlet(*arguments), neighbor_list(*arguments, 4.0))
+        builds.append(verlet.builds)
+    assert builds[1] == 1
+    assert builds[-1] > builds[-2] > 1
+
+
+def test_verlet_list_survives_an_error() -> None:
+    """What could not be built is not taken for built."""
+    verlet, cell = VerletList(cutoff=3.0, skin=1.0), np.diag([4.0, 4.0, 4.0])
+    positions, everywhere = np.zeros((1, 3)), np.ones(3, dtype=bool)
+    verlet(positions, cell, everywhere)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="linearly dependent"):
+            verlet(positions, np.diag([4.0, 4.0, 0.0]), everywhere)
+
+
+@pytest.mark.parametrize("pbc", [(True, True, True), (True, False, True), (False, False, False)])
+def test_lists_on_a_device(pbc: tuple[bool, bool, bool], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The code for GPUs, on the CPU's device: a walk with a moving cell, and where vesin cannot build there."""
+    rng, device = np.random.default_rng(3), torch.device("cpu")
+    atoms = bulk("SiC", "zincblende", a=4.36).repeat((3, 2, 1))
+    atoms.pbc = pbc
+    on_device = DeviceVerletList(4.0, 0.5, device)
+    for step in range(30):
+        atoms.positions += rng.normal(scale=0.03, size=atoms.positions.shape) + 0.1
+        if step % 10 == 0:
+            atoms.set_cell(atoms.cell.array @ (np.eye(3) + 0.01 * rng.normal(size=(3, 3))), scale_atoms=True)
+        arguments = atoms.positions, atoms.cell.array, atoms.pbc
+        fresh = neighbor_list(*arguments, 4.0)
+        there = tuple(torch.from_numpy(a.copy()) for a in arguments[:2])
+        found = on_device.on_device(*arguments, *there)
+        assert_equal_edges((found[0].numpy(), found[1].numpy().astype(np.int64)), fresh)
+        direct = device_neighbor_list(*arguments, 4.0, device)
+        assert_equal_edges((direct[0].numpy(), direct[1].numpy().astype(np.int64)), fresh)
+    assert 1 < on_device.builds < 30
+    with pytest.raises(RuntimeError, match="does not build"):
+        device_neighbor_list(*arguments, 4.0, torch.device("meta"))
+
+    def fails(*_: object) -> None:
+        raise RuntimeError("no libcuda")
+
+    monkeypatch.setattr(verlet_lists, "device_neighbor_list", fails)
+    other = DeviceVerletList(4.0, 0.0, device)
+    for _ in range(2):
+        found = other.on_device(*arguments, *there)
+    assert_equal_edges((found[0].numpy(), found[1].numpy().astype(np.int64)), fresh)
+    assert caplog.text.count("neighbour lists are built on the CPU: no libcuda") == 1
 
 
 def test_verlet_list_notices_other_atoms_and_periodicity() -> None:

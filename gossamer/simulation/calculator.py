@@ -13,55 +13,18 @@ from ase import Atoms
 from ase.calculators.calculator import Calculator as ASECalculator
 from ase.calculators.calculator import PropertyNotImplementedError, all_changes
 from ase.stress import full_3x3_to_voigt_6_stress
-from numpy.typing import NDArray
 
 from gossamer.captured import Captured
 from gossamer.fast import TOLERANCE, agree, fixed_sizes, verified_kernels
 from gossamer.graph import Graph
 from gossamer.memory import keep_freed_memory
-from gossamer.neighbors import Edges, complete_cell, nearest, neighbor_list
 from gossamer.potential import Potential, Prediction, load
 from gossamer.program import Program, cached_program, fits
+from gossamer.simulation.verlet import DeviceVerletList, VerletList
 
 log = logging.getLogger(__name__)
 COMPILATION, SAVED = 60.0, 0.4
 """seconds that compiling may take, and the share of an evaluation that it saves at least"""
-
-
-class VerletList:
-    """A neighbour list that is rebuilt only when an atom has moved by half the skin.
-
-    Wrapping atoms back into the cell looks like a large move and rebuilds the list; so do a new cell, new periodicity or
-    other atoms. The edges handed out are those within the cutoff, exactly as a fresh list would give them.
-    """
-
-    def __init__(self, cutoff: float, skin: float = 0.5, max_neighbors: int | None = None) -> None:
-        """Args: cutoff, skin: Å; skin 0 rebuilds every time. max_neighbors: cap, applied to the edges handed out."""
-        if skin < 0:
-            raise ValueError(f"skin must not be negative, found {skin} Å.")
-        self.cutoff, self.skin, self.max_neighbors = cutoff, skin, max_neighbors
-        self.builds = 0
-        self._edges: Edges | None = None
-
-    def __call__(self, positions: NDArray[np.float64], cell: NDArray[np.float64], pbc: NDArray[np.bool_]) -> Edges:
-        """Edges of these atoms (contract: `gossamer.neighbors`)."""
-        if not np.isfinite(positions).all():
-            complete_cell(positions, cell, pbc, self.cutoff)  # says which atom
-        if self._edges is None or not self._fresh(positions, cell, pbc):
-            self._edges = neighbor_list(positions, cell, pbc, self.cutoff + self.skin)
-            self._positions, self._cell, self._pbc = positions.copy(), cell.copy(), pbc.copy()
-            self.builds += 1
-        (sender, receiver), shifts = self._edges
-        vectors = positions[sender] + shifts @ cell - positions[receiver]
-        inside = np.einsum("ex,ex->e", vectors, vectors) < self.cutoff**2
-        edges = np.stack([sender[inside], receiver[inside]]), shifts[inside]
-        return edges if self.max_neighbors is None else nearest(edges, positions, cell, self.max_neighbors)
-
-    def _fresh(self, positions: NDArray[np.float64], cell: NDArray[np.float64], pbc: NDArray[np.bool_]) -> bool:
-        if len(positions) != len(self._positions) or np.any(cell != self._cell) or np.any(pbc != self._pbc):
-            return False
-        moved = positions - self._positions
-        return bool(np.einsum("nx,nx->n", moved, moved).max() < (0.5 * self.skin) ** 2)
 
 
 class Calculator(ASECalculator):
@@ -99,7 +62,12 @@ class Calculator(ASECalculator):
         keep_freed_memory()
         self.potential = potential if isinstance(potential, Potential) else load(potential, device, dtype)
         self.potential.eval().requires_grad_(False)
-        self.neighbors = VerletList(self.potential.cutoff, skin, self.potential.max_neighbors)
+        there = self.potential.device.type != "cpu" and self.potential.max_neighbors is None
+        self.neighbors: VerletList = (
+            DeviceVerletList(self.potential.cutoff, skin, self.potential.device)
+            if there
+            else VerletList(self.potential.cutoff, skin, self.potential.max_neighbors)
+        )
         self.conservative = self.potential.conservative
         if self.potential.max_neighbors is not None:
             log.warning("this potential keeps %d neighbours: energy and forces jump when ranks change", self.potential.max_neighbors)
@@ -211,16 +179,21 @@ class Calculator(ASECalculator):
         if self._checked != numbers.tobytes():
             self.potential.check_elements(numbers)
             self._checked = numbers.tobytes()
-        (sender, receiver), shifts = self.neighbors(atoms.positions, atoms.cell.array, atoms.pbc)
-        graph = Graph(
-            atomic_numbers=torch.from_numpy(numbers.astype(np.int64)),
-            positions=torch.from_numpy(atoms.positions.astype(np.float64)),
-            cell=torch.from_numpy(atoms.cell.array.astype(np.float64))[None],
-            graph_index=torch.zeros(len(atoms), dtype=torch.int64),
-            edge_index=torch.from_numpy(np.stack([sender, receiver])),
-            edge_shifts=torch.from_numpy(shifts.astype(np.float64)),
+        device = self.potential.device
+        positions, cell = (torch.from_numpy(a.astype(np.float64)).to(device) for a in (atoms.positions, atoms.cell.array))
+        if isinstance(self.neighbors, DeviceVerletList):
+            edge_index, edge_shifts = self.neighbors.on_device(atoms.positions, atoms.cell.array, atoms.pbc, positions, cell)
+        else:
+            edges, shifts = self.neighbors(atoms.positions, atoms.cell.array, atoms.pbc)
+            edge_index, edge_shifts = torch.from_numpy(edges).to(device), torch.from_numpy(shifts.astype(np.float64)).to(device)
+        return Graph(
+            atomic_numbers=torch.from_numpy(numbers.astype(np.int64)).to(device),
+            positions=positions,
+            cell=cell[None],
+            graph_index=torch.zeros(len(atoms), dtype=torch.int64, device=device),
+            edge_index=edge_index,
+            edge_shifts=edge_shifts,
         )
-        return graph.to(self.potential.device)
 
     def _explain_not_finite(self, graph: Graph) -> None:
         lengths = graph.edge_vectors().norm(dim=1)
