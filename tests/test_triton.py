@@ -50,16 +50,70 @@ for name, dtypes in (("odd channels", [torch.float32]), ("l 1, both parities", [
 print("equal")
 """
 
+ATTENTION = """
+import math, torch
+from torch.nn.functional import silu
+from gossamer.kernels import attention_gpu, gpu
+
+def attend(heads, q, k, g, v, x, sl, f, y, sender, receiver):
+    n, c = q.shape
+    parts = f.shape[1] // c
+    alpha = silu((q[receiver] * k[sender] * sl).reshape(-1, heads, c // heads).sum(2)) / math.sqrt(c)
+    share = alpha.repeat_interleave(3 * c // heads, dim=1)[:, : parts * c]
+    m = (f * g[sender] + share * v[sender]).split(c, dim=1)
+    vectors = m[1][:, None] * y[:, :, None]
+    if parts == 3:
+        vectors = vectors + m[2][:, None] * x[sender]
+    return q.new_zeros(n, c).index_add(0, receiver, m[0]), q.new_zeros(n, y.shape[1], c).index_add(0, receiver, vectors)
+
+def perpendicular(q, p, y, sender, receiver):
+    total = (q[receiver] * p[sender]).sum(1)
+    degrees = [2 * l + 1 for l in range(1, math.isqrt(y.shape[1] + 1))]
+    for a, b, z in zip(q[receiver].split(degrees, 1), p[sender].split(degrees, 1), y.split(degrees, 1)):
+        total = total - (a * z[:, :, None]).sum(1) * (b * z[:, :, None]).sum(1)
+    return total
+
+generator = torch.Generator().manual_seed(0)
+for c, heads, l_max, parts, dtype in ((40, 4, 2, 3, torch.float64), (24, 8, 1, 2, torch.float64), (32, 8, 3, 3, torch.float32)):
+    n, e, s = 4, 13, (l_max + 1) ** 2 - 1
+    tolerance = 1e-13 if dtype == torch.float64 else 1e-5
+    sender, receiver = torch.randint(0, 3, (2, e), generator=generator)
+    receiver = receiver.sort()[0]
+    edge_index = torch.stack([sender, receiver])
+    def random(*shape):
+        return torch.randn(*shape, dtype=dtype, generator=generator, requires_grad=True)
+    edges = edge_index, *gpu.sort_edges(edge_index, torch.zeros(n, 1))
+    values = [random(n, c), random(n, c), random(n, parts * c), random(n, parts * c), random(n if parts == 3 else 0, s, c),
+              random(e, c), random(e, parts * c), random(e, s)]
+    gradients = [torch.randn(n, c, dtype=dtype, generator=generator), torch.randn(n, s, c, dtype=dtype, generator=generator)]
+    plain = attend(heads, *values, sender, receiver)
+    wanted = [*plain, *torch.autograd.grad(plain, values, gradients, materialize_grads=True, allow_unused=True)]
+    held = [t.detach() for t in values]
+    found = [*attention_gpu.attend(heads, *held, *edges), *attention_gpu.attend_backward(heads, *gradients, *held, *edges)]
+    values = [random(n, s, c), random(n, s, c), random(e, s)]
+    gradient = torch.randn(e, c, dtype=dtype, generator=generator)
+    plain = perpendicular(*values, sender, receiver)
+    wanted += [plain, *torch.autograd.grad(plain, values, gradient)]
+    held = [t.detach() for t in values]
+    found += [attention_gpu.perpendicular(*held, *edges), *attention_gpu.perpendicular_backward(gradient, *held, *edges)]
+    assert len(found) == len(wanted) == 14
+    for number, (a, b) in enumerate(zip(found, wanted)):
+        assert a.shape == b.shape, number
+        assert b.numel() == 0 or float((a - b.detach()).abs().max()) < tolerance * float(b.detach().abs().max()), (number, c, dtype)
+print("equal")
+"""
+
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GOSSAMER_CACHE", str(tmp_path))
 
 
-def test_interpreted_kernels_are_their_definition() -> None:
+@pytest.mark.parametrize("script", [INTERPRETED, ATTENTION], ids=["convolution", "attention"])
+def test_interpreted_kernels_are_their_definition(script: str) -> None:
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(Path(__file__).parent)}
     result = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", INTERPRETED], capture_output=True, text=True, env=environment, check=False, timeout=500
+        [sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True, env=environment, check=False, timeout=500
     )
     assert result.returncode == 0, result.stderr[-2000:]
     assert "equal" in result.stdout
@@ -79,6 +133,29 @@ def test_kernels_compile_for_a_gpu() -> None:
         signature = {n: "constexpr" if n in constants else "*i64" if n in indices else "*fp32" for n in names}
         source = ASTSource(fn=function, signature=signature, constexprs={(names.index(n),): v for n, v in constants.items()})
         built = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 1, "enable_fp_fusion": True})
+        assert len(built.asm["cubin"]) > 1000
+
+
+@pytest.mark.parametrize(("l_max", "parts", "real"), [(2, 3, "fp32"), (3, 2, "fp64")])
+def test_attention_compiles_for_a_gpu(l_max: int, parts: int, real: str) -> None:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from gossamer.kernels import attention_gpu
+
+    s = (l_max + 1) ** 2 - 1
+    constants = {"C": 192, "H": 8, "S": s, "SP": triton.next_power_of_2(s), "PARTS": parts, "LANES": 32, "EDGES": 16, "WIDTH": 32,
+                 "DEGREES": l_max, "RECEIVERS": True}  # fmt: skip
+    indices = ("sender", "receiver", "rows", "columns", "order", "far", "first")
+    for name in ("logits", "collect", "distribute", "to_keys", "to_queries", "align", "align_gradient"):
+        function = getattr(attention_gpu, name)
+        names = function.arg_names
+        signature = {
+            n: "constexpr" if n in constants else "i32" if n == "n_edges" else "*i64" if n in indices else f"*{real}" for n in names
+        }
+        source = ASTSource(fn=function, signature=signature, constexprs={(names.index(n),): v for n, v in constants.items() if n in names})
+        built = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=attention_gpu.OPTIONS)
         assert len(built.asm["cubin"]) > 1000
 
 

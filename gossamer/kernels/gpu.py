@@ -178,6 +178,15 @@ def _backward(block: int, dim: int, products: dict[int, Product], layout: list[l
     return "\n".join(lines)
 
 
+def need_triton() -> None:
+    """
+    Raises:
+        Missing: Triton is not installed.
+    """
+    if importlib.util.find_spec("triton") is None:
+        raise Missing("Triton is not installed")
+
+
 @functools.cache
 def module(source: str) -> Any:
     """The kernels of one layer; Triton wants its source in a file.
@@ -185,8 +194,7 @@ def module(source: str) -> Any:
     Raises:
         Missing: Triton is not installed, or the cache cannot be written.
     """
-    if importlib.util.find_spec("triton") is None:
-        raise Missing("Triton is not installed")
+    need_triton()
     name = f"convolution_{hashlib.sha256(source.encode()).hexdigest()[:16]}"
     path = cache_folder() / f"{name}.py"
     try:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -198,6 +199,17 @@ def _convolve_backward_gpu(key: str, *tensors: Tensor) -> tuple[Tensor, Tensor, 
     return gpu.convolve_backward(_convolutions[key][0], gradient, features, harmonics, x, table, edge_index, columns, order)
 
 
+def _attention_gpu(name: str) -> Callable[..., Any]:
+    def run(*arguments: Any) -> Any:
+        from gossamer.kernels import attention_gpu  # needs triton
+
+        return getattr(attention_gpu, name)(*arguments)
+
+    return run
+
+
+for _name in ("attend", "attend_backward", "perpendicular", "perpendicular_backward"):
+    _library.impl(_name, _attention_gpu(_name), "CUDA")
 _library.impl("sort_edges", gpu.sort_edges, "CUDA")
 _library.impl("map_by_species", gpu.map_by_species, "CUDA")
 _library.impl("convolve", _convolve_gpu, "CUDA")

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear as apply_linear
 from torch.nn.functional import silu, softplus
 
-from gossamer.kernels import cpu
+from gossamer.kernels import cpu, gpu
 from gossamer.kernels.layer import SortedEdges, sort_edges
 from gossamer.models.base import DataFacts, ModelOutput
 from gossamer.nn.layers import Table, divide, join, linear, sum_by_index
@@ -333,14 +333,14 @@ class Geodite(nn.Module):
         self.kernels = False
 
     def add_kernels(self) -> None:
-        """From now on pass messages by kernels: for inference on a CPU."""
+        """From now on pass messages by kernels: for inference."""
         self.use_kernels(True)
 
     def use_kernels(self, on: bool) -> None:
         """Pass messages by kernels, or no longer; they hold nothing of the weights."""
-        if on and self.W_erp.weight.device.type != "cpu":
-            raise cpu.Missing("geodite has kernels for CPUs only")
-        if on:
+        if on and self.W_erp.weight.device.type == "cuda":
+            gpu.need_triton()
+        elif on:
             cpu.sorting()
             cpu.attention_library(self.config.l_max, self.W_erp.weight.dtype)
         self.kernels = on
