@@ -24,7 +24,7 @@ loss, training, workers = LossConfig(), TrainingConfig(steps=150, learning_rate=
 state = make_state(potential, training, loss)
 
 for epoch in range(3):
-    batches = epoch_batches([s.n_atoms for s in train], 8, None, seed=0, epoch=epoch)
+    batches = epoch_batches(len(train), 8, seed=0, epoch=epoch)
     for graph in graphs(potential, train, batches):
         train_step(state, graph, loss, training, workers)
         state.step += 1

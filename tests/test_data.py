@@ -22,11 +22,12 @@ from ase.stress import full_3x3_to_voigt_6_stress
 from gossamer.data.dataset import DataConfig, load_data, open_dataset, require_labels
 from gossamer.data.inspection import inspect
 from gossamer.data.legacy import read_legacy_lmdb
-from gossamer.data.loader import epoch_batches
-from gossamer.data.readers import LabelConfig, read_structures
+from gossamer.data.loader import edge_counts, epoch_batches
+from gossamer.data.readers import LabelConfig, from_atoms, read_structures
 from gossamer.data.statistics import compute_statistics
 from gossamer.data.store import Store, write_store
 from gossamer.data.structure import Structure
+from gossamer.graph import collate
 
 
 def labelled(seed: int = 0, periodic: bool = True) -> Atoms:
@@ -291,12 +292,23 @@ def test_statistics() -> None:
 
 
 def test_batches_cover_an_epoch_once_and_repeat_exactly() -> None:
-    sizes = np.random.default_rng(0).integers(1, 40, 50)
-    batches = epoch_batches(sizes, 8, 100, seed=3, epoch=2)
+    atoms = np.random.default_rng(0).integers(1, 40, 50)
+    edges = atoms**2
+    limits = [(atoms, 100), (edges, 900)]
+    batches = epoch_batches(50, 8, seed=3, epoch=2, limits=limits)
     assert sorted(k for b in batches for k in b) == list(range(50))
-    assert all(len(b) <= 8 and (sizes[b].sum() <= 100 or len(b) == 1) for b in batches)
-    assert batches == epoch_batches(sizes, 8, 100, seed=3, epoch=2)
-    assert batches != epoch_batches(sizes, 8, 100, seed=3, epoch=3)
+    assert all(len(b) <= 8 and (len(b) == 1 or (atoms[b].sum() <= 100 and edges[b].sum() <= 900)) for b in batches)
+    assert any(len(b) == 1 and edges[b].sum() > 900 for b in batches)
+    assert batches == epoch_batches(50, 8, seed=3, epoch=2, limits=limits)
+    assert batches != epoch_batches(50, 8, seed=3, epoch=3, limits=limits)
+    for limit in limits:  # each limit counts
+        assert len(epoch_batches(50, 8, seed=3, epoch=2, limits=[limit])) > len(epoch_batches(50, 8, seed=3, epoch=2)) == 7
+
+
+def test_edges_are_counted_as_they_are_collated() -> None:
+    structures = [from_atoms(labelled(k, periodic=k % 2 == 0), LabelConfig(), "frame") for k in range(4)]
+    assert edge_counts(structures, 4.0).tolist() == [collate([s], 4.0).n_edges for s in structures]
+    assert edge_counts(structures, 4.0, max_neighbors=3).tolist() == [collate([s], 4.0, 3).n_edges for s in structures]
 
 
 def test_missing_label_names_file_and_frame(tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from gossamer.data.statistics import compute_statistics
 from gossamer.evaluation import evaluate_potential
 from gossamer.potential import load
 from gossamer.runs import evaluate, fit, train
+from gossamer.training import loop
 from gossamer.training.checkpoint import read_checkpoint
 from gossamer.training.losses import LossConfig, conditional_deltas, loss_sums, penalty
 from gossamer.training.optim import EMA, Clipper, Schedule, ScheduleConfig, make_optimizer
@@ -453,3 +454,23 @@ def test_missing_loggers_are_named(name: str, tmp_path: Path, monkeypatch: pytes
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard" if name == "tensorboard" else "wandb", None)
     with pytest.raises(ImportError, match=f"pip install {name}"):
         train(settings(tmp_path / "run", **{name: True}), progress=False)
+
+
+def test_batches_keep_to_the_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[int, int, int]] = []
+    original = loop.train_step
+
+    def watched(state, graph, *others):
+        seen.append((graph.n_graphs, graph.n_atoms, graph.n_edges))
+        return original(state, graph, *others)
+
+    monkeypatch.setattr(loop, "train_step", watched)
+    train(settings(tmp_path / "free", steps=3), progress=False)
+    free, seen[:] = list(seen), []
+    most = max(edges for _, _, edges in free) // 2
+    train(settings(tmp_path / "edges", steps=3, batch_edges=most), progress=False)
+    assert all(edges <= most or graphs == 1 for graphs, _, edges in seen)
+    assert seen != free
+    seen.clear()
+    train(settings(tmp_path / "atoms", steps=3, batch_atoms=20), progress=False)
+    assert all(atoms <= 20 or graphs == 1 for graphs, atoms, _ in seen)

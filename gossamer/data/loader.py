@@ -9,22 +9,40 @@ import numpy as np
 
 from gossamer.data.structure import Structure
 from gossamer.graph import Graph
+from gossamer.neighbors import neighbor_list
 from gossamer.potential import Potential
 
 
-def epoch_batches(n_atoms: np.ndarray, batch_size: int, batch_atoms: int | None, seed: int, epoch: int) -> list[list[int]]:
-    """Shuffled indices of one epoch in batches of ``batch_size`` structures and at most ``batch_atoms`` atoms."""
-    order = np.random.default_rng([seed, epoch]).permutation(len(n_atoms))
+def epoch_batches(n: int, batch_size: int, seed: int, epoch: int, limits: Sequence[tuple[np.ndarray, int]] = ()) -> list[list[int]]:
+    """Shuffled indices of one epoch in batches of ``batch_size`` structures.
+
+    Args:
+        n: Number of structures.
+        batch_size: Most structures of a batch.
+        seed: With ``epoch``, decides the order.
+        epoch: Number of the epoch.
+        limits: Sizes of all structures (atoms, edges) and the largest sum of a batch; one structure alone may be larger.
+    """
     batches: list[list[int]] = [[]]
-    atoms = 0
-    for index in order.tolist():
-        full = len(batches[-1]) >= batch_size or (batch_atoms is not None and atoms + n_atoms[index] > batch_atoms)
+    sums = [0] * len(limits)
+    for index in np.random.default_rng([seed, epoch]).permutation(n).tolist():
+        grown = [total + int(sizes[index]) for total, (sizes, _) in zip(sums, limits, strict=True)]
+        full = len(batches[-1]) >= batch_size or any(total > most for total, (_, most) in zip(grown, limits, strict=True))
         if full and batches[-1]:
             batches.append([])
-            atoms = 0
+            grown = [int(sizes[index]) for sizes, _ in limits]
         batches[-1].append(index)
-        atoms += int(n_atoms[index])
+        sums = grown
     return batches
+
+
+def edge_counts(structures: Sequence[Structure], cutoff: float, max_neighbors: int | None = None) -> np.ndarray:
+    """Edges of every structure."""
+    counts = [
+        neighbor_list(s.positions, s.cell, s.pbc, cutoff, max_neighbors)[0].shape[1]
+        for s in (structures[k] for k in range(len(structures)))
+    ]
+    return np.array(counts, dtype=np.int64)
 
 
 def graphs(potential: Potential, structures: Sequence[Structure], batches: Sequence[Sequence[int]], prefetch: int = 2) -> Iterator[Graph]:

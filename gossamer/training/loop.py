@@ -24,7 +24,7 @@ from pydantic import Field
 from torch import Tensor
 from tqdm import tqdm
 
-from gossamer.data.loader import epoch_batches, graphs
+from gossamer.data.loader import edge_counts, epoch_batches, graphs
 from gossamer.data.structure import Structure
 from gossamer.evaluation import Evaluation, evaluate_potential
 from gossamer.fast import changing_kernels
@@ -52,7 +52,9 @@ class TrainingConfig:
     batch_size: Annotated[int, Field(gt=0)] = 8
     """Structures per step, over all processes."""
     batch_atoms: Annotated[int, Field(gt=0)] | None = None
-    """At most this many atoms per step; whichever of the two limits is reached first counts."""
+    """At most this many atoms per step; whichever limit is reached first counts."""
+    batch_edges: Annotated[int, Field(gt=0)] | None = None
+    """At most this many edges (pairs within the cutoff, both directions) per step: they decide time and memory."""
     learning_rate: Annotated[float, Field(gt=0)] = 5e-3
     """Largest learning rate, reached after the warm-up."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
@@ -286,14 +288,18 @@ def run_training(
         RuntimeError: the loss became NaN or infinite; names step, structures and the last good checkpoint.
     """
     checkpoint = folder / "checkpoint.safetensors"
-    n_atoms = np.array([train[k].n_atoms for k in range(len(train))])
+    limits = []
+    if config.batch_atoms is not None:
+        limits.append((np.array([train[k].n_atoms for k in range(len(train))]), config.batch_atoms))
+    if config.batch_edges is not None:
+        limits.append((edge_counts(train, state.potential.cutoff, state.potential.max_neighbors), config.batch_edges))
     logger = Log(folder, config, state.step) if workers.rank == 0 else None
     stop = _StopOnSignal()
     bar = tqdm(total=config.steps, initial=state.step, unit="step", disable=quiet(progress and workers.rank == 0), dynamic_ncols=True)
     done = state.step >= config.steps or stopped_early(state, config)
     with stop, bar:
         while not done:
-            batches = epoch_batches(n_atoms, config.batch_size, config.batch_atoms, config.seed, state.epoch)
+            batches = epoch_batches(len(train), config.batch_size, config.seed, state.epoch, limits)
             mine = [b[workers.rank :: workers.world] for b in batches if len(b) >= workers.world]
             if not mine:
                 raise ValueError(
