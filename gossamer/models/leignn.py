@@ -105,11 +105,10 @@ class Message(nn.Module):
         self,
         x: Float[Tensor, "N H"],
         v: Float[Tensor, "N 3 H"] | None,
-        basis: Float[Tensor, "E B"] | None,
-        envelope: Float[Tensor, " E"] | None,
+        columns: Float[Tensor, "E columns"] | None,
         edges: KernelEdges,
     ) -> tuple[Tensor, Tensor]:
-        """The same by a kernel; its radial functions hold all factors."""
+        """The same by a kernel; its radial functions hold all factors. ``columns``: see ``radial_columns``."""
         h = x.shape[1]
         m1, m2, m3 = divide(self.P(x), [h] * 3, 1)
         features = join([m3, m2] if v is None else [m3, m2, (v * m1[:, None, :]).flatten(1)], 1)
@@ -117,14 +116,23 @@ class Message(nn.Module):
             sums = self.kernel(features, edges)
         else:
             assert self.edge_kernel is not None
-            sums = self.edge_kernel(features, self.radial_functions(basis, envelope, v is not None), edges)
+            assert columns is not None
+            sums = self.edge_kernel(features, self.radial_functions(columns, v is not None), edges)
         sum_x, sum_v = divide(sums, [h, 3 * h], 1)
         return self.add(x, v, sum_x, sum_v.reshape(-1, 3, h))
 
-    def radial_functions(self, basis: Tensor, envelope: Tensor, relay: bool) -> Tensor:
-        """Radial functions of the kernel."""
-        f1, f2, f3 = divide(self.filters(basis, envelope) * (1 / math.sqrt(3)), [self.R.out_features // 3] * 3, 1)
-        return join([f3 * self.scale_x, f2 * self.scale_v, *([f1 * self.scale_v] if relay else [])], 1)
+    def radial_functions(self, columns: Tensor, relay: bool) -> Tensor:
+        """Radial functions of the kernel, one product: bias, envelope and factors are in its two sides."""
+        rows = join([self.R.weight, self.R.bias[:, None]], 1) * (1 / math.sqrt(3))
+        r1, r2, r3 = divide(rows, [self.R.out_features // 3] * 3, 0)
+        parts = [r3 * self.scale_x, r2 * self.scale_v, *([r1 * self.scale_v] if relay else [])]
+        return columns @ join(parts, 0).T
+
+    def radial_columns(self, basis: Tensor, envelope: Tensor) -> Float[Tensor, "E columns"]:
+        """What the radial functions of every layer are linear in: basis and a last column for the bias."""
+        if self.published:
+            return join([basis, torch.ones_like(envelope)[:, None]], 1)
+        return join([basis * envelope[:, None], envelope[:, None]], 1)
 
 
 class Update(nn.Module):
@@ -207,7 +215,8 @@ class LEIGNN(nn.Module):
             relay = k > 0 or layer.distribute is not None
 
             def radial(x: Tensor, k: int = k, relay: bool = relay) -> Tensor:
-                return exact.layers[k].message.radial_functions(*exact.radial(x), relay)
+                message = exact.layers[k].message
+                return message.radial_functions(message.radial_columns(*exact.radial(x)), relay)
 
             convolution = vector_convolution(self.config.num_features, relay)
             layer.message.kernel = KernelLayer(convolution, radial, self.embedding.weight)
@@ -251,6 +260,7 @@ class LEIGNN(nn.Module):
         edges: KernelEdges | None = None
         if first.kernel is not None or first.edge_kernel is not None:
             edges = KernelEdges(sort_edges(edge_index, x), join([torch.ones_like(unit[:, :1]), unit], 1), distance)
+        columns = None if edges is None or basis is None else first.radial_columns(basis, envelope)
         v: Tensor | None = None
         s = g = None
         if self.global_scalar is not None:
@@ -262,7 +272,7 @@ class LEIGNN(nn.Module):
                 dx, dv = layer.distribute(x, s[graph_index], v + g[graph_index])
                 x, v = x + dx, v + dv
             if edges is not None:
-                x, v = layer.message.with_kernel(x, v, basis, envelope, edges)
+                x, v = layer.message.with_kernel(x, v, columns, edges)
             else:
                 x, v = layer.message(x, v, basis, envelope, unit, edge_index)
             x, v = layer.update(x, v)

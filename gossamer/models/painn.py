@@ -79,9 +79,9 @@ class Layer(nn.Module):
         return self.update(q + sum_by_index(dq, receiver, q.shape[0]) * self.scale, sums if mu is None else mu + sums)
 
     def with_kernel(
-        self, q: Tensor, mu: Tensor | None, basis: Tensor | None, envelope: Tensor | None, edges: KernelEdges
+        self, q: Tensor, mu: Tensor | None, columns: Float[Tensor, "E columns"] | None, edges: KernelEdges
     ) -> tuple[Tensor, Tensor]:
-        """The same by a kernel; its radial functions hold all factors."""
+        """The same by a kernel; its radial functions hold all factors. ``columns``: basis and 1, times the envelope."""
         h = q.shape[1]
         dq, direction, relay = divide(self.context(q), [h] * 3, 1)
         features = join([dq, direction] if mu is None else [dq, direction, (relay[:, None] * mu).flatten(1)], 1)
@@ -89,16 +89,17 @@ class Layer(nn.Module):
             both = self.kernel(features, edges)
         else:
             assert self.edge_kernel is not None
-            both = self.edge_kernel(features, self.radial_functions(basis, envelope, mu is not None), edges)
+            assert columns is not None
+            both = self.edge_kernel(features, self.radial_functions(columns, mu is not None), edges)
         sum_q, sums = divide(both, [h, 3 * h], 1)
         sums = sums.reshape(-1, 3, h)
         return self.update(q + sum_q, sums if mu is None else mu + sums)
 
-    def radial_functions(self, basis: Tensor, envelope: Tensor, relay: bool) -> Tensor:
-        """Radial functions of the kernel."""
+    def radial_functions(self, columns: Tensor, relay: bool) -> Tensor:
+        """Radial functions of the kernel, one product: bias and factors are in its right side."""
+        rows = join([self.filters.weight, self.filters.bias[:, None]], 1) * self.scale
         width = self.filters.out_features
-        values = self.filters(basis) * (envelope * self.scale)[:, None]
-        return values if relay else divide(values, [2 * width // 3, width // 3], 1)[0]
+        return columns @ (rows if relay else divide(rows, [2 * width // 3, width // 3], 0)[0]).T
 
     def update(self, q: Tensor, mu: Tensor) -> tuple[Tensor, Tensor]:
         v, w = divide(self.mix(mu), [q.shape[1]] * 2, 2)
@@ -154,7 +155,7 @@ class PaiNN(nn.Module):
         for k, layer in enumerate(self.layers):
 
             def radial(x: Tensor, k: int = k) -> Tensor:
-                return exact.layers[k].radial_functions(*exact.radial(x), k > 0)
+                return exact.layers[k].radial_functions(exact.radial_columns(*exact.radial(x)), k > 0)
 
             layer.kernel = KernelLayer(vector_convolution(h, k > 0), radial, self.embedding.weight)
 
@@ -168,6 +169,11 @@ class PaiNN(nn.Module):
         if self.config.variant == "published":
             return gaussian_basis(x, self.config.num_basis), cosine_cutoff(x)
         return bessel_basis(x, self.config.num_basis), polynomial_envelope(x, p=5, k=3)
+
+    @staticmethod
+    def radial_columns(basis: Tensor, envelope: Tensor) -> Float[Tensor, "E columns"]:
+        """What the radial functions of every layer are linear in: basis and a last column for the bias, times the envelope."""
+        return join([basis * envelope[:, None], envelope[:, None]], 1)
 
     def forward(
         self,
@@ -194,9 +200,10 @@ class PaiNN(nn.Module):
         edges: KernelEdges | None = None
         if first.kernel is not None or first.edge_kernel is not None:
             edges = KernelEdges(sort_edges(edge_index, q), join([torch.ones_like(unit[:, :1]), unit], 1), x)
+        columns = None if edges is None or basis is None else self.radial_columns(basis, envelope)
         for layer in self.layers:
             if edges is not None:
-                q, mu = layer.with_kernel(q, mu, basis, envelope, edges)
+                q, mu = layer.with_kernel(q, mu, columns, edges)
             else:
                 q, mu = layer(q, mu, basis, envelope, unit, edge_index)
         energies = self.readout(q)[:, 0]
