@@ -64,21 +64,32 @@ def fixed_sizes(potential: Potential) -> Potential:
 
 
 def part_of(graph: Graph, n_edges: int = LARGEST) -> Graph:
-    """The first atoms of one structure with the pairs among them, at most about ``n_edges``; small graphs as they are."""
-    if graph.n_edges <= n_edges or graph.n_graphs != 1:
+    """The first atoms of the structure, or of the first few, with the pairs among them, at most about ``n_edges``; small graphs as they are.
+
+    Labels are left out. Of a batch at least two structures stay.
+    """
+    if graph.n_edges <= n_edges:
         return graph
     sender, receiver = graph.edge_index
-    n = max(int(receiver[n_edges]), 2)
-    kept = ((sender < n) & (receiver < n)).nonzero()[:, 0]
-    if len(kept) < 2:
+    n_graphs = min(graph.n_graphs, 4)
+    pairs = torch.bincount(receiver, minlength=graph.n_atoms)
+    kept = torch.zeros_like(pairs, dtype=torch.bool)
+    for number in range(n_graphs):
+        atoms = (graph.graph_index == number).nonzero()[:, 0]
+        few = pairs.index_select(0, atoms).cumsum(0) <= n_edges // n_graphs
+        few[:2] = True
+        kept[atoms] = few
+    inside = (kept.index_select(0, sender) & kept.index_select(0, receiver)).nonzero()[:, 0]
+    if len(inside) < 2:
         return graph
+    atoms = kept.nonzero()[:, 0]
     return Graph(
-        atomic_numbers=graph.atomic_numbers[:n],
-        positions=graph.positions[:n],
-        cell=graph.cell,
-        graph_index=graph.graph_index[:n],
-        edge_index=graph.edge_index.index_select(1, kept),
-        edge_shifts=graph.edge_shifts.index_select(0, kept),
+        atomic_numbers=graph.atomic_numbers.index_select(0, atoms),
+        positions=graph.positions.index_select(0, atoms),
+        cell=graph.cell[:n_graphs],
+        graph_index=graph.graph_index.index_select(0, atoms),
+        edge_index=(kept.cumsum(0) - 1)[graph.edge_index.index_select(1, inside)],
+        edge_shifts=graph.edge_shifts.index_select(0, inside),
     )
 
 

@@ -345,6 +345,30 @@ def test_part_of_a_large_structure() -> None:
     assert part_of(graph) is graph
 
 
+def test_part_of_a_batch() -> None:
+    """Some atoms of the first structures; each keeps its own cell and its own pairs."""
+    potential = make_potential(["Si", "H", "C", "O"])
+    frames = [bulk("Si", cubic=True).repeat(2), molecule("CH3OH"), bulk("Si").repeat(3), molecule("H2O"), molecule("CH4")]
+    batch = potential.collate([from_atoms(f, LabelConfig(), "frame") for f in frames])
+    assert part_of(batch, batch.n_edges) is batch
+    part = part_of(batch, 800)
+    assert part.n_graphs == 4
+    assert part.n_edges <= 800
+    assert bool((part.edge_index[1].diff() >= 0).all())
+    assert bool((part.graph_index[part.edge_index[0]] == part.graph_index[part.edge_index[1]]).all())
+    # its edges are among those of the batch
+    known = {tuple(v) for v in batch.edge_vectors().numpy().round(9)}
+    assert {tuple(v) for v in part.edge_vectors().numpy().round(9)} <= known
+    # a whole structure that fits stays whole, and predicts what it did
+    sizes = torch.bincount(part.graph_index).tolist()
+    assert sizes[1] == 6
+    assert sizes[3] == 3
+    out, whole = potential.eval()(part, stress=False), potential(batch, stress=False)
+    torch.testing.assert_close(out.energy[[1, 3]], whole.energy[[1, 3]], rtol=0, atol=1e-10)
+    lone = potential.collate([from_atoms(molecule("H"), LabelConfig(), "frame")] * 3)
+    assert part_of(lone, 1) is lone
+
+
 def test_potentials_keep_their_own_weights(ethanol: Atoms) -> None:
     """Adding kernels leaves the potential as it was, and what is saved too."""
     potential = make_potential(ELEMENTS, **MODELS["nequip"])
