@@ -123,7 +123,7 @@ def changing_kernels(potential: Potential, graph: Graph) -> Iterator[None]:
     network: Any = potential.network
     switch = getattr(network, "use_edge_kernels", getattr(network, "use_kernels", None))
     on = False
-    if switch is not None and potential.device.type == "cpu" and graph.n_edges > 0:
+    if switch is not None and potential.device.type in ("cpu", "cuda") and graph.n_edges > 0:
         plain = potential(graph, stress=potential.conservative)
         try:
             switch(True)

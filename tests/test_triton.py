@@ -21,7 +21,7 @@ from gossamer.kernels.product import vector_convolution
 INTERPRETED = """
 import torch
 from test_kernels import CONVOLUTIONS
-from gossamer.kernels import gpu
+from gossamer.kernels import gpu, ops
 from gossamer.kernels.table import tabulate
 for name, dtypes in (("odd channels", [torch.float32]), ("l 1, both parities", [torch.float64])):
     convolution = CONVOLUTIONS[name]()
@@ -42,11 +42,19 @@ for name, dtypes in (("odd channels", [torch.float32]), ("l 1, both parities", [
         definition = convolution.plain(*leaves, table, edge_index)
         gradient = torch.randn(definition.shape, **random)
         wanted = [definition.detach(), *torch.autograd.grad(definition, leaves, gradient)]
-        found = [gpu.convolve(convolution, *variables, table, edge_index, rows),
-                 *gpu.convolve_backward(convolution, gradient, *variables, table, edge_index, columns, order)]
+        edges = edge_index, rows, columns, order
+        key = ops.register(convolution, dtype, "cuda")
+        found = [ops._convolve_gpu(key, *variables, table, *edges), *ops._convolve_backward_gpu(key, gradient, *variables, table, *edges)]
         assert float(found[0][3].abs().max()) == 0  # no edges
-        for a, b in zip(found, wanted):
-            assert float((a - b).abs().max()) < tolerance * float(b.abs().max()), (name, dtype)
+        # the radial functions of every edge as an input
+        leaves[2] = torch.randn(12, width, **random).requires_grad_()
+        definition = convolution.plain_weighted(*leaves, edge_index)
+        wanted += [definition.detach(), *torch.autograd.grad(definition, leaves, gradient)]
+        key, values = ops.register(convolution, dtype, "cuda", edge_weights=True), [v.detach() for v in leaves]
+        found += [ops._weigh_gpu(key, *values, *edges), *ops._weigh_backward_gpu(key, gradient, *values, *edges)]
+        assert len(found) == len(wanted) == 8
+        for number, (a, b) in enumerate(zip(found, wanted)):
+            assert float((a - b).abs().max()) < tolerance * float(b.abs().max()), (name, dtype, number)
 print("equal")
 """
 
@@ -119,16 +127,17 @@ def test_interpreted_kernels_are_their_definition(script: str) -> None:
     assert "equal" in result.stdout
 
 
-def test_kernels_compile_for_a_gpu() -> None:
+@pytest.mark.parametrize("edge_weights", [False, True])
+def test_kernels_compile_for_a_gpu(edge_weights: bool) -> None:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    kernels = gpu.module(gpu.generate(nequip_convolution(1, False, [16, 40])))
+    kernels = gpu.module(gpu.generate(nequip_convolution(1, False, [16, 40]), edge_weights))
     for name in ("forward_0", "forward_1", "backward_0", "backward_1"):
         function = getattr(kernels, name)
         names = function.arg_names
-        constants = {"INTERVALS": 64, "HARMONICS": 4}
+        constants = {"SIZE": 64, "HARMONICS": 4}
         indices = ("sender", "receiver", "rows", "columns", "order")
         signature = {n: "constexpr" if n in constants else "*i64" if n in indices else "*fp32" for n in names}
         source = ASTSource(fn=function, signature=signature, constexprs={(names.index(n),): v for n, v in constants.items()})

@@ -31,10 +31,10 @@ import triton.language as tl
 
 
 @triton.jit
-def interval(x, INTERVALS: tl.constexpr):
-    scaled = tl.minimum(tl.maximum(x, 0.0), 1.0) * INTERVALS
+def interval(x, SIZE: tl.constexpr):
+    scaled = tl.minimum(tl.maximum(x, 0.0), 1.0) * SIZE
     scaled = tl.where(scaled == scaled, scaled, 0.0)
-    k = tl.minimum(scaled.to(tl.int32), INTERVALS - 1)
+    k = tl.minimum(scaled.to(tl.int32), SIZE - 1)
     return k, scaled - k
 '''
 WEIGHTS = """        t2 = t * t
@@ -47,7 +47,7 @@ WEIGHTS = """        t2 = t * t
         h4 = t3 * (-4 + 7 * t - 3 * t2)
         h5 = t3 * (0.5 - t + 0.5 * t2)
 """
-SLOPES = """        inside = tl.where((distance >= 0) & (distance <= 1), 1.0, 0.0) * INTERVALS
+SLOPES = """        inside = tl.where((distance >= 0) & (distance <= 1), 1.0, 0.0) * SIZE
         rise = 30 * t2 * (1 - t) * (1 - t)
         s0 = -rise
         s1 = 1 - t2 * (18 - 32 * t + 15 * t2)
@@ -56,17 +56,27 @@ SLOPES = """        inside = tl.where((distance >= 0) & (distance <= 1), 1.0, 0.
         s4 = t2 * (-12 + 28 * t - 15 * t2)
         s5 = t2 * (1.5 - 4 * t + 2.5 * t2)
 """
+SLOPE_LINES = [
+    "        distance = tl.load(values + edge)",
+    "        k, t = interval(distance, SIZE)",
+    WEIGHTS.rstrip("\n"),
+    SLOPES.rstrip("\n"),
+    "        slope = zero",
+]
 
 
-def generate(convolution: Convolution) -> str:
-    """Triton source of the forward and backward pass of one layer."""
-    layout = np.array(convolution.layout(LANES)).reshape(-1, 6).tolist()
+def generate(convolution: Convolution, edge_weights: bool = False) -> str:
+    """Triton source of the forward and backward pass of one layer.
+
+    With ``edge_weights``, the values of the radial functions on every edge are an input, SIZE of them, not a table of SIZE intervals.
+    """
+    layout = np.array(convolution.layout(1 if edge_weights else LANES)).reshape(-1, 6).tolist()
     pieces = [HEAD]
     for block, (dim, _) in enumerate(convolution.blocks_in):
         mine = {p: product for p, product in enumerate(convolution.products) if product.block == block}
         if mine:
-            pieces.append(_forward(block, dim, mine, layout, convolution))
-            pieces.append(_backward(block, dim, mine, layout, convolution))
+            pieces.append(_forward(block, dim, mine, layout, convolution, edge_weights))
+            pieces.append(_backward(block, dim, mine, layout, convolution, edge_weights))
     return "\n\n".join(pieces)
 
 
@@ -84,18 +94,22 @@ def _matrices(products: dict[int, Product]) -> tuple[list[str], set[tuple[int, i
     return lines, entries
 
 
-def _radial(name: str, weights: str, first: int) -> str:
-    start = f"table + ({first} + chunk) * ((INTERVALS + 1) * {3 * LANES}) + k * {3 * LANES} + lane"
+def _radial(name: str, weights: str, first: int, edge_weights: bool = False) -> str:
+    if edge_weights:
+        return f"        {name} = tl.load(values + edge * SIZE + {first} + u, mask=mask, other=0.0)"
+    start = f"table + ({first} + chunk) * ((SIZE + 1) * {3 * LANES}) + k * {3 * LANES} + lane"
     return f"        {name} = " + " + ".join(f"{weights}{n} * tl.load({start} + {n * LANES})" for n in range(6))
 
 
-def _forward(block: int, dim: int, products: dict[int, Product], layout: list[list[int]], convolution: Convolution) -> str:
+def _forward(
+    block: int, dim: int, products: dict[int, Product], layout: list[list[int]], convolution: Convolution, edge_weights: bool
+) -> str:
     channels, offset, stride = layout[min(products)][:3]
     rows = [(p, m) for p, product in products.items() for m in range(product.coefficients.shape[0])]
     matrices, entries = _matrices(products)
     lines = [
         "@triton.jit",
-        f"def forward_{block}(features, harmonics, x, table, sender, rows, out, INTERVALS: tl.constexpr, HARMONICS: tl.constexpr):",
+        f"def forward_{block}(features, harmonics, values, table, sender, rows, out, SIZE: tl.constexpr, HARMONICS: tl.constexpr):",
         "    i = tl.program_id(0).to(tl.int64)",
         "    chunk = tl.program_id(1)",
         f"    lane = tl.arange(0, {LANES})",
@@ -106,12 +120,11 @@ def _forward(block: int, dim: int, products: dict[int, Product], layout: list[li
         "    for edge in range(tl.load(rows + i), tl.load(rows + i + 1)):",
         f"        f = features + tl.load(sender + edge) * {convolution.width_in} + {offset} + u",
         *(f"        f{k} = tl.load(f + {k * stride}, mask=mask, other=0.0)" for k in range(dim)),
-        "        k, t = interval(tl.load(x + edge), INTERVALS)",
-        WEIGHTS.rstrip("\n"),
+        *([] if edge_weights else ["        k, t = interval(tl.load(values + edge), SIZE)", WEIGHTS.rstrip("\n")]),
         *matrices,
     ]
     for p, product in products.items():
-        lines.append(_radial("r", "h", layout[p][5]))
+        lines.append(_radial("r", "h", layout[p][5], edge_weights))
         for m in range(product.coefficients.shape[0]):
             terms = [f"m{p}_{m}_{k} * f{k}" for k in range(dim) if (p, m, k) in entries]
             if terms:
@@ -122,12 +135,14 @@ def _forward(block: int, dim: int, products: dict[int, Product], layout: list[li
     return "\n".join(lines)
 
 
-def _backward(block: int, dim: int, products: dict[int, Product], layout: list[list[int]], convolution: Convolution) -> str:
+def _backward(
+    block: int, dim: int, products: dict[int, Product], layout: list[list[int]], convolution: Convolution, edge_weights: bool
+) -> str:
     channels, offset, stride = layout[min(products)][:3]
     matrices, entries = _matrices(products)
     lines = [
         "@triton.jit",
-        f"def backward_{block}(features, harmonics, x, table, receiver, columns, order, gradient, to_features, to_harmonics, to_x, INTERVALS: tl.constexpr, HARMONICS: tl.constexpr):",
+        f"def backward_{block}(features, harmonics, values, table, receiver, columns, order, gradient, to_features, to_harmonics, to_values, SIZE: tl.constexpr, HARMONICS: tl.constexpr):",
         "    j = tl.program_id(0).to(tl.int64)",
         "    chunk = tl.program_id(1)",
         f"    lane = tl.arange(0, {LANES})",
@@ -142,18 +157,14 @@ def _backward(block: int, dim: int, products: dict[int, Product], layout: list[l
         "    for place in range(tl.load(columns + j), tl.load(columns + j + 1)):",
         "        edge = tl.load(order + place)",
         f"        g = gradient + tl.load(receiver + edge) * {convolution.width_out} + u",
-        "        distance = tl.load(x + edge)",
-        "        k, t = interval(distance, INTERVALS)",
-        WEIGHTS.rstrip("\n"),
-        SLOPES.rstrip("\n"),
+        *([] if edge_weights else SLOPE_LINES),
         *matrices,
-        "        slope = zero",
     ]
     touched: list[int] = []
     for p, product in products.items():
         c = product.coefficients
         lines += [f"        g{m} = tl.load(g + {layout[p][3] + m * layout[p][4]}, mask=mask, other=0.0)" for m in range(c.shape[0])]
-        lines += [_radial("r", "h", layout[p][5]), _radial("q", "s", layout[p][5]), "        w = zero"]
+        lines += [_radial("r", "h", layout[p][5], edge_weights), "        w = zero"]
         for k in range(dim):
             terms = [f"m{p}_{m}_{k} * g{m}" for m in range(c.shape[0]) if (p, m, k) in entries]
             if terms:
@@ -171,9 +182,13 @@ def _backward(block: int, dim: int, products: dict[int, Product], layout: list[l
             lines.append(f"        z{name} = {f'z{name} + ' if name in touched else ''}r * v")
             lines.append(f"        w += y{name} * v")
             touched += [] if name in touched else [name]
-        lines.append("        slope += q * w")
+        if edge_weights:
+            lines.append(f"        tl.store(to_values + edge * SIZE + {layout[p][5]} + u, w, mask=mask)")
+        else:
+            lines += [_radial("q", "s", layout[p][5]), "        slope += q * w"]
     lines += [f"        tl.atomic_add(to_harmonics + edge * HARMONICS + {s}, tl.sum(z{s}, axis=0))" for s in touched]
-    lines.append("        tl.atomic_add(to_x + edge, tl.sum(slope, axis=0) * inside)")
+    if not edge_weights:
+        lines.append("        tl.atomic_add(to_values + edge, tl.sum(slope, axis=0) * inside)")
     lines += [f"    tl.store(to_features + j * {convolution.width_in} + {offset + k * stride} + u, d{k}, mask=mask)" for k in range(dim)]
     return "\n".join(lines)
 
@@ -211,10 +226,10 @@ def module(source: str) -> Any:
 
 
 @functools.cache
-def kernels(convolution: Convolution, key: str) -> Any:
+def kernels(convolution: Convolution, key: str, edge_weights: bool = False) -> Any:
     """The kernels of a layer; ``key`` is the convolution's own, since convolutions compare without their coefficients."""
     del key
-    return module(generate(convolution))
+    return module(generate(convolution, edge_weights))
 
 
 def _launches(convolution: Convolution) -> list[tuple[int, int]]:
@@ -223,44 +238,32 @@ def _launches(convolution: Convolution) -> list[tuple[int, int]]:
     return [(b, -(-convolution.blocks_in[b][1] // LANES)) for b in used]
 
 
-def convolve(
-    convolution: Convolution, features: Tensor, harmonics: Tensor, x: Tensor, table: Tensor, edge_index: Tensor, rows: Tensor
-) -> Tensor:
-    """Forward pass; arguments as for the operator."""
-    built = kernels(convolution, convolution.key)
-    features, harmonics, x = features.contiguous(), harmonics.contiguous(), x.contiguous()
+def forward(
+    convolution: Convolution, built: Any, features: Tensor, harmonics: Tensor, values: Tensor, table: Tensor, size: int,
+    edge_index: Tensor, rows: Tensor,
+) -> Tensor:  # fmt: skip
+    """``values``: distances, with a table of ``size`` intervals; or ``size`` radial functions of every edge, and any table."""
+    features, harmonics, values = features.contiguous(), harmonics.contiguous(), values.contiguous()
     out = features.new_zeros(features.shape[0], convolution.width_out)
-    constants = {"INTERVALS": table.shape[1] - 1, "HARMONICS": harmonics.shape[1]}
+    options: dict[str, Any] = {"SIZE": size, "HARMONICS": harmonics.shape[1], "num_warps": 1, "enable_fp_fusion": True}
     for block, chunks in _launches(convolution):
         getattr(built, f"forward_{block}")[(features.shape[0], chunks)](
-            features, harmonics, x, table, edge_index[0], rows, out, num_warps=1, enable_fp_fusion=True, **constants
+            features, harmonics, values, table, edge_index[0], rows, out, **options
         )
     return out
 
 
-def convolve_backward(
-    convolution: Convolution, gradient: Tensor, features: Tensor, harmonics: Tensor, x: Tensor, table: Tensor,
+def backward(
+    convolution: Convolution, built: Any, gradient: Tensor, features: Tensor, harmonics: Tensor, values: Tensor, table: Tensor, size: int,
     edge_index: Tensor, columns: Tensor, order: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Backward pass; arguments as for the operator."""
-    built = kernels(convolution, convolution.key)
-    features, harmonics, x, gradient = features.contiguous(), harmonics.contiguous(), x.contiguous(), gradient.contiguous()
-    results = torch.zeros_like(features), torch.zeros_like(harmonics), torch.zeros_like(x)
-    constants = {"INTERVALS": table.shape[1] - 1, "HARMONICS": harmonics.shape[1]}
+    """Gradients of features, harmonics and values; arguments as forward."""
+    gradient, features, harmonics, values = (t.contiguous() for t in (gradient, features, harmonics, values))
+    results = torch.zeros_like(features), torch.zeros_like(harmonics), torch.zeros_like(values)
+    options: dict[str, Any] = {"SIZE": size, "HARMONICS": harmonics.shape[1], "num_warps": 1, "enable_fp_fusion": True}
     for block, chunks in _launches(convolution):
         getattr(built, f"backward_{block}")[(features.shape[0], chunks)](
-            features,
-            harmonics,
-            x,
-            table,
-            edge_index[1],
-            columns,
-            order,
-            gradient,
-            *results,
-            num_warps=1,
-            enable_fp_fusion=True,
-            **constants,
+            features, harmonics, values, table, edge_index[1], columns, order, gradient, *results, **options
         )
     return results
 

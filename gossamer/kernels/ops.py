@@ -48,7 +48,7 @@ def register(convolution: Convolution, dtype: torch.dtype, device: str = "cpu", 
     if key in _convolutions:
         return key
     if device == "cuda":
-        _convolutions[key] = convolution, gpu.kernels(convolution, convolution.key), None
+        _convolutions[key] = convolution, gpu.kernels(convolution, convolution.key, edge_weights), None
     else:
         cpu.sorting()
         _convolutions[key] = (
@@ -191,12 +191,24 @@ _library.impl("map_by_species", _map_by_species, "CPU")
 
 def _convolve_gpu(key: str, *tensors: Tensor) -> Tensor:
     features, harmonics, x, table, edge_index, rows, _, _ = tensors
-    return gpu.convolve(_convolutions[key][0], features, harmonics, x, table, edge_index, rows)
+    return gpu.forward(*_convolutions[key][:2], features, harmonics, x, table, table.shape[1] - 1, edge_index, rows)
 
 
-def _convolve_backward_gpu(key: str, *tensors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _convolve_backward_gpu(key: str, *tensors: Tensor) -> tuple[Tensor, ...]:
     gradient, features, harmonics, x, table, edge_index, _, columns, order = tensors
-    return gpu.convolve_backward(_convolutions[key][0], gradient, features, harmonics, x, table, edge_index, columns, order)
+    convolution, built, _ = _convolutions[key]
+    return gpu.backward(convolution, built, gradient, features, harmonics, x, table, table.shape[1] - 1, edge_index, columns, order)
+
+
+def _weigh_gpu(key: str, *tensors: Tensor) -> Tensor:
+    features, harmonics, weights, edge_index, rows, _, _ = tensors
+    return gpu.forward(*_convolutions[key][:2], features, harmonics, weights, weights, weights.shape[1], edge_index, rows)
+
+
+def _weigh_backward_gpu(key: str, *tensors: Tensor) -> tuple[Tensor, ...]:
+    gradient, features, harmonics, weights, edge_index, _, columns, order = tensors
+    convolution, built, _ = _convolutions[key]
+    return gpu.backward(convolution, built, gradient, features, harmonics, weights, weights, weights.shape[1], edge_index, columns, order)
 
 
 def _attention_gpu(name: str) -> Callable[..., Any]:
@@ -214,6 +226,8 @@ _library.impl("sort_edges", gpu.sort_edges, "CUDA")
 _library.impl("map_by_species", gpu.map_by_species, "CUDA")
 _library.impl("convolve", _convolve_gpu, "CUDA")
 _library.impl("convolve_backward", _convolve_backward_gpu, "CUDA")
+_library.impl("weigh", _weigh_gpu, "CUDA")
+_library.impl("weigh_backward", _weigh_backward_gpu, "CUDA")
 
 
 # --- shapes, for compilers -------------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from gossamer.fast import TOLERANCE, part_of
 from gossamer.graph import FIELDS, Graph
 from gossamer.kernels.cpu import Missing
 from gossamer.potential import Potential, Prediction, state_of
+from gossamer.timing import fastest
 from gossamer.unrolled import fx_config, unroll
 
 log = logging.getLogger(__name__)
@@ -37,7 +38,7 @@ class CompiledForward:
             forces: Predict forces.
             stress: Predict stress.
             compile: Compile the step.
-            kernels: Pass messages by kernels (`gossamer.kernels`), on a CPU.
+            kernels: Pass messages by kernels (`gossamer.kernels`); on a GPU only if they are faster.
         """
         self.potential, self.forces, self.stress = potential, forces, stress
         self.names = ["energy", "node_energies", *(["forces"] if forces else []), *(["stress"] if stress else [])]
@@ -71,13 +72,20 @@ class CompiledForward:
     def _add_kernels(self, graph: Graph) -> None:
         """Put kernels into the network, unless they differ from the plain step on this batch."""
         network: Any = self.potential.network
-        if self.potential.device.type != "cpu" or not hasattr(network, "use_edge_kernels"):
+        on_gpu = self.potential.device.type == "cuda"
+        if not (on_gpu or self.potential.device.type == "cpu") or not hasattr(network, "use_edge_kernels"):
             return
         part = part_of(graph, COMPARED)
         before = self._results(self.plain, part)
         try:
             network.use_edge_kernels(True)
             self._agree(before, self._results(self.plain, part), "accelerated")
+            if on_gpu:  # where they are not always faster
+                seconds, timed = [], part_of(graph)
+                for on in (True, False):
+                    network.use_edge_kernels(on)
+                    seconds.append(fastest(lambda: self._results(self.plain, timed)))
+                network.use_edge_kernels(seconds[0] < seconds[1])
         except (Missing, RuntimeError) as error:
             network.use_edge_kernels(False)
             log.log(logging.INFO if isinstance(error, Missing) else logging.WARNING, "training runs without kernels: %s", error)
