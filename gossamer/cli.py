@@ -75,7 +75,7 @@ def build_parser() -> argparse.ArgumentParser:
     compare.add_argument("configs", nargs="+", help="YAML files with the settings of each")
     compare.add_argument("--minutes", type=float, default=10.0, help="time for each (default: 10)")
     compare.add_argument("--out", default="comparison", help="folder of the runs and the table (default: comparison)")
-    compare.add_argument("--resume", action="store_true", help="keep the finished runs that are in the folder")
+    compare.add_argument("--resume", action="store_true", help="keep the finished runs of the folder, go on with one that was cut")
     _common(compare)
 
     _bench_parser(command("bench", _bench, "Time and memory of energy and forces against the number of atoms."))

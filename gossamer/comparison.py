@@ -48,7 +48,7 @@ def compare(
         configs: Settings of the models, or YAML files; their data and split must agree.
         minutes: Time for each, compilation and validation included: CPU time on one CPU thread, wall time otherwise. The final test comes on top.
         out: Folder for the runs, comparison.json, comparison.md and comparison.png.
-        resume: Keep finished runs that are already in the folder.
+        resume: Keep finished runs that are already in the folder, and go on with one that was cut, as it was planned.
         progress: Show progress bars.
 
     Returns:
@@ -70,7 +70,7 @@ def compare(
             records.append(json.loads(path.read_text()))
             continue
         log.info("comparing: %s", name)
-        record = {"name": name, **run_one(config, minutes, folder / name, progress)}
+        record = {"name": name, **run_one(config, minutes, folder / name, progress, resume)}
         write_json(path, record)
         records.append(record)
         write_summary(records, folder, minutes)
@@ -104,14 +104,32 @@ def check_same_data(named: dict[str, Config]) -> None:
             raise ValueError(f"'{first}' and '{name}' differ in {listed}. Errors compare only on the same data.")
 
 
-def run_one(config: Config, minutes: float, folder: Path, progress: bool = True) -> dict[str, Any]:
-    """Time, train and test one model."""
+def run_one(config: Config, minutes: float, folder: Path, progress: bool = True, resume: bool = False) -> dict[str, Any]:
+    """Time, train and test one model; with ``resume``, go on with a run that was cut.
+
+    Raises:
+        ValueError: the run was planned for another time.
+        RuntimeError: it was stopped by a signal.
+    """
     clock = budget_clock(config)
     began = clock()
     torch.manual_seed(config.training.seed)
     train_set, valid_set, test_set = load_data(config.data)
-    timing = time_training(config, train_set, minutes)
-    steps = max(10, int((60 * minutes - (clock() - began) - timing["compile_s"]) * 0.93 / timing["step_s"]))
+    plan_path = folder / "plan.json"
+    cut = resume and plan_path.exists()
+    if cut:
+        plan = json.loads(plan_path.read_text())
+        if plan["minutes"] != minutes:
+            raise ValueError(
+                f"'{folder}' holds a run that was planned for {plan['minutes']:g} minutes, not {minutes:g}: choose another folder."
+            )
+    else:
+        timing = time_training(config, train_set, minutes)
+        steps = max(10, int((60 * minutes - (clock() - began) - timing["compile_s"]) * 0.93 / timing["step_s"]))
+        plan = {"minutes": minutes, "steps": steps, "timing": timing, "setup_s": clock() - began}
+        if not any((folder / name).exists() for name in (POTENTIAL, "checkpoint.safetensors")):
+            write_json(plan_path, plan)
+    steps, timing = plan["steps"], plan["timing"]
     every = max(10, min(2000, steps // 15))
     # an average and a warm-up that fit the length of the run
     decay = round(min(config.training.ema_decay, 1 - 20 / max(steps, 21)), 4)
@@ -119,14 +137,14 @@ def run_one(config: Config, minutes: float, folder: Path, progress: bool = True)
     chosen = {"steps": steps, "compile": timing["compiled"], "valid_every": every, "checkpoint_every": every,
               "ema_decay": decay, "schedule.warmup_steps": warmup}  # fmt: skip
     config = make_config(to_dict(config), [*(f"training.{k}={v}" for k, v in chosen.items()), f"out={folder}"])
-    began_training = time.perf_counter()
-    results = train(config, ["data.test=null"], progress=progress)  # tested below, outside the time
+    began_training, began = time.perf_counter(), clock()
+    results = train(config, ["data.test=null"], resume=cut, progress=progress)  # tested below, outside the time
     if "stopped_at_step" in results:
         raise RuntimeError(
             f"'{folder}' was stopped by a signal at step {results['stopped_at_step']} of {steps}: the comparison is not complete."
         )
     spent = time.perf_counter() - began_training
-    taken = clock() - began
+    taken = plan["setup_s"] + (results["seconds"] if cut else clock() - began)
     potential = load(folder / POTENTIAL, start_workers(config.training.device).device)
     sample = test_set if test_set is not None else valid_set
     seen = steps * min(config.training.batch_size, len(train_set))

@@ -12,6 +12,7 @@ from conftest import DEMO
 from gossamer.cli import main
 from gossamer.comparison import compare, table
 from gossamer.config import make_config
+from gossamer.training import loop
 
 ETHANOL = str(DEMO / "ethanol_500K.extxyz.xz")
 
@@ -49,6 +50,35 @@ def test_one_table_and_one_plot(tmp_path: Path, capsys: pytest.CaptureFixture) -
     again = compare(paths, 0.04, out, resume=True, progress=False)
     assert table(again) == table(records)
     assert (out / "leignn" / "potential.safetensors").stat().st_mtime == before
+
+
+def test_a_cut_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it was planned, from its checkpoint; and only if asked to."""
+    path, out = write(tmp_path, "leignn", {"name": "leignn"}), tmp_path / "out"
+    original, calls = loop.train_step, []
+
+    def cut(state, *others):
+        calls.append(state.step)
+        if state.step == 12:
+            raise KeyboardInterrupt
+        return original(state, *others)
+
+    monkeypatch.setattr(loop, "train_step", cut)
+    with pytest.raises(KeyboardInterrupt):
+        compare([path], 0.04, out, progress=False)
+    assert (out / "leignn" / "checkpoint.safetensors").exists()
+    planned = json.loads((out / "leignn" / "plan.json").read_text())["steps"]
+    monkeypatch.setattr(loop, "train_step", lambda state, *others: (calls.append(state.step), original(state, *others))[1])
+    with pytest.raises(FileExistsError, match="holds a run already"):
+        compare([path], 0.04, out, progress=False)
+    with pytest.raises(ValueError, match="planned for 0.04 minutes, not 1"):
+        compare([path], 1.0, out, resume=True, progress=False)
+    calls.clear()
+    (record,) = compare([path], 0.04, out, resume=True, progress=False)
+    assert 0 < calls[0] <= 12
+    assert calls[-1] == planned - 1
+    assert record["steps"] == planned
+    assert 0 < record["budget_seconds"] < 60
 
 
 def test_wrong_use(tmp_path: Path) -> None:
