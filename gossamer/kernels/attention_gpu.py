@@ -41,17 +41,27 @@ def logits(q, k, sl, sender, receiver, out, n_edges, C: tl.constexpr, H: tl.cons
 
 
 @triton.jit
+def channels(C: tl.constexpr, LANES: tl.constexpr):
+    """The atom of this program, its channels, and which of them exist."""
+    c = tl.program_id(1) * LANES + tl.arange(0, LANES)
+    return tl.program_id(0).to(tl.int64), c, c < C
+
+
+@triton.jit
+def components(c, mask, C: tl.constexpr, S: tl.constexpr, SP: tl.constexpr):
+    """Components of the harmonics, which of them exist, and with the channels: which exist, and where they lie."""
+    s = tl.arange(0, SP)
+    return s, s < S, (s < S)[:, None] & mask[None, :], s[:, None] * C + c[None, :]
+
+
+@triton.jit
 def collect(
     g, v, x, alpha, f, y, sender, rows, h, out,
     C: tl.constexpr, S: tl.constexpr, SP: tl.constexpr, H: tl.constexpr, PARTS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """Sums of the messages to one atom."""
-    i = tl.program_id(0).to(tl.int64)
-    c = tl.program_id(1) * LANES + tl.arange(0, LANES)
-    s = tl.arange(0, SP)
-    mask, row = c < C, s < S
-    block = row[:, None] & mask[None, :]
-    place = s[:, None] * C + c[None, :]
+    i, c, mask = channels(C, LANES)
+    s, row, block, place = components(c, mask, C, S, SP)
     WIDE: tl.constexpr = 3 * C // H
     W: tl.constexpr = PARTS * C
     sum_h = tl.zeros((LANES,), dtype=f.dtype.element_ty)
@@ -81,12 +91,8 @@ def distribute(
     C: tl.constexpr, S: tl.constexpr, SP: tl.constexpr, H: tl.constexpr, PARTS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the messages of one atom, and what follows from them."""
-    j = tl.program_id(0).to(tl.int64)
-    c = tl.program_id(1) * LANES + tl.arange(0, LANES)
-    s = tl.arange(0, SP)
-    mask, row = c < C, s < S
-    block = row[:, None] & mask[None, :]
-    place = s[:, None] * C + c[None, :]
+    j, c, mask = channels(C, LANES)
+    s, row, block, place = components(c, mask, C, S, SP)
     WIDE: tl.constexpr = 3 * C // H
     W: tl.constexpr = PARTS * C
     g0 = tl.load(g + j * W + c, mask=mask, other=0.0)
@@ -142,9 +148,7 @@ def distribute(
 @triton.jit
 def to_keys(q, k, sl, ds, receiver, columns, order, dk, dsl, C: tl.constexpr, H: tl.constexpr, LANES: tl.constexpr):
     """From the gradient of the logits: gradients of an atom's key, and of the gates of its edges."""
-    j = tl.program_id(0).to(tl.int64)
-    c = tl.program_id(1) * LANES + tl.arange(0, LANES)
-    mask = c < C
+    j, c, mask = channels(C, LANES)
     kj = tl.load(k + j * C + c, mask=mask, other=0.0)
     total = tl.zeros((LANES,), dtype=k.dtype.element_ty)
     for at in range(tl.load(columns + j), tl.load(columns + j + 1)):
@@ -159,9 +163,7 @@ def to_keys(q, k, sl, ds, receiver, columns, order, dk, dsl, C: tl.constexpr, H:
 @triton.jit
 def to_queries(k, sl, ds, sender, rows, dq, C: tl.constexpr, H: tl.constexpr, LANES: tl.constexpr):
     """From the gradient of the logits: gradient of an atom's query."""
-    i = tl.program_id(0).to(tl.int64)
-    c = tl.program_id(1) * LANES + tl.arange(0, LANES)
-    mask = c < C
+    i, c, mask = channels(C, LANES)
     total = tl.zeros((LANES,), dtype=k.dtype.element_ty)
     for e in range(tl.load(rows + i), tl.load(rows + i + 1)):
         j = tl.load(sender + e)
@@ -185,12 +187,8 @@ def along(values, ye, s, DEGREES: tl.constexpr):
 @triton.jit
 def align(q, p, y, sender, rows, omega, C: tl.constexpr, S: tl.constexpr, SP: tl.constexpr, DEGREES: tl.constexpr, LANES: tl.constexpr):
     """Σ_l of the inner products of the parts of Q_i and P_j perpendicular to Y_l: Q·P - Σ_l (Q·Y_l)(P·Y_l)."""
-    i = tl.program_id(0).to(tl.int64)
-    c = tl.program_id(1) * LANES + tl.arange(0, LANES)
-    s = tl.arange(0, SP)
-    mask, row = c < C, s < S
-    block = row[:, None] & mask[None, :]
-    place = s[:, None] * C + c[None, :]
+    i, c, mask = channels(C, LANES)
+    s, row, block, place = components(c, mask, C, S, SP)
     qi = tl.load(q + i * S * C + place, mask=block, other=0.0)
     for e in range(tl.load(rows + i), tl.load(rows + i + 1)):
         pj = tl.load(p + tl.load(sender + e) * S * C + place, mask=block, other=0.0)
@@ -206,12 +204,8 @@ def align_gradient(
     C: tl.constexpr, S: tl.constexpr, SP: tl.constexpr, DEGREES: tl.constexpr, LANES: tl.constexpr, RECEIVERS: tl.constexpr,
 ):  # fmt: skip
     """Gradients of Q of the receivers and of the harmonics; or, from the other end, of P of the senders."""
-    i = tl.program_id(0).to(tl.int64)
-    c = tl.program_id(1) * LANES + tl.arange(0, LANES)
-    s = tl.arange(0, SP)
-    mask, row = c < C, s < S
-    block = row[:, None] & mask[None, :]
-    place = s[:, None] * C + c[None, :]
+    i, c, mask = channels(C, LANES)
+    s, row, block, place = components(c, mask, C, S, SP)
     mine = tl.load(own + i * S * C + place, mask=block, other=0.0)
     total = tl.zeros((SP, LANES), dtype=own.dtype.element_ty)
     for at in range(tl.load(first + i), tl.load(first + i + 1)):
