@@ -59,6 +59,10 @@ class Captured:
         self.n_extra = 1 + (self.n_edges - graph.n_edges) // SHARE
         # recorded elsewhere than it is compared: a recording that did not read its inputs would show
         self.inputs = self._pad(replace(graph, positions=1.001 * graph.positions))
+        with torch.cuda.device_of(graph.positions):
+            self._record(run)
+
+    def _record(self, run: Callable[[Graph], Prediction]) -> None:
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):

@@ -220,14 +220,23 @@ def _attention_gpu(name: str) -> Callable[..., Any]:
     return run
 
 
-for _name in ("attend", "attend_backward", "perpendicular", "perpendicular_backward"):
-    _library.impl(_name, _attention_gpu(_name), "CUDA")
+def _there(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Triton launches on the current GPU: make that the one where the tensors are."""
+
+    def run(*arguments: Any) -> Any:
+        with torch.cuda.device_of(next(a for a in arguments if isinstance(a, Tensor))):
+            return function(*arguments)
+
+    return run
+
+
 _library.impl("sort_edges", gpu.sort_edges, "CUDA")
 _library.impl("map_by_species", gpu.map_by_species, "CUDA")
-_library.impl("convolve", _convolve_gpu, "CUDA")
-_library.impl("convolve_backward", _convolve_backward_gpu, "CUDA")
-_library.impl("weigh", _weigh_gpu, "CUDA")
-_library.impl("weigh_backward", _weigh_backward_gpu, "CUDA")
+for _name, _function in {
+    "convolve": _convolve_gpu, "convolve_backward": _convolve_backward_gpu, "weigh": _weigh_gpu, "weigh_backward": _weigh_backward_gpu,
+    **{name: _attention_gpu(name) for name in ("attend", "attend_backward", "perpendicular", "perpendicular_backward")},
+}.items():  # fmt: skip
+    _library.impl(_name, _there(_function), "CUDA")
 
 
 # --- shapes, for compilers -------------------------------------------------------------------------------------------
