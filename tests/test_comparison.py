@@ -55,18 +55,16 @@ def test_one_table_and_one_plot(tmp_path: Path, capsys: pytest.CaptureFixture) -
 def test_a_cut_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As it was planned, from its checkpoint; and only if asked to."""
     path, out = write(tmp_path, "leignn", {"name": "leignn"}), tmp_path / "out"
-    original, calls = loop.train_step, []
+    original, calls, checkpoint = loop.train_step, [], out / "leignn" / "checkpoint.safetensors"
 
     def cut(state, *others):
-        calls.append(state.step)
-        if state.step == 12:
+        if checkpoint.exists():
             raise KeyboardInterrupt
         return original(state, *others)
 
     monkeypatch.setattr(loop, "train_step", cut)
     with pytest.raises(KeyboardInterrupt):
         compare([path], 0.04, out, progress=False)
-    assert (out / "leignn" / "checkpoint.safetensors").exists()
     planned = json.loads((out / "leignn" / "plan.json").read_text())["steps"]
     monkeypatch.setattr(loop, "train_step", lambda state, *others: (calls.append(state.step), original(state, *others))[1])
     with pytest.raises(FileExistsError, match="holds a run already"):
@@ -75,7 +73,7 @@ def test_a_cut_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         compare([path], 1.0, out, resume=True, progress=False)
     calls.clear()
     (record,) = compare([path], 0.04, out, resume=True, progress=False)
-    assert 0 < calls[0] <= 12
+    assert calls[0] > 0
     assert calls[-1] == planned - 1
     assert record["steps"] == planned
     assert 0 < record["budget_seconds"] < 60
