@@ -660,6 +660,7 @@ def test_discovery_of_the_reference_itself_is_perfect(tmp_path: Path) -> None:
     assert by_name(outcome, "MAE").value == pytest.approx(0.2, abs=1e-6)
 
 
+@pytest.mark.slow
 def test_discovery_on_several_processes(tmp_path: Path) -> None:
     initial, _ = hull_set(tmp_path)
     found = discovery.relax_many(EMT, discovery.read_initial(initial), tmp_path / "r.jsonl", processes=2, progress=False)

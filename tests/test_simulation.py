@@ -311,6 +311,7 @@ assert second < 0.1 * max(first, 100), (first, second)
     assert result.returncode == 0, result.stderr
 
 
+@pytest.mark.slow
 def test_chains_hold_the_temperature_asked_for(tmp_path: Path) -> None:
     """ASE's chains count 3 N degrees of freedom; with the centre of mass at rest 3 N - 3 move, which is 25 % for four atoms."""
     from ase.build import bulk

@@ -224,6 +224,7 @@ print("agreed")
     assert result.stdout.strip() == "agreed", result.stderr
 
 
+@pytest.mark.slow
 def test_collating_while_tracing_does_no_harm() -> None:
     """The loader's thread uses the potential while its graph is traced; tracing must not put stand-ins into it."""
     script = f"""
