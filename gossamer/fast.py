@@ -121,22 +121,20 @@ def changing_kernels(potential: Potential, graph: Graph) -> Iterator[None]:
     They are compared with the potential on this graph of one structure; where there are none, or they differ, it runs as it is.
     """
     network: Any = potential.network
-    switch = getattr(network, "use_edge_kernels", getattr(network, "use_kernels", None))
-    on = False
-    if switch is not None and potential.device.type in ("cpu", "cuda") and graph.n_edges > 0:
+    switch: Any = getattr(network, "use_edge_kernels", getattr(network, "use_kernels", None))
+    usable = switch is not None and potential.device.type in ("cpu", "cuda") and graph.n_edges > 0
+    if usable:
         plain = potential(graph, stress=potential.conservative)
         try:
             switch(True)
-            on = True
             agree(plain, potential(graph, stress=potential.conservative), potential, graph, TOLERANCE[potential.dtype])
         except (Missing, RuntimeError) as error:
             log.log(logging.INFO if isinstance(error, Missing) else logging.WARNING, "without kernels: %s", error)
             switch(False)
-            on = False
     try:
         yield
     finally:
-        if on:
+        if usable:
             switch(False)
 
 

@@ -39,15 +39,23 @@ def neighbor_list(
 
     cell = complete_cell(positions, cell, pbc, cutoff)
     calculator = vesin.NeighborList(cutoff=float(cutoff), full_list=True)
-    # vesin wants atoms inside the cell along periodic axes to be exact for any position; wrap, then undo in the shifts
-    crossed = np.where(pbc, np.floor(positions @ np.linalg.inv(cell) + 0.0), 0.0)
-    wrapped = positions - crossed @ cell
+    wrapped, crossed = wrap(positions, cell, pbc)
     receiver, sender, shifts = calculator.compute(points=wrapped, box=cell, periodic=np.ascontiguousarray(pbc), quantities="ijS")
-    crossed = crossed.astype(np.int64)
     receiver, sender = receiver.astype(np.int64), sender.astype(np.int64)
     shifts = shifts.astype(np.int64) - crossed[sender] + crossed[receiver]
     edges = _sorted(sender, receiver, shifts, len(positions))
     return edges if max_neighbors is None else nearest(edges, positions, cell, max_neighbors)
+
+
+def wrap(
+    positions: NDArray[np.float64], cell: NDArray[np.float64], pbc: NDArray[np.bool_]
+) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    """Atoms inside the cell along periodic axes, as vesin wants them to be exact, and the whole cell vectors that were taken off.
+
+    A shift between wrapped atoms, less those of the sender, plus those of the receiver, is the shift between the atoms themselves.
+    """
+    crossed = np.where(pbc, np.floor(positions @ np.linalg.inv(cell) + 0.0), 0.0)
+    return positions - crossed @ cell, crossed.astype(np.int64)
 
 
 def neighbor_list_reference(positions: NDArray[np.float64], cell: NDArray[np.float64], pbc: NDArray[np.bool_], cutoff: float) -> Edges:

@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
-from gossamer.neighbors import Edges, complete_cell, nearest, neighbor_list
+from gossamer.neighbors import Edges, complete_cell, nearest, neighbor_list, wrap
 
 log = logging.getLogger(__name__)
 
@@ -118,13 +118,11 @@ def device_neighbor_list(
     if device.type not in ("cpu", "cuda"):
         raise RuntimeError(f"vesin does not build neighbour lists on {device.type}")
     cell = complete_cell(positions, cell, pbc, cutoff)
-    # wrapped, as there
-    crossed = np.where(pbc, np.floor(positions @ np.linalg.inv(cell) + 0.0), 0.0)
-    points, box, periodic = (torch.from_numpy(np.ascontiguousarray(a)).to(device) for a in (positions - crossed @ cell, cell, pbc))
+    wrapped, crossed = wrap(positions, cell, pbc)
+    points, box, periodic, moved = (torch.from_numpy(np.ascontiguousarray(a)).to(device) for a in (wrapped, cell, pbc, crossed))
     calculator = vesin.NeighborList(cutoff=float(cutoff), full_list=True)
     receiver, sender, shifts = calculator.compute(points=points, box=box, periodic=periodic, quantities="ijS")
     receiver, sender, shifts = (t.to(torch.int64) for t in (receiver, sender, shifts))
-    moved = torch.from_numpy(crossed.astype(np.int64)).to(device)
     shifts = shifts - moved.index_select(0, sender) + moved.index_select(0, receiver)
     order = torch.arange(len(sender), device=device)
     for key in (*shifts.unbind(1)[::-1], sender, receiver):  # the last one decides

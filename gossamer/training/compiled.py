@@ -70,7 +70,7 @@ class CompiledForward:
         return self.plain(graph) if self.compiled is None else self._run(graph)
 
     def _add_kernels(self, graph: Graph) -> None:
-        """Put kernels into the network, unless they differ from the plain step on this batch."""
+        """Put kernels into the network, unless they differ from the plain step on a part of this batch."""
         network: Any = self.potential.network
         on_gpu = self.potential.device.type == "cuda"
         if not (on_gpu or self.potential.device.type == "cpu") or not hasattr(network, "use_edge_kernels"):
