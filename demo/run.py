@@ -29,8 +29,8 @@ from ase import Atoms
 import gossamer
 from gossamer.checks import liquids
 from gossamer.checks.conservation import force_gradient_error, nve_conservation
+from gossamer.checks.run_page import Report, parity_figures, plot_curves, plot_learning_curve, plot_traces
 from gossamer.checks.symmetry import symmetry_errors
-from gossamer.report import Report, parity_figures, plot_curves, plot_learning_curve, plot_traces
 
 HERE = Path(__file__).resolve().parent
 PAIRS = (("O", "O"), ("O", "H"), ("H", "H"))

@@ -8,19 +8,19 @@ import sys
 import torch
 
 from gossamer.data.dataset import DataConfig, load_data
-from gossamer.data.loader import epoch_batches, graphs
 from gossamer.data.statistics import compute_statistics
 from gossamer.evaluation import evaluate_potential
 from gossamer.models import LEIGNNConfig
 from gossamer.potential import Potential
+from gossamer.training.loader import epoch_batches, graphs
 from gossamer.training.loop import LossConfig, TrainingConfig, make_state, train_step
-from gossamer.training.workers import start_workers
+from gossamer.training.process_group import start_process_group
 
 torch.manual_seed(0)
 train, valid, _ = load_data(DataConfig(train=sys.argv[1]))
 model = LEIGNNConfig(num_features=16, num_layers=2, cutoff=4.0)
 potential = Potential(model, compute_statistics(train, model.cutoff))
-loss, training, workers = LossConfig(), TrainingConfig(steps=150, learning_rate=5e-3), start_workers("cpu")
+loss, training, workers = LossConfig(), TrainingConfig(steps=150, learning_rate=5e-3), start_process_group("cpu")
 state = make_state(potential, training, loss)
 
 for epoch in range(3):

@@ -11,8 +11,8 @@ from typing import Any
 __version__ = "0.1.0"
 
 _PUBLIC = {
-    "load": "gossamer.potential",
-    "save": "gossamer.potential",
+    "load": "gossamer.potential_file",
+    "save": "gossamer.potential_file",
     "Potential": "gossamer.potential",
     "Structure": "gossamer.data.structure",
     "read_structures": "gossamer.data.readers",
@@ -21,8 +21,8 @@ _PUBLIC = {
     "fit": "gossamer.runs",
     "evaluate": "gossamer.runs",
     "compare": "gossamer.comparison",
-    "judge": "gossamer.judging",
-    "export": "gossamer.program",
+    "judge": "gossamer.checks.judge",
+    "export": "gossamer.engine.program",
     "md": "gossamer.simulation.md",
     "relax": "gossamer.simulation.relax",
     "inspect": "gossamer.data.inspection",

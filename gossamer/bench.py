@@ -177,7 +177,7 @@ def measure(job: dict[str, Any], report: Callable[[dict[str, Any]], None]) -> di
     if own:
         import torch
 
-        from gossamer.potential import load, stored_structures
+        from gossamer.potential_file import load, stored_structures
 
         if job["threads"]:
             torch.set_num_threads(job["threads"])
@@ -294,9 +294,9 @@ def floor(calculator: Any, graph: Any, ceiling: dict[str, float]) -> dict[str, f
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
-    from gossamer.fast import add_kernels, has_kernels
-    from gossamer.kernels.cpu import Missing
-    from gossamer.kernels.layer import KernelLayer
+    from gossamer.engine.agreement import add_kernels, has_kernels
+    from gossamer.engine.kernels.attach import KernelLayer
+    from gossamer.engine.kernels.cpu import Missing
 
     potential = calculator.fast or calculator.potential
     if not has_kernels(potential):
@@ -326,7 +326,7 @@ def _machine(job: dict[str, Any], potential: Any) -> str:
         from gossamer.comparison import machine
 
         return machine(potential)
-    from gossamer.judging import machine as any_machine
+    from gossamer.checks.judge import machine as any_machine
 
     return any_machine()
 

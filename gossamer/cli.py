@@ -361,7 +361,7 @@ def _bench(arguments: argparse.Namespace) -> int:
 
 
 def _judge(arguments: argparse.Namespace) -> int:
-    from gossamer.judging import CHECKS, judge
+    from gossamer.checks.judge import CHECKS, judge
 
     values = {k: v for k, v in vars(arguments).items() if k not in ("command", "run", "json")}
     with contextlib.redirect_stdout(sys.stderr):  # some packages greet on standard output, which is for the answer
@@ -408,7 +408,7 @@ def _relax(arguments: argparse.Namespace) -> int:
 
 
 def _export(arguments: argparse.Namespace) -> int:
-    from gossamer.program import export
+    from gossamer.engine.program import export
 
     answer = export(arguments.model, arguments.out, arguments.structure, arguments.device, arguments.dtype)
     if not arguments.json:
@@ -418,7 +418,7 @@ def _export(arguments: argparse.Namespace) -> int:
 
 
 def _info(arguments: argparse.Namespace) -> int:
-    from gossamer.potential import read_manifest, weight_shapes
+    from gossamer.potential_file import read_manifest, weight_shapes
 
     manifest = read_manifest(arguments.model)
     if arguments.weights:

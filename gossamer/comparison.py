@@ -20,11 +20,12 @@ from gossamer.data.dataset import load_data
 from gossamer.data.structure import Structure
 from gossamer.evaluation import evaluate_potential
 from gossamer.files import atomic_path, write_json, write_text
-from gossamer.potential import Potential, load
+from gossamer.potential import Potential
+from gossamer.potential_file import load
 from gossamer.runs import COMPILED, POTENTIAL, check_loss, time_steps, train
 from gossamer.settings import to_dict
 from gossamer.simulation.calculator import Calculator
-from gossamer.training.workers import start_workers
+from gossamer.training.process_group import start_process_group
 
 log = logging.getLogger(__name__)
 COMPILE_BUDGET = 0.25
@@ -145,7 +146,7 @@ def run_one(config: Config, minutes: float, folder: Path, progress: bool = True,
         )
     spent = time.perf_counter() - began_training
     taken = plan["setup_s"] + (results["seconds"] if cut else clock() - began)
-    potential = load(folder / POTENTIAL, start_workers(config.training.device).device)
+    potential = load(folder / POTENTIAL, start_process_group(config.training.device).device)
     sample = test_set if test_set is not None else valid_set
     seen = steps * min(config.training.batch_size, len(train_set))
     return {
@@ -162,7 +163,7 @@ def run_one(config: Config, minutes: float, folder: Path, progress: bool = True,
 
 def budget_clock(config: Config) -> Callable[[], float]:
     """CPU time of this process where it trains on one CPU thread, so that other jobs on the machine do not count; else wall time."""
-    on_cpu = start_workers(config.training.device).device.type == "cpu"
+    on_cpu = start_process_group(config.training.device).device.type == "cpu"
     return time.process_time if on_cpu and torch.get_num_threads() == 1 else time.perf_counter
 
 

@@ -11,7 +11,8 @@ import yaml
 from gossamer.data.dataset import DataConfig
 from gossamer.files import write_text
 from gossamer.models import PRESETS, LEIGNNConfig, ModelConfig
-from gossamer.potential import PotentialConfig, read_manifest
+from gossamer.potential import PotentialConfig
+from gossamer.potential_file import read_manifest
 from gossamer.settings import build, settings, to_dict
 from gossamer.training.finetune import FineTuneConfig, merge_model
 from gossamer.training.loop import TrainingConfig

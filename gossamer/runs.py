@@ -20,15 +20,16 @@ from gossamer.data.inspection import inspect
 from gossamer.data.readers import LabelConfig
 from gossamer.data.statistics import compute_statistics
 from gossamer.data.structure import Structure
+from gossamer.engine.agreement import verified_kernels
 from gossamer.evaluation import Evaluation, evaluate_potential
-from gossamer.fast import verified_kernels
 from gossamer.files import atomic_path, write_json
 from gossamer.models import MODELS
-from gossamer.potential import DTYPES, Potential, load, read_manifest, save
+from gossamer.potential import DTYPES, Potential
+from gossamer.potential_file import load, read_manifest, save
 from gossamer.settings import to_dict
 from gossamer.training.finetune import Joined, adapt_statistics, choose_replay, choose_weights, merge_adapters, transfer_weights
 from gossamer.training.loop import LABELS, load_state, make_state, run_training, stopped_early, train_step
-from gossamer.training.workers import start_workers
+from gossamer.training.process_group import start_process_group
 
 log = logging.getLogger(__name__)
 POTENTIAL = "potential.safetensors"
@@ -71,7 +72,7 @@ def train(
             log.warning("%s labels are in the data but not in the loss (loss.%s is 0)", label, label)
     if config.model.max_neighbors is not None:
         log.warning("model.max_neighbors keeps %d neighbours: energy and forces jump when ranks change", config.model.max_neighbors)
-    workers = start_workers(config.training.device)
+    workers = start_process_group(config.training.device)
     try:
         torch.manual_seed(config.training.seed)
         replayed: Sequence[Structure] | None = None
@@ -300,7 +301,7 @@ def time_steps(
     config: Config, structures: Sequence[Structure], repeats: int = 5, clock: Callable[[], float] = time.perf_counter
 ) -> tuple[list[float], bool]:
     """Seconds of each of some training steps with these settings here, the first ones with compilation; and whether they were compiled."""
-    workers = start_workers(config.training.device)
+    workers = start_process_group(config.training.device)
     size = min(len(structures), config.training.batch_size)
     statistics = compute_statistics(structures, config.model.cutoff)
     potential = Potential(config.model, statistics, config.potential)

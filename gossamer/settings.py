@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import difflib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
-from typing import Any, TypeVar, dataclass_transform, get_args, get_type_hints
+from types import UnionType
+from typing import Any, Literal, TypeVar, Union, dataclass_transform, get_args, get_origin, get_type_hints
 
 import pydantic
 from pydantic.dataclasses import dataclass as pydantic_dataclass
@@ -81,3 +83,53 @@ def describe(cls: type) -> list[tuple[str, Any, str]]:
     schema = pydantic.TypeAdapter(cls).json_schema()
     properties = schema.get("properties", {})
     return [(name, entry.get("default", ...), entry.get("description", "")) for name, entry in properties.items()]
+
+
+def add_flags(parser: Any, cls: type, without: Sequence[str] = ()) -> None:
+    """One command-line flag for each field of a settings class; name, kind, choices and help come from the field.
+
+    Args:
+        parser: argparse's parser or group.
+        cls: Settings class whose fields are numbers, text, switches, one of several words, or lists of these.
+        without: Fields that get no flag.
+    """
+    hints = get_type_hints(cls)
+    for name, default, text in describe(cls):
+        if name in without:
+            continue
+        kinds = [t for t in _alternatives(hints[name]) if t is not type(None)]
+        kind = kinds[0]
+        options: dict[str, Any] = {"default": None, "help": _flag_help(text, default)}
+        if kind is bool:
+            options["action"] = argparse.BooleanOptionalAction if default in (True, None) else "store_true"
+            if options["action"] == "store_true":
+                options["default"] = None
+        elif get_origin(kind) in (list, tuple):
+            options |= {"nargs": "+", "metavar": name.upper().rstrip("S"), "type": get_args(kind)[0]}
+        elif get_origin(kind) is Literal:
+            options["choices"] = list(get_args(kind))
+        else:
+            options |= {"type": kind, "metavar": kind.__name__.upper() if kind is not str else name.upper()}
+        parser.add_argument("--" + name.replace("_", "-"), dest=name, **options)
+
+
+def from_flags(cls: type[T], arguments: Any) -> T:
+    """Settings from parsed flags; what was not given keeps its default.
+
+    Raises:
+        ValueError: as ``build``.
+    """
+    names = [f.name for f in fields(cls)]  # type: ignore[arg-type]
+    return build(cls, {n: getattr(arguments, n) for n in names if getattr(arguments, n, None) is not None})
+
+
+def _alternatives(hint: Any) -> list[Any]:
+    """Members of a union, without what Annotated adds."""
+    if get_origin(hint) in (Union, UnionType):
+        return [k for option in get_args(hint) for k in _alternatives(option)]
+    return [hint]
+
+
+def _flag_help(text: str, default: Any) -> str:
+    text = " ".join(text.split()).replace("%", "%%")
+    return text if default in (..., None, False, []) else f"{text.rstrip('.')} (default: {default})"

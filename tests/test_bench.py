@@ -14,8 +14,8 @@ from conftest import make_potential
 from gossamer.bench import bench, ceilings, floor, table
 from gossamer.cli import main
 from gossamer.data.readers import LabelConfig, from_atoms
-from gossamer.kernels.product import scalar_convolution, vector_convolution
-from gossamer.potential import save
+from gossamer.engine.kernels.product import scalar_convolution, vector_convolution
+from gossamer.potential_file import save
 from gossamer.simulation.calculator import Calculator
 
 

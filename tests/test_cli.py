@@ -19,7 +19,7 @@ from ase.calculators.singlepoint import SinglePointCalculator
 from conftest import DEMO, make_potential
 
 from gossamer.cli import build_parser, main
-from gossamer.potential import save
+from gossamer.potential_file import save
 
 ETHANOL = str(DEMO / "ethanol_500K.extxyz.xz")
 

@@ -19,15 +19,15 @@ from ase.calculators.singlepoint import SinglePointCalculator
 from ase.constraints import FixAtoms
 from ase.stress import full_3x3_to_voigt_6_stress
 
+from gossamer.data.batch import collate
 from gossamer.data.dataset import DataConfig, load_data, open_dataset, require_labels
 from gossamer.data.inspection import inspect
 from gossamer.data.legacy import read_legacy_lmdb
-from gossamer.data.loader import edge_counts, epoch_batches
 from gossamer.data.readers import LabelConfig, from_atoms, read_structures
 from gossamer.data.statistics import compute_statistics
 from gossamer.data.store import Store, write_store
 from gossamer.data.structure import Structure
-from gossamer.graph import collate
+from gossamer.training.loader import edge_counts, epoch_batches
 
 
 def labelled(seed: int = 0, periodic: bool = True) -> Atoms:

@@ -69,7 +69,7 @@ def test_links_in_the_documentation_lead_somewhere() -> None:
 
 
 def test_report_is_self_contained_and_escaped(tmp_path: Path) -> None:
-    from gossamer.report import Report, plot_curves, plot_parity
+    from gossamer.checks.run_page import Report, plot_curves, plot_parity
 
     report = Report("A <title>", "sub")
     report.verdict("weak", "a < b & c")

@@ -18,7 +18,8 @@ from conftest import DEMO, make_potential
 from gossamer.config import make_config
 from gossamer.data.readers import read_structures
 from gossamer.data.statistics import compute_statistics
-from gossamer.potential import Potential, load, save
+from gossamer.potential import Potential
+from gossamer.potential_file import load, save
 from gossamer.runs import fit, train
 from gossamer.training.finetune import FineTuneConfig, adapt_statistics, choose_weights, merge_adapters, transfer_weights
 

@@ -13,10 +13,10 @@ from ase.build import bulk
 from conftest import DIRECT, MODELS, make_potential
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gossamer.captured import SHARE, first_of, pad
-from gossamer.fast import fixed_sizes
-from gossamer.kernels import gpu
-from gossamer.kernels import ops as _  # noqa: F401  (registers the operators)
+from gossamer.engine.agreement import fixed_sizes
+from gossamer.engine.cuda_graph import SHARE, first_of, pad
+from gossamer.engine.kernels import gpu
+from gossamer.engine.kernels import ops as _  # noqa: F401  (registers the operators)
 from gossamer.simulation.calculator import Calculator
 
 ELEMENTS = ["H", "C", "O", "Si"]

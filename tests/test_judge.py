@@ -38,6 +38,7 @@ from gossamer.checks import (
     speed,
     thermal_conductivity,
 )
+from gossamer.checks.judge import CHECKS, JudgeOptions, judge
 from gossamer.checks.outcome import Outcome, at_least, at_most, close_to, conclude, measured
 from gossamer.checks.page import number
 from gossamer.checks.subject import (
@@ -50,7 +51,6 @@ from gossamer.checks.subject import (
     read_frames,
     supported_elements,
 )
-from gossamer.judging import CHECKS, JudgeOptions, judge
 
 TINY = replace(
     LEVELS["quick"], diatomic_points=40, equilibration_ps=0.02, nve_ps=0.12, md_ps=0.25, md_atoms=32, speed_atoms=32, speed_seconds=0.05
@@ -681,7 +681,7 @@ def test_workers_take_the_gpus_in_turn(worker: int, device: str, monkeypatch: py
 
 
 def test_combined_score_needs_its_three_parts() -> None:
-    from gossamer.judging import combined
+    from gossamer.checks.judge import combined
 
     parts = {
         "discovery": {"metrics": [{"name": "F1", "value": 0.8}, {"name": "RMSD of relaxed structures", "value": 0.075}]},
@@ -757,7 +757,7 @@ def test_elements_and_structures_are_found() -> None:
 
 
 def test_checks_import_no_torch() -> None:
-    code = "import sys, gossamer.judging; sys.exit('torch' in sys.modules)"
+    code = "import sys, gossamer.checks.judge; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
@@ -768,7 +768,7 @@ def judged(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
 
 
 def test_judging_on_the_command_line(tmp_path: Path) -> None:
-    from gossamer.potential import save
+    from gossamer.potential_file import save
 
     save(make_potential(["Al", "Cu"]), tmp_path / "ours.safetensors")
     bulk("Cu", cubic=True).write(tmp_path / "cu.extxyz")

@@ -17,18 +17,18 @@ from ase.build import bulk, molecule
 from conftest import DIRECT, GLOBAL, MODELS, SMOOTH, make_potential
 from test_training import settings, weights
 
-from gossamer import fast
 from gossamer.checks.conservation import force_gradient_error, nve_conservation, stress_gradient_error
 from gossamer.checks.smoothness import cutoff_exponent, energy_jump
 from gossamer.checks.symmetry import net_force, separation_error, supercell_error, symmetry_errors
 from gossamer.data.readers import LabelConfig, from_atoms
-from gossamer.fast import add_kernels, changing_kernels, compare, has_kernels, part_of, verified_kernels
-from gossamer.kernels import cpu, gpu, ops
-from gossamer.kernels.cpu import Missing
-from gossamer.kernels.layer import EdgeKernel, sort_edges
-from gossamer.kernels.product import Convolution, Product, scalar_convolution, vector_convolution
-from gossamer.kernels.table import TOLERANCE, derivatives, interpolate, tabulate
-from gossamer.nn.tensor_product import Coupling, Irrep
+from gossamer.engine import agreement as fast
+from gossamer.engine.agreement import add_kernels, changing_kernels, compare, has_kernels, part_of, verified_kernels
+from gossamer.engine.kernels import cpu, gpu, ops
+from gossamer.engine.kernels.attach import EdgeKernel, sort_edges
+from gossamer.engine.kernels.cpu import Missing
+from gossamer.engine.kernels.product import Convolution, Product, scalar_convolution, vector_convolution
+from gossamer.engine.kernels.table import TOLERANCE, derivatives, interpolate, tabulate
+from gossamer.nn.products import Coupling, Irrep
 from gossamer.runs import evaluate, train
 from gossamer.simulation.calculator import Calculator
 from gossamer.simulation.md import md

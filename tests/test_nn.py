@@ -11,14 +11,13 @@ from ase import Atoms
 from conftest import make_potential, shared_data
 
 from gossamer.config import make_config
+from gossamer.data.batch import collate
 from gossamer.data.structure import Structure
-from gossamer.graph import collate
 from gossamer.models import DataFacts, Geodite, GeoditeConfig, NequIP, NequIPConfig
-from gossamer.nn.layers import Table, divide, join, mean_by_index, sum_by_index
+from gossamer.nn.layers import Constant, cat, mean_by_index, split, sum_by_index
+from gossamer.nn.products import Coupling, Irrep, blocks
 from gossamer.nn.radial import bessel_basis, gaussian_basis, polynomial_envelope
-from gossamer.nn.spherical import SphericalHarmonics
-from gossamer.nn.tensor_product import Coupling, Irrep, blocks
-from gossamer.nn.wigner import wigner_3j
+from gossamer.nn.spherical import SphericalHarmonics, wigner_3j
 from gossamer.nn.zbl import ZBL, zbl_energy
 
 
@@ -184,7 +183,7 @@ def test_derivatives_of_join_and_divide() -> None:
     y = torch.randn(3, 2, dtype=torch.float64, requires_grad=True)
 
     def ours(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        a, b = divide(join([x, y], 1) ** 3, [3, 4], 1)
+        a, b = split(cat([x, y], 1) ** 3, [3, 4], 1)
         return (a.sum() * b**2).sum()
 
     def plain(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -198,7 +197,7 @@ def test_derivatives_of_join_and_divide() -> None:
 
 
 def test_tables_stay_exact_through_changes_of_precision() -> None:
-    table = Table(np.array([1 / 3]))
+    table = Constant(np.array([1 / 3]))
     assert float(table.float().double()()) == 1 / 3
     assert table.float()().dtype == torch.float32
 

@@ -12,9 +12,10 @@ import torch
 from ase import Atoms
 from conftest import MODELS, make_potential
 
+from gossamer.data.batch import collate
 from gossamer.data.structure import Structure
-from gossamer.graph import collate
-from gossamer.potential import Potential, load, read_manifest, save
+from gossamer.potential import Potential
+from gossamer.potential_file import load, read_manifest, save
 
 ELEMENTS = ["H", "C", "O", "Si"]
 

@@ -13,9 +13,9 @@ from ase import Atoms
 from ase.build import bulk
 from conftest import make_potential
 
-from gossamer import program
-from gossamer.potential import save
-from gossamer.program import Program, cached_program, compare, identity, make_program
+from gossamer.engine import program
+from gossamer.engine.program import Program, cached_program, compare, identity, make_program
+from gossamer.potential_file import save
 from gossamer.simulation.calculator import Calculator
 from gossamer.simulation.md import md
 
@@ -45,7 +45,7 @@ from conftest import MODELS, make_potential
 torch.set_num_threads(2)  # other code is generated than for one
 from gossamer.checks.conservation import force_gradient_error, stress_gradient_error
 from gossamer.checks.symmetry import supercell_error, symmetry_errors
-from gossamer.program import compare, fits
+from gossamer.engine.program import compare, fits
 from gossamer.simulation.calculator import Calculator
 
 potential = make_potential(["C", "H", "O", "Si"], **MODELS[{name!r}])
@@ -91,16 +91,16 @@ import ase.io
 from ase.build import bulk
 from conftest import make_potential
 from gossamer.cli import main
-from gossamer.potential import save
-from gossamer.program import Program, cache_folder, cache_path
+from gossamer.potential_file import save
+from gossamer.engine.program import Program, cache_folder, cache_path
 from gossamer.simulation.calculator import Calculator
 from gossamer.simulation.md import md
 
 # exported programs hold no kernels; with them the cache is tested in test_program_is_the_potential
-import gossamer.fast
+import gossamer.engine.agreement
 def missing(potential):
-    raise gossamer.fast.Missing("none here")
-gossamer.fast.add_kernels = missing
+    raise gossamer.engine.agreement.Missing("none here")
+gossamer.engine.agreement.add_kernels = missing
 save(make_potential(["Si"], dtype=torch.float32), "p.safetensors")
 atoms = bulk("Si", cubic=True)
 atoms.rattle(0.05, seed=0)

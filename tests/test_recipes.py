@@ -12,7 +12,7 @@ from small_formats import crystals, write_iso17, write_mptrj, write_oc20
 
 from gossamer.config import load_config, make_config
 from gossamer.models import MODELS
-from gossamer.potential import load
+from gossamer.potential_file import load
 from gossamer.runs import train
 
 RECIPES = sorted((Path(__file__).resolve().parents[1] / "recipes").glob("*.yaml"))

@@ -22,7 +22,7 @@ from ase.calculators.emt import EMT
 from ase.calculators.lj import LennardJones
 from conftest import make_potential
 
-from gossamer.potential import save
+from gossamer.potential_file import save
 from gossamer.simulation.calculator import Calculator
 from gossamer.simulation.md import md
 from gossamer.simulation.relax import relax
@@ -294,7 +294,7 @@ def test_freed_memory_is_kept_where_glibc_is() -> None:
     script = """
 import platform, resource, sys
 import numpy as np
-from gossamer.memory import keep_freed_memory
+from gossamer.engine.memory import keep_freed_memory
 if platform.libc_ver()[0] != "glibc":
     sys.exit(77)
 assert keep_freed_memory() and keep_freed_memory()

@@ -21,7 +21,7 @@ from gossamer.config import make_config
 from gossamer.data.readers import read_structures
 from gossamer.data.statistics import compute_statistics
 from gossamer.evaluation import evaluate_potential
-from gossamer.potential import load
+from gossamer.potential_file import load
 from gossamer.runs import evaluate, fit, train
 from gossamer.training import loop
 from gossamer.training.checkpoint import read_checkpoint
@@ -75,7 +75,7 @@ def test_it_learns_and_writes_everything(tmp_path: Path) -> None:
 
 
 def _manifest(folder: Path) -> dict:
-    from gossamer.potential import read_manifest
+    from gossamer.potential_file import read_manifest
 
     return read_manifest(folder / "potential.safetensors")
 

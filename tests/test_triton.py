@@ -14,15 +14,15 @@ pytest.importorskip("triton", reason="needs triton")
 
 from test_kernels import nequip_convolution
 
-from gossamer.kernels import gpu, ops
-from gossamer.kernels.cpu import Missing
-from gossamer.kernels.product import vector_convolution
+from gossamer.engine.kernels import gpu, ops
+from gossamer.engine.kernels.cpu import Missing
+from gossamer.engine.kernels.product import vector_convolution
 
 INTERPRETED = """
 import torch
 from test_kernels import CONVOLUTIONS
-from gossamer.kernels import gpu, ops
-from gossamer.kernels.table import tabulate
+from gossamer.engine.kernels import gpu, ops
+from gossamer.engine.kernels.table import tabulate
 for name, dtypes in (("odd channels", [torch.float32]), ("l 1, both parities", [torch.float64])):
     convolution = CONVOLUTIONS[name]()
     generator = torch.Generator().manual_seed(0)
@@ -61,7 +61,7 @@ print("equal")
 ATTENTION = """
 import math, torch
 from torch.nn.functional import silu
-from gossamer.kernels import attention_gpu, gpu
+from gossamer.engine.kernels import attention_gpu, gpu
 
 def attend(heads, q, k, g, v, x, sl, f, y, sender, receiver):
     n, c = q.shape
@@ -151,7 +151,7 @@ def test_attention_compiles_for_a_gpu(l_max: int, parts: int, real: str) -> None
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from gossamer.kernels import attention_gpu
+    from gossamer.engine.kernels import attention_gpu
 
     s = (l_max + 1) ** 2 - 1
     constants = {"C": 192, "H": 8, "S": s, "SP": triton.next_power_of_2(s), "PARTS": parts, "LANES": 32, "EDGES": 16, "WIDTH": 32,

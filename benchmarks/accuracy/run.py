@@ -59,7 +59,7 @@ def measure(name: str, arguments: argparse.Namespace) -> dict:
     from gossamer.potential import Potential
     from gossamer.runs import train
     from gossamer.training.loop import make_state, train_step
-    from gossamer.training.workers import start_workers
+    from gossamer.training.process_group import start_process_group
 
     torch.set_num_threads(arguments.threads)
     label = f"{name}-{'direct' if arguments.direct else 'conservative'}{arguments.suffix}"
@@ -68,7 +68,7 @@ def measure(name: str, arguments: argparse.Namespace) -> dict:
     began = time.perf_counter()
     structures, _, _ = load_data(config.data)
     potential = Potential(config.model, compute_statistics(structures, config.model.cutoff), config.potential)
-    state, workers = make_state(potential, config.training, config.loss), start_workers("cpu")
+    state, workers = make_state(potential, config.training, config.loss), start_process_group("cpu")
     size = config.training.batch_size
     for k in range(12):
         graph = potential.collate([structures[(k * size + i) % len(structures)] for i in range(size)])

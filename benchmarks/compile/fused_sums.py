@@ -14,11 +14,11 @@ import torch
 
 from gossamer.data.readers import read_structures
 from gossamer.data.statistics import compute_statistics
+from gossamer.engine.unrolled import fx_config
 from gossamer.graph import FIELDS
 from gossamer.models import LEIGNNConfig
 from gossamer.potential import Potential
 from gossamer.training.compiled import CompiledForward
-from gossamer.unrolled import fx_config
 
 torch.manual_seed(0)
 torch.set_num_threads(1)

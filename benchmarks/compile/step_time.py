@@ -35,12 +35,12 @@ def measure(name: str, fusion: int, torch_cat: bool, data: str) -> None:
     if torch_cat:
         for module in ("leignn", "nequip", "geodite", "painn"):
             scope = vars(__import__(f"gossamer.models.{module}", fromlist=["x"]))
-            scope.update(join=lambda parts, dim: torch.cat(list(parts), dim), divide=lambda x, sizes, dim: x.split(list(sizes), dim))
-        for module in ("spherical", "tensor_product"):
+            scope.update(cat=lambda parts, dim: torch.cat(list(parts), dim), split=lambda x, sizes, dim: x.split(list(sizes), dim))
+        for module in ("spherical", "products"):
             scope = vars(__import__(f"gossamer.nn.{module}", fromlist=["x"]))
-            scope.update(join=lambda parts, dim: torch.cat(list(parts), dim))
-            if "divide" in scope:
-                scope.update(divide=lambda x, sizes, dim: x.split(list(sizes), dim))
+            scope.update(cat=lambda parts, dim: torch.cat(list(parts), dim))
+            if "split" in scope:
+                scope.update(split=lambda x, sizes, dim: x.split(list(sizes), dim))
     from gossamer.config import make_config
     from gossamer.data.readers import read_structures
     from gossamer.runs import time_steps
@@ -55,7 +55,7 @@ def measure(name: str, fusion: int, torch_cat: bool, data: str) -> None:
         raise SystemExit(f"{name}: compilation failed")
     how = f"fusion {fusion}" if fusion else "plain"
     print(
-        f"{name:8s} {how:10s} {'cat and split' if torch_cat else 'join and divide':16s} {1000 * np.median(times[3:]):7.1f} ms, first step after {times[0]:.0f} s of {time.process_time() - began:.0f}",
+        f"{name:8s} {how:10s} {"torch's cat, split" if torch_cat else 'our cat, split':16s} {1000 * np.median(times[3:]):7.1f} ms, first step after {times[0]:.0f} s of {time.process_time() - began:.0f}",
         flush=True,
     )
 

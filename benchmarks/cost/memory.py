@@ -18,10 +18,10 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 
 def measure(keep: bool) -> dict[str, float]:
-    import gossamer.memory
+    import gossamer.engine.memory
 
     if not keep:
-        gossamer.memory._done = True  # pretend that it was done
+        gossamer.engine.memory._done = True  # pretend that it was done
     import numpy as np
     import torch
     from run import structure

@@ -58,7 +58,7 @@ def ours(kind: str):
     from gossamer.potential import Potential
     from gossamer.simulation.calculator import Calculator
     from gossamer.training.loop import LossConfig, TrainingConfig, make_state, train_step
-    from gossamer.training.workers import start_workers
+    from gossamer.training.process_group import start_process_group
 
     torch.set_num_threads(1)
     options = {
@@ -98,7 +98,7 @@ def ours(kind: str):
                                     forces=0.1 * atoms.positions))  # fmt: skip
         training = TrainingConfig(compile=compiled)
         state, graph = make_state(potential, training, LossConfig()), potential.collate(frames)
-        workers = start_workers("cpu")
+        workers = start_process_group("cpu")
         return lambda: train_step(state, graph, LossConfig(), training, workers)
 
     return Potential(config, statistics).num_parameters, infer, train

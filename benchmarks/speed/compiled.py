@@ -15,8 +15,8 @@ import numpy as np
 import torch
 
 from gossamer.comparison import machine
+from gossamer.data.atoms import as_atoms
 from gossamer.simulation.calculator import Calculator
-from gossamer.simulation.md import as_atoms
 from gossamer.timing import fastest
 
 

@@ -78,7 +78,7 @@ def training_step(model: dict[str, Any], kernels: bool, compiled: bool, batch: l
     """ms of a training step, and MB."""
     from gossamer.data.structure import Structure
     from gossamer.training.loop import LossConfig, TrainingConfig, make_state, train_step
-    from gossamer.training.workers import start_workers
+    from gossamer.training.process_group import start_process_group
 
     frames = [
         Structure(atomic_numbers=a.numbers, positions=a.positions, cell=a.cell.array, pbc=a.pbc, energy=0.0, forces=0.1 * a.positions)
@@ -88,7 +88,7 @@ def training_step(model: dict[str, Any], kernels: bool, compiled: bool, batch: l
     if device == "cuda":
         torch.cuda.empty_cache()
     one, training = potential(model, device), TrainingConfig(compile=compiled, kernels=kernels, device=device)
-    state, graph, workers = make_state(one, training, LossConfig()), one.collate(frames), start_workers(device)
+    state, graph, workers = make_state(one, training, LossConfig()), one.collate(frames), start_process_group(device)
     one_step: Callable[[], Any] = lambda: train_step(state, graph, LossConfig(), training, workers)  # noqa: E731
     one_step()
     if device == "cuda":

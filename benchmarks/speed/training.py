@@ -33,10 +33,10 @@ def ours(model: dict[str, Any], compiled: bool) -> tuple[Callable[[str], Callabl
     from gossamer.config import make_config
     from gossamer.data.statistics import Statistics
     from gossamer.data.structure import Structure
-    from gossamer.memory import keep_freed_memory
+    from gossamer.engine.memory import keep_freed_memory
     from gossamer.potential import Potential
     from gossamer.training.loop import LossConfig, TrainingConfig, make_state, train_step
-    from gossamer.training.workers import start_workers
+    from gossamer.training.process_group import start_process_group
 
     keep_freed_memory()
     symbols = list(ELEMENTS.values())
@@ -56,7 +56,7 @@ def ours(model: dict[str, Any], compiled: bool) -> tuple[Callable[[str], Callabl
             )
         one = potential()
         training = TrainingConfig(compile=compiled)
-        state, graph, workers = make_state(one, training, LossConfig()), one.collate(frames), start_workers("cpu")
+        state, graph, workers = make_state(one, training, LossConfig()), one.collate(frames), start_process_group("cpu")
         return lambda: train_step(state, graph, LossConfig(), training, workers)
 
     return prepare, potential().num_parameters

@@ -75,7 +75,7 @@ class Subject:
     """finished work of this potential"""
     effort: Effort = LEVELS["quick"]
     options: Any = None
-    """`gossamer.judging.JudgeOptions`"""
+    """`gossamer.checks.judge.JudgeOptions`"""
     conservative: bool | None = None
     """what the potential says of its own forces; None if it does not say"""
     cutoff: float | None = None

@@ -27,10 +27,10 @@ from torch import Tensor, nn
 from torch.nn.functional import linear as apply_linear
 from torch.nn.functional import silu, softplus
 
-from gossamer.kernels import cpu, gpu
-from gossamer.kernels.layer import SortedEdges, sort_edges
+from gossamer.engine.kernels import cpu, gpu
+from gossamer.engine.kernels.attach import SortedEdges, sort_edges
 from gossamer.models.base import DataFacts, ModelOutput
-from gossamer.nn.layers import Table, divide, join, linear, sum_by_index
+from gossamer.nn.layers import Constant, cat, linear, split, sum_by_index
 from gossamer.nn.radial import polynomial_envelope
 from gossamer.nn.spherical import SphericalHarmonics
 from gossamer.settings import settings
@@ -87,7 +87,7 @@ class RadialFeatures(nn.Module):
         self.offset = 1e-6 if config.variant == "published" else 0.0
         self.q0 = nn.Parameter(torch.tensor(3.2139))
         self.p0 = nn.Parameter(torch.tensor(-15.2013))
-        self.radii = Table(covalent_radii[np.array(atomic_numbers)])
+        self.radii = Constant(covalent_radii[np.array(atomic_numbers)])
 
     def distance_weight(self, s: Float[Tensor, " E"]) -> Float[Tensor, " E"]:
         """w(s)."""
@@ -135,7 +135,7 @@ class NodeStart(nn.Module):
         sender, receiver = edge_index
         messages = self.A_nbr(species).index_select(0, sender) * self.W_ndp(basis)
         m = sum_by_index(messages, receiver, species.shape[0]) * self.density(basis, receiver, species.shape[0])
-        return self.W_u(silu(self.W_d(join([self.A_na(species), m], 1))))
+        return self.W_u(silu(self.W_d(cat([self.A_na(species), m], 1))))
 
 
 class Layer(nn.Module):
@@ -153,7 +153,7 @@ class Layer(nn.Module):
             return linear(c, times * c, bias=False)
 
         # the heads tile all 3 C channels of the message
-        self.tiles = Table(np.repeat(np.eye(config.num_heads), 3 * c // config.num_heads, axis=1))
+        self.tiles = Constant(np.repeat(np.eye(config.num_heads), 3 * c // config.num_heads, axis=1))
         self.gamma = nn.ParameterList(nn.Parameter(torch.ones(c)) for _ in range(l_max + 1))
         self.W_q, self.W_k, self.W_s1, self.W_v1, self.W_re = (square() for _ in range(5))
         self.W_s2, self.W_v2, self.W_rs = (square(3) for _ in range(3))
@@ -168,7 +168,7 @@ class Layer(nn.Module):
 
     def degrees(self, x: Tensor) -> list[Tensor]:
         """Views of the components (axis 1) of l = 1 … L."""
-        return list(divide(x, [2 * l + 1 for l in range(1, self.l_max + 1)], 1))
+        return list(split(x, [2 * l + 1 for l in range(1, self.l_max + 1)], 1))
 
     def normalize(self, h: Float[Tensor, "N C"], x: Float[Tensor, "N S C"] | None) -> tuple[Tensor, Tensor | None]:
         """Divide both streams by their joint root mean square; it replaces h and X."""
@@ -179,7 +179,7 @@ class Layer(nn.Module):
         scale = torch.rsqrt(squares.mean(dim=1, keepdim=True) + 1e-6)
         h = self.gamma[0] * h * scale
         if x is not None:
-            x = join([part * gamma for part, gamma in zip(self.degrees(x), list(self.gamma)[1:], strict=True)], 1) * scale[:, None]
+            x = cat([part * gamma for part, gamma in zip(self.degrees(x), list(self.gamma)[1:], strict=True)], 1) * scale[:, None]
         return h, x
 
     def forward(
@@ -206,7 +206,7 @@ class Layer(nn.Module):
         else:
             # one product with everything that reads t
             from_t = [self.W_re.weight, filters] if self.last else [self.W_re.weight, filters, self.W_t1.weight]
-            logits, f, *gate = divide(apply_linear(t, join(from_t, 0)), [w.shape[0] for w in from_t], 1)
+            logits, f, *gate = split(apply_linear(t, cat(from_t, 0)), [w.shape[0] for w in from_t], 1)
             h, x = self.message(h, x, logits, f, basis, harmonics, edge_index)
         if not self.last:
             omega = self.alignment(x, along, edge_index) if edges is None else self.alignment_with_kernel(x, harmonics, edges)
@@ -216,7 +216,7 @@ class Layer(nn.Module):
     def from_nodes(self, h: Tensor, parts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Queries and keys (N, C), filtered scalars and values (N, parts C); one product with everything that reads h."""
         c = h.shape[1]
-        q, k, s, v = divide(apply_linear(h, join([w.weight for w in (self.W_q, self.W_k, self.W_s1, self.W_v1)], 0)), [c] * 4, 1)
+        q, k, s, v = split(apply_linear(h, cat([w.weight for w in (self.W_q, self.W_k, self.W_s1, self.W_v1)], 0)), [c] * 4, 1)
         return q, k, apply_linear(silu(s), self.W_s2.weight[: parts * c]), apply_linear(silu(v), self.W_v2.weight[: parts * c])
 
     def message(
@@ -232,8 +232,8 @@ class Layer(nn.Module):
         if self.training and self.dropout > 0:
             alpha = nn.functional.dropout(alpha, self.dropout)
         share = alpha @ self.tiles()[:, : parts * c]
-        g, v = divide(join([g, v], 1).index_select(0, sender), [parts * c] * 2, 1)
-        m_s, m_d, *m_x = divide(torch.addcmul(filters * g, share, v), [c] * parts, 1)
+        g, v = split(cat([g, v], 1).index_select(0, sender), [parts * c] * 2, 1)
+        m_s, m_d, *m_x = split(torch.addcmul(filters * g, share, v), [c] * parts, 1)
         vectors = m_d[:, None] * harmonics[:, :, None]  # (E, S, C)
         if x is not None:
             vectors = torch.addcmul(vectors, m_x[0][:, None], x.index_select(0, sender))
@@ -255,13 +255,13 @@ class Layer(nn.Module):
         return h + sum_h * dilution, sums if x is None else x + sums
 
     def alignment_with_kernel(self, x: Float[Tensor, "N S C"], harmonics: Float[Tensor, "E S"], edges: SortedEdges) -> Float[Tensor, "E C"]:
-        keys = join([W(part) for W, part in zip(self.W_vk, self.degrees(x), strict=True)], 1)
+        keys = cat([W(part) for W, part in zip(self.W_vk, self.degrees(x), strict=True)], 1)
         return torch.ops.gossamer.perpendicular(self.W_vq(x), keys, harmonics, *edges)
 
     def alignment(self, x: Float[Tensor, "N S C"], along: Float[Tensor, "E L S"], edge_index: Tensor) -> Float[Tensor, "E C"]:
         """ω = Σ_l [ Q_i·P_j - (Q_i·Y)(P_j·Y) ], the inner products of the parts perpendicular to Y_l."""
         sender, receiver = edge_index
-        keys = join([W(part) for W, part in zip(self.W_vk, self.degrees(x), strict=True)], 1)
+        keys = cat([W(part) for W, part in zip(self.W_vk, self.degrees(x), strict=True)], 1)
         q, p = self.W_vq(x).index_select(0, receiver), keys.index_select(0, sender)
         omega = (q * p).sum(dim=1)
         return omega - (torch.bmm(along, q) * torch.bmm(along, p)).sum(dim=1)
@@ -269,10 +269,10 @@ class Layer(nn.Module):
     def couple(self, h: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         """Lengths of the steerables enter the scalars; scalars scale the steerables."""
         v = self.W_vu(x)
-        hidden = silu(self.W_m1(join([h, (v**2).sum(dim=1)], 1)))
+        hidden = silu(self.W_m1(cat([h, (v**2).sum(dim=1)], 1)))
         if not self.uses_steerables:
             return h + apply_linear(hidden, self.W_m2.weight[: h.shape[1]]), x
-        m1, m2 = divide(self.W_m2(hidden), [h.shape[1]] * 2, 1)
+        m1, m2 = split(self.W_m2(hidden), [h.shape[1]] * 2, 1)
         return h + m1, x + m2[:, None] * v
 
 
@@ -288,8 +288,8 @@ class Repulsion(nn.Module):
         self.beta = nn.Parameter(torch.tensor(0.0842))
         self.c = nn.Parameter(torch.full((4,), 0.1663))
         self.d = nn.Parameter(torch.full((4,), 0.0354))
-        self.numbers = Table(np.array(atomic_numbers, dtype=np.float64))
-        self.radii = Table(covalent_radii[np.array(atomic_numbers)])
+        self.numbers = Constant(np.array(atomic_numbers, dtype=np.float64))
+        self.radii = Constant(covalent_radii[np.array(atomic_numbers)])
 
     def forward(self, species: Int[Tensor, " N"], edge_index: Int[Tensor, "2 E"], lengths: Float[Tensor, " E"]) -> Float[Tensor, " N"]:
         """½ Σ_j V_ij of each atom."""
@@ -324,7 +324,7 @@ class Geodite(nn.Module):
         last = config.num_layers - 1
         self.layers: Any = nn.ModuleList(Layer(config, last=k == last) for k in range(config.num_layers))
         degrees = np.repeat(np.arange(1, config.l_max + 1), 2 * np.arange(1, config.l_max + 1) + 1)
-        self.rows = Table((degrees == np.arange(1, config.l_max + 1)[:, None]).astype(float))
+        self.rows = Constant((degrees == np.arange(1, config.l_max + 1)[:, None]).astype(float))
         self.readouts: Any = nn.ModuleList(nn.Linear(c, 1, bias=False) for _ in range(config.num_layers))
         self.force_readout = linear(c, 1, bias=False) if config.direct_forces else None
         self.repulsion = Repulsion(facts.atomic_numbers) if config.variant == "published" else None
@@ -350,7 +350,7 @@ class Geodite(nn.Module):
     ) -> tuple[list[Float[Tensor, "N C"]], Float[Tensor, "N S C"]]:
         """Scalars after every layer, and the last steerables."""
         sender, receiver = edge_index
-        harmonics = divide(self.harmonics(edge_vectors / lengths[:, None]), [1, (self.config.l_max + 1) ** 2 - 1], 1)[1]
+        harmonics = split(self.harmonics(edge_vectors / lengths[:, None]), [1, (self.config.l_max + 1) ** 2 - 1], 1)[1]
         basis = self.radial(lengths, species.index_select(0, receiver), species.index_select(0, sender))
         along = harmonics[:, None, :] * self.rows()
         h, x = self.node_start(species, basis, edge_index), None

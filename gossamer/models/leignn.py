@@ -20,10 +20,10 @@ from jaxtyping import Float, Int
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from gossamer.kernels.layer import EdgeKernel, KernelEdges, KernelLayer, sort_edges
-from gossamer.kernels.product import vector_convolution
+from gossamer.engine.kernels.attach import EdgeKernel, KernelEdges, KernelLayer, sort_edges
+from gossamer.engine.kernels.product import vector_convolution
 from gossamer.models.base import DataFacts, ModelOutput
-from gossamer.nn.layers import ScaledSiLU, divide, join, linear, mean_by_index, smooth_length, sum_by_index
+from gossamer.nn.layers import ScaledSiLU, cat, linear, mean_by_index, smooth_length, split, sum_by_index
 from gossamer.nn.radial import bessel_basis, gaussian_basis, polynomial_envelope
 from gossamer.settings import settings
 
@@ -90,7 +90,7 @@ class Message(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         sender, receiver = edge_index
         messages = self.P(x).index_select(0, sender) * self.filters(basis, envelope) * (1 / math.sqrt(3))
-        m1, m2, m3 = divide(messages, [x.shape[1]] * 3, 1)
+        m1, m2, m3 = split(messages, [x.shape[1]] * 3, 1)
         vectors = unit[:, :, None] * m2[:, None, :]  # (E, 3, H)
         if v is not None:  # v = 0 before the first layer
             vectors = vectors + v.index_select(0, sender) * m1[:, None, :]
@@ -110,29 +110,29 @@ class Message(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """The same by a kernel; its radial functions hold all factors. ``columns``: see ``radial_columns``."""
         h = x.shape[1]
-        m1, m2, m3 = divide(self.P(x), [h] * 3, 1)
-        features = join([m3, m2] if v is None else [m3, m2, (v * m1[:, None, :]).flatten(1)], 1)
+        m1, m2, m3 = split(self.P(x), [h] * 3, 1)
+        features = cat([m3, m2] if v is None else [m3, m2, (v * m1[:, None, :]).flatten(1)], 1)
         if self.kernel is not None:
             sums = self.kernel(features, edges)
         else:
             assert self.edge_kernel is not None
             assert columns is not None
             sums = self.edge_kernel(features, self.radial_functions(columns, v is not None), edges)
-        sum_x, sum_v = divide(sums, [h, 3 * h], 1)
+        sum_x, sum_v = split(sums, [h, 3 * h], 1)
         return self.add(x, v, sum_x, sum_v.reshape(-1, 3, h))
 
     def radial_functions(self, columns: Tensor, relay: bool) -> Tensor:
         """Radial functions of the kernel, one product: bias, envelope and factors are in its two sides."""
-        rows = join([self.R.weight, self.R.bias[:, None]], 1) * (1 / math.sqrt(3))
-        r1, r2, r3 = divide(rows, [self.R.out_features // 3] * 3, 0)
+        rows = cat([self.R.weight, self.R.bias[:, None]], 1) * (1 / math.sqrt(3))
+        r1, r2, r3 = split(rows, [self.R.out_features // 3] * 3, 0)
         parts = [r3 * self.scale_x, r2 * self.scale_v, *([r1 * self.scale_v] if relay else [])]
-        return columns @ join(parts, 0).T
+        return columns @ cat(parts, 0).T
 
     def radial_columns(self, basis: Tensor, envelope: Tensor) -> Float[Tensor, "E columns"]:
         """What the radial functions of every layer are linear in: basis and a last column for the bias."""
         if self.published:
-            return join([basis, torch.ones_like(envelope)[:, None]], 1)
-        return join([basis * envelope[:, None], envelope[:, None]], 1)
+            return cat([basis, torch.ones_like(envelope)[:, None]], 1)
+        return cat([basis * envelope[:, None], envelope[:, None]], 1)
 
 
 class Update(nn.Module):
@@ -147,9 +147,9 @@ class Update(nn.Module):
         self.MLP_u = nn.Sequential(linear(2 * h, h), ScaledSiLU(), linear(h, 3 * h))
 
     def forward(self, x: Float[Tensor, "N H"], v: Float[Tensor, "N 3 H"]) -> tuple[Tensor, Tensor]:
-        v1, v2 = divide(self.W_v(v), [x.shape[1]] * 2, 2)
+        v1, v2 = split(self.W_v(v), [x.shape[1]] * 2, 2)
         length = torch.sqrt((v2 * v2).sum(dim=1) + 1e-8) if self.published else smooth_length(v2)
-        a, b, c = divide(self.MLP_u(join([x, length], 1)), [x.shape[1]] * 3, 1)
+        a, b, c = split(self.MLP_u(cat([x, length], 1)), [x.shape[1]] * 3, 1)
         if self.kind == "nmu":
             return x + b * (1 / math.sqrt(2)) + x * torch.tanh(c), v + a[:, None, :] * v1
         inner = (v1 * v2).sum(dim=1) * (1 / math.sqrt(x.shape[1]))
@@ -259,7 +259,7 @@ class LEIGNN(nn.Module):
         basis, envelope = (None, None) if first.kernel is not None else self.radial(distance)
         edges: KernelEdges | None = None
         if first.kernel is not None or first.edge_kernel is not None:
-            edges = KernelEdges(sort_edges(edge_index, x), join([torch.ones_like(unit[:, :1]), unit], 1), distance)
+            edges = KernelEdges(sort_edges(edge_index, x), cat([torch.ones_like(unit[:, :1]), unit], 1), distance)
         columns = None if edges is None or basis is None else first.radial_columns(basis, envelope)
         v: Tensor | None = None
         s = g = None

@@ -6,7 +6,7 @@ per degree and layer, and training has to make up for it. `variant="sound"` (def
 so that features of every degree start with unit variance, and normalises the features of each atom between layers.
 
 Shapes: N atoms, E directed edges, S = (l_max + 1)² harmonics. Node features are one tensor (N, width); its blocks are
-(2 l + 1, mul), channels last (`gossamer.nn.tensor_product`). Every map has no bias, so an isolated atom gives zero.
+(2 l + 1, mul), channels last (`gossamer.nn.products`). Every map has no bias, so an isolated atom gives zero.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from jaxtyping import Float, Int
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from gossamer.kernels.layer import EdgeKernel, KernelEdges, KernelLayer, sort_edges
+from gossamer.engine.kernels.attach import EdgeKernel, KernelEdges, KernelLayer, sort_edges
 from gossamer.models.base import DataFacts, ModelOutput
-from gossamer.nn.layers import Table, divide, join, sum_by_index
+from gossamer.nn.layers import Constant, cat, split, sum_by_index
+from gossamer.nn.products import Coupling, Irrep, blocks
 from gossamer.nn.radial import polynomial_envelope
 from gossamer.nn.spherical import SphericalHarmonics
-from gossamer.nn.tensor_product import Coupling, Irrep, blocks
 from gossamer.settings import settings
 
 UNIT_SILU = 1.6791767923989418
@@ -228,13 +228,13 @@ class FeatureNorm(nn.Module):
         self.irreps = list(irreps)
         self.gamma = nn.ParameterList(nn.Parameter(torch.ones(i.mul)) for i in self.irreps)
         muls = np.array([float(i.mul) for i in self.irreps])
-        self.shares = Table(muls / muls.sum())
+        self.shares = Constant(muls / muls.sum())
 
     def forward(self, x: Float[Tensor, "N width"]) -> Tensor:
         parts = blocks(x, self.irreps)
         squares = torch.stack([(part**2).mean(dim=1).mean(dim=1) for part in parts], dim=1)
         scale = torch.rsqrt((squares * self.shares()).sum(dim=1) + 1e-2)  # smooth at zero: an atom without neighbours stays zero
-        return join([(part * gamma).flatten(1) for part, gamma in zip(parts, self.gamma, strict=True)], 1) * scale[:, None]
+        return cat([(part * gamma).flatten(1) for part, gamma in zip(parts, self.gamma, strict=True)], 1) * scale[:, None]
 
 
 class Interaction(nn.Module):
@@ -295,7 +295,7 @@ class Interaction(nn.Module):
         if self.norm is not None:
             x = self.norm(x)
         parts = blocks(x, self.irreps_in)
-        mixed = join([linear(part).flatten(1) for linear, part in zip(self.linear_in, parts, strict=True)], 1) * self.scale
+        mixed = cat([linear(part).flatten(1) for linear, part in zip(self.linear_in, parts, strict=True)], 1) * self.scale
         if isinstance(edges, KernelEdges):
             sums = blocks(
                 self.kernel(mixed, edges) if self.kernel else self.edge_kernel(mixed, self.radial(basis), edges), coupling.irreps_out
@@ -322,14 +322,14 @@ class Interaction(nn.Module):
         for irrep, block in zip(self.irreps_out, results, strict=True):
             if irrep.kind == (0, 1):
                 block = UNIT_SILU * nn.functional.silu(block)
-                block, *gates = divide(block, [irrep.mul, *(i.mul for i in self.irreps_out if i.l > 0)], 2)
+                block, *gates = split(block, [irrep.mul, *(i.mul for i in self.irreps_out if i.l > 0)], 2)
                 gates = iter(gates)
             elif irrep.l == 0:
                 block = UNIT_TANH * torch.tanh(block)
             else:
                 block = block * next(gates)
             out.append(block.flatten(1))
-        return join(out, 1)
+        return cat(out, 1)
 
 
 class NequIP(nn.Module):
@@ -355,7 +355,7 @@ class NequIP(nn.Module):
         """outside training, drop the edges beyond pair cutoffs; off while a compiler traces"""
         self.pair_cutoffs = None
         if config.pair_cutoffs is not None:
-            self.pair_cutoffs = Table(pair_cutoff_matrix(config.pair_cutoffs, config.cutoff, facts.atomic_numbers))
+            self.pair_cutoffs = Constant(pair_cutoff_matrix(config.pair_cutoffs, config.cutoff, facts.atomic_numbers))
         frequencies = torch.arange(1.0, config.num_basis + 1)
         self.frequencies = nn.Parameter(frequencies) if config.train_bessel else None
         parities = (1, -1) if config.parity else (0,)

@@ -18,10 +18,10 @@ from jaxtyping import Float, Int
 from pydantic import Field
 from torch import Tensor, nn
 
-from gossamer.kernels.layer import EdgeKernel, KernelEdges, KernelLayer, sort_edges
-from gossamer.kernels.product import vector_convolution
+from gossamer.engine.kernels.attach import EdgeKernel, KernelEdges, KernelLayer, sort_edges
+from gossamer.engine.kernels.product import vector_convolution
 from gossamer.models.base import DataFacts, ModelOutput
-from gossamer.nn.layers import divide, join, linear, smooth_length, sum_by_index
+from gossamer.nn.layers import cat, linear, smooth_length, split, sum_by_index
 from gossamer.nn.radial import bessel_basis, cosine_cutoff, gaussian_basis, polynomial_envelope
 from gossamer.settings import settings
 
@@ -71,7 +71,7 @@ class Layer(nn.Module):
     ) -> tuple[Float[Tensor, "N H"], Float[Tensor, "N 3 H"]]:
         sender, receiver = edge_index
         messages = self.context(q).index_select(0, sender) * (self.filters(basis) * envelope[:, None])
-        dq, direction, relay = divide(messages, [q.shape[1]] * 3, 1)
+        dq, direction, relay = split(messages, [q.shape[1]] * 3, 1)
         vectors = direction[:, None] * unit[:, :, None]
         if mu is not None:  # mu = 0 before the first layer
             vectors = vectors + relay[:, None] * mu.index_select(0, sender)
@@ -83,28 +83,28 @@ class Layer(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """The same by a kernel; its radial functions hold all factors. ``columns``: basis and 1, times the envelope."""
         h = q.shape[1]
-        dq, direction, relay = divide(self.context(q), [h] * 3, 1)
-        features = join([dq, direction] if mu is None else [dq, direction, (relay[:, None] * mu).flatten(1)], 1)
+        dq, direction, relay = split(self.context(q), [h] * 3, 1)
+        features = cat([dq, direction] if mu is None else [dq, direction, (relay[:, None] * mu).flatten(1)], 1)
         if self.kernel is not None:
             both = self.kernel(features, edges)
         else:
             assert self.edge_kernel is not None
             assert columns is not None
             both = self.edge_kernel(features, self.radial_functions(columns, mu is not None), edges)
-        sum_q, sums = divide(both, [h, 3 * h], 1)
+        sum_q, sums = split(both, [h, 3 * h], 1)
         sums = sums.reshape(-1, 3, h)
         return self.update(q + sum_q, sums if mu is None else mu + sums)
 
     def radial_functions(self, columns: Tensor, relay: bool) -> Tensor:
         """Radial functions of the kernel, one product: bias and factors are in its right side."""
-        rows = join([self.filters.weight, self.filters.bias[:, None]], 1) * self.scale
+        rows = cat([self.filters.weight, self.filters.bias[:, None]], 1) * self.scale
         width = self.filters.out_features
-        return columns @ (rows if relay else divide(rows, [2 * width // 3, width // 3], 0)[0]).T
+        return columns @ (rows if relay else split(rows, [2 * width // 3, width // 3], 0)[0]).T
 
     def update(self, q: Tensor, mu: Tensor) -> tuple[Tensor, Tensor]:
-        v, w = divide(self.mix(mu), [q.shape[1]] * 2, 2)
+        v, w = split(self.mix(mu), [q.shape[1]] * 2, 2)
         length = torch.sqrt((v**2).sum(dim=1) + 1e-8) if self.published else smooth_length(v)
-        a, b, c = divide(self.update_net(join([q, length], 1)), [q.shape[1]] * 3, 1)
+        a, b, c = split(self.update_net(cat([q, length], 1)), [q.shape[1]] * 3, 1)
         return q + a + c * (v * w).sum(dim=1), mu + b[:, None] * w
 
 
@@ -173,7 +173,7 @@ class PaiNN(nn.Module):
     @staticmethod
     def radial_columns(basis: Tensor, envelope: Tensor) -> Float[Tensor, "E columns"]:
         """What the radial functions of every layer are linear in: basis and a last column for the bias, times the envelope."""
-        return join([basis * envelope[:, None], envelope[:, None]], 1)
+        return cat([basis * envelope[:, None], envelope[:, None]], 1)
 
     def forward(
         self,
@@ -199,7 +199,7 @@ class PaiNN(nn.Module):
         basis, envelope = (None, None) if first.kernel is not None else self.radial(x)
         edges: KernelEdges | None = None
         if first.kernel is not None or first.edge_kernel is not None:
-            edges = KernelEdges(sort_edges(edge_index, q), join([torch.ones_like(unit[:, :1]), unit], 1), x)
+            edges = KernelEdges(sort_edges(edge_index, q), cat([torch.ones_like(unit[:, :1]), unit], 1), x)
         columns = None if edges is None or basis is None else self.radial_columns(basis, envelope)
         for layer in self.layers:
             if edges is not None:

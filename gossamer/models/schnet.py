@@ -18,8 +18,8 @@ from jaxtyping import Float, Int
 from pydantic import Field
 from torch import Tensor, nn
 
-from gossamer.kernels.layer import EdgeKernel, KernelEdges, KernelLayer, sort_edges
-from gossamer.kernels.product import scalar_convolution
+from gossamer.engine.kernels.attach import EdgeKernel, KernelEdges, KernelLayer, sort_edges
+from gossamer.engine.kernels.product import scalar_convolution
 from gossamer.models.base import DataFacts, ModelOutput
 from gossamer.nn.layers import linear, sum_by_index
 from gossamer.nn.radial import cosine_cutoff, gaussian_basis, polynomial_envelope

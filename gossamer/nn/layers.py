@@ -25,7 +25,7 @@ def mean_by_index(values: Float[Tensor, "n ..."], index: Int[Tensor, " n"], size
     return sum_by_index(values, index, size) / count.reshape(-1, *[1] * (values.dim() - 1))
 
 
-class _Join(torch.autograd.Function):
+class _Cat(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, dim: int, *parts: Tensor) -> Tensor:
         ctx.dim, ctx.sizes = dim, [p.shape[dim] for p in parts]
@@ -33,10 +33,10 @@ class _Join(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        return None, *_Divide.apply(gradients[0], ctx.sizes, ctx.dim)
+        return None, *_Split.apply(gradients[0], ctx.sizes, ctx.dim)
 
 
-class _Divide(torch.autograd.Function):
+class _Split(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, sizes: list[int], dim: int) -> tuple[Tensor, ...]:
         ctx.dim = dim
@@ -44,20 +44,20 @@ class _Divide(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        return _Join.apply(ctx.dim, *gradients), None, None
+        return _Cat.apply(ctx.dim, *gradients), None, None
 
 
-def join(parts: Sequence[Tensor], dim: int) -> Tensor:
+def cat(parts: Sequence[Tensor], dim: int) -> Tensor:
     """``torch.cat`` whose derivatives, second ones too, are splits.
 
     PyTorch's own are slices, each with a gradient of the size of the whole, zeros all around it.
     """
-    return parts[0] if len(parts) == 1 else _Join.apply(dim, *parts)
+    return parts[0] if len(parts) == 1 else _Cat.apply(dim, *parts)
 
 
-def divide(x: Tensor, sizes: Sequence[int], dim: int) -> tuple[Tensor, ...]:
+def split(x: Tensor, sizes: Sequence[int], dim: int) -> tuple[Tensor, ...]:
     """``torch.split`` whose derivatives, second ones too, are concatenations."""
-    return (x,) if len(sizes) == 1 else _Divide.apply(x, list(sizes), dim)
+    return (x,) if len(sizes) == 1 else _Split.apply(x, list(sizes), dim)
 
 
 SMOOTH_LENGTH = 0.1
@@ -85,7 +85,7 @@ def linear(num_in: int, num_out: int, bias: bool = True) -> nn.Linear:
     return layer
 
 
-class Table(nn.Module):
+class Constant(nn.Module):
     """A constant tensor that stays exact when the module changes its precision to and fro."""
 
     values: Tensor
@@ -95,7 +95,7 @@ class Table(nn.Module):
         self.exact = torch.from_numpy(np.ascontiguousarray(values, dtype=np.float64))
         self.register_buffer("values", self.exact.to(torch.get_default_dtype()), persistent=False)
 
-    def _apply(self, fn: Any, recurse: bool = True) -> Table:
+    def _apply(self, fn: Any, recurse: bool = True) -> Constant:
         super()._apply(fn, recurse)
         self.values = self.exact.to(self.values)
         return self

@@ -14,12 +14,13 @@ from ase.calculators.calculator import Calculator as ASECalculator
 from ase.calculators.calculator import PropertyNotImplementedError, all_changes
 from ase.stress import full_3x3_to_voigt_6_stress
 
-from gossamer.captured import Captured
-from gossamer.fast import TOLERANCE, agree, fixed_sizes, verified_kernels
+from gossamer.engine.agreement import TOLERANCE, agree, fixed_sizes, verified_kernels
+from gossamer.engine.cuda_graph import Captured
+from gossamer.engine.memory import keep_freed_memory
+from gossamer.engine.program import Program, cached_program, fits
 from gossamer.graph import Graph
-from gossamer.memory import keep_freed_memory
-from gossamer.potential import Potential, Prediction, load
-from gossamer.program import Program, cached_program, fits
+from gossamer.potential import Potential, Prediction
+from gossamer.potential_file import load
 from gossamer.simulation.verlet import DeviceVerletList, VerletList
 
 log = logging.getLogger(__name__)
@@ -48,11 +49,11 @@ class Calculator(ASECalculator):
             device: Where to compute, if a file is given.
             dtype: "float32" or "float64", if a file is given; by default as saved.
             skin: Å beyond the cutoff that the neighbour list reaches, so that it is rebuilt rarely.
-            compiled: False runs the potential as it is. None (default) passes messages by kernels (`gossamer.fast`, built in
-                seconds, once) where there is a C++ compiler, and runs a compiled program (`gossamer.program`) if one is in the
+            compiled: False runs the potential as it is. None (default) passes messages by kernels (`gossamer.engine.agreement`, built in
+                seconds, once) where there is a C++ compiler, and runs a compiled program (`gossamer.engine.program`) if one is in the
                 cache; True makes that program if there is none (half a minute, once). Both are compared with the potential on
                 the first structure, and not used if they differ.
-            cuda_graph: On a GPU, record potential and kernels as a CUDA graph (`gossamer.captured`): faster for small structures;
+            cuda_graph: On a GPU, record potential and kernels as a CUDA graph (`gossamer.engine.cuda_graph`): faster for small structures;
                 recorded again when the number of atoms changes or edges no longer fit. Compared before use.
 
         Raises:

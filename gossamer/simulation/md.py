@@ -26,7 +26,8 @@ from ase.md.verlet import VelocityVerlet
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from gossamer.files import COMPRESSIONS, atomic_path, open_text
+from gossamer.data.atoms import as_atoms
+from gossamer.files import atomic_path
 from gossamer.neighbors import neighbor_list
 from gossamer.simulation.state import numbers_of, put_back
 
@@ -103,24 +104,6 @@ def as_calculator(model: Any, device: str = "cpu", dtype: str | None = None, com
     from gossamer.simulation.calculator import Calculator
 
     return Calculator(model, device=device, dtype=dtype, compiled=compiled)
-
-
-def as_atoms(structure: Atoms | Path | str) -> Atoms:
-    """Atoms from Atoms (copied, velocities kept) or from the first frame of a file."""
-    if isinstance(structure, Atoms):
-        return structure.copy()
-    path = Path(structure)
-    if not path.exists():
-        raise FileNotFoundError(f"There is no structure file '{path}'.")
-    if path.suffix in COMPRESSIONS:
-        with open_text(path) as file:
-            atoms = ase.io.read(file, index=0, format="extxyz")
-    else:
-        atoms = ase.io.read(path, index=0)
-    assert isinstance(atoms, Atoms)
-    if len(atoms) == 0:
-        raise ValueError(f"'{path}' holds no atoms.")
-    return atoms
 
 
 def md(

@@ -12,8 +12,9 @@ from ase.filters import FrechetCellFilter
 from ase.io.trajectory import Trajectory
 from ase.optimize import FIRE, LBFGS
 
+from gossamer.data.atoms import as_atoms
 from gossamer.files import atomic_path
-from gossamer.simulation.md import as_atoms, as_calculator
+from gossamer.simulation.md import as_calculator
 from gossamer.simulation.state import numbers_of, put_back
 
 OPTIMIZERS = {"fire": FIRE, "lbfgs": LBFGS}

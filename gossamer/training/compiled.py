@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gossamer.fast import TOLERANCE, part_of
+from gossamer.engine.agreement import TOLERANCE, part_of
+from gossamer.engine.kernels.cpu import Missing
+from gossamer.engine.unrolled import fx_config, unroll
 from gossamer.graph import FIELDS, Graph
-from gossamer.kernels.cpu import Missing
 from gossamer.potential import Potential, Prediction, state_of
 from gossamer.timing import fastest
-from gossamer.unrolled import fx_config, unroll
 
 log = logging.getLogger(__name__)
 COMPARED = 5_000
@@ -38,7 +38,7 @@ class CompiledForward:
             forces: Predict forces.
             stress: Predict stress.
             compile: Compile the step.
-            kernels: Pass messages by kernels (`gossamer.kernels`); on a GPU only if they are faster.
+            kernels: Pass messages by kernels (`gossamer.engine.kernels`); on a GPU only if they are faster.
         """
         self.potential, self.forces, self.stress = potential, forces, stress
         self.names = ["energy", "node_energies", *(["forces"] if forces else []), *(["stress"] if stress else [])]

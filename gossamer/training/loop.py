@@ -24,20 +24,20 @@ from pydantic import Field
 from torch import Tensor
 from tqdm import tqdm
 
-from gossamer.data.loader import edge_counts, epoch_batches, graphs
 from gossamer.data.structure import Structure
+from gossamer.engine.agreement import changing_kernels
+from gossamer.engine.memory import keep_freed_memory
 from gossamer.evaluation import Evaluation, evaluate_potential
-from gossamer.fast import changing_kernels
 from gossamer.files import write_text
 from gossamer.graph import Graph
-from gossamer.memory import keep_freed_memory
 from gossamer.potential import Potential
 from gossamer.settings import settings
 from gossamer.training.checkpoint import load_optimizer, optimizer_tensors, read_checkpoint, save_checkpoint
 from gossamer.training.compiled import CompiledForward
+from gossamer.training.loader import edge_counts, epoch_batches, graphs
 from gossamer.training.losses import LossConfig, loss_sums
 from gossamer.training.optim import EMA, Clipper, Schedule, ScheduleConfig, make_optimizer
-from gossamer.training.workers import Workers
+from gossamer.training.process_group import ProcessGroup
 
 log = logging.getLogger(__name__)
 LABELS = ("energy", "forces", "stress")
@@ -130,7 +130,7 @@ def make_state(potential: Potential, config: TrainingConfig, loss: LossConfig) -
     )
 
 
-def train_step(state: State, graph: Graph, loss: LossConfig, config: TrainingConfig, workers: Workers) -> float:
+def train_step(state: State, graph: Graph, loss: LossConfig, config: TrainingConfig, workers: ProcessGroup) -> float:
     """One optimiser step on one batch; returns the loss.
 
     Raises:
@@ -264,7 +264,7 @@ def run_training(
     valid: Sequence[Structure],
     loss: LossConfig,
     config: TrainingConfig,
-    workers: Workers,
+    workers: ProcessGroup,
     folder: Path,
     identity: dict[str, Any],
     save_best: Callable[[Potential], None],
@@ -352,7 +352,7 @@ def validate(
     valid: Sequence[Structure],
     loss: LossConfig,
     config: TrainingConfig,
-    workers: Workers,
+    workers: ProcessGroup,
     save_best: Callable[[Potential], None],
 ) -> dict[str, Any]:
     """Errors of the averaged weights; saves them if they are the best so far; returns a row of the log."""

@@ -9,9 +9,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from gossamer.kernels import cpu, gpu, ops
-from gossamer.kernels.product import Convolution
-from gossamer.kernels.table import tabulate
+from gossamer.engine.kernels import cpu, gpu, ops
+from gossamer.engine.kernels.product import Convolution
+from gossamer.engine.kernels.table import tabulate
 
 
 class SortedEdges(NamedTuple):
@@ -44,7 +44,7 @@ class KernelEdges(NamedTuple):
 
 
 class KernelLayer(nn.Module):
-    """Sum over neighbours of radial functions times products of features with harmonics (`gossamer.kernels.product`)."""
+    """Sum over neighbours of radial functions times products of features with harmonics (`gossamer.engine.kernels.product`)."""
 
     table: Tensor
 

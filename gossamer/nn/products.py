@@ -15,9 +15,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from gossamer.kernels.product import Convolution, Product
-from gossamer.nn.layers import Table, divide, join
-from gossamer.nn.wigner import wigner_3j
+from gossamer.engine.kernels.product import Convolution, Product
+from gossamer.nn.layers import Constant, cat, split
+from gossamer.nn.spherical import wigner_3j
 
 
 class Irrep(NamedTuple):
@@ -42,7 +42,7 @@ class Irrep(NamedTuple):
 
 def blocks(features: Float[Tensor, "n width"], irreps: Sequence[Irrep]) -> list[Tensor]:
     """Views (n, 2 l + 1, mul) of the blocks of a feature tensor."""
-    parts = divide(features, [i.width for i in irreps], 1)
+    parts = split(features, [i.width for i in irreps], 1)
     return [part.reshape(-1, i.dim, i.mul) for part, i in zip(parts, irreps, strict=True)]
 
 
@@ -103,7 +103,7 @@ class Coupling(nn.Module):
                 symbols = wigner_3j(irrep.l, p.l_edge, p.out[0]) * math.sqrt(2 * p.out[0] + 1)  # (in, edge, out)
                 table[p.l_edge**2 : (p.l_edge + 1) ** 2, first : first + 2 * p.out[0] + 1] = symbols.transpose(1, 2, 0)
                 first += 2 * p.out[0] + 1
-            tables.append(Table(table.reshape((l_max + 1) ** 2, -1)))
+            tables.append(Constant(table.reshape((l_max + 1) ** 2, -1)))
         self.tables: Any = nn.ModuleList(tables)
         self.rows = [sum(2 * p.out[0] + 1 for p in self.paths if p.block == k) for k in range(len(self.irreps_in))]
         kinds = sorted({p.out for p in self.paths})  # by degree, odd parity first, as e3nn sorts them
@@ -138,17 +138,17 @@ class Coupling(nn.Module):
             matrices: From ``matrices``.
             weights: Radial weights, one per path and channel, ordered by path.
         """
-        radial = iter(divide(weights, [self.irreps_in[p.block].mul for p in self.paths], 1))
+        radial = iter(split(weights, [self.irreps_in[p.block].mul for p in self.paths], 1))
         results = []
         for k, (block, matrix) in enumerate(zip(blocks(features, self.irreps_in), matrices, strict=True)):
             rows = [2 * p.out[0] + 1 for p in self.paths if p.block == k]
             if rows:
                 product = torch.bmm(matrix, block) if block.shape[1] > 1 else matrix * block
-                results += [(part * next(radial)[:, None]).flatten(1) for part in divide(product, rows, 1)]
-        return join(results, 1)
+                results += [(part * next(radial)[:, None]).flatten(1) for part in split(product, rows, 1)]
+        return cat(results, 1)
 
     def collect(self, sums: Float[Tensor, "N total"]) -> list[Float[Tensor, "N dim channels"]]:
         """Sums over neighbours of ``messages``, regrouped as ``irreps_out``."""
         widths = [(2 * p.out[0] + 1) * self.irreps_in[p.block].mul for p in self.paths]
-        parts = [part.reshape(sums.shape[0], 2 * p.out[0] + 1, -1) for part, p in zip(divide(sums, widths, 1), self.paths, strict=True)]
-        return [join([part for part, p in zip(parts, self.paths, strict=True) if p.out == i.kind], 2) for i in self.irreps_out]
+        parts = [part.reshape(sums.shape[0], 2 * p.out[0] + 1, -1) for part, p in zip(split(sums, widths, 1), self.paths, strict=True)]
+        return [cat([part for part, p in zip(parts, self.paths, strict=True) if p.out == i.kind], 2) for i in self.irreps_out]

@@ -22,8 +22,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gossamer.engine.kernels.product import Convolution, Product
 from gossamer.files import cache_folder
-from gossamer.kernels.product import Convolution, Product
 
 LANES = {torch.float32: 16, torch.float64: 8}
 """channels in a chunk of the table: 64 bytes"""

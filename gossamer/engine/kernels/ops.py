@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gossamer.kernels import cpu, gpu
-from gossamer.kernels.product import Convolution
+from gossamer.engine.kernels import cpu, gpu
+from gossamer.engine.kernels.product import Convolution
 
 _library = torch.library.Library("gossamer", "FRAGMENT")
 _EDGES = "Tensor edge_index, Tensor rows, Tensor columns, Tensor order"
@@ -213,7 +213,7 @@ def _weigh_backward_gpu(key: str, *tensors: Tensor) -> tuple[Tensor, ...]:
 
 def _attention_gpu(name: str) -> Callable[..., Any]:
     def run(*arguments: Any) -> Any:
-        from gossamer.kernels import attention_gpu  # needs triton
+        from gossamer.engine.kernels import attention_gpu  # needs triton
 
         return getattr(attention_gpu, name)(*arguments)
 

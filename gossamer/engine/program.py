@@ -1,6 +1,6 @@
 """A potential as a compiled program: energy, forces and stress of one structure in machine code, checked against the potential.
 
-The unrolled graph (`gossamer.unrolled`) goes through `torch.export` and AOTInductor. The file runs without gossamer,
+The unrolled graph (`gossamer.engine.unrolled`) goes through `torch.export` and AOTInductor. The file runs without gossamer,
 in Python or C++ (`torch._inductor.aoti_load_package`). It is a program: like any other, load only files you trust.
 """
 
@@ -19,10 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from gossamer import __version__
-from gossamer.fast import TOLERANCE, compare, part_of
+from gossamer.engine.agreement import TOLERANCE, compare, part_of
 from gossamer.files import atomic_path, cache_folder
 from gossamer.graph import FIELDS, Graph
-from gossamer.potential import Potential, Prediction, load, state_of
+from gossamer.potential import Potential, Prediction, state_of
+from gossamer.potential_file import load
 from gossamer.timing import fastest
 
 log = logging.getLogger(__name__)
@@ -127,7 +128,7 @@ def make_program(potential: Potential, graph: Graph, path: Path | str) -> Progra
         )
     from torch.export import Dim  # seconds to import: only who compiles pays for it
 
-    from gossamer.unrolled import unroll
+    from gossamer.engine.unrolled import unroll
 
     path = Path(path)
     was_training = potential.training
@@ -208,8 +209,8 @@ def export(model: Path | str, out: Path | str, structure: Any = None, device: st
     """
     from ase import Atoms
 
+    from gossamer.data.atoms import as_atoms
     from gossamer.simulation.calculator import Calculator
-    from gossamer.simulation.md import as_atoms
 
     out = Path(out)
     if out.suffix != ".pt2":

@@ -1,4 +1,4 @@
-// Geodite's edges (gossamer/kernels/attention.py): included after T, DEGREES and HARMONICS, with vectors.hpp.
+// Geodite's edges (gossamer/engine/kernels/attention.py): included after T, DEGREES and HARMONICS, with vectors.hpp.
 
 struct Sizes {
   int64_t atoms, channels, parts, heads, threads;

@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Workers:
+class ProcessGroup:
     """Rank of this process, number of processes, and what they do together."""
 
     rank: int
@@ -50,7 +50,7 @@ class Workers:
             dist.destroy_process_group()
 
 
-def start_workers(device: str = "auto") -> Workers:
+def start_process_group(device: str = "auto") -> ProcessGroup:
     """Join the process group if torchrun started this process, and choose the device.
 
     Raises:
@@ -67,4 +67,4 @@ def start_workers(device: str = "auto") -> Workers:
             torch.cuda.set_device(local)
     if world > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
-    return Workers(rank, world, torch.device(device))
+    return ProcessGroup(rank, world, torch.device(device))

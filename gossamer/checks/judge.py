@@ -158,7 +158,7 @@ def find_candidates(models: Sequence[Path | str], calculators: Sequence[str], de
         path = path if equals else str(entry)
         if ":" in path and not Path(path).exists():
             raise ValueError(f"'{path}' is not a file. For a calculator write --calculator {path}.")
-        from gossamer.potential import read_manifest
+        from gossamer.potential_file import read_manifest
 
         manifest = read_manifest(path)
         file = Path(path)

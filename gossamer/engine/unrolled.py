@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.func import functional_call
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from gossamer.fast import fixed_sizes
+from gossamer.engine.agreement import fixed_sizes
 from gossamer.graph import FIELDS, Graph
 from gossamer.potential import Potential
 

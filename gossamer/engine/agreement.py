@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
+from gossamer.engine.kernels.cpu import Missing
 from gossamer.graph import Graph
-from gossamer.kernels.cpu import Missing
 from gossamer.potential import Potential, Prediction
 from gossamer.timing import fastest
 
@@ -30,7 +30,7 @@ def has_kernels(potential: Potential) -> bool:
 
 
 def add_kernels(potential: Potential) -> Potential:
-    """A copy for inference that passes messages by kernels (`gossamer.kernels`).
+    """A copy for inference that passes messages by kernels (`gossamer.engine.kernels`).
 
     Radial functions come from tables: energies and forces differ by about 1e-5 of the root mean square force in float32,
     1e-9 in float64. Forces stay the exact gradient of the energy.

@@ -15,16 +15,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gossamer.engine.kernels.cpu import Missing
+from gossamer.engine.kernels.product import Convolution, Product
 from gossamer.files import cache_folder, write_text
-from gossamer.kernels.cpu import Missing
-from gossamer.kernels.product import Convolution, Product
 
 LANES = 32
 """channels of one program, and of a chunk of the table"""
 LARGEST = 1 << 28
 """numbers in the matrices of all atoms, up to which each atom gets its own copy"""
 
-HEAD = '''"""Written by gossamer.kernels.gpu; not to be changed."""
+HEAD = '''"""Written by gossamer.engine.kernels.gpu; not to be changed."""
 
 import triton
 import triton.language as tl

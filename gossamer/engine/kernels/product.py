@@ -20,7 +20,7 @@ from jaxtyping import Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
-from gossamer.kernels.table import interpolate
+from gossamer.engine.kernels.table import interpolate
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class Convolution:
 
     @property
     def operations(self) -> int:
-        """Multiply-adds per edge of the kernel, forward and backward, as `gossamer.kernels.cpu` writes them."""
+        """Multiply-adds per edge of the kernel, forward and backward, as `gossamer.engine.kernels.cpu` writes them."""
         total = 0
         for p, channels in zip(self.products, self.channels, strict=True):
             nonzero = np.abs(p.coefficients) > 1e-12

@@ -6,7 +6,7 @@ static void prepare(Job &job, int e, int64_t edge, const T *values, int64_t widt
   job.dw[e] = gradient + edge * width;
 }
 #else
-// weights of the quintic Hermite spline (gossamer/kernels/table.py) and, if asked, their derivatives with respect to x
+// weights of the quintic Hermite spline (gossamer/engine/kernels/table.py) and, if asked, their derivatives with respect to x
 static void interval(Job &job, int e, T x, int64_t intervals, bool slopes) {
   T scaled = (x > 0 ? (x < 1 ? x : T(1)) : T(0)) * intervals;  // NaN becomes 0: harmonics carry it on
   int64_t k = std::min((int64_t)scaled, intervals - 1);

@@ -1,0 +1,49 @@
+"""Structures joined into one graph."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gossamer.data.structure import Structure
+from gossamer.graph import Graph
+from gossamer.neighbors import neighbor_list
+
+
+def collate(structures: Sequence[Structure], cutoff: float, max_neighbors: int | None = None) -> Graph:
+    """Join structures into one graph, building each neighbour list.
+
+    Args:
+        structures: At least one structure.
+        cutoff: Å.
+        max_neighbors: Keep only this many nearest neighbours of each atom (the energy then jumps when ranks change).
+    """
+    lists = [neighbor_list(s.positions, s.cell, s.pbc, cutoff, max_neighbors) for s in structures]
+    sizes = [s.n_atoms for s in structures]
+    first = np.cumsum(sizes) - sizes
+    edge_index = np.concatenate([edges + start for (edges, _), start in zip(lists, first, strict=True)], axis=1)
+    edge_shifts = np.concatenate([shifts for _, shifts in lists])
+
+    def label(name: str, shapes: Sequence[tuple[int, ...]]) -> Tensor | None:
+        values = [getattr(s, name) for s in structures]
+        if all(v is None for v in values):
+            return None
+        filled = [np.full(shape, np.nan) if v is None else v for v, shape in zip(values, shapes, strict=True)]
+        return torch.from_numpy(np.concatenate([np.reshape(v, shape) for v, shape in zip(filled, shapes, strict=True)]))
+
+    return Graph(
+        atomic_numbers=torch.from_numpy(np.concatenate([s.atomic_numbers for s in structures]).astype(np.int64)),
+        positions=torch.from_numpy(np.concatenate([s.positions for s in structures])),
+        cell=torch.from_numpy(np.stack([s.cell for s in structures])),
+        graph_index=torch.from_numpy(np.repeat(np.arange(len(structures)), sizes)),
+        edge_index=torch.from_numpy(edge_index),
+        edge_shifts=torch.from_numpy(edge_shifts.astype(np.float64)),
+        energy=label("energy", [(1,)] * len(structures)),
+        forces=label("forces", [(n, 3) for n in sizes]),
+        stress=label("stress", [(1, 3, 3)] * len(structures)),
+        free=torch.from_numpy(np.concatenate([s.free for s in structures])),
+        names=tuple(s.name for s in structures),
+    )

@@ -1,0 +1,1 @@
+"""Every fast way to evaluate a potential, behind one entrance."""

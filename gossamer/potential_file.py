@@ -1,0 +1,176 @@
+"""A potential as one safetensors file: weights, a JSON manifest, and stored structures whose predictions are recomputed on loading.
+
+The manifest holds the format version, the complete settings, elements, units, statistics, versions and a checksum.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from gossamer import __version__
+from gossamer.data.statistics import Statistics
+from gossamer.data.structure import Structure
+from gossamer.files import write_bytes
+from gossamer.models import MODELS
+from gossamer.potential import DTYPES, Potential, PotentialConfig
+from gossamer.settings import build, to_dict
+
+FORMAT = 1
+UNITS = {"energy": "eV", "length": "Angstrom", "stress": "eV/Angstrom^3 (ASE sign)"}
+# allowed deviation of recomputed predictions: energy in eV/atom, forces and stress relative to their largest value
+TOLERANCES = {torch.float32: (2e-5, 2e-3), torch.float64: (1e-9, 1e-7)}
+
+
+def save(potential: Potential, path: Path | str, check: Sequence[Structure] = (), training: Mapping[str, Any] | None = None) -> None:
+    """Write a potential as one safetensors file, atomically.
+
+    Args:
+        potential: What to save.
+        path: Target, usually ``*.safetensors``.
+        check: Structures whose predictions are stored and recomputed on loading.
+        training: The complete configuration of the run, kept for the record.
+    """
+    tensors = {f"network.{k}": v.detach().cpu().contiguous() for k, v in potential.network.state_dict().items()}
+    for k, (structure, predicted) in enumerate(zip(check, potential.predict(check) if check else [], strict=True)):
+        parts = {
+            "atomic_numbers": structure.atomic_numbers,
+            "positions": structure.positions,
+            "cell": structure.cell,
+            "pbc": structure.pbc,
+            **{name: value for name, value in predicted.items() if value is not None},
+        }
+        for name, value in parts.items():
+            tensors[f"check.{k}.{name}"] = torch.from_numpy(np.array(value)).contiguous()
+    manifest = {
+        "format": FORMAT,
+        "gossamer": __version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "model": to_dict(potential.model_config),
+        "potential": to_dict(potential.potential_config),
+        "statistics": to_dict(potential.statistics),
+        "dtype": str(potential.dtype).removeprefix("torch."),
+        "units": UNITS,
+        "conservative": potential.conservative,
+        "num_parameters": potential.num_parameters,
+        "n_check": len(check),
+        "training": dict(training or {}),
+    }
+    manifest["checksum"] = _checksum(tensors, manifest)
+    write_bytes(path, safetensors.torch.save(tensors, {"gossamer": json.dumps(manifest)}))
+
+
+def read_manifest(path: Path | str) -> dict[str, Any]:
+    """The manifest of a saved potential, without building it.
+
+    Raises:
+        ValueError: not a potential of ours, truncated, or of a newer format.
+    """
+    return _open(Path(path))[0]
+
+
+def weight_shapes(path: Path | str) -> dict[str, list[int]]:
+    """Names and shapes of the weights in a saved potential."""
+    return {k.removeprefix("network."): list(v.shape) for k, v in _open(Path(path))[1].items() if k.startswith("network.")}
+
+
+def load(path: Path | str, device: str | torch.device = "cpu", dtype: str | torch.dtype | None = None) -> Potential:
+    """Read a saved potential, and recompute its stored predictions on this device and dtype.
+
+    Args:
+        path: File written by ``save``.
+        device: Where the potential goes.
+        dtype: "float32" or "float64"; by default as saved.
+
+    Raises:
+        ValueError: truncated or altered file, newer format, or predictions that do not come out as stored.
+    """
+    path = Path(path)
+    manifest, tensors = _open(path)
+    if _checksum(tensors, manifest) != manifest.get("checksum"):
+        raise ValueError(f"'{path}' was altered after it was saved (its checksum does not match). Use another copy.")
+    model: Any = build(MODELS[manifest["model"]["name"]][0], manifest["model"], "model")
+    statistics = build(Statistics, manifest["statistics"], "statistics")
+    potential = Potential(model, statistics, build(PotentialConfig, manifest["potential"], "potential"))
+    saved = DTYPES[manifest["dtype"]]
+    weights = {k.removeprefix("network."): v for k, v in tensors.items() if k.startswith("network.")}
+    potential.network.to(saved).load_state_dict(weights)
+    wanted = saved if dtype is None else DTYPES[dtype] if isinstance(dtype, str) else dtype
+    potential.network.to(wanted)
+    potential.to(device).eval()
+    _verify(potential, tensors, manifest["n_check"], min((saved, wanted), key=lambda t: t.itemsize), path)
+    return potential
+
+
+def _open(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no file '{path}'.")
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118 - not a dict
+    except (safetensors.SafetensorError, OSError) as error:
+        raise ValueError(f"'{path}' is not a readable safetensors file ({error}). It may be truncated: copy it again.") from None
+    if "gossamer" not in metadata:
+        raise ValueError(f"'{path}' is a safetensors file, but not a potential saved by gossamer (no manifest).")
+    manifest = json.loads(metadata["gossamer"])
+    if manifest["format"] > FORMAT:
+        raise ValueError(
+            f"'{path}' has format {manifest['format']}; this gossamer {__version__} reads up to {FORMAT}. "
+            f"Update gossamer (the file was written by {manifest['gossamer']})."
+        )
+    return manifest, tensors
+
+
+def stored_structures(path: Path | str) -> list[Structure]:
+    """The structures whose predictions are stored in a saved potential."""
+    manifest, tensors = _open(Path(path))
+    return [_stored(tensors, k) for k in range(manifest["n_check"])]
+
+
+def _stored(tensors: Mapping[str, Tensor], k: int) -> Structure:
+    values: dict[str, Any] = {name: tensors[f"check.{k}.{name}"].numpy() for name in ("atomic_numbers", "positions", "cell", "pbc")}
+    return Structure(**values, name=f"stored structure {k}")
+
+
+def _checksum(tensors: Mapping[str, Tensor], manifest: Mapping[str, Any]) -> str:
+    digest = hashlib.sha256(json.dumps({k: v for k, v in manifest.items() if k != "checksum"}, sort_keys=True).encode())
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        digest.update(tensors[name].contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _verify(potential: Potential, tensors: Mapping[str, Tensor], n_check: int, precision: torch.dtype, path: Path) -> None:
+    """Refuse a potential that does not reproduce its stored predictions here."""
+    energy_tolerance, relative = TOLERANCES[precision]
+    for k in range(n_check):
+        structure = _stored(tensors, k)
+        predicted = potential.predict([structure])[0]
+        deviation = abs(predicted["energy"] - float(tensors[f"check.{k}.energy"])) / structure.n_atoms
+        if not deviation <= energy_tolerance:
+            raise ValueError(
+                f"'{path}' gives another energy here than when it was saved ({deviation:.1e} eV/atom on {structure.name}, "
+                f"{energy_tolerance:.0e} allowed on {potential.device} in {potential.dtype}). Do not use it on this machine."
+            )
+        for name in ("forces", "stress"):
+            if f"check.{k}.{name}" not in tensors:
+                continue
+            reference = tensors[f"check.{k}.{name}"].numpy()
+            error = float(np.abs(predicted[name] - reference).max()) if reference.size else 0.0
+            if not error <= relative * max(float(np.abs(reference).max()), 1e-2):
+                raise ValueError(
+                    f"'{path}' gives other {name} here than when it was saved (up to {error:.1e} on {structure.name}, "
+                    f"on {potential.device} in {potential.dtype}). Do not use it on this machine."
+                )
