@@ -55,7 +55,7 @@ def measure(name: str, fusion: int, torch_cat: bool, data: str) -> None:
         raise SystemExit(f"{name}: compilation failed")
     how = f"fusion {fusion}" if fusion else "plain"
     print(
-        f"{name:8s} {how:10s} {"torch's cat, split" if torch_cat else 'our cat, split':16s} {1000 * np.median(times[3:]):7.1f} ms, first step after {times[0]:.0f} s of {time.process_time() - began:.0f}",
+        f"{name:8s} {how:10s} {'cat of PyTorch' if torch_cat else 'cat of ours':16s} {1000 * np.median(times[3:]):7.1f} ms, first step after {times[0]:.0f} s of {time.process_time() - began:.0f}",
         flush=True,
     )
 
