@@ -19,8 +19,7 @@ from typing import Any, Literal
 from ase import Atoms
 
 from gossamer import __version__
-from gossamer.checks.speed import growth_exponent, memory, time_evaluation
-from gossamer.checks.subject import (
+from gossamer.checks.candidate import (
     builtin_crystals,
     builtin_molecules,
     enlarged,
@@ -29,6 +28,7 @@ from gossamer.checks.subject import (
     read_frames,
     supported_elements,
 )
+from gossamer.checks.speed import growth_exponent, memory, time_evaluation
 from gossamer.files import atomic_path, write_json, write_text
 from gossamer.timing import fastest
 

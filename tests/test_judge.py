@@ -38,12 +38,9 @@ from gossamer.checks import (
     speed,
     thermal_conductivity,
 )
-from gossamer.checks.judge import CHECKS, JudgeOptions, judge
-from gossamer.checks.outcome import Outcome, at_least, at_most, close_to, conclude, measured
-from gossamer.checks.page import number
-from gossamer.checks.subject import (
+from gossamer.checks.candidate import (
     LEVELS,
-    Subject,
+    Candidate,
     builtin_crystals,
     builtin_molecules,
     enlarged,
@@ -51,23 +48,26 @@ from gossamer.checks.subject import (
     read_frames,
     supported_elements,
 )
+from gossamer.checks.judge import CHECKS, JudgeOptions, judge
+from gossamer.checks.page import number
+from gossamer.checks.result import Result, at_least, at_most, close_to, conclude, measured
 
 TINY = replace(
     LEVELS["quick"], diatomic_points=40, equilibration_ps=0.02, nve_ps=0.12, md_ps=0.25, md_atoms=32, speed_atoms=32, speed_seconds=0.05
 )
 
 
-def subject_of(
+def candidate_of(
     make: Any, folder: Path, elements: tuple[str, ...] = ("Cu",), structures: list[Atoms] | None = None, **options: Any
-) -> Subject:
+) -> Candidate:
     found = [bulk("Cu", cubic=True)] if structures is None else structures
-    return Subject("it", make, list(elements), found, {"Cu": bulk("Cu", cubic=True)}, {"Cu": bulk("Cu", cubic=True)}, folder, TINY,
+    return Candidate("it", make, list(elements), found, {"Cu": bulk("Cu", cubic=True)}, {"Cu": bulk("Cu", cubic=True)}, folder, TINY,
                    JudgeOptions(**{"timestep": 2.0, **options}), progress=False)  # fmt: skip
 
 
-def by_name(outcome: Outcome, part: str) -> Any:
-    found = [m for m in outcome.metrics if part in m.name]
-    assert found, (part, [m.name for m in outcome.metrics])
+def by_name(result: Result, part: str) -> Any:
+    found = [m for m in result.metrics if part in m.name]
+    assert found, (part, [m.name for m in result.metrics])
     return found[0]
 
 
@@ -101,7 +101,7 @@ def test_metrics_follow_their_limits() -> None:
     assert (bad.status, bad.reason, bad.consequence) == ("failed", "Drift: 3 meV, expected at most 1 meV.", "it heats up")
     assert conclude([measured("m", 1.0)]).status == "measured"
     assert conclude([]).status == "skipped"
-    assert Outcome.from_dict(json.loads(json.dumps(bad.to_dict()))) == bad
+    assert Result.from_dict(json.loads(json.dumps(bad.to_dict()))) == bad
 
 
 @pytest.mark.parametrize("check", ["symmetry", "conservation", "smoothness", "diatomics", "crystals", "speed"])
@@ -109,10 +109,10 @@ def test_sound_potential_passes(check: str, tmp_path: Path) -> None:
     make = EMT
     if check == "smoothness":  # EMT itself has steps at its cutoff
         make = lambda: MorsePotential(epsilon=0.34, r0=2.87, rho0=4.0, rcut1=1.2, rcut2=1.9)  # noqa: E731
-    outcome = CHECKS[check].run(subject_of(make, tmp_path))
-    assert outcome.status in ("passed", "measured"), [m.reason for m in outcome.metrics if m.status in ("weak", "failed")]
+    result = CHECKS[check].run(candidate_of(make, tmp_path))
+    assert result.status in ("passed", "measured"), [m.reason for m in result.metrics if m.status in ("weak", "failed")]
     if check == "conservation":
-        assert by_name(outcome, "ratio").value == pytest.approx(4, abs=0.5)
+        assert by_name(result, "ratio").value == pytest.approx(4, abs=0.5)
 
 
 @pytest.mark.parametrize(
@@ -124,21 +124,21 @@ def test_sound_potential_passes(check: str, tmp_path: Path) -> None:
     ],
 )  # fmt: skip
 def test_broken_potential_is_told_why(check: str, defect: str, says: str, tmp_path: Path) -> None:
-    outcome = CHECKS[check].run(subject_of(lambda: Broken(defect), tmp_path))
-    assert outcome.status == "failed"
-    named = [m for m in outcome.metrics if m.status in ("weak", "failed") and m.name.lower().startswith(says.lower())]
-    assert named, [m.name for m in outcome.metrics if m.status == "failed"]
+    result = CHECKS[check].run(candidate_of(lambda: Broken(defect), tmp_path))
+    assert result.status == "failed"
+    named = [m for m in result.metrics if m.status in ("weak", "failed") and m.name.lower().startswith(says.lower())]
+    assert named, [m.name for m in result.metrics if m.status == "failed"]
     assert named[0].consequence
-    assert outcome.reason.endswith(".")
+    assert result.reason.endswith(".")
 
 
 def test_drift_of_forces_that_pump_energy(tmp_path: Path) -> None:
     swirl = Defect(
         EMT(), lambda atoms, r: r["forces"].__iadd__(0.05 * np.cross(atoms.positions - atoms.positions.mean(axis=0), [0, 0, 1.0]))
     )
-    outcome = conservation.check(subject_of(lambda: swirl, tmp_path))
-    assert outcome.status in ("weak", "failed")
-    assert by_name(outcome, "work around a closed loop").status in ("weak", "failed")
+    result = conservation.check(candidate_of(lambda: swirl, tmp_path))
+    assert result.status in ("weak", "failed")
+    assert by_name(result, "work around a closed loop").status in ("weak", "failed")
 
 
 def test_verlet_fluctuation_of_a_harmonic_oscillator() -> None:
@@ -180,10 +180,10 @@ def test_jumps_are_measured_not_curvature() -> None:
 
 def test_a_kink_at_the_cutoff_fails(tmp_path: Path) -> None:
     cut = lambda: MorsePotential(epsilon=0.34, r0=2.5, rho0=4.0, rcut1=1.9999999, rcut2=2.0)  # noqa: E731
-    outcome = smoothness.check(subject_of(cut, tmp_path))
-    assert outcome.status == "failed"
-    assert by_name(outcome, "jump of the energy as an atom leaves").status in ("weak", "failed")
-    assert by_name(outcome, "distance of the largest jump").value == pytest.approx(5.0, abs=0.1)
+    result = smoothness.check(candidate_of(cut, tmp_path))
+    assert result.status == "failed"
+    assert by_name(result, "jump of the energy as an atom leaves").status in ("weak", "failed")
+    assert by_name(result, "distance of the largest jump").value == pytest.approx(5.0, abs=0.1)
 
 
 def test_noise_has_its_size() -> None:
@@ -217,11 +217,11 @@ def test_hole_at_short_range_fails(tmp_path: Path) -> None:
             d = np.linalg.norm(atoms.positions[1] - atoms.positions[0])
             r["energy"] -= 80 * np.exp(-(((d - 0.8) / 0.2) ** 2))
 
-    outcome = diatomics.check(subject_of(lambda: Defect(EMT(), hole), tmp_path))
-    assert outcome.status == "failed"
-    assert "hole" in outcome.reason
-    assert "Cu-Cu" in outcome.reason
-    assert diatomics.check(subject_of(EMT, tmp_path, ("Cu", "Al"), all_pairs=True)).notes[0].startswith("3 pairs")
+    result = diatomics.check(candidate_of(lambda: Defect(EMT(), hole), tmp_path))
+    assert result.status == "failed"
+    assert "hole" in result.reason
+    assert "Cu-Cu" in result.reason
+    assert diatomics.check(candidate_of(EMT, tmp_path, ("Cu", "Al"), all_pairs=True)).notes[0].startswith("3 pairs")
 
 
 def test_distances_without_an_answer_are_gaps(tmp_path: Path) -> None:
@@ -229,10 +229,10 @@ def test_distances_without_an_answer_are_gaps(tmp_path: Path) -> None:
         if len(atoms) == 2 and atoms.get_distance(0, 1) > 5:
             raise RuntimeError("too far")
 
-    outcome = diatomics.check(subject_of(lambda: Defect(EMT(), refuse), tmp_path))
-    assert outcome.status == "weak"
-    assert by_name(outcome, "distances without an answer").value == pytest.approx(5.0)
-    drawn = np.array(outcome.panels[0].curves[0].y)
+    result = diatomics.check(candidate_of(lambda: Defect(EMT(), refuse), tmp_path))
+    assert result.status == "weak"
+    assert by_name(result, "distances without an answer").value == pytest.approx(5.0)
+    drawn = np.array(result.panels[0].curves[0].y)
     assert np.isnan(drawn[-2:]).all()
     assert np.isfinite(drawn[:-2]).all()
 
@@ -242,9 +242,9 @@ def test_dimers_beside_a_reference(tmp_path: Path) -> None:
     r = np.geomspace(0.1, 6, 40)
     e, _ = diatomics.dimer_curve(EMT(), "Cu", "Cu", r)
     file.write_text(json.dumps({"PBE": {"Cu-Cu": {"distances": list(r), "energies": list(e + 3)}}}))
-    outcome = diatomics.check(subject_of(EMT, tmp_path, diatomics_reference=str(file)))
-    assert by_name(outcome, "error against the reference").value == pytest.approx(0, abs=1e-9)
-    assert any(c.reference for c in outcome.panels[0].curves)
+    result = diatomics.check(candidate_of(EMT, tmp_path, diatomics_reference=str(file)))
+    assert by_name(result, "error against the reference").value == pytest.approx(0, abs=1e-9)
+    assert any(c.reference for c in result.panels[0].curves)
     file.write_text("{}")
     with pytest.raises(ValueError, match="not a file of dimer curves"):
         diatomics.read_reference(file)
@@ -290,8 +290,8 @@ def test_equation_of_state_of_lennard_jones() -> None:
 
 def test_wrong_stress_is_seen_against_the_energy(tmp_path: Path) -> None:
     stiff = Defect(EMT(), lambda atoms, r: r.__setitem__("stress", 1.3 * r["stress"]))
-    outcome = crystals.check(subject_of(lambda: stiff, tmp_path))
-    assert by_name(outcome, "from stress against that from energy").status == "failed"
+    result = crystals.check(candidate_of(lambda: stiff, tmp_path))
+    assert by_name(result, "from stress against that from energy").status == "failed"
 
 
 # --- phonons --------------------------------------------------------------------------------------------------------
@@ -329,12 +329,12 @@ def test_phonons_agree_with_ase() -> None:
 
 def test_unstable_crystal_has_imaginary_modes(tmp_path: Path) -> None:
     pytest.importorskip("phonopy")
-    person = subject_of(lambda: MorsePotential(epsilon=0.34, r0=2.87, rho0=4.0, rcut1=1.2, rcut2=1.9), tmp_path)
-    person.crystals = {"sc": bulk("Cu", "sc", a=2.9)}  # a simple cubic crystal of a pair potential shears by itself
-    outcome = phonons.check(person)
-    assert outcome.status == "failed"
-    assert "lowest frequency" in outcome.reason
-    assert phonons.check(subject_of(EMT, tmp_path)).status == "passed"
+    candidate = candidate_of(lambda: MorsePotential(epsilon=0.34, r0=2.87, rho0=4.0, rcut1=1.2, rcut2=1.9), tmp_path)
+    candidate.crystals = {"sc": bulk("Cu", "sc", a=2.9)}  # a simple cubic crystal of a pair potential shears by itself
+    result = phonons.check(candidate)
+    assert result.status == "failed"
+    assert "lowest frequency" in result.reason
+    assert phonons.check(candidate_of(EMT, tmp_path)).status == "passed"
 
 
 def test_conductivity_errors_by_their_definition() -> None:
@@ -365,79 +365,79 @@ def test_conductivity_of_copper_by_emt(tmp_path: Path) -> None:
     pytest.importorskip("phono3py")
     cu = bulk("Cu", cubic=True)
     cu.info.update(fc2_supercell=[2, 2, 2], fc3_supercell=[2, 2, 2], q_mesh=[5, 5, 5], name="Cu", mp_id="x")
-    person = subject_of(EMT, tmp_path)
-    person.crystals = {"Cu": cu}
-    outcome = thermal_conductivity.check(person)
-    kappa = by_name(outcome, "κ at 300 K").value
+    candidate = candidate_of(EMT, tmp_path)
+    candidate.crystals = {"Cu": cu}
+    result = thermal_conductivity.check(candidate)
+    kappa = by_name(result, "κ at 300 K").value
     assert 5 < kappa < 40
     stored = json.loads((tmp_path / "conductivity" / "x.json").read_text())
     mode, weights = np.array(stored["mode_kappa"]), np.array(stored["weights"])
     assert mode.sum() / weights.sum() == pytest.approx(kappa)
     assert weights.sum() == 125
     # finished crystals are not done again: a calculator that raises is never asked
-    person.make = lambda: Defect(EMT(), lambda atoms, r: 1 / 0)
-    person._calculator = None
-    assert by_name(thermal_conductivity.check(person), "κ at 300 K").value == pytest.approx(kappa)
+    candidate.make = lambda: Defect(EMT(), lambda atoms, r: 1 / 0)
+    candidate._calculator = None
+    assert by_name(thermal_conductivity.check(candidate), "κ at 300 K").value == pytest.approx(kappa)
     # an unstable crystal has no conductivity
     sc = bulk("Cu", "sc", a=2.9)
     sc.info.update(fc2_supercell=[3, 3, 3], fc3_supercell=[2, 2, 2], q_mesh=[3, 3, 3], name="sc")
-    person = subject_of(lambda: MorsePotential(epsilon=0.34, r0=2.87, rho0=4.0, rcut1=1.2, rcut2=1.9), tmp_path / "b")
-    person.crystals = {"sc": sc}
-    outcome = thermal_conductivity.check(person)
-    assert outcome.status == "failed"
-    assert "imaginary" in outcome.reason
+    candidate = candidate_of(lambda: MorsePotential(epsilon=0.34, r0=2.87, rho0=4.0, rcut1=1.2, rcut2=1.9), tmp_path / "b")
+    candidate.crystals = {"sc": sc}
+    result = thermal_conductivity.check(candidate)
+    assert result.status == "failed"
+    assert "imaginary" in result.reason
 
 
 # --- dynamics -------------------------------------------------------------------------------------------------------
 
 
 def test_dynamics_of_copper_passes_and_goes_on(tmp_path: Path) -> None:
-    person = subject_of(EMT, tmp_path, picoseconds=1.0)
-    person.systems = {"Cu": bulk("Cu", cubic=True).repeat(2)}
-    outcome = dynamics.check(person)
-    assert outcome.status in ("passed", "weak"), outcome.reason
-    assert by_name(outcome, "time before it breaks").value == 1.0
-    titles = [p.title for p in outcome.panels]
+    candidate = candidate_of(EMT, tmp_path, picoseconds=1.0)
+    candidate.systems = {"Cu": bulk("Cu", cubic=True).repeat(2)}
+    result = dynamics.check(candidate)
+    assert result.status in ("passed", "weak"), result.reason
+    assert by_name(result, "time before it breaks").value == 1.0
+    titles = [p.title for p in result.panels]
     assert "g(r), all pairs, Cu" in titles
     assert "Mean squared displacement, Cu" in titles
     # the run is kept: only its last frame is looked at again
     asked: list[int] = []
-    person.make = lambda: Defect(EMT(), lambda atoms, r: asked.append(1))
-    person._calculator = None
-    again = dynamics.check(person)
+    candidate.make = lambda: Defect(EMT(), lambda atoms, r: asked.append(1))
+    candidate._calculator = None
+    again = dynamics.check(candidate)
     assert len(asked) < 5
-    assert by_name(again, "mean temperature").value == by_name(outcome, "mean temperature").value
+    assert by_name(again, "mean temperature").value == by_name(result, "mean temperature").value
 
 
 def test_dynamics_says_when_it_breaks(tmp_path: Path) -> None:
     def explode(atoms: Atoms, r: dict[str, Any]) -> None:
         r["forces"] *= -3  # uphill
 
-    person = subject_of(lambda: Defect(EMT(), explode), tmp_path, picoseconds=1.0)
-    outcome = dynamics.check(person)
-    assert outcome.status == "failed"
-    assert "time before it breaks" in outcome.reason
-    assert "K is above" in outcome.reason or "apart" in outcome.reason
+    candidate = candidate_of(lambda: Defect(EMT(), explode), tmp_path, picoseconds=1.0)
+    result = dynamics.check(candidate)
+    assert result.status == "failed"
+    assert "time before it breaks" in result.reason
+    assert "K is above" in result.reason or "apart" in result.reason
 
 
 def test_dynamics_beside_a_reference(tmp_path: Path) -> None:
-    person = subject_of(EMT, tmp_path, picoseconds=0.5)
-    person.systems = {"Cu": bulk("Cu", cubic=True).repeat(2)}
-    dynamics.check(person)
+    candidate = candidate_of(EMT, tmp_path, picoseconds=0.5)
+    candidate.systems = {"Cu": bulk("Cu", cubic=True).repeat(2)}
+    dynamics.check(candidate)
     frames, _ = dynamics.read_trajectory(tmp_path / "dynamics" / "Cu")
     ase.io.write(tmp_path / "same.extxyz", frames[len(frames) // 2 :])
-    person.options = replace(person.options, references=(str(tmp_path / "same.extxyz"),))
-    outcome = dynamics.check(person)
-    assert by_name(outcome, "overlap of g(r), all pairs").value == pytest.approx(1, abs=1e-6)
+    candidate.options = replace(candidate.options, references=(str(tmp_path / "same.extxyz"),))
+    result = dynamics.check(candidate)
+    assert by_name(result, "overlap of g(r), all pairs").value == pytest.approx(1, abs=1e-6)
     molten = [
         Atoms(f.numbers, np.random.default_rng(k).uniform(size=(len(f), 3)) @ f.cell.array, cell=f.cell, pbc=True)
         for k, f in enumerate(frames)
     ]
     ase.io.write(tmp_path / "other.extxyz", molten)
-    person.options = replace(person.options, references=(str(tmp_path / "other.extxyz"),))
-    outcome = dynamics.check(person)
-    assert outcome.status == "failed"
-    assert by_name(outcome, "overlap of g(r), all pairs").status == "failed"
+    candidate.options = replace(candidate.options, references=(str(tmp_path / "other.extxyz"),))
+    result = dynamics.check(candidate)
+    assert result.status == "failed"
+    assert by_name(result, "overlap of g(r), all pairs").status == "failed"
 
 
 def test_ensembles_of_harmonic_atoms_are_right(tmp_path: Path) -> None:
@@ -521,17 +521,17 @@ def labelled(shift: float = 0.0, noise: float = 0.0, n: int = 6) -> list[Atoms]:
 
 
 def test_errors_have_their_size(tmp_path: Path) -> None:
-    person = subject_of(EMT, tmp_path, ("Al", "Cu"), labelled=labelled(0.5, 0.02), data="x")
-    outcome = errors.check(person)
-    assert by_name(outcome, "energy, mean absolute error").value == pytest.approx(750)
-    assert by_name(outcome, "one constant per element").value == pytest.approx(0, abs=1e-6)
-    assert by_name(outcome, "force, root mean square").value == pytest.approx(20, rel=0.2)
-    assert by_name(outcome, "stress, mean").value == pytest.approx(0, abs=1e-9)
+    candidate = candidate_of(EMT, tmp_path, ("Al", "Cu"), labelled=labelled(0.5, 0.02), data="x")
+    result = errors.check(candidate)
+    assert by_name(result, "energy, mean absolute error").value == pytest.approx(750)
+    assert by_name(result, "one constant per element").value == pytest.approx(0, abs=1e-6)
+    assert by_name(result, "force, root mean square").value == pytest.approx(20, rel=0.2)
+    assert by_name(result, "stress, mean").value == pytest.approx(0, abs=1e-9)
     assert (tmp_path / "worst.extxyz").exists()
     wrong = Defect(EMT(), lambda atoms, r: r.__setitem__("forces", -r["forces"]))
-    outcome = errors.check(subject_of(lambda: wrong, tmp_path, ("Al", "Cu"), labelled=labelled(), data="x"))
-    assert outcome.status == "failed"
-    assert by_name(outcome, "cosine").value == pytest.approx(-1)
+    result = errors.check(candidate_of(lambda: wrong, tmp_path, ("Al", "Cu"), labelled=labelled(), data="x"))
+    assert result.status == "failed"
+    assert by_name(result, "cosine").value == pytest.approx(-1)
 
 
 def test_frames_without_an_answer_count(tmp_path: Path) -> None:
@@ -539,10 +539,10 @@ def test_frames_without_an_answer_count(tmp_path: Path) -> None:
         if "Al" in atoms.symbols:
             raise RuntimeError("no aluminium today")
 
-    outcome = errors.check(subject_of(lambda: Defect(EMT(), refuse), tmp_path, ("Al", "Cu"), labelled=labelled(), data="x"))
-    assert outcome.status == "failed"
-    assert "50 %" in outcome.reason
-    assert "no aluminium today" in outcome.reason
+    result = errors.check(candidate_of(lambda: Defect(EMT(), refuse), tmp_path, ("Al", "Cu"), labelled=labelled(), data="x"))
+    assert result.status == "failed"
+    assert "50 %" in result.reason
+    assert "no aluminium today" in result.reason
 
 
 def test_uncertainties_are_weighed(tmp_path: Path) -> None:
@@ -557,11 +557,11 @@ def test_uncertainties_are_weighed(tmp_path: Path) -> None:
         return Defect(EMT(), spoil)
 
     frames = labelled(n=40)
-    honest = errors.check(subject_of(lambda: unsure(1.0), tmp_path, ("Al", "Cu"), labelled=frames, data="x"))
+    honest = errors.check(candidate_of(lambda: unsure(1.0), tmp_path, ("Al", "Cu"), labelled=frames, data="x"))
     assert by_name(honest, "error over uncertainty").value == pytest.approx(1, abs=0.15)
     assert by_name(honest, "rank correlation").status == "passed"
     assert by_name(honest, "errors within one").value == pytest.approx(0.68, abs=0.08)
-    proud = errors.check(subject_of(lambda: unsure(0.1), tmp_path, ("Al", "Cu"), labelled=frames, data="x"))
+    proud = errors.check(candidate_of(lambda: unsure(0.1), tmp_path, ("Al", "Cu"), labelled=frames, data="x"))
     assert by_name(proud, "error over uncertainty").status == "failed"
 
 
@@ -628,11 +628,11 @@ def hull_set(folder: Path, n: int = 6) -> tuple[Path, Path]:
 
 def test_discovery_of_the_reference_itself_is_perfect(tmp_path: Path) -> None:
     initial, table = hull_set(tmp_path)
-    person = subject_of(EMT, tmp_path / "a", discovery=str(initial), discovery_table=str(table))
-    outcome = discovery.check(person)
-    assert outcome.status == "passed", outcome.reason
-    assert by_name(outcome, "F1").value == 1
-    assert by_name(outcome, "MAE").value == pytest.approx(0, abs=1e-6)
+    candidate = candidate_of(EMT, tmp_path / "a", discovery=str(initial), discovery_table=str(table))
+    result = discovery.check(candidate)
+    assert result.status == "passed", result.reason
+    assert by_name(result, "F1").value == 1
+    assert by_name(result, "MAE").value == pytest.approx(0, abs=1e-6)
     # a crash in the middle of a line: that one is done again, the others are not
     path = tmp_path / "a" / "discovery.jsonl"
     lines = path.read_text().splitlines(keepends=True)
@@ -643,21 +643,21 @@ def test_discovery_of_the_reference_itself_is_perfect(tmp_path: Path) -> None:
         asked.append(1)
         return EMT()
 
-    person.make = count
-    assert discovery.check(person).status == "passed"
+    candidate.make = count
+    assert discovery.check(candidate).status == "passed"
     assert asked == [1]
     assert len(path.read_text().splitlines()) == 6
     # a potential that is 0.2 eV/atom too low calls everything stable
-    low = subject_of(
+    low = candidate_of(
         lambda: Defect(EMT(), lambda a, r: r.__setitem__("energy", r["energy"] - 0.2 * len(a))),
         tmp_path / "b",
         discovery=str(initial),
         discovery_table=str(table),
     )
-    outcome = discovery.check(low)
-    assert outcome.status == "weak"
-    assert by_name(outcome, "F1").value == pytest.approx(2 / 3)
-    assert by_name(outcome, "MAE").value == pytest.approx(0.2, abs=1e-6)
+    result = discovery.check(low)
+    assert result.status == "weak"
+    assert by_name(result, "F1").value == pytest.approx(2 / 3)
+    assert by_name(result, "MAE").value == pytest.approx(0.2, abs=1e-6)
 
 
 @pytest.mark.slow
@@ -694,35 +694,35 @@ def test_combined_score_needs_its_three_parts() -> None:
 @pytest.mark.parametrize(("check", "package"), [("phonons", "phonopy"), ("conductivity", "phono3py")])
 def test_missing_packages_are_named(check: str, package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, package, None)
-    outcome = CHECKS[check].run(subject_of(EMT, tmp_path))
-    assert outcome.status == "skipped"
-    assert "pip install 'gossamer[phonons]'" in outcome.reason
+    result = CHECKS[check].run(candidate_of(EMT, tmp_path))
+    assert result.status == "skipped"
+    assert "pip install 'gossamer[phonons]'" in result.reason
 
 
 def test_missing_physical_validation_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "physical_validation", None)
-    outcome = dynamics.check(subject_of(EMT, tmp_path, picoseconds=1.2))
-    assert any("pip install 'gossamer[judge]'" in note for note in outcome.notes)
+    result = dynamics.check(candidate_of(EMT, tmp_path, picoseconds=1.2))
+    assert any("pip install 'gossamer[judge]'" in note for note in result.notes)
 
 
 def test_discovery_says_what_is_missing(tmp_path: Path) -> None:
     initial, table = hull_set(tmp_path, 2)
-    assert discovery.check(subject_of(EMT, tmp_path)).status == "skipped"
+    assert discovery.check(candidate_of(EMT, tmp_path)).status == "skipped"
     with pytest.raises(ValueError, match="needs --discovery-table"):
-        discovery.check(subject_of(EMT, tmp_path, discovery=str(initial)))
+        discovery.check(candidate_of(EMT, tmp_path, discovery=str(initial)))
     short = tmp_path / "short.csv"
     short.write_text("material_id,n_sites\nm-0,4\n")
     with pytest.raises(ValueError, match="lacks e_above_hull"):
         discovery.read_table(short)
     short.write_text(table.read_text().replace("m-1", "other"))
     with pytest.raises(ValueError, match="1 structures .* not in"):
-        discovery.check(subject_of(EMT, tmp_path, discovery=str(initial), discovery_table=str(short)))
+        discovery.check(candidate_of(EMT, tmp_path, discovery=str(initial), discovery_table=str(short)))
     failing = discovery.relax_one(Defect(EMT(), lambda a, r: 1 / 0), bulk("Cu"))
     assert failing["energy"] is None
     assert "ZeroDivisionError" in failing["error"]
 
 
-# --- subjects -------------------------------------------------------------------------------------------------------
+# --- candidates -------------------------------------------------------------------------------------------------------
 
 
 def test_calculators_are_parsed() -> None:
@@ -827,7 +827,7 @@ def test_files_that_are_not_there(name: str, tmp_path: Path) -> None:
 
 
 def test_a_check_that_raises_does_not_end_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(subject: Subject) -> Outcome:
+    def broken(candidate: Candidate) -> Result:
         raise ValueError("no luck")  # as a judged calculator may
 
     monkeypatch.setitem(CHECKS, "smoothness", replace(CHECKS["smoothness"], run=broken))
@@ -853,7 +853,7 @@ def test_growth_is_measured() -> None:
     sizes = [10, 20, 40, 80]
     assert speed.growth_exponent(sizes, [1e-3 * s for s in sizes]) == pytest.approx(1)
     assert speed.growth_exponent(sizes, [1e-5 * s**2 for s in sizes]) == pytest.approx(2)
-    quadratic = subject_of(EMT, Path())
+    quadratic = candidate_of(EMT, Path())
     assert speed.time_evaluation(quadratic.calculator, bulk("Cu"), repeats=2) > 0
 
 

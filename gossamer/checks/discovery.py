@@ -22,8 +22,8 @@ from ase.optimize import FIRE
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from gossamer.checks.outcome import InputError, Metric, Outcome, Panel, at_least, at_most, conclude, curve, measured, plain, skipped
-from gossamer.checks.subject import Subject, read_frames
+from gossamer.checks.candidate import Candidate, read_frames
+from gossamer.checks.result import InputError, Metric, Panel, Result, at_least, at_most, conclude, curve, measured, plain, skipped
 from gossamer.files import open_text
 
 log = logging.getLogger(__name__)
@@ -262,9 +262,9 @@ def hull_distances(results: dict[str, dict[str, Any]], table: dict[str, dict[str
 MISSED = "Screening with this potential misses stable materials or wastes calculations on unstable ones."
 
 
-def check(subject: Subject) -> Outcome:
+def check(candidate: Candidate) -> Result:
     """Relaxes the structures of --discovery and compares with the table."""
-    options = subject.options
+    options = candidate.options
     if not options.discovery:
         return skipped("No set of crystals: give --discovery STRUCTURES and --discovery-table CSV.")
     if not options.discovery_table:
@@ -278,7 +278,12 @@ def check(subject: Subject) -> Outcome:
     if options.discovery_count is not None:
         structures = structures[: options.discovery_count]
     results = relax_many(
-        subject.make, structures, subject.folder / "discovery.jsonl", options.processes, subject.progress, f"{subject.name}: discovery"
+        candidate.make,
+        structures,
+        candidate.folder / "discovery.jsonl",
+        options.processes,
+        candidate.progress,
+        f"{candidate.name}: discovery",
     )
     names = [name for name, _ in structures]
     true, predicted = hull_distances(results, table, names)

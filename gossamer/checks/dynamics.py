@@ -20,8 +20,8 @@ from ase.io.trajectory import Trajectory
 from numpy.typing import NDArray
 
 from gossamer.checks import liquids
-from gossamer.checks.outcome import Curve, InputError, Metric, Outcome, Panel, at_least, at_most, attempt, conclude, curve, measured
-from gossamer.checks.subject import Subject, enlarged, read_frames
+from gossamer.checks.candidate import Candidate, enlarged, read_frames
+from gossamer.checks.result import Curve, InputError, Metric, Panel, Result, at_least, at_most, attempt, conclude, curve, measured
 from gossamer.simulation.md import degrees_of_freedom, find_bonds, md
 
 Array = NDArray[np.float64]
@@ -64,17 +64,17 @@ PROTOCOLS = {
 """lips, water, methane, molecule: Fu et al. and LEIGNN; electrolyte: 1 ns at the reference temperature (Geodite; step and thermostat are ours)"""
 
 
-def simulate(subject: Subject, name: str, atoms: Atoms, protocol: Protocol, picoseconds: float, label: str = "") -> dict[str, Any]:
-    """Run (or go on with) the simulation of a system in the subject's folder; answer of `gossamer.md`, with "folder"."""
-    folder = subject.folder / "dynamics" / f"{name}{label}"
+def simulate(candidate: Candidate, name: str, atoms: Atoms, protocol: Protocol, picoseconds: float, label: str = "") -> dict[str, Any]:
+    """Run (or go on with) the simulation of a system in the candidate's folder; answer of `gossamer.md`, with "folder"."""
+    folder = candidate.folder / "dynamics" / f"{name}{label}"
     steps = round(picoseconds * 1000 / protocol.timestep)
     interval = min(protocol.interval, max(1, steps // 50))
     start = atoms.copy()
     bonds = not atoms.pbc.any()
     answer = md(
-        subject.calculator, start, temperature=protocol.temperature, steps=steps, timestep=protocol.timestep, ensemble=protocol.ensemble,  # type: ignore[arg-type]
+        candidate.calculator, start, temperature=protocol.temperature, steps=steps, timestep=protocol.timestep, ensemble=protocol.ensemble,  # type: ignore[arg-type]
         out=folder, interval=interval, thermostat_time=protocol.thermostat_time, seed=0, resume=(folder / "state.npz").exists(),
-        max_bond_stretch=0.5 if bonds else None, progress=subject.progress,
+        max_bond_stretch=0.5 if bonds else None, progress=candidate.progress,
     )  # fmt: skip
     return {**answer, "folder": folder, "interval_ps": interval * protocol.timestep / 1000}
 
@@ -160,21 +160,23 @@ STRUCTURE = "The structure of the material in simulations is not that of the ref
 KINETICS = "Diffusion, conductivity and reaction rates come out wrong."
 
 
-def check(subject: Subject) -> Outcome:
+def check(candidate: Candidate) -> Result:
     """Each system at constant temperature; beside its reference trajectory where there is one."""
     metrics: list[Metric] = []
     panels: list[Panel] = []
     notes = []
-    options = subject.options
+    options = candidate.options
     protocol = PROTOCOLS[options.protocol] if options.protocol else Protocol(timestep=options.timestep)
     if options.temperature_given:
         protocol = replace(protocol, temperature=options.temperature)
     if options.timestep_given:
         protocol = replace(protocol, timestep=options.timestep)
-    picoseconds = options.picoseconds or (protocol.picoseconds if options.protocol and subject.effort.md_ps >= 50 else subject.effort.md_ps)
-    references = list(options.references) + [None] * len(subject.systems)
-    for (name, atoms), reference in zip(subject.systems.items(), references, strict=False):
-        system = enlarged(atoms, subject.effort.md_atoms) if options.builtin_systems else atoms
+    picoseconds = options.picoseconds or (
+        protocol.picoseconds if options.protocol and candidate.effort.md_ps >= 50 else candidate.effort.md_ps
+    )
+    references = list(options.references) + [None] * len(candidate.systems)
+    for (name, atoms), reference in zip(candidate.systems.items(), references, strict=False):
+        system = enlarged(atoms, candidate.effort.md_atoms) if options.builtin_systems else atoms
         own = (
             replace(protocol, temperature=float(atoms.info["temperature_K"]))
             if "temperature_K" in atoms.info and not options.temperature_given
@@ -182,7 +184,7 @@ def check(subject: Subject) -> Outcome:
         )
         metrics += attempt(
             f"{name}: molecular dynamics",
-            lambda n=name, a=system, p=own, r=reference: _system(subject, n, a, p, float(picoseconds), r, panels), BROKE, "failed",
+            lambda n=name, a=system, p=own, r=reference: _system(candidate, n, a, p, float(picoseconds), r, panels), BROKE, "failed",
         )  # fmt: skip
         notes.append(
             f"{name}: {system.get_chemical_formula()}, {own.ensemble}, {own.temperature:g} K, {own.timestep:g} fs, {picoseconds:g} ps."
@@ -196,9 +198,9 @@ def check(subject: Subject) -> Outcome:
 
 
 def _system(
-    subject: Subject, name: str, atoms: Atoms, protocol: Protocol, picoseconds: float, reference: str | None, panels: list[Panel]
+    candidate: Candidate, name: str, atoms: Atoms, protocol: Protocol, picoseconds: float, reference: str | None, panels: list[Panel]
 ) -> list[Metric]:
-    run = simulate(subject, name, atoms, protocol, picoseconds)
+    run = simulate(candidate, name, atoms, protocol, picoseconds)
     frames, log = read_trajectory(run["folder"])
     times = log["time_fs"] / 1000
     stable = run["time_ps"] if run["broken"] else picoseconds
@@ -209,10 +211,10 @@ def _system(
     panels.append(Panel(f"Temperature, {name}", "time, ps", "K", [curve(times, log["temperature_K"])]))
     if run["broken"] or len(frames) < 20:
         return metrics
-    metrics += _ensemble(subject, name, atoms, protocol, picoseconds, frames, log)
+    metrics += _ensemble(candidate, name, atoms, protocol, picoseconds, frames, log)
     kept = frames[len(frames) // 2 if protocol.skip <= 0 else min(int(protocol.skip / run["interval_ps"]), len(frames) // 2) :]
     known = read_reference(reference) if reference else None
-    metrics += (_bulk if atoms.pbc.all() else _molecule)(name, frames, kept, run["interval_ps"], protocol, known, panels, subject)
+    metrics += (_bulk if atoms.pbc.all() else _molecule)(name, frames, kept, run["interval_ps"], protocol, known, panels, candidate)
     wavenumbers, density = vibrational_density(kept, run["interval_ps"])
     if wavenumbers[-1] > 800:  # frames too far apart fold the spectrum
         panels.append(
@@ -234,7 +236,7 @@ def _system(
 
 
 def _ensemble(
-    subject: Subject, name: str, atoms: Atoms, protocol: Protocol, picoseconds: float, frames: list[Atoms], log: dict[str, Array]
+    candidate: Candidate, name: str, atoms: Atoms, protocol: Protocol, picoseconds: float, frames: list[Atoms], log: dict[str, Array]
 ) -> list[Metric]:
     if protocol.ensemble == "nve":
         return []
@@ -267,9 +269,9 @@ def _ensemble(
             ),
         ]
     metrics.append(at_most(f"{name}: kinetic energy, mean and width off by", max(mean, width), "standard errors", 4.0, 8.0, WRONG_T))
-    if subject.options.two_temperatures:
+    if candidate.options.two_temperatures:
         warmer = replace(protocol, temperature=protocol.temperature * (1 + np.sqrt(2 / freedom)))
-        second = simulate(subject, name, atoms, warmer, picoseconds, "-warmer")
+        second = simulate(candidate, name, atoms, warmer, picoseconds, "-warmer")
         deviation = ensemble_deviation(log, read_trajectory(second["folder"])[1], (protocol.temperature, warmer.temperature), len(atoms))
         metrics.append(
             at_most(f"{name}: Boltzmann factor between two temperatures off by", deviation, "standard errors", 4.0, 8.0, WRONG_T)
@@ -285,7 +287,7 @@ def _bulk(
     protocol: Protocol,
     known: list[Atoms] | None,
     panels: list[Panel],
-    subject: Subject,
+    candidate: Candidate,
 ) -> list[Metric]:
     metrics: list[Metric] = []
     elements = sorted(set(frames[0].get_chemical_symbols()))
@@ -332,9 +334,9 @@ def _bulk(
     who = protocol.species or "all atoms"
     metrics += [measured(f"{name}: diffusivity of {who}", mean, "1e-9 m²/s"), measured(f"{name}: its standard error", error, "1e-9 m²/s"),
                 measured(f"{name}: diffusivity by the end of the window", liquids.diffusivity(msd, interval), "1e-9 m²/s")]  # fmt: skip
-    if known and subject.options.reference_interval:
+    if known and candidate.options.reference_interval:
         true_positions = liquids.unwrapped_positions(known)
-        target, target_error = liquids.diffusivity_blocks(true_positions, masses, chosen, subject.options.reference_interval)
+        target, target_error = liquids.diffusivity_blocks(true_positions, masses, chosen, candidate.options.reference_interval)
         allowed = 2 * float(np.hypot(error, target_error))
         metrics.append(
             at_most(
@@ -357,7 +359,7 @@ def _molecule(
     protocol: Protocol,
     known: list[Atoms] | None,
     panels: list[Panel],
-    subject: Subject,
+    candidate: Candidate,
 ) -> list[Metric]:
     r, h = liquids.distance_distribution(kept)
     curves = [curve(r, h)]

@@ -14,8 +14,8 @@ from ase.stress import voigt_6_to_full_3x3_stress
 from numpy.typing import NDArray
 from scipy.stats import spearmanr
 
-from gossamer.checks.outcome import Metric, Outcome, Panel, at_least, at_most, close_to, conclude, curve, measured, skipped
-from gossamer.checks.subject import Subject, read_frames
+from gossamer.checks.candidate import Candidate, read_frames
+from gossamer.checks.result import Metric, Panel, Result, at_least, at_most, close_to, conclude, curve, measured, skipped
 from gossamer.files import write_text
 
 Array = NDArray[np.float64]
@@ -138,19 +138,19 @@ INACCURATE = "Quantities computed with this potential differ from those of the r
 OVERCONFIDENT = "Uncertainties of the potential cannot be used to decide where to trust it."
 
 
-def check(subject: Subject) -> Outcome:
+def check(candidate: Candidate) -> Result:
     """Errors on the labelled file, by element and by force, the worst frames written beside the report."""
-    frames = subject.options.labelled
+    frames = candidate.options.labelled
     if not frames:
         return skipped("No labelled data: give --data FILE.")
-    known = [f for f in frames if set(f.symbols) <= set(subject.elements)]
+    known = [f for f in frames if set(f.symbols) <= set(candidate.elements)]
     if not known:
         return skipped(
-            f"The data holds elements that the potential does not know ({', '.join(sorted({s for f in frames for s in f.symbols} - set(subject.elements)))})."
+            f"The data holds elements that the potential does not know ({', '.join(sorted({s for f in frames for s in f.symbols} - set(candidate.elements)))})."
         )
-    limit = {"quick": 100, "standard": 1000}.get(subject.options.level, len(known))
+    limit = {"quick": 100, "standard": 1000}.get(candidate.options.level, len(known))
     chosen = known[:: max(1, int(np.ceil(len(known) / limit)))]
-    entries = predict(subject.calculator, chosen, lambda items: subject.bar(items, "errors"))
+    entries = predict(candidate.calculator, chosen, lambda items: candidate.bar(items, "errors"))
     lost = [e["error"] for e in entries if "error" in e]
     metrics: list[Metric] = [
         at_most("frames without an answer", 100 * len(lost) / len(entries), "%", 0.0, 1.0, "Such structures cannot be simulated at all.")
@@ -164,7 +164,7 @@ def check(subject: Subject) -> Outcome:
             measured("energy, mean absolute error", float(np.abs(raw).mean()), "meV/atom", "low"),
             measured("energy, with one constant per element fitted", float(np.abs(shifted).mean()), "meV/atom", "low"),
         ]
-        if not subject.options.same_zero:
+        if not candidate.options.same_zero:
             raw = shifted
         spread = float(labels.std()) or 1.0
         panels.append(Panel("Energies", "label, eV/atom", "error, meV/atom", [curve(labels, raw)], points=True))
@@ -210,8 +210,8 @@ def check(subject: Subject) -> Outcome:
             measured("errors within one uncertainty", honest["within_1"], "(0.68 if normal)"),
         ]
     notes = [f"{len(chosen)} of {len(frames)} frames." + ("" if honest else " The potential gives no uncertainty.")]
-    worst = _worst(chosen, entries, subject.folder / "worst.extxyz")
-    notes.append(f"The frames with the largest errors: {worst}, in {subject.name}/worst.extxyz.")
+    worst = _worst(chosen, entries, candidate.folder / "worst.extxyz")
+    notes.append(f"The frames with the largest errors: {worst}, in {candidate.name}/worst.extxyz.")
     return conclude(metrics, panels, notes, "Errors are small against what there is to predict.")
 
 

@@ -21,6 +21,7 @@ from ase import Atoms
 
 from gossamer import __version__
 from gossamer.checks import (
+    candidate,
     conservation,
     crystals,
     diatomics,
@@ -30,13 +31,12 @@ from gossamer.checks import (
     phonons,
     smoothness,
     speed,
-    subject,
     symmetry,
     thermal_conductivity,
 )
-from gossamer.checks.outcome import ORDER, InputError, Outcome, skipped
+from gossamer.checks.candidate import LEVELS, Candidate
 from gossamer.checks.page import write_page
-from gossamer.checks.subject import LEVELS, Subject
+from gossamer.checks.result import ORDER, InputError, Result, skipped
 from gossamer.files import write_json
 
 log = logging.getLogger(__name__)
@@ -48,13 +48,13 @@ class Check:
     """One entry of the judge's list."""
 
     title: str
-    run: Callable[[Subject], Outcome]
+    run: Callable[[Candidate], Result]
     question: str
     """what it answers, for the page"""
     uses: tuple[str, ...] = ()
     """options that its answer depends on; when one changes, the check is done again"""
     needs: str = "structures"
-    """part of the subject without which there is nothing to judge"""
+    """part of the candidate without which there is nothing to judge"""
 
 
 CHECKS = {
@@ -128,11 +128,11 @@ class AnyCalculator:
     text: str
 
     def __call__(self) -> Any:
-        return subject.parse_calculator(self.text)[1]()
+        return candidate.parse_calculator(self.text)[1]()
 
 
 @dataclass
-class Candidate:
+class Source:
     """A potential and what is known of it before it is asked."""
 
     name: str
@@ -145,7 +145,7 @@ class Candidate:
     ours: bool = False
 
 
-def find_candidates(models: Sequence[Path | str], calculators: Sequence[str], device: str, dtype: str | None) -> list[Candidate]:
+def find_sources(models: Sequence[Path | str], calculators: Sequence[str], device: str, dtype: str | None) -> list[Source]:
     """Saved potentials ("[name=]FILE") and calculators ("[name=]module:factory").
 
     Raises:
@@ -165,20 +165,20 @@ def find_candidates(models: Sequence[Path | str], calculators: Sequence[str], de
         stem = file.parent.resolve().name if file.stem == "potential" else file.stem
         config = file.parent / "config.yaml"
         found.append(
-            Candidate(
+            Source(
                 name if equals else stem, SavedPotential(path, device, dtype), f"{manifest['checksum']}-{dtype}", list(manifest["statistics"]["elements"]),
                 manifest["model"].get("cutoff"), bool(manifest["conservative"]), config if config.exists() else None, True,
             )
         )  # fmt: skip
     for text in calculators:
-        name, _ = subject.parse_calculator(text)
-        found.append(Candidate(name, AnyCalculator(text), text.rpartition("=")[2] if "(" not in text else text))
+        name, _ = candidate.parse_calculator(text)
+        found.append(Source(name, AnyCalculator(text), text.rpartition("=")[2] if "(" not in text else text))
     if not found:
         raise ValueError("There is nothing to judge: give a saved potential, or --calculator module:factory.")
-    for candidate in found:
-        candidate.name = re.sub(r"[^\w.+-]+", "_", candidate.name)
-        if sum(c.name == candidate.name for c in found) > 1:
-            raise ValueError(f"Two potentials are called '{candidate.name}'. Give them names: other={candidate.name} ...")
+    for source in found:
+        source.name = re.sub(r"[^\w.+-]+", "_", source.name)
+        if sum(c.name == source.name for c in found) > 1:
+            raise ValueError(f"Two potentials are called '{source.name}'. Give them names: other={source.name} ...")
     return found
 
 
@@ -217,8 +217,8 @@ def training_structures(config: Path, n: int) -> list[Atoms]:
     return [structures[int(k)].to_ase() for k in picks]
 
 
-def make_subject(
-    candidate: Candidate,
+def make_candidate(
+    source: Source,
     options: JudgeOptions,
     folder: Path,
     structures: Sequence[Atoms],
@@ -226,38 +226,36 @@ def make_subject(
     systems: Sequence[Atoms],
     elements: Sequence[str] | None,
     progress: bool,
-) -> Subject:
+) -> Candidate:
     """One potential with the structures that its elements allow; built-in ones where none were given."""
     effort = LEVELS[options.level]
-    own = Subject(
-        candidate.name, candidate.make, [], [], {}, {}, folder, effort, options, candidate.conservative, candidate.cutoff, progress
-    )
-    if candidate.elements is None:
+    own = Candidate(source.name, source.make, [], [], {}, {}, folder, effort, options, source.conservative, source.cutoff, progress)
+    if source.elements is None:
         if not elements:
-            log.info("%s: finding out which elements it knows (give --elements to save this time)", candidate.name)
-        known = subject.supported_elements(own.calculator, elements or subject.chemical_symbols[1:95])
+            log.info("%s: finding out which elements it knows (give --elements to save this time)", source.name)
+        known = candidate.supported_elements(own.calculator, elements or candidate.chemical_symbols[1:95])
     else:
-        known = [e for e in candidate.elements if not elements or e in elements]
+        known = [e for e in source.elements if not elements or e in elements]
     if not known:
-        raise ValueError(f"'{candidate.name}' could not evaluate any pair of atoms. Is it an ASE calculator with its weights in place?")
-    own.elements = sorted(known, key=lambda e: (e not in {s for a in structures for s in a.symbols}, subject.atomic_numbers[e]))
+        raise ValueError(f"'{source.name}' could not evaluate any pair of atoms. Is it an ASE calculator with its weights in place?")
+    own.elements = sorted(known, key=lambda e: (e not in {s for a in structures for s in a.symbols}, candidate.atomic_numbers[e]))
     allowed = set(known)
 
     def fitting(found: Sequence[Atoms]) -> list[Atoms]:
         return [a for a in found if set(a.symbols) <= allowed]
 
     given = fitting(structures)
-    if not given and candidate.trained_on is not None:
-        given = training_structures(candidate.trained_on, effort.n_structures)
-    builtin = subject.builtin_crystals(own.elements, effort.n_crystals)
+    if not given and source.trained_on is not None:
+        given = training_structures(source.trained_on, effort.n_structures)
+    builtin = candidate.builtin_crystals(own.elements, effort.n_crystals)
     if crystal_list:
         own.crystals = {_name(a, k): a for k, a in enumerate(fitting(crystal_list))}
     elif not given or any(a.pbc.all() for a in given):  # a potential of molecules is not asked about crystals
         own.crystals = builtin
-    molecules = subject.builtin_molecules(own.elements, 1)
+    molecules = candidate.builtin_molecules(own.elements, 1)
     own.structures = given[: effort.n_structures] if given else [*builtin.values(), *molecules.values()][: max(1, effort.n_structures)]
     if not own.structures:
-        own.structures = [Atoms([own.elements[0]] * 2, [[0, 0, 0], [subject.bond_length(own.elements[0], own.elements[0]), 0, 0]])]
+        own.structures = [Atoms([own.elements[0]] * 2, [[0, 0, 0], [candidate.bond_length(own.elements[0], own.elements[0]), 0, 0]])]
     moving = fitting(systems) or own.structures[:1]
     own.systems = {_name(a, k): a for k, a in enumerate(moving)}
     return own
@@ -304,7 +302,7 @@ def judge(
     device: str = "cpu",
     dtype: str | None = None,
     progress: bool = True,
-) -> dict[str, dict[str, Outcome]]:
+) -> dict[str, dict[str, Result]]:
     """Judge potentials and write report.html and judgement.json.
 
     Each finished check is kept in ``out``; a second call does only what is missing or was asked differently, and potentials
@@ -347,7 +345,7 @@ def judge(
         progress: Show progress bars.
 
     Returns:
-        Outcomes by potential and check.
+        Results by potential and check.
 
     Raises:
         ValueError: unknown checks, level or protocol, nothing to judge, or unreadable input.
@@ -364,7 +362,7 @@ def judge(
         raise ValueError(
             f"{len(references)} references for {len(systems) or len(structures)} systems: give one for each, in the same order."
         )
-    candidates = find_candidates(models, calculators, device, dtype)
+    sources = find_sources(models, calculators, device, dtype)
     options = JudgeOptions(
         level=level, temperature=300.0 if temperature is None else temperature, temperature_given=temperature is not None, timestep=timestep or 0.5, timestep_given=timestep is not None, all_pairs=all_pairs,
         diatomics_reference=_text(diatomics_reference), builtin_crystals=not crystals, builtin_systems=not (systems or structures),
@@ -377,12 +375,12 @@ def judge(
     given = _atoms(structures, effort.n_structures)
     crystal_list, moving = _atoms(crystals), _atoms(systems, 1)
     folder = Path(out)
-    results: dict[str, dict[str, Outcome]] = {}
-    for candidate in candidates:
-        own = folder / candidate.name
-        _claim(own, candidate)
-        person = make_subject(candidate, options, own, given, crystal_list, moving, elements, progress)
-        results[candidate.name] = {name: _run(name, person, options, own) for name in chosen}
+    results: dict[str, dict[str, Result]] = {}
+    for source in sources:
+        own = folder / source.name
+        _claim(own, source)
+        candidate = make_candidate(source, options, own, given, crystal_list, moving, elements, progress)
+        results[source.name] = {name: _run(name, candidate, options, own) for name in chosen}
         write_summary(folder)
     return results
 
@@ -413,55 +411,55 @@ def _atoms(entries: Sequence[Path | str | Atoms], n: int | None = None) -> list[
     return [a for entry in entries for a in ([entry.copy()] if isinstance(entry, Atoms) else read_all([entry], n))]
 
 
-def _claim(folder: Path, candidate: Candidate) -> None:
+def _claim(folder: Path, source: Source) -> None:
     """A folder belongs to one potential."""
     about = folder / "about.json"
-    facts = {"name": candidate.name, "fingerprint": candidate.fingerprint, "ours": candidate.ours}
+    facts = {"name": source.name, "fingerprint": source.fingerprint, "ours": source.ours}
     if about.exists():
         before = json.loads(about.read_text())
-        if before.get("fingerprint") != candidate.fingerprint:
+        if before.get("fingerprint") != source.fingerprint:
             raise ValueError(
-                f"'{folder}' holds the judgement of another potential called '{candidate.name}'. Give this one a name (name=...), or use another --out."
+                f"'{folder}' holds the judgement of another potential called '{source.name}'. Give this one a name (name=...), or use another --out."
             )
         return
     write_json(about, {**facts, "machine": machine(), "versions": versions(), "date": date.today().isoformat()})
 
 
-def _run(name: str, person: Subject, options: JudgeOptions, folder: Path) -> Outcome:
-    """The outcome of one check, from its file if it was asked in the same way before."""
+def _run(name: str, candidate: Candidate, options: JudgeOptions, folder: Path) -> Result:
+    """The result of one check, from its file if it was asked in the same way before."""
     check = CHECKS[name]
-    key = _key(name, person, options)
+    key = _key(name, candidate, options)
     path = folder / f"{name}.json"
     if path.exists():
         stored = json.loads(path.read_text())
-        if stored["key"] == key and stored["outcome"]["status"] != "skipped":
-            return Outcome.from_dict(stored["outcome"])
-    person.folder = folder / f"{name}-{key}"
-    log.info("%s: %s", person.name, check.title)
+        if stored["key"] == key and stored["result"]["status"] != "skipped":
+            return Result.from_dict(stored["result"])
+    candidate.folder = folder / f"{name}-{key}"
+    log.info("%s: %s", candidate.name, check.title)
     began = time.perf_counter()
-    if not getattr(person, check.needs):
-        outcome = skipped(f"Nothing to judge it on: no {check.needs} that fit the potential's elements. Give --{check.needs} FILE.")
+    if not getattr(candidate, check.needs):
+        result = skipped(f"Nothing to judge it on: no {check.needs} that fit the potential's elements. Give --{check.needs} FILE.")
     else:
         try:
-            outcome = check.run(person)
+            result = check.run(candidate)
         except (KeyboardInterrupt, InputError, FileNotFoundError):
             raise
         except Exception as error:  # a judged calculator may raise anything; the others still count
-            log.exception("%s: %s", person.name, name)
-            outcome = Outcome(
+            log.exception("%s: %s", candidate.name, name)
+            result = Result(
                 "failed", f"The check ended with an error: {type(error).__name__}: {str(error)[:300]}", "It cannot be used for this."
             )
-    outcome.seconds = round(time.perf_counter() - began, 2)
-    write_json(path, {"key": key, "level": options.level, "outcome": outcome.to_dict(), "date": date.today().isoformat()})
-    return outcome
+    result.seconds = round(time.perf_counter() - began, 2)
+    write_json(path, {"key": key, "level": options.level, "result": result.to_dict(), "date": date.today().isoformat()})
+    return result
 
 
-def _key(name: str, person: Subject, options: JudgeOptions) -> str:
+def _key(name: str, candidate: Candidate, options: JudgeOptions) -> str:
     """What the answer of a check depends on, in eight letters."""
-    digest = hashlib.sha256(f"{__version__} {options.level} {person.elements}".encode())
+    digest = hashlib.sha256(f"{__version__} {options.level} {candidate.elements}".encode())
     for used in CHECKS[name].uses:
         if used in ("structures", "crystals", "systems"):
-            found = getattr(person, used)
+            found = getattr(candidate, used)
             for atoms in found.values() if isinstance(found, dict) else found:
                 digest.update(str(atoms.info.get("temperature_K")).encode())
                 for array in (atoms.numbers, atoms.positions.round(6), atoms.cell.array.round(6), atoms.pbc):
@@ -489,7 +487,7 @@ def write_summary(folder: Path) -> None:
         stored = {n: json.loads(p.read_text()) for n in CHECKS if (p := about.parent / f"{n}.json").exists()}
         everyone[about.parent.name] = {
             "about": json.loads(about.read_text()),
-            "checks": {n: s["outcome"] for n, s in stored.items()},
+            "checks": {n: s["result"] for n, s in stored.items()},
             "levels": sorted({s["level"] for s in stored.values()}),
         }
     numbers = {

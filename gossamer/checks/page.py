@@ -16,7 +16,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
-from gossamer.checks.outcome import Metric, Outcome, Panel
+from gossamer.checks.result import Metric, Panel, Result
 from gossamer.files import write_text
 
 COLOURS = ["#1f6f8b", "#e07a1f", "#6a994e", "#8e4a9e", "#c2a300", "#4059ad", "#a33b20", "#5f6c7b"]
@@ -79,13 +79,13 @@ def write_page(path: Path, everyone: dict[str, dict[str, Any]], checks: dict[str
 
     Args:
         path: HTML file.
-        everyone: By potential: "about" (facts), "checks" (outcomes as dictionaries) and "levels".
+        everyone: By potential: "about" (facts), "checks" (results as dictionaries) and "levels".
         checks: By check: title and question.
     """
-    outcomes = {name: {n: Outcome.from_dict(c) for n, c in entry["checks"].items()} for name, entry in everyone.items()}
-    names = list(outcomes)
+    results = {name: {n: Result.from_dict(c) for n, c in entry["checks"].items()} for name, entry in everyone.items()}
+    names = list(results)
     colours = {name: COLOURS[k % len(COLOURS)] for k, name in enumerate(names)}
-    body = [_overview(names, outcomes, checks)]
+    body = [_overview(names, results, checks)]
     scores = {name: entry["CPS"] for name, entry in everyone.items() if "CPS" in entry}
     if scores:
         body.append(
@@ -94,20 +94,20 @@ def write_page(path: Path, everyone: dict[str, dict[str, Any]], checks: dict[str
             + ".</p>"
         )
     for check, (title, question) in checks.items():
-        present = {name: outcomes[name][check] for name in names if check in outcomes[name]}
+        present = {name: results[name][check] for name in names if check in results[name]}
         if not present:
             continue
         body.append(f'<section id="{check}"><h2>{_e(title)}</h2><p class="soft">{_e(question)}</p>')
         alike: dict[tuple[str, str, str], list[str]] = {}
-        for name, outcome in present.items():
-            alike.setdefault((outcome.status, outcome.reason, outcome.consequence), []).append(name)
+        for name, result in present.items():
+            alike.setdefault((result.status, result.reason, result.consequence), []).append(name)
         body += [_verdict(", ".join(who) if len(names) > 1 else "", *verdict) for verdict, who in alike.items()]
         body.append(_numbers(present))
         body.append(_pictures(present, colours))
-        notes = {note for outcome in present.values() for note in outcome.notes}
+        notes = {note for result in present.values() for note in result.notes}
         body += [f'<p class="note">{_e(note)}</p>' for note in sorted(notes)]
         body.append("</section>")
-    body.append(_origin(everyone, outcomes))
+    body.append(_origin(everyone, results))
     title = f"Is {names[0]} fit for use?" if len(names) == 1 else "Which potential is fit for use?"
     levels = sorted({level for entry in everyone.values() for level in entry["levels"]})
     dates = sorted({entry["about"].get("date", "") for entry in everyone.values()})
@@ -123,10 +123,10 @@ def _chip(status: str) -> str:
     return f'<span class="chip {status}">{SIGNS[status]} {WORDS[status]}</span>'
 
 
-def _overview(names: Sequence[str], outcomes: dict[str, dict[str, Outcome]], checks: dict[str, tuple[str, str]]) -> str:
+def _overview(names: Sequence[str], results: dict[str, dict[str, Result]], checks: dict[str, tuple[str, str]]) -> str:
     lines = []
     for name in names:
-        found = outcomes[name]
+        found = results[name]
         bad = {s: [checks[n][0].lower() for n, o in found.items() if o.status == s] for s in ("failed", "weak")}
         status = "failed" if bad["failed"] else "weak" if bad["weak"] else "passed"
         parts = [f"{word}: {', '.join(bad[s])}" for s, word in (("failed", "failed"), ("weak", "weak")) if bad[s]]
@@ -140,16 +140,16 @@ def _overview(names: Sequence[str], outcomes: dict[str, dict[str, Outcome]], che
         lines.append(f'<p class="verdict {status}"><b>{SIGNS[status]} {status}</b> {_e(name)} &mdash; {_e(sentence)}</p>')
     head = "".join(f"<th>{_e(n)}</th>" for n in names)
     rows = "".join(
-        f'<tr><td><a href="#{check}">{_e(title)}</a></td>' + "".join(f"<td>{_chip(outcomes[n][check].status) if check in outcomes[n] else ''}</td>" for n in names) + "</tr>"
-        for check, (title, _) in checks.items() if any(check in outcomes[n] for n in names)
+        f'<tr><td><a href="#{check}">{_e(title)}</a></td>' + "".join(f"<td>{_chip(results[n][check].status) if check in results[n] else ''}</td>" for n in names) + "</tr>"
+        for check, (title, _) in checks.items() if any(check in results[n] for n in names)
     )  # fmt: skip
     return "".join(lines) + f'<div class="scroll"><table><thead><tr><th>Check</th>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
 
 
 def _verdict(who: str, status: str, reason: str, consequence: str) -> str:
-    subject = f"{_e(who)} &mdash; " if who else ""
+    candidate = f"{_e(who)} &mdash; " if who else ""
     why = f'<span class="why">{_e(consequence)}</span>' if consequence else ""
-    return f'<p class="verdict {status}"><b>{SIGNS[status]} {WORDS[status]}</b> {subject}{_e(reason)}{why}</p>'
+    return f'<p class="verdict {status}"><b>{SIGNS[status]} {WORDS[status]}</b> {candidate}{_e(reason)}{why}</p>'
 
 
 def number(value: float | None) -> str:
@@ -161,11 +161,11 @@ def number(value: float | None) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
-def _numbers(present: dict[str, Outcome]) -> str:
+def _numbers(present: dict[str, Result]) -> str:
     """Metrics in rows, potentials in columns, best in bold."""
     rows: dict[tuple[str, str], dict[str, Metric]] = {}
-    for name, outcome in present.items():
-        for metric in outcome.metrics:
+    for name, result in present.items():
+        for metric in result.metrics:
             rows.setdefault((metric.name, metric.unit), {})[name] = metric
     if not rows:
         return ""
@@ -191,10 +191,10 @@ def _numbers(present: dict[str, Outcome]) -> str:
     return table if len(lines) <= 24 else f"<details><summary>{len(lines)} numbers</summary>{table}</details>"
 
 
-def _pictures(present: dict[str, Outcome], colours: dict[str, str]) -> str:
+def _pictures(present: dict[str, Result], colours: dict[str, str]) -> str:
     merged: dict[tuple[str, str], list[tuple[str, Panel]]] = {}
-    for name, outcome in present.items():
-        for panel in outcome.panels:
+    for name, result in present.items():
+        for panel in result.panels:
             merged.setdefault((panel.group, panel.title), []).append((name, panel))
     if not merged:
         return ""
@@ -270,13 +270,13 @@ def _dress(axes: Any, first: Panel, panels: Sequence[tuple[str, Panel]], small: 
         axes.yaxis.label.set_size(8)
 
 
-def _origin(everyone: dict[str, dict[str, Any]], outcomes: dict[str, dict[str, Outcome]]) -> str:
+def _origin(everyone: dict[str, dict[str, Any]], results: dict[str, dict[str, Result]]) -> str:
     rows = []
     for name, entry in everyone.items():
         about = entry["about"]
         used = ", ".join(f"{k} {v}" for k, v in about.get("versions", {}).items())
-        seconds = sum(o.seconds for o in outcomes[name].values())
-        slow = ", ".join(f"{n} {o.seconds:.0f} s" for n, o in outcomes[name].items() if o.status != "skipped")
+        seconds = sum(o.seconds for o in results[name].values())
+        slow = ", ".join(f"{n} {o.seconds:.0f} s" for n, o in results[name].items() if o.status != "skipped")
         rows.append(
             f"<p class='note'><b>{_e(name)}</b>: {_e(about.get('machine', ''))}; {_e(used)}; {seconds:.0f} s in all ({_e(slow)}).</p>"
         )

@@ -11,9 +11,9 @@ import numpy as np
 from ase import Atoms
 from numpy.typing import NDArray
 
+from gossamer.checks.candidate import Candidate
 from gossamer.checks.crystals import relaxed
-from gossamer.checks.outcome import Metric, Outcome, Panel, at_least, at_most, attempt, conclude, curve, measured, skipped
-from gossamer.checks.subject import Subject
+from gossamer.checks.result import Metric, Panel, Result, at_least, at_most, attempt, conclude, curve, measured, skipped
 
 Array = NDArray[np.float64]
 INSTALL = "This check needs phonopy: pip install 'gossamer[phonons]'."
@@ -97,23 +97,23 @@ IMAGINARY = "The potential says that the crystal would deform by itself: free en
 SUM_RULE = "A rigid shift of the crystal costs energy: forces are noisy or not translation invariant."
 
 
-def check(subject: Subject) -> Outcome:
-    """Bands, density of states and thermal properties of every crystal of the subject."""
+def check(candidate: Candidate) -> Result:
+    """Bands, density of states and thermal properties of every crystal of the candidate."""
     try:
         import phonopy  # noqa: F401
     except ImportError:
         return skipped(INSTALL)
     metrics: list[Metric] = []
     panels: list[Panel] = []
-    for name, atoms in subject.crystals.items():
-        metrics += attempt(f"{name}: phonons", lambda n=name, a=atoms: _phonons(subject, n, a, panels), IMAGINARY, "failed")
+    for name, atoms in candidate.crystals.items():
+        metrics += attempt(f"{name}: phonons", lambda n=name, a=atoms: _phonons(candidate, n, a, panels), IMAGINARY, "failed")
     return conclude(metrics, panels, ["Cells relaxed first; displacements of 0.01 Å in supercells of at least 9.5 Å; without the non-analytical term of polar crystals."],
                     "No imaginary modes; the acoustic sum rule holds.")  # fmt: skip
 
 
-def _phonons(subject: Subject, name: str, atoms: Atoms, panels: list[Panel]) -> list[Metric]:
-    cell, _ = relaxed(subject.calculator, atoms, fmax=0.001, steps=500)
-    phonons = make_phonons(subject.calculator, cell, bar=lambda items: subject.bar(items, f"phonons of {name}"))
+def _phonons(candidate: Candidate, name: str, atoms: Atoms, panels: list[Panel]) -> list[Metric]:
+    cell, _ = relaxed(candidate.calculator, atoms, fmax=0.001, steps=500)
+    phonons = make_phonons(candidate.calculator, cell, bar=lambda items: candidate.bar(items, f"phonons of {name}"))
     drift = sum_rule_error(phonons)
     scale = float(np.abs(phonons.force_constants).max())
     acoustic = float(np.abs(np.sort(np.abs(frequencies_at(phonons, np.zeros((1, 3)))[0]))[:3]).max())

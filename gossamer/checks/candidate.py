@@ -19,7 +19,7 @@ from ase.collections import g2
 from ase.data import atomic_numbers, chemical_symbols, covalent_radii, reference_states
 from tqdm import tqdm
 
-from gossamer.checks.outcome import InputError
+from gossamer.checks.result import InputError
 from gossamer.files import COMPRESSIONS, open_text
 
 log = logging.getLogger(__name__)
@@ -58,7 +58,7 @@ MOLECULES = ["CH3CH2OH", "H2O", "CH4", "NH3", "C6H6", "CO2", "H2O2", "N2", "O2",
 
 
 @dataclass
-class Subject:
+class Candidate:
     """One potential under judgement."""
 
     name: str
@@ -166,10 +166,10 @@ def parse_calculator(text: str) -> tuple[str, Callable[[], Any]]:
     return (name if equals else path.split(".")[-1]), make
 
 
-def supported_elements(calculator: Any, candidates: Sequence[str] = chemical_symbols[1:95]) -> list[str]:
+def supported_elements(calculator: Any, symbols: Sequence[str] = chemical_symbols[1:95]) -> list[str]:
     """The elements whose dimer (3 Å apart, in a box of 12 Å) the calculator evaluates to a finite energy."""
     found = []
-    for element in candidates:
+    for element in symbols:
         try:
             pair = Atoms([element] * 2, [[0, 0, 0], [3.0, 0, 0]], cell=[12.0] * 3, pbc=True)
             pair.calc = calculator

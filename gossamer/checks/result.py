@@ -68,7 +68,7 @@ class Panel:
 
 
 @dataclass
-class Outcome:
+class Result:
     """Verdict, numbers and pictures of one check of one potential."""
 
     status: Status
@@ -85,7 +85,7 @@ class Outcome:
         return plain(asdict(self))
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Outcome:
+    def from_dict(cls, values: dict[str, Any]) -> Result:
         panels = [
             Panel(**{**p, "curves": [Curve(**c) for c in p["curves"]], "ticks": [tuple(t) for t in p["ticks"]]}) for p in values["panels"]
         ]
@@ -160,13 +160,13 @@ def attempt(name: str, measure: Callable[..., Metric | Sequence[Metric]], conseq
 
 def conclude(
     metrics: Sequence[Metric], panels: Sequence[Panel] = (), notes: Sequence[str] = (), passed: str = "Everything within its limit."
-) -> Outcome:
-    """The outcome of a check: as bad as the worst of its numbers, with that number as the reason."""
+) -> Result:
+    """The result of a check: as bad as the worst of its numbers, with that number as the reason."""
     judged = [m for m in metrics if m.status in ("passed", "weak", "failed")]
     notes = [*notes, *(f"Not judged: {m.name}: {m.reason}" for m in metrics if m.status == "skipped")]
     if not judged:
         status: Status = "measured" if metrics else "skipped"
-        return Outcome(
+        return Result(
             status,
             "Measured; nothing to pass or fail." if metrics else "Nothing could be measured.",
             "",
@@ -177,13 +177,13 @@ def conclude(
     worst = max(judged, key=lambda m: ORDER[m.status])
     bad = [m for m in judged if m.status == worst.status]
     if worst.status == "passed":
-        return Outcome("passed", passed, "", list(metrics), list(panels), list(notes))
+        return Result("passed", passed, "", list(metrics), list(panels), list(notes))
     more = f" ({len(bad) - 1} more)" if len(bad) > 1 else ""
-    return Outcome(
+    return Result(
         worst.status, worst.reason[:1].upper() + worst.reason[1:] + more + ".", worst.consequence, list(metrics), list(panels), list(notes)
     )
 
 
-def skipped(reason: str) -> Outcome:
+def skipped(reason: str) -> Result:
     """A check that was not done."""
-    return Outcome("skipped", reason)
+    return Result("skipped", reason)
