@@ -13,6 +13,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+
+class InputError(ValueError):
+    """A file or option of the user is wrong. (The judge stops at it, where an error of the judged calculator counts against it.)"""
+
+
 COMPRESSIONS = {".xz": lzma.open, ".gz": gzip.open, ".bz2": bz2.open}
 
 

@@ -160,11 +160,11 @@ def check(candidate: Candidate) -> Result:
     for name, atoms in candidate.bar(list(candidate.crystals.items()), "crystals"):
         metrics += attempt(
             name,
-            lambda n=name, a=atoms: _crystal(candidate.calculator, n, a, panels, candidate.options.builtin_crystals),
+            lambda n=name, a=atoms: _crystal(candidate.calculator, n, a, panels, candidate.builtin_crystals),
             UNBOUND,
             "failed",
         )
-    if candidate.options.builtin_crystals:
+    if candidate.builtin_crystals:
         notes.append(
             "Compared with experiment at room temperature; functionals differ from it by 1 to 2 % in lattice constants and 10 to 20 % in moduli (PBE is soft)."
         )

@@ -127,9 +127,9 @@ WAVES = "Spurious minima and waves: bonds form and break at distances where natu
 def check(candidate: Candidate) -> Result:
     """Curves of every element with itself (or of all pairs), their metrics and the grid of pictures."""
     pairs = [(e, e) for e in candidate.elements]
-    if candidate.options.all_pairs:
+    if candidate.config.all_pairs:
         pairs = list(itertools.combinations_with_replacement(candidate.elements, 2))
-    reference = read_reference(candidate.options.diatomics_reference) if candidate.options.diatomics_reference else {}
+    reference = read_reference(candidate.config.diatomics_reference) if candidate.config.diatomics_reference else {}
     distances = np.geomspace(SHORTEST, LONGEST, candidate.effort.diatomic_points)
     found: dict[str, dict[str, float]] = {}
     missing: dict[str, float] = {}

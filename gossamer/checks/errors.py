@@ -14,8 +14,9 @@ from ase.stress import voigt_6_to_full_3x3_stress
 from numpy.typing import NDArray
 from scipy.stats import spearmanr
 
-from gossamer.checks.candidate import Candidate, read_frames
+from gossamer.checks.candidate import Candidate
 from gossamer.checks.result import Metric, Panel, Result, at_least, at_most, close_to, conclude, curve, measured, skipped
+from gossamer.data.atoms import read_frames
 from gossamer.files import write_text
 
 Array = NDArray[np.float64]
@@ -140,7 +141,7 @@ OVERCONFIDENT = "Uncertainties of the potential cannot be used to decide where t
 
 def check(candidate: Candidate) -> Result:
     """Errors on the labelled file, by element and by force, the worst frames written beside the report."""
-    frames = candidate.options.labelled
+    frames = candidate.labelled
     if not frames:
         return skipped("No labelled data: give --data FILE.")
     known = [f for f in frames if set(f.symbols) <= set(candidate.elements)]
@@ -148,7 +149,7 @@ def check(candidate: Candidate) -> Result:
         return skipped(
             f"The data holds elements that the potential does not know ({', '.join(sorted({s for f in frames for s in f.symbols} - set(candidate.elements)))})."
         )
-    limit = {"quick": 100, "standard": 1000}.get(candidate.options.level, len(known))
+    limit = {"quick": 100, "standard": 1000}.get(candidate.config.level, len(known))
     chosen = known[:: max(1, int(np.ceil(len(known) / limit)))]
     entries = predict(candidate.calculator, chosen, lambda items: candidate.bar(items, "errors"))
     lost = [e["error"] for e in entries if "error" in e]
@@ -164,7 +165,7 @@ def check(candidate: Candidate) -> Result:
             measured("energy, mean absolute error", float(np.abs(raw).mean()), "meV/atom", "low"),
             measured("energy, with one constant per element fitted", float(np.abs(shifted).mean()), "meV/atom", "low"),
         ]
-        if not candidate.options.same_zero:
+        if not candidate.config.same_zero:
             raw = shifted
         spread = float(labels.std()) or 1.0
         panels.append(Panel("Energies", "label, eV/atom", "error, meV/atom", [curve(labels, raw)], points=True))

@@ -9,14 +9,12 @@ from typing import Any, Literal
 
 import numpy as np
 
+from gossamer.files import InputError
+
 Status = Literal["passed", "weak", "failed", "skipped", "measured"]
 Best = Literal["low", "high", ""]
 ORDER: dict[str, int] = {"measured": 0, "skipped": 1, "passed": 2, "weak": 3, "failed": 4}
 """the verdict of a check is the worst one of its numbers"""
-
-
-class InputError(ValueError):
-    """A file or option of the user is wrong: the judge stops, where an error of the judged calculator counts against it."""
 
 
 @dataclass
@@ -83,6 +81,10 @@ class Result:
     def to_dict(self) -> dict[str, Any]:
         """For JSON: numbers that are not finite become None."""
         return plain(asdict(self))
+
+    def numbers(self) -> dict[str, Any]:
+        """For JSON, without the pictures."""
+        return {k: v for k, v in self.to_dict().items() if k != "panels"}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Result:

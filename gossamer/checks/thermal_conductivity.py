@@ -17,9 +17,10 @@ from ase.filters import FrechetCellFilter
 from ase.optimize import FIRE
 from numpy.typing import NDArray
 
-from gossamer.checks.candidate import Candidate, read_frames
+from gossamer.checks.candidate import Candidate
 from gossamer.checks.phonons import forces_of, quiet, supercell_for, to_phonopy
 from gossamer.checks.result import InputError, Metric, Panel, Result, at_most, attempt, conclude, curve, measured, plain, skipped
+from gossamer.data.atoms import read_frames
 from gossamer.files import open_text, write_json
 
 Array = NDArray[np.float64]
@@ -175,18 +176,18 @@ def check(candidate: Candidate) -> Result:
         import spglib  # noqa: F401
     except ImportError:
         return skipped(INSTALL)
-    options = candidate.options
+    config = candidate.config
     crystals = (
-        read_frames(options.conductivity_crystals)
-        if options.conductivity_crystals
+        read_frames(config.conductivity_crystals)
+        if config.conductivity_crystals
         else list(candidate.crystals.values())[: max(1, candidate.effort.n_crystals // 3)]
     )
-    references = read_references(options.conductivity_reference) if options.conductivity_reference else {}
+    references = read_references(config.conductivity_reference) if config.conductivity_reference else {}
     if references:
         crystals = [c for c in crystals if c.info.get("mp_id") in references]
     crystals = [c for c in crystals if set(c.symbols) <= set(candidate.elements)]
-    if options.conductivity_count is not None:
-        crystals = crystals[: options.conductivity_count]
+    if config.conductivity_count is not None:
+        crystals = crystals[: config.conductivity_count]
     if not crystals:
         return skipped("None of the crystals is made of the potential's elements (and has a reference).")
     folder = candidate.folder / "conductivity"
