@@ -34,7 +34,7 @@ from gossamer.checks import (
 )
 from gossamer.checks.candidate import LEVELS, Candidate, bond_length, builtin_crystals, builtin_molecules
 from gossamer.checks.config import FILES, JudgeConfig
-from gossamer.checks.page import write_page
+from gossamer.checks.judge_page import write_page
 from gossamer.checks.result import ORDER, Result, skipped
 from gossamer.checks.source import Source, find_sources, supported_elements
 from gossamer.data.atoms import read_frames
@@ -367,7 +367,7 @@ def write_summary(folder: Path) -> None:
         if score is not None:
             numbers[name]["CPS"] = entry["CPS"] = score
     write_json(folder / "judgement.json", numbers)
-    write_page(folder / "report.html", everyone, {n: (c.title, c.question) for n, c in CHECKS.items()})
+    write_page(folder / "report.html", everyone, {n: (c.title, c.question, c.number) for n, c in CHECKS.items()})
 
 
 def combined(checks: dict[str, Any]) -> float | None:

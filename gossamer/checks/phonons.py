@@ -134,7 +134,9 @@ def beside_reference(
                 f"The reference of {name} has {len(expected)} frequencies at {point}; its primitive cell has {len(ours)} bands."
             )
         errors.append(np.abs(ours - np.array(expected)))
-        curves += [curve([x] * len(expected), expected, "reference", reference=True) for x, tick in ticks if label in tick.split("|")]
+        curves += [
+            curve([x] * len(expected), expected, "reference", reference=True, points=True) for x, tick in ticks if label in tick.split("|")
+        ]
     metric = measured(f"{name}: mean error against the reference at {', '.join(reference)}", float(np.mean(errors)), "THz", "low")
     return curves, [metric]
 

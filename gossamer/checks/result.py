@@ -43,6 +43,8 @@ class Curve:
     label: str = ""
     reference: bool = False
     """a reference, drawn the same for every potential"""
+    points: bool = False
+    """points instead of a line"""
 
 
 @dataclass
@@ -112,9 +114,9 @@ def plain(value: Any) -> Any:
     return value
 
 
-def curve(x: Iterable[Any], y: Iterable[Any], label: str = "", reference: bool = False) -> Curve:
+def curve(x: Iterable[Any], y: Iterable[Any], label: str = "", reference: bool = False, points: bool = False) -> Curve:
     """A curve from arrays."""
-    return Curve([float(v) for v in x], [float(v) for v in y], label, reference)
+    return Curve([float(v) for v in x], [float(v) for v in y], label, reference, points)
 
 
 def at_most(name: str, value: float, unit: str, good: float, poor: float, consequence: str, best: Best = "low") -> Metric:
