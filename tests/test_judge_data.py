@@ -59,6 +59,31 @@ def test_errors_have_their_size(tmp_path: Path) -> None:
     assert by_name(result, "cosine").value == pytest.approx(-1)
 
 
+class Remembers:
+    """Stands for a potential's memory of its training frames."""
+
+    def __init__(self, frames: list[Atoms]) -> None:
+        self.known = {f.positions.tobytes() for f in frames}
+
+    def where(self, frame: Atoms) -> str:
+        return "train" if frame.positions.tobytes() in self.known else "new"
+
+
+def test_training_frames_are_left_out(tmp_path: Path) -> None:
+    """Four frames with small errors were trained on; those of the other two are what counts."""
+    frames = labelled(noise=0.001)[:4] + labelled(noise=0.05)[4:]
+    candidate = candidate_of(EMT, tmp_path, ("Al", "Cu"), labelled=frames, data="x")
+    candidate.seen = Remembers(frames[:4])
+    result = errors.check(candidate)
+    assert by_name(result, "force, root mean square").value == pytest.approx(50, rel=0.25)
+    assert "4 of 6 frames were trained on and are left out." in result.notes
+    candidate.seen = Remembers(frames)
+    result = errors.check(candidate)
+    assert result.status == "failed"
+    assert "trained on" in result.reason
+    assert "nothing of accuracy" in result.consequence
+
+
 def test_frames_without_an_answer_count(tmp_path: Path) -> None:
     def refuse(atoms: Atoms, r: dict[str, Any]) -> None:
         if "Al" in atoms.symbols:

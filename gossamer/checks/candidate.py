@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from ase import Atoms
@@ -52,6 +52,13 @@ PREFERRED = ["Si", "Cu", "MgO", "NaCl", "Al", "GaAs", "W", "C", "Ge", "Mo", "Li"
 MOLECULES = ["CH3CH2OH", "H2O", "CH4", "NH3", "C6H6", "CO2", "H2O2", "N2", "O2", "H2", "SiH4", "NaCl", "LiF"]
 
 
+class SeenFrames(Protocol):
+    """What a potential knows of the frames it was trained on."""
+
+    def where(self, frame: Atoms) -> str:
+        """ "train" if the frame was trained on, "valid" if it chose the best weights, "new" otherwise."""
+
+
 @dataclass
 class Candidate:
     """One potential under judgement."""
@@ -84,6 +91,8 @@ class Candidate:
     cutoff: float | None = None
     """Å, where it is known"""
     progress: bool = True
+    seen: SeenFrames | None = None
+    """its training frames, if it remembers them: they are left out of the errors"""
     _calculator: Any = field(default=None, repr=False)
     _needs_box: bool | None = field(default=None, repr=False)
 

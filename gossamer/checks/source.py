@@ -18,6 +18,8 @@ from ase import Atoms
 from ase.calculators.abc import GetPropertiesMixin
 from ase.data import chemical_symbols
 
+from gossamer.checks.candidate import SeenFrames
+
 log = logging.getLogger(__name__)
 FORM = "Write module:factory, module:factory(key=value) or name=module:factory, for example ase.calculators.emt:EMT or small=mace.calculators:mace_mp(model='small')."  # fmt: skip
 
@@ -60,6 +62,8 @@ class Source:
     """folder of the run that trained it, where its settings still are"""
     n_train: int | None = None
     """frames it was trained on, where it says so"""
+    seen: SeenFrames | None = None
+    """its training frames, if it remembers them"""
     ours: bool = False
 
 
