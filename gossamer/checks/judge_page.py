@@ -198,7 +198,7 @@ def _picture(title: str, panels: Sequence[tuple[str, Panel]], colours: dict[str,
             _draw(axes, c, panel.points, COLOURS[k % len(COLOURS)] if own else colours[name], c.label if own else None)
         drawn = drawn or any(c.reference for c in panel.curves)
         if not several and len(labelled) > 1 and not panel.points:
-            axes.legend(fontsize=8)
+            axes.legend(fontsize=8, frameon=False)
     _dress(axes, first, panels, small)
     return page.picture(figure, title, first.group)
 

@@ -65,7 +65,7 @@ def plot_learning_curve(log: Path) -> Figure:
         if rows and rows[0].get(column):
             axes.plot(steps, [float(r[column]) for r in rows], "o-", ms=3, color=colour, label=label)
     axes.set_yscale("log")
-    axes.legend()
+    axes.legend(frameon=False)
     return figure
 
 
@@ -115,7 +115,7 @@ def plot_curves(
         axes.plot(x[: len(y)], y, color=colours[k % len(colours)], label=label)
     if reference is not None:
         axes.plot(reference[0], reference[1], "--", color=REFERENCE, label=reference[2], lw=1.5)
-    axes.legend()
+    axes.legend(frameon=False)
     return figure
 
 
