@@ -208,9 +208,9 @@ def test_settings_name_every_check_and_protocol() -> None:
 
 
 def test_options_replace_those_of_a_config(tmp_path: Path) -> None:
-    config = JudgeConfig(only=("speed",), elements=("Cu",), level="quick")
+    config = JudgeConfig(only=("errors",), elements=("Cu",), level="quick")
     calls = dict(calculator="ase.calculators.emt:EMT", structures=bulk("Cu"), out=tmp_path, progress=False)
-    assert list(judge(config=config, **calls)["EMT"]) == ["speed"]
+    assert list(judge(config=config, **calls)["EMT"]) == ["errors"]
     assert list(judge(config=config, only=["symmetry"], **calls)["EMT"]) == ["symmetry"]
 
 
@@ -294,10 +294,12 @@ def test_a_check_that_raises_does_not_end_the_others(tmp_path: Path, monkeypatch
         raise ValueError("no luck")  # as a judged calculator may
 
     monkeypatch.setitem(CHECKS, "smoothness", replace(CHECKS["smoothness"], run=broken))
-    found = judge(calculator="ase.calculators.emt:EMT", elements=["Cu"], only=["smoothness", "speed"], out=tmp_path, progress=False)["EMT"]
+    found = judge(calculator="ase.calculators.emt:EMT", elements=["Cu"], only=["smoothness", "symmetry"], out=tmp_path, progress=False)[
+        "EMT"
+    ]
     assert found["smoothness"].status == "failed"
     assert "no luck" in found["smoothness"].reason
-    assert found["speed"].status in ("passed", "measured", "weak")
+    assert found["symmetry"].status == "passed"
 
 
 def test_numbers_are_readable() -> None:

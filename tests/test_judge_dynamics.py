@@ -63,7 +63,7 @@ def test_verlet_fluctuation_of_a_harmonic_oscillator() -> None:
 
 def test_dynamics_of_copper_passes_and_goes_on(tmp_path: Path) -> None:
     candidate = candidate_of(EMT, tmp_path, picoseconds=1.0)
-    candidate.systems = {"Cu": bulk("Cu", cubic=True).repeat(2)}
+    candidate.systems, candidate.builtin_systems = {"Cu": bulk("Cu", cubic=True).repeat((2, 2, 1))}, False
     result = dynamics.check(candidate)
     assert result.status == "passed", result.reason
     assert by_name(result, "time before it breaks").value == 1.0
@@ -83,15 +83,15 @@ def test_dynamics_of_copper_passes_and_goes_on(tmp_path: Path) -> None:
 
 def test_a_hot_frame_is_not_the_potentials_fault(tmp_path: Path) -> None:
     """A frame with 0.6 eV/atom of strain would heat the run far above its target: it is relaxed and equilibrated first, and the report says so."""
-    hot = bulk("Cu", cubic=True).repeat(2)
+    hot = bulk("Cu", cubic=True).repeat((2, 2, 1))
     hot.rattle(0.3, seed=0)
-    hot.set_velocities(np.random.default_rng(0).normal(scale=0.2, size=(32, 3)))
-    candidate = candidate_of(EMT, tmp_path, picoseconds=1.0)
+    hot.set_velocities(np.random.default_rng(0).normal(scale=0.2, size=(16, 3)))
+    candidate = candidate_of(EMT, tmp_path, picoseconds=0.8)
     candidate.systems, candidate.builtin_systems = {"Cu": hot}, False
     result = dynamics.check(candidate)
     assert result.status == "passed", result.reason
-    assert by_name(result, "mean temperature").value == pytest.approx(300, rel=0.15)
-    (note,) = [n for n in result.notes if n.startswith("Cu: Cu32")]
+    assert by_name(result, "mean temperature").value == pytest.approx(300, rel=0.2)
+    (note,) = [n for n in result.notes if n.startswith("Cu: Cu16")]
     assert re.search(r"Start: relaxed by \d+ steps \(largest force [1-9].* to 0.\d+ eV/Å\), then 0.02 ps with a thermostat at 300 K", note)
     start, _ = dynamics.prepare(EMT(), hot, 300.0, 2.0, 0.1)
     assert start.get_temperature() < 600
@@ -117,7 +117,7 @@ def test_dynamics_says_when_it_breaks(tmp_path: Path) -> None:
 
 def test_dynamics_beside_a_reference(tmp_path: Path) -> None:
     candidate = candidate_of(EMT, tmp_path, picoseconds=0.5)
-    candidate.systems = {"Cu": bulk("Cu", cubic=True).repeat(2)}
+    candidate.systems, candidate.builtin_systems = {"Cu": bulk("Cu", cubic=True).repeat((2, 2, 1))}, False
     dynamics.check(candidate)
     frames, _ = dynamics.read_trajectory(tmp_path / "dynamics" / "Cu")
     ase.io.write(tmp_path / "same.extxyz", frames[len(frames) // 2 :])

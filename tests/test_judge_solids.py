@@ -36,9 +36,9 @@ T3 = {("Si", "Si", "Si"): TersoffParameters(A=1830.8, B=471.18, lambda1=2.4799, 
 
 def test_silicon_of_tersoff_has_its_published_properties() -> None:
     """a, C_ij, B (GPa): Balamane, Halicioglu and Tiller, Phys. Rev. B 46, 2250 (1992), table III, column T3."""
-    cell, converged = crystals.relaxed(Tersoff(T3), bulk("Si", cubic=True))
+    cell, converged = crystals.relaxed(Tersoff(T3), bulk("Si"))
     assert converged
-    assert cell.cell.lengths()[0] == pytest.approx(5.432, abs=0.002)
+    assert cell.cell.lengths()[0] * np.sqrt(2) == pytest.approx(5.432, abs=0.002)
     eos = crystals.equation_of_state(Tersoff(T3), cell, points=7)
     assert eos["bulk_modulus"] == pytest.approx(98, rel=0.01)
     c = crystals.elastic_constants(Tersoff(T3), cell)
@@ -49,12 +49,13 @@ def test_silicon_of_tersoff_has_its_published_properties() -> None:
     assert k == pytest.approx(98, rel=0.01)
 
 
+@pytest.mark.slow
 def test_equation_of_state_of_lennard_jones() -> None:
     """fcc, ε = σ = 1, long cutoff: E = -8.610 ε, nearest neighbours 1.0902 σ, B = 75.2 ε/σ³ (Ashcroft and Mermin, ch. 20)."""
-    atoms = bulk("Ar", "fcc", a=1.09 * np.sqrt(2), cubic=True)
-    eos = crystals.equation_of_state(LennardJones(epsilon=1, sigma=1, rc=12.0), atoms)
-    assert (eos["v0"] * np.sqrt(2) / 4) ** (1 / 3) == pytest.approx(1.0902, abs=0.001)
-    assert eos["e0"] / 4 == pytest.approx(-8.61, abs=0.015)
+    atoms = bulk("Ar", "fcc", a=1.09 * np.sqrt(2))
+    eos = crystals.equation_of_state(LennardJones(epsilon=1, sigma=1, rc=12.0), atoms, points=7)
+    assert (eos["v0"] * np.sqrt(2)) ** (1 / 3) == pytest.approx(1.0902, abs=0.001)
+    assert eos["e0"] == pytest.approx(-8.61, abs=0.015)
     assert eos["bulk_modulus"] * units.GPa == pytest.approx(75.2, rel=0.01)
 
 
@@ -165,7 +166,7 @@ def test_conductivity_references_are_read() -> None:
 def test_conductivity_of_copper_by_emt(tmp_path: Path) -> None:
     pytest.importorskip("phono3py")
     cu = bulk("Cu", cubic=True)
-    cu.info.update(fc2_supercell=[2, 2, 2], fc3_supercell=[2, 2, 2], q_mesh=[5, 5, 5], name="Cu", mp_id="x")
+    cu.info.update(fc2_supercell=[2, 2, 2], fc3_supercell=[2, 2, 2], q_mesh=[4, 4, 4], name="Cu", mp_id="x")
     candidate = candidate_of(EMT, tmp_path)
     candidate.crystals = {"Cu": cu}
     result = thermal_conductivity.check(candidate)
@@ -174,7 +175,7 @@ def test_conductivity_of_copper_by_emt(tmp_path: Path) -> None:
     stored = json.loads((tmp_path / "conductivity" / "x.json").read_text())
     mode, weights = np.array(stored["mode_kappa"]), np.array(stored["weights"])
     assert mode.sum() / weights.sum() == pytest.approx(kappa)
-    assert weights.sum() == 125
+    assert weights.sum() == 64
     # finished crystals are not done again: a calculator that raises is never asked
     candidate.make = lambda: Defect(EMT(), lambda atoms, r: 1 / 0)
     candidate._calculator = None
