@@ -248,8 +248,13 @@ def test_unreadable_files_are_named(tmp_path: Path) -> None:
             read_frames(tmp_path / name)
     np.savez(tmp_path / "t.npz", frac=np.full((3, 1, 3), 0.5), cell_A=2 * np.eye(3), numbers=[29])
     assert len(read_frames(tmp_path / "t.npz")) == 3
-    (one,) = read_frames(tmp_path / "t.npz", first=True)
+    (one,) = read_frames(tmp_path / "t.npz", -1)
     assert one.positions.tolist() == [[1.0, 1.0, 1.0]]
+    bulk("Cu").write(tmp_path / "one.extxyz")
+    assert len(read_frames(tmp_path / "one.extxyz", -1)) == 1
+    for name in ("t.npz", "one.extxyz"):
+        with pytest.raises(InputError, match="has no frame 7"):
+            read_frames(tmp_path / name, 7)
 
 
 def test_the_machine_is_named() -> None:

@@ -19,11 +19,11 @@ def as_atoms(structure: Atoms | Path | str) -> Atoms:
         FileNotFoundError: no such file.
         ValueError: it cannot be read, or holds no atoms.
     """
-    return structure.copy() if isinstance(structure, Atoms) else read_frames(structure, first=True)[0]
+    return structure.copy() if isinstance(structure, Atoms) else read_frames(structure, 0)[0]
 
 
-def read_frames(path: Path | str, first: bool = False) -> list[Atoms]:
-    """All frames (or the first) of any file ASE reads; extended XYZ may be .xz, .gz or .bz2.
+def read_frames(path: Path | str, frame: int | None = None) -> list[Atoms]:
+    """All frames (or one; -1 is the last) of any file ASE reads; extended XYZ may be .xz, .gz or .bz2.
 
     A trajectory may also be an .npz file with ``frac`` (n_frames, n_atoms, 3), ``cell_A`` (3, 3) in Å and ``numbers``.
 
@@ -35,19 +35,25 @@ def read_frames(path: Path | str, first: bool = False) -> list[Atoms]:
     if not path.exists():
         raise FileNotFoundError(f"There is no structure file '{path}'.")
     try:
-        frames = _read(path, first)
+        frames = _read(path, frame)
     except (InputError, MemoryError):
         raise
-    except (OSError, ValueError, LookupError, AssertionError, UnknownFileTypeError, StopIteration, AttributeError, TypeError) as error:
+    except (IndexError, StopIteration):
+        frames = []
+    except (OSError, ValueError, KeyError, AssertionError, UnknownFileTypeError, AttributeError, TypeError) as error:
         text = " ".join(str(error).split())[:200]
         raise InputError(f"'{path}' cannot be read as structures by ASE ({type(error).__name__}{': ' if text else ''}{text}).") from None
-    if not frames or any(len(f) == 0 for f in frames):
-        raise InputError(f"'{path}' holds no atoms, or a frame without any.")
+    if not frames:
+        raise InputError(
+            f"'{path}' has no frame{'' if frame is None else f' {frame}'}: it holds no atoms, or fewer frames. They count from 0; -1 is the last."
+        )
+    if any(len(f) == 0 for f in frames):
+        raise InputError(f"'{path}' has a frame without atoms.")
     return frames
 
 
-def _read(path: Path, first: bool) -> list[Atoms]:
-    which = "0" if first else ":"
+def _read(path: Path, frame: int | None) -> list[Atoms]:
+    which = ":" if frame is None else str(frame)
     if path.suffix == ".npz":
         with np.load(path, allow_pickle=False) as data:
             missing = {"frac", "cell_A", "numbers"} - set(data.files)
@@ -55,7 +61,7 @@ def _read(path: Path, first: bool) -> list[Atoms]:
                 raise InputError(
                     f"'{path}' lacks {', '.join(sorted(missing))}; expected frac (n_frames, n_atoms, 3), cell_A (3, 3) and numbers."
                 )
-            positions = data["frac"][:1] if first else data["frac"]
+            positions = data["frac"] if frame is None else data["frac"][[frame]]
             return [Atoms(data["numbers"], scaled_positions=f, cell=data["cell_A"], pbc=True) for f in positions]
     if path.suffix in COMPRESSIONS:
         with open_text(path) as file:
