@@ -246,6 +246,15 @@ def test_store_streams_and_reads_back(tmp_path: Path) -> None:
         Store(tmp_path / "a.store")
 
 
+def test_store_of_format_1_is_read_for_ever() -> None:
+    labelled_one, bare = Store(Path(__file__).parent / "data" / "format1" / "store")  # tests/data/make_format1.py
+    assert (labelled_one.energy, labelled_one.group, labelled_one.fixed.tolist()) == (-3.5, "first", [True, False])
+    np.testing.assert_array_equal(labelled_one.forces, np.arange(6.0).reshape(2, 3))
+    np.testing.assert_array_equal(labelled_one.stress, np.diag([0.1, 0.2, 0.3]))
+    assert bare.n_atoms == 9
+    assert (bare.energy, bare.forces, bare.stress, bare.fixed, bare.group) == (None,) * 5
+
+
 def test_splits(tmp_path: Path) -> None:
     frames = [labelled(k) for k in range(20)]
     for k, atoms in enumerate(frames):
