@@ -7,17 +7,20 @@ import io
 import json
 import lzma
 import pickle
+from dataclasses import replace
 from pathlib import Path
 
 import ase.db
 import ase.io
 import numpy as np
 import pytest
+import torch
 from ase import Atoms, units
 from ase.build import bulk, molecule
 from ase.calculators.singlepoint import SinglePointCalculator
 from ase.constraints import FixAtoms
 from ase.stress import full_3x3_to_voigt_6_stress
+from conftest import make_potential
 
 from gossamer.data.batch import collate
 from gossamer.data.dataset import DataConfig, load_data, open_dataset, require_labels
@@ -27,7 +30,14 @@ from gossamer.data.readers import LabelConfig, from_atoms, read_structures
 from gossamer.data.statistics import compute_statistics
 from gossamer.data.store import Store, write_store
 from gossamer.data.structure import Structure
+from gossamer.evaluation import evaluate_potential
+from gossamer.potential import Potential
+from gossamer.potential_file import save
+from gossamer.quantities import QUANTITIES, Quantity
+from gossamer.settings import build
 from gossamer.training.loader import edge_counts, epoch_batches
+from gossamer.training.loop import columns
+from gossamer.training.losses import LossConfig, loss_sums
 
 
 def labelled(seed: int = 0, periodic: bool = True) -> Atoms:
@@ -168,8 +178,6 @@ class _Graph:
 def test_legacy_lmdb_of_pickled_graphs(tmp_path: Path) -> None:
     import sys
     import types
-
-    import torch
 
     lmdb = pytest.importorskip("lmdb")
     module = types.ModuleType("torch_geometric.data.data")
@@ -318,6 +326,60 @@ def test_edges_are_counted_as_they_are_collated() -> None:
     structures = [from_atoms(labelled(k, periodic=k % 2 == 0), LabelConfig(), "frame") for k in range(4)]
     assert edge_counts(structures, 4.0).tolist() == [collate([s], 4.0).n_edges for s in structures]
     assert edge_counts(structures, 4.0, max_neighbors=3).tolist() == [collate([s], 4.0, 3).n_edges for s in structures]
+
+
+def test_a_new_quantity_is_an_entry_in_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Charges and dipoles go from a file through store, batch, loss, errors and back to ASE, once the table has them."""
+    charges = Quantity(name="charges", per="atom", unit="e", error_unit="me")
+    dipole = Quantity(name="dipole", per="structure", shape=(3,), parity=-1, unit="e Å", error_unit="me Å/atom", error_per_atom=True)
+    monkeypatch.setitem(QUANTITIES, "charges", charges)
+    monkeypatch.setitem(QUANTITIES, "dipole", dipole)
+    frames = [labelled(k, periodic=False) for k in range(3)]
+    for k, atoms in enumerate(frames):
+        atoms.arrays["bader"] = np.arange(len(atoms)) / 100
+        if k < 2:
+            atoms.info["dipole"] = np.array([1.0, 2.0, k])
+    ase.io.write(tmp_path / "a.extxyz", frames)
+    labels = LabelConfig(extras={"charges": "bader"})
+    write_store(read_structures(tmp_path / "a.extxyz", labels), tmp_path / "a.store")
+    structures = list(Store(tmp_path / "a.store"))
+    np.testing.assert_array_equal(structures[1].extras["charges"], frames[1].arrays["bader"])
+    assert structures[1].extras["dipole"].tolist() == [1, 2, 1]
+    assert "dipole" not in structures[2].labels
+    np.testing.assert_array_equal(structures[1].to_ase().arrays["charges"], frames[1].arrays["bader"])
+    graph = collate(structures, 4.0).to("cpu")
+    assert graph.extras["charges"].shape == (18,)
+    assert torch.isnan(graph.extras["dipole"]).all(dim=1).tolist() == [False, False, True]
+
+    class WithHeads(Potential):
+        def forward(self, graph, **options):
+            mean = graph.positions.new_full((graph.n_atoms,), 0.02)
+            out = super().forward(graph, **options)
+            return replace(out, extras={"charges": mean, "dipole": out.energy.new_zeros(graph.n_graphs, 3)})
+
+    made = make_potential(["H", "C", "O"])
+    potential = WithHeads(made.model_config, made.statistics, made.potential_config).eval()
+    sums = loss_sums(potential(graph), graph, LossConfig(kind="l1", energy=0, forces=0, extras={"charges": 1.0}))
+    expected = np.abs(np.arange(6) / 100 - 0.02).mean()
+    assert float(sums["charges"][0]) / sums["charges"][1] == pytest.approx(expected)
+    first_two = collate(structures[:2], 4.0)
+    sums = loss_sums(potential(first_two), first_two, LossConfig(kind="l1", energy=0, forces=0, extras={"dipole": 1.0}))
+    assert float(sums["dipole"][0]) == pytest.approx((3 + 4) / 6)  # per atom
+    summary = evaluate_potential(potential, structures).summary()
+    assert summary["charges_mae_me"] == pytest.approx(1000 * expected)
+    assert summary["dipole_mae_me_A_per_atom"] == pytest.approx(1000 * 7 / 6 / 6)
+    assert "valid_charges_rmse" in columns()
+    spreads = compute_statistics(structures, 4.0).spreads
+    assert spreads is not None
+    assert spreads["charges"] == pytest.approx(np.std(np.arange(6) / 100))
+    require_labels(structures, ["charges"], "")
+    with pytest.raises(ValueError, match="frame 2 has no dipole"):
+        require_labels(structures, ["dipole"], "")
+    save(potential, tmp_path / "p.safetensors", structures[:1])
+    with pytest.raises(ValueError, match="found spin, expected one of charges, dipole"):
+        build(LossConfig, {"extras": {"spin": 1.0}})
+    with pytest.raises(ValueError, match=r"'bader' holds 6 numbers, expected \[3\] \(dipole"):
+        list(read_structures(tmp_path / "a.extxyz", LabelConfig(extras={"dipole": "bader"})))
 
 
 def test_missing_label_names_file_and_frame(tmp_path: Path) -> None:
