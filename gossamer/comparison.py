@@ -20,9 +20,10 @@ from gossamer.data.dataset import load_data
 from gossamer.data.structure import Structure
 from gossamer.evaluation import evaluate_potential
 from gossamer.files import atomic_path, write_json, write_text
+from gossamer.models import MODELS
 from gossamer.potential import Potential
 from gossamer.potential_file import load
-from gossamer.runs import COMPILED, POTENTIAL, check_loss, time_steps, train
+from gossamer.runs import POTENTIAL, check_loss, time_steps, train
 from gossamer.settings import to_dict
 from gossamer.simulation.calculator import Calculator
 from gossamer.training.process_group import start_process_group
@@ -171,7 +172,7 @@ def time_training(config: Config, structures: Sequence[Structure], minutes: floa
     """Median seconds of a training step, compiled if the settings ask for it and there is time."""
     clock = budget_clock(config)
     limit = COMPILE_BUDGET * 60 * minutes
-    if config.training.compile and COMPILED[config.model.name][1] < limit:
+    if config.training.compile and MODELS[config.model.name][1].fit_defaults.compile_seconds < limit:
         times, compiled = time_steps(config, structures, 14, clock)
         wait = times[0] + times[1]
         if compiled and wait < limit:

@@ -15,7 +15,7 @@ from conftest import MODELS, make_potential
 from gossamer.data.batch import collate
 from gossamer.data.structure import Structure
 from gossamer.potential import Potential
-from gossamer.potential_file import load, read_manifest, save, stored_structures
+from gossamer.potential_file import FORMAT, load, read_manifest, save, stored_structures
 
 ELEMENTS = ["H", "C", "O", "Si"]
 FORMAT_1 = Path(__file__).parent / "data" / "format1"
@@ -44,7 +44,7 @@ def test_no_gradient_between_structures(ethanol: Atoms, crystal: Atoms) -> None:
     potential = make_potential(ELEMENTS, global_context=True)
     graph = potential.collate([structure(ethanol), structure(crystal)])
     vectors = graph.edge_vectors().requires_grad_()
-    energies, _ = potential._node_energies(graph, vectors, None)
+    energies, _ = potential._node_energies(graph, (vectors,), None)
     (slope,) = torch.autograd.grad(energies[: len(ethanol)].sum(), vectors)
     other = graph.edge_index[1] >= len(ethanol)
     assert float(slope[other].abs().max()) == 0.0
@@ -81,7 +81,7 @@ def test_save_and_load(name: str, dtype: str, tmp_path: Path, ethanol: Atoms, cr
     other = load(tmp_path / "p.safetensors", dtype="float64" if dtype == "float32" else "float32")
     np.testing.assert_allclose(other.predict(checks)[0]["forces"], again.predict(checks)[0]["forces"], atol=2e-3)
     manifest = read_manifest(tmp_path / "p.safetensors")
-    assert manifest["format"] == 1
+    assert manifest["format"] == FORMAT
     assert manifest["statistics"]["elements"] == ELEMENTS
     assert manifest["training"] == {"note": "made by a test"}
     assert list(tmp_path.iterdir()) == [tmp_path / "p.safetensors"]  # no temporary file is left
@@ -156,7 +156,7 @@ def test_not_a_potential(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="not a potential saved by gossamer"):
         load(tmp_path / "other")
     safetensors.torch.save_file({"a": torch.zeros(1)}, tmp_path / "newer", {"gossamer": json.dumps({"format": 99, "gossamer": "9.9"})})
-    with pytest.raises(ValueError, match=r"format 99; this gossamer .* reads up to 1"):
+    with pytest.raises(ValueError, match=r"format 99; this gossamer .* reads up to 2"):
         load(tmp_path / "newer")
 
 

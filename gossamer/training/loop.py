@@ -13,7 +13,6 @@ import math
 import signal
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -25,7 +24,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from gossamer.data.structure import Structure
-from gossamer.engine.agreement import changing_kernels
+from gossamer.engine.engine import Engine
 from gossamer.engine.memory import keep_freed_memory
 from gossamer.evaluation import Evaluation, evaluate_potential
 from gossamer.files import write_text
@@ -102,6 +101,8 @@ class State:
     clipper: Clipper
     forward: CompiledForward
     """energies, forces and stress of a batch: plain, with kernels, or compiled"""
+    averaged: Engine
+    """evaluates the averaged weights"""
     step: int = 0
     epoch: int = 0
     batch: int = 0
@@ -120,9 +121,11 @@ def make_state(potential: Potential, config: TrainingConfig, loss: LossConfig) -
     optimizer = make_optimizer(potential.network, config.learning_rate, config.weight_decay, config.amsgrad)
     schedule = Schedule(config.schedule, config.learning_rate, config.steps)
     forward = CompiledForward(potential, loss.forces > 0, loss.stress > 0, compile=config.compile, kernels=config.kernels)
+    ema = EMA(potential, config.ema_decay)
     return State(
         potential=potential,
-        ema=EMA(potential, config.ema_decay),
+        ema=ema,
+        averaged=Engine(ema.module, "auto" if config.kernels else "plain", weights_change=True),
         optimizer=optimizer,
         schedule=schedule,
         clipper=Clipper(config.clip_norm, config.zclip),
@@ -365,9 +368,7 @@ def validate(
     row: dict[str, Any] = {"step": state.step, "epoch": state.epoch, "learning_rate": state.schedule.rate(state.step - 1)}
     metric = math.inf
     if workers.rank == 0:
-        averaged = state.ema.module.eval()
-        with changing_kernels(averaged, averaged.collate([valid[0]])) if config.kernels else nullcontext():
-            evaluation = evaluate_potential(averaged, valid, keep=0)
+        evaluation = evaluate_potential(state.ema.module, valid, keep=0, run=state.averaged)
         metric = validation_loss(evaluation, loss)
         row |= {
             f"valid_{name}_{kind}": value if errors.count else ""
