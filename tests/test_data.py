@@ -7,6 +7,8 @@ import io
 import json
 import lzma
 import pickle
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,7 +27,7 @@ from conftest import make_potential
 from gossamer.data.batch import collate
 from gossamer.data.dataset import DataConfig, load_data, open_dataset, require_labels
 from gossamer.data.inspection import inspect
-from gossamer.data.legacy import read_legacy_lmdb
+from gossamer.data.legacy import _tensor, read_legacy_lmdb, restricted_loads
 from gossamer.data.readers import LabelConfig, from_atoms, read_structures
 from gossamer.data.statistics import compute_statistics
 from gossamer.data.store import Store, write_store
@@ -176,7 +178,6 @@ class _Graph:
 
 
 def test_legacy_lmdb_of_pickled_graphs(tmp_path: Path) -> None:
-    import sys
     import types
 
     lmdb = pytest.importorskip("lmdb")
@@ -215,6 +216,69 @@ def test_legacy_lmdb_of_pickled_graphs(tmp_path: Path) -> None:
         list(read_legacy_lmdb(tmp_path / "evil.lmdb"))
     with pytest.raises(ValueError, match="gossamer data convert --legacy-lmdb"):
         list(read_structures(tmp_path / "good.lmdb"))
+
+
+ATTACKS = """
+import io, pickle, struct, sys
+import numpy as np, torch
+from gossamer.data.legacy import restricted_loads
+
+def text(name): return b"\\x8c" + bytes([len(name)]) + name.encode()
+def function(module, name): return text(module) + text(name) + b"\\x93"
+forged = (b"\\x80\\x04" + function("numpy.core.multiarray", "_reconstruct") + function("numpy", "ndarray") + b"K\\x00\\x85C\\x01b\\x87R"
+    + b"(K\\x01K\\x04\\x85" + function("numpy", "dtype") + text("O8") + b"\\x89\\x88\\x87R"
+    + b"(K\\x03" + text("|") + b"NNNJ\\xff\\xff\\xff\\xffJ\\xff\\xff\\xff\\xffK\\x00tb"
+    + b"\\x89C\\x20" + b"A" * 32 + b"tb.")
+state = (b"\\x80\\x04" + function("torch._utils", "_rebuild_tensor_v2") + b"N}" + text("__defaults__") + b"K\\x07\\x85s\\x86b.")
+scalar = b"\\x80\\x04" + function("numpy.core.multiarray", "scalar") + function("numpy", "dtype") + text("O8") + b"\\x89\\x88\\x87R" + b"C\\x08" + b"A" * 8 + b"\\x86R."
+memory = b"\\x80\\x04Nr\\xff\\xff\\xff\\x7f."
+extension = b"\\x80\\x04\\x82\\x01."
+before = torch._utils._rebuild_tensor_v2.__defaults__
+for name, data in dict(forged=forged, state=state, scalar=scalar, memory=memory, extension=extension).items():
+    try:
+        print(name, "gave", repr(restricted_loads(data)), flush=True)
+    except ValueError as error:
+        print(name, "refused:", error)
+assert torch._utils._rebuild_tensor_v2.__defaults__ == before
+"""
+
+
+def test_forged_pickles_build_nothing_but_arrays() -> None:
+    """A dtype with false flags reached raw memory, a state changed a function of torch; each in a process of its own to crash."""
+    done = subprocess.run([sys.executable, "-c", ATTACKS], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, (done.returncode, done.stdout, done.stderr)
+    answers = dict(line.split(" ", 1) for line in done.stdout.splitlines())
+    assert all(answer.startswith("refused: ") for answer in answers.values()), answers
+    assert "type 'O8', expected plain numbers" in answers["forged"]
+    assert "a state for a function" in answers["state"]
+    assert "type 'O8', expected plain numbers" in answers["scalar"]
+    assert "memory is asked for place" in answers["memory"]
+    assert "operation EXT1" in answers["extension"]
+
+
+def test_arrays_of_legacy_pickles_are_what_they_were() -> None:
+    """Tensors with offsets and strides, numpy arrays of several kinds and numbers come back; what does not fit is refused."""
+    base = torch.arange(24.0).reshape(4, 6)
+    values = [
+        base[1:, ::2],
+        base.T,
+        torch.zeros(0, 3),
+        torch.tensor(3),
+        np.arange(6, dtype=">i4").reshape(2, 3, order="F"),
+        np.ones(2, bool),
+    ]
+    for value in values:
+        for protocol in (3, 4):
+            back = restricted_loads(pickle.dumps(value, protocol))
+            array = back.array if isinstance(value, np.ndarray) else back
+            np.testing.assert_array_equal(array, np.asarray(value))
+    assert restricted_loads(pickle.dumps(np.float64(2.5))) == 2.5
+    for shape, strides, offset in (((5, 6), (6, 1), 0), ((4, 6), (6, 1), 1), ((2,), (10**12,), 0), ((10**12,), (0,), 0), ((-1,), (1,), 0)):
+        with pytest.raises(ValueError, match=r"does not fit its storage|a tensor that is not"):
+            _tensor(np.arange(24.0), offset, shape, strides)
+    for value in (np.array(["text"]), np.array([None]), np.zeros(2, "M8[s]"), np.zeros(2, [("a", "f8")])):
+        with pytest.raises(ValueError, match="expected plain numbers|not that of plain numbers"):
+            restricted_loads(pickle.dumps(value))
 
 
 def test_units_and_signs(tmp_path: Path) -> None:
