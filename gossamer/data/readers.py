@@ -22,8 +22,8 @@ from ase.constraints import FixAtoms
 from ase.stress import voigt_6_to_full_3x3_stress
 from pydantic import field_validator
 
-from gossamer.data.atoms import xyz_frames
 from gossamer.data.structure import Structure, label_fields
+from gossamer.data.xyz import xyz_frames
 from gossamer.files import COMPRESSIONS, open_text
 from gossamer.quantities import QUANTITIES, known_extras
 from gossamer.settings import settings
