@@ -32,6 +32,7 @@ from conftest import make_potential
 from small_formats import label, write_mptrj
 
 from gossamer.config import load_config, make_config
+from gossamer.data.atoms import as_atoms, read_frames
 from gossamer.data.batch import collate
 from gossamer.data.dataset import DataConfig, load_data, open_dataset, require_labels
 from gossamer.data.inspection import inspect
@@ -577,6 +578,8 @@ def test_forged_sizes_cost_nothing(tmp_path: Path) -> None:
     (tmp_path / "a.xyz").write_text("99999999999\n\nH 0 0 0\n")
     with pytest.raises(ValueError, match=r"a\.xyz' frame 0 .* a frame of 99999999999 atoms is announced, but the file ends after 1"):
         list(read_structures(tmp_path / "a.xyz"))
+    with pytest.raises(ValueError, match="99999999999 atoms is announced"):
+        as_atoms(tmp_path / "a.xyz")
     good = {"z": np.array([8]), "E": np.ones(1), "F": np.ones((1, 1, 3))}
     np.savez_compressed(tmp_path / "bomb.npz", **good, R=np.zeros((40_000_000, 1, 1), np.int64))
     with pytest.raises(ValueError, match=r"bomb\.npz' has .* bytes and unpacks to 3\.2e\+08: real data does not shrink so"):
@@ -616,6 +619,11 @@ def test_xyz_frames_are_those_of_ase(tmp_path: Path) -> None:
     for mine, theirs in zip(xyz_frames(io.StringIO(text)), ase.io.read(tmp_path / "a.xyz", ":"), strict=True):
         assert mine == theirs
     assert len(list(xyz_frames(io.StringIO("1\n\nHe 1 2 3\n\n1\n\nHe 1 2 4\n\n")))) == 2
+    for frame in (0, 1, -1, -2):
+        assert read_frames(tmp_path / "a.xyz", frame) == [ase.io.read(tmp_path / "a.xyz", frame)]
+    for frame in (2, -3):
+        with pytest.raises(ValueError, match=f"has no frame {frame}"):
+            read_frames(tmp_path / "a.xyz", frame)
     with pytest.raises(ValueError, match="expected the number of atoms, found 'H 0 0 0'"):
         list(xyz_frames(io.StringIO("1\n\nHe 1 2 3\nH 0 0 0\n")))
 
