@@ -18,7 +18,6 @@ from ase import Atoms
 from ase.build import bulk, molecule
 from ase.data import chemical_symbols, covalent_radii
 from conftest import DIRECT, GLOBAL, MODELS, SMOOTH, make_potential
-from gossamer.engine.kernels.product import Convolution, Product, scalar_convolution, vector_convolution
 from test_training import settings, weights
 
 from gossamer.checks.conservation import force_gradient_error, nve_conservation, stress_gradient_error
@@ -380,7 +379,7 @@ def test_kept_libraries_are_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_scratch_fits_on_small_stacks() -> None:
     """High degrees in float64 from a thread with a small stack."""
     convolution = nequip_convolution(3, True, [2, 2, 2, 2])
-    arguments = inputs_of(convolution, torch.float64, n=4, edges=210)
+    arguments = inputs_of(convolution, torch.float64, n=7, edges=210)
     wanted, found = run(convolution, *arguments), []
     size = threading.stack_size(256 * 1024)
     try:
