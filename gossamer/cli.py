@@ -24,6 +24,8 @@ def main(argv: list[str] | None = None) -> int:
         return int(arguments.run(arguments))
     except (ValueError, FileNotFoundError, FileExistsError, ImportError, RuntimeError) as error:
         print(f"gossamer {arguments.command}: {error}", file=sys.stderr)
+        if vars(arguments).get("json"):
+            print(json.dumps({"error": str(error)}))
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
