@@ -386,10 +386,10 @@ def test_simulation_resumes_with_kernels(tmp_path: Path, caplog: pytest.LogCaptu
     md(potential, atoms, steps=10, out=tmp_path / "parts", **options)
     md(potential, atoms, steps=20, out=tmp_path / "parts", resume=True, **options)
     with np.load(tmp_path / "whole" / "state.npz") as a, np.load(tmp_path / "parts" / "state.npz") as b:
-        assert json.loads(str(a["settings"]))["compiled"] == "kernels"
+        assert json.loads(str(a["settings"]))["way"] == "kernels"
         np.testing.assert_array_equal(a["positions"], b["positions"])
-    md(potential, atoms, steps=10, out=tmp_path / "plain", compiled=False, **options)
-    assert json.loads(str(np.load(tmp_path / "plain" / "state.npz")["settings"]))["compiled"] == "plain"
+    md(potential, atoms, steps=10, out=tmp_path / "plain", way="plain", **options)
+    assert json.loads(str(np.load(tmp_path / "plain" / "state.npz")["settings"]))["way"] == "plain"
 
 
 def test_registered_layers_survive_in_the_cache(cache: Path) -> None:

@@ -139,7 +139,7 @@ for file in cache_folder().glob("*.pt2"):
 md("p.safetensors", "si.extxyz", out="parts", resume=True, **{**short, "steps": 40})
 a, b = (np.load(f"{n}/state.npz")["positions"] for n in ("whole", "parts"))
 assert np.array_equal(a, b)
-assert json.loads(str(np.load("whole/state.npz")["settings"]))["compiled"] == "program"
+assert json.loads(str(np.load("whole/state.npz")["settings"]))["way"] == "program"
 # a cached file that is damaged is thrown away, and the potential runs
 for file in cache_folder().glob("*.pt2"):
     file.write_bytes(b"nonsense")
@@ -219,6 +219,6 @@ def test_long_runs_compile_and_short_ones_do_not(cache: Path, monkeypatch: pytes
     assert asked == [False, False, True]
     Calculator(potential, compiled=False).compile_if_worth(atoms, 10_000_000)
     assert len(asked) == 3
-    md(potential, atoms, steps=2, out=tmp_path / "a", progress=False, compiled=False)
+    md(potential, atoms, steps=2, out=tmp_path / "a", progress=False, way="plain")
     assert len(asked) == 3
-    assert json.loads(str(np.load(tmp_path / "a" / "state.npz")["settings"]))["compiled"] == "plain"
+    assert json.loads(str(np.load(tmp_path / "a" / "state.npz")["settings"]))["way"] == "plain"
