@@ -164,8 +164,8 @@ def _bench_parser(bench: argparse.ArgumentParser) -> None:
                        help="numbers of atoms (default: 100 to 100000)")  # fmt: skip
     bench.add_argument("--seconds", type=float, default=10.0, help="longest single evaluation; larger systems are left out (default: 10)")
     bench.add_argument("--threads", type=int, help="of PyTorch and OpenMP; with one, CPU time is taken (default: as they find)")
-    bench.add_argument("--mode", choices=["auto", "plain", "program"], default="auto",
-                       help="how our potentials run: as by default, without kernels, or compiled (default: auto)")  # fmt: skip
+    bench.add_argument("--way", choices=["auto", "plain", "kernels", "program", "graph"], default="auto",
+                       help="how our potentials are evaluated (default: auto)")  # fmt: skip
     bench.add_argument("--device", default="cpu", help="of our potentials (default: cpu)")
     bench.add_argument("--dtype", choices=["float32", "float64"], help="of our potentials (default: as saved)")
     bench.add_argument("--out", default="bench", help="folder of bench.json, bench.md and bench.png (default: bench)")
@@ -173,68 +173,26 @@ def _bench_parser(bench: argparse.ArgumentParser) -> None:
 
 
 def _judge_parser(judge: argparse.ArgumentParser) -> None:
+    from gossamer.checks.config import GROUPS, JudgeConfig
+    from gossamer.settings import add_flags, describe
+
     judge.add_argument("models", nargs="*", default=[], metavar="[NAME=]POTENTIAL", help="saved potentials; several stand side by side")
     judge.add_argument("--calculator", action="append", default=[], metavar="[NAME=]MODULE:FACTORY", help="any ASE calculator, for example "
                        "ase.calculators.emt:EMT or \"small=mace.calculators:mace_mp(model='small')\"; can be given several times")  # fmt: skip
     judge.add_argument(
         "--out", default="judgement", help="folder of the report; finished checks in it are not done again (default: judgement)"
     )
-    judge.add_argument(
-        "--level",
-        choices=["quick", "standard", "full"],
-        default="quick",
-        help="quick: minutes; standard: up to an hour; full: published protocols",
-    )
-    judge.add_argument(
-        "--only",
-        nargs="+",
-        metavar="CHECK",
-        help="symmetry, conservation, smoothness, diatomics, crystals, phonons, conductivity, dynamics, errors, discovery, speed",
-    )
-    judge.add_argument("--skip", nargs="+", metavar="CHECK", default=[], help="checks to leave out")
-    judge.add_argument(
-        "--structures",
-        nargs="+",
-        metavar="FILE",
-        default=[],
-        help="what to judge on (default: what the potential was tested on, or simple crystals and molecules)",
-    )
-    judge.add_argument("--elements", nargs="+", metavar="SYMBOL", help="for calculators whose elements would have to be found out")
-    judge.add_argument("--data", metavar="FILE", help="labelled structures for the errors")
-    judge.add_argument(
-        "--same-zero", action="store_true", help="the labels count energies from the potential's zero: judge energies as they are"
-    )
-    judge.add_argument(
-        "--crystals", nargs="+", metavar="FILE", default=[], help="for equation of state, elasticity, phonons, thermal conductivity"
-    )
-    judge.add_argument("--all-pairs", action="store_true", help="curves of all pairs of elements")
-    judge.add_argument("--diatomics-reference", metavar="JSON", help="reference curves of two atoms")
-    dynamics = judge.add_argument_group("molecular dynamics")
-    dynamics.add_argument("--systems", nargs="+", metavar="FILE", default=[], help="what to simulate (default: the first structure)")
-    dynamics.add_argument(
-        "--references", nargs="+", metavar="FILE", default=[], help="reference trajectories of the systems, in their order"
-    )
-    dynamics.add_argument("--reference-interval", type=float, metavar="PS", help="between frames of the references, to compare diffusion")
-    dynamics.add_argument(
-        "--protocol",
-        choices=["lips", "water", "methane", "molecule", "electrolyte"],
-        help="ensemble, temperature, step and windows of a published benchmark",
-    )
-    dynamics.add_argument("--picoseconds", type=float, help="length (default: 1, 5 or 50 by level)")
-    dynamics.add_argument("--temperature", type=float, help="K (default: 300, or that of the protocol)")
-    dynamics.add_argument("--timestep", type=float, help="fs (default: 0.5, or that of the protocol)")
-    dynamics.add_argument("--two-temperatures", action="store_true", help="also run slightly warmer, and compare the two ensembles")
-    many = judge.add_argument_group("many crystals", "restartable; finished ones are kept")
-    many.add_argument("--conductivity-crystals", metavar="FILE", help="crystals with supercells and meshes, as of phononDB-103")
-    many.add_argument("--conductivity-reference", metavar="JSON", help="reference conductivities, for κ_SRME")
-    many.add_argument("--conductivity-count", type=int, metavar="N", help="only the first N")
-    many.add_argument("--discovery", metavar="FILE", help="initial structures with material_id (Matbench Discovery)")
-    many.add_argument("--discovery-table", metavar="CSV", help="table with the columns of wbm-summary.csv")
-    many.add_argument("--discovery-relaxed", metavar="FILE", help="structures relaxed by DFT, for the RMSD")
-    many.add_argument("--discovery-count", type=int, metavar="N", help="only the first N")
-    many.add_argument("--processes", type=int, default=1, help="workers of the discovery check (default: 1)")
-    judge.add_argument("--device", default="cpu", help="for saved potentials (default: cpu)")
-    judge.add_argument("--dtype", choices=["float32", "float64"], help="for saved potentials (default: as saved)")
+    for name, text in (
+        ("structures", "what to judge on (default: what the potential was tested on, or simple crystals and molecules)"),
+        ("crystals", "for equation of state, elasticity, phonons, thermal conductivity (default: simple crystals)"),
+        ("systems", "what to simulate (default: the first structure)"),
+    ):
+        judge.add_argument(f"--{name}", nargs="+", metavar="FILE", default=[], help=text)
+    names = [name for name, *_ in describe(JudgeConfig)]
+    grouped = [name for group in GROUPS.values() for name in group]
+    add_flags(judge, JudgeConfig, without=grouped)
+    for title, group in GROUPS.items():
+        add_flags(judge.add_argument_group(title), JudgeConfig, without=[n for n in names if n not in group])
     _common(judge)
 
 
@@ -246,9 +204,11 @@ def _labels(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("labels", "names and units in the data")
     for name in ("energy", "forces", "stress"):
         group.add_argument(f"--{name}", metavar="NAME", help=f"name of the {name} (default: {name})")
-    group.add_argument("--energy-unit", help="eV, meV, Hartree, Ry, kcal/mol, kJ/mol")
-    group.add_argument("--length-unit", help="Angstrom, Bohr, nm")
-    group.add_argument("--stress-unit", help="eV/Angstrom^3, GPa, kbar, bar")
+    group.add_argument("--virial", metavar="NAME", help="name of a virial to read instead of a stress (stress = -virial / volume)")
+    group.add_argument("--energy-unit", help="eV, meV, Hartree, Ry, kcal/mol, kJ/mol (of energies and virials)")
+    group.add_argument("--length-unit", help="Angstrom, Bohr, nm (of positions and cell)")
+    group.add_argument("--force-unit", help="eV/Angstrom, Hartree/Bohr, kcal/mol/Angstrom ... (default: energy unit / length unit)")
+    group.add_argument("--stress-unit", help="eV/Angstrom^3, Hartree/Bohr^3, Ry/Bohr^3, GPa, kbar, bar")
     group.add_argument("--stress-sign", help="ase (tension positive) or vasp")
     group.add_argument("--group", help="entry that says which frames belong together")
 
@@ -257,7 +217,7 @@ def _label_config(arguments: argparse.Namespace) -> Any:
     from gossamer.data.readers import LabelConfig
     from gossamer.settings import build
 
-    names = ("energy", "forces", "stress", "energy_unit", "length_unit", "stress_unit", "stress_sign", "group")
+    names = ("energy", "forces", "stress", "virial", "energy_unit", "length_unit", "force_unit", "stress_unit", "stress_sign", "group")
     return build(LabelConfig, {n: getattr(arguments, n) for n in names if getattr(arguments, n) is not None}, "labels")
 
 
@@ -307,13 +267,14 @@ def _trained(arguments: argparse.Namespace, answer: dict[str, Any]) -> int:
 
 def print_errors(summary: dict[str, Any]) -> None:
     """Errors as a table for people."""
-    units = {"energy": "meV_per_atom", "forces": "meV_per_A", "stress": "meV_per_A3"}
-    names = {"meV_per_atom": "meV/atom", "meV_per_A": "meV/Å", "meV_per_A3": "meV/Å³"}
+    from gossamer.quantities import QUANTITIES
+
     print(f"  {summary['n_frames']} frames{'' if summary['conservative_forces'] else '; forces are NOT the gradient of the energy'}")
     print(f"  {'':16s}{'MAE':>10s}{'RMSE':>10s}")
-    for label, unit in units.items():
-        if f"{label}_mae_{unit}" in summary:
-            print(f"  {label:16s}{summary[f'{label}_mae_{unit}']:10.3f}{summary[f'{label}_rmse_{unit}']:10.3f}  {names[unit]}")
+    for label, quantity in QUANTITIES.items():
+        mae, rmse = (summary.get(f"{label}_{kind}_{quantity.error_key}") for kind in ("mae", "rmse"))
+        if mae is not None:
+            print(f"  {label:16s}{mae:10.3f}{rmse:10.3f}  {quantity.error_unit}")
     for element, errors in summary["forces_per_element_meV_per_A"].items():
         print(f"  {'forces on ' + element:16s}{errors['mae']:10.3f}{errors['rmse']:10.3f}  meV/Å")
 
@@ -361,28 +322,25 @@ def _bench(arguments: argparse.Namespace) -> int:
 
 
 def _judge(arguments: argparse.Namespace) -> int:
+    from gossamer.checks.config import JudgeConfig
     from gossamer.checks.judge import CHECKS, judge
+    from gossamer.settings import from_flags
 
-    values = {k: v for k, v in vars(arguments).items() if k not in ("command", "run", "json")}
+    config = from_flags(JudgeConfig, arguments)
     with contextlib.redirect_stdout(sys.stderr):  # some packages greet on standard output, which is for the answer
-        results = judge(**values)
-    failed = any(o.status == "failed" for outcomes in results.values() for o in outcomes.values())
-    if arguments.json:
-        print(
-            json.dumps(
-                {
-                    name: {c: {k: v for k, v in o.to_dict().items() if k != "panels"} for c, o in outcomes.items()}
-                    for name, outcomes in results.items()
-                }
-            )
+        results = judge(
+            arguments.models, arguments.calculator, arguments.out, arguments.structures, arguments.crystals, arguments.systems, config
         )
+    failed = any(r.status == "failed" for found in results.values() for r in found.values())
+    if arguments.json:
+        print(json.dumps({name: {c: r.numbers() for c, r in found.items()} for name, found in results.items()}))
         return int(failed)
-    for name, outcomes in results.items():
+    for name, found in results.items():
         print(f"\n{name}")
-        for check, outcome in outcomes.items():
-            print(f"  {outcome.status:9s}{CHECKS[check].title}: {outcome.reason}")
-            if outcome.consequence:
-                print(f"  {'':9s}  {outcome.consequence}")
+        for check, result in found.items():
+            print(f"  {result.status:9s}{CHECKS[check].title}: {result.reason}")
+            if result.consequence:
+                print(f"  {'':9s}  {result.consequence}")
     print(f"\neverything is in '{arguments.out}/report.html' and '{arguments.out}/judgement.json'")
     return int(failed)
 
@@ -439,7 +397,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
 
     report = inspect(arguments.data, _label_config(arguments))
     if arguments.json:
-        print(json.dumps({"facts": report.facts, "warnings": report.warnings, "errors": report.errors, "ok": report.ok}))
+        print(json.dumps(report.to_dict()))
     else:
         for key, value in report.facts.items():
             print(f"{key:24s} {value}")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import platform
 import time
 from collections.abc import Callable, Sequence
 from datetime import date
@@ -20,9 +19,11 @@ from gossamer.data.dataset import load_data
 from gossamer.data.structure import Structure
 from gossamer.evaluation import evaluate_potential
 from gossamer.files import atomic_path, write_json, write_text
+from gossamer.machine import machine
+from gossamer.models import MODELS
 from gossamer.potential import Potential
 from gossamer.potential_file import load
-from gossamer.runs import COMPILED, POTENTIAL, check_loss, time_steps, train
+from gossamer.runs import POTENTIAL, check_loss, time_steps, train
 from gossamer.settings import to_dict
 from gossamer.simulation.calculator import Calculator
 from gossamer.training.process_group import start_process_group
@@ -157,7 +158,7 @@ def run_one(config: Config, minutes: float, folder: Path, progress: bool = True,
         "n_test": 0 if test_set is None else len(test_set), "inference_ms": time_inference(potential, sample[0]),
         "inference_atoms": sample[0].n_atoms, "valid": results["valid"],
         "test": None if test_set is None else evaluate_potential(potential, test_set, keep=0).summary(), "settings": to_dict(config),
-        "machine": machine(potential), "versions": {"gossamer": __version__, "torch": torch.__version__}, "date": date.today().isoformat(),
+        "machine": machine(potential.device), "versions": {"gossamer": __version__, "torch": torch.__version__}, "date": date.today().isoformat(),
     }  # fmt: skip
 
 
@@ -171,7 +172,7 @@ def time_training(config: Config, structures: Sequence[Structure], minutes: floa
     """Median seconds of a training step, compiled if the settings ask for it and there is time."""
     clock = budget_clock(config)
     limit = COMPILE_BUDGET * 60 * minutes
-    if config.training.compile and COMPILED[config.model.name][1] < limit:
+    if config.training.compile and MODELS[config.model.name][1].fit_defaults.compile_seconds < limit:
         times, compiled = time_steps(config, structures, 14, clock)
         wait = times[0] + times[1]
         if compiled and wait < limit:
@@ -195,15 +196,6 @@ def time_inference(potential: Potential, structure: Structure, repeats: int = 15
         atoms.get_forces()
         times.append(time.perf_counter() - began)
     return 1000 * float(np.median(times[3:]))
-
-
-def machine(potential: Potential) -> str:
-    """Processor or GPU, and threads."""
-    if potential.device.type == "cuda":
-        return torch.cuda.get_device_name(potential.device)
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.processor()}, {torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)}"
 
 
 # --- what came of it ----------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import yaml
 
 from gossamer.data.dataset import DataConfig
 from gossamer.files import write_text
-from gossamer.models import PRESETS, LEIGNNConfig, ModelConfig
+from gossamer.models import DEFAULT, MODELS, ModelConfig
 from gossamer.potential import PotentialConfig
 from gossamer.potential_file import read_manifest
 from gossamer.settings import build, settings, to_dict
@@ -24,7 +24,7 @@ class Config:
     """Everything that defines a training run."""
 
     data: DataConfig
-    model: ModelConfig = LEIGNNConfig()
+    model: ModelConfig = MODELS[DEFAULT][0]()
     potential: PotentialConfig = PotentialConfig()
     loss: LossConfig = LossConfig()
     training: TrainingConfig = TrainingConfig()
@@ -45,15 +45,16 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
         raise FileNotFoundError(f"There is no configuration file '{path}'.")
     try:
         values = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"'{path}' is not valid YAML: {error}") from None
+    _check_size(values, path)
     if not isinstance(values, dict):
         raise ValueError(f"'{path}' must hold settings (name: value), found {type(values).__name__}.")
     return make_config(values, overrides)
 
 
 def make_config(values: Mapping[str, Any], overrides: Sequence[str] = ()) -> Config:
-    """Settings from nested dictionaries, with overrides. ``model.preset`` names a size (`gossamer.models.PRESETS`)."""
+    """Settings from nested dictionaries, with overrides. ``model.preset`` names a size (`Network.presets`)."""
     merged = _plain(values)
     for override in overrides:
         key, separator, text = override.partition("=")
@@ -65,13 +66,17 @@ def make_config(values: Mapping[str, Any], overrides: Sequence[str] = ()) -> Con
             target = target.setdefault(parent, {})
             if not isinstance(target, dict):
                 raise ValueError(f"'{override}': {parent} is a value, not a group of settings.")
-        target[last] = _number(yaml.safe_load(text))
+        try:
+            target[last] = _number(yaml.safe_load(text))
+        except yaml.YAMLError as error:
+            raise ValueError(f"'{override}': the value is not valid YAML ({' '.join(str(error).split())}).") from None
     merged = _plain(merged)
     if isinstance(merged.get("model"), dict) and "preset" in merged["model"]:
         merged["model"] = expand_preset(merged["model"])
     elif isinstance(merged.get("model"), dict) and not merged.get("finetune"):
-        merged["model"] = {"name": LEIGNNConfig().name, **merged["model"]}
-    start = (merged.get("finetune") or {}).get("start")
+        merged["model"] = {"name": DEFAULT, **merged["model"]}
+    tune = merged.get("finetune")
+    start = tune.get("start") if isinstance(tune, dict) else None
     if isinstance(start, str):  # the network and its surroundings come from the file
         manifest = read_manifest(start)
         merged["model"] = merge_model(manifest["model"], merged.get("model") or {}, start)
@@ -85,16 +90,32 @@ def expand_preset(model: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: this network has no preset of that name.
     """
-    known = PRESETS.get(model.get("name", "leignn"), {})
-    if model["preset"] not in known:
-        listed = f"Choose one of {', '.join(known)}" if known else f"Networks with presets: {', '.join(PRESETS)}"
-        raise ValueError(f"model.preset: the network {model.get('name', 'leignn')} has no preset {model['preset']!r}. {listed}.")
-    return {**known[model["preset"]], **{k: v for k, v in model.items() if k != "preset"}}
+    name = str(model.get("name", DEFAULT))
+    if not isinstance(model["preset"], str):
+        raise ValueError(f"model.preset: found {model['preset']!r}, expected a name.")
+    known = MODELS[name][1].presets if name in MODELS else {}
+    if name in MODELS and model["preset"] not in known:
+        raise ValueError(f"model.preset: the network {name} has no preset {model['preset']!r}. Choose one of {', '.join(known)}.")
+    return {**known.get(model["preset"], {}), **{k: v for k, v in model.items() if k != "preset"}}
 
 
 def save_config(config: Config, path: Path) -> None:
     """Write every setting, defaults included, as YAML."""
     write_text(path, yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True))
+
+
+def _check_size(values: Any, path: Path, limit: int = 100_000) -> None:
+    """Raise ValueError for settings that YAML's aliases blow up (each is written out where it is used), or that hold themselves."""
+    count, left = 0, [values]
+    while left:
+        value = left.pop()
+        count += 1
+        if count > limit:
+            raise ValueError(f"'{path}' holds more than {limit} settings once its aliases (*name) are written out. Use fewer of them.")
+        if isinstance(value, dict):
+            left.extend(value.values())
+        elif isinstance(value, list):
+            left.extend(value)
 
 
 def _plain(value: Any) -> Any:

@@ -13,6 +13,7 @@ import os
 import platform
 import re
 import sys
+import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -159,7 +160,7 @@ def open_text(path: Path) -> io.StringIO | io.TextIOWrapper:
     try:
         with COMPRESSIONS[path.suffix](path, "rt") as file:  # type: ignore[operator]
             return io.StringIO(file.read())
-    except (lzma.LZMAError, OSError, EOFError) as error:
+    except (lzma.LZMAError, zlib.error, UnicodeDecodeError, OSError, EOFError) as error:
         raise ValueError(f"'{path}' cannot be decompressed ({error}). It may be truncated: copy it again.") from None
 
 
@@ -167,3 +168,7 @@ def cache_folder() -> Path:
     """Where compiled programs and kernels are kept: $GOSSAMER_CACHE, or gossamer in the user's cache folder."""
     own = os.environ.get("GOSSAMER_CACHE")
     return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gossamer"
+
+
+class InputError(ValueError):
+    """A file or option of the user is wrong. (The judge stops at it, where an error of the judged calculator counts against it.)"""

@@ -20,15 +20,16 @@ from gossamer.data.inspection import inspect
 from gossamer.data.readers import LabelConfig
 from gossamer.data.statistics import compute_statistics
 from gossamer.data.structure import Structure
-from gossamer.engine.agreement import verified_kernels
+from gossamer.engine.engine import Engine, Way
 from gossamer.evaluation import Evaluation, evaluate_potential
 from gossamer.files import atomic_path, write_json
-from gossamer.models import MODELS
+from gossamer.models import DEFAULT, MODELS
 from gossamer.potential import DTYPES, Potential
 from gossamer.potential_file import load, read_manifest, save
+from gossamer.quantities import QUANTITIES
 from gossamer.settings import to_dict
 from gossamer.training.finetune import Joined, adapt_statistics, choose_replay, choose_weights, merge_adapters, transfer_weights
-from gossamer.training.loop import LABELS, load_state, make_state, run_training, stopped_early, train_step
+from gossamer.training.loop import load_state, make_state, run_training, stopped_early, train_step
 from gossamer.training.process_group import start_process_group
 
 log = logging.getLogger(__name__)
@@ -67,8 +68,8 @@ def train(
     needed = config.loss.needed()
     for part in (train_set, valid_set):
         require_labels(part, needed, "loss.{label} is above 0")
-    for label in LABELS:
-        if label not in needed and getattr(train_set[0], label) is not None:
+    for label in train_set[0].labels:
+        if label not in needed:
             log.warning("%s labels are in the data but not in the loss (loss.%s is 0)", label, label)
     if config.model.max_neighbors is not None:
         log.warning("model.max_neighbors keeps %d neighbours: energy and forces jump when ranks change", config.model.max_neighbors)
@@ -246,7 +247,8 @@ def fit(
     finetune = None if start is None else {"start": str(start), **tuning}
     config = choose_settings(structures, str(data), model, str(out), labels or LabelConfig(), finetune)
     seconds = float(np.median(time_steps(config, structures)[0][1:]))
-    share, wait = COMPILED[config.model.name]
+    defaults = MODELS[config.model.name][1].fit_defaults
+    share, wait = defaults.compiled_share, defaults.compile_seconds
     compiled = 60 * minutes > 4 * wait
     steps = (60 * minutes - wait) / (share * seconds) if compiled else 60 * minutes / seconds
     training: dict[str, Any] = {"steps": max(100, round(0.85 * steps)), "compile": compiled}
@@ -261,20 +263,13 @@ def fit(
     return train(config, progress=progress)
 
 
-LEARNING_RATES = {"leignn": 5e-3, "nequip": 4e-2, "geodite": 5e-3, "painn": 2e-3, "schnet": 2e-3}
-"""what trained LEIGNN, NequIP and Geodite best in short trials (docs/training.md); those of PaiNN and SchNet were not searched"""
-COMPILED = {"leignn": (0.7, 80), "nequip": (0.7, 110), "geodite": (0.75, 100), "painn": (0.7, 80), "schnet": (0.7, 60)}
-"""time of a compiled training step over that of a plain one, and seconds of compiling, on one CPU thread (benchmarks/compile;
-PaiNN and SchNet taken to be like LEIGNN)"""
-
-
 def choose_settings(
     structures: Sequence[Structure], data: str, model: str | None, out: str, labels: LabelConfig, finetune: Mapping[str, Any] | None = None
 ) -> Config:
     """Settings that suit a data set: which labels, which split, how many structures per step."""
     sample = [structures[k] for k in range(0, len(structures), max(1, len(structures) // 200))]
     atoms = float(np.mean([s.n_atoms for s in sample]))
-    has = {label: all(getattr(s, label) is not None for s in structures) for label in LABELS}
+    has = {label: all(label in s.labels for s in structures) for label in QUANTITIES}
     if not has["energy"] and not has["forces"]:
         raise ValueError(f"Neither energy nor forces are in every frame of '{data}': there is nothing to learn from.")
     grouped = all(s.group is not None for s in sample)
@@ -282,8 +277,8 @@ def choose_settings(
     if len(structures) < 20:
         log.warning("%d frames are few: expect large errors", len(structures))
     started = None if finetune is None else read_manifest(finetune["start"])["model"]["name"]
-    name, _, preset = (model or started or "leignn").partition("/")
-    rate = LEARNING_RATES[name] * (1.0 if finetune is None else 0.2)  # near a good solution large steps only destroy
+    name, _, preset = (model or started or DEFAULT).partition("/")
+    rate = MODELS[name][1].fit_defaults.learning_rate * (1.0 if finetune is None else 0.2)  # near a good solution large steps only destroy
     return make_config(
         {
             "data": {"train": data, "labels": to_dict(labels), "split": "group" if grouped else "random"},
@@ -357,6 +352,7 @@ def evaluate(
     out: Path | str | None = None,
     worst: int = 20,
     device: str = "cpu",
+    way: Way = "auto",
 ) -> Evaluation:
     """Errors of a potential on labelled data.
 
@@ -367,12 +363,11 @@ def evaluate(
         out: Folder for errors.json and worst.extxyz (the frames with the largest errors, labels and predictions).
         worst: How many of those.
         device: Where to compute, if ``model`` is a file.
+        way: How to evaluate (`gossamer.engine.engine`).
     """
     potential = model if isinstance(model, Potential) else load(model, device)
     structures = open_dataset(data, labels) if isinstance(data, str | Path) else data
-    example = next((s for s in structures if s.n_atoms > 1), None)  # lone atoms would show nothing of a kernel
-    quick = None if example is None else verified_kernels(potential, potential.collate([example]))
-    evaluation = evaluate_potential(quick or potential, structures)
+    evaluation = evaluate_potential(potential, structures, run=Engine(potential, way))
     if out is not None:
         folder = Path(out)
         folder.mkdir(parents=True, exist_ok=True)

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import ase.io
 import numpy as np
@@ -327,18 +327,24 @@ def test_a_calculator_that_is_passed_in_is_not_changed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     told: list[int] = []
-    monkeypatch.setattr(Calculator, "compile_if_worth", lambda self, atoms, steps: told.append(steps))
+    monkeypatch.setattr(Calculator, "expect", lambda self, steps, atoms: told.append(steps))
     potential = make_potential(["Ar"], dtype=torch.float32, cutoff=5.0)
     options = MDConfig(temperature=40, interval=5, max_temperature=1e9)
     md(potential, argon(1), options, steps=10, way="plain", out=tmp_path / "a", progress=False)
     assert told == [10]
     calculator = Calculator(potential)
-    calculator.get_property("energy", argon(1))
-    before = calculator.mode
-    monkeypatch.setattr(Calculator, "use_mode", None)
+    before = calculator.engine
     md(calculator, argon(1), options, steps=20, out=tmp_path / "a", resume=True, progress=False)
-    assert (told, calculator.mode) == ([10], before)
-    assert before == "plain" or f"was made the plain way, and goes on the {before} way" in caplog.text
+    assert told == [10]
+    assert calculator.engine is before
+    assert before.way == "plain" or f"was made the plain way, and goes on the {before.way} way" in caplog.text
+
+
+def test_ways_are_those_of_the_engine() -> None:
+    from gossamer.engine import engine
+    from gossamer.simulation import options
+
+    assert get_args(options.Way) == get_args(engine.Way)
 
 
 def test_frames_and_supercells(tmp_path: Path) -> None:
@@ -357,7 +363,7 @@ def test_frames_and_supercells(tmp_path: Path) -> None:
     (tmp_path / "empty.extxyz").touch()
     for name, frame, message in (
         ("two.extxyz", 2, "has no frame 2"), ("none.extxyz", 0, "There is no structure file"), ("", 0, "is a folder; a structure file is expected"),
-        ("damaged.vasp", 0, "cannot be read as a structure"), ("empty.extxyz", 0, "cannot be read as a structure"),
+        ("damaged.vasp", 0, "cannot be read as structures"), ("empty.extxyz", 0, "has no frame 0"),
     ):  # fmt: skip
         with pytest.raises((ValueError, FileNotFoundError), match=message):
             as_atoms(tmp_path / name, frame)

@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 import numpy as np
 from pydantic import Field
 
-from gossamer.data.readers import LabelConfig, read_structures
+from gossamer.data.readers import LabelConfig, read_structures, suggestion
 from gossamer.data.store import Store
 from gossamer.data.structure import Structure
 from gossamer.settings import settings
@@ -136,8 +136,9 @@ def require_labels(structures: Sequence[Structure], needed: Sequence[str], why: 
     """Raise ValueError naming the first frame that lacks a needed label."""
     for structure in structures:
         for label in needed:
-            if getattr(structure, label) is None:
+            if label not in structure.labels:
                 raise ValueError(
                     f"{structure.name} has no {label}, but {why.format(label=label)}. Set that weight to 0, remove frames "
                     f"without {label}, or say under which name it is stored (data.labels.{label})."
+                    + (f" In the file: {hint}." if (hint := suggestion(label, structure.entries)) else "")
                 )

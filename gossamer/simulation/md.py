@@ -116,7 +116,7 @@ def temperature_of(atoms: Atoms, ensemble: str) -> float:
 
 
 def as_calculator(
-    model: Any, device: str = "cpu", dtype: str | None = None, way: Way = "auto", expect: tuple[Atoms, int] | None = None
+    model: Any, device: str = "cpu", dtype: str | None = None, way: Way = "auto", expect: tuple[int, Atoms] | None = None
 ) -> BaseCalculator:
     """A calculator from an ASE calculator, a potential, or the file of one.
 
@@ -125,7 +125,7 @@ def as_calculator(
         device: Of a potential read from a file.
         dtype: Of a potential read from a file.
         way: How a potential runs.
-        expect: Atoms and how often they will be evaluated, from which a calculator made here may choose to compile.
+        expect: About how many evaluations of which atoms will come, from which a calculator made here may choose to compile.
 
     Raises:
         ValueError: ``way`` or ``dtype`` for a calculator, which runs as it was made.
@@ -141,25 +141,17 @@ def as_calculator(
         return model
     from gossamer.simulation.calculator import Calculator
 
-    # WIRING: becomes Calculator(model, device=device, dtype=dtype, way=way) and calculator.engine.expect(...)
-    compiled = {"plain": False, "program": True}.get(way)
-    calculator = Calculator(model, device=device, dtype=dtype, compiled=compiled, cuda_graph=way == "graph")
-    if way == "kernels":
-        calculator.use_mode("kernels")
+    calculator = Calculator(model, device=device, dtype=dtype, way=way)
     if expect is not None:
-        calculator.compile_if_worth(*expect)
+        calculator.expect(*expect)
     return calculator
 
 
-def way_of(atoms: Atoms) -> Way:
-    """What the calculator of the atoms runs for them; "plain" for calculators that are not ours."""
+def way_of(calculator: BaseCalculator) -> str:
+    """What a calculator runs; "plain" for those that are not ours."""
     from gossamer.simulation.calculator import Calculator
 
-    if not isinstance(atoms.calc, Calculator):
-        return "plain"
-    atoms.get_potential_energy()  # the choice falls with the first evaluation
-    # WIRING: becomes atoms.calc.engine.way
-    return "graph" if atoms.calc.captured is not None else atoms.calc.mode  # type: ignore[return-value]
+    return calculator.engine.way if isinstance(calculator, Calculator) else "plain"
 
 
 def has_direct_forces(calculator: BaseCalculator) -> bool:
@@ -241,7 +233,7 @@ def _prepare(model: Any, structure: Atoms | Path | str, config: MDConfig) -> _Ru
         thermalize_momenta(atoms, config.temperature, rng=rng)
         Stationary(atoms)
     guard = Guard.of(atoms, config)
-    settings = _settings(config, way_of(atoms))
+    settings = _settings(config, way_of(atoms.calc))
     stored = _read_state(state_file, before, settings, atoms) if before is not None else None
     dynamics = _integrator(atoms, config, rng)
     if stored is not None:
@@ -254,7 +246,7 @@ def _prepare(model: Any, structure: Atoms | Path | str, config: MDConfig) -> _Ru
 def _set_calculator(atoms: Atoms, model: Any, config: MDConfig, before: dict[str, Any] | None) -> None:
     """Give the atoms their calculator; a resumed run goes on in the way it began."""
     way = config.way if before is None or config.way != "auto" or isinstance(model, BaseCalculator) else before["way"]
-    atoms.calc = as_calculator(model, config.device, config.dtype, way, (atoms, config.steps))
+    atoms.calc = as_calculator(model, config.device, config.dtype, way, (config.steps, atoms))
     direct = has_direct_forces(atoms.calc)
     if config.ensemble in NPT and (not atoms.pbc.all() or direct):
         raise ValueError(
@@ -297,7 +289,7 @@ class SimulationBroken(RuntimeError):
     """The guard found a frame that has left sanity."""
 
 
-def _settings(config: MDConfig, way: Way) -> dict[str, Any]:
+def _settings(config: MDConfig, way: str) -> dict[str, Any]:
     """What a resumed run must share with the one before."""
     names = ("ensemble", "timestep", "temperature", "temperature_end", "pressure", "thermostat_time", "barostat_time", "interval")
     ramp = config.steps if config.temperature_end is not None else None

@@ -13,7 +13,6 @@ import math
 import signal
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -25,12 +24,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from gossamer.data.structure import Structure
-from gossamer.engine.agreement import changing_kernels
+from gossamer.engine.engine import Engine
 from gossamer.engine.memory import keep_freed_memory
 from gossamer.evaluation import Evaluation, evaluate_potential
 from gossamer.files import write_text
 from gossamer.graph import Graph
 from gossamer.potential import Potential
+from gossamer.quantities import QUANTITIES
 from gossamer.settings import settings
 from gossamer.training.checkpoint import load_optimizer, optimizer_tensors, read_checkpoint, save_checkpoint
 from gossamer.training.compiled import CompiledForward
@@ -40,7 +40,6 @@ from gossamer.training.optim import EMA, Clipper, Schedule, ScheduleConfig, make
 from gossamer.training.process_group import ProcessGroup
 
 log = logging.getLogger(__name__)
-LABELS = ("energy", "forces", "stress")
 
 
 @settings
@@ -102,6 +101,8 @@ class State:
     clipper: Clipper
     forward: CompiledForward
     """energies, forces and stress of a batch: plain, with kernels, or compiled"""
+    averaged: Engine
+    """evaluates the averaged weights"""
     step: int = 0
     epoch: int = 0
     batch: int = 0
@@ -110,7 +111,7 @@ class State:
     stale: int = 0
     """validations since the best one"""
     seconds: float = 0.0
-    totals: dict[str, list[float]] = field(default_factory=lambda: {k: [0.0, 0.0] for k in LABELS})
+    totals: dict[str, list[float]] = field(default_factory=lambda: {k: [0.0, 0.0] for k in QUANTITIES})
     """penalty sums and counts since the last log row"""
 
 
@@ -120,9 +121,11 @@ def make_state(potential: Potential, config: TrainingConfig, loss: LossConfig) -
     optimizer = make_optimizer(potential.network, config.learning_rate, config.weight_decay, config.amsgrad)
     schedule = Schedule(config.schedule, config.learning_rate, config.steps)
     forward = CompiledForward(potential, loss.forces > 0, loss.stress > 0, compile=config.compile, kernels=config.kernels)
+    ema = EMA(potential, config.ema_decay)
     return State(
         potential=potential,
-        ema=EMA(potential, config.ema_decay),
+        ema=ema,
+        averaged=Engine(ema.module, "auto" if config.kernels else "plain", weights_change=True),
         optimizer=optimizer,
         schedule=schedule,
         clipper=Clipper(config.clip_norm, config.zclip),
@@ -144,7 +147,8 @@ def train_step(state: State, graph: Graph, loss: LossConfig, config: TrainingCon
     prediction = state.forward(graph)
     sums = loss_sums(prediction, graph, loss, potential.statistics.spreads)
     counts = workers.sum(torch.tensor([float(n) for _, n in sums.values()], dtype=torch.float64, device=potential.device))
-    parts = [getattr(loss, name) * value / count.clamp(min=1) for (name, (value, _)), count in zip(sums.items(), counts, strict=True)]
+    weights = loss.weights()
+    parts = [weights[name] * value / count.clamp(min=1) for (name, (value, _)), count in zip(sums.items(), counts, strict=True)]
     total = torch.stack(parts).sum()
     state.optimizer.zero_grad(set_to_none=True)
     parameters: list[Tensor] = [p for p in potential.network.parameters() if p.requires_grad]
@@ -157,14 +161,16 @@ def train_step(state: State, graph: Graph, loss: LossConfig, config: TrainingCon
     state.optimizer.step()
     state.ema.update()
     for (name, (penalties, _)), count in zip(sums.items(), counts.tolist(), strict=True):
-        state.totals[name][0] += float(workers.sum(penalties.detach().clone()))
-        state.totals[name][1] += count
+        totals = state.totals.setdefault(name, [0.0, 0.0])
+        totals[0] += float(workers.sum(penalties.detach().clone()))
+        totals[1] += count
     return value
 
 
 def validation_loss(evaluation: Evaluation, loss: LossConfig) -> float:
     """Weighted sum of mean absolute errors (eV/atom, eV/Å, eV/Å³): the number that picks the best weights."""
-    return sum(getattr(loss, name) * getattr(evaluation, name).mae / 1000 for name in LABELS if getattr(evaluation, name).count)
+    errors = {name: evaluation.errors[name] for name in loss.weights()}
+    return sum(loss.weights()[name] * e.mae / e.factor for name, e in errors.items() if e.count)
 
 
 # --- checkpoints --------------------------------------------------------------------------------------------------
@@ -207,8 +213,11 @@ def load_state(state: State, path: Path, identity: dict[str, Any]) -> None:
 
 # --- logging ------------------------------------------------------------------------------------------------------
 
-COLUMNS = ["step", "epoch", "learning_rate", "seconds", "train_loss", "valid_loss",
-           *(f"valid_{label}_{kind}" for label in LABELS for kind in ("mae", "rmse"))]  # fmt: skip
+
+def columns() -> list[str]:
+    """Names of the log's columns."""
+    errors = [f"valid_{name}_{kind}" for name in QUANTITIES for kind in ("mae", "rmse")]
+    return ["step", "epoch", "learning_rate", "seconds", "train_loss", "valid_loss", *errors]
 
 
 class Log:
@@ -222,7 +231,7 @@ class Log:
             with open(self.path, newline="") as file:
                 rows = [row for row in csv.DictReader(file) if int(row["step"]) <= step]
         text = io.StringIO()
-        writer = csv.DictWriter(text, COLUMNS)
+        writer = csv.DictWriter(text, columns())
         writer.writeheader()
         writer.writerows(rows)
         write_text(self.path, text.getvalue())
@@ -249,7 +258,7 @@ class Log:
 
     def write(self, row: dict[str, Any]) -> None:
         with open(self.path, "a", newline="") as file:
-            csv.DictWriter(file, COLUMNS).writerow(row)
+            csv.DictWriter(file, columns()).writerow(row)
             file.flush()
         for writer in self.writers:
             writer(row)
@@ -359,14 +368,12 @@ def validate(
     row: dict[str, Any] = {"step": state.step, "epoch": state.epoch, "learning_rate": state.schedule.rate(state.step - 1)}
     metric = math.inf
     if workers.rank == 0:
-        averaged = state.ema.module.eval()
-        with changing_kernels(averaged, averaged.collate([valid[0]])) if config.kernels else nullcontext():
-            evaluation = evaluate_potential(averaged, valid, keep=0)
+        evaluation = evaluate_potential(state.ema.module, valid, keep=0, run=state.averaged)
         metric = validation_loss(evaluation, loss)
         row |= {
-            f"valid_{label}_{kind}": getattr(getattr(evaluation, label), kind) if getattr(evaluation, label).count else ""
-            for label in LABELS
-            for kind in ("mae", "rmse")
+            f"valid_{name}_{kind}": value if errors.count else ""
+            for name, errors in evaluation.errors.items()
+            for kind, value in (("mae", errors.mae), ("rmse", errors.rmse))
         }
     metric = workers.broadcast(metric)
     state.schedule.observe(metric)
@@ -376,8 +383,8 @@ def validate(
             save_best(state.ema.module)
     else:
         state.stale += 1
-    train_loss = sum(getattr(loss, k) * total / count for k, (total, count) in state.totals.items() if count)
-    state.totals = {k: [0.0, 0.0] for k in LABELS}
+    train_loss = sum(loss.weights()[k] * total / count for k, (total, count) in state.totals.items() if count)
+    state.totals = {k: [0.0, 0.0] for k in QUANTITIES}
     row |= {"seconds": round(state.seconds, 3), "train_loss": train_loss, "valid_loss": metric}
     return row
 
