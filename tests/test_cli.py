@@ -80,11 +80,17 @@ def test_flags_share_the_names_of_the_parameters() -> None:
                 assert found == defaults[action.dest] or str(found) == str(defaults[action.dest]), (name, action.dest)
 
 
-def test_every_command_that_evaluates_asks_which_way() -> None:
+def test_every_command_that_evaluates_asks_which_way(tmp_path: Path) -> None:
     commands = build_parser()._subparsers._group_actions[0].choices
     for name in ("evaluate", "bench", "judge", "md", "relax"):
         (way,) = (a for a in commands[name]._actions if a.dest == "way")
         assert list(way.choices) == ["auto", "plain", "kernels", "program", "graph"], name
+    from gossamer.checks.source import find_sources
+
+    save(make_potential(["H"]), tmp_path / "p.safetensors")
+    (auto,), (plain,) = (find_sources([tmp_path / "p.safetensors"], [], way=way) for way in ("auto", "plain"))
+    assert plain.make().engine.asked == "plain"
+    assert plain.fingerprint != auto.fingerprint  # what one way answered is not taken for the other
 
 
 def test_the_whole_path(tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -93,7 +99,7 @@ def test_the_whole_path(tmp_path: Path, capsys: pytest.CaptureFixture, monkeypat
     status, out, _ = run("data", "inspect", ETHANOL, capsys=capsys)
     assert (status, "fit for training" in out) == (0, True)
     status, out, _ = run(
-        "train", config(tmp_path), "training.steps=150", "model.num_features=16", "training.learning_rate=5e-3", capsys=capsys
+        "train", config(tmp_path), "training.steps=60", "model.num_features=16", "training.learning_rate=5e-3", capsys=capsys
     )
     assert status == 0
     assert "forces on O" in out
@@ -108,7 +114,7 @@ def test_the_whole_path(tmp_path: Path, capsys: pytest.CaptureFixture, monkeypat
     status, out, _ = run("info", model, capsys=capsys)
     assert "elements" in out
     ase.io.write("ethanol.xyz", molecule("CH3CH2OH"))
-    status, out, _ = run("relax", model, "ethanol.xyz", "--fmax", "0.2", "--steps", "200", "--json", capsys=capsys)
+    status, out, _ = run("relax", model, "ethanol.xyz", "--fmax", "0.2", "--steps", "20", "--json", capsys=capsys)
     assert json.loads(out)["steps"] > 0
     assert (tmp_path / "relaxed.extxyz").exists()
     status, out, _ = run("md", model, "ethanol.xyz", "--steps", "20", "--interval", "10", "--temperature", "100", "--json", capsys=capsys)
@@ -361,6 +367,13 @@ def test_several_structures_are_relaxed_by_one_command(tmp_path: Path, capsys: p
     assert (tmp_path / "r" / "a.extxyz").exists()
     status, out, _ = run("relax", model, *files[:2], "--out", tmp_path / "r", "--fmax", "100", "--way", "plain", capsys=capsys)
     assert (status, out.count("converged in 0 steps")) == (0, 2)
+
+
+def test_packages_that_are_extras_are_named(tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ijson", None)
+    (tmp_path / "mptrj.json").write_text('{"mp-1": {"mp-1-0": {"structure": 3}}}')
+    status, _, err = run("data", "inspect", tmp_path / "mptrj.json", capsys=capsys)
+    assert (status, "needs ijson: pip install 'gossamer[mptrj]'" in err) == (2, True)
 
 
 def test_completion(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
