@@ -1,6 +1,7 @@
 # make demo   train, evaluate, simulate and report on the shipped water data (a few minutes on two cores)
-# make test   the test suite (under three minutes on two cores)
-# Both set up a virtual environment with pinned versions first.
+# make test   the test suite (a few minutes on two cores)
+# make wheel  build the wheel, install it into an environment of its own, use it
+# All set up a virtual environment with pinned versions first.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -8,7 +9,7 @@ BIN = $(VENV)/bin
 export OMP_WAIT_POLICY ?= passive
 export MPLBACKEND ?= Agg
 
-.PHONY: demo test lint slow clean
+.PHONY: demo test lint slow wheel clean
 
 $(VENV)/.ready: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "gossamer needs Python 3.11 or newer; this is " + sys.version.split()[0] + ". Try: make PYTHON=python3.12")'
@@ -26,6 +27,9 @@ test: $(VENV)/.ready
 
 slow: $(VENV)/.ready
 	$(BIN)/python -m pytest -m slow
+
+wheel: $(VENV)/.ready
+	.ci/wheel $(VENV)
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .

@@ -10,6 +10,7 @@ from gossamer.data.readers import LabelConfig
 from gossamer.models import MODELS
 from gossamer.potential import PotentialConfig
 from gossamer.settings import describe
+from gossamer.simulation.options import MDConfig, RelaxConfig
 from gossamer.training.finetune import FineTuneConfig
 from gossamer.training.loop import TrainingConfig
 from gossamer.training.losses import LossConfig
@@ -25,6 +26,8 @@ SECTIONS = {
     "training.schedule": ScheduleConfig,
     "finetune": FineTuneConfig,
     "judge (options of gossamer judge)": JudgeConfig,
+    "md (options of gossamer md)": MDConfig,
+    "relax (options of gossamer relax)": RelaxConfig,
 }
 
 

@@ -6,50 +6,99 @@ import argparse
 import contextlib
 import json
 import logging
+import os
+import signal
 import sys
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NoReturn
 
 from gossamer import __version__
+from gossamer.files import explain
+
+
+class UsageError(Exception):
+    """The command line cannot be parsed; the message begins with how the command is used."""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """Raise where argparse would leave the program, so that ``main`` can answer in JSON."""
+        raise UsageError(f"{self.format_usage()}{self.prog}: {message}")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Entry point; returns the exit status: 0 done, 1 the answer is no (bad data, broken run), 2 wrong use."""
+    """Entry point; returns the exit status.
+
+    0 done; 1 the answer is no (bad data, a broken run, a failed check, not converged); 2 wrong use or a file that cannot be read or
+    written; 130 interrupted (SIGINT); 143 a simulation was stopped by SIGTERM, its state saved. With --json an error is JSON on standard
+    output too: {"error": ..., "command": ..., "status": ...}.
+    """
+    argv = sys.argv[1:] if argv is None else argv
     parser = build_parser()
-    arguments = parser.parse_args(argv)
+    try:
+        arguments = parser.parse_args(argv)
+    except UsageError as error:
+        print(error, file=sys.stderr)
+        return _failed(argv, argv[0] if argv else None, str(error).splitlines()[-1], 2)
     if arguments.command is None:
         parser.print_help()
         return 2
     logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s", stream=sys.stderr)
     try:
         return int(arguments.run(arguments))
-    except (ValueError, FileNotFoundError, FileExistsError, ImportError, RuntimeError) as error:
-        print(f"gossamer {arguments.command}: {error}", file=sys.stderr)
-        if vars(arguments).get("json"):
-            print(json.dumps({"error": str(error)}))
-        return 2
+    except BrokenPipeError:  # whoever read the output has gone, as head does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+    except (ValueError, OSError, ImportError, RuntimeError) as error:
+        message = explain(error) if isinstance(error, OSError) else str(error)
+        status = 2
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+        message = "interrupted" + (". The same command with --resume goes on." if "resume" in vars(arguments) else "")
+        status = 130
+    print(f"gossamer {arguments.command}: {message}", file=sys.stderr)
+    return _failed(argv, arguments.command, message, status)
+
+
+def _failed(argv: Sequence[str], command: str | None, message: str, status: int) -> int:
+    """Say as JSON what went wrong, if JSON was asked for; returns the status."""
+    if "--json" in argv:
+        print(json.dumps({"error": message, "command": command, "status": status}))
+    return status
 
 
 def build_parser() -> argparse.ArgumentParser:
     """All commands and their options; importing nothing heavy."""
-    parser = argparse.ArgumentParser(prog="gossamer", description="Train, judge and run lightweight equivariant interatomic potentials.")
+    parser = _Parser(prog="gossamer", description="Train, judge and run lightweight equivariant interatomic potentials.")
     parser.add_argument("--version", action="version", version=f"gossamer {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    for name, add_options, run, text in (
+        ("train", _train_parser, _train, "Train a potential from a YAML file."),
+        ("fit", _fit_parser, _fit, "Train a potential on a labelled file; the settings are chosen and written down."),
+        ("evaluate", _evaluate_parser, _evaluate, "Errors of a potential on labelled data."),
+        ("compare", _compare_parser, _compare, "Train several models for the same time on the same data; one table and a plot."),
+        ("bench", _bench_parser, _bench, "Time and memory of energy and forces against the number of atoms."),
+        ("judge", _judge_parser, _judge, "Is a potential, ours or anyone's, fit for use? One report; exit status 1 if a check failed."),
+        ("md", _md_parser, _md, "Molecular dynamics."),
+        ("relax", _relax_parser, _relax, "Relax positions, and the cell with --cell, of one structure or several."),
+        ("export", _export_parser, _export, "Compile a potential into a program that runs without gossamer (.pt2)."),
+        ("info", _info_parser, _info, "The manifest of a saved potential."),
+        ("data", _data_parser, _data_help, "Look at data, convert data."),
+        ("completion", _completion_parser, _completion, "Completion of commands and options for your shell."),
+    ):
+        command = commands.add_parser(name, help=text, description=text)
+        command.set_defaults(run=run)
+        add_options(command)
+    return parser
 
-    def command(name: str, run: Any, help: str) -> argparse.ArgumentParser:
-        sub = commands.add_parser(name, help=help, description=help)
-        sub.set_defaults(run=run)
-        return sub
 
-    train = command("train", _train, "Train a potential from a YAML file.")
+def _train_parser(train: argparse.ArgumentParser) -> None:
     train.add_argument("config", help="YAML file with the settings")
     train.add_argument("overrides", nargs="*", metavar="path.to.key=value", help="settings that replace those of the file")
     train.add_argument("--resume", action="store_true", help="go on from the checkpoint of the run")
     _common(train)
 
-    fit = command("fit", _fit, "Train a potential on a labelled file; the settings are chosen and written down.")
+
+def _fit_parser(fit: argparse.ArgumentParser) -> None:
     fit.add_argument("data", help="labelled structures")
     fit.add_argument("--model", help="network: leignn, nequip, geodite, painn, schnet, or a preset such as nequip/M (default: leignn)")
     fit.add_argument("--out", default="fit", help="folder of the run (default: fit)")
@@ -64,64 +113,47 @@ def build_parser() -> argparse.ArgumentParser:
     _labels(fit)
     _common(fit)
 
-    evaluate = command("evaluate", _evaluate, "Errors of a potential on labelled data.")
+
+def _evaluate_parser(evaluate: argparse.ArgumentParser) -> None:
     evaluate.add_argument("model", help="saved potential")
     evaluate.add_argument("data", help="labelled structures")
     evaluate.add_argument("--out", help="folder for errors.json and worst.extxyz (default: beside the potential)")
     evaluate.add_argument("--worst", type=int, default=20, help="frames with the largest errors to write (default: 20)")
     evaluate.add_argument("--device", default="cpu", help="default: cpu")
+    _way(evaluate)
     _labels(evaluate)
     _common(evaluate)
 
-    compare = command("compare", _compare, "Train several models for the same time on the same data; one table and a plot.")
+
+def _compare_parser(compare: argparse.ArgumentParser) -> None:
     compare.add_argument("configs", nargs="+", help="YAML files with the settings of each")
     compare.add_argument("--minutes", type=float, default=10.0, help="time for each (default: 10)")
     compare.add_argument("--out", default="comparison", help="folder of the runs and the table (default: comparison)")
     compare.add_argument("--resume", action="store_true", help="keep the finished runs of the folder, go on with one that was cut")
     _common(compare)
 
-    _bench_parser(command("bench", _bench, "Time and memory of energy and forces against the number of atoms."))
-    _judge_parser(command("judge", _judge, "Is a potential, ours or anyone's, fit for use? One report; exit status 1 if a check failed."))
 
-    md = command("md", _md, "Molecular dynamics.")
+def _md_parser(md: argparse.ArgumentParser) -> None:
+    from gossamer.settings import add_flags
+    from gossamer.simulation.options import MDConfig
+
     md.add_argument("model", help="saved potential")
-    md.add_argument("structure", help="structure file (first frame)")
-    md.add_argument("--temperature", type=float, default=300.0, help="K (default: 300)")
-    md.add_argument("--steps", type=int, default=1000, help="time steps in all (default: 1000)")
-    md.add_argument("--timestep", type=float, default=0.5, help="fs (default: 0.5)")
-    md.add_argument("--ensemble", choices=["nve", "langevin", "nose-hoover", "npt"], default="langevin", help="default: langevin")
-    md.add_argument("--out", default="md", help="folder of the results (default: md)")
-    md.add_argument("--interval", type=int, default=20, help="steps between frames (default: 20)")
-    md.add_argument("--pressure", type=float, default=0.0, help="GPa, for npt (default: 0)")
-    md.add_argument("--thermostat-time", type=float, default=100.0, help="fs (default: 100)")
-    md.add_argument("--barostat-time", type=float, default=1000.0, help="fs (default: 1000)")
-    md.add_argument("--seed", type=int, default=0, help="of velocities and noise (default: 0)")
-    md.add_argument("--max-temperature", type=float, help="K at which to stop (default: 5 times the temperature + 500)")
-    md.add_argument("--max-bond-stretch", type=float, help="Å by which a bond may change before the run stops (default: not watched)")
-    md.add_argument("--device", default="cpu", help="default: cpu")
-    md.add_argument("--dtype", choices=["float32", "float64"], help="default: as saved")
-    md.add_argument(
-        "--compiled",
-        action=argparse.BooleanOptionalAction,
-        help="run a compiled program (default: if one is cached, or the run is long enough to pay for it)",
-    )
-    md.add_argument("--resume", action="store_true", help="go on where the run stopped, bit for bit")
+    md.add_argument("structure", help="structure file")
+    add_flags(md, MDConfig)
     _common(md)
 
-    relax = command("relax", _relax, "Relax positions, and the cell with --cell.")
+
+def _relax_parser(relax: argparse.ArgumentParser) -> None:
+    from gossamer.settings import add_flags
+    from gossamer.simulation.options import RelaxConfig
+
     relax.add_argument("model", help="saved potential")
-    relax.add_argument("structure", help="structure file (first frame)")
-    relax.add_argument("--fmax", type=float, default=0.01, help="eV/Å (default: 0.01)")
-    relax.add_argument("--steps", type=int, default=500, help="most steps (default: 500)")
-    relax.add_argument("--cell", action="store_true", help="relax the cell too")
-    relax.add_argument("--optimizer", choices=["fire", "lbfgs"], default="fire", help="default: fire")
-    relax.add_argument("--resume", action="store_true", help="go on where the relaxation stopped (same structure and options)")
-    relax.add_argument("--out", default="relaxed.extxyz", help="relaxed structure (default: relaxed.extxyz)")
-    relax.add_argument("--device", default="cpu", help="default: cpu")
-    relax.add_argument("--dtype", choices=["float32", "float64"], help="default: as saved")
+    relax.add_argument("structure", nargs="+", help="structure files; several are relaxed one after the other into the folder --out")
+    add_flags(relax, RelaxConfig)
     _common(relax)
 
-    export = command("export", _export, "Compile a potential into a program that runs without gossamer (.pt2).")
+
+def _export_parser(export: argparse.ArgumentParser) -> None:
     export.add_argument("model", help="saved potential")
     export.add_argument("out", help="file to make (.pt2)")
     export.add_argument("--structure", help="structure to trace and compare with (default: a small cluster of its elements)")
@@ -129,13 +161,16 @@ def build_parser() -> argparse.ArgumentParser:
     export.add_argument("--dtype", choices=["float32", "float64"], help="default: as saved")
     _common(export)
 
-    info = command("info", _info, "The manifest of a saved potential.")
+
+def _info_parser(info: argparse.ArgumentParser) -> None:
     info.add_argument("model", help="saved potential")
     info.add_argument("--weights", action="store_true", help="also list the weights: names (for fine-tuning) and shapes")
     _common(info)
 
-    data = command("data", _data_help, "Look at data, convert data.")
+
+def _data_parser(data: argparse.ArgumentParser) -> None:
     actions = data.add_subparsers(dest="action", metavar="ACTION")
+    data.set_defaults(parser=data)
     inspect = actions.add_parser("inspect", help="What is in a data file; exit status 1 when training on it would be wrong.")
     inspect.set_defaults(run=_inspect)
     inspect.add_argument("data", help="labelled structures")
@@ -150,8 +185,10 @@ def build_parser() -> argparse.ArgumentParser:
     )
     _labels(convert)
     _common(convert)
-    data.set_defaults(parser=data)
-    return parser
+
+
+def _completion_parser(completion: argparse.ArgumentParser) -> None:
+    completion.add_argument("shell", choices=["bash", "zsh", "tcsh"], help="for example: gossamer completion bash >> ~/.bash_completion")
 
 
 def _bench_parser(bench: argparse.ArgumentParser) -> None:
@@ -166,8 +203,7 @@ def _bench_parser(bench: argparse.ArgumentParser) -> None:
                        help="numbers of atoms (default: 100 to 100000)")  # fmt: skip
     bench.add_argument("--seconds", type=float, default=10.0, help="longest single evaluation; larger systems are left out (default: 10)")
     bench.add_argument("--threads", type=int, help="of PyTorch and OpenMP; with one, CPU time is taken (default: as they find)")
-    bench.add_argument("--way", choices=["auto", "plain", "kernels", "program", "graph"], default="auto",
-                       help="how our potentials are evaluated (default: auto)")  # fmt: skip
+    _way(bench)
     bench.add_argument("--device", default="cpu", help="of our potentials (default: cpu)")
     bench.add_argument("--dtype", choices=["float32", "float64"], help="of our potentials (default: as saved)")
     bench.add_argument("--out", default="bench", help="folder of bench.json, bench.md and bench.png (default: bench)")
@@ -200,6 +236,11 @@ def _judge_parser(judge: argparse.ArgumentParser) -> None:
 
 def _common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print the answer as JSON")
+
+
+def _way(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--way", choices=["auto", "plain", "kernels", "program", "graph"], default="auto",
+                        help="how our potentials are evaluated (default: auto)")  # fmt: skip
 
 
 def _labels(parser: argparse.ArgumentParser) -> None:
@@ -298,7 +339,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     from gossamer.runs import evaluate
 
     out = arguments.out or str(Path(arguments.model).parent / "evaluation")
-    evaluation = evaluate(arguments.model, arguments.data, _label_config(arguments), out, arguments.worst, arguments.device)
+    evaluation = evaluate(arguments.model, arguments.data, _label_config(arguments), out, arguments.worst, arguments.device, arguments.way)
     if arguments.json:
         print(json.dumps({**evaluation.summary(), "out": out}))
     else:
@@ -359,23 +400,42 @@ def _judge(arguments: argparse.Namespace) -> int:
 
 
 def _md(arguments: argparse.Namespace) -> int:
+    from gossamer.settings import from_flags
     from gossamer.simulation.md import md
+    from gossamer.simulation.options import MDConfig
 
-    names = ("temperature", "steps", "timestep", "ensemble", "out", "interval", "pressure", "thermostat_time", "barostat_time", "seed",
-             "resume", "max_temperature", "max_bond_stretch", "device", "dtype", "compiled")  # fmt: skip
-    answer = md(arguments.model, arguments.structure, **{n: getattr(arguments, n) for n in names})
+    answer = md(arguments.model, arguments.structure, from_flags(MDConfig, arguments))
     _show(arguments, answer)
+    if answer["stopped"]:
+        return 128 + signal.Signals[answer["stopped"]]
     return 1 if answer["broken"] else 0
 
 
 def _relax(arguments: argparse.Namespace) -> int:
-    from gossamer.simulation.relax import relax
+    from pathlib import Path
 
-    names = ("fmax", "steps", "cell", "optimizer", "out", "resume", "device", "dtype")
-    answer = relax(arguments.model, arguments.structure, **{n: getattr(arguments, n) for n in names})
-    del answer["atoms"]
-    _show(arguments, {**answer, "out": arguments.out})
-    return 0 if answer["converged"] else 1
+    from gossamer.settings import from_flags
+    from gossamer.simulation.options import RelaxConfig
+    from gossamer.simulation.relax import relax, relax_files
+
+    several = len(arguments.structure) > 1
+    out = arguments.out or Path("relaxed" if several else "relaxed.extxyz")
+    config = from_flags(RelaxConfig, arguments, out=out)
+    if not several:
+        answer = relax(arguments.model, arguments.structure[0], config)
+        del answer["atoms"]
+        _show(arguments, {**answer, "out": str(out)})
+        return 0 if answer["converged"] else 1
+    answers = relax_files(arguments.model, arguments.structure, config)
+    if arguments.json:
+        print(json.dumps(answers))
+    else:
+        for found in answers:
+            said = found.get("error") or (f"{'converged' if found['converged'] else 'NOT converged'} in {found['steps']} steps, "
+                                          f"{found['energy_eV']:.6g} eV, largest force {found['max_force_eV_per_A']:.3g} eV/Å")  # fmt: skip
+            print(f"{found['structure']}: {said}")
+        print(f"everything is in '{out}'")
+    return 0 if all(found["converged"] for found in answers) else 1
 
 
 def _export(arguments: argparse.Namespace) -> int:
@@ -437,6 +497,15 @@ def _convert(arguments: argparse.Namespace) -> int:
         structures = read_structures(arguments.data, _label_config(arguments))
     count = write_store(structures, arguments.out)
     _show(arguments, {"structures": count, "out": arguments.out})
+    return 0
+
+
+def _completion(arguments: argparse.Namespace) -> int:
+    try:
+        import shtab
+    except ImportError:
+        raise ImportError("Completion is written by the package shtab: pip install 'gossamer[completion]'") from None
+    print(shtab.complete(build_parser(), arguments.shell))
     return 0
 
 

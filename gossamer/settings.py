@@ -161,7 +161,7 @@ def _alternatives(hint: Any) -> list[Any]:
 
 def _flag_help(text: str, default: Any) -> str:
     text = " ".join(text.replace("``", "").split()).replace("%", "%%")
-    if default in (..., None, False, []) or "by default" in text:
+    if default is False or default in (..., None, []) or "by default" in text:
         return text
     shown = " ".join(map(str, default)) if isinstance(default, list | tuple) else default
     return f"{text.rstrip('.')} (default: {shown})"

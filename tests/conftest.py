@@ -6,7 +6,6 @@ import os
 from pathlib import Path
 
 os.environ.setdefault("MPLBACKEND", "Agg")
-os.environ["GOSSAMER_CACHE"] = os.devnull + "/no-cache"  # kernels and programs of the user stay out of the tests
 
 from jaxtyping import install_import_hook
 
@@ -20,6 +19,12 @@ from ase import Atoms  # noqa: E402
 from ase.build import bulk, molecule  # noqa: E402
 
 torch.set_num_threads(1)
+
+
+def pytest_configure() -> None:
+    """Kernels and programs of the user stay out of the tests; processes that tests start keep the cache they are given."""
+    os.environ["GOSSAMER_CACHE"] = os.devnull + "/no-cache"
+
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 DEMO = Path(__file__).resolve().parents[1] / "demo" / "data"

@@ -65,8 +65,8 @@ def test_flags_share_the_names_of_the_parameters() -> None:
         ("fit", gossamer.fit, {"labels", "progress"}),
         ("evaluate", gossamer.evaluate, {"labels"}),
         ("compare", gossamer.compare, {"progress"}),
-        ("md", gossamer.md, {"progress"}),
-        ("relax", gossamer.relax, set()),
+        ("md", gossamer.md, {"progress", "config", "options"}),
+        ("relax", gossamer.relax, {"config", "options"}),
         ("judge", gossamer.judge, {"progress", "config", "options"}),
         ("export", gossamer.export, set()),
     ):
@@ -80,13 +80,26 @@ def test_flags_share_the_names_of_the_parameters() -> None:
                 assert found == defaults[action.dest] or str(found) == str(defaults[action.dest]), (name, action.dest)
 
 
+def test_every_command_that_evaluates_asks_which_way(tmp_path: Path) -> None:
+    commands = build_parser()._subparsers._group_actions[0].choices
+    for name in ("evaluate", "bench", "judge", "md", "relax"):
+        (way,) = (a for a in commands[name]._actions if a.dest == "way")
+        assert list(way.choices) == ["auto", "plain", "kernels", "program", "graph"], name
+    from gossamer.checks.source import find_sources
+
+    save(make_potential(["H"]), tmp_path / "p.safetensors")
+    (auto,), (plain,) = (find_sources([tmp_path / "p.safetensors"], [], way=way) for way in ("auto", "plain"))
+    assert plain.make().engine.asked == "plain"
+    assert plain.fingerprint != auto.fingerprint  # what one way answered is not taken for the other
+
+
 def test_the_whole_path(tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     """inspect, train, evaluate, info, relax, md in a fresh folder."""
     monkeypatch.chdir(tmp_path)
     status, out, _ = run("data", "inspect", ETHANOL, capsys=capsys)
     assert (status, "fit for training" in out) == (0, True)
     status, out, _ = run(
-        "train", config(tmp_path), "training.steps=150", "model.num_features=16", "training.learning_rate=5e-3", capsys=capsys
+        "train", config(tmp_path), "training.steps=60", "model.num_features=16", "training.learning_rate=5e-3", capsys=capsys
     )
     assert status == 0
     assert "forces on O" in out
@@ -101,7 +114,7 @@ def test_the_whole_path(tmp_path: Path, capsys: pytest.CaptureFixture, monkeypat
     status, out, _ = run("info", model, capsys=capsys)
     assert "elements" in out
     ase.io.write("ethanol.xyz", molecule("CH3CH2OH"))
-    status, out, _ = run("relax", model, "ethanol.xyz", "--fmax", "0.2", "--steps", "200", "--json", capsys=capsys)
+    status, out, _ = run("relax", model, "ethanol.xyz", "--fmax", "0.2", "--steps", "20", "--json", capsys=capsys)
     assert json.loads(out)["steps"] > 0
     assert (tmp_path / "relaxed.extxyz").exists()
     status, out, _ = run("md", model, "ethanol.xyz", "--steps", "20", "--interval", "10", "--temperature", "100", "--json", capsys=capsys)
@@ -237,7 +250,7 @@ def test_inspection_exit_status(tmp_path: Path, capsys: pytest.CaptureFixture) -
     assert "Hartree" in out
     assert "training on this data would be wrong" in out
     status, out, err = run("data", "inspect", tmp_path / "absent.extxyz", "--json", capsys=capsys)
-    assert (status, list(json.loads(out))) == (2, ["error"])
+    assert (status, list(json.loads(out))) == (2, ["error", "command", "status"])
     assert json.loads(out)["error"] in err
     status, out, _ = run("data", "inspect", tmp_path / "wrong.extxyz", "--json", capsys=capsys)
     assert json.loads(out)["ok"] is False
@@ -273,9 +286,11 @@ def test_wrong_use_of_a_potential(tmp_path: Path, capsys: pytest.CaptureFixture)
         assert message in err, (arguments, err)
         assert "Traceback" not in err
     ase.io.write(tmp_path / "cell.extxyz", bulk("C"))
-    with pytest.raises(SystemExit) as stop:
-        main(["md", str(model), str(tmp_path / "cell.extxyz"), "--ensemble", "nvt"])
-    assert stop.value.code == 2
+    status, out, err = run("md", model, tmp_path / "cell.extxyz", "--ensemble", "nvt", "--json", capsys=capsys)
+    assert (status, "usage: gossamer md" in err) == (2, True)
+    answer = json.loads(out)
+    assert answer["error"].startswith("gossamer md: argument --ensemble: invalid choice: 'nvt'")
+    assert (answer["command"], answer["status"]) == ("md", 2)
 
 
 def test_a_broken_simulation_has_exit_status_one(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -287,3 +302,90 @@ def test_a_broken_simulation_has_exit_status_one(tmp_path: Path, capsys: pytest.
     assert status == 1
     assert "temperature" in out
     assert os.path.exists(tmp_path / "md" / "broken.extxyz")
+
+
+def test_errors_of_the_system_are_one_line_and_json(tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(make_potential(["H", "C"]), model := tmp_path / "p.safetensors")
+    ase.io.write(tmp_path / "m.xyz", molecule("CH4"))
+    (tmp_path / "file").touch()
+    for arguments, message in (
+        (["md", model, tmp_path, "--out", tmp_path / "a"], "is a folder; a structure file is expected"),
+        (["md", model, tmp_path / "m.xyz", "--out", tmp_path / "file"], "in the way"),
+        (["md", model, tmp_path / "m.xyz", "--out", tmp_path / "file" / "x"], "A folder is expected there, not a file"),
+        (["relax", model, tmp_path / "m.xyz", "--out", tmp_path], "is a folder; the relaxed structure is one file"),
+        (["md", tmp_path, tmp_path / "m.xyz", "--out", tmp_path / "a"], str(tmp_path)),
+    ):
+        status, out, err = run(*arguments, "--json", capsys=capsys)
+        assert (status, message in err, "Traceback" in err) == (2, True, False), (arguments, err)
+        assert message in json.loads(out)["error"]
+    assert not (tmp_path / "a").exists()
+
+    def full(*arguments, **arrays) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(np, "savez", full)
+        status, out, err = run("md", model, tmp_path / "m.xyz", "--out", tmp_path / "b", "--json", capsys=capsys)
+    assert status == 2
+    assert "No space left on device. Free some space" in err
+    assert json.loads(out)["error"].startswith("No space left on device")
+
+
+def test_interrupts_say_how_to_go_on(tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    import gossamer.simulation.md
+
+    def interrupted(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(gossamer.simulation.md, "md", interrupted)
+    status, out, err = run("md", "p", "m", "--json", capsys=capsys)
+    assert status == 130
+    assert "interrupted. The same command with --resume goes on." in err
+    assert json.loads(out)["status"] == 130
+    monkeypatch.setattr(gossamer.simulation.md, "md", lambda *a: {"stopped": "SIGTERM", "broken": None, "steps": 3})
+    status, out, _ = run("md", "p", "m", "--json", capsys=capsys)
+    assert (status, json.loads(out)["stopped"]) == (143, "SIGTERM")
+
+
+def test_a_pipe_that_closes_early_is_quiet(tmp_path: Path) -> None:
+    save(make_potential(["H", "C"]), tmp_path / "p.safetensors")
+    read, write = os.pipe()
+    os.close(read)
+    result = subprocess.run([sys.executable, "-m", "gossamer.cli", "info", str(tmp_path / "p.safetensors")], stdout=write, stderr=subprocess.PIPE,
+                            text=True, check=False)  # fmt: skip
+    os.close(write)
+    assert (result.returncode, result.stderr) == (141, "")
+
+
+def test_several_structures_are_relaxed_by_one_command(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    save(make_potential(["H", "C"]), model := tmp_path / "p.safetensors")
+    for name in ("a.xyz", "b.xyz"):
+        ase.io.write(tmp_path / name, molecule("CH4"))
+    files = [tmp_path / "a.xyz", tmp_path / "b.xyz", tmp_path / "none.xyz"]
+    status, out, _ = run("relax", model, *files, "--out", tmp_path / "r", "--fmax", "0.5", "--steps", "3", "--json", capsys=capsys)
+    answers = json.loads(out)
+    assert status == 1
+    assert [Path(a["structure"]).name for a in answers] == ["a.xyz", "b.xyz", "none.xyz"]
+    assert "There is no structure file" in answers[2]["error"]
+    assert (tmp_path / "r" / "a.extxyz").exists()
+    status, out, _ = run("relax", model, *files[:2], "--out", tmp_path / "r", "--fmax", "100", "--way", "plain", capsys=capsys)
+    assert (status, out.count("converged in 0 steps")) == (0, 2)
+
+
+def test_packages_that_are_extras_are_named(tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ijson", None)
+    (tmp_path / "mptrj.json").write_text('{"mp-1": {"mp-1-0": {"structure": 3}}}')
+    status, _, err = run("data", "inspect", tmp_path / "mptrj.json", capsys=capsys)
+    assert (status, "needs ijson: pip install 'gossamer[mptrj]'" in err) == (2, True)
+
+
+def test_completion(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "shtab", None)
+    status, _, err = run("completion", "bash", capsys=capsys)
+    assert (status, "pip install 'gossamer[completion]'" in err) == (2, True)
+    monkeypatch.undo()
+    pytest.importorskip("shtab")
+    for shell in ("bash", "zsh", "tcsh"):
+        status, out, _ = run("completion", shell, capsys=capsys)
+        assert status == 0
+        assert "temperature-end" in out, shell

@@ -38,6 +38,8 @@ class Options:
     """Check."""
     compiled: bool | None = None
     """Compile."""
+    seed: int = 0
+    """Of noise."""
 
 
 def parser(**options) -> argparse.ArgumentParser:

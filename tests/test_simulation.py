@@ -134,38 +134,35 @@ def test_resumed_dynamics_are_exact(ensemble: str, tmp_path: Path) -> None:
 def test_killed_dynamics_resume_exactly(tmp_path: Path) -> None:
     save(make_potential(["Ar"], dtype=torch.float32, cutoff=5.0), tmp_path / "p.safetensors")
     ase.io.write(tmp_path / "argon.extxyz", argon(1))
-    command = [sys.executable, "-m", "gossamer.cli", "md", str(tmp_path / "p.safetensors"), str(tmp_path / "argon.extxyz"), "--steps", "700",
-               "--temperature", "40", "--timestep", "2", "--interval", "10", "--max-temperature", "1e9", "--resume", "--json"]  # fmt: skip
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(
-        [*command, "--out", str(tmp_path / "cut")], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    )
+    options = MDConfig(steps=120, temperature=40, timestep=2, interval=4, max_temperature=1e9, resume=True)
+    command = [sys.executable, "-m", "gossamer.cli", "md", str(tmp_path / "p.safetensors"), str(tmp_path / "argon.extxyz"), "--steps", "120",
+               "--temperature", "40", "--timestep", "2", "--interval", "4", "--max-temperature", "1e9", "--out", str(tmp_path / "cut")]  # fmt: skip
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     deadline = time.monotonic() + 60
-    while not (tmp_path / "cut" / "state.npz").exists() and time.monotonic() < deadline:
-        time.sleep(0.02)
-    time.sleep(0.5)
+    state = tmp_path / "cut" / "state.npz"
+    while (not state.exists() or np.load(state)["integrator.nsteps"] < 8) and time.monotonic() < deadline:
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    done = int(np.load(tmp_path / "cut" / "state.npz")["integrator.nsteps"])
-    assert 0 <= done < 700
+    assert int(np.load(state)["integrator.nsteps"]) < 120
     for name in ("cut", "whole"):
-        result = subprocess.run([*command, "--out", str(tmp_path / name)], env=environment, capture_output=True, text=True, check=False)
-        assert result.returncode == 0, result.stderr
-        assert json.loads(result.stdout)["steps"] == 700
+        assert md(tmp_path / "p.safetensors", tmp_path / "argon.extxyz", options, out=tmp_path / name, progress=False)["steps"] == 120
     assert table(tmp_path / "cut") == table(tmp_path / "whole")
+    assert not list((tmp_path / "cut").glob(".*"))
 
 
 def test_thermostats_hold_the_temperature(tmp_path: Path) -> None:
+    options = MDConfig(temperature=300, steps=400, timestep=5, interval=5, thermostat_time=50, seed=1)
     for ensemble in ("langevin", "nose-hoover"):
-        result = md(
-            lj(), argon(), temperature=60, steps=1000, timestep=5, ensemble=ensemble, out=tmp_path / ensemble, interval=10, thermostat_time=200,
-            progress=False,
-        )  # fmt: skip
-        assert result["mean_temperature_K"] == pytest.approx(60, abs=8), ensemble
+        copper = bulk("Cu", cubic=True).repeat((2, 1, 1))
+        result = md(EMT(), copper, options, ensemble=ensemble, out=tmp_path / ensemble, progress=False)
+        assert result["mean_temperature_K"] == pytest.approx(300, rel=0.2), ensemble
     conserved = np.array([float(r["conserved_energy_eV"]) for r in table(tmp_path / "nose-hoover")])
-    assert np.ptp(conserved) / 32 < 2e-4
+    assert np.ptp(conserved) / 8 < 1e-3
 
 
+@pytest.mark.slow
 def test_barostat_finds_the_pressure(tmp_path: Path) -> None:
     md(
         EMT(), bulk("Cu", cubic=True).repeat(2), temperature=300, steps=700, timestep=4, ensemble="npt", out=tmp_path / "npt", interval=10,

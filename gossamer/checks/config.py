@@ -70,6 +70,8 @@ class JudgeConfig:
     """Of saved potentials."""
     dtype: Literal["float32", "float64"] | None = None
     """Of saved potentials; by default as saved."""
+    way: Literal["auto", "plain", "kernels", "program", "graph"] = "auto"
+    """How saved potentials are evaluated."""
 
     @field_validator("data", "diatomics_reference", "phonons_reference", "conductivity_crystals", "conductivity_reference", "discovery",
                      "discovery_table", "discovery_relaxed", mode="before")  # fmt: skip

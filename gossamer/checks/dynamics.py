@@ -152,10 +152,12 @@ def simulate(candidate: Candidate, name: str, atoms: Atoms, protocol: Protocol, 
     start, sentence = prepared(candidate, folder, atoms, protocol)
     bonds = not atoms.pbc.any()
     answer = md(
-        candidate.calculator, start, temperature=protocol.temperature, steps=steps, timestep=protocol.timestep, ensemble=protocol.ensemble,  # type: ignore[arg-type]
+        candidate.calculator, start, temperature=protocol.temperature, steps=steps, timestep=protocol.timestep, ensemble=protocol.ensemble,
         out=folder, interval=interval, thermostat_time=protocol.thermostat_time, seed=0, resume=(folder / "state.npz").exists(),
         max_bond_stretch=0.5 if bonds else None, progress=candidate.progress,
     )  # fmt: skip
+    if answer["stopped"]:
+        raise KeyboardInterrupt(answer["stopped"])  # the whole judgement ends; the next one goes on from here
     return {**answer, "folder": folder, "interval_ps": interval * protocol.timestep / 1000, "prepared": sentence}
 
 

@@ -31,11 +31,12 @@ class SavedPotential:
     path: str
     device: str = "cpu"
     dtype: str | None = None
+    way: Any = "auto"
 
     def __call__(self) -> Any:
         from gossamer.simulation.calculator import Calculator
 
-        return Calculator(self.path, device=self.device, dtype=self.dtype)
+        return Calculator(self.path, device=self.device, dtype=self.dtype, way=self.way)
 
 
 @dataclass(frozen=True)
@@ -67,14 +68,16 @@ class Source:
     ours: bool = False
 
 
-def find_sources(models: Sequence[Path | str], calculators: Sequence[str], device: str = "cpu", dtype: str | None = None) -> list[Source]:
+def find_sources(
+    models: Sequence[Path | str], calculators: Sequence[str], device: str = "cpu", dtype: str | None = None, way: str = "auto"
+) -> list[Source]:
     """Saved potentials ("[name=]FILE") and calculators ("[name=]module:factory").
 
     Raises:
         ValueError: nothing to judge, two of one name, or a calculator that is not one.
         FileNotFoundError: no such potential.
     """
-    found = [_saved(str(entry), device, dtype) for entry in models]
+    found = [_saved(str(entry), device, dtype, way) for entry in models]
     for text in calculators:
         name, _ = parse_calculator(text)
         found.append(Source(name, AnyCalculator(text), text.rpartition("=")[2] if "(" not in text else text))
@@ -87,7 +90,7 @@ def find_sources(models: Sequence[Path | str], calculators: Sequence[str], devic
     return found
 
 
-def _saved(entry: str, device: str, dtype: str | None) -> Source:
+def _saved(entry: str, device: str, dtype: str | None, way: str) -> Source:
     """A saved potential from "[name=]FILE"."""
     name, equals, path = entry.partition("=")
     path = path if equals else entry
@@ -99,7 +102,7 @@ def _saved(entry: str, device: str, dtype: str | None) -> Source:
     file = Path(path)
     stem = file.parent.resolve().name if file.stem == "potential" else file.stem
     return Source(
-        name if equals else stem, SavedPotential(path, device, dtype), f"{manifest['checksum']}-{dtype}",
+        name if equals else stem, SavedPotential(path, device, dtype, way), f"{manifest['checksum']}-{dtype}{'' if way == 'auto' else f'-{way}'}",
         elements=list(manifest["statistics"]["elements"]), cutoff=manifest["model"].get("cutoff"), conservative=bool(manifest["conservative"]),
         run=file.parent if (file.parent / "config.yaml").exists() else None, n_train=manifest["statistics"].get("n_structures") or None, ours=True,
     )  # fmt: skip

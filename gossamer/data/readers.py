@@ -391,7 +391,10 @@ def _read_mptrj(path: Path, labels: LabelConfig) -> Iterator[Structure]:
 
     Energies are the uncorrected totals; its stress is in kbar with VASP's sign.
     """
-    import ijson
+    try:
+        import ijson
+    except ImportError:
+        raise ImportError(f"Reading '{path}' needs ijson: pip install 'gossamer[mptrj]'") from None
 
     with open(path, "rb") as file:
         try:

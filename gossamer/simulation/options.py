@@ -75,7 +75,7 @@ class RelaxConfig:
     """Algorithm."""
     out: Path | None = None
     """File of the relaxed structure, in the format of its name; the path (.traj) and the optimiser's memory (.state.npz) lie beside it.
-    Of several structures: folder of the relaxed ones."""
+    Of several structures: folder of the relaxed ones. The command line writes relaxed.extxyz by default, or the folder relaxed."""
     frame: int = 0
     """Which frame of the structure file; -1 is the last."""
     supercell: tuple[Repeats, Repeats, Repeats] = (1, 1, 1)
