@@ -78,7 +78,7 @@ def merge_model(start: Mapping[str, Any], given: Mapping[str, Any], path: str) -
 # --- data ---------------------------------------------------------------------------------------------------------
 
 
-class Joined(Sequence[Structure]):
+class Concatenated(Sequence[Structure]):
     """Several data sets one after another."""
 
     def __init__(self, *parts: Sequence[Structure]) -> None:
@@ -261,6 +261,7 @@ def merge_adapters(potential: Potential) -> Potential:
         state |= {f"{name}.weight": potential.network.get_submodule(name).weight.clone() for name in adapted}
     # a new one: removing parametrizations from a copy would remove them from the original, whose class it shares
     merged = Potential(potential.model_config, potential.statistics, potential.potential_config)
+    merged.seen = potential.seen
     merged.network.to(potential.dtype)
     merged.network.load_state_dict(state)
     return merged.to(potential.device).train(potential.training)
