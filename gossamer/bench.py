@@ -33,7 +33,6 @@ from gossamer.files import atomic_path, write_json, write_text
 from gossamer.timing import fastest
 
 log = logging.getLogger(__name__)
-Mode = Literal["auto", "plain", "program"]
 
 
 def bench(
@@ -43,7 +42,7 @@ def bench(
     sizes: Sequence[int] = (100, 300, 1000, 3000, 10_000, 30_000, 100_000),
     seconds: float = 10.0,
     threads: int | None = None,
-    mode: Mode = "auto",
+    way: Literal["auto", "plain", "kernels", "program", "graph"] = "auto",
     device: str = "cpu",
     dtype: str | None = None,
     out: Path | str = "bench",
@@ -58,14 +57,14 @@ def bench(
         sizes: Numbers of atoms, at least; the next size is left out when an evaluation would take longer than ``seconds``.
         seconds: Longest single evaluation.
         threads: Of PyTorch and OpenMP; by default as they find. With one thread CPU time is taken, otherwise wall time.
-        mode: How our potentials run: "auto" as the calculator does by default, "plain" without kernels, "program" compiled.
+        way: How our potentials are evaluated (`gossamer.engine.engine`).
         device: Of our potentials.
         dtype: "float32" or "float64" of our potentials; by default as saved.
         out: Folder.
 
     Returns:
         For each candidate ``name``, ``rows`` (one for each size), ``growth`` (power n of time ~ atoms^n), ``stopped`` (why no larger
-        size) and, for our potentials, ``mode`` and ``parameters``.
+        size) and, for our potentials, ``way`` and ``parameters``.
 
     Raises:
         ValueError: nothing to time, two of one name, or settings that cannot be.
@@ -98,7 +97,7 @@ def bench(
             "sizes": sorted(set(sizes)),
             "seconds": seconds,
             "threads": threads,
-            "mode": mode,
+            "way": way,
             "device": device,
             "dtype": dtype,
             "atoms": atoms,
@@ -216,13 +215,13 @@ def measure(job: dict[str, Any], report: Callable[[dict[str, Any]], None]) -> di
         if own:
             from gossamer.simulation.calculator import Calculator
 
-            calculator: Any = Calculator(potential, compiled={"auto": None, "plain": False, "program": True}[job["mode"]])
+            calculator: Any = Calculator(potential, way=job["way"])
         else:
             calculator = foreign
         row = time_one(calculator, system, clock, job["seconds"])
         if own:
             row.update(details(calculator, system, clock, ceiling))
-            facts.update(mode=calculator.mode, parameters=potential.num_parameters)
+            facts.update(way=calculator.engine.way, parameters=potential.num_parameters)
         report(row)
         previous = row
     return facts
@@ -254,10 +253,10 @@ def details(calculator: Any, atoms: Atoms, clock: Callable[[], float], ceiling: 
     """What only our own calculators tell: pairs, the network and the neighbour list alone, the floor."""
     from gossamer.neighbors import neighbor_list
 
-    graph = calculator._graph(atoms)
-    network = fastest(lambda: calculator._predict(graph, calculator.conservative and bool(atoms.pbc.all())), 7, 2.0, clock)
+    graph = calculator.graph(atoms)
+    network = fastest(lambda: calculator.engine(graph, bool(atoms.pbc.all())), 7, 2.0, clock)
     whole = fastest(lambda: neighbor_list(atoms.positions, atoms.cell.array, atoms.pbc, calculator.potential.cutoff), 3, 2.0, clock)
-    least = floor(calculator, graph, ceiling)
+    least = floor(calculator.engine, graph, ceiling)
     return {
         "edges": graph.n_edges,
         "network_ms": 1000 * network,
@@ -283,7 +282,7 @@ def ceilings(potential: Any) -> dict[str, float]:
     return {"macs": n**3 / fastest(lambda: torch.mm(a, b), 8), "bytes": 8 * length / fastest(lambda: target.copy_(source), 8)}
 
 
-def floor(calculator: Any, graph: Any, ceiling: dict[str, float]) -> dict[str, float]:
+def floor(engine: Any, graph: Any, ceiling: dict[str, float]) -> dict[str, float]:
     """Least time of energy and forces: the larger of arithmetic over its ceiling and bytes over theirs.
 
     Arithmetic: matrix products as PyTorch counts them, and the kernels' own. Where a network has kernels, radial networks
@@ -294,27 +293,26 @@ def floor(calculator: Any, graph: Any, ceiling: dict[str, float]) -> dict[str, f
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
-    from gossamer.engine.agreement import add_kernels, has_kernels
-    from gossamer.engine.kernels.attach import KernelLayer
-    from gossamer.engine.kernels.cpu import Missing
+    from gossamer.engine.kernels.attach import AttentionKernel, TableKernel, attach_kernels
+    from gossamer.engine.kernels.cpu import Missing, operations
+    from gossamer.nn.attention import Attention
 
-    potential = calculator.fast or calculator.potential
-    if not has_kernels(potential):
+    potential = engine.quick
+    if potential is None:
+        potential = engine.potential
         with contextlib.suppress(Missing):
-            potential = add_kernels(potential)
+            potential = attach_kernels(potential)
     with FlopCounterMode(display=False) as counter:
-        potential(graph, stress=False, isolated=calculator.isolated)
+        potential(graph, stress=False, isolated=potential.isolated_outputs())
     macs = counter.get_total_flops() / 2
     size = torch.finfo(potential.dtype).bits // 8
-    layers = [m for m in potential.modules() if isinstance(m, KernelLayer)]
+    layers = [m for m in potential.modules() if isinstance(m, TableKernel)]
     moved = size * potential.num_parameters
     for layer in layers:
         c = layer.convolution
-        macs += c.operations * graph.n_edges
+        macs += operations(c) * graph.n_edges
         moved += 2 * size * graph.n_atoms * (c.width_in + c.width_out) + graph.n_edges * (2 * 16 + 4 * size * (c.n_harmonics + 1))
-    if not layers:
-        config = potential.model_config
-        moved += 4 * size * graph.n_edges * getattr(config, "num_features", 1) * getattr(config, "num_layers", 1)
+    moved += 4 * size * graph.n_edges * sum(m.channels for m in potential.modules() if isinstance(m, Attention | AttentionKernel))
     return {"multiply_adds": float(macs), "bytes": float(moved), "floor_ms": 1000 * max(macs / ceiling["macs"], moved / ceiling["bytes"])}
 
 

@@ -20,9 +20,10 @@ from gossamer.data.dataset import load_data
 from gossamer.data.structure import Structure
 from gossamer.evaluation import evaluate_potential
 from gossamer.files import atomic_path, write_json, write_text
+from gossamer.models import MODELS
 from gossamer.potential import Potential
 from gossamer.potential_file import load
-from gossamer.runs import COMPILED, POTENTIAL, check_loss, train
+from gossamer.runs import POTENTIAL, check_loss, train
 from gossamer.settings import to_dict
 from gossamer.simulation.calculator import Calculator
 from gossamer.training.process_group import start_process_group
@@ -152,7 +153,7 @@ def budget_clock(config: Config) -> Literal["cpu", "wall"]:
 
 def compile_fits(config: Config, minutes: float) -> bool:
     """Whether compiling takes a small enough part of the time."""
-    fits = COMPILED[config.model.name][1] < COMPILE_BUDGET * 60 * minutes
+    fits = MODELS[config.model.name][1].fit_defaults.compile_seconds < COMPILE_BUDGET * 60 * minutes
     if not fits:
         log.info("%g minutes leave no time to compile: this run trains without it", minutes)
     return fits

@@ -10,7 +10,7 @@ import yaml
 
 from gossamer.data.dataset import DataConfig
 from gossamer.files import write_text
-from gossamer.models import PRESETS, LEIGNNConfig, ModelConfig
+from gossamer.models import DEFAULT, MODELS, ModelConfig
 from gossamer.potential import PotentialConfig
 from gossamer.potential_file import read_manifest
 from gossamer.settings import build, settings, to_dict
@@ -24,7 +24,7 @@ class Config:
     """Everything that defines a training run."""
 
     data: DataConfig
-    model: ModelConfig = LEIGNNConfig()
+    model: ModelConfig = MODELS[DEFAULT][0]()
     potential: PotentialConfig = PotentialConfig()
     loss: LossConfig = LossConfig()
     training: TrainingConfig = TrainingConfig()
@@ -53,7 +53,7 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
 
 
 def make_config(values: Mapping[str, Any], overrides: Sequence[str] = ()) -> Config:
-    """Settings from nested dictionaries, with overrides. ``model.preset`` names a size (`gossamer.models.PRESETS`)."""
+    """Settings from nested dictionaries, with overrides. ``model.preset`` names a size (`Network.presets`)."""
     merged = _plain(values)
     for override in overrides:
         key, separator, text = override.partition("=")
@@ -70,7 +70,7 @@ def make_config(values: Mapping[str, Any], overrides: Sequence[str] = ()) -> Con
     if isinstance(merged.get("model"), dict) and "preset" in merged["model"]:
         merged["model"] = expand_preset(merged["model"])
     elif isinstance(merged.get("model"), dict) and not merged.get("finetune"):
-        merged["model"] = {"name": LEIGNNConfig().name, **merged["model"]}
+        merged["model"] = {"name": DEFAULT, **merged["model"]}
     start = (merged.get("finetune") or {}).get("start")
     if isinstance(start, str):  # the network and its surroundings come from the file
         manifest = read_manifest(start)
@@ -85,11 +85,11 @@ def expand_preset(model: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: this network has no preset of that name.
     """
-    known = PRESETS.get(model.get("name", "leignn"), {})
-    if model["preset"] not in known:
-        listed = f"Choose one of {', '.join(known)}" if known else f"Networks with presets: {', '.join(PRESETS)}"
-        raise ValueError(f"model.preset: the network {model.get('name', 'leignn')} has no preset {model['preset']!r}. {listed}.")
-    return {**known[model["preset"]], **{k: v for k, v in model.items() if k != "preset"}}
+    name = model.get("name", DEFAULT)
+    known = MODELS[name][1].presets if name in MODELS else {}
+    if name in MODELS and model["preset"] not in known:
+        raise ValueError(f"model.preset: the network {name} has no preset {model['preset']!r}. Choose one of {', '.join(known)}.")
+    return {**known.get(model["preset"], {}), **{k: v for k, v in model.items() if k != "preset"}}
 
 
 def save_config(config: Config, path: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,7 +10,8 @@ import numpy as np
 from ase.data import chemical_symbols
 
 from gossamer.data.structure import Structure
-from gossamer.potential import Potential
+from gossamer.graph import Graph
+from gossamer.potential import Potential, Prediction
 
 MILLI = 1000.0
 
@@ -81,7 +82,13 @@ class Evaluation:
         return [f["index"] for f in sorted(self.frames, key=lambda f: -abs(f.get(key, 0.0)))[:n]]
 
 
-def evaluate_potential(potential: Potential, structures: Sequence[Structure], batch_atoms: int = 2048, keep: int = 200_000) -> Evaluation:
+def evaluate_potential(
+    potential: Potential,
+    structures: Sequence[Structure],
+    batch_atoms: int = 2048,
+    keep: int = 200_000,
+    run: Callable[[Graph, bool], Prediction] | None = None,
+) -> Evaluation:
     """Compare predictions with whatever labels the structures have.
 
     Args:
@@ -89,6 +96,7 @@ def evaluate_potential(potential: Potential, structures: Sequence[Structure], ba
         structures: At least one of them with a label.
         batch_atoms: Atoms evaluated at once.
         keep: Most force components kept for plots.
+        run: An engine of the potential that evaluates in its place.
 
     Raises:
         ValueError: no labels at all, or an unknown element.
@@ -97,7 +105,7 @@ def evaluate_potential(potential: Potential, structures: Sequence[Structure], ba
     kept = 0
     for start, batch in _batches(structures, batch_atoms):
         wants_stress = potential.conservative and any(s.stress is not None for s in batch)
-        for offset, (s, p) in enumerate(zip(batch, potential.predict(batch, stress=wants_stress), strict=True)):
+        for offset, (s, p) in enumerate(zip(batch, potential.predict(batch, wants_stress, run), strict=True)):
             frame: dict[str, Any] = {"index": start + offset, "name": s.name}
             if s.energy is not None:
                 difference = (p["energy"] - s.energy) / s.n_atoms

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -98,6 +98,8 @@ class Potential(nn.Module):
         network: Any = MODELS[model.name][1]
         self.network = network(model, facts)
         self.zbl = make_zbl(self.potential_config, model.cutoff) if self.potential_config.zbl else None
+        self.terms: Any = nn.ModuleList()
+        """further energies of atoms, (graph, positions, cell) -> (n_atoms,) in eV, from positions and cells: long range, say"""
         if self.zbl is not None and self.network.own_repulsion:
             raise ValueError(
                 f"The published {model.name} has a repulsion of its own: set potential.zbl to false, or model.variant to sound."
@@ -144,7 +146,27 @@ class Potential(nn.Module):
         """A graph of these structures with this potential's neighbour lists, on its device."""
         for structure in structures:
             self.check_elements(structure.atomic_numbers, structure.name)
-        return collate(structures, self.cutoff, self.max_neighbors).to(self.device)
+        return self.prune(collate(structures, self.cutoff, self.max_neighbors).to(self.device))
+
+    def prune(self, graph: Graph) -> Graph:
+        """The graph without edges that carry nothing, being longer than the cutoff of their pair and than the repulsion reaches."""
+        ends = self._pair_cutoffs(graph)
+        if ends is None:
+            return graph
+        if self.zbl is not None:
+            centre, neighbour = graph.atomic_numbers[graph.edge_index[1]], graph.atomic_numbers[graph.edge_index[0]]
+            ends = torch.maximum(ends, self.zbl.ends(centre, neighbour, ends))
+        kept = (graph.edge_vectors().norm(dim=1) < ends).nonzero()[:, 0]
+        return replace(graph, edge_index=graph.edge_index.index_select(1, kept), edge_shifts=graph.edge_shifts.index_select(0, kept))
+
+    def _pair_cutoffs(self, graph: Graph) -> Float[Tensor, " n_edges"] | None:
+        """Å of each edge, where pairs have cutoffs of their own."""
+        table = self.network.pair_cutoffs()
+        if table is None:
+            return None
+        sender, receiver = graph.edge_index
+        species = self.species_of[graph.atomic_numbers]
+        return table.to(torch.float64)[species[receiver], species[sender]]
 
     def isolated_outputs(self) -> Float[Tensor, " n_elements"]:
         """Output of the network for a lone atom of each element in the table."""
@@ -166,28 +188,42 @@ class Potential(nn.Module):
             float64 predictions, differentiable with respect to the weights in training mode.
         """
         need_gradient = self.conservative and (forces or stress)
-        sender, receiver = graph.edge_index
         with torch.set_grad_enabled(torch.is_grad_enabled() or need_gradient):
-            vectors = graph.edge_vectors()
-            if need_gradient:
-                vectors = vectors.detach().requires_grad_()
-            node_energies, direct = self._node_energies(graph, vectors, isolated)
+            leaves = self._leaves(graph, need_gradient)
+            node_energies, direct = self._node_energies(graph, leaves, isolated)
             energy = sum_by_index(node_energies, graph.graph_index, graph.n_graphs)
             force_values = stress_values = None
             if need_gradient:
-                # dE/d(edge vector) holds both: each edge pulls its two atoms, and its outer product is the virial
-                (slope,) = torch.autograd.grad(energy.sum(), vectors, create_graph=self.training)
-                force_values = sum_by_index(slope, receiver, graph.n_atoms) - sum_by_index(slope, sender, graph.n_atoms)
+                slopes = torch.autograd.grad(energy.sum(), list(leaves), create_graph=self.training)
+                force_values = self._forces(graph, slopes)
                 if stress:
-                    stress_values = self._stress(graph, vectors.detach(), slope)
+                    stress_values = self._stress(graph, leaves[0].detach(), slopes)
             elif forces:
                 force_values = direct
         if not self.training:
             energy, node_energies = energy.detach(), node_energies.detach()
         return Prediction(energy=energy, node_energies=node_energies, forces=force_values if forces else None, stress=stress_values)
 
-    def _node_energies(self, graph: Graph, vectors: Tensor, isolated: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def _leaves(self, graph: Graph, need_gradient: bool) -> tuple[Tensor, ...]:
+        """What energies are differentiated by: edge vectors; for terms that see positions and cells, also positions and strains.
+
+        dE/d(edge vector) holds both forces and stress: each edge pulls its two atoms, and its outer product is the virial.
+        """
+        leaves = [graph.edge_vectors()]
+        if len(self.terms):
+            leaves += [graph.positions, torch.zeros_like(graph.cell)]
+        return tuple(x.detach().requires_grad_() for x in leaves) if need_gradient else tuple(leaves)
+
+    def _forces(self, graph: Graph, slopes: Sequence[Tensor]) -> Tensor:
+        """Minus the gradient with respect to positions."""
+        sender, receiver = graph.edge_index
+        slope = slopes[0]
+        forces = sum_by_index(slope, receiver, graph.n_atoms) - sum_by_index(slope, sender, graph.n_atoms)
+        return forces - slopes[1] if len(slopes) > 1 else forces
+
+    def _node_energies(self, graph: Graph, leaves: Sequence[Tensor], isolated: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Energies of the atoms in eV (float64), and direct forces in eV/Å if the network has them."""
+        vectors = leaves[0]
         species = self.species_of[graph.atomic_numbers]
         n, n_graphs = graph.n_atoms, graph.n_graphs
         nodes, graphs, total = species, graph.graph_index, n_graphs
@@ -206,27 +242,36 @@ class Potential(nn.Module):
         result = energies.to(torch.float64) * self.energy_scale + self.reference_energies[species]
         if self.zbl is not None:
             lengths = torch.linalg.vector_norm(vectors, dim=-1)
-            pairs = self.zbl(graph.atomic_numbers, graph.edge_index, lengths)
+            pairs = self.zbl(graph.atomic_numbers, graph.edge_index, lengths, self._pair_cutoffs(graph))
             result = result + sum_by_index(pairs, graph.edge_index[1], n)
+        for term in self.terms:
+            _, positions, strain = leaves
+            moved = positions + torch.einsum("nx,nxy->ny", positions, strain[graph.graph_index])
+            result = result + term(graph, moved, graph.cell + graph.cell @ strain)
         direct = output.direct_forces
         return result, None if direct is None else direct[:n].to(torch.float64) * self.energy_scale
 
-    def _stress(self, graph: Graph, vectors: Tensor, slope: Tensor) -> Tensor:
+    def _stress(self, graph: Graph, vectors: Tensor, slopes: Sequence[Tensor]) -> Tensor:
         """(1/V) sum over edges of dE/d(vector) ⊗ vector, symmetrised: ASE sign, NaN without a volume."""
-        outer = slope[:, :, None] * vectors[:, None, :]
+        outer = slopes[0][:, :, None] * vectors[:, None, :]
         virial = sum_by_index(outer, graph.graph_index[graph.edge_index[1]], graph.n_graphs)
+        if len(slopes) > 1:
+            virial = virial + slopes[2]
         a, b, c = graph.cell.unbind(dim=1)
         volume = (a * torch.linalg.cross(b, c)).sum(dim=-1).abs()
         volume = torch.where(volume > 1e-9, volume, torch.full_like(volume, torch.nan))
         return 0.5 * (virial + virial.transpose(1, 2)) / volume[:, None, None]
 
-    def predict(self, structures: Sequence[Structure], stress: bool = True) -> list[dict[str, Any]]:
-        """Energy, forces and stress of each structure as numpy arrays, in evaluation mode."""
+    def predict(
+        self, structures: Sequence[Structure], stress: bool = True, run: Callable[[Graph, bool], Prediction] | None = None
+    ) -> list[dict[str, Any]]:
+        """Energy, forces and stress of each structure as numpy arrays, in evaluation mode; by ``run``, if an engine is given."""
         was_training = self.training
         self.eval()
         try:
             graph = self.collate(structures)
-            out = self(graph, stress=stress and self.conservative)
+            wanted = stress and self.conservative
+            out = self(graph, stress=wanted) if run is None else run(graph, wanted)
         finally:
             self.train(was_training)
         sizes = [s.n_atoms for s in structures]

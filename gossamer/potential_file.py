@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,8 @@ from gossamer.models import MODELS
 from gossamer.potential import DTYPES, Potential, PotentialConfig
 from gossamer.settings import build, to_dict
 
-FORMAT = 1
+FORMAT = 2
+"""1: radial networks lay beside the convolutions that own them now (`Network.renamed`)"""
 UNITS = {"energy": "eV", "length": "Angstrom", "stress": "eV/Angstrom^3 (ASE sign)"}
 # allowed deviation of recomputed predictions: energy in eV/atom, forces and stress relative to their largest value
 TOLERANCES = {torch.float32: (2e-5, 2e-3), torch.float64: (1e-9, 1e-7)}
@@ -85,7 +87,17 @@ def read_manifest(path: Path | str) -> dict[str, Any]:
 
 def weight_shapes(path: Path | str) -> dict[str, list[int]]:
     """Names and shapes of the weights in a saved potential."""
-    return {k.removeprefix("network."): list(v.shape) for k, v in _open(Path(path))[1].items() if k.startswith("network.")}
+    manifest, tensors = _open(Path(path))
+    return {k: list(v.shape) for k, v in weights_of(tensors, manifest).items()}
+
+
+def weights_of(tensors: Mapping[str, Tensor], manifest: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The network's weights among the tensors of a file, by the names they have today."""
+    found = {k.removeprefix("network."): v for k, v in tensors.items() if k.startswith("network.")}
+    if manifest["format"] == 1:
+        for old, new in MODELS[manifest["model"]["name"]][1].renamed.items():
+            found = {re.sub(old, new, k): v for k, v in found.items()}
+    return found
 
 
 def load(path: Path | str, device: str | torch.device = "cpu", dtype: str | torch.dtype | None = None) -> Potential:
@@ -108,7 +120,7 @@ def load(path: Path | str, device: str | torch.device = "cpu", dtype: str | torc
     potential = Potential(model, statistics, build(PotentialConfig, manifest["potential"], "potential"))
     potential.seen = SeenFrames.from_arrays({k: v.numpy() for k, v in tensors.items() if k.startswith("seen.")})
     saved = DTYPES[manifest["dtype"]]
-    weights = {k.removeprefix("network."): v for k, v in tensors.items() if k.startswith("network.")}
+    weights = weights_of(tensors, manifest)
     potential.network.to(saved).load_state_dict(weights)
     wanted = saved if dtype is None else DTYPES[dtype] if isinstance(dtype, str) else dtype
     potential.network.to(wanted)

@@ -20,10 +20,10 @@ from gossamer.data.inspection import inspect
 from gossamer.data.readers import LabelConfig
 from gossamer.data.statistics import compute_statistics
 from gossamer.data.structure import Structure
-from gossamer.engine.agreement import verified_kernels
+from gossamer.engine.engine import Engine, Way
 from gossamer.evaluation import Evaluation, evaluate_potential
 from gossamer.files import atomic_path, write_json
-from gossamer.models import MODELS
+from gossamer.models import DEFAULT, MODELS
 from gossamer.potential import DTYPES, Potential
 from gossamer.potential_file import load, read_manifest, save
 from gossamer.settings import to_dict
@@ -334,13 +334,6 @@ def fit(
     return train(config, progress=progress)
 
 
-LEARNING_RATES = {"leignn": 5e-3, "nequip": 4e-2, "geodite": 5e-3, "painn": 2e-3, "schnet": 2e-3}
-"""what trained LEIGNN, NequIP and Geodite best in short trials (docs/training.md); those of PaiNN and SchNet were not searched"""
-COMPILED = {"leignn": (0.7, 80), "nequip": (0.7, 110), "geodite": (0.75, 100), "painn": (0.7, 80), "schnet": (0.7, 60)}
-"""time of a compiled training step over that of a plain one, and seconds of compiling, on one CPU thread (benchmarks/compile;
-PaiNN and SchNet taken to be like LEIGNN)"""
-
-
 def choose_settings(
     structures: Sequence[Structure],
     data: str,
@@ -361,8 +354,8 @@ def choose_settings(
     if len(structures) < 20:
         log.warning("%d frames are few: expect large errors", len(structures))
     started = None if finetune is None else read_manifest(finetune["start"])["model"]["name"]
-    name, _, preset = (model or started or "leignn").partition("/")
-    rate = LEARNING_RATES[name] * (1.0 if finetune is None else 0.2)  # near a good solution large steps only destroy
+    name, _, preset = (model or started or DEFAULT).partition("/")
+    rate = MODELS[name][1].fit_defaults.learning_rate * (1.0 if finetune is None else 0.2)  # near a good solution large steps only destroy
     return make_config(
         {
             "data": {"train": data, "labels": to_dict(labels), "split": "group" if grouped else "random"},
@@ -383,8 +376,8 @@ def choose_settings(
 
 def compile_pays(name: str, minutes: float) -> bool:
     """Whether more steps fit into the time if the first part of it goes into compiling them."""
-    share, wait = COMPILED[name]
-    return 60 * minutes * (1 - share) > wait
+    defaults = MODELS[name][1].fit_defaults
+    return 60 * minutes * (1 - defaults.compiled_share) > defaults.compile_seconds
 
 
 def _as_config(config: Config | Path | str | Mapping[str, Any], overrides: Sequence[str]) -> Config:
@@ -431,6 +424,7 @@ def evaluate(
     out: Path | str | None = None,
     worst: int = 20,
     device: str = "cpu",
+    way: Way = "auto",
     include_training: bool = False,
 ) -> Evaluation:
     """Errors of a potential on labelled data; frames that it was trained on are left out, if there are others.
@@ -442,6 +436,7 @@ def evaluate(
         out: Folder for errors.json and worst.extxyz (the frames with the largest errors, labels and predictions).
         worst: How many of those.
         device: Where to compute, if ``model`` is a file.
+        way: How to evaluate (`gossamer.engine.engine`).
         include_training: Count the frames that it was trained on, too.
 
     Returns:
@@ -451,10 +446,7 @@ def evaluate(
     potential = model if isinstance(model, Potential) else load(model, device)
     structures = open_dataset(data, labels) if isinstance(data, str | Path) else data
     chosen = leave_out_training_frames(potential.seen, structures, include_training)
-    used = Subset(structures, chosen.used)
-    example = next((s for s in used if s.n_atoms > 1), None)  # lone atoms would show nothing of a kernel
-    quick = None if example is None else verified_kernels(potential, potential.collate([example]))
-    evaluation = evaluate_potential(quick or potential, used)
+    evaluation = evaluate_potential(potential, Subset(structures, chosen.used), run=Engine(potential, way))
     for frame in evaluation.frames:
         frame["index"] = chosen.used[frame["index"]]
     evaluation.n_training_frames, evaluation.n_validation_frames = chosen.n_train, chosen.n_valid

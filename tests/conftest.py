@@ -56,11 +56,6 @@ SMOOTH = ["sound", "sound-gaussian-painn", "nequip", "nequip-l3-pairs", "nequip-
 """networks with three continuous derivatives at the cutoff"""
 OWN_ZERO = [name for name in MODELS if name not in ("published", "published-vanilla", "painn-published", "schnet-published")]
 """networks that give a lone atom its reference energy"""
-SIZES = {
-    "leignn": dict(num_features=8, num_layers=2, num_basis=5), "nequip": dict(num_features=4, num_layers=2, num_basis=4, radial_width=6),
-    "geodite": dict(num_features=8, num_layers=2, num_basis=4, num_heads=2), "painn": dict(num_features=8, num_layers=2, num_basis=5),
-    "schnet": dict(num_features=8, num_layers=2, num_basis=5),
-}  # fmt: skip
 
 
 def make_potential(
@@ -72,7 +67,8 @@ def make_potential(
     from gossamer.potential import Potential, PotentialConfig
 
     torch.manual_seed(seed)
-    config = NETWORKS[name][0](**{"cutoff": 4.0, **SIZES[name], **options})
+    settings, network = NETWORKS[name]
+    config = settings(**{"cutoff": 4.0, **network.presets["tiny"], **options})
     references = {e: -1.5 * (k + 1) for k, e in enumerate(elements)}
     statistics = Statistics(
         elements=elements, reference_energies=references, energy_scale=0.7, mean_neighbors=12.0,

@@ -10,11 +10,11 @@ import pytest
 import torch
 from ase.build import bulk, molecule
 from conftest import make_potential
+from gossamer.engine.kernels.product import scalar_convolution, vector_convolution
 
 from gossamer.bench import bench, ceilings, floor, table
 from gossamer.cli import main
 from gossamer.data.readers import LabelConfig, from_atoms
-from gossamer.engine.kernels.product import scalar_convolution, vector_convolution
 from gossamer.potential_file import save
 from gossamer.simulation.calculator import Calculator
 

@@ -15,6 +15,7 @@ import torch
 from ase import Atoms
 from ase.build import bulk, molecule
 from conftest import DIRECT, GLOBAL, MODELS, SMOOTH, make_potential
+from gossamer.engine.kernels.product import Convolution, Product, scalar_convolution, vector_convolution
 from test_training import settings, weights
 
 from gossamer.checks.conservation import force_gradient_error, nve_conservation, stress_gradient_error
@@ -26,7 +27,6 @@ from gossamer.engine.agreement import add_kernels, changing_kernels, compare, ha
 from gossamer.engine.kernels import cpu, gpu, ops
 from gossamer.engine.kernels.attach import EdgeKernel, sort_edges
 from gossamer.engine.kernels.cpu import Missing
-from gossamer.engine.kernels.product import Convolution, Product, scalar_convolution, vector_convolution
 from gossamer.engine.kernels.table import TOLERANCE, derivatives, interpolate, tabulate
 from gossamer.nn.products import Coupling, Irrep
 from gossamer.runs import evaluate, train
@@ -481,7 +481,7 @@ def test_edge_kernel_has_right_second_derivatives(name: str) -> None:
     edges = sort_edges(edge_index, features)
     found = []
     for function in (
-        lambda f, y, w: torch.ops.gossamer.weigh(key, f, y, w, *edges),
+        lambda f, y, w: torch.ops.gossamer.convolve_weighted(key, f, y, w, *edges),
         lambda f, y, w: convolution.plain_weighted(f, y, w, edge_index),
     ):
         variables = [t.clone().requires_grad_() for t in (features, harmonics, weights)]

@@ -12,11 +12,11 @@ import torch
 
 pytest.importorskip("triton", reason="needs triton")
 
+from gossamer.engine.kernels.product import vector_convolution
 from test_kernels import nequip_convolution
 
 from gossamer.engine.kernels import gpu, ops
 from gossamer.engine.kernels.cpu import Missing
-from gossamer.engine.kernels.product import vector_convolution
 
 INTERPRETED = """
 import torch

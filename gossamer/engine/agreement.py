@@ -1,70 +1,80 @@
-"""A potential with kernels: the same numbers, several times faster; compared with the potential before use."""
+"""Whether something that stands in for a potential gives its numbers, and on which structures that is asked."""
 
 from __future__ import annotations
 
-import copy
-import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import replace
 
+import numpy as np
 import torch
+from ase.data import atomic_numbers, covalent_radii
+from torch import Tensor
 
-from gossamer.engine.kernels.cpu import Missing
+from gossamer.data.structure import Structure
 from gossamer.graph import Graph
 from gossamer.potential import Potential, Prediction
-from gossamer.timing import fastest
 
-log = logging.getLogger(__name__)
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-10}
-"""largest deviation of a compiled force, relative to the root mean square force or a hundredth of the usual one"""
-LARGEST = 50_000
-"""pairs of the part of a structure that is compared: plain potentials of large systems may not fit into memory"""
+"""largest deviation of a force, relative to the root mean square force"""
 TABLE_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-7}
 """likewise where radial functions come from a table"""
+RATTLE = 0.05
+"""Å by which atoms are displaced before anything is compared: in a perfect crystal forces vanish, and rounding would look large"""
 
 
-def has_kernels(potential: Potential) -> bool:
-    """Whether kernels were added."""
-    return any(name.endswith("kernel.table") for name, _ in potential.named_buffers()) or getattr(potential.network, "kernels", False)
-
-
-def add_kernels(potential: Potential) -> Potential:
-    """A copy for inference that passes messages by kernels (`gossamer.engine.kernels`).
-
-    Radial functions come from tables: energies and forces differ by about 1e-5 of the root mean square force in float32,
-    1e-9 in float64. Forces stay the exact gradient of the energy.
+def probe(potential: Potential, n_atoms: int = 24, n_structures: int = 1) -> Graph:
+    """Structures of a potential's elements to compare on: disordered and dense, from touching atoms to the cutoff; always the same.
 
     Args:
-        potential: Weights must not change afterwards.
-
-    Raises:
-        Missing: there are no kernels for this network, device or machine.
+        potential: Gives elements, cutoff, device.
+        n_atoms: At least so many; every element occurs.
+        n_structures: More than one makes a batch.
     """
-    network: Any = potential.network
-    if not hasattr(network, "add_kernels"):
-        raise Missing(f"{potential.model_config.name} has no kernels")
-    if potential.device.type not in ("cpu", "cuda"):
-        raise Missing(f"there are no kernels for {potential.device.type}")
-    fast = copy.deepcopy(potential).eval().requires_grad_(False)
-    try:
-        fast.network.add_kernels()
-    except ValueError as error:
-        raise Missing(str(error)) from None
-    return fast
+    elements = potential.statistics.elements
+    numbers = np.array([atomic_numbers[e] for e in elements])
+    structures = []
+    for seed in range(n_structures):
+        rng = np.random.default_rng(seed)
+        kinds = rng.permutation(np.resize(numbers, max(n_atoms, len(numbers)) + seed))
+        radii = covalent_radii[kinds]
+        # random sequential addition into a cell that two thirds of the densest packing would fill
+        edge = (np.sum(4 / 3 * np.pi * (1.1 * radii) ** 3) / 0.25) ** (1 / 3)
+        placed: list[np.ndarray] = []
+        for k in range(len(kinds)):
+            best, widest = np.zeros(3), -np.inf
+            for point in rng.uniform(0, edge, (100, 3)):
+                gap = _gap(point, placed, radii[:k] + radii[k], edge)
+                if gap > widest:
+                    best, widest = point, gap
+                if gap > 1.0:
+                    break
+            placed.append(best)
+        structures.append(
+            Structure(
+                atomic_numbers=kinds, positions=np.array(placed), cell=np.eye(3) * edge, pbc=np.ones(3, dtype=bool), name=f"probe {seed}"
+            )
+        )
+    return potential.collate(structures)
 
 
-def fixed_sizes(potential: Potential) -> Potential:
-    """A copy in which no size depends on values, outside training too: for compilers, and for recordings on a GPU."""
-    potential = copy.deepcopy(potential)
-    for module in potential.modules():
-        if hasattr(module, "dynamic_sizes"):
-            vars(module)["dynamic_sizes"] = False
-    return potential
+def _gap(point: np.ndarray, others: Sequence[np.ndarray], bonds: np.ndarray, edge: float) -> float:
+    """Least distance to the others in a cube, over the sum of the covalent radii."""
+    if not len(others):
+        return np.inf
+    vectors = np.array(others) - point
+    vectors -= edge * np.round(vectors / edge)
+    return float((np.linalg.norm(vectors, axis=1) / bonds).min())
 
 
-def part_of(graph: Graph, n_edges: int = LARGEST) -> Graph:
-    """The first atoms of the structure, or of the first few, with the pairs among them, at most about ``n_edges``; small graphs as they are.
+def rattled(graph: Graph) -> Graph:
+    """The same graph with atoms displaced a little, always alike; edges are kept, those that grow beyond the cutoff too."""
+    generator = torch.Generator().manual_seed(0)
+    moves = RATTLE * torch.randn(graph.positions.shape, generator=generator, dtype=graph.positions.dtype)
+    return replace(graph, positions=graph.positions + moves.to(graph.positions.device))
+
+
+def part_of(graph: Graph, n_edges: int) -> Graph:
+    """The first atoms of the first few structures, with the pairs among them, at most about ``n_edges``; small graphs as they are.
 
     Labels are left out. Of a batch at least two structures stay.
     """
@@ -93,76 +103,30 @@ def part_of(graph: Graph, n_edges: int = LARGEST) -> Graph:
     )
 
 
-def verified_kernels(potential: Potential, graph: Graph) -> Potential | None:
-    """``add_kernels``, compared with the potential on this structure; None, with one line of the log, if that is not possible.
-
-    Of a large structure a part is compared. On a GPU both are timed too, and None is returned if the potential itself is faster.
-    """
-    graph, was_training = part_of(graph), potential.training
-    potential.eval()
-    try:
-        fast = add_kernels(potential)
-        compare(fast, potential, graph, TABLE_TOLERANCE[potential.dtype])
-        if potential.device.type == "cuda" and fastest(lambda: potential(graph)) < fastest(lambda: fast(graph)):
-            return None
-    except (Missing, RuntimeError) as error:
-        level = logging.WARNING if potential.device.type == "cpu" and hasattr(potential.network, "add_kernels") else logging.INFO
-        log.log(level, "the potential runs without kernels: %s", str(error).splitlines()[0])
-        return None
-    finally:
-        potential.train(was_training)
-    return fast
-
-
-@contextmanager
-def changing_kernels(potential: Potential, graph: Graph) -> Iterator[None]:
-    """Within this block the potential passes messages by kernels that hold nothing of its weights; later these may change.
-
-    They are compared with the potential on this graph of one structure; where there are none, or they differ, it runs as it is.
-    """
-    network: Any = potential.network
-    switch: Any = getattr(network, "use_edge_kernels", getattr(network, "use_kernels", None))
-    usable = switch is not None and potential.device.type in ("cpu", "cuda") and graph.n_edges > 0
-    if usable:
-        plain = potential(graph, stress=potential.conservative)
-        try:
-            switch(True)
-            agree(plain, potential(graph, stress=potential.conservative), potential, graph, TOLERANCE[potential.dtype])
-        except (Missing, RuntimeError) as error:
-            log.log(logging.INFO if isinstance(error, Missing) else logging.WARNING, "without kernels: %s", error)
-            switch(False)
-    try:
-        yield
-    finally:
-        if usable:
-            switch(False)
-
-
-def compare(fast: Callable[..., Prediction], potential: Potential, graph: Graph, tolerance: float) -> None:
-    """Raise RuntimeError unless something that stands in for a potential gives its energy, forces and stress.
+def agree(plain: Prediction, other: Prediction, potential: Potential, graph: Graph, tolerance: float) -> None:
+    """Raise RuntimeError unless two predictions of a potential are equal.
 
     Args:
-        fast: Takes a graph.
+        plain: By the potential itself.
+        other: By what stands in for it.
         potential: The potential.
-        graph: One structure.
-        tolerance: Largest deviation, relative to the root mean square or a hundredth of the usual size.
+        graph: What was predicted: not a structure whose forces vanish by symmetry (`rattled`).
+        tolerance: Largest deviation of a force relative to the root mean square force; of energies and stresses, to what such
+            forces make of them over a tenth of an Å, and over one Å.
     """
-    stress = potential.conservative
-    plain = potential(graph, stress=stress)
-    agree(plain, fast(graph, stress=stress) if isinstance(fast, Potential) else fast(graph), potential, graph, tolerance)
-
-
-def agree(plain: Prediction, other: Prediction, potential: Potential, graph: Graph, tolerance: float) -> None:
-    """Raise RuntimeError unless two predictions of a potential for one structure are equal; tolerance as for ``compare``."""
-    scale = 1e-2 * potential.energy_scale
-    volume = max(float(torch.linalg.det(graph.cell[0].cpu()).abs()), 1.0)
-    floors = {"energy": scale * graph.n_atoms, "forces": scale, "stress": scale * graph.n_atoms / volume}
-    for name, floor in floors.items():
-        if name == "stress" and not potential.conservative:
+    scale = max(_rms(plain.forces), 1e-2 * potential.energy_scale)
+    atoms = graph.atoms_per_graph().to(torch.float64)
+    volumes = torch.linalg.det(graph.cell).abs().clamp(min=1.0)
+    sizes = {"energy": 0.1 * scale * atoms, "forces": torch.as_tensor(scale), "stress": (scale * atoms / volumes)[:, None, None]}
+    for name, size in sizes.items():
+        a, b = getattr(plain, name), getattr(other, name)
+        if a is None:  # stress of direct forces
             continue
-        a, b = (getattr(p, name).detach().nan_to_num().to(torch.float64) for p in (plain, other))
-        # reference energies are exact and large: an energy is compared with the scale of forces, not with itself
-        size = float(floor) if name == "energy" else max(float(a.pow(2).mean().sqrt()), float(floor))
-        deviation = float((a - b).abs().max()) / size
+        difference = (a.detach().nan_to_num() - b.detach().nan_to_num()).to(torch.float64).abs()  # NaN where there is no volume
+        deviation = float((difference / size.to(difference.device)).max())
         if not deviation < tolerance:
             raise RuntimeError(f"the fast {name} differs from the plain one by {deviation:.1e} (relative)")
+
+
+def _rms(values: Tensor) -> float:
+    return float(values.detach().to(torch.float64).pow(2).mean().sqrt())

@@ -41,7 +41,7 @@ def pad(graph: Graph, n_edges: int, n_extra: int, length: float) -> Graph:
     )
 
 
-class Captured:
+class CudaGraph:
     """A recording for one number of atoms and at most so many edges."""
 
     def __init__(self, run: Callable[[Graph], Prediction], graph: Graph, cutoff: float) -> None:

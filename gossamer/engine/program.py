@@ -1,7 +1,8 @@
-"""A potential as a compiled program: energy, forces and stress of one structure in machine code, checked against the potential.
+"""A potential as a compiled program: energy, forces and stress in machine code, checked against the potential.
 
-The unrolled graph (`gossamer.engine.unrolled`) goes through `torch.export` and AOTInductor. The file runs without gossamer,
-in Python or C++ (`torch._inductor.aoti_load_package`). It is a program: like any other, load only files you trust.
+The unrolled graph (`gossamer.engine.unrolled`) goes through `torch.export` and AOTInductor. A program takes one structure, or
+batches of two and more: sizes 0 and 1 would be frozen into it. The file of one without kernels runs without gossamer, in Python or
+C++ (`torch._inductor.aoti_load_package`). It is a program: like any other, load only files you trust.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ import json
 import logging
 import platform
 import time
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from gossamer import __version__
-from gossamer.engine.agreement import TOLERANCE, compare, part_of
+from gossamer.data.atoms import as_atoms
+from gossamer.data.readers import LabelConfig, from_atoms
+from gossamer.engine import cache
+from gossamer.engine.agreement import TOLERANCE, agree, probe, rattled
+from gossamer.engine.kernels.cpu import processor
 from gossamer.files import atomic_path, cache_folder
 from gossamer.graph import FIELDS, Graph
 from gossamer.potential import Potential, Prediction, state_of
@@ -31,14 +35,19 @@ NAMES = ["energy", "node_energies", "forces", "stress"]
 
 
 class Program:
-    """A loaded program; stands in for the potential it was made from, for one structure of at least two atoms and edges."""
+    """A loaded program; stands in for the potential it was made from."""
 
-    def __init__(self, path: Path, potential: Potential) -> None:
+    def __init__(self, path: Path, potential: Potential, batch: bool = False) -> None:
         """
+        Args:
+            path: The file.
+            potential: What it must have been made from.
+            batch: Takes two structures or more, instead of one.
+
         Raises:
             ValueError: not a program, or of another potential, precision, device or PyTorch.
         """
-        self.path, self.names = path, names_of(potential)
+        self.path, self.names, self.batch = path, names_of(potential), batch
         try:
             # what torch._inductor.aoti_load_package wraps; importing that module takes seconds
             self._program = torch._C._aoti.AOTIModelPackageLoader(str(path), "model", False, 1, -1)  # type: ignore[attr-defined]
@@ -46,7 +55,7 @@ class Program:
         except (RuntimeError, KeyError, ValueError, OSError) as error:
             text = " ".join(str(error).split())[:200]
             raise ValueError(f"'{path}' is not a compiled potential ({text}). Make it again with gossamer export.") from None
-        expected = identity(potential)
+        expected = identity(potential, batch)
         wrong = [k for k in expected if found.get(k) != expected[k]]
         if wrong:
             listed = ", ".join(f"{k} {found.get(k)} (here {expected[k]})" for k in wrong)
@@ -55,19 +64,20 @@ class Program:
     def __call__(self, graph: Graph) -> Prediction:
         """
         Raises:
-            ValueError: more than one structure, or fewer than two atoms or edges.
+            ValueError: more or fewer structures than it takes, or fewer than two atoms or edges.
         """
-        if not fits(graph):
+        if not fits(graph) or (graph.n_graphs > 1) != self.batch:
+            wanted = "two structures or more" if self.batch else "one structure"
             raise ValueError(
-                f"A compiled potential takes one structure of at least two atoms and edges, found {graph.n_graphs}, {graph.n_atoms} and {graph.n_edges}."
+                f"This compiled potential takes {wanted} of at least two atoms and edges, found {graph.n_graphs}, {graph.n_atoms} and {graph.n_edges}."
             )
         out = self._program.run([getattr(graph, f).contiguous() for f in FIELDS])
         return Prediction(**{"forces": None, "stress": None, **dict(zip(self.names, out, strict=True))})
 
 
 def fits(graph: Graph) -> bool:
-    """Whether a program can take this batch: sizes 0 and 1 are left to the potential itself."""
-    return graph.n_graphs == 1 and graph.n_atoms > 1 and graph.n_edges > 1
+    """Whether there can be a program for such a graph: fewer than two atoms or edges are left to the potential itself."""
+    return graph.n_atoms > 1 and graph.n_edges > 1
 
 
 def names_of(potential: Potential) -> list[str]:
@@ -75,7 +85,7 @@ def names_of(potential: Potential) -> list[str]:
     return NAMES if potential.conservative else NAMES[:3]
 
 
-def identity(potential: Potential) -> dict[str, str]:
+def identity(potential: Potential, batch: bool = False) -> dict[str, str]:
     """What a program is made for; a program made for something else is refused."""
     digest = hashlib.sha256()
     for name, tensor in sorted(state_of(potential).items()):
@@ -85,10 +95,11 @@ def identity(potential: Potential) -> dict[str, str]:
     on = (
         torch.cuda.get_device_name(device)
         if device.type == "cuda"
-        else f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
+        else f"{platform.machine()} {hashlib.sha256(processor().encode()).hexdigest()[:8]}, {torch.get_num_threads()} threads"
     )
     return {
         "weights": digest.hexdigest()[:32],
+        "structures": "many" if batch else "one",
         "dtype": str(potential.dtype),
         "device": on,
         "torch": torch.__version__,
@@ -115,7 +126,7 @@ def make_program(potential: Potential, graph: Graph, path: Path | str) -> Progra
 
     Args:
         potential: On the device and in the precision that the program is for.
-        graph: One structure with at least two atoms and edges, to trace and to compare with.
+        graph: To trace and to compare with, at least two atoms and edges: one structure, or for a program of batches two or more.
         path: File to make (.pt2).
 
     Raises:
@@ -123,23 +134,21 @@ def make_program(potential: Potential, graph: Graph, path: Path | str) -> Progra
         RuntimeError: the compiler failed, or its program gives other numbers.
     """
     if not fits(graph):
-        raise ValueError(
-            f"One structure of at least two atoms and edges is needed to compile, found {graph.n_graphs}, {graph.n_atoms} and {graph.n_edges}."
-        )
+        raise ValueError(f"At least two atoms and edges are needed to compile, found {graph.n_atoms} and {graph.n_edges}.")
     from torch.export import Dim  # seconds to import: only who compiles pays for it
 
     from gossamer.engine.unrolled import unroll
 
-    path = Path(path)
+    path, batch = Path(path), graph.n_graphs > 1
     was_training = potential.training
     potential.eval()
     isolated = potential.isolated_outputs()
     state = state_of(potential)
     module = unroll(potential, state, graph, names_of(potential), opaque=False, isolated=isolated)
     inputs = state if isolated is None else {**state, "isolated": isolated}
-    atoms, edges = Dim("n_atoms", min=2), Dim("n_edges", min=2)
-    shapes = ({0: atoms}, {0: atoms}, None, {0: atoms}, {1: edges}, {0: edges})
-    options = {"aot_inductor.metadata": {"gossamer": json.dumps(identity(potential))}}
+    atoms, edges, graphs = Dim("n_atoms", min=2), Dim("n_edges", min=2), Dim("n_graphs", min=2)
+    shapes = ({0: atoms}, {0: atoms}, {0: graphs} if batch else None, {0: atoms}, {1: edges}, {0: edges})
+    options = {"aot_inductor.metadata": {"gossamer": json.dumps(identity(potential, batch))}}
     try:
         with torch.no_grad():
             exported = torch.export.export(_Outputs(module, inputs), tuple(getattr(graph, f) for f in FIELDS), dynamic_shapes=(shapes,))
@@ -150,39 +159,52 @@ def make_program(potential: Potential, graph: Graph, path: Path | str) -> Progra
         raise RuntimeError(f"the potential cannot be compiled: {text[0] if text else type(error).__name__}") from error
     finally:
         potential.train(was_training)
-    program = Program(path, potential)
-    compare(program, potential, graph, TOLERANCE[potential.dtype])
+    program = Program(path, potential, batch)
+    compare(program, potential, graph)
     return program
 
 
-def cache_path(potential: Potential) -> Path:
-    """Where the program of a potential on this machine is kept."""
-    key = hashlib.sha256(json.dumps(identity(potential), sort_keys=True).encode()).hexdigest()
-    return cache_folder() / f"{key[:24]}.pt2"
+def compare(program: Program, potential: Potential, graph: Graph) -> None:
+    """Raise RuntimeError unless a program gives the potential's energy, forces and stress on this graph, atoms displaced a little."""
+    graph = rattled(graph)
+    agree(potential(graph, stress=potential.conservative), program(graph), potential, graph, TOLERANCE[potential.dtype])
+
+
+def cache_name(potential: Potential, batch: bool = False) -> str:
+    """Name under which the program of a potential on this machine is kept."""
+    key = hashlib.sha256(json.dumps(identity(potential, batch), sort_keys=True).encode()).hexdigest()
+    return f"{key[:24]}.pt2"
 
 
 def cached_program(potential: Potential, graph: Graph, make: bool = False) -> Program | None:
     """The program of a potential on this machine, kept from an earlier call, or made now if asked; None if there is none.
 
-    Every program is compared with the potential on this very structure (of a large one, a part) before it is returned. What goes wrong is said in
-    one line of the log, and the potential itself is used.
+    Every program is compared with the potential on this graph before it is returned; a kept one that differs, or is not as it was
+    kept, is made again or thrown away.
+
+    Raises:
+        RuntimeError: the compiler failed, or its program gives other numbers.
+        OSError: the cache cannot be written.
     """
-    path, graph = cache_path(potential), part_of(graph)
-    try:
-        if path.exists():
-            program = Program(path, potential)
-            compare(program, potential, graph, TOLERANCE[potential.dtype])
-            return program
-        if not make:
-            return None
-        log.info("compiling the potential for this machine, less than a minute, once")
-        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        return make_program(potential, graph, path)
-    except (ValueError, RuntimeError, OSError) as error:
-        log.warning("the potential runs without compilation: %s", str(error).splitlines()[0])
-        with suppress(OSError):
-            path.unlink(missing_ok=True)
+    batch = graph.n_graphs > 1
+    if not make and not cache_folder().is_dir():
         return None
+    path = cache.cached(cache_name(potential, batch))
+    if path.exists():
+        try:
+            cache.check(path)
+            program = Program(path, potential, batch)
+            compare(program, potential, graph)
+            return program
+        except (cache.Untrusted, ValueError, RuntimeError) as error:
+            log.warning("a compiled potential is not used: %s", str(error).splitlines()[0])
+            cache.forget(path)
+    if not make:
+        return None
+    log.info("compiling the potential for this machine, less than a minute, once")
+    with cache.keeping(path) as temporary:
+        make_program(potential, graph, temporary)
+    return Program(path, potential, batch)
 
 
 def export(model: Path | str, out: Path | str, structure: Any = None, device: str = "cpu", dtype: str | None = None) -> dict[str, Any]:
@@ -196,7 +218,7 @@ def export(model: Path | str, out: Path | str, structure: Any = None, device: st
     Args:
         model: Saved potential.
         out: File to make (.pt2).
-        structure: Atoms or file to trace and compare with; by default a small molecule of the potential's elements.
+        structure: Atoms or file to trace and compare with; by default a disordered cell of the potential's elements.
         device: The program runs on this kind of device only.
         dtype: "float32" or "float64"; by default as saved.
 
@@ -207,32 +229,18 @@ def export(model: Path | str, out: Path | str, structure: Any = None, device: st
         ValueError: the structure is too small, or holds unknown elements.
         RuntimeError: the compiler failed, or its program gives other numbers.
     """
-    from ase import Atoms
-
-    from gossamer.data.atoms import as_atoms
-    from gossamer.simulation.calculator import Calculator
-
     out = Path(out)
     if out.suffix != ".pt2":
         raise ValueError(f"'{out}': a compiled potential is a .pt2 file.")
     potential = load(model, device, dtype)
-    if structure is None:
-        n = 6
-        elements = (potential.statistics.elements * n)[:n]
-        ring = [
-            [1.5 * potential.cutoff / 3 * f for f in p]
-            for p in ((0, 0, 0), (1, 0, 0), (0, 1, 0), (1, 1, 0.3), (0.2, 0.1, 1), (1, 0.3, 1.1))
-        ]
-        atoms = Atoms(elements, ring, cell=[10 * potential.cutoff] * 3, pbc=True)
-    else:
-        atoms = as_atoms(structure)
-    calculator = Calculator(potential, compiled=False)
-    graph = calculator._graph(atoms)
+    potential.requires_grad_(False)
+    graph = probe(potential) if structure is None else potential.collate([from_atoms(as_atoms(structure), LabelConfig(), "structure")])
+    isolated = potential.isolated_outputs()
     began = time.perf_counter()
     program = make_program(potential, graph, out)
     seconds = time.perf_counter() - began
     return {
         "out": str(out), "seconds": round(seconds, 1), "megabytes": round(out.stat().st_size / 1e6, 1),
-        "plain_ms": round(1000 * fastest(lambda: potential(graph, stress=potential.conservative, isolated=calculator.isolated), 10), 2),
+        "plain_ms": round(1000 * fastest(lambda: potential(graph, stress=potential.conservative, isolated=isolated), 10), 2),
         "compiled_ms": round(1000 * fastest(lambda: program(graph), 10), 2),
     }  # fmt: skip

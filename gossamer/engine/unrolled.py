@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.func import functional_call
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from gossamer.engine.agreement import fixed_sizes
+from gossamer.engine.kernels.attach import sharing_copy
 from gossamer.graph import FIELDS, Graph
 from gossamer.potential import Potential
 
@@ -63,7 +63,7 @@ def unroll(
         isolated: As for ``Potential.forward``; becomes the input "isolated" of the state.
     """
     # a copy: tracing puts stand-ins in place of its tensors, and another thread may be collating with the potential's own
-    potential = fixed_sizes(potential)
+    potential = sharing_copy(potential)
     inputs = state if isolated is None else {**state, "isolated": isolated}
 
     def outputs(values: dict[str, Tensor], *tensors: Tensor) -> tuple[Tensor, ...]:

@@ -1,34 +1,49 @@
-"""The networks, in one plain dictionary: name -> (settings, network). Adding a model means adding one file and one row."""
+"""The networks, in one plain dictionary: name -> (settings, network). Adding a network means adding one file and one row."""
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any, Union
 
 from pydantic import Field
 
-from gossamer.models.base import DataFacts, ModelOutput
+from gossamer.models.base import DataFacts, ModelOutput, Network, NetworkConfig
 from gossamer.models.geodite import Geodite, GeoditeConfig
 from gossamer.models.leignn import LEIGNN, LEIGNNConfig
-from gossamer.models.nequip import PRESETS as NEQUIP_PRESETS
 from gossamer.models.nequip import NequIP, NequIPConfig
 from gossamer.models.painn import PaiNN, PaiNNConfig
 from gossamer.models.schnet import SchNet, SchNetConfig
 
-MODELS = {
+MODELS: dict[str, tuple[type[Any], type[Network]]] = {
     "leignn": (LEIGNNConfig, LEIGNN),
     "nequip": (NequIPConfig, NequIP),
     "geodite": (GeoditeConfig, Geodite),
     "painn": (PaiNNConfig, PaiNN),
     "schnet": (SchNetConfig, SchNet),
 }
+DEFAULT = "leignn"
+"""the network where none is named"""
 
-ModelConfig = Annotated[LEIGNNConfig | NequIPConfig | GeoditeConfig | PaiNNConfig | SchNetConfig, Field(discriminator="name")]
-"""settings of any model, told apart by ``name``"""
-
-PRESETS = {"nequip": NEQUIP_PRESETS}
-"""named sizes: ``model: {name: nequip, preset: M}``"""
+if TYPE_CHECKING:
+    ModelConfig = NetworkConfig
+else:
+    ModelConfig = Annotated[Union[tuple(config for config, _ in MODELS.values())], Field(discriminator="name")]  # noqa: UP007
+    """settings of any network, told apart by ``name``"""
 
 __all__ = [
-    "LEIGNN", "MODELS", "PRESETS", "DataFacts", "Geodite", "GeoditeConfig", "LEIGNNConfig", "ModelConfig", "ModelOutput", "NequIP",
-    "NequIPConfig", "PaiNN", "PaiNNConfig", "SchNet", "SchNetConfig",
+    "DEFAULT",
+    "LEIGNN",
+    "MODELS",
+    "DataFacts",
+    "Geodite",
+    "GeoditeConfig",
+    "LEIGNNConfig",
+    "ModelConfig",
+    "ModelOutput",
+    "NequIP",
+    "NequIPConfig",
+    "Network",
+    "PaiNN",
+    "PaiNNConfig",
+    "SchNet",
+    "SchNetConfig",
 ]  # fmt: skip

@@ -1,11 +1,38 @@
-"""What every model is given, and what it returns."""
+"""The contract of a network: what it is made from, what it is given, what it returns, and what others may ask of it."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, ClassVar, NamedTuple, Protocol
 
-from torch import Tensor
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+
+class NetworkConfig(Protocol):
+    """Settings that every network has; each has a settings class of its own with these and more."""
+
+    @property
+    def name(self) -> str:
+        """Which network."""
+
+    @property
+    def variant(self) -> str:
+        """ "sound" or "published"."""
+
+    @property
+    def cutoff(self) -> float:
+        """Å"""
+
+    @property
+    def max_neighbors(self) -> int | None:
+        """Most neighbours kept; None keeps all."""
+
+    @property
+    def direct_forces(self) -> bool:
+        """Whether forces are predicted beside the energy, instead of being its gradient."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,3 +54,77 @@ class ModelOutput(NamedTuple):
     """(n_atoms,)"""
     direct_forces: Tensor | None
     """(n_atoms, 3), not the gradient of the energy; None for a network without that head"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitDefaults:
+    """What `gossamer fit` and `compare` start from."""
+
+    learning_rate: float
+    """best of short trials (docs/training.md)"""
+    compiled_share: float = 0.7
+    """time of a compiled training step over that of a plain one, one CPU thread (benchmarks/compile)"""
+    compile_seconds: float = 80.0
+    """time that compiling takes there"""
+
+
+class Network(nn.Module):
+    """Per-atom energies from species and edge vectors; abstract. One file, one settings class and one row of `MODELS` make a network.
+
+    It passes messages by the operations of `gossamer.nn`, so that the engine can put kernels in their place; it never sees positions,
+    cells, files or devices.
+    """
+
+    fit_defaults: ClassVar[FitDefaults]
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    """named sizes: ``model: {name: nequip, preset: M}``; "tiny" is what the tests use"""
+    renamed: ClassVar[Mapping[str, str]] = {}
+    """patterns of weights' names in files of format 1, and what they are called now"""
+
+    config: Any
+    """its settings, a `NetworkConfig`"""
+    embedding: nn.Embedding
+    """table of the elements; every element table of a network is an Embedding: fine-tuning copies its rows, the optimiser does not decay it"""
+    subtract_isolated: bool = True
+    """whether the potential subtracts what the network gives for a lone atom"""
+    own_repulsion: bool = False
+    """whether the potential must not add a repulsion of its own"""
+
+    def radial_basis(self, x: Float[Tensor, " E"]) -> Float[Tensor, "E B"]:
+        """What radial functions are made from, at distance over cutoff; only if the network has `EdgeConvolution`s."""
+        raise NotImplementedError
+
+    def pair_cutoffs(self) -> Float[Tensor, "elements elements"] | None:
+        """Å, by centre and neighbour: edges beyond carry nothing and may be left out; None: all reach the cutoff."""
+        return None
+
+    def energy_rows(self) -> dict[str, tuple[int, Tensor]]:
+        """Weights that also serve direct forces: name -> (axis, indices along it that serve the energy).
+
+        They are larger with ``direct_forces``; fine-tuning copies the part that both networks have.
+        """
+        return {}
+
+    def forward(
+        self,
+        species: Int[Tensor, " N"],
+        edge_index: Int[Tensor, "2 E"],
+        edge_vectors: Float[Tensor, "E 3"],
+        graph_index: Int[Tensor, " N"],
+        n_graphs: int,
+    ) -> ModelOutput:
+        """
+        Args:
+            species: Index of each atom in the table of elements.
+            edge_index: (sender, receiver), sorted by receiver.
+            edge_vectors: Å, from centre (receiver) to neighbour (sender), in the dtype of the weights.
+            graph_index: Structure of each atom.
+            n_graphs: Number of structures.
+        """
+        raise NotImplementedError
+
+
+def distances(edge_vectors: Float[Tensor, "E 3"], cutoff: float) -> tuple[Float[Tensor, "E 3"], Float[Tensor, " E"]]:
+    """Unit vectors, and distance over cutoff."""
+    lengths = torch.linalg.vector_norm(edge_vectors, dim=-1)
+    return edge_vectors / lengths[:, None], lengths / cutoff

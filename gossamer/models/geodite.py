@@ -16,7 +16,7 @@ derivatives, and has no dropout.
 from __future__ import annotations
 
 import math
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -27,9 +27,9 @@ from torch import Tensor, nn
 from torch.nn.functional import linear as apply_linear
 from torch.nn.functional import silu, softplus
 
-from gossamer.engine.kernels import cpu, gpu
-from gossamer.engine.kernels.attach import SortedEdges, sort_edges
-from gossamer.models.base import DataFacts, ModelOutput
+from gossamer.models.base import DataFacts, FitDefaults, ModelOutput, Network
+from gossamer.nn.attention import Alignment, Attention
+from gossamer.nn.edges import Edges
 from gossamer.nn.layers import Constant, cat, linear, split, sum_by_index
 from gossamer.nn.radial import polynomial_envelope
 from gossamer.nn.spherical import SphericalHarmonics
@@ -144,16 +144,15 @@ class Layer(nn.Module):
     def __init__(self, config: GeoditeConfig, last: bool) -> None:
         super().__init__()
         c, l_max = config.num_features, config.l_max
-        self.l_max, self.num_heads = l_max, config.num_heads
+        self.l_max = l_max
         self.last, self.uses_steerables = last, not last or config.direct_forces
         published = config.variant == "published"
-        self.dropout = config.dropout if config.dropout is not None else 0.2 if published else 0.0
+        dropout = config.dropout if config.dropout is not None else 0.2 if published else 0.0
+        self.attention: Any = Attention(c, config.num_heads, l_max, dropout)
 
         def square(times: int = 1) -> nn.Linear:
             return linear(c, times * c, bias=False)
 
-        # the heads tile all 3 C channels of the message
-        self.tiles = Constant(np.repeat(np.eye(config.num_heads), 3 * c // config.num_heads, axis=1))
         self.gamma = nn.ParameterList(nn.Parameter(torch.ones(c)) for _ in range(l_max + 1))
         self.W_q, self.W_k, self.W_s1, self.W_v1, self.W_re = (square() for _ in range(5))
         self.W_s2, self.W_v2, self.W_rs = (square(3) for _ in range(3))
@@ -162,6 +161,7 @@ class Layer(nn.Module):
             self.W_t1, self.W_t2, self.W_vq, self.W_ed = (square() for _ in range(4))
             self.W_vk: Any = nn.ModuleList(square() for _ in range(l_max))
             self.LN_omega = nn.LayerNorm(c)
+            self.alignment: Any = Alignment(l_max)
         self.W_vu = square()
         self.W_m1 = linear(2 * c, c, bias=False)
         self.W_m2 = square(2)
@@ -183,88 +183,28 @@ class Layer(nn.Module):
         return h, x
 
     def forward(
-        self,
-        h: Float[Tensor, "N C"],
-        x: Float[Tensor, "N S C"] | None,
-        t: Float[Tensor, "E C"],
-        basis: Float[Tensor, "E B"],
-        harmonics: Float[Tensor, "E S"],
-        along: Float[Tensor, "E L S"],
-        edge_index: Int[Tensor, "2 E"],
-        edges: SortedEdges | None = None,
+        self, h: Float[Tensor, "N C"], x: Float[Tensor, "N S C"] | None, t: Float[Tensor, "E C"], edges: Edges
     ) -> tuple[Tensor, Tensor | None, Tensor]:
-        """The streams after this layer; X is None before the first layer, where it is zero. ``along``: each degree in a row.
-
-        With sorted ``edges``, messages and alignments are done by kernels.
-        """
+        """The streams after this layer; X is None before the first layer, where it is zero."""
         h, x = self.normalize(h, x)
-        c = h.shape[1]
-        filters = self.W_rs.weight if x is not None else self.W_rs.weight[: 2 * c]  # without steerables nobody reads the third part
-        if edges is not None:
-            h, x = self.message_with_kernel(h, x, silu(self.W_re(t)), apply_linear(t, filters), basis, harmonics, edges)
-            gate = [] if self.last else [self.W_t1(t)]
-        else:
-            # one product with everything that reads t
-            from_t = [self.W_re.weight, filters] if self.last else [self.W_re.weight, filters, self.W_t1.weight]
-            logits, f, *gate = split(apply_linear(t, cat(from_t, 0)), [w.shape[0] for w in from_t], 1)
-            h, x = self.message(h, x, logits, f, basis, harmonics, edge_index)
+        h, x = self.message(h, x, t, edges)
         if not self.last:
-            omega = self.alignment(x, along, edge_index) if edges is None else self.alignment_with_kernel(x, harmonics, edges)
-            t = t + silu(self.W_t2(silu(gate[0]))) * self.W_ed(self.LN_omega(omega))
+            keys = cat([W(part) for W, part in zip(self.W_vk, self.degrees(x), strict=True)], 1)
+            omega = self.alignment(self.W_vq(x), keys, edges)
+            t = t + silu(self.W_t2(silu(self.W_t1(t)))) * self.W_ed(self.LN_omega(omega))
         return *self.couple(h, x), t
 
-    def from_nodes(self, h: Tensor, parts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Queries and keys (N, C), filtered scalars and values (N, parts C); one product with everything that reads h."""
-        c = h.shape[1]
-        q, k, s, v = split(apply_linear(h, cat([w.weight for w in (self.W_q, self.W_k, self.W_s1, self.W_v1)], 0)), [c] * 4, 1)
-        return q, k, apply_linear(silu(s), self.W_s2.weight[: parts * c]), apply_linear(silu(v), self.W_v2.weight[: parts * c])
-
-    def message(
-        self, h: Tensor, x: Tensor | None, logits: Tensor, filters: Tensor, basis: Tensor, harmonics: Tensor, edge_index: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Attention and filtered scalars of the neighbours, split into parts for h, for Y and for X; summed over neighbours."""
-        sender, receiver = edge_index
+    def message(self, h: Tensor, x: Tensor | None, t: Float[Tensor, "E C"], edges: Edges) -> tuple[Tensor, Tensor]:
+        """Attention and filtered scalars of the neighbours, in parts for h, for Y and for X, summed over neighbours."""
         n, c = h.shape
-        parts = 2 if x is None else 3
-        q, k, g, v = self.from_nodes(h, parts)
-        aligned = q.index_select(0, receiver) * k.index_select(0, sender) * silu(logits)
-        alpha = silu(aligned.reshape(-1, self.num_heads, c // self.num_heads).sum(dim=2)) / math.sqrt(c)  # (E, heads)
-        if self.training and self.dropout > 0:
-            alpha = nn.functional.dropout(alpha, self.dropout)
-        share = alpha @ self.tiles()[:, : parts * c]
-        g, v = split(cat([g, v], 1).index_select(0, sender), [parts * c] * 2, 1)
-        m_s, m_d, *m_x = split(torch.addcmul(filters * g, share, v), [c] * parts, 1)
-        vectors = m_d[:, None] * harmonics[:, :, None]  # (E, S, C)
-        if x is not None:
-            vectors = torch.addcmul(vectors, m_x[0][:, None], x.index_select(0, sender))
-        dilution = self.density(basis, receiver, n)
-        h = h + sum_by_index(m_s, receiver, n) * dilution
-        sums = sum_by_index(vectors, receiver, n) * dilution[:, None]
-        return h, sums if x is None else x + sums
-
-    def message_with_kernel(
-        self, h: Tensor, x: Tensor | None, gates: Tensor, filters: Tensor, basis: Tensor, harmonics: Tensor, edges: SortedEdges
-    ) -> tuple[Tensor, Tensor]:
-        """The same by a kernel, without dropout; ``gates``: SiLU of the logits."""
-        receiver, n = edges.edge_index[1], h.shape[0]
-        parts = self.from_nodes(h, 2 if x is None else 3)
-        steerables = h.new_zeros(0, harmonics.shape[1], h.shape[1]) if x is None else x
-        sum_h, sums = torch.ops.gossamer.attend(self.num_heads, *parts, steerables, gates, filters, harmonics, *edges)
-        dilution = self.density(basis, receiver, n)
+        width = (2 if x is None else 3) * c  # without steerables nobody reads the third part
+        # one product with everything that reads h
+        q, k, s, v = split(apply_linear(h, cat([w.weight for w in (self.W_q, self.W_k, self.W_s1, self.W_v1)], 0)), [c] * 4, 1)
+        scalars, values = apply_linear(silu(s), self.W_s2.weight[:width]), apply_linear(silu(v), self.W_v2.weight[:width])
+        sum_h, sums = self.attention(q, k, scalars, values, x, silu(self.W_re(t)), apply_linear(t, self.W_rs.weight[:width]), edges)
+        dilution = self.density(edges.basis, edges.receiver, n)
         sums = sums * dilution[:, None]
         return h + sum_h * dilution, sums if x is None else x + sums
-
-    def alignment_with_kernel(self, x: Float[Tensor, "N S C"], harmonics: Float[Tensor, "E S"], edges: SortedEdges) -> Float[Tensor, "E C"]:
-        keys = cat([W(part) for W, part in zip(self.W_vk, self.degrees(x), strict=True)], 1)
-        return torch.ops.gossamer.perpendicular(self.W_vq(x), keys, harmonics, *edges)
-
-    def alignment(self, x: Float[Tensor, "N S C"], along: Float[Tensor, "E L S"], edge_index: Tensor) -> Float[Tensor, "E C"]:
-        """ω = Σ_l [ Q_i·P_j - (Q_i·Y)(P_j·Y) ], the inner products of the parts perpendicular to Y_l."""
-        sender, receiver = edge_index
-        keys = cat([W(part) for W, part in zip(self.W_vk, self.degrees(x), strict=True)], 1)
-        q, p = self.W_vq(x).index_select(0, receiver), keys.index_select(0, sender)
-        omega = (q * p).sum(dim=1)
-        return omega - (torch.bmm(along, q) * torch.bmm(along, p)).sum(dim=1)
 
     def couple(self, h: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         """Lengths of the steerables enter the scalars; scalars scale the steerables."""
@@ -302,9 +242,11 @@ class Repulsion(nn.Module):
         return sum_by_index(0.5 * 14.3996 * z_i * z_j / lengths * screening * envelope, receiver, species.shape[0])
 
 
-class Geodite(nn.Module):
+class Geodite(Network):
     """The network: species and edge vectors in, per-atom energies (and direct forces) out."""
 
+    fit_defaults: ClassVar = FitDefaults(learning_rate=5e-3, compiled_share=0.75, compile_seconds=100.0)
+    presets: ClassVar = {"tiny": {"num_features": 8, "num_layers": 2, "num_basis": 4, "num_heads": 2}}
     subtract_isolated = True
     """the potential subtracts the energy of a lone atom (the paper's vacuum embedding)"""
 
@@ -323,27 +265,11 @@ class Geodite(nn.Module):
         self.W_erp = linear(config.num_basis, c, bias=False)
         last = config.num_layers - 1
         self.layers: Any = nn.ModuleList(Layer(config, last=k == last) for k in range(config.num_layers))
-        degrees = np.repeat(np.arange(1, config.l_max + 1), 2 * np.arange(1, config.l_max + 1) + 1)
-        self.rows = Constant((degrees == np.arange(1, config.l_max + 1)[:, None]).astype(float))
         self.readouts: Any = nn.ModuleList(nn.Linear(c, 1, bias=False) for _ in range(config.num_layers))
         self.force_readout = linear(c, 1, bias=False) if config.direct_forces else None
         self.repulsion = Repulsion(facts.atomic_numbers) if config.variant == "published" else None
         self.own_repulsion = self.repulsion is not None
         """whether the potential must not add a repulsion of its own"""
-        self.kernels = False
-
-    def add_kernels(self) -> None:
-        """From now on pass messages by kernels: for inference."""
-        self.use_kernels(True)
-
-    def use_kernels(self, on: bool) -> None:
-        """Pass messages by kernels, or no longer; they hold nothing of the weights."""
-        if on and self.W_erp.weight.device.type == "cuda":
-            gpu.need_triton()
-        elif on:
-            cpu.sorting()
-            cpu.attention_library(self.config.l_max, self.W_erp.weight.dtype)
-        self.kernels = on
 
     def embed(
         self, species: Tensor, edge_index: Tensor, edge_vectors: Tensor, lengths: Tensor
@@ -352,13 +278,12 @@ class Geodite(nn.Module):
         sender, receiver = edge_index
         harmonics = split(self.harmonics(edge_vectors / lengths[:, None]), [1, (self.config.l_max + 1) ** 2 - 1], 1)[1]
         basis = self.radial(lengths, species.index_select(0, receiver), species.index_select(0, sender))
-        along = harmonics[:, None, :] * self.rows()
+        edges = Edges(edge_index, lengths / self.config.cutoff, harmonics, lambda: basis)
         h, x = self.node_start(species, basis, edge_index), None
         t = (h.index_select(0, receiver) + h.index_select(0, sender)) * self.W_erp(basis)
         states = []
-        edges = sort_edges(edge_index, h) if self.kernels else None
         for layer in self.layers:
-            h, x, t = layer(h, x, t, basis, harmonics, along, edge_index, edges)
+            h, x, t = layer(h, x, t, edges)
             states.append(h)
         assert x is not None
         return states, x

@@ -11,19 +11,18 @@ at zero, and sums are scaled by the mean number of neighbours.
 
 from __future__ import annotations
 
-import copy
 import math
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Float, Int
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from gossamer.engine.kernels.attach import EdgeKernel, KernelEdges, KernelLayer, sort_edges
-from gossamer.engine.kernels.product import vector_convolution
-from gossamer.models.base import DataFacts, ModelOutput
-from gossamer.nn.layers import ScaledSiLU, cat, linear, mean_by_index, smooth_length, split, sum_by_index
+from gossamer.models.base import DataFacts, FitDefaults, ModelOutput, Network, distances
+from gossamer.nn.edges import Edges
+from gossamer.nn.layers import RadialLinear, ScaledSiLU, cat, linear, mean_by_index, smooth_length, split
+from gossamer.nn.products import VectorConvolution
 from gossamer.nn.radial import bessel_basis, gaussian_basis, polynomial_envelope
 from gossamer.settings import settings
 
@@ -65,74 +64,30 @@ class LEIGNNConfig:
 class Message(nn.Module):
     """Local message, Eq. 1 and 2: the sums over neighbours of scalar and vector messages."""
 
-    def __init__(self, config: LEIGNNConfig, mean_neighbors: float) -> None:
+    def __init__(self, config: LEIGNNConfig, mean_neighbors: float, relay: bool) -> None:
+        """
+        Args:
+            config: Settings of the network.
+            mean_neighbors: Sums of the sound variant are divided by its square root.
+            relay: Whether there are vectors yet.
+        """
         super().__init__()
         h = config.num_features
-        self.published = config.variant == "published"
         self.P = nn.Sequential(linear(h, h // 2), ScaledSiLU(), linear(h // 2, 3 * h))
-        self.R = linear(config.num_basis, 3 * h)
-        self.scale_x = 1.0 if self.published else 1 / math.sqrt(mean_neighbors)
-        self.scale_v = 1 / math.sqrt(h) if self.published else 1 / math.sqrt(mean_neighbors)
-        self.kernel: KernelLayer | None = None
-        self.edge_kernel: EdgeKernel | None = None
+        published = config.variant == "published"
+        scale_x = (1.0 if published else 1 / math.sqrt(mean_neighbors)) / math.sqrt(3)
+        scale_v = 1 / math.sqrt(3 * (h if published else mean_neighbors))
+        # rows of R as in the paper: for relayed vectors, directions, scalars
+        R = RadialLinear(config.num_basis, 3 * h, 3, [(2, scale_x), (1, scale_v), *([(0, scale_v)] if relay else [])])
+        self.convolution = VectorConvolution(h, relay, R)
 
-    def filters(self, basis: Float[Tensor, "E B"], envelope: Float[Tensor, " E"]) -> Float[Tensor, "E F"]:
-        return self.R(basis) if self.published else self.R(basis) * envelope[:, None]
-
-    def forward(
-        self,
-        x: Float[Tensor, "N H"],
-        v: Float[Tensor, "N 3 H"] | None,
-        basis: Float[Tensor, "E B"],
-        envelope: Float[Tensor, " E"],
-        unit: Float[Tensor, "E 3"],
-        edge_index: Int[Tensor, "2 E"],
-    ) -> tuple[Tensor, Tensor]:
-        sender, receiver = edge_index
-        messages = self.P(x).index_select(0, sender) * self.filters(basis, envelope) * (1 / math.sqrt(3))
-        m1, m2, m3 = split(messages, [x.shape[1]] * 3, 1)
-        vectors = unit[:, :, None] * m2[:, None, :]  # (E, 3, H)
-        if v is not None:  # v = 0 before the first layer
-            vectors = vectors + v.index_select(0, sender) * m1[:, None, :]
-        sum_v = sum_by_index(vectors, receiver, x.shape[0]) * self.scale_v
-        sum_x = sum_by_index(m3, receiver, x.shape[0]) * self.scale_x
-        return self.add(x, v, sum_x, sum_v)
-
-    def add(self, x: Tensor, v: Tensor | None, sum_x: Tensor, sum_v: Tensor) -> tuple[Tensor, Tensor]:
-        return (x + sum_x) * (1 / math.sqrt(2)), sum_v if v is None else v + sum_v
-
-    def with_kernel(
-        self,
-        x: Float[Tensor, "N H"],
-        v: Float[Tensor, "N 3 H"] | None,
-        columns: Float[Tensor, "E columns"] | None,
-        edges: KernelEdges,
-    ) -> tuple[Tensor, Tensor]:
-        """The same by a kernel; its radial functions hold all factors. ``columns``: see ``radial_columns``."""
+    def forward(self, x: Float[Tensor, "N H"], v: Float[Tensor, "N 3 H"] | None, edges: Edges) -> tuple[Tensor, Tensor]:
         h = x.shape[1]
         m1, m2, m3 = split(self.P(x), [h] * 3, 1)
         features = cat([m3, m2] if v is None else [m3, m2, (v * m1[:, None, :]).flatten(1)], 1)
-        if self.kernel is not None:
-            sums = self.kernel(features, edges)
-        else:
-            assert self.edge_kernel is not None
-            assert columns is not None
-            sums = self.edge_kernel(features, self.radial_functions(columns, v is not None), edges)
-        sum_x, sum_v = split(sums, [h, 3 * h], 1)
-        return self.add(x, v, sum_x, sum_v.reshape(-1, 3, h))
-
-    def radial_functions(self, columns: Tensor, relay: bool) -> Tensor:
-        """Radial functions of the kernel, one product: bias, envelope and factors are in its two sides."""
-        rows = cat([self.R.weight, self.R.bias[:, None]], 1) * (1 / math.sqrt(3))
-        r1, r2, r3 = split(rows, [self.R.out_features // 3] * 3, 0)
-        parts = [r3 * self.scale_x, r2 * self.scale_v, *([r1 * self.scale_v] if relay else [])]
-        return columns @ cat(parts, 0).T
-
-    def radial_columns(self, basis: Tensor, envelope: Tensor) -> Float[Tensor, "E columns"]:
-        """What the radial functions of every layer are linear in: basis and a last column for the bias."""
-        if self.published:
-            return cat([basis, torch.ones_like(envelope)[:, None]], 1)
-        return cat([basis * envelope[:, None], envelope[:, None]], 1)
+        sum_x, sum_v = split(self.convolution(features, edges), [h, 3 * h], 1)
+        sum_v = sum_v.reshape(-1, 3, h)
+        return (x + sum_x) * (1 / math.sqrt(2)), sum_v if v is None else v + sum_v
 
 
 class Update(nn.Module):
@@ -175,21 +130,20 @@ class Global(nn.Module):
 class Layer(nn.Module):
     """The four phases of one layer."""
 
-    def __init__(self, config: LEIGNNConfig, mean_neighbors: float) -> None:
+    def __init__(self, config: LEIGNNConfig, mean_neighbors: float, first: bool) -> None:
         super().__init__()
         self.distribute = Global(config.num_features) if config.global_context else None
-        self.message = Message(config, mean_neighbors)
+        self.message = Message(config, mean_neighbors, relay=not first or config.global_context)
         self.update = Update(config)
         self.aggregate = Global(config.num_features) if config.global_context else None
 
 
-class LEIGNN(nn.Module):
+class LEIGNN(Network):
     """Per-atom energies (and direct forces, if asked for) from species and edge vectors."""
 
-    subtract_isolated: bool
-    """whether the potential subtracts the energy of the lone atom; the published network does not"""
-
-    own_repulsion = False
+    fit_defaults: ClassVar = FitDefaults(learning_rate=5e-3, compiled_share=0.7, compile_seconds=80.0)
+    presets: ClassVar = {"tiny": {"num_features": 8, "num_layers": 2, "num_basis": 5}}
+    renamed: ClassVar = {r"\.message\.R\.": ".message.convolution.radial."}
 
     def __init__(self, config: LEIGNNConfig, facts: DataFacts) -> None:
         """
@@ -204,36 +158,18 @@ class LEIGNN(nn.Module):
         self.embedding = nn.Embedding(len(facts.atomic_numbers), h)
         nn.init.uniform_(self.embedding.weight, -math.sqrt(3), math.sqrt(3))
         self.global_scalar = nn.Parameter(torch.zeros(1, h)) if config.global_context else None
-        self.layers: Any = nn.ModuleList(Layer(config, max(facts.mean_neighbors, 1.0)) for _ in range(config.num_layers))
+        self.layers: Any = nn.ModuleList(Layer(config, max(facts.mean_neighbors, 1.0), first=k == 0) for k in range(config.num_layers))
         self.MLP_E = nn.Sequential(linear(h, h // 2), ScaledSiLU(), linear(h // 2, 1))
         self.W_F = linear(h, 1, bias=False) if config.direct_forces else None
 
-    def add_kernels(self) -> None:
-        """From now on pass messages by kernels: for inference with these very weights."""
-        exact = copy.deepcopy(self).cpu().double()
-        for k, layer in enumerate(self.layers):
-            relay = k > 0 or layer.distribute is not None
-
-            def radial(x: Tensor, k: int = k, relay: bool = relay) -> Tensor:
-                message = exact.layers[k].message
-                return message.radial_functions(message.radial_columns(*exact.radial(x)), relay)
-
-            convolution = vector_convolution(self.config.num_features, relay)
-            layer.message.kernel = KernelLayer(convolution, radial, self.embedding.weight)
-
-    def use_edge_kernels(self, on: bool) -> None:
-        """Pass messages by kernels that training can differentiate, or no longer."""
-        for k, layer in enumerate(self.layers):
-            convolution = vector_convolution(self.config.num_features, k > 0 or layer.distribute is not None)
-            layer.message.edge_kernel = EdgeKernel(convolution, self.embedding.weight) if on else None
-
-    def radial(self, x: Float[Tensor, " E"]) -> tuple[Float[Tensor, "E B"], Float[Tensor, " E"]]:
-        """Radial functions of distance over cutoff, and the envelope that ends them."""
+    def radial_basis(self, x: Float[Tensor, " E"]) -> Float[Tensor, "E columns"]:
+        """Radial functions of distance over cutoff times the envelope that ends them, and what the bias multiplies."""
         if self.config.variant == "published":
-            envelope = polynomial_envelope(x, p=5, k=2)
-            return gaussian_basis(x, self.config.num_basis) * envelope[:, None], envelope
+            envelope = polynomial_envelope(x, p=5, k=2)[:, None]
+            return cat([gaussian_basis(x, self.config.num_basis) * envelope, torch.ones_like(envelope)], 1)
         basis = gaussian_basis if self.config.radial_basis == "gaussian" else bessel_basis
-        return basis(x, self.config.num_basis), polynomial_envelope(x, p=5, k=3)
+        envelope = polynomial_envelope(x, p=5, k=3)[:, None]
+        return cat([basis(x, self.config.num_basis) * envelope, envelope], 1)
 
     def forward(
         self,
@@ -251,16 +187,10 @@ class LEIGNN(nn.Module):
             graph_index: Structure of each atom.
             n_graphs: Number of structures.
         """
-        lengths = torch.linalg.vector_norm(edge_vectors, dim=-1)
-        unit = -edge_vectors / lengths[:, None]  # the paper's u points from the neighbour j to the centre i
-        distance = lengths / self.config.cutoff
+        unit, distance = distances(edge_vectors, self.config.cutoff)
+        # the paper's u points from the neighbour j to the centre i
+        edges = Edges(edge_index, distance, cat([torch.ones_like(unit[:, :1]), -unit], 1), lambda: self.radial_basis(distance))
         x = self.embedding(species)
-        first = self.layers[0].message
-        basis, envelope = (None, None) if first.kernel is not None else self.radial(distance)
-        edges: KernelEdges | None = None
-        if first.kernel is not None or first.edge_kernel is not None:
-            edges = KernelEdges(sort_edges(edge_index, x), cat([torch.ones_like(unit[:, :1]), unit], 1), distance)
-        columns = None if edges is None or basis is None else first.radial_columns(basis, envelope)
         v: Tensor | None = None
         s = g = None
         if self.global_scalar is not None:
@@ -271,11 +201,7 @@ class LEIGNN(nn.Module):
                 v = torch.zeros_like(x)[:, None, :].expand(-1, 3, -1) if v is None else v
                 dx, dv = layer.distribute(x, s[graph_index], v + g[graph_index])
                 x, v = x + dx, v + dv
-            if edges is not None:
-                x, v = layer.message.with_kernel(x, v, columns, edges)
-            else:
-                x, v = layer.message(x, v, basis, envelope, unit, edge_index)
-            x, v = layer.update(x, v)
+            x, v = layer.update(*layer.message(x, v, edges))
             if layer.aggregate is not None:
                 mean_x, mean_v = mean_by_index(x, graph_index, n_graphs), mean_by_index(v, graph_index, n_graphs)
                 ds, dg = layer.aggregate(mean_x, s, mean_v + g)

@@ -11,10 +11,9 @@ Shapes: N atoms, E directed edges, S = (l_max + 1)² harmonics. Node features ar
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -23,10 +22,10 @@ from jaxtyping import Float, Int
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from gossamer.engine.kernels.attach import EdgeKernel, KernelEdges, KernelLayer, sort_edges
-from gossamer.models.base import DataFacts, ModelOutput
-from gossamer.nn.layers import Constant, cat, split, sum_by_index
-from gossamer.nn.products import Coupling, Irrep, blocks
+from gossamer.models.base import DataFacts, FitDefaults, ModelOutput, Network
+from gossamer.nn.edges import Edges
+from gossamer.nn.layers import Constant, ElementLinear, cat, split
+from gossamer.nn.products import Coupling, Irrep, blocks, paths_between, reachable
 from gossamer.nn.radial import polynomial_envelope
 from gossamer.nn.spherical import SphericalHarmonics
 from gossamer.settings import settings
@@ -39,6 +38,7 @@ UNIT_TANH = 1.5937334472592695
 _FOUNDATION = {"variant": "published", "parity": False, "embedding_features": 32, "radial_depth": 1, "radial_width": 128}
 _LARGE = {**_FOUNDATION, "num_layers": 6, "l_max": 3, "num_features": [128, 64, 32, 32]}
 PRESETS: dict[str, dict[str, Any]] = {
+    "tiny": {"num_features": 4, "num_layers": 2, "num_basis": 4, "radial_width": 6},
     "S": {**_FOUNDATION, "num_layers": 2, "l_max": 1, "num_features": [128, 64]},
     "M": {**_FOUNDATION, "num_layers": 4, "l_max": 2, "num_features": [128, 64, 32]},
     "L": _LARGE,
@@ -48,7 +48,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "scales": "per_element", "train_scales": True,
     },
 }  # fmt: skip
-"""Sizes of the authors' foundation potentials (arXiv:2504.16068): ``model: {name: nequip, preset: M}``"""
+"""S to MP-L: sizes of the authors' foundation potentials (arXiv:2504.16068)"""
 
 
 @settings
@@ -178,48 +178,6 @@ def scalar_mlp(num_in: int, num_out: int, depth: int, width: int, published: boo
     return nn.Sequential(*layers)
 
 
-class SelfConnection(nn.Module):
-    """o_l += Σ_{u,t} x_l[u] a_t W_l[u, t] / sqrt(mul_l T): one linear map per element, made from its embedding a."""
-
-    maps: Tensor | None
-    """the map of each element, where weights no longer change"""
-
-    def __init__(self, irrep: Irrep, num_attributes: int, num_out: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.randn(irrep.mul, num_attributes, num_out))
-        self.scale = 1 / math.sqrt(irrep.mul * num_attributes)
-        self.dynamic_sizes = True
-        """outside training, take the atoms of one element at a time; off while a compiler traces"""
-        self.register_buffer("maps", None, persistent=False)
-
-    def forward(self, x: Float[Tensor, "N dim mul"], species: Int[Tensor, " N"], table: Float[Tensor, "elements T"]) -> Tensor:
-        if self.maps is not None:
-            return torch.ops.gossamer.map_by_species(x.contiguous(), species, self.maps)
-        if not self.training and self.dynamic_sizes:
-            return self._by_element(x, species, self.folded(table))
-        if len(table) < table.shape[1]:  # fewer elements than attributes: their one-hot codes are the shorter attributes
-            attributes = nn.functional.one_hot(species, len(table)).to(x.dtype)
-            weight = self.folded(table).transpose(0, 1).reshape(-1, self.weight.shape[2])
-        else:
-            attributes = table.index_select(0, species)
-            weight = self.weight.reshape(-1, self.weight.shape[2]) * self.scale
-        product = x[:, :, :, None] * attributes[:, None, None, :]  # (N, dim, mul, T or elements)
-        return product.flatten(2) @ weight
-
-    def folded(self, table: Tensor) -> Float[Tensor, "elements mul out"]:
-        """The map of each element."""
-        return torch.einsum("et,uto->euo", table, self.weight * self.scale)
-
-    @staticmethod
-    def _by_element(x: Tensor, species: Tensor, maps: Tensor) -> Tensor:
-        """Every atom with the map of its element, without forming products with attributes."""
-        out = x.new_zeros(x.shape[0], x.shape[1], maps.shape[2])
-        for element in species.unique().tolist():
-            rows = (species == element).nonzero()[:, 0]
-            out = out.index_copy(0, rows, x.index_select(0, rows) @ maps[element])
-        return out
-
-
 class FeatureNorm(nn.Module):
     """x_l <- γ_l x_l / sqrt(mean over all channels of Σ_l |x_l|² / (2 l + 1) + ε)."""
 
@@ -241,36 +199,44 @@ class Interaction(nn.Module):
     """One layer: linear map, products along edges, sum over neighbours, linear map, self-connection, gate."""
 
     def __init__(
-        self, config: NequIPConfig, coupling: Coupling, irreps_out: Sequence[Irrep], num_attributes: int, mean_neighbors: float, first: bool
+        self,
+        config: NequIPConfig,
+        irreps_in: Sequence[Irrep],
+        irreps_out: Sequence[Irrep],
+        num_attributes: int,
+        mean_neighbors: float,
+        first: bool,
     ) -> None:
         """
         Args:
             config: Settings of the network.
-            coupling: Products of this layer; layers with the same blocks share one.
+            irreps_in: Blocks of the features.
             irreps_out: Blocks of the result after the gate.
             num_attributes: Length of the element embedding.
             mean_neighbors: Messages are divided by its square root.
             first: No self-connection, so that an isolated atom gives zero.
         """
         super().__init__()
-        self.irreps_in, self.irreps_out = coupling.irreps_in, list(irreps_out)
+        self.irreps_in, self.irreps_out = list(irreps_in), list(irreps_out)
         self.published = config.variant == "published"
         self.num_gates = sum(i.mul for i in irreps_out if i.l > 0)
         self.scale = 1 / math.sqrt(mean_neighbors)
         norm = config.variant == "sound" if config.layer_norm is None else config.layer_norm
         self.norm = FeatureNorm(self.irreps_in) if norm and not first else None
         self.linear_in: Any = nn.ModuleList(UnitLinear(i.mul, i.mul) for i in self.irreps_in)
-        self.radial = scalar_mlp(
-            config.num_basis, coupling.num_weights, config.radial_depth, config.radial_width, config.variant == "published"
-        )
+        paths = paths_between(irreps_in, config.l_max, [i.kind for i in irreps_out])
+        n_radial = sum(irreps_in[p.block].mul for p in paths)
+        radial = scalar_mlp(config.num_basis, n_radial, config.radial_depth, config.radial_width, self.published)
+        coupling = Coupling(irreps_in, config.l_max, paths, radial)
+        self.irreps_summed = coupling.irreps_out
+        self.convolution: Any = coupling
         # even scalars also carry the gates of the other blocks
         outputs = [i.mul + (self.num_gates if i.kind == (0, 1) else 0) for i in self.irreps_out]
-        summed = {i.kind: i.mul for i in coupling.irreps_out}
-        self.sum_of = [[i.kind for i in coupling.irreps_out].index(i.kind) for i in self.irreps_out]
+        summed = {i.kind: i.mul for i in self.irreps_summed}
+        self.sum_of = [[i.kind for i in self.irreps_summed].index(i.kind) for i in self.irreps_out]
         self.linear_out: Any = nn.ModuleList(UnitLinear(summed[i.kind], n) for i, n in zip(self.irreps_out, outputs, strict=True))
-        self.kernel: KernelLayer | None = None
-        self.edge_kernel: EdgeKernel | None = None
         self.self_connection: Any = nn.ModuleList()
+        self.per_element = config.self_connection == "element"
         self.sources: list[int | None] = []
         """for each block of the result, the block of the input that its self-connection reads"""
         kinds = [i.kind for i in self.irreps_in]
@@ -278,39 +244,24 @@ class Interaction(nn.Module):
             source = None if first or i.kind not in kinds else kinds.index(i.kind)
             self.sources.append(source)
             if source is not None:
-                element = config.self_connection == "element"
                 mul = self.irreps_in[source].mul
-                self.self_connection.append(SelfConnection(self.irreps_in[source], num_attributes, n) if element else UnitLinear(mul, n))
+                self.self_connection.append(ElementLinear(mul, num_attributes, n) if self.per_element else UnitLinear(mul, n))
 
     def forward(
-        self,
-        x: Float[Tensor, "N width"],
-        species: Int[Tensor, " N"],
-        table: Float[Tensor, "elements T"],
-        basis: Float[Tensor, "E B"] | None,
-        coupling: Coupling,
-        matrices: Sequence[Tensor],
-        edges: Int[Tensor, "2 E"] | KernelEdges,
-    ) -> Tensor:
+        self, x: Float[Tensor, "N width"], species: Int[Tensor, " N"], table: Float[Tensor, "elements T"], edges: Edges
+    ) -> Float[Tensor, "N width_out"]:
         if self.norm is not None:
             x = self.norm(x)
         parts = blocks(x, self.irreps_in)
         mixed = cat([linear(part).flatten(1) for linear, part in zip(self.linear_in, parts, strict=True)], 1) * self.scale
-        if isinstance(edges, KernelEdges):
-            sums = blocks(
-                self.kernel(mixed, edges) if self.kernel else self.edge_kernel(mixed, self.radial(basis), edges), coupling.irreps_out
-            )
-        else:
-            sender, receiver = edges
-            messages = coupling.messages(mixed.index_select(0, sender), matrices, self.radial(basis))
-            sums = coupling.collect(sum_by_index(messages, receiver, x.shape[0]))
+        sums = blocks(self.convolution(mixed, edges), self.irreps_summed)
         connections = iter(self.self_connection)
         results = []
         for linear, which, source in zip(self.linear_out, self.sum_of, self.sources, strict=True):
             out = linear(sums[which])
             if source is not None:
                 connection = next(connections)
-                own = connection(parts[source], species, table) if isinstance(connection, SelfConnection) else connection(parts[source])
+                own = connection(parts[source], species, table) if self.per_element else connection(parts[source])
                 out = out + own if self.published else (out + own) * math.sqrt(0.5)
             results.append(out)
         return self._gate(results)
@@ -332,12 +283,14 @@ class Interaction(nn.Module):
         return cat(out, 1)
 
 
-class NequIP(nn.Module):
+class NequIP(Network):
     """The network: species and edge vectors in, per-atom energies (and direct forces) out."""
 
+    fit_defaults: ClassVar = FitDefaults(learning_rate=4e-2, compiled_share=0.7, compile_seconds=110.0)
+    presets: ClassVar = PRESETS
+    renamed: ClassVar = {r"^layers\.(\d+)\.radial\.": r"layers.\1.convolution.radial."}
     subtract_isolated = False
     """without biases an isolated atom gives zero by itself"""
-    own_repulsion = False
 
     def __init__(self, config: NequIPConfig, facts: DataFacts) -> None:
         """
@@ -351,31 +304,19 @@ class NequIP(nn.Module):
         num_attributes = config.embedding_features or channels[0]
         self.harmonics = SphericalHarmonics(config.l_max, "component")
         self.embedding = nn.Embedding(len(facts.atomic_numbers), num_attributes)
-        self.dynamic_sizes = True
-        """outside training, drop the edges beyond pair cutoffs; off while a compiler traces"""
-        self.pair_cutoffs = None
+        self.pair_table: Constant | None = None
         if config.pair_cutoffs is not None:
-            self.pair_cutoffs = Constant(pair_cutoff_matrix(config.pair_cutoffs, config.cutoff, facts.atomic_numbers))
+            self.pair_table = Constant(pair_cutoff_matrix(config.pair_cutoffs, config.cutoff, facts.atomic_numbers))
         frequencies = torch.arange(1.0, config.num_basis + 1)
         self.frequencies = nn.Parameter(frequencies) if config.train_bessel else None
         parities = (1, -1) if config.parity else (0,)
         hidden = [Irrep(channels[l], l, p or (-1) ** l) for l in range(config.l_max + 1) for p in parities]
         last = [Irrep(channels[0], 0, 1), *([Irrep(channels[1], 1, -1)] if config.direct_forces else [])]
-        couplings: list[Coupling] = []
-        layers = []
-        self.coupling_of: list[int] = []
-        irreps = [Irrep(num_attributes, 0, 1)]
+        layers, irreps = [], [Irrep(num_attributes, 0, 1)]
         for k in range(config.num_layers):
             wanted = last if k == config.num_layers - 1 else [i for i in hidden if reachable(irreps, config.l_max, i)]
-            key = (irreps, {i.kind for i in wanted})
-            same = [n for n, c in enumerate(couplings) if (c.irreps_in, {i.kind for i in c.irreps_out}) == key]
-            if not same:
-                couplings.append(Coupling(irreps, config.l_max, [i.kind for i in wanted]))
-            self.coupling_of.append(same[0] if same else len(couplings) - 1)
-            coupling = couplings[self.coupling_of[-1]]
-            layers.append(Interaction(config, coupling, wanted, num_attributes, max(facts.mean_neighbors, 1.0), first=k == 0))
-            irreps = list(wanted)
-        self.couplings: Any = nn.ModuleList(couplings)
+            layers.append(Interaction(config, irreps, wanted, num_attributes, max(facts.mean_neighbors, 1.0), first=k == 0))
+            irreps = wanted
         self.layers: Any = nn.ModuleList(layers)
         published = config.variant == "published"
         self.readout = scalar_mlp(channels[0], 1, config.readout_depth, config.readout_width or channels[0], published)
@@ -386,58 +327,38 @@ class NequIP(nn.Module):
             values = facts.scales if config.scales == "per_element" and facts.scales is not None else [1.0] * len(facts.atomic_numbers)
             self.scales = nn.Embedding.from_pretrained(torch.tensor(values)[:, None], freeze=not config.train_scales)
 
-    def add_kernels(self) -> None:
-        """From now on pass messages by kernels, and keep the maps of the elements: for inference with these very weights."""
-        exact = copy.deepcopy(self).cpu().double()
-        like = self.embedding.weight
-        for k, (layer, which) in enumerate(zip(self.layers, self.coupling_of, strict=True)):
-
-            def radial(x: Tensor, k: int = k) -> Tensor:
-                return exact.layers[k].radial(exact.radial_basis(x))
-
-            layer.kernel = KernelLayer(self.couplings[which].convolution(), radial, like)
-            for connection, precise in zip(layer.self_connection, exact.layers[k].self_connection, strict=True):
-                if isinstance(connection, SelfConnection):
-                    connection.maps = precise.folded(exact.embedding.weight).detach().to(like)
-
-    def use_edge_kernels(self, on: bool) -> None:
-        """Pass messages by kernels that training can differentiate, or no longer."""
-        for layer, which in zip(self.layers, self.coupling_of, strict=True):
-            layer.edge_kernel = EdgeKernel(self.couplings[which].convolution(), self.embedding.weight) if on else None
-
     def energy_rows(self) -> dict[str, tuple[int, Tensor]]:
         """Weights of the last layer that also serve the direct forces: (axis, indices along it that serve the energy).
 
         These weights are larger with `direct_forces`; fine-tuning copies the part that both networks have.
         """
-        last, coupling = len(self.layers) - 1, self.couplings[self.coupling_of[-1]]
-        mul, rows, first = self.config.channels[0], [], 0
-        for path in coupling.paths:
-            width = coupling.irreps_in[path.block].mul
-            rows += list(range(first, first + width)) if path.out == (0, 1) else []
+        last, mul, rows, first = len(self.layers) - 1, self.config.channels[0], [], 0
+        for product, width in zip(
+            self.layers[last].convolution.convolution.products, self.layers[last].convolution.convolution.channels, strict=True
+        ):
+            rows += list(range(first, first + width)) if self.layers[last].irreps_summed[product.out].kind == (0, 1) else []
             first += width
         prefix = f"layers.{last}"
         scalars = torch.arange(mul)
         names = {
-            f"{prefix}.radial.{len(self.layers[last].radial) - 1}.weight": (0, torch.tensor(rows)),
+            f"{prefix}.convolution.radial.{2 * self.config.radial_depth}.weight": (0, torch.tensor(rows)),
             f"{prefix}.linear_out.0.weight": (0, scalars),
         }
         if last > 0:
             names[f"{prefix}.self_connection.0.weight"] = (2 if self.config.self_connection == "element" else 0, scalars)
         return names
 
-    def cutoffs_of(self, centre: Int[Tensor, " E"], neighbour: Int[Tensor, " E"]) -> Float[Tensor, " E"]:
-        """Cutoff in Å of each edge, from the elements of its ends."""
-        assert self.pair_cutoffs is not None
-        table = self.pair_cutoffs()
-        return table.flatten().index_select(0, centre * len(table) + neighbour)
+    def pair_cutoffs(self) -> Float[Tensor, "elements elements"] | None:
+        """Å, by centre and neighbour."""
+        return None if self.pair_table is None else self.pair_table()
 
-    def within_pair_cutoffs(self, species: Tensor, edge_index: Tensor, edge_vectors: Tensor) -> tuple[Tensor, Tensor]:
-        """The edges shorter than their pair's cutoff; the others would only carry zeros."""
-        sender, receiver = edge_index
-        cutoffs = self.cutoffs_of(species.index_select(0, receiver), species.index_select(0, sender))
-        kept = (torch.linalg.vector_norm(edge_vectors, dim=-1) < cutoffs).nonzero()[:, 0]
-        return edge_index.index_select(1, kept), edge_vectors.index_select(0, kept)
+    def scaled(self, lengths: Float[Tensor, " E"], species: Int[Tensor, " N"], edge_index: Int[Tensor, "2 E"]) -> Float[Tensor, " E"]:
+        """Distance over cutoff, that of the pair where pairs have their own."""
+        table = self.pair_cutoffs()
+        if table is None:
+            return lengths / self.config.cutoff
+        neighbour, centre = species.index_select(0, edge_index[0]), species.index_select(0, edge_index[1])
+        return lengths / table.flatten().index_select(0, centre * len(table) + neighbour)
 
     def radial_basis(self, x: Float[Tensor, " E"]) -> Float[Tensor, "E B"]:
         """b_n = s · sin(n π x) / x · f_p(x),  x = r / rc (or over the pair's own cutoff); s = 2 / rc² in the package."""
@@ -461,36 +382,16 @@ class NequIP(nn.Module):
             graph_index: Structure of each atom (not used: the network is local).
             n_graphs: Number of structures (not used).
         """
-        if self.pair_cutoffs is not None and not self.training and self.dynamic_sizes:
-            edge_index, edge_vectors = self.within_pair_cutoffs(species, edge_index, edge_vectors)
-        sender, receiver = edge_index
         lengths = torch.linalg.vector_norm(edge_vectors, dim=-1)
-        harmonics = self.harmonics(edge_vectors / lengths[:, None])
-        if self.pair_cutoffs is None:
-            distance = lengths / self.config.cutoff
-        else:
-            distance = lengths / self.cutoffs_of(species.index_select(0, receiver), species.index_select(0, sender))
+        distance = self.scaled(lengths, species, edge_index)
+        edges = Edges(edge_index, distance, self.harmonics(edge_vectors / lengths[:, None]), lambda: self.radial_basis(distance))
         table = self.embedding.weight
         x = self.embedding(species)
-        matrices: list[list[Tensor]] = [[] for _ in self.couplings]
-        edges: Tensor | KernelEdges = edge_index
-        basis = None if self.layers[0].kernel is not None else self.radial_basis(distance)
-        if self.layers[0].kernel is not None or self.layers[0].edge_kernel is not None:
-            edges = KernelEdges(sort_edges(edge_index, x), harmonics, distance)
-        else:
-            matrices = [coupling.matrices(harmonics) for coupling in self.couplings]
-        for layer, which in zip(self.layers, self.coupling_of, strict=True):
-            x = layer(x, species, table, basis, self.couplings[which], matrices[which], edges)
+        for layer in self.layers:
+            x = layer(x, species, table, edges)
         scalars, *vectors = blocks(x, self.layers[-1].irreps_out)
         energies = self.readout(scalars[:, 0])[:, 0]
         if self.scales is not None:
             energies = energies * self.scales(species)[:, 0]
         forces = self.force_readout(vectors[0])[:, :, 0] if self.force_readout is not None else None
         return ModelOutput(node_energies=energies, direct_forces=forces)
-
-
-def reachable(irreps: Sequence[Irrep], l_max: int, wanted: Irrep) -> bool:
-    """Whether a product of some block with harmonics of natural parity up to l_max gives (l, p)."""
-    return any(
-        abs(i.l - l_edge) <= wanted.l <= i.l + l_edge and i.p * (-1) ** l_edge == wanted.p for i in irreps for l_edge in range(l_max + 1)
-    )

@@ -9,19 +9,18 @@ Shapes: N atoms, E edges, H channels, B radial functions.
 
 from __future__ import annotations
 
-import copy
 import math
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Float, Int
 from pydantic import Field
 from torch import Tensor, nn
 
-from gossamer.engine.kernels.attach import EdgeKernel, KernelEdges, KernelLayer, sort_edges
-from gossamer.engine.kernels.product import scalar_convolution
-from gossamer.models.base import DataFacts, ModelOutput
-from gossamer.nn.layers import linear, sum_by_index
+from gossamer.models.base import DataFacts, FitDefaults, ModelOutput, Network, distances
+from gossamer.nn.edges import Edges
+from gossamer.nn.layers import cat, linear, split
+from gossamer.nn.products import ScalarConvolution
 from gossamer.nn.radial import cosine_cutoff, gaussian_basis, polynomial_envelope
 from gossamer.settings import settings
 
@@ -55,43 +54,38 @@ class ShiftedSoftplus(nn.Module):
         return nn.functional.softplus(x) - math.log(2.0)
 
 
+class Filters(nn.Sequential):
+    """Radial functions: a small network of the Gaussians, times the envelope (last column) and the scale of the sums."""
+
+    def __init__(self, num_basis: int, num_out: int, scale: float) -> None:
+        super().__init__(linear(num_basis, num_out), ShiftedSoftplus(), linear(num_out, num_out))
+        self.num_basis, self.scale = num_basis, scale
+
+    def forward(self, columns: Float[Tensor, "E columns"]) -> Float[Tensor, "E H"]:
+        basis, envelope = split(columns, [self.num_basis, 1], 1)
+        return super().forward(basis) * (envelope * self.scale)
+
+
 class Layer(nn.Module):
     """x_i += f( Σ_j W_in x_j ⊙ filter(r_ij) )."""
 
     def __init__(self, config: SchNetConfig, scale: float) -> None:
         super().__init__()
         h = config.num_features
-        self.scale = scale
         self.to_filters = linear(h, h, bias=False)
-        self.filters = nn.Sequential(linear(config.num_basis, h), ShiftedSoftplus(), linear(h, h))
+        self.convolution = ScalarConvolution(h, Filters(config.num_basis, h, scale))
         self.out = nn.Sequential(linear(h, h), ShiftedSoftplus(), linear(h, h))
-        self.kernel: KernelLayer | None = None
-        self.edge_kernel: EdgeKernel | None = None
 
-    def forward(self, x: Float[Tensor, "N H"], basis: Tensor, envelope: Tensor, edge_index: Tensor) -> Float[Tensor, "N H"]:
-        sender, receiver = edge_index
-        messages = self.to_filters(x).index_select(0, sender) * (self.filters(basis) * envelope[:, None])
-        return x + self.out(sum_by_index(messages, receiver, x.shape[0]) * self.scale)
-
-    def with_kernel(
-        self, x: Float[Tensor, "N H"], basis: Tensor | None, envelope: Tensor | None, edges: KernelEdges
-    ) -> Float[Tensor, "N H"]:
-        """The same by a kernel; its radial functions hold all factors."""
-        features = self.to_filters(x)
-        if self.kernel is not None:
-            return x + self.out(self.kernel(features, edges))
-        assert self.edge_kernel is not None
-        return x + self.out(self.edge_kernel(features, self.radial_functions(basis, envelope), edges))
-
-    def radial_functions(self, basis: Tensor, envelope: Tensor) -> Tensor:
-        """Radial functions of the kernel."""
-        return self.filters(basis) * (envelope * self.scale)[:, None]
+    def forward(self, x: Float[Tensor, "N H"], edges: Edges) -> Float[Tensor, "N H"]:
+        return x + self.out(self.convolution(self.to_filters(x), edges))
 
 
-class SchNet(nn.Module):
+class SchNet(Network):
     """The network: species and edge vectors in, per-atom energies out."""
 
-    own_repulsion = False
+    fit_defaults: ClassVar = FitDefaults(learning_rate=2e-3)
+    presets: ClassVar = {"tiny": {"num_features": 8, "num_layers": 2, "num_basis": 5}}
+    renamed: ClassVar = {r"^layers\.(\d+)\.filters\.": r"layers.\1.convolution.radial."}
 
     def __init__(self, config: SchNetConfig, facts: DataFacts) -> None:
         """
@@ -109,25 +103,10 @@ class SchNet(nn.Module):
         self.layers: Any = nn.ModuleList(Layer(config, scale) for _ in range(config.num_layers))
         self.readout = nn.Sequential(linear(h, h // 2), nn.SiLU(), linear(h // 2, 1))
 
-    def add_kernels(self) -> None:
-        """From now on pass messages by kernels: for inference with these very weights."""
-        exact = copy.deepcopy(self).cpu().double()
-        for k, layer in enumerate(self.layers):
-
-            def radial(x: Tensor, k: int = k) -> Tensor:
-                return exact.layers[k].radial_functions(*exact.radial(x))
-
-            layer.kernel = KernelLayer(scalar_convolution(self.config.num_features), radial, self.embedding.weight)
-
-    def use_edge_kernels(self, on: bool) -> None:
-        """Pass messages by kernels that training can differentiate, or no longer."""
-        for layer in self.layers:
-            layer.edge_kernel = EdgeKernel(scalar_convolution(self.config.num_features), self.embedding.weight) if on else None
-
-    def radial(self, x: Float[Tensor, " E"]) -> tuple[Float[Tensor, "E B"], Float[Tensor, " E"]]:
+    def radial_basis(self, x: Float[Tensor, " E"]) -> Float[Tensor, "E columns"]:
         """Gaussians of distance over cutoff, and the envelope that ends them."""
         envelope = cosine_cutoff(x) if self.config.variant == "published" else polynomial_envelope(x, p=5, k=3)
-        return gaussian_basis(x, self.config.num_basis), envelope
+        return cat([gaussian_basis(x, self.config.num_basis), envelope[:, None]], 1)
 
     def forward(
         self,
@@ -145,13 +124,9 @@ class SchNet(nn.Module):
             graph_index: Structure of each atom (not used: the network is local).
             n_graphs: Number of structures (not used).
         """
-        x = torch.linalg.vector_norm(edge_vectors, dim=-1) / self.config.cutoff
+        _, x = distances(edge_vectors, self.config.cutoff)
+        edges = Edges(edge_index, x, torch.ones_like(x[:, None]), lambda: self.radial_basis(x))
         h = self.embedding(species)
-        first = self.layers[0]
-        basis, envelope = (None, None) if first.kernel is not None else self.radial(x)
-        edges: KernelEdges | None = None
-        if first.kernel is not None or first.edge_kernel is not None:
-            edges = KernelEdges(sort_edges(edge_index, h), torch.ones_like(x[:, None]), x)
         for layer in self.layers:
-            h = layer(h, basis, envelope, edge_index) if edges is None else layer.with_kernel(h, basis, envelope, edges)
+            h = layer(h, edges)
         return ModelOutput(node_energies=self.readout(h)[:, 0], direct_forces=None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -83,6 +84,54 @@ def linear(num_in: int, num_out: int, bias: bool = True) -> nn.Linear:
     if bias:
         nn.init.zeros_(layer.bias)
     return layer
+
+
+class RadialLinear(nn.Linear):
+    """Radial functions that are linear in a basis: columns @ [W, b]ᵀ, rows taken and scaled in parts.
+
+    The last of the columns is what the bias multiplies, an envelope or ones: the whole is one matrix product.
+    """
+
+    def __init__(self, num_basis: int, num_out: int, n_parts: int, parts: Sequence[tuple[int, float]]) -> None:
+        """
+        Args:
+            num_basis: Columns less the last one.
+            num_out: Rows of W.
+            n_parts: Into how many equal parts the rows fall.
+            parts: (number, factor) of those that are used, in the order of the result.
+        """
+        super().__init__(num_basis, num_out)
+        nn.init.xavier_uniform_(self.weight)
+        nn.init.zeros_(self.bias)
+        self.n_parts, self.parts = n_parts, list(parts)
+
+    def forward(self, columns: Float[Tensor, "E columns"]) -> Float[Tensor, "E values"]:
+        rows = split(cat([self.weight, self.bias[:, None]], 1), [self.out_features // self.n_parts] * self.n_parts, 0)
+        return columns @ cat([rows[k] * factor for k, factor in self.parts], 0).T
+
+
+class ElementLinear(nn.Module):
+    """o = Σ_{u,t} x[u] a_t W[u, t] / sqrt(inputs attributes): one linear map per element, made from its attributes a."""
+
+    def __init__(self, num_in: int, num_attributes: int, num_out: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(num_in, num_attributes, num_out))
+        self.scale = 1 / math.sqrt(num_in * num_attributes)
+
+    def forward(self, x: Float[Tensor, "N dim in"], species: Int[Tensor, " N"], table: Float[Tensor, "elements T"]) -> Tensor:
+        """(N, dim, out); ``table`` holds the attributes of each element."""
+        if len(table) < table.shape[1]:  # fewer elements than attributes: their one-hot codes are the shorter attributes
+            attributes = nn.functional.one_hot(species, len(table)).to(x.dtype)
+            weight = self.maps(table).transpose(0, 1).reshape(-1, self.weight.shape[2])
+        else:
+            attributes = table.index_select(0, species)
+            weight = self.weight.reshape(-1, self.weight.shape[2]) * self.scale
+        product = x[:, :, :, None] * attributes[:, None, None, :]  # (N, dim, in, T or elements)
+        return product.flatten(2) @ weight
+
+    def maps(self, table: Float[Tensor, "elements T"]) -> Float[Tensor, "elements n_in n_out"]:
+        """The map of each element."""
+        return torch.einsum("et,uto->euo", table, self.weight * self.scale)
 
 
 class Constant(nn.Module):

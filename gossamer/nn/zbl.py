@@ -63,13 +63,20 @@ class ZBL(nn.Module):
         atomic_numbers: Int[Tensor, " n_atoms"],
         edge_index: Int[Tensor, "2 n_edges"],
         edge_lengths: Float[Tensor, " n_edges"],
+        pair_cutoffs: Float[Tensor, " n_edges"] | None = None,
     ) -> Float[Tensor, " n_edges"]:
-        """Energy in eV of each directed edge (half of the pair's), in the dtype of the lengths."""
+        """Energy in eV of each directed edge (half of the pair's), in the dtype of the lengths.
+
+        ``pair_cutoffs``: Å, cutoff of each edge where pairs have their own; a repulsion that ends at the cutoff ends there.
+        """
         sender, receiver = edge_index
         z_i, z_j = atomic_numbers[receiver], atomic_numbers[sender]
-        if self.radius_factor is None:
-            x = edge_lengths / self.cutoff
-        else:
-            x = edge_lengths / ((self.covalent_radii[z_i] + self.covalent_radii[z_j]) * self.radius_factor).to(edge_lengths)
+        x = edge_lengths / self.ends(z_i, z_j, pair_cutoffs).to(edge_lengths)
         envelope = polynomial_envelope(x, self.power, self.order)
         return 0.5 * envelope * zbl_energy(edge_lengths, z_i.to(edge_lengths), z_j.to(edge_lengths))
+
+    def ends(self, z_i: Int[Tensor, " n"], z_j: Int[Tensor, " n"], pair_cutoffs: Float[Tensor, " n"] | None) -> Float[Tensor, " n"]:
+        """Å at which the repulsion of each pair ends."""
+        if self.radius_factor is not None:
+            return (self.covalent_radii[z_i] + self.covalent_radii[z_j]) * self.radius_factor
+        return self.covalent_radii.new_full(z_i.shape, self.cutoff) if pair_cutoffs is None else pair_cutoffs

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-import time
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +14,14 @@ from ase.calculators.calculator import Calculator as ASECalculator
 from ase.calculators.calculator import PropertyNotImplementedError, all_changes
 from ase.stress import full_3x3_to_voigt_6_stress
 
-from gossamer.engine.agreement import TOLERANCE, agree, fixed_sizes, verified_kernels
-from gossamer.engine.cuda_graph import Captured
+from gossamer.engine.engine import Engine, Way
 from gossamer.engine.memory import keep_freed_memory
-from gossamer.engine.program import Program, cached_program, fits
 from gossamer.graph import Graph
-from gossamer.potential import Potential, Prediction
+from gossamer.potential import Potential
 from gossamer.potential_file import load
 from gossamer.simulation.verlet import DeviceVerletList, VerletList
 
 log = logging.getLogger(__name__)
-COMPILATION, SAVED = 60.0, 0.4
-"""seconds that compiling may take, and the share of an evaluation that it saves at least"""
 
 
 class Calculator(ASECalculator):
@@ -39,8 +35,8 @@ class Calculator(ASECalculator):
         device: str = "cpu",
         dtype: str | None = None,
         skin: float = 0.5,
-        compiled: bool | None = None,
-        cuda_graph: bool = False,
+        way: Way = "auto",
+        reuse_memory: bool = True,
         **kwargs: Any,
     ) -> None:
         """
@@ -49,18 +45,17 @@ class Calculator(ASECalculator):
             device: Where to compute, if a file is given.
             dtype: "float32" or "float64", if a file is given; by default as saved.
             skin: Å beyond the cutoff that the neighbour list reaches, so that it is rebuilt rarely.
-            compiled: False runs the potential as it is. None (default) passes messages by kernels (`gossamer.engine.agreement`, built in
-                seconds, once) where there is a C++ compiler, and runs a compiled program (`gossamer.engine.program`) if one is in the
-                cache; True makes that program if there is none (half a minute, once). Both are compared with the potential on
-                the first structure, and not used if they differ.
-            cuda_graph: On a GPU, record potential and kernels as a CUDA graph (`gossamer.engine.cuda_graph`): faster for small structures;
-                recorded again when the number of atoms changes or edges no longer fit. Compared before use.
+            way: How to evaluate (`gossamer.engine.engine`): "auto", "plain", "kernels", "program" or "graph".
+            reuse_memory: Let this process keep large blocks of memory that it frees, which saves up to a third of the time on
+                Linux; concerns the whole process (`gossamer.engine.memory`).
 
         Raises:
-            ValueError: a CUDA graph without a GPU, or of a compiled program.
+            ValueError: an unknown way, or a CUDA graph without a GPU.
+            RuntimeError: a way asked for by name that cannot be had here.
         """
         super().__init__(**kwargs)
-        keep_freed_memory()
+        if reuse_memory:
+            keep_freed_memory()
         self.potential = potential if isinstance(potential, Potential) else load(potential, device, dtype)
         self.potential.eval().requires_grad_(False)
         there = self.potential.device.type != "cpu" and self.potential.max_neighbors is None
@@ -72,24 +67,21 @@ class Calculator(ASECalculator):
         self.conservative = self.potential.conservative
         if self.potential.max_neighbors is not None:
             log.warning("this potential keeps %d neighbours: energy and forces jump when ranks change", self.potential.max_neighbors)
-        with torch.no_grad():
-            self.isolated = self.potential.isolated_outputs()
-        if cuda_graph and compiled:
-            raise ValueError(
-                "cuda_graph records the potential and its kernels, not a compiled program: choose one of cuda_graph and compiled."
-            )
-        if cuda_graph and self.potential.device.type != "cuda":
-            raise ValueError(f"cuda_graph needs a potential on a GPU, found {self.potential.device}. Give device='cuda', or leave it out.")
-        self.cuda_graph = cuda_graph
-        self.captured: Captured | None = None
-        """the recording in use"""
-        self.compiled = compiled
-        self.program: Program | None = None
-        """the compiled program in use"""
-        self.fast: Potential | None = None
-        """the potential with kernels"""
-        self._looked = self._fixed = False
+        self.engine = Engine(self.potential, way)
         self._checked: bytes = b""
+        self._lock = threading.RLock()
+
+    def get_property(self, name: str, atoms: Atoms | None = None, allow_calculation: bool = True) -> Any:
+        """ASE's, one thread after the other: each gets the answer to its own question."""
+        with self._lock:
+            return super().get_property(name, atoms, allow_calculation)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in vars(self).items() if k != "_lock"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._lock = threading.RLock()
 
     def calculate(self, atoms: Atoms | None = None, properties: list[str] | None = None, system_changes: list[str] = all_changes) -> None:
         """Compute everything the potential gives (energy and forces come together).
@@ -108,9 +100,9 @@ class Calculator(ASECalculator):
             )
         if "stress" in wanted and not periodic:
             raise PropertyNotImplementedError(f"Stress needs periodicity along all three axes, found pbc {self.atoms.pbc.tolist()}.")
-        graph = self._graph(self.atoms)
+        graph = self.graph(self.atoms)
         # stress costs next to nothing beside the forces, so it always comes along
-        out = self._predict(graph, stress=self.conservative and periodic)
+        out = self.engine(graph, stress=periodic)
         forces = out.forces.detach().cpu().numpy()
         if not np.isfinite(forces).all():
             self._explain_not_finite(graph)
@@ -123,59 +115,16 @@ class Calculator(ASECalculator):
         if out.stress is not None and periodic:
             self.results["stress"] = full_3x3_to_voigt_6_stress(out.stress[0].detach().cpu().numpy())
 
-    def _predict(self, graph: Graph, stress: bool) -> Prediction:
-        if not self._looked and self.compiled is not False and fits(graph):
-            self._looked = True
-            self.fast = verified_kernels(self.potential, graph)
-            if not self.cuda_graph and (self.compiled or not self._fixed):
-                self.program = cached_program(self.fast or self.potential, graph, make=self.compiled is True)
-        if self.cuda_graph and fits(graph) and (self.captured is None or not self.captured.fits(graph)):
-            self._capture(graph)
-        if self.captured is not None and self.captured.fits(graph):
-            return self.captured(graph)
-        if self.program is not None and fits(graph):
-            return self.program(graph)
-        return (self.fast or self.potential)(graph, stress=stress, isolated=self.isolated)
+    def expect(self, n_evaluations: int, atoms: Atoms) -> str:
+        """Say that about so many evaluations of such atoms will come (`Engine.expect`); returns the way that they will go."""
+        return self.engine.expect(n_evaluations, self.graph(atoms))
 
-    def _capture(self, graph: Graph) -> None:
-        """Record what runs; if that is not possible, say so once and go on without."""
-        self.captured = None
-        steady = fixed_sizes(self.fast or self.potential)
+    def graph(self, atoms: Atoms) -> Graph:
+        """The structure as the potential sees it, on the potential's device.
 
-        def run(graph: Graph) -> Prediction:
-            return steady(graph, stress=self.conservative, isolated=self.isolated)
-
-        try:
-            recording = Captured(run, graph, self.potential.cutoff)
-            agree(run(graph), recording(graph), self.potential, graph, TOLERANCE[self.potential.dtype])
-            self.captured = recording
-        except RuntimeError as error:
-            self.cuda_graph = False
-            log.warning("the potential runs without a CUDA graph: %s", str(error).splitlines()[0])
-
-    @property
-    def mode(self) -> str:
-        """What runs: "plain" (the potential as it is), "kernels" or "program"."""
-        return "program" if self.program is not None else "kernels" if self.fast is not None else "plain"
-
-    def use_mode(self, mode: str) -> None:
-        """From now on run just this (a program is made if there is none); rounding differs between the three."""
-        self.compiled = {"plain": False, "kernels": None, "program": True}[mode]
-        self.program, self.fast, self.captured, self._looked = None, None, None, False
-        self._fixed = True
-
-    def compile_if_worth(self, atoms: Atoms, evaluations: int) -> None:
-        """Compile, unless told otherwise, if that many evaluations of these atoms would save more time than it takes."""
-        graph = self._graph(atoms)
-        self._predict(graph, self.conservative)
-        if self.program is not None or self.compiled is not None or self._fixed or self.cuda_graph or not fits(graph):
-            return
-        began = time.perf_counter()
-        self._predict(graph, self.conservative)
-        if SAVED * (time.perf_counter() - began) * evaluations > COMPILATION:
-            self.program = cached_program(self.fast or self.potential, graph, make=True)
-
-    def _graph(self, atoms: Atoms) -> Graph:
+        Raises:
+            ValueError: an element that the potential does not know, or positions that are not finite.
+        """
         numbers = atoms.numbers
         if self._checked != numbers.tobytes():
             self.potential.check_elements(numbers)
@@ -187,7 +136,7 @@ class Calculator(ASECalculator):
         else:
             edges, shifts = self.neighbors(atoms.positions, atoms.cell.array, atoms.pbc)
             edge_index, edge_shifts = torch.from_numpy(edges).to(device), torch.from_numpy(shifts.astype(np.float64)).to(device)
-        return Graph(
+        graph = Graph(
             atomic_numbers=torch.from_numpy(numbers.astype(np.int64)).to(device),
             positions=positions,
             cell=cell[None],
@@ -195,6 +144,7 @@ class Calculator(ASECalculator):
             edge_index=edge_index,
             edge_shifts=edge_shifts,
         )
+        return self.potential.prune(graph)
 
     def _explain_not_finite(self, graph: Graph) -> None:
         lengths = graph.edge_vectors().norm(dim=1)

@@ -97,13 +97,13 @@ def temperature_of(atoms: Atoms, ensemble: str) -> float:
     return float(2 * atoms.get_kinetic_energy() / (degrees_of_freedom(atoms, ensemble) * units.kB))
 
 
-def as_calculator(model: Any, device: str = "cpu", dtype: str | None = None, compiled: bool | None = None) -> ASECalculator:
+def as_calculator(model: Any, device: str = "cpu", dtype: str | None = None, way: Any = "auto") -> ASECalculator:
     """A calculator from an ASE calculator, a potential, or the file of one."""
     if hasattr(model, "get_property"):
         return model
     from gossamer.simulation.calculator import Calculator
 
-    return Calculator(model, device=device, dtype=dtype, compiled=compiled)
+    return Calculator(model, device=device, dtype=dtype, way=way)
 
 
 def md(
@@ -124,7 +124,7 @@ def md(
     max_bond_stretch: float | None = None,
     device: str = "cpu",
     dtype: str | None = None,
-    compiled: bool | None = None,
+    way: Any = "auto",
     progress: bool = True,
 ) -> dict[str, Any]:
     """Run molecular dynamics; the folder ``out`` gets trajectory.traj, log.csv and state.npz.
@@ -164,11 +164,7 @@ def md(
     if state_file.exists() and not resume:
         raise FileExistsError(f"'{folder}' holds a simulation already. Go on with it (--resume), or choose another folder (--out).")
     atoms = as_atoms(structure)
-    calculator: Any = as_calculator(model, device, dtype, compiled)
-    if hasattr(calculator, "compile_if_worth"):
-        if resume and state_file.exists():
-            calculator.use_mode(_stored_settings(state_file)["compiled"])
-        calculator.compile_if_worth(atoms, steps)
+    calculator: Any = as_calculator(model, device, dtype, way)
     if ensemble == "npt" and (not atoms.pbc.all() or getattr(calculator, "conservative", True) is False):
         raise ValueError("npt needs a structure that is periodic along all axes, and a potential with stress (not direct forces).")
     if getattr(calculator, "conservative", True) is False:

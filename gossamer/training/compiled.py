@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from gossamer.engine.agreement import TOLERANCE, part_of
+from gossamer.engine.agreement import TOLERANCE, part_of, rattled
+from gossamer.engine.kernels.attach import attach_kernels
 from gossamer.engine.kernels.cpu import Missing
 from gossamer.engine.unrolled import fx_config, unroll
 from gossamer.graph import FIELDS, Graph
@@ -24,6 +26,8 @@ from gossamer.potential import Potential, Prediction, state_of
 from gossamer.timing import fastest
 
 log = logging.getLogger(__name__)
+LARGEST = 50_000
+"""edges of the part of a batch that is timed on a GPU"""
 COMPARED = 5_000
 """edges of the part of a batch that is compared: the plain step takes several times the memory"""
 
@@ -44,13 +48,16 @@ class CompiledForward:
         self.names = ["energy", "node_energies", *(["forces"] if forces else []), *(["stress"] if stress else [])]
         self.compile, self.kernels = compile, kernels
         """what is still to be done on the first batch"""
+        self.quick = potential
+        """the potential, or with kernels on the same weights"""
         self.compiled: Any = None
         """the compiled step, once there is one"""
-        # optimisers and averages change these tensors in place, so they can be collected once
-        self.state = state_of(potential)
 
     def plain(self, graph: Graph) -> Prediction:
         return self.potential(graph, forces=self.forces, stress=self.stress)
+
+    def uncompiled(self, graph: Graph) -> Prediction:
+        return self.quick(graph, forces=self.forces, stress=self.stress)
 
     def __call__(self, graph: Graph) -> Prediction:
         if self.kernels and graph.n_edges > 0:
@@ -58,45 +65,46 @@ class CompiledForward:
             self._add_kernels(graph)
         # sizes 0 and 1 would be frozen into the graph
         if min(graph.n_graphs, graph.n_atoms, graph.n_edges) < 2:
-            return self.plain(graph)
+            return self.uncompiled(graph)
         if self.compile:
             self.compile = False
             try:
                 self.compiled = self._compile(graph)
-                self._compare(graph)
+                self._agree(self._results(self.plain, graph), self._results(self._run, graph), "compiled")
             except Exception as error:  # whatever the compiler raises, training goes on without it
                 log.warning("training is not compiled: %s", str(error).strip().splitlines()[0] if str(error) else type(error).__name__)
                 self.compiled = None
-        return self.plain(graph) if self.compiled is None else self._run(graph)
+        return self.uncompiled(graph) if self.compiled is None else self._run(graph)
 
     def _add_kernels(self, graph: Graph) -> None:
-        """Put kernels into the network, unless they differ from the plain step on a part of this batch."""
-        network: Any = self.potential.network
-        on_gpu = self.potential.device.type == "cuda"
-        if not (on_gpu or self.potential.device.type == "cpu") or not hasattr(network, "use_edge_kernels"):
-            return
-        part = part_of(graph, COMPARED)
-        before = self._results(self.plain, part)
+        """Pass messages by kernels from now on, unless they differ from the plain step on a part of this batch."""
         try:
-            network.use_edge_kernels(True)
-            self._agree(before, self._results(self.plain, part), "accelerated")
-            if on_gpu:  # where they are not always faster
-                seconds, timed = [], part_of(graph)
-                for on in (True, False):
-                    network.use_edge_kernels(on)
-                    seconds.append(fastest(lambda: self._results(self.plain, timed)))
-                network.use_edge_kernels(seconds[0] < seconds[1])
+            quick = attach_kernels(self.potential, "training").train()
+
+            def accelerated(graph: Graph) -> Prediction:
+                return quick(graph, forces=self.forces, stress=self.stress)
+
+            self._agree(self._results(self.plain, graph), self._results(accelerated, graph), "accelerated")
+            if self.potential.device.type == "cuda":  # where they are not always faster
+                timed = part_of(graph, LARGEST)
+                if fastest(lambda: self._results(self.plain, timed)) < fastest(lambda: self._results(accelerated, timed)):
+                    return
+            self.quick = quick
         except (Missing, RuntimeError) as error:
-            network.use_edge_kernels(False)
             log.log(logging.INFO if isinstance(error, Missing) else logging.WARNING, "training runs without kernels: %s", error)
 
     def _run(self, graph: Graph) -> Prediction:
         out = dict(zip(self.names, self.compiled(self.state, *(getattr(graph, f) for f in FIELDS)), strict=True))
         return Prediction(**{"forces": None, "stress": None, **out})
 
+    @cached_property
+    def state(self) -> dict[str, Tensor]:
+        """Weights and tables of what is compiled: optimisers and averages change these tensors in place."""
+        return state_of(self.quick)
+
     def unroll(self, graph: Graph, opaque: bool = True) -> torch.fx.GraphModule:
         """The graph that is compiled."""
-        return unroll(self.potential, self.state, graph, self.names, opaque)
+        return unroll(self.quick, self.state, graph, self.names, opaque)
 
     def _compile(self, graph: Graph) -> Any:
         # larger fused kernels compile longer and run slower: 8 takes NequIP from 60 to 26 ms a step (benchmarks/compile)
@@ -108,13 +116,9 @@ class CompiledForward:
 
         return call
 
-    def _compare(self, graph: Graph) -> None:
-        """Raise RuntimeError unless outputs and weight gradients of the compiled step agree with the plain ones, on a part of the batch."""
-        graph = part_of(graph, COMPARED)
-        self._agree(self._results(self.plain, graph), self._results(self._run, graph), "compiled")
-
     def _results(self, run: Callable[[Graph], Prediction], graph: Graph) -> list[Tensor]:
-        """Outputs, and the gradient of the weights of a random sum of them."""
+        """Outputs on a part of a batch, atoms displaced a little, and the gradient of the weights of a random sum of them."""
+        graph = rattled(part_of(graph, COMPARED))
         parameters = [p for p in self.potential.parameters() if p.requires_grad]
         prediction = run(graph)
         values = [getattr(prediction, name).nan_to_num() for name in self.names]
@@ -128,7 +132,6 @@ class CompiledForward:
     def _agree(self, plain: Sequence[Tensor], other: Sequence[Tensor], what: str) -> None:
         """Raise RuntimeError if two results differ."""
         for name, a, b in zip([*self.names, "gradient of the weights"], plain, other, strict=True):
-            # forces that vanish by symmetry, in a perfect crystal, are compared with what forces usually are
             floor = 1e-12 if name.startswith("gradient") else 1e-2 * self.potential.energy_scale * a.numel() ** 0.5
             deviation = float((a - b).norm() / a.norm().clamp(min=floor))
             if not deviation < TOLERANCE[self.potential.dtype]:

@@ -23,7 +23,6 @@ from torch.nn.utils import parametrize
 from gossamer.data.readers import LabelConfig
 from gossamer.data.statistics import Statistics
 from gossamer.data.structure import Structure
-from gossamer.models import NequIP
 from gossamer.potential import Potential
 from gossamer.settings import settings
 
@@ -170,7 +169,7 @@ def transfer_weights(start: Potential, potential: Potential) -> dict[str, list[s
     theirs, ours = start.network.state_dict(), potential.network.state_dict()
     tables = {f"{name}.weight" for name, module in potential.network.named_modules() if isinstance(module, nn.Embedding)}
     fixed = {name for name, parameter in potential.network.named_parameters() if not parameter.requires_grad}
-    parts = [n.energy_rows() if isinstance(n, NequIP) else {} for n in (start.network, potential.network)]
+    parts = [network.energy_rows() for network in (start.network, potential.network)]
     old, new = start.statistics.elements, potential.statistics.elements
     known = [e for e in new if e in old]
     for name, value in ours.items():

@@ -24,7 +24,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from gossamer.data.structure import Structure
-from gossamer.engine.agreement import changing_kernels
+from gossamer.engine.engine import Engine
 from gossamer.engine.memory import keep_freed_memory
 from gossamer.evaluation import Evaluation, evaluate_potential
 from gossamer.files import write_text
@@ -112,6 +112,8 @@ class State:
     clipper: Clipper
     forward: CompiledForward
     """energies, forces and stress of a batch: plain, with kernels, or compiled"""
+    averaged: Engine
+    """evaluates the averaged weights"""
     step: int = 0
     epoch: int = 0
     batch: int = 0
@@ -158,9 +160,11 @@ def make_state(potential: Potential, config: TrainingConfig, loss: LossConfig) -
     optimizer = make_optimizer(potential.network, config.learning_rate, config.weight_decay, config.amsgrad)
     schedule = Schedule(config.schedule, config.learning_rate, config.steps)
     forward = CompiledForward(potential, loss.forces > 0, loss.stress > 0, compile=config.compile, kernels=config.kernels)
+    ema = EMA(potential, config.ema_decay)
     return State(
         potential=potential,
-        ema=EMA(potential, config.ema_decay),
+        ema=ema,
+        averaged=Engine(ema.module, "auto" if config.kernels else "plain", weights_change=True),
         optimizer=optimizer,
         schedule=schedule,
         clipper=Clipper(config.clip_norm, config.zclip),
@@ -472,9 +476,7 @@ def validate(
     row: dict[str, Any] = {"step": state.step, "epoch": state.epoch, "learning_rate": state.optimizer.param_groups[0]["lr"]}
     metric = math.inf
     if group.rank == 0:
-        averaged = state.ema.module.eval()
-        with changing_kernels(averaged, averaged.collate([valid[0]])) if config.kernels else nullcontext():
-            evaluation = evaluate_potential(averaged, valid, keep=0)
+        evaluation = evaluate_potential(state.ema.module, valid, keep=0, run=state.averaged)
         metric = validation_loss(evaluation, loss)
         row |= {
             f"valid_{label}_{kind}": getattr(getattr(evaluation, label), kind) if getattr(evaluation, label).count else ""

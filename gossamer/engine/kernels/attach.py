@@ -1,50 +1,115 @@
-"""A message passing step done by a kernel, as the networks use it."""
+"""Kernels in the place of a network's operations, put there from outside.
+
+The network is copied, its weights are shared, and each operation of the copy that a kernel can do is replaced by that kernel.
+The network itself stays as it is.
+"""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from gossamer.engine.kernels import cpu, gpu, ops
-from gossamer.engine.kernels.product import Convolution
-from gossamer.engine.kernels.table import tabulate
+from gossamer.engine.kernels.cpu import Missing
+from gossamer.engine.kernels.table import pack, tabulate
+from gossamer.nn.attention import Alignment, Attention
+from gossamer.nn.edges import Edges
+from gossamer.nn.layers import ElementLinear
+from gossamer.nn.products import Convolution, EdgeConvolution
+from gossamer.potential import Potential
+
+Use = Literal["inference", "validation", "training"]
+"""weights stay as they are; weights change between calls; weights change, and forces are differentiated again"""
 
 
-class SortedEdges(NamedTuple):
-    """Edges by receiver and by sender: what all layers share."""
+def attach_kernels(potential: Potential, use: Use = "inference") -> Potential:
+    """A potential on the same weights that passes messages by kernels.
+
+    For inference radial functions come from tables: energies and forces differ by about 1e-5 of the root mean square force in
+    float32, 1e-9 in float64. Forces stay the exact gradient of the energy. Otherwise the kernels hold nothing of the weights.
+
+    Args:
+        potential: In the precision and on the device in which it will run.
+        use: With "inference" its weights must not change afterwards.
+
+    Raises:
+        Missing: there are no kernels for this network and use, this device or this machine.
+    """
+    if potential.device.type not in ("cpu", "cuda"):
+        raise Missing(f"there are no kernels for {potential.device.type}")
+    quick = sharing_copy(potential)
+    network = quick.network
+    exact = copy.deepcopy(network).cpu().double() if use == "inference" else None
+    replaced = 0
+    for path, operation in list(network.named_modules()):
+        kernel = _kernel_for(operation, path, network, exact, use)
+        if kernel is not None:
+            parent, _, name = path.rpartition(".")
+            setattr(network.get_submodule(parent), name, kernel)
+            replaced += 1
+    if not replaced:
+        raise Missing(f"{potential.model_config.name} has no kernels" + (" for training" if use == "training" else ""))
+    return quick.eval().requires_grad_(False) if use == "inference" else quick
+
+
+def sharing_copy(potential: Potential) -> Potential:
+    """A copy of the modules on the very same tensors."""
+    shared = {id(t): t for t in (*potential.parameters(), *potential.buffers())}
+    return copy.deepcopy(potential, shared)
+
+
+def _kernel_for(operation: nn.Module, path: str, network: Any, exact: Any, use: Use) -> nn.Module | None:
+    """What takes the place of an operation, if anything."""
+    like = next(network.parameters())
+    if isinstance(operation, EdgeConvolution):
+        if use != "inference":
+            return EdgeKernel(operation.convolution, operation.radial, like)
+        radial = exact.get_submodule(path).radial
+        return TableKernel(operation.convolution, lambda x: radial(exact.radial_basis(x)), like)
+    if isinstance(operation, ElementLinear) and use == "inference":
+        return FixedMaps(exact.get_submodule(path).maps(exact.embedding.weight).to(like))
+    if isinstance(operation, Attention) and use != "training":
+        return AttentionKernel(operation, like)
+    if isinstance(operation, Alignment) and use != "training":
+        return AlignmentKernel(operation, like)
+    return None
+
+
+# --- kernels as modules ----------------------------------------------------------------------------------------------
+
+
+class Order(NamedTuple):
+    """Edges by receiver and by sender, as kernels go through them."""
 
     edge_index: Int[Tensor, "2 E"]
     """(sender, receiver), sorted by receiver"""
-    rows: Int[Tensor, " N+1"]
+    receiver_starts: Int[Tensor, " N+1"]
     """first edge of each receiver"""
-    columns: Int[Tensor, " N+1"]
-    """first edge of each sender in ``order``"""
-    order: Int[Tensor, " E"]
+    sender_starts: Int[Tensor, " N+1"]
+    """first edge of each sender in ``by_sender``"""
+    by_sender: Int[Tensor, " E"]
     """edges sorted by sender"""
 
 
-def sort_edges(edge_index: Int[Tensor, "2 E"], nodes: Tensor) -> SortedEdges:
-    """Edges (sorted by receiver) as kernels need them; ``nodes`` has one row per atom."""
+def sort_edges(edge_index: Int[Tensor, "2 E"], nodes: Tensor) -> Order:
+    """The order of edges that are sorted by receiver; ``nodes`` has one row per atom."""
     edge_index = edge_index.contiguous()
-    rows, columns, order = torch.ops.gossamer.sort_edges(edge_index, nodes)
-    return SortedEdges(edge_index, rows, columns, order)
+    return Order(edge_index, *torch.ops.gossamer.sort_edges(edge_index, nodes))
 
 
-class KernelEdges(NamedTuple):
-    """Sorted edges with their harmonics and distances."""
-
-    sorted: SortedEdges
-    harmonics: Float[Tensor, "E S"]
-    x: Float[Tensor, " E"]
-    """distance over cutoff"""
+def order_of(edges: Edges, nodes: Tensor) -> Order:
+    """Likewise, made once for all layers."""
+    found: Order = edges.once("order", lambda: sort_edges(edges.index, nodes))
+    return found
 
 
-class KernelLayer(nn.Module):
-    """Sum over neighbours of radial functions times products of features with harmonics (`gossamer.engine.kernels.product`)."""
+class TableKernel(nn.Module):
+    """An `EdgeConvolution` of weights that no longer change: its radial functions are a table."""
 
     table: Tensor
 
@@ -56,32 +121,91 @@ class KernelLayer(nn.Module):
             like: A weight of the network, for its precision and device.
 
         Raises:
-            Missing: no kernel can be built on this machine.
-            ValueError: the radial functions cannot be tabulated.
+            Missing: no kernel can be built on this machine, or the radial functions cannot be tabulated.
         """
         super().__init__()
         self.convolution = convolution
         self.key = ops.register(convolution, like.dtype, like.device.type)
         lanes = gpu.LANES if like.device.type == "cuda" else cpu.LANES[like.dtype]
         with torch.no_grad():
-            packed = convolution.pack(tabulate(radial, like.dtype), lanes).to(like)
+            try:
+                packed = pack(convolution, tabulate(radial, like.dtype), lanes).to(like)
+            except ValueError as error:
+                raise Missing(str(error)) from None
         self.register_buffer("table", packed, persistent=False)
 
-    def forward(self, features: Float[Tensor, "N width_in"], edges: KernelEdges) -> Float[Tensor, "N width_out"]:
-        return torch.ops.gossamer.convolve(self.key, features, edges.harmonics, edges.x, self.table, *edges.sorted)
+    def forward(self, features: Float[Tensor, "N width_in"], edges: Edges) -> Float[Tensor, "N width_out"]:
+        order = order_of(edges, features)
+        return torch.ops.gossamer.convolve(self.key, features, edges.harmonics, edges.x, self.table, *order)
 
 
-class EdgeKernel:
-    """The same sum with the radial functions of every edge as an input: for training, since it can be differentiated any number of times."""
+class EdgeKernel(nn.Module):
+    """An `EdgeConvolution` whose radial functions are computed on every edge: can be differentiated any number of times."""
 
-    def __init__(self, convolution: Convolution, like: Tensor) -> None:
+    def __init__(self, convolution: Convolution, radial: nn.Module, like: Tensor) -> None:
         """
         Raises:
             Missing: no kernel can be built on this machine.
         """
+        super().__init__()
+        self.convolution, self.radial = convolution, radial
         self.key = ops.register(convolution, like.dtype, like.device.type, edge_weights=True)
 
-    def __call__(
-        self, features: Float[Tensor, "N width_in"], weights: Float[Tensor, "E values"], edges: KernelEdges
-    ) -> Float[Tensor, "N width_out"]:
-        return torch.ops.gossamer.weigh(self.key, features, edges.harmonics, weights, *edges.sorted)
+    def forward(self, features: Float[Tensor, "N width_in"], edges: Edges) -> Float[Tensor, "N width_out"]:
+        order = order_of(edges, features)
+        return torch.ops.gossamer.convolve_weighted(self.key, features, edges.harmonics, self.radial(edges.basis), *order)
+
+
+class FixedMaps(nn.Module):
+    """An `ElementLinear` of weights that no longer change: the map of each element is kept."""
+
+    maps: Tensor
+
+    def __init__(self, maps: Float[Tensor, "elements n_in n_out"]) -> None:
+        super().__init__()
+        self.register_buffer("maps", maps.detach(), persistent=False)
+
+    def forward(self, x: Float[Tensor, "N dim in"], species: Int[Tensor, " N"], table: Tensor) -> Tensor:
+        return torch.ops.gossamer.map_by_species(x.contiguous(), species, self.maps)
+
+
+class AttentionKernel(nn.Module):
+    """`Attention` without dropout; can be differentiated once."""
+
+    def __init__(self, operation: Attention, like: Tensor) -> None:
+        """
+        Raises:
+            Missing: no kernel can be built on this machine.
+        """
+        super().__init__()
+        _build_attention(operation.l_max, like)
+        self.heads, self.channels = operation.heads, operation.channels
+
+    def forward(self, queries: Tensor, keys: Tensor, scalars: Tensor, values: Tensor, steerables: Tensor | None, gates: Tensor,
+                filters: Tensor, edges: Edges) -> tuple[Float[Tensor, "N C"], Float[Tensor, "N S C"]]:  # fmt: skip
+        x = queries.new_zeros(0, edges.harmonics.shape[1], queries.shape[1]) if steerables is None else steerables
+        order = order_of(edges, queries)
+        return torch.ops.gossamer.attend(self.heads, queries, keys, scalars, values, x, gates, filters, edges.harmonics, *order)
+
+
+class AlignmentKernel(nn.Module):
+    """`Alignment`; can be differentiated once."""
+
+    def __init__(self, operation: Alignment, like: Tensor) -> None:
+        """
+        Raises:
+            Missing: no kernel can be built on this machine.
+        """
+        super().__init__()
+        _build_attention(operation.l_max, like)
+
+    def forward(self, queries: Float[Tensor, "N S C"], keys: Float[Tensor, "N S C"], edges: Edges) -> Float[Tensor, "E C"]:
+        return torch.ops.gossamer.perpendicular(queries, keys, edges.harmonics, *order_of(edges, queries))
+
+
+def _build_attention(l_max: int, like: Tensor) -> None:
+    if like.device.type == "cuda":
+        gpu.need_triton()
+    else:
+        cpu.sorting()
+        cpu.attention_library(l_max, like.dtype)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
+import logging
 import os
 import platform
 import shutil
@@ -22,9 +23,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gossamer.engine.kernels.product import Convolution, Product
+from gossamer.engine import cache
 from gossamer.files import cache_folder
+from gossamer.nn.products import Convolution, Product
 
+log = logging.getLogger(__name__)
 LANES = {torch.float32: 16, torch.float64: 8}
 """channels in a chunk of the table: 64 bytes"""
 ACCUMULATORS = 20
@@ -68,6 +71,19 @@ def generate(convolution: Convolution, edge_weights: bool = False) -> str:
     pieces.append("static void forward_all(const Job& job, const int64_t* layout) {\n" + "\n".join(forward) + "\n}")
     pieces.append("static void backward_all(const Job& job, const int64_t* layout) {\n" + "\n".join(backward) + "\n}")
     return "\n".join([*pieces, text("drivers")])
+
+
+def operations(convolution: Convolution) -> int:
+    """Multiply-adds per edge, forward and backward, as they are written here."""
+    total = 0
+    for p, channels in zip(convolution.products, convolution.channels, strict=True):
+        nonzero = np.abs(p.coefficients) > 1e-12
+        matrix, harmonics = nonzero.any(axis=2).sum(), nonzero.any(axis=1).sum()  # entries (m, c) and (m, s)
+        rows, columns, edges = p.coefficients.shape
+        forward = 6 + matrix + rows
+        backward = 12 + matrix + columns + harmonics + 2 * edges + 1
+        total += channels * int(forward + backward)
+    return total
 
 
 def groups(rows: list[int]) -> list[list[int]]:
@@ -179,21 +195,20 @@ def compiler() -> list[str]:
 
 
 def build(source: str, name: str) -> Path:
-    """A shared library from source, from the cache if it was built before.
+    """A shared library from source, from the cache if it was built before and is as it was kept.
 
     Raises:
-        Missing: no compiler, or it failed.
+        Missing: no compiler, or it failed, or the cache cannot be used.
     """
     command = compiler()
-    on = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()} {_processor()}"
+    on = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()} {processor()}"
     digest = hashlib.sha256("\0".join([source, *command, on]).encode()).hexdigest()[:16]
-    path = cache_folder() / f"{name}-{digest}.so"
-    if path.exists():
-        return path
     try:
-        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-            file, library = Path(folder) / "kernel.cpp", Path(folder) / "kernel.so"
+        path = cache.cached(f"{name}-{digest}.so")
+        if path.exists() and _usable(path):
+            return path
+        with tempfile.TemporaryDirectory() as folder, cache.keeping(path) as library:
+            file = Path(folder) / "kernel.cpp"
             file.write_text(source)
             try:
                 result = subprocess.run([*command, str(file), "-o", str(library)], capture_output=True, text=True, check=False)
@@ -202,13 +217,30 @@ def build(source: str, name: str) -> Path:
             if result.returncode:
                 first = next((line for line in result.stderr.splitlines() if "error" in line), result.stderr.strip()[:200])
                 raise Missing(f"{command[0]} could not build a kernel: {first}")
-            os.replace(library, path)
+        cache.check(path)
     except OSError as error:
-        raise Missing(f"a kernel cannot be kept in '{path.parent}' ({error}); set GOSSAMER_CACHE to a folder that can be written") from None
+        raise Missing(
+            f"a kernel cannot be kept in '{cache_folder()}' ({error}); set GOSSAMER_CACHE to a folder that can be written"
+        ) from None
+    except cache.Untrusted as error:
+        raise Missing(f"a kernel cannot be kept safely ({error}); set GOSSAMER_CACHE to a folder of your own") from None
     return path
 
 
-def _processor() -> str:
+def _usable(path: Path) -> bool:
+    """Whether a kept library is as it was kept; removed if not."""
+    try:
+        cache.check(path)
+    except cache.Untrusted as error:
+        log.warning("%s: it is built again", error)
+        if path.is_dir():
+            raise Missing(f"'{path}' is a folder where a kernel should be; remove it") from None
+        cache.forget(path)
+        return False
+    return True
+
+
+def processor() -> str:
     """What -march=native depends on."""
     try:
         text = Path("/proc/cpuinfo").read_text()
@@ -234,15 +266,11 @@ def library(source: str, name: str, functions: tuple[tuple[str, tuple[int, int]]
     path = build(source, name)
     try:
         loaded = ctypes.CDLL(str(path))
-    except OSError:  # damaged in the cache
-        path.unlink(missing_ok=True)
-        try:
-            loaded = ctypes.CDLL(str(build(source, name)))
-        except OSError as error:
-            raise Missing(f"a kernel built in '{path.parent}' cannot be loaded ({error}); set GOSSAMER_CACHE to another folder") from None
-    for function, (sizes, addresses) in functions:
-        getattr(loaded, function).argtypes = [ctypes.c_int64] * sizes + [ctypes.c_void_p] * addresses
-        getattr(loaded, function).restype = None
+        for function, (sizes, addresses) in functions:
+            getattr(loaded, function).argtypes = [ctypes.c_int64] * sizes + [ctypes.c_void_p] * addresses
+            getattr(loaded, function).restype = None
+    except (OSError, AttributeError) as error:
+        raise Missing(f"a kernel built in '{path.parent}' cannot be loaded ({error}); set GOSSAMER_CACHE to another folder") from None
     return loaded
 
 

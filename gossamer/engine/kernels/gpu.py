@@ -15,9 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gossamer.engine.kernels import table
 from gossamer.engine.kernels.cpu import Missing
-from gossamer.engine.kernels.product import Convolution, Product
 from gossamer.files import cache_folder, write_text
+from gossamer.nn.products import Convolution, Product
 
 LANES = 32
 """channels of one program, and of a chunk of the table"""
@@ -70,7 +71,7 @@ def generate(convolution: Convolution, edge_weights: bool = False) -> str:
 
     With ``edge_weights``, the values of the radial functions on every edge are an input, SIZE of them, not a table of SIZE intervals.
     """
-    layout = np.array(convolution.layout(1 if edge_weights else LANES)).reshape(-1, 6).tolist()
+    layout = np.array(table.layout(convolution, 1 if edge_weights else LANES)).reshape(-1, 6).tolist()
     pieces = [HEAD]
     for block, (dim, _) in enumerate(convolution.blocks_in):
         mine = {p: product for p, product in enumerate(convolution.products) if product.block == block}

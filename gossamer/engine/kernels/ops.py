@@ -1,6 +1,6 @@
 """The kernels as PyTorch operators with derivatives, opaque to compilers.
 
-``weigh``, for training, can be differentiated any number of times; the others, for inference, once.
+``convolve_weighted``, for training, can be differentiated any number of times; the others, for inference, once.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from gossamer.engine.kernels import cpu, gpu
-from gossamer.engine.kernels.product import Convolution
+from gossamer.engine.kernels.table import layout
+from gossamer.nn.products import Convolution
 
 _library = torch.library.Library("gossamer", "FRAGMENT")
 _EDGES = "Tensor edge_index, Tensor rows, Tensor columns, Tensor order"
@@ -20,8 +21,8 @@ for _schema in (
     "sort_edges(Tensor edge_index, Tensor nodes) -> (Tensor, Tensor, Tensor)",
     f"convolve(str key, Tensor features, Tensor harmonics, Tensor x, Tensor table, {_EDGES}) -> Tensor",
     f"convolve_backward(str key, Tensor gradient, Tensor features, Tensor harmonics, Tensor x, Tensor table, {_EDGES}) -> (Tensor, Tensor, Tensor)",
-    f"weigh(str key, Tensor features, Tensor harmonics, Tensor weights, {_EDGES}) -> Tensor",
-    f"weigh_backward(str key, Tensor gradient, Tensor features, Tensor harmonics, Tensor weights, {_EDGES}) -> (Tensor, Tensor, Tensor)",
+    f"convolve_weighted(str key, Tensor features, Tensor harmonics, Tensor weights, {_EDGES}) -> Tensor",
+    f"convolve_weighted_backward(str key, Tensor gradient, Tensor features, Tensor harmonics, Tensor weights, {_EDGES}) -> (Tensor, Tensor, Tensor)",
     f"attend(int heads, Tensor q, Tensor k, Tensor g, Tensor v, Tensor x, Tensor sl, Tensor f, Tensor y, {_EDGES}) -> (Tensor, Tensor)",
     f"attend_backward(int heads, Tensor dh, Tensor dout, Tensor q, Tensor k, Tensor g, Tensor v, Tensor x, Tensor sl, Tensor f, Tensor y, {_EDGES})"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
@@ -38,7 +39,7 @@ _convolutions: dict[str, tuple[Convolution, Any, Any]] = {}
 def register(convolution: Convolution, dtype: torch.dtype, device: str = "cpu", edge_weights: bool = False) -> str:
     """Build the kernel of a layer, and return the key by which operators know it.
 
-    With ``edge_weights``, for the operator ``weigh``, which takes the radial functions of every edge, instead of ``convolve``.
+    With ``edge_weights``, for the operator ``convolve_weighted``, which takes the radial functions of every edge, instead of ``convolve``.
 
     Raises:
         Missing: it cannot be built on this machine.
@@ -54,7 +55,7 @@ def register(convolution: Convolution, dtype: torch.dtype, device: str = "cpu", 
         _convolutions[key] = (
             convolution,
             cpu.convolution_library(convolution, dtype, edge_weights),
-            torch.tensor(convolution.layout(1 if edge_weights else cpu.LANES[dtype])),
+            torch.tensor(layout(convolution, 1 if edge_weights else cpu.LANES[dtype])),
         )
     return key
 
@@ -104,12 +105,12 @@ def _convolve_backward(key: str, *tensors: Tensor) -> tuple[Tensor, ...]:
     return _backward(key, gradient, features, harmonics, x, table, table.shape[1] - 1, edge_index, columns, order)
 
 
-def _weigh(key: str, *tensors: Tensor) -> Tensor:
+def _weighted(key: str, *tensors: Tensor) -> Tensor:
     features, harmonics, weights, edge_index, rows, _, _ = tensors
     return _forward(key, features, harmonics, weights, weights.new_empty(0), weights.shape[1], edge_index, rows)
 
 
-def _weigh_backward(key: str, *tensors: Tensor) -> tuple[Tensor, ...]:
+def _weighted_backward(key: str, *tensors: Tensor) -> tuple[Tensor, ...]:
     gradient, features, harmonics, weights, edge_index, _, columns, order = tensors
     return _backward(key, gradient, features, harmonics, weights, weights.new_empty(0), weights.shape[1], edge_index, columns, order)
 
@@ -177,8 +178,8 @@ def _map_by_species(x: Tensor, species: Tensor, maps: Tensor) -> Tensor:
 _library.impl("sort_edges", _sort_edges, "CPU")
 _library.impl("convolve", _convolve, "CPU")
 _library.impl("convolve_backward", _convolve_backward, "CPU")
-_library.impl("weigh", _weigh, "CPU")
-_library.impl("weigh_backward", _weigh_backward, "CPU")
+_library.impl("convolve_weighted", _weighted, "CPU")
+_library.impl("convolve_weighted_backward", _weighted_backward, "CPU")
 _library.impl("attend", _attend, "CPU")
 _library.impl("attend_backward", _attend_backward, "CPU")
 _library.impl("perpendicular", _perpendicular, "CPU")
@@ -200,12 +201,12 @@ def _convolve_backward_gpu(key: str, *tensors: Tensor) -> tuple[Tensor, ...]:
     return gpu.backward(convolution, built, gradient, features, harmonics, x, table, table.shape[1] - 1, edge_index, columns, order)
 
 
-def _weigh_gpu(key: str, *tensors: Tensor) -> Tensor:
+def _weighted_gpu(key: str, *tensors: Tensor) -> Tensor:
     features, harmonics, weights, edge_index, rows, _, _ = tensors
     return gpu.forward(*_convolutions[key][:2], features, harmonics, weights, weights, weights.shape[1], edge_index, rows)
 
 
-def _weigh_backward_gpu(key: str, *tensors: Tensor) -> tuple[Tensor, ...]:
+def _weighted_backward_gpu(key: str, *tensors: Tensor) -> tuple[Tensor, ...]:
     gradient, features, harmonics, weights, edge_index, _, columns, order = tensors
     convolution, built, _ = _convolutions[key]
     return gpu.backward(convolution, built, gradient, features, harmonics, weights, weights, weights.shape[1], edge_index, columns, order)
@@ -233,7 +234,7 @@ def _there(function: Callable[..., Any]) -> Callable[..., Any]:
 _library.impl("sort_edges", gpu.sort_edges, "CUDA")
 _library.impl("map_by_species", gpu.map_by_species, "CUDA")
 for _name, _function in {
-    "convolve": _convolve_gpu, "convolve_backward": _convolve_backward_gpu, "weigh": _weigh_gpu, "weigh_backward": _weigh_backward_gpu,
+    "convolve": _convolve_gpu, "convolve_backward": _convolve_backward_gpu, "convolve_weighted": _weighted_gpu, "convolve_weighted_backward": _weighted_backward_gpu,
     **{name: _attention_gpu(name) for name in ("attend", "attend_backward", "perpendicular", "perpendicular_backward")},
 }.items():  # fmt: skip
     _library.impl(_name, _there(_function), "CUDA")
@@ -262,8 +263,8 @@ def _alike(*tensors: Tensor) -> tuple[Tensor, ...]:
 torch.library.register_fake("gossamer::sort_edges", _fake_sort)
 torch.library.register_fake("gossamer::convolve", _fake_convolve)
 torch.library.register_fake("gossamer::convolve_backward", lambda key, gradient, *t: _alike(*t[:3]))
-torch.library.register_fake("gossamer::weigh", _fake_convolve)
-torch.library.register_fake("gossamer::weigh_backward", lambda key, gradient, *t: _alike(*t[:3]))
+torch.library.register_fake("gossamer::convolve_weighted", _fake_convolve)
+torch.library.register_fake("gossamer::convolve_weighted_backward", lambda key, gradient, *t: _alike(*t[:3]))
 torch.library.register_fake("gossamer::attend", _fake_attend)
 torch.library.register_fake("gossamer::attend_backward", lambda heads, *t: _alike(*t[2:10]))
 torch.library.register_fake("gossamer::perpendicular", lambda q, p, y, edge_index, *o: q.new_empty(edge_index.shape[1], q.shape[2]))
@@ -288,17 +289,17 @@ def _convolve_gradient(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
     return None, *found, None, None, None, None, None
 
 
-def _weigh_gradient(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
-    found = torch.ops.gossamer.weigh_backward(ctx.first, gradient, *ctx.saved_tensors)
+def _weighted_gradient(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
+    found = torch.ops.gossamer.convolve_weighted_backward(ctx.first, gradient, *ctx.saved_tensors)
     return None, *found, None, None, None, None
 
 
-def _weigh_second_gradient(ctx: Any, *h: Tensor) -> tuple[Any, ...]:
+def _weighted_second_gradient(ctx: Any, *h: Tensor) -> tuple[Any, ...]:
     """Q(g, f, y, w) is linear in each argument, and the backward pass gives its slopes in f, y, w. Their slopes are again the forward
     and the backward pass with one argument replaced by its cotangent; so the two operators are differentiable any number of times."""
     gradient, f, y, w, *edges = ctx.saved_tensors
     hf, hy, hw = (torch.zeros_like(t) if h_t is None else h_t for t, h_t in zip((f, y, w), h, strict=True))
-    forward, backward, key = torch.ops.gossamer.weigh, torch.ops.gossamer.weigh_backward, ctx.first
+    forward, backward, key = torch.ops.gossamer.convolve_weighted, torch.ops.gossamer.convolve_weighted_backward, ctx.first
     to_gradient = forward(key, hf, y, w, *edges) + forward(key, f, hy, w, *edges) + forward(key, f, y, hw, *edges)
     _, y1, w1 = backward(key, gradient, hf, y, w, *edges)
     f1, _, w2 = backward(key, gradient, f, hy, w, *edges)
@@ -321,8 +322,8 @@ def _map_gradient(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
 
 
 torch.library.register_autograd("gossamer::convolve", _convolve_gradient, setup_context=_save_after_first)
-torch.library.register_autograd("gossamer::weigh", _weigh_gradient, setup_context=_save_after_first)
-torch.library.register_autograd("gossamer::weigh_backward", _weigh_second_gradient, setup_context=_save_after_first)
+torch.library.register_autograd("gossamer::convolve_weighted", _weighted_gradient, setup_context=_save_after_first)
+torch.library.register_autograd("gossamer::convolve_weighted_backward", _weighted_second_gradient, setup_context=_save_after_first)
 torch.library.register_autograd("gossamer::attend", _attend_gradient, setup_context=_save_after_first)
 torch.library.register_autograd("gossamer::perpendicular", _perpendicular_gradient, setup_context=_save_all)
 torch.library.register_autograd("gossamer::map_by_species", _map_gradient, setup_context=_save_all)

@@ -1,17 +1,22 @@
-"""Radial functions as quintic Hermite splines: exact derivatives, continuous to the second, six numbers per value."""
+"""Radial functions as quintic Hermite splines: exact derivatives, continuous to the second, six numbers per value; and where they lie."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from gossamer.nn.products import Convolution
+
 KNOTS = (64, 128, 256, 512, 1024, 2048, 4096)
 TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-11}
 """largest error of a spline, relative to the largest value of the radial functions"""
+NEAR = 9
+"""points of the polynomial at zero"""
 
 
 def hermite_weights(t: Tensor) -> tuple[Tensor, ...]:
@@ -57,12 +62,11 @@ def tabulate(radial: Callable[[Tensor], Tensor], dtype: torch.dtype) -> Float[Te
     """
     for intervals in KNOTS:
         x = torch.linspace(0, 1, intervals + 1, dtype=torch.float64)
-        x[0] = 1e-4 / intervals  # sin(x)/x
         x[-1] = math.nextafter(1.0, 0.0)  # from inside
-        table = torch.stack([f / intervals**k for k, f in enumerate(derivatives(radial, x))], dim=1)
-        middle = (torch.arange(intervals, dtype=torch.float64) + 0.5) / intervals
-        middle = middle[middle > 0.05]  # atoms never come closer, and there sums are not resolved
-        error = float((interpolate(table, middle) - radial(middle)).abs().max())
+        inside = torch.stack([f / intervals**k for k, f in enumerate(derivatives(radial, x[1:]))], dim=1)
+        table = torch.cat([at_zero(radial, 1 / intervals)[None], inside])
+        between = (torch.arange(intervals, dtype=torch.float64)[:, None] + torch.tensor([0.25, 0.5, 0.75])).flatten() / intervals
+        error = float((interpolate(table, between) - radial(between)).abs().max())
         scale = float(table[:, 0].abs().max())
         if not math.isfinite(error):
             raise ValueError("a radial function is not finite")
@@ -71,6 +75,17 @@ def tabulate(radial: Callable[[Tensor], Tensor], dtype: torch.dtype) -> Float[Te
     raise ValueError(
         f"a radial function cannot be tabulated: {KNOTS[-1]} intervals leave an error of {error / scale:.1e} of its largest value"
     )
+
+
+def at_zero(radial: Callable[[Tensor], Tensor], interval: float) -> Float[Tensor, "3 values"]:
+    """Value and first two derivatives (in units of the interval) at x = 0, from a polynomial through points beside it.
+
+    There sin(x) / x and its like cannot be evaluated, and their derivatives lose all digits.
+    """
+    points = 0.5 - 0.5 * np.cos(math.pi * (np.arange(NEAR) + 0.5) / NEAR)  # in units of the interval
+    values = radial(torch.from_numpy(points * interval)).numpy()
+    powers = np.linalg.inv(np.vander(points, increasing=True))[:3] @ values
+    return torch.from_numpy(powers * np.array([1.0, 1.0, 2.0])[:, None])
 
 
 def derivatives(f: Callable[[Tensor], Tensor], x: Tensor) -> list[Tensor]:
@@ -95,3 +110,36 @@ def interpolate(table: Float[Tensor, "knots 3 values"], x: Float[Tensor, " n"]) 
     weights = torch.stack(hermite_weights(scaled - knot), dim=1)
     both = torch.cat([table.index_select(0, knot), table.index_select(0, knot + 1)], dim=1)
     return torch.einsum("ek,ekw->ew", weights, both)
+
+
+# --- where they lie in a kernel's table ------------------------------------------------------------------------------
+
+
+def layout(convolution: Convolution, lanes: int) -> list[int]:
+    """For each product: channels, first number and stride of the block, of the result, and first chunk of the table."""
+    starts = np.cumsum([0, *(d * m for d, m in convolution.blocks_in)]).tolist()
+    outs = np.cumsum([0, *(d * m for d, m in convolution.blocks_out)]).tolist()
+    numbers, chunk = [], 0
+    for p, channels in zip(convolution.products, convolution.channels, strict=True):
+        numbers += [channels, starts[p.block], channels, outs[p.out] + p.channel, convolution.blocks_out[p.out][1], chunk]
+        chunk += -(-channels // lanes)
+    return numbers
+
+
+def pack(convolution: Convolution, table: Float[Tensor, "knots 3 values"], lanes: int) -> Float[Tensor, "chunks knots 3 lanes"]:
+    """The table by chunks of channels, each product's last one filled up with zeros."""
+    parts = []
+    for part in torch.split(table, convolution.channels, dim=2):
+        missing = -part.shape[2] % lanes
+        filled = torch.nn.functional.pad(part, (0, missing))
+        parts.append(filled.reshape(*filled.shape[:2], -1, lanes).permute(2, 0, 1, 3))
+    return torch.cat(parts).contiguous()
+
+
+def unpack(convolution: Convolution, packed: Float[Tensor, "chunks knots 3 lanes"]) -> Float[Tensor, "knots 3 values"]:
+    lanes, first, parts = packed.shape[3], 0, []
+    for channels in convolution.channels:
+        chunks = -(-channels // lanes)
+        parts.append(packed[first : first + chunks].permute(1, 2, 0, 3).flatten(2)[:, :, :channels])
+        first += chunks
+    return torch.cat(parts, dim=2)

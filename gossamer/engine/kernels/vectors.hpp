@@ -2,6 +2,7 @@
 #include <cstdint>
 #include <cstring>
 #include <cmath>
+#include <memory>
 #include <vector>
 #include <algorithm>
 

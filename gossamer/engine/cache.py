@@ -1,0 +1,75 @@
+"""Machine code kept from one process to the next, and read back only if it is what was kept.
+
+Beside each file lies its checksum. A file is loaded only if it and its folder belong to this user (or root), nobody else may write
+it, and the checksum is right; a damaged library would end the process, and a foreign one would run in it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from gossamer.files import atomic_path, cache_folder, write_text
+
+
+class Untrusted(Exception):
+    """A kept file that must not be loaded, and why."""
+
+
+def cached(name: str) -> Path:
+    """Where a file of this name is kept; the folder is made.
+
+    Raises:
+        OSError: the folder cannot be made.
+    """
+    folder = cache_folder()
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    return folder / name
+
+
+@contextmanager
+def keeping(path: Path) -> Iterator[Path]:
+    """Yield a temporary path; if the block ends well, what it wrote there is kept under ``path``, with its checksum."""
+    with atomic_path(path) as temporary:
+        yield temporary
+        temporary.chmod(0o600)
+        write_text(_checksum_file(path), _digest(temporary))
+
+
+def check(path: Path) -> None:
+    """
+    Raises:
+        Untrusted: the file is not what was kept, or others could have changed it.
+    """
+    try:
+        for place in (path.parent, path):
+            found = os.stat(place)
+            if found.st_uid not in (os.getuid(), 0):
+                raise Untrusted(f"'{place}' belongs to another user")
+            shared = found.st_mode & (stat.S_IWOTH | (0 if place == path.parent else stat.S_IWGRP))
+            if shared and not (place == path.parent and found.st_mode & stat.S_ISVTX):
+                raise Untrusted(f"'{place}' can be written by other users")
+        kept = _checksum_file(path).read_text()
+        if kept.strip() != _digest(path):
+            raise Untrusted(f"'{path}' was damaged or altered")
+    except (OSError, UnicodeDecodeError) as error:
+        raise Untrusted(f"'{path}' cannot be checked ({error})") from None
+
+
+def forget(path: Path) -> None:
+    """Remove a kept file, as far as that is possible."""
+    for file in (path, _checksum_file(path)):
+        with suppress(OSError):
+            file.unlink(missing_ok=True)
+
+
+def _checksum_file(path: Path) -> Path:
+    return path.with_name(path.name + ".sha256")
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()

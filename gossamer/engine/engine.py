@@ -1,0 +1,176 @@
+"""The one entrance to energies, forces and stress of a potential: Engine(potential, way)(graph) -> Prediction.
+
+    way         what runs                                                      made in
+    "plain"     the network as it is written                                   no time
+    "kernels"   its operations done by kernels (`gossamer.engine.kernels`)      seconds, once per machine
+    "program"   compiled, kernels inside (`gossamer.engine.program`)            half a minute, once per machine and potential
+    "graph"     kernels recorded as a CUDA graph (`gossamer.engine.cuda_graph`) no time; again when sizes change
+    "auto"      kernels; the program if there is one already, or if `expect` was told of enough evaluations
+
+Each way is compared with the plain one on structures of the potential's own elements before it is used. That is decided when
+the engine is made, or by `expect`; no structure that is evaluated later changes it. What "auto" cannot have it does without,
+with one line of the log; a way that was asked for by name and cannot be had is an error.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from typing import Any, Literal, get_args
+
+import torch
+
+from gossamer.engine.agreement import TABLE_TOLERANCE, TOLERANCE, agree, probe
+from gossamer.engine.cuda_graph import CudaGraph
+from gossamer.engine.kernels.attach import attach_kernels
+from gossamer.engine.kernels.cpu import Missing
+from gossamer.engine.program import Program, cached_program, fits
+from gossamer.graph import Graph
+from gossamer.potential import Potential, Prediction
+from gossamer.timing import fastest
+
+log = logging.getLogger(__name__)
+Way = Literal["auto", "plain", "kernels", "program", "graph"]
+COMPILATION, SAVED = 60.0, 0.4
+"""seconds that compiling may take, and the share of an evaluation that it saves at least"""
+
+
+class Engine:
+    """Evaluates one potential in one way."""
+
+    def __init__(self, potential: Potential, way: Way = "auto", weights_change: bool = False) -> None:
+        """
+        Args:
+            potential: Set to evaluation mode. Its weights must not change later, unless ``weights_change``.
+            way: How to evaluate; see above.
+            weights_change: Kernels that hold nothing of the weights (validation during training); plain and kernels only.
+
+        Raises:
+            ValueError: no such way, or one that this device or ``weights_change`` rules out.
+            RuntimeError: a way asked for by name that cannot be had here, and why.
+        """
+        if way not in get_args(Way):
+            raise ValueError(f"way '{way}' is unknown. Choose one of {', '.join(get_args(Way))}.")
+        if way == "graph" and potential.device.type != "cuda":
+            raise ValueError(f"way 'graph' records a CUDA graph and needs a potential on a GPU, found {potential.device}.")
+        if weights_change and way in ("program", "graph"):
+            raise ValueError(f"way '{way}' holds the weights of a potential, and these are to change. Choose kernels or plain.")
+        self.potential, self.asked, self.weights_change = potential.eval(), way, weights_change
+        self.quick: Potential | None = None
+        """the potential with kernels"""
+        self.program: Program | None = None
+        self.batch_program: Program | None = None
+        """likewise for two structures or more"""
+        self._recording: CudaGraph | None = None
+        self._isolated: Any = None
+        with torch.no_grad():
+            self._isolated = None if weights_change else potential.isolated_outputs()
+        if way != "plain":
+            self.quick = self._with_kernels()
+        if way == "program":
+            self.program = self._program(make=True)
+        elif way == "auto" and not weights_change:
+            self.program = self._program(make=False)
+
+    @property
+    def way(self) -> str:
+        """What runs: "plain", "kernels", "program" or "graph"."""
+        if self.asked == "graph":
+            return "graph"
+        return "program" if self.program is not None else "plain" if self.quick is None else "kernels"
+
+    def __call__(self, graph: Graph, stress: bool = True) -> Prediction:
+        """Energy, forces and, for conservative forces, stress of a batch on the potential's device; nothing to differentiate further.
+
+        Programs and CUDA graphs leave to the kernels what they cannot take: lone atoms, or batches of which there is no program.
+        """
+        if self.asked == "graph" and fits(graph):
+            return self._recorded(graph)
+        program = self.program if graph.n_graphs == 1 else self.batch_program
+        if program is not None and fits(graph):
+            return program(graph)
+        return self._evaluate(self.quick or self.potential, graph, stress)
+
+    def expect(self, n_evaluations: int, graph: Graph) -> str:
+        """Say that about so many evaluations of graphs like this one will come; returns the way that they will go.
+
+        With "auto" the potential is compiled if that saves more time than it takes. "program" gets one for batches, if this is one.
+        """
+        if self.asked in ("plain", "kernels", "graph") or self.weights_change or not fits(graph):
+            return self.way
+        batch = graph.n_graphs > 1
+        if (self.batch_program if batch else self.program) is not None:
+            return self.way
+        worth = self.asked == "program"
+        if not worth:
+            seconds = fastest(lambda: self(graph), 2)
+            worth = SAVED * seconds * n_evaluations > COMPILATION
+        found = self._program(make=worth, batch=batch)
+        if batch:
+            self.batch_program = found
+        else:
+            self.program = found
+        return self.way
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Engine, (self.potential, self.asked, self.weights_change)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Engine:
+        return self  # nothing of it belongs to one user
+
+    # --- how each way is made ----------------------------------------------------------------------------------------
+
+    def _evaluate(self, potential: Potential, graph: Graph, stress: bool) -> Prediction:
+        return potential(graph, stress=stress and potential.conservative, isolated=self._isolated)
+
+    def _with_kernels(self) -> Potential | None:
+        """The potential with kernels, compared; on a GPU only where they are faster, unless asked for by name."""
+        potential = self.potential
+        table = not self.weights_change
+        try:
+            quick = attach_kernels(potential, "inference" if table else "validation").eval()
+            graph = probe(potential)
+            tolerance = (TABLE_TOLERANCE if table else TOLERANCE)[potential.dtype]
+            agree(self._evaluate(potential, graph, True), self._evaluate(quick, graph, True), potential, graph, tolerance)
+            if potential.device.type == "cuda" and self.asked == "auto":
+                large = probe(potential, 500)
+                if fastest(lambda: self._evaluate(potential, large, True)) < fastest(lambda: self._evaluate(quick, large, True)):
+                    return None
+            return quick
+        except (Missing, RuntimeError) as error:
+            reason = str(error).splitlines()[0]
+            if self.asked == "kernels":
+                raise RuntimeError(f"way 'kernels' cannot be had: {reason}") from None
+            log.warning("the potential runs without kernels: %s", reason)
+            return None
+
+    def _program(self, make: bool, batch: bool = False) -> Program | None:
+        """The program of this machine, from the cache, or made now if asked."""
+        graph = probe(self.potential, n_structures=3 if batch else 1)
+        try:
+            return cached_program(self.quick or self.potential, graph, make)
+        except (ValueError, RuntimeError, OSError) as error:
+            reason = str(error).splitlines()[0]
+            if self.asked == "program":
+                raise RuntimeError(f"way 'program' cannot be had: {reason}") from error
+            log.warning("the potential runs without compilation: %s", reason)
+            return None
+
+    def _recorded(self, graph: Graph) -> Prediction:
+        """The answer of a CUDA graph, recorded now if there is none into which this structure fits."""
+        if self._recording is None or not self._recording.fits(graph):
+            potential = self.quick or self.potential
+
+            def run(graph: Graph) -> Prediction:
+                return self._evaluate(potential, graph, True)
+
+            recording = CudaGraph(run, graph, potential.cutoff)
+            agree(run(graph), recording(graph), potential, graph, TOLERANCE[potential.dtype])
+            self._recording = recording
+        return self._recording(graph)
+
+
+def timed(engine: Engine, graph: Graph, clock: Callable[[], float] = time.perf_counter, repeats: int = 7, seconds: float = 2.0) -> float:
+    """Seconds of one evaluation."""
+    return fastest(lambda: engine(graph), repeats, seconds, clock)
