@@ -307,13 +307,14 @@ def _trained(arguments: argparse.Namespace, answer: dict[str, Any]) -> int:
 
 def print_errors(summary: dict[str, Any]) -> None:
     """Errors as a table for people."""
-    units = {"energy": "meV_per_atom", "forces": "meV_per_A", "stress": "meV_per_A3"}
-    names = {"meV_per_atom": "meV/atom", "meV_per_A": "meV/Å", "meV_per_A3": "meV/Å³"}
+    from gossamer.quantities import QUANTITIES
+
     print(f"  {summary['n_frames']} frames{'' if summary['conservative_forces'] else '; forces are NOT the gradient of the energy'}")
     print(f"  {'':16s}{'MAE':>10s}{'RMSE':>10s}")
-    for label, unit in units.items():
-        if f"{label}_mae_{unit}" in summary:
-            print(f"  {label:16s}{summary[f'{label}_mae_{unit}']:10.3f}{summary[f'{label}_rmse_{unit}']:10.3f}  {names[unit]}")
+    for label, quantity in QUANTITIES.items():
+        mae, rmse = (summary.get(f"{label}_{kind}_{quantity.error_key}") for kind in ("mae", "rmse"))
+        if mae is not None:
+            print(f"  {label:16s}{mae:10.3f}{rmse:10.3f}  {quantity.error_unit}")
     for element, errors in summary["forces_per_element_meV_per_A"].items():
         print(f"  {'forces on ' + element:16s}{errors['mae']:10.3f}{errors['rmse']:10.3f}  meV/Å")
 

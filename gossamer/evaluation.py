@@ -12,14 +12,15 @@ from ase.data import chemical_symbols
 from gossamer.data.structure import Structure
 from gossamer.graph import Graph
 from gossamer.potential import Potential, Prediction
-
-MILLI = 1000.0
+from gossamer.quantities import QUANTITIES
 
 
 @dataclass
 class Errors:
     """Sums of absolute and squared errors, so that batches and ranks can be added up."""
 
+    factor: float = 1000.0
+    """from the quantity's unit to that of its errors"""
     absolute: float = 0.0
     squared: float = 0.0
     count: int = 0
@@ -31,24 +32,23 @@ class Errors:
 
     @property
     def mae(self) -> float:
-        return MILLI * self.absolute / self.count if self.count else float("nan")
+        return self.factor * self.absolute / self.count if self.count else float("nan")
 
     @property
     def rmse(self) -> float:
-        return MILLI * float(np.sqrt(self.squared / self.count)) if self.count else float("nan")
+        return self.factor * float(np.sqrt(self.squared / self.count)) if self.count else float("nan")
 
 
 @dataclass
 class Evaluation:
-    """Errors on a data set; energies per atom in meV, forces in meV/Å, stress in meV/Å³."""
+    """Errors on a data set, in the units of the table of quantities: meV/atom, meV/Å, meV/Å³."""
 
-    energy: Errors = field(default_factory=Errors)
-    forces: Errors = field(default_factory=Errors)
-    stress: Errors = field(default_factory=Errors)
+    errors: dict[str, Errors] = field(default_factory=lambda: {name: Errors(q.error_factor) for name, q in QUANTITIES.items()})
+    """by quantity"""
     per_element: dict[str, Errors] = field(default_factory=dict)
     """force errors by element"""
     frames: list[dict[str, Any]] = field(default_factory=list)
-    """per frame: index, name, energy_error (meV/atom), forces_rmse (meV/Å)"""
+    """per frame: index, name, and for each quantity energy_error (one number, with its sign) or forces_rmse (several)"""
     energies: list[tuple[float, float]] = field(default_factory=list)
     """(label, prediction) in eV/atom less the reference energies, for parity plots"""
     components: list[np.ndarray] = field(default_factory=list)
@@ -63,18 +63,38 @@ class Evaluation:
     notes: list[str] = field(default_factory=list)
     """what to know of the frames, in sentences"""
 
+    @property
+    def energy(self) -> Errors:
+        return self.errors["energy"]
+
+    @property
+    def forces(self) -> Errors:
+        return self.errors["forces"]
+
+    @property
+    def stress(self) -> Errors:
+        return self.errors["stress"]
+
     def summary(self) -> dict[str, Any]:
         """Plain numbers for JSON."""
         out: dict[str, Any] = {"n_frames": len(self.frames), "conservative_forces": self.conservative}
         if self.notes:
             out |= {"n_training_frames": self.n_training_frames, "n_validation_frames": self.n_validation_frames,
                     "training_error": self.training_error, "notes": self.notes}  # fmt: skip
-        for name, unit in (("energy", "meV_per_atom"), ("forces", "meV_per_A"), ("stress", "meV_per_A3")):
-            errors: Errors = getattr(self, name)
+        for name, errors in self.errors.items():
+            unit = QUANTITIES[name].error_key
             if errors.count:
                 out[f"{name}_mae_{unit}"], out[f"{name}_rmse_{unit}"] = errors.mae, errors.rmse
         out["forces_per_element_meV_per_A"] = {e: {"mae": v.mae, "rmse": v.rmse} for e, v in self.per_element.items()}
         return out
+
+    def add(self, name: str, difference: np.ndarray) -> dict[str, float]:
+        """Add one structure's differences of one quantity; returns the entry of its frame."""
+        factor = self.errors[name].factor
+        self.errors[name].add(difference)
+        if difference.ndim == 0:
+            return {f"{name}_error": factor * float(difference)}
+        return {f"{name}_rmse": factor * float(np.sqrt((difference**2).mean()))}
 
     def worst(self, n: int = 20) -> list[int]:
         """Indices of the frames with the largest errors (forces where there are labels, else energy)."""
@@ -107,26 +127,23 @@ def evaluate_potential(
         wants_stress = potential.conservative and any(s.stress is not None for s in batch)
         for offset, (s, p) in enumerate(zip(batch, potential.predict(batch, wants_stress, run), strict=True)):
             frame: dict[str, Any] = {"index": start + offset, "name": s.name}
+            for name, quantity in QUANTITIES.items():
+                if name in s.labels and p.get(name) is not None:
+                    difference = np.asarray(p[name] - s.labels[name])
+                    frame |= out.add(name, difference / s.n_atoms if quantity.error_per_atom else difference)
             if s.energy is not None:
-                difference = (p["energy"] - s.energy) / s.n_atoms
-                out.energy.add(np.array([difference]))
-                frame["energy_error"] = MILLI * difference
                 references = sum(potential.statistics.reference_energies[chemical_symbols[z]] for z in s.atomic_numbers)
                 out.energies.append(((s.energy - references) / s.n_atoms, (p["energy"] - references) / s.n_atoms))
             if s.forces is not None:
                 difference = p["forces"] - s.forces
-                out.forces.add(difference)
-                frame["forces_rmse"] = MILLI * float(np.sqrt((difference**2).mean()))
                 for z in np.unique(s.atomic_numbers):
                     errors = out.per_element.setdefault(chemical_symbols[z], Errors())
                     errors.add(difference[s.atomic_numbers == z])
                 if kept < keep:
                     out.components.append(np.stack([s.forces.ravel(), p["forces"].ravel()]))
                     kept += s.forces.size
-            if s.stress is not None and p["stress"] is not None:
-                out.stress.add(p["stress"] - s.stress)
             out.frames.append(frame)
-    if out.energy.count == out.forces.count == out.stress.count == 0:
+    if not any(errors.count for errors in out.errors.values()):
         raise ValueError("None of the structures has a label (energy, forces or stress), so there is nothing to compare with.")
     return out
 

@@ -6,7 +6,8 @@ the centre to the neighbour; rows of `cell` are lattice vectors.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -40,10 +41,18 @@ class Graph:
     """eV/Å; NaN in a frame without this label"""
     stress: Float[Tensor, "n_graphs 3 3"] | None = None
     """eV/Å³, tension positive; NaN in a frame without this label"""
+    extras: Mapping[str, Tensor] = field(default_factory=dict)
+    """labels of further quantities (gossamer/quantities.py); NaN in a frame without"""
     free: Bool[Tensor, " n_atoms"] | None = None
     """False for atoms that were held fixed when the labels were made"""
     names: tuple[str, ...] = ()
     """where each structure came from, for error messages"""
+
+    @property
+    def labels(self) -> dict[str, Tensor]:
+        """The labels that the batch has, by the names of their quantities."""
+        named = {"energy": self.energy, "forces": self.forces, "stress": self.stress, **self.extras}
+        return {name: value for name, value in named.items() if value is not None}
 
     @property
     def n_graphs(self) -> int:
@@ -64,10 +73,14 @@ class Graph:
     def to(self, device: torch.device | str) -> Graph:
         moved: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
         moved = {k: v.to(device, non_blocking=True) for k, v in moved.items() if isinstance(v, Tensor)}
-        return replace(self, **moved)
+        return replace(self, **moved, extras={k: v.to(device, non_blocking=True) for k, v in self.extras.items()})
 
     def edge_vectors(self) -> Float[Tensor, "n_edges 3"]:
-        """Vectors in Å from each receiver (centre) to its sender (neighbour): r_j + shift · cell - r_i."""
+        """Vectors in Å from each receiver (centre) to its sender (neighbour): r_j + shift · cell - r_i.
+
+        For short-range networks these are the leaves of differentiation: one gradient gives forces and stress (`Potential.forward`).
+        Terms that are no function of the edges, such as a long-range sum, need positions and strain as leaves of their own.
+        """
         sender, receiver = self.edge_index
         offset = torch.einsum("ex,exy->ey", self.edge_shifts, self.cell[self.graph_index[receiver]])
         return self.positions[sender] + offset - self.positions[receiver]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -22,6 +22,7 @@ from gossamer.graph import Graph
 from gossamer.models import MODELS, DataFacts, ModelConfig
 from gossamer.nn.layers import sum_by_index
 from gossamer.nn.zbl import ZBL
+from gossamer.quantities import QUANTITIES
 from gossamer.settings import settings
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
@@ -53,6 +54,14 @@ class Prediction:
     """eV/Å"""
     stress: Float[Tensor, "n_graphs 3 3"] | None
     """eV/Å³, tension positive; None if not asked for or not defined; NaN for structures without a volume"""
+    extras: Mapping[str, Tensor] = field(default_factory=dict)
+    """further quantities (gossamer/quantities.py), where the network has heads for them"""
+
+    @property
+    def values(self) -> dict[str, Tensor]:
+        """What is predicted, by the names of the quantities."""
+        named = {"energy": self.energy, "forces": self.forces, "stress": self.stress, **self.extras}
+        return {name: value for name, value in named.items() if value is not None}
 
 
 def make_zbl(config: PotentialConfig, cutoff: float) -> ZBL:
@@ -275,15 +284,13 @@ class Potential(nn.Module):
         finally:
             self.train(was_training)
         sizes = [s.n_atoms for s in structures]
-        split = torch.split(out.forces.detach().cpu(), sizes)
-        return [
-            {
-                "energy": float(out.energy[k]),
-                "forces": split[k].numpy(),
-                "stress": None if out.stress is None or not s.pbc.all() else out.stress[k].detach().cpu().numpy(),
-            }
-            for k, s in enumerate(structures)
-        ]
+        values = {name: value.detach().cpu() for name, value in out.values.items()}
+        parts = {name: torch.split(v, sizes) if QUANTITIES[name].per == "atom" else v for name, v in values.items()}
+        answers: list[dict[str, Any]] = [{name: part[k].numpy() for name, part in parts.items()} for k in range(len(structures))]
+        for structure, answer in zip(structures, answers, strict=True):
+            answer["energy"] = float(answer["energy"])
+            answer["stress"] = answer.get("stress") if structure.pbc.all() else None
+        return answers
 
 
 def state_of(potential: Potential) -> dict[str, Tensor]:

@@ -26,9 +26,10 @@ from gossamer.files import atomic_path, write_json
 from gossamer.models import DEFAULT, MODELS
 from gossamer.potential import DTYPES, Potential
 from gossamer.potential_file import load, read_manifest, save
+from gossamer.quantities import QUANTITIES
 from gossamer.settings import to_dict
 from gossamer.training.finetune import Concatenated, adapt_statistics, choose_replay, choose_weights, merge_adapters, transfer_weights
-from gossamer.training.loop import LABELS, State, finished, load_state, make_state, run_training
+from gossamer.training.loop import State, finished, load_state, make_state, run_training
 from gossamer.training.process_group import ProcessGroup, start_process_group
 
 log = logging.getLogger(__name__)
@@ -126,8 +127,8 @@ def read_frames(config: Config) -> Frames:
     needed = config.loss.needed()
     for part in (train_set, valid_set):
         require_labels(part, needed, "loss.{label} is above 0")
-    for label in LABELS:
-        if label not in needed and getattr(train_set[0], label) is not None:
+    for label in train_set[0].labels:
+        if label not in needed:
             log.warning("%s labels are in the data but not in the loss (loss.%s is 0)", label, label)
     return Frames(train=train_set, valid=valid_set, test=test_set)
 
@@ -346,7 +347,7 @@ def choose_settings(
     """Settings that suit a data set: which labels, which split, how many structures per step, compiled or not."""
     sample = [structures[k] for k in range(0, len(structures), max(1, len(structures) // 200))]
     atoms = float(np.mean([s.n_atoms for s in sample]))
-    has = {label: all(getattr(s, label) is not None for s in structures) for label in LABELS}
+    has = {label: all(label in s.labels for s in structures) for label in QUANTITIES}
     if not has["energy"] and not has["forces"]:
         raise ValueError(f"Neither energy nor forces are in every frame of '{data}': there is nothing to learn from.")
     grouped = all(s.group is not None for s in sample)

@@ -7,27 +7,39 @@ import io
 import json
 import lzma
 import pickle
+import subprocess
+import sys
+from dataclasses import replace
 from pathlib import Path
 
 import ase.db
 import ase.io
 import numpy as np
 import pytest
+import torch
 from ase import Atoms, units
 from ase.build import bulk, molecule
 from ase.calculators.singlepoint import SinglePointCalculator
 from ase.constraints import FixAtoms
 from ase.stress import full_3x3_to_voigt_6_stress
+from conftest import make_potential
 
 from gossamer.data.batch import collate
 from gossamer.data.dataset import DataConfig, load_data, open_dataset, require_labels
 from gossamer.data.inspection import inspect
-from gossamer.data.legacy import read_legacy_lmdb
+from gossamer.data.legacy import _tensor, read_legacy_lmdb, restricted_loads
 from gossamer.data.readers import LabelConfig, from_atoms, read_structures
 from gossamer.data.statistics import compute_statistics
 from gossamer.data.store import Store, write_store
 from gossamer.data.structure import Structure
+from gossamer.evaluation import evaluate_potential
+from gossamer.potential import Potential
+from gossamer.potential_file import save
+from gossamer.quantities import QUANTITIES, Quantity
+from gossamer.settings import build
 from gossamer.training.loader import edge_counts, epoch_batches
+from gossamer.training.loop import columns
+from gossamer.training.losses import LossConfig, loss_sums
 
 
 def labelled(seed: int = 0, periodic: bool = True) -> Atoms:
@@ -166,10 +178,7 @@ class _Graph:
 
 
 def test_legacy_lmdb_of_pickled_graphs(tmp_path: Path) -> None:
-    import sys
     import types
-
-    import torch
 
     lmdb = pytest.importorskip("lmdb")
     module = types.ModuleType("torch_geometric.data.data")
@@ -209,6 +218,69 @@ def test_legacy_lmdb_of_pickled_graphs(tmp_path: Path) -> None:
         list(read_structures(tmp_path / "good.lmdb"))
 
 
+ATTACKS = """
+import io, pickle, struct, sys
+import numpy as np, torch
+from gossamer.data.legacy import restricted_loads
+
+def text(name): return b"\\x8c" + bytes([len(name)]) + name.encode()
+def function(module, name): return text(module) + text(name) + b"\\x93"
+forged = (b"\\x80\\x04" + function("numpy.core.multiarray", "_reconstruct") + function("numpy", "ndarray") + b"K\\x00\\x85C\\x01b\\x87R"
+    + b"(K\\x01K\\x04\\x85" + function("numpy", "dtype") + text("O8") + b"\\x89\\x88\\x87R"
+    + b"(K\\x03" + text("|") + b"NNNJ\\xff\\xff\\xff\\xffJ\\xff\\xff\\xff\\xffK\\x00tb"
+    + b"\\x89C\\x20" + b"A" * 32 + b"tb.")
+state = (b"\\x80\\x04" + function("torch._utils", "_rebuild_tensor_v2") + b"N}" + text("__defaults__") + b"K\\x07\\x85s\\x86b.")
+scalar = b"\\x80\\x04" + function("numpy.core.multiarray", "scalar") + function("numpy", "dtype") + text("O8") + b"\\x89\\x88\\x87R" + b"C\\x08" + b"A" * 8 + b"\\x86R."
+memory = b"\\x80\\x04Nr\\xff\\xff\\xff\\x7f."
+extension = b"\\x80\\x04\\x82\\x01."
+before = torch._utils._rebuild_tensor_v2.__defaults__
+for name, data in dict(forged=forged, state=state, scalar=scalar, memory=memory, extension=extension).items():
+    try:
+        print(name, "gave", repr(restricted_loads(data)), flush=True)
+    except ValueError as error:
+        print(name, "refused:", error)
+assert torch._utils._rebuild_tensor_v2.__defaults__ == before
+"""
+
+
+def test_forged_pickles_build_nothing_but_arrays() -> None:
+    """A dtype with false flags reached raw memory, a state changed a function of torch; each in a process of its own to crash."""
+    done = subprocess.run([sys.executable, "-c", ATTACKS], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, (done.returncode, done.stdout, done.stderr)
+    answers = dict(line.split(" ", 1) for line in done.stdout.splitlines())
+    assert all(answer.startswith("refused: ") for answer in answers.values()), answers
+    assert "type 'O8', expected plain numbers" in answers["forged"]
+    assert "a state for a function" in answers["state"]
+    assert "type 'O8', expected plain numbers" in answers["scalar"]
+    assert "memory is asked for place" in answers["memory"]
+    assert "operation EXT1" in answers["extension"]
+
+
+def test_arrays_of_legacy_pickles_are_what_they_were() -> None:
+    """Tensors with offsets and strides, numpy arrays of several kinds and numbers come back; what does not fit is refused."""
+    base = torch.arange(24.0).reshape(4, 6)
+    values = [
+        base[1:, ::2],
+        base.T,
+        torch.zeros(0, 3),
+        torch.tensor(3),
+        np.arange(6, dtype=">i4").reshape(2, 3, order="F"),
+        np.ones(2, bool),
+    ]
+    for value in values:
+        for protocol in (3, 4):
+            back = restricted_loads(pickle.dumps(value, protocol))
+            array = back.array if isinstance(value, np.ndarray) else back
+            np.testing.assert_array_equal(array, np.asarray(value))
+    assert restricted_loads(pickle.dumps(np.float64(2.5))) == 2.5
+    for shape, strides, offset in (((5, 6), (6, 1), 0), ((4, 6), (6, 1), 1), ((2,), (10**12,), 0), ((10**12,), (0,), 0), ((-1,), (1,), 0)):
+        with pytest.raises(ValueError, match=r"does not fit its storage|a tensor that is not"):
+            _tensor(np.arange(24.0), offset, shape, strides)
+    for value in (np.array(["text"]), np.array([None]), np.zeros(2, "M8[s]"), np.zeros(2, [("a", "f8")])):
+        with pytest.raises(ValueError, match="expected plain numbers|not that of plain numbers"):
+            restricted_loads(pickle.dumps(value))
+
+
 def test_units_and_signs(tmp_path: Path) -> None:
     atoms = labelled()
     ase.io.write(tmp_path / "a.extxyz", atoms)
@@ -244,6 +316,15 @@ def test_store_streams_and_reads_back(tmp_path: Path) -> None:
     (tmp_path / "a.store" / "forces.bin").write_bytes(b"12345678")
     with pytest.raises(ValueError, match="damaged"):
         Store(tmp_path / "a.store")
+
+
+def test_store_of_format_1_is_read_for_ever() -> None:
+    labelled_one, bare = Store(Path(__file__).parent / "data" / "format1" / "store")  # tests/data/make_format1.py
+    assert (labelled_one.energy, labelled_one.group, labelled_one.fixed.tolist()) == (-3.5, "first", [True, False])
+    np.testing.assert_array_equal(labelled_one.forces, np.arange(6.0).reshape(2, 3))
+    np.testing.assert_array_equal(labelled_one.stress, np.diag([0.1, 0.2, 0.3]))
+    assert bare.n_atoms == 9
+    assert (bare.energy, bare.forces, bare.stress, bare.fixed, bare.group) == (None,) * 5
 
 
 def test_splits(tmp_path: Path) -> None:
@@ -309,6 +390,60 @@ def test_edges_are_counted_as_they_are_collated() -> None:
     structures = [from_atoms(labelled(k, periodic=k % 2 == 0), LabelConfig(), "frame") for k in range(4)]
     assert edge_counts(structures, 4.0).tolist() == [collate([s], 4.0).n_edges for s in structures]
     assert edge_counts(structures, 4.0, max_neighbors=3).tolist() == [collate([s], 4.0, 3).n_edges for s in structures]
+
+
+def test_a_new_quantity_is_an_entry_in_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Charges and dipoles go from a file through store, batch, loss, errors and back to ASE, once the table has them."""
+    charges = Quantity(name="charges", per="atom", unit="e", error_unit="me")
+    dipole = Quantity(name="dipole", per="structure", shape=(3,), parity=-1, unit="e Å", error_unit="me Å/atom", error_per_atom=True)
+    monkeypatch.setitem(QUANTITIES, "charges", charges)
+    monkeypatch.setitem(QUANTITIES, "dipole", dipole)
+    frames = [labelled(k, periodic=False) for k in range(3)]
+    for k, atoms in enumerate(frames):
+        atoms.arrays["bader"] = np.arange(len(atoms)) / 100
+        if k < 2:
+            atoms.info["dipole"] = np.array([1.0, 2.0, k])
+    ase.io.write(tmp_path / "a.extxyz", frames)
+    labels = LabelConfig(extras={"charges": "bader"})
+    write_store(read_structures(tmp_path / "a.extxyz", labels), tmp_path / "a.store")
+    structures = list(Store(tmp_path / "a.store"))
+    np.testing.assert_array_equal(structures[1].extras["charges"], frames[1].arrays["bader"])
+    assert structures[1].extras["dipole"].tolist() == [1, 2, 1]
+    assert "dipole" not in structures[2].labels
+    np.testing.assert_array_equal(structures[1].to_ase().arrays["charges"], frames[1].arrays["bader"])
+    graph = collate(structures, 4.0).to("cpu")
+    assert graph.extras["charges"].shape == (18,)
+    assert torch.isnan(graph.extras["dipole"]).all(dim=1).tolist() == [False, False, True]
+
+    class WithHeads(Potential):
+        def forward(self, graph, **options):
+            mean = graph.positions.new_full((graph.n_atoms,), 0.02)
+            out = super().forward(graph, **options)
+            return replace(out, extras={"charges": mean, "dipole": out.energy.new_zeros(graph.n_graphs, 3)})
+
+    made = make_potential(["H", "C", "O"])
+    potential = WithHeads(made.model_config, made.statistics, made.potential_config).eval()
+    sums = loss_sums(potential(graph), graph, LossConfig(kind="l1", energy=0, forces=0, extras={"charges": 1.0}))
+    expected = np.abs(np.arange(6) / 100 - 0.02).mean()
+    assert float(sums["charges"][0]) / sums["charges"][1] == pytest.approx(expected)
+    first_two = collate(structures[:2], 4.0)
+    sums = loss_sums(potential(first_two), first_two, LossConfig(kind="l1", energy=0, forces=0, extras={"dipole": 1.0}))
+    assert float(sums["dipole"][0]) == pytest.approx((3 + 4) / 6)  # per atom
+    summary = evaluate_potential(potential, structures).summary()
+    assert summary["charges_mae_me"] == pytest.approx(1000 * expected)
+    assert summary["dipole_mae_me_A_per_atom"] == pytest.approx(1000 * 7 / 6 / 6)
+    assert "valid_charges_rmse" in columns()
+    spreads = compute_statistics(structures, 4.0).spreads
+    assert spreads is not None
+    assert spreads["charges"] == pytest.approx(np.std(np.arange(6) / 100))
+    require_labels(structures, ["charges"], "")
+    with pytest.raises(ValueError, match="frame 2 has no dipole"):
+        require_labels(structures, ["dipole"], "")
+    save(potential, tmp_path / "p.safetensors", structures[:1])
+    with pytest.raises(ValueError, match="found spin, expected one of charges, dipole"):
+        build(LossConfig, {"extras": {"spin": 1.0}})
+    with pytest.raises(ValueError, match=r"'bader' holds 6 numbers, expected \[3\] \(dipole"):
+        list(read_structures(tmp_path / "a.extxyz", LabelConfig(extras={"dipole": "bader"})))
 
 
 def test_missing_label_names_file_and_frame(tmp_path: Path) -> None:

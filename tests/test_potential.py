@@ -15,9 +15,10 @@ from conftest import MODELS, make_potential
 from gossamer.data.batch import collate
 from gossamer.data.structure import Structure
 from gossamer.potential import Potential
-from gossamer.potential_file import load, read_manifest, save
+from gossamer.potential_file import FORMAT, load, read_manifest, save, stored_structures
 
 ELEMENTS = ["H", "C", "O", "Si"]
+FORMAT_1 = Path(__file__).parent / "data" / "format1"
 
 
 def structure(atoms: Atoms, name: str = "s") -> Structure:
@@ -43,7 +44,7 @@ def test_no_gradient_between_structures(ethanol: Atoms, crystal: Atoms) -> None:
     potential = make_potential(ELEMENTS, global_context=True)
     graph = potential.collate([structure(ethanol), structure(crystal)])
     vectors = graph.edge_vectors().requires_grad_()
-    energies, _ = potential._node_energies(graph, vectors, None)
+    energies, _ = potential._node_energies(graph, (vectors,), None)
     (slope,) = torch.autograd.grad(energies[: len(ethanol)].sum(), vectors)
     other = graph.edge_index[1] >= len(ethanol)
     assert float(slope[other].abs().max()) == 0.0
@@ -80,10 +81,26 @@ def test_save_and_load(name: str, dtype: str, tmp_path: Path, ethanol: Atoms, cr
     other = load(tmp_path / "p.safetensors", dtype="float64" if dtype == "float32" else "float32")
     np.testing.assert_allclose(other.predict(checks)[0]["forces"], again.predict(checks)[0]["forces"], atol=2e-3)
     manifest = read_manifest(tmp_path / "p.safetensors")
-    assert manifest["format"] == 1
+    assert manifest["format"] == FORMAT
     assert manifest["statistics"]["elements"] == ELEMENTS
     assert manifest["training"] == {"note": "made by a test"}
     assert list(tmp_path.iterdir()) == [tmp_path / "p.safetensors"]  # no temporary file is left
+
+
+@pytest.mark.parametrize("path", sorted(FORMAT_1.glob("*.safetensors")), ids=lambda p: p.stem)
+@pytest.mark.parametrize("dtype", [None, "float64"])
+def test_files_of_format_1_load_for_ever(path: Path, dtype: str | None) -> None:
+    """Files written by the first version give the predictions they were written with (tests/data/make_format1.py)."""
+    potential = load(path, dtype=dtype)
+    structures = stored_structures(path)
+    assert len(structures) == 2
+    stored = safetensors.torch.load_file(path)
+    energies = json.loads((FORMAT_1 / "energies.json").read_text())[path.stem]
+    for k, (predicted, energy) in enumerate(zip(potential.predict(structures), energies, strict=True)):
+        assert predicted["energy"] == pytest.approx(energy, abs=2e-5)
+        np.testing.assert_allclose(predicted["forces"], stored[f"check.{k}.forces"], atol=1e-4)
+        if potential.conservative and k == 1:
+            np.testing.assert_allclose(predicted["stress"], stored[f"check.{k}.stress"], atol=1e-5)
 
 
 def saved(tmp_path: Path, atoms: Atoms) -> Path:
@@ -139,7 +156,7 @@ def test_not_a_potential(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="not a potential saved by gossamer"):
         load(tmp_path / "other")
     safetensors.torch.save_file({"a": torch.zeros(1)}, tmp_path / "newer", {"gossamer": json.dumps({"format": 99, "gossamer": "9.9"})})
-    with pytest.raises(ValueError, match=r"format 99; this gossamer .* reads up to 1"):
+    with pytest.raises(ValueError, match=r"format 99; this gossamer .* reads up to 2"):
         load(tmp_path / "newer")
 
 

@@ -8,9 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gossamer.data.structure import Structure
+from gossamer.data.structure import Structure, label_fields
 from gossamer.graph import Graph
 from gossamer.neighbors import neighbor_list
+from gossamer.quantities import QUANTITIES, Quantity
 
 
 def collate(structures: Sequence[Structure], cutoff: float, max_neighbors: int | None = None) -> Graph:
@@ -27,13 +28,6 @@ def collate(structures: Sequence[Structure], cutoff: float, max_neighbors: int |
     edge_index = np.concatenate([edges + start for (edges, _), start in zip(lists, first, strict=True)], axis=1)
     edge_shifts = np.concatenate([shifts for _, shifts in lists])
 
-    def label(name: str, shapes: Sequence[tuple[int, ...]]) -> Tensor | None:
-        values = [getattr(s, name) for s in structures]
-        if all(v is None for v in values):
-            return None
-        filled = [np.full(shape, np.nan) if v is None else v for v, shape in zip(values, shapes, strict=True)]
-        return torch.from_numpy(np.concatenate([np.reshape(v, shape) for v, shape in zip(filled, shapes, strict=True)]))
-
     return Graph(
         atomic_numbers=torch.from_numpy(np.concatenate([s.atomic_numbers for s in structures]).astype(np.int64)),
         positions=torch.from_numpy(np.concatenate([s.positions for s in structures])),
@@ -41,9 +35,17 @@ def collate(structures: Sequence[Structure], cutoff: float, max_neighbors: int |
         graph_index=torch.from_numpy(np.repeat(np.arange(len(structures)), sizes)),
         edge_index=torch.from_numpy(edge_index),
         edge_shifts=torch.from_numpy(edge_shifts.astype(np.float64)),
-        energy=label("energy", [(1,)] * len(structures)),
-        forces=label("forces", [(n, 3) for n in sizes]),
-        stress=label("stress", [(1, 3, 3)] * len(structures)),
+        **label_fields({name: _joined(quantity, structures) for name, quantity in QUANTITIES.items()}),
         free=torch.from_numpy(np.concatenate([s.free for s in structures])),
         names=tuple(s.name for s in structures),
     )
+
+
+def _joined(quantity: Quantity, structures: Sequence[Structure]) -> Tensor | None:
+    """One label of all structures; NaN where it is absent, None where no structure has it."""
+    labels = [s.labels.get(quantity.name) for s in structures]
+    if all(label is None for label in labels):
+        return None
+    rows = [s.n_atoms if quantity.per == "atom" else 1 for s in structures]
+    values = [np.full((n, *quantity.shape), np.nan if v is None else v, dtype=np.float64) for n, v in zip(rows, labels, strict=True)]
+    return torch.from_numpy(np.concatenate(values))

@@ -136,7 +136,7 @@ def require_labels(structures: Sequence[Structure], needed: Sequence[str], why: 
     """Raise ValueError naming the first frame that lacks a needed label."""
     for structure in structures:
         for label in needed:
-            if getattr(structure, label) is None:
+            if label not in structure.labels:
                 raise ValueError(
                     f"{structure.name} has no {label}, but {why.format(label=label)}. Set that weight to 0, remove frames "
                     f"without {label}, or say under which name it is stored (data.labels.{label})."

@@ -16,6 +16,7 @@ from gossamer.data.dataset import identity, open_dataset
 from gossamer.data.readers import ENERGY_UNITS, LabelConfig
 from gossamer.data.structure import Structure
 from gossamer.neighbors import neighbor_list
+from gossamer.quantities import QUANTITIES
 
 
 @dataclass
@@ -81,19 +82,20 @@ def _basics(structures: Sequence[Structure], report: Inspection) -> None:
 
 
 def _labels(structures: Sequence[Structure], report: Inspection) -> None:
-    for label in ("energy", "forces", "stress"):
-        missing = [s.name for s in structures if getattr(s, label) is None]
+    for label, quantity in QUANTITIES.items():
+        missing = [s.name for s in structures if label not in s.labels]
         if len(missing) == len(structures):
             report.facts[label] = "none"
-            if label != "stress":
+            if label in ("energy", "forces"):
                 report.errors.append(f"no frame has {label}: is it stored under another name (--{label})?")
             continue
         if missing:
             report.errors.append(f"{len(missing)} of {len(structures)} frames have no {label}, the first is {missing[0]}")
-        values = np.concatenate([np.ravel(getattr(s, label)) for s in structures if getattr(s, label) is not None])
-        unit = {"energy": "eV", "forces": "eV/Å", "stress": "eV/Å³"}[label]
+        values = np.concatenate([np.ravel(s.labels[label]) for s in structures if label in s.labels])
         rms = float(np.sqrt((values**2).mean()))
-        report.facts[label] = f"median {np.median(values):.6g}, RMS {rms:.4g}, range {values.min():.6g} to {values.max():.6g} {unit}"
+        report.facts[label] = (
+            f"median {np.median(values):.6g}, RMS {rms:.4g}, range {values.min():.6g} to {values.max():.6g} {quantity.unit}"
+        )
         if len(structures) > 1 and label == "forces":
             zeroed: list[str] = []
             partly: list[str] = []

@@ -17,9 +17,11 @@ import numpy as np
 from ase import Atoms, units
 from ase.constraints import FixAtoms
 from ase.stress import voigt_6_to_full_3x3_stress
+from pydantic import field_validator
 
-from gossamer.data.structure import Structure
+from gossamer.data.structure import Structure, label_fields
 from gossamer.files import COMPRESSIONS, open_text
+from gossamer.quantities import QUANTITIES, known_extras
 from gossamer.settings import settings
 
 ENERGY_UNITS = {"eV": 1.0, "meV": 1e-3, "Hartree": units.Hartree, "Ry": units.Rydberg, "kcal/mol": units.kcal / units.mol,
@@ -46,8 +48,23 @@ class LabelConfig:
     """Unit of the stress."""
     stress_sign: Literal["ase", "vasp"] = "ase"
     """"ase": tension positive. "vasp": compression positive (the "in kB" line of OUTCAR)."""
+    extras: dict[str, str] | None = None
+    """Names in the file of further quantities (gossamer/quantities.py), where they differ from ours; read in the table's units."""
     group: str | None = None
     """Name of a per-frame entry that says which frames belong together (material or trajectory id)."""
+
+    @field_validator("extras")
+    @classmethod
+    def _known(cls, extras: dict[str, str] | None) -> dict[str, str] | None:
+        return extras and known_extras(extras)
+
+    def names(self) -> dict[str, str]:
+        """Name in the file of each quantity."""
+        return (
+            {name: name for name in QUANTITIES}
+            | {"energy": self.energy, "forces": self.forces, "stress": self.stress}
+            | (self.extras or {})
+        )
 
     def scales(self, default_energy: str = "eV") -> tuple[float, float, float, float]:
         """Factors of energy, length, forces and stress to eV, Å, eV/Å and eV/Å³ (ASE sign)."""
@@ -105,24 +122,17 @@ def from_atoms(atoms: Atoms, labels: LabelConfig, name: str, extra: dict[str, An
     """A structure from ASE Atoms with labels in its calculator, info or arrays (or in ``extra``)."""
     results = dict(getattr(atoms.calc, "results", {})) if atoms.calc is not None else {}
     found: dict[str, Any] = {**atoms.info, **atoms.arrays, **results, **(extra or {})}
-    energy_scale, length_scale, force_scale, stress_scale = labels.scales()
+    length_scale = labels.scales()[1]
     fixed = np.zeros(len(atoms), dtype=bool)
     for constraint in atoms.constraints:
         if isinstance(constraint, FixAtoms):
             fixed[constraint.index] = True
-    for label in ("energy", "forces", "stress"):
-        key = getattr(labels, label)
-        if key != label and key not in found:
+    values = {}
+    for label, key in labels.names().items():
+        if key in found and found[key] is not None:
+            values[label] = _value(label, found[key], key, atoms, labels, name)
+        elif key != label and key not in found:
             raise ValueError(f"{name}: no entry '{key}' (data.labels.{label}). Found: {_listed(found)}.")
-    energy = found.get(labels.energy)
-    if energy is not None and np.size(energy) != 1:
-        raise ValueError(f"{name}: '{labels.energy}' holds {np.size(energy)} numbers, expected one total energy.")
-    forces = found.get(labels.forces)
-    stress = found.get(labels.stress)
-    if stress is not None:
-        stress = _full_stress(np.asarray(stress, dtype=float), name, labels.stress) * stress_scale
-        if labels.stress.startswith("virial"):
-            stress = -stress / max(atoms.get_volume() * length_scale**3, 1e-12)
     group = None if labels.group is None else found.get(labels.group)
     if labels.group is not None and group is None:
         raise ValueError(f"{name}: no entry '{labels.group}' (data.labels.group). Found: {_listed(found)}.")
@@ -131,13 +141,37 @@ def from_atoms(atoms: Atoms, labels: LabelConfig, name: str, extra: dict[str, An
         positions=atoms.positions * length_scale,
         cell=atoms.cell.array * length_scale,
         pbc=np.array(atoms.pbc, dtype=bool),
-        energy=None if energy is None else float(np.asarray(energy).reshape(())) * energy_scale,
-        forces=None if forces is None else np.asarray(forces, dtype=np.float64) * force_scale,
-        stress=stress,
+        **label_fields(values),
         fixed=fixed if fixed.any() else None,
         group=None if group is None else str(group),
         name=name,
     )
+
+
+def _value(label: str, stored: Any, key: str, atoms: Atoms, labels: LabelConfig, name: str) -> Any:
+    """One label in our units and sign.
+
+    Raises:
+        ValueError: not numbers, or not as many as the quantity has.
+    """
+    try:
+        value = np.asarray(stored, dtype=np.float64)
+    except (TypeError, ValueError):
+        raise ValueError(f"{name}: '{key}' holds {str(stored)[:40]!r}, expected numbers ({label}).") from None
+    energy_scale, length_scale, force_scale, stress_scale = labels.scales()
+    if label == "energy":
+        if value.size != 1:
+            raise ValueError(f"{name}: '{key}' holds {value.size} numbers, expected one total energy.")
+        return float(value.reshape(())) * energy_scale
+    if label == "forces":
+        return value * force_scale
+    if label == "stress":
+        stress = _full_stress(value, name, key) * stress_scale
+        return -stress / max(atoms.get_volume() * length_scale**3, 1e-12) if key.startswith("virial") else stress
+    shape = QUANTITIES[label].full_shape(len(atoms))
+    if value.size != np.prod(shape):
+        raise ValueError(f"{name}: '{key}' holds {value.size} numbers, expected {list(shape)} ({label}).")
+    return value.reshape(shape)
 
 
 def _full_stress(value: np.ndarray, name: str, key: str) -> np.ndarray:

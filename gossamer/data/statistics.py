@@ -13,6 +13,7 @@ from ase.data import chemical_symbols
 
 from gossamer.data.structure import Structure
 from gossamer.neighbors import neighbor_list
+from gossamer.quantities import QUANTITIES
 from gossamer.settings import settings
 
 log = logging.getLogger(__name__)
@@ -67,7 +68,7 @@ def compute_statistics(
     energies: list[float] = []
     isolated: dict[int, float] = {}
     squares_of, count_of = np.zeros(119), np.zeros(119)
-    stresses: list[np.ndarray] = []
+    further: dict[str, list[np.ndarray]] = {name: [] for name in QUANTITIES if name not in ("energy", "forces")}
     stride = max(1, len(structures) // 500)
     for index, structure in enumerate(structures):
         present.update(np.unique(structure.atomic_numbers).tolist())
@@ -78,8 +79,11 @@ def compute_statistics(
             force_count += structure.forces.size
             np.add.at(squares_of, structure.atomic_numbers, (structure.forces**2).sum(axis=1))
             np.add.at(count_of, structure.atomic_numbers, 3)
-        if structure.stress is not None:
-            stresses.append(structure.stress)
+        for name, values in further.items():
+            if name in structure.labels:
+                values.append(np.ravel(structure.labels[name]))
+        for name in sorted(structure.extras):
+            digest.update(name.encode() + np.ascontiguousarray(structure.extras[name]).tobytes())
         if structure.energy is not None:
             composition_rows.append(np.bincount(structure.atomic_numbers, minlength=119))
             energies.append(structure.energy)
@@ -107,22 +111,26 @@ def compute_statistics(
         element_scales={chemical_symbols[z]: element_rms.get(chemical_symbols[z], force_rms) / force_rms for z in table}
         if force_rms
         else None,
-        spreads=_spreads(references, table, np.array(composition_rows), np.array(energies), force_rms, stresses),
+        spreads=_spreads(references, table, np.array(composition_rows), np.array(energies), force_rms, further),
         n_structures=len(structures),
         fingerprint=digest.hexdigest(),
     )
 
 
 def _spreads(
-    references: Mapping[str, float], table: list[int], rows: np.ndarray, energies: np.ndarray, force_rms: float, stresses: list[np.ndarray]
+    references: Mapping[str, float],
+    table: list[int],
+    rows: np.ndarray,
+    energies: np.ndarray,
+    force_rms: float,
+    further: Mapping[str, list[np.ndarray]],
 ) -> dict[str, float]:
-    """Standard deviations of energies per atom and stress components, RMS of force components; only those that are not zero."""
+    """Standard deviations of energies per atom and of components of further labels, RMS of force components; only those above zero."""
     found = {"forces": force_rms}
     if len(energies):
         shifts = np.array([references[chemical_symbols[z]] for z in table])
         found["energy"] = float(np.std((energies - rows[:, table] @ shifts) / rows.sum(axis=1)))
-    if stresses:
-        found["stress"] = float(np.std(np.stack(stresses)))
+    found |= {name: float(np.std(np.concatenate(values))) for name, values in further.items() if values}
     return {name: value for name, value in found.items() if value > 0}
 
 

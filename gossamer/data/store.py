@@ -11,16 +11,24 @@ from typing import Any, overload
 
 import numpy as np
 
-from gossamer.data.structure import Structure
+from gossamer.data.structure import Structure, label_fields
+from gossamer.quantities import OWN, QUANTITIES, Quantity
 
 PER_ATOM: dict[str, tuple[Any, tuple[int, ...]]] = {
     "atomic_numbers": (np.int16, ()),
     "positions": (np.float64, (3,)),
-    "forces": (np.float64, (3,)),
     "fixed": (np.bool_, ()),
 }
-PER_FRAME: dict[str, tuple[Any, tuple[int, ...]]] = {"cell": (np.float64, (3, 3)), "pbc": (np.bool_, (3,)), "energy": (np.float64, ()), "stress": (np.float64, (3, 3)),
-             "n_atoms": (np.int64, ()), "group": (np.dtype("S48"), ())}  # fmt: skip
+PER_FRAME: dict[str, tuple[Any, tuple[int, ...]]] = {
+    "cell": (np.float64, (3, 3)),
+    "pbc": (np.bool_, (3,)),
+    "n_atoms": (np.int64, ()),
+    "group": (np.dtype("S48"), ()),
+}
+
+
+def _kinds(quantities: Iterable[Quantity]) -> dict[str, tuple[Any, tuple[int, ...]]]:
+    return {q.name: (np.float64, q.shape) for q in quantities}
 
 
 def write_store(structures: Iterable[Structure], path: Path | str) -> int:
@@ -35,24 +43,23 @@ def write_store(structures: Iterable[Structure], path: Path | str) -> int:
     partial = path.with_name(f".{path.name}.part")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    files = {name: open(partial / f"{name}.bin", "wb") for name in (*PER_ATOM, *PER_FRAME)}  # noqa: SIM115
+    kinds = PER_ATOM | PER_FRAME | _kinds(QUANTITIES.values())
+    files = {name: open(partial / f"{name}.bin", "wb") for name in kinds}  # noqa: SIM115
     count = 0
     try:
         for s in structures:
             values: dict[str, Any] = {
                 "atomic_numbers": s.atomic_numbers,
                 "positions": s.positions,
-                "forces": np.full((s.n_atoms, 3), np.nan) if s.forces is None else s.forces,
                 "fixed": ~s.free,
                 "cell": s.cell,
                 "pbc": s.pbc,
-                "energy": np.nan if s.energy is None else s.energy,
-                "stress": np.full((3, 3), np.nan) if s.stress is None else s.stress,
                 "n_atoms": s.n_atoms,
                 "group": (s.group or "").encode()[:48],
+                **{name: s.labels.get(name, np.full(q.full_shape(s.n_atoms), np.nan)) for name, q in QUANTITIES.items()},
             }
             for name, value in values.items():
-                dtype, _ = (PER_ATOM | PER_FRAME)[name]
+                dtype, _ = kinds[name]
                 files[name].write(np.ascontiguousarray(value, dtype=dtype).tobytes())
             count += 1
         for file in files.values():
@@ -61,7 +68,7 @@ def write_store(structures: Iterable[Structure], path: Path | str) -> int:
     finally:
         for file in files.values():
             file.close()
-    (partial / "store.json").write_text(json.dumps({"format": 1, "n_structures": count}))
+    (partial / "store.json").write_text(json.dumps({"format": 1, "n_structures": count, "quantities": list(QUANTITIES)}))
     os.replace(partial, path)
     return count
 
@@ -72,13 +79,17 @@ class Store(Sequence[Structure]):
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
         try:
-            count = json.loads((self.path / "store.json").read_text())["n_structures"]
-        except (OSError, ValueError, KeyError) as error:
+            content = json.loads((self.path / "store.json").read_text())
+            count, labels = content["n_structures"], content.get("quantities", OWN)  # the first stores did not list them
+        except (OSError, ValueError, KeyError, AttributeError) as error:
             raise ValueError(f"'{path}' is not a complete store ({error}). Convert the data again.") from None
-        self._frames = {name: self._map(name, kind, count) for name, kind in PER_FRAME.items()}
+        known = [q for name, q in QUANTITIES.items() if name in labels]
+        per_frame = PER_FRAME | _kinds(q for q in known if q.per == "structure")
+        self._frames = {name: self._map(name, kind, count) for name, kind in per_frame.items()}
         self._ends = np.cumsum(self._frames["n_atoms"])
         total = int(self._ends[-1]) if count else 0
-        self._atoms = {name: self._map(name, kind, total) for name, kind in PER_ATOM.items()}
+        per_atom = PER_ATOM | _kinds(q for q in known if q.per == "atom")
+        self._atoms = {name: self._map(name, kind, total) for name, kind in per_atom.items()}
 
     def _map(self, name: str, kind: tuple[Any, tuple[int, ...]], rows: int) -> np.ndarray:
         dtype, shape = kind
@@ -106,14 +117,15 @@ class Store(Sequence[Structure]):
         frame = {name: np.array(values[index]) for name, values in self._frames.items()}
         atom = {name: np.array(values[rows]) for name, values in self._atoms.items()}
         group = bytes(frame["group"].item()).decode()
+        labels: dict[str, Any] = {name: value for name, value in (frame | atom).items() if name in QUANTITIES and not np.isnan(value).any()}
+        if "energy" in labels:
+            labels["energy"] = float(labels["energy"])
         return Structure(
             atomic_numbers=atom["atomic_numbers"].astype(np.int64),
             positions=atom["positions"],
             cell=frame["cell"],
             pbc=frame["pbc"],
-            energy=None if np.isnan(frame["energy"]) else float(frame["energy"]),
-            forces=None if np.isnan(atom["forces"]).any() else atom["forces"],
-            stress=None if np.isnan(frame["stress"]).any() else frame["stress"],
+            **label_fields(labels),
             fixed=atom["fixed"] if atom["fixed"].any() else None,
             group=group or None,
             name=f"'{self.path}' frame {index}",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,6 +11,8 @@ from ase import Atoms
 from ase.calculators.singlepoint import SinglePointCalculator
 from ase.stress import full_3x3_to_voigt_6_stress
 from numpy.typing import NDArray
+
+from gossamer.quantities import OWN, QUANTITIES
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -28,12 +31,20 @@ class Structure:
     """(n_atoms, 3) eV/Å"""
     stress: NDArray[np.float64] | None = None
     """(3, 3) eV/Å³, tension positive"""
+    extras: Mapping[str, NDArray[np.float64]] = field(default_factory=dict)
+    """labels of the table's further quantities (gossamer/quantities.py), in its units"""
     fixed: NDArray[np.bool_] | None = None
     """(n_atoms,) atoms held fixed when the data was made"""
     group: str | None = None
     """material or trajectory id, for splits that must not leak"""
     name: str = "structure"
     """file and frame, for messages"""
+
+    @property
+    def labels(self) -> dict[str, Any]:
+        """The labels that are there, by the names of their quantities."""
+        named = {"energy": self.energy, "forces": self.forces, "stress": self.stress, **self.extras}
+        return {name: value for name, value in named.items() if value is not None}
 
     @property
     def n_atoms(self) -> int:
@@ -62,19 +73,14 @@ class Structure:
         shapes: dict[str, tuple[Any, tuple[int, ...]]] = {
             "positions": (self.positions, (n, 3)),
             "cell": (self.cell, (3, 3)),
-            "forces": (self.forces, (n, 3)),
-            "stress": (self.stress, (3, 3)),
+            **{label: (value, QUANTITIES[label].full_shape(n)) for label, value in self.labels.items()},
         }
         for label, (value, shape) in shapes.items():
-            if value is None:
-                continue
             if np.shape(value) != shape:
                 raise ValueError(f"{self.name}: {label} has shape {np.shape(value)}, expected {shape}.")
             if not np.isfinite(value).all():
-                where = tuple(int(i) for i in np.argwhere(~np.isfinite(value))[0])
-                raise ValueError(f"{self.name}: {label}{list(where)} is not finite. Remove the frame or repair the label.")
-        if self.energy is not None and not np.isfinite(self.energy):
-            raise ValueError(f"{self.name}: energy is not finite. Remove the frame or repair the label.")
+                where = [int(i) for i in np.argwhere(~np.isfinite(value))[0]]
+                raise ValueError(f"{self.name}: {label}{where or ''} is not finite. Remove the frame or repair the label.")
         if self.pbc.any() and np.linalg.matrix_rank(self.cell[self.pbc], tol=1e-6) < self.pbc.sum():
             raise ValueError(
                 f"{self.name}: periodic along {np.flatnonzero(self.pbc).tolist()}, but the cell {self.cell.tolist()} has no "
@@ -83,7 +89,7 @@ class Structure:
         return self
 
     def to_ase(self) -> Atoms:
-        """The structure as ASE Atoms whose calculator holds the labels."""
+        """The structure as ASE Atoms whose calculator holds energy, forces and stress; further labels are in arrays and info."""
         atoms = Atoms(self.atomic_numbers, self.positions, cell=self.cell, pbc=self.pbc)
         labels: dict[str, Any] = {"energy": self.energy, "forces": self.forces}
         if self.stress is not None:
@@ -91,4 +97,12 @@ class Structure:
         labels = {k: v for k, v in labels.items() if v is not None}
         if labels:
             atoms.calc = SinglePointCalculator(atoms, **labels)
+        for name, value in self.extras.items():
+            (atoms.arrays if QUANTITIES[name].per == "atom" else atoms.info)[name] = value
         return atoms
+
+
+def label_fields(labels: Mapping[str, Any]) -> dict[str, Any]:
+    """Labels by quantity as arguments of Structure: three have fields of their own, the others are extras."""
+    own = {name: labels.get(name) for name in OWN}
+    return {**own, "extras": {name: value for name, value in labels.items() if name not in own and value is not None}}

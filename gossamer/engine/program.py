@@ -72,7 +72,8 @@ class Program:
                 f"This compiled potential takes {wanted} of at least two atoms and edges, found {graph.n_graphs}, {graph.n_atoms} and {graph.n_edges}."
             )
         out = self._program.run([getattr(graph, f).contiguous() for f in FIELDS])
-        return Prediction(**{"forces": None, "stress": None, **dict(zip(self.names, out, strict=True))})
+        values: dict[str, Any] = {"forces": None, "stress": None, **dict(zip(self.names, out, strict=True))}
+        return Prediction(**values)
 
 
 def fits(graph: Graph) -> bool:

@@ -31,6 +31,7 @@ from gossamer.files import write_text
 from gossamer.graph import Graph
 from gossamer.models import MODELS
 from gossamer.potential import Potential, PotentialConfig
+from gossamer.quantities import QUANTITIES
 from gossamer.settings import build, settings, to_dict
 from gossamer.signals import StopRequested
 from gossamer.training.checkpoint import load_optimizer, optimizer_tensors, read_checkpoint, save_checkpoint
@@ -41,7 +42,6 @@ from gossamer.training.optim import EMA, Clipper, Schedule, ScheduleConfig, make
 from gossamer.training.process_group import ProcessGroup
 
 log = logging.getLogger(__name__)
-LABELS = ("energy", "forces", "stress")
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 TIMED_PARTS = 15
 """a run of a given time is validated this many times, or less often where validating takes long"""
@@ -133,7 +133,7 @@ class State:
     """``seconds`` after the last validation"""
     valid_seconds: float = 0.0
     """how long it took"""
-    totals: dict[str, list[float]] = field(default_factory=lambda: {k: [0.0, 0.0] for k in LABELS})
+    totals: dict[str, list[float]] = field(default_factory=lambda: {k: [0.0, 0.0] for k in QUANTITIES})
     """penalty sums and counts since the last log row"""
 
 
@@ -187,7 +187,8 @@ def train_step(state: State, graph: Graph, loss: LossConfig, config: TrainingCon
     prediction = state.forward(graph)
     sums = loss_sums(prediction, graph, loss, potential.statistics.spreads)
     counts = group.sum(torch.tensor([float(n) for _, n in sums.values()], dtype=torch.float64, device=potential.device))
-    parts = [getattr(loss, name) * value / count.clamp(min=1) for (name, (value, _)), count in zip(sums.items(), counts, strict=True)]
+    weights = loss.weights()
+    parts = [weights[name] * value / count.clamp(min=1) for (name, (value, _)), count in zip(sums.items(), counts, strict=True)]
     total = torch.stack(parts).sum()
     state.optimizer.zero_grad(set_to_none=True)
     parameters: list[Tensor] = [p for p in potential.network.parameters() if p.requires_grad]
@@ -200,8 +201,9 @@ def train_step(state: State, graph: Graph, loss: LossConfig, config: TrainingCon
     state.optimizer.step()
     state.ema.update(progress)
     for (name, (penalties, _)), count in zip(sums.items(), counts.tolist(), strict=True):
-        state.totals[name][0] += float(group.sum(penalties.detach().clone()))
-        state.totals[name][1] += count
+        totals = state.totals.setdefault(name, [0.0, 0.0])
+        totals[0] += float(group.sum(penalties.detach().clone()))
+        totals[1] += count
     return value
 
 
@@ -239,7 +241,8 @@ def checkpoint_due(state: State, config: TrainingConfig, saved_at: float) -> boo
 
 def validation_loss(evaluation: Evaluation, loss: LossConfig) -> float:
     """Weighted sum of mean absolute errors (eV/atom, eV/Å, eV/Å³): the number that picks the best weights."""
-    return sum(getattr(loss, name) * getattr(evaluation, name).mae / 1000 for name in LABELS if getattr(evaluation, name).count)
+    errors = {name: evaluation.errors[name] for name in loss.weights()}
+    return sum(loss.weights()[name] * e.mae / e.factor for name, e in errors.items() if e.count)
 
 
 # --- checkpoints --------------------------------------------------------------------------------------------------
@@ -289,8 +292,11 @@ def with_defaults(identity: dict[str, Any]) -> dict[str, Any]:
 
 # --- logging ------------------------------------------------------------------------------------------------------
 
-COLUMNS = ["step", "epoch", "learning_rate", "seconds", "train_loss", "valid_loss",
-           *(f"valid_{label}_{kind}" for label in LABELS for kind in ("mae", "rmse"))]  # fmt: skip
+
+def columns() -> list[str]:
+    """Names of the log's columns."""
+    errors = [f"valid_{name}_{kind}" for name in QUANTITIES for kind in ("mae", "rmse")]
+    return ["step", "epoch", "learning_rate", "seconds", "train_loss", "valid_loss", *errors]
 
 
 class Log:
@@ -305,7 +311,7 @@ class Log:
             with open(self.path, newline="") as file:
                 rows = [row for row in csv.DictReader(file) if int(row["step"]) <= step]
         text = io.StringIO()
-        writer = csv.DictWriter(text, COLUMNS)
+        writer = csv.DictWriter(text, columns())
         writer.writeheader()
         writer.writerows(rows)
         write_text(self.path, text.getvalue())
@@ -334,7 +340,7 @@ class Log:
 
     def write(self, row: dict[str, Any]) -> None:
         with open(self.path, "a", newline="") as file:
-            csv.DictWriter(file, COLUMNS).writerow(row)
+            csv.DictWriter(file, columns()).writerow(row)
             file.flush()
         for writer in self.writers:
             writer(row)
@@ -479,9 +485,9 @@ def validate(
         evaluation = evaluate_potential(state.ema.module, valid, keep=0, run=state.averaged)
         metric = validation_loss(evaluation, loss)
         row |= {
-            f"valid_{label}_{kind}": getattr(getattr(evaluation, label), kind) if getattr(evaluation, label).count else ""
-            for label in LABELS
-            for kind in ("mae", "rmse")
+            f"valid_{name}_{kind}": value if errors.count else ""
+            for name, errors in evaluation.errors.items()
+            for kind, value in (("mae", errors.mae), ("rmse", errors.rmse))
         }
     metric = group.broadcast(metric)
     state.schedule.observe(metric)
@@ -491,8 +497,8 @@ def validate(
             save_best(state.ema.module)
     else:
         state.stale += 1
-    train_loss = sum(getattr(loss, k) * total / count for k, (total, count) in state.totals.items() if count)
-    state.totals = {k: [0.0, 0.0] for k in LABELS}
+    train_loss = sum(loss.weights()[k] * total / count for k, (total, count) in state.totals.items() if count)
+    state.totals = {k: [0.0, 0.0] for k in QUANTITIES}
     row |= {"seconds": round(state.seconds, 3), "train_loss": train_loss, "valid_loss": metric}
     return row
 

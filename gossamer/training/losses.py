@@ -1,4 +1,4 @@
-"""Losses on energy, forces and stress."""
+"""Losses on energy, forces, stress and whatever else the table of quantities holds."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ from collections.abc import Mapping
 from typing import Annotated, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import Tensor
 
 from gossamer.graph import Graph
 from gossamer.potential import Prediction
+from gossamer.quantities import QUANTITIES, known_extras
 from gossamer.settings import settings
 
 
@@ -27,6 +28,8 @@ class LossConfig:
     """Weight of the forces."""
     stress: Annotated[float, Field(ge=0)] = 0.0
     """Weight of the stress; 0 leaves stress labels unread. About 20 suits residuals in eV/Å³."""
+    extras: dict[str, Annotated[float, Field(ge=0)]] | None = None
+    """Weights of further quantities (gossamer/quantities.py), by name, for networks with such heads."""
     huber_delta: Annotated[float, Field(gt=0)] = 0.01
     """Residual at which the Huber penalty turns from quadratic to linear."""
     stress_huber_delta: Annotated[float, Field(gt=0)] | None = None
@@ -39,9 +42,19 @@ class LossConfig:
     free_atoms_only: bool = False
     """Leave forces of atoms that were held fixed out of the loss (OC20)."""
 
+    @field_validator("extras")
+    @classmethod
+    def _known(cls, extras: dict[str, float] | None) -> dict[str, float] | None:
+        return extras and known_extras(extras)
+
+    def weights(self) -> dict[str, float]:
+        """Weight of each quantity that has one above zero."""
+        named = {"energy": self.energy, "forces": self.forces, "stress": self.stress, **(self.extras or {})}
+        return {name: weight for name, weight in named.items() if weight > 0}
+
     def needed(self) -> list[str]:
         """Labels that every training frame must have."""
-        return [name for name in ("energy", "forces", "stress") if getattr(self, name) > 0]
+        return list(self.weights())
 
 
 def penalty(residual: Tensor, config: LossConfig, delta: float | Tensor | None = None) -> Tensor:
@@ -81,18 +94,18 @@ def loss_sums(
     """
     unit = dict(spreads or {}) if config.normalize else {}
     out = {}
-
-    def add(name: str, residual: Tensor, delta: float | Tensor | None = None) -> None:
+    predictions, targets = prediction.values, graph.labels
+    for name in config.weights():
+        label = targets[name]
+        residual = predictions[name] - label
+        delta: float | Tensor | None = None
+        if name == "forces":
+            if config.free_atoms_only:
+                residual, label = residual[graph.free], label[graph.free]
+            delta = conditional_deltas(label, config.huber_delta) if config.kind == "conditional_huber" else None
+        elif name == "stress":
+            delta = config.stress_huber_delta
+        elif QUANTITIES[name].error_per_atom and (name != "energy" or config.energy_per_atom):
+            residual = residual / graph.atoms_per_graph().reshape(-1, *[1] * (residual.ndim - 1))
         out[name] = (penalty(residual / unit.get(name, 1.0), config, delta).sum(), residual.numel())
-
-    if config.energy > 0:
-        difference = prediction.energy - graph.energy
-        add("energy", difference / graph.atoms_per_graph() if config.energy_per_atom else difference)
-    if config.forces > 0:
-        difference, labels = prediction.forces - graph.forces, graph.forces
-        if config.free_atoms_only:
-            difference, labels = difference[graph.free], labels[graph.free]
-        add("forces", difference, conditional_deltas(labels, config.huber_delta) if config.kind == "conditional_huber" else None)
-    if config.stress > 0:
-        add("stress", prediction.stress - graph.stress, config.stress_huber_delta)
     return out
