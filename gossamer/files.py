@@ -1,18 +1,29 @@
-"""Writing files so that nothing is lost (to a temporary file, synced, then renamed), and reading compressed ones."""
+"""Files: written so that nothing is lost (to a temporary file, synced, then renamed), locked, read when compressed; errors explained."""
 
 from __future__ import annotations
 
 import bz2
+import errno
 import gzip
 import io
 import json
+import logging
 import lzma
 import os
-from collections.abc import Iterator
+import platform
+import re
+import sys
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+try:
+    import fcntl
+except ImportError:  # Windows: folders are not locked there
+    fcntl = None  # type: ignore[assignment]
+
+log = logging.getLogger(__name__)
 COMPRESSIONS = {".xz": lzma.open, ".gz": gzip.open, ".bz2": bz2.open}
 
 
@@ -34,6 +45,97 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
             os.close(directory)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def remove_parts(folder: Path, stems: Sequence[str] | None = None) -> None:
+    """Remove temporary files of ``atomic_path`` that killed processes left; with ``stems``, only those of files of these names."""
+    for path in folder.glob(".*.part*"):
+        found = re.fullmatch(r"\.(.+)\.(\d+)\.part(\.[^.]*)?", path.name)
+        if found and (stems is None or found[1] in stems) and not _alive(int(found[2])):
+            path.unlink(missing_ok=True)
+
+
+def _alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        return True
+    return True
+
+
+@contextmanager
+def locked(folder: Path | str, name: str = "") -> Iterator[None]:
+    """Keep other processes out of a folder while the block runs, and clear it of what killed ones left half written.
+
+    The lock belongs to the open file: it ends with the process, however that ends. A second lock on the same folder in the same
+    process is refused too. Where the file system has no locks, a line of the log says so.
+
+    Args:
+        folder: Made if it is not there (and removed again if the block leaves it empty).
+        name: Lock only the file of this name in the folder, and what is written beside it.
+
+    Raises:
+        RuntimeError: another run holds the lock; the message says which process.
+    """
+    folder = Path(folder)
+    made = not folder.exists()
+    path = folder / (f".{name}.lock" if name else ".lock")
+    descriptor = _lock(path, folder / name if name else folder)
+    try:
+        stem = Path(name).stem
+        remove_parts(folder, [stem, f"{stem}.state"] if name else None)
+        yield
+    finally:
+        path.unlink(missing_ok=True)  # while it is still ours
+        if fcntl is not None:
+            fcntl.flock(descriptor, fcntl.LOCK_UN)  # forked children may hold the file open
+        os.close(descriptor)
+        if made and not any(folder.iterdir()):
+            folder.rmdir()
+
+
+def _lock(path: Path, what: Path) -> int:
+    """Descriptor of the locked file, with a line that says who holds it."""
+    while True:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            if fcntl is not None:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.read(descriptor, 1000).decode(errors="replace").strip() or "another process"
+            os.close(descriptor)
+            raise RuntimeError(f"'{what}' is in use by {holder}. Wait for it, stop it, or choose another --out.") from None
+        except OSError as error:
+            log.warning("'%s' is not protected against a second run: no locks on this file system (%s)", what, error.strerror)
+        if path.exists() and os.path.samestat(os.stat(path), os.fstat(descriptor)):  # not removed by its last owner meanwhile
+            os.ftruncate(descriptor, 0)
+            os.write(descriptor, f"process {os.getpid()} on {platform.node()} ({' '.join(sys.argv)[:300]})\n".encode())
+            return descriptor
+        os.close(descriptor)
+
+
+ADVICE = {
+    errno.ENOSPC: "Free some space; what was finished before is intact.",
+    errno.EDQUOT: "Free some space; what was finished before is intact.",
+    errno.EFBIG: "What was finished before is intact.",
+    errno.EACCES: "Choose another place, or change its permissions.",
+    errno.EPERM: "Choose another place, or change its permissions.",
+    errno.EROFS: "Choose another place.",
+    errno.EISDIR: "A file is expected there, not a folder.",
+    errno.ENOTDIR: "A folder is expected there, not a file.",
+    errno.EEXIST: "A file is in the way: move it, or choose another name.",
+}
+
+
+def explain(error: OSError) -> str:
+    """An operating system's error in one line: what happened, where, what to do. Our own errors stay as they are."""
+    if error.errno is None or error.strerror is None:
+        return str(error) or type(error).__name__
+    where = f"'{error.filename}': " if error.filename else ""
+    return f"{where}{error.strerror}. {ADVICE.get(error.errno, '')}".rstrip()
 
 
 def write_bytes(path: Path | str, data: bytes) -> None:

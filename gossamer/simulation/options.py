@@ -1,0 +1,90 @@
+"""Options of dynamics and relaxation: flags of the command line, docs and validation come from these classes. Imports nothing heavy."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from gossamer.settings import settings
+
+Way = Literal["auto", "plain", "kernels", "program", "graph"]
+Ensemble = Literal["nve", "langevin", "nose-hoover", "npt", "npt-anisotropic"]
+Positive = Annotated[float, Field(gt=0)]
+Repeats = Annotated[int, Field(ge=1)]
+
+
+@settings
+class MDConfig:
+    """Options of molecular dynamics (`gossamer md`)."""
+
+    temperature: Positive = 300.0
+    """K, of the thermostat and of the velocities drawn."""
+    temperature_end: Positive | None = None
+    """K that the thermostat reaches at the last step, in a straight line from ``temperature``; without it the temperature stays."""
+    steps: Annotated[int, Field(gt=0)] = 1000
+    """Time steps in all, those before a resume included."""
+    timestep: Positive = 0.5
+    """fs."""
+    ensemble: Ensemble = "langevin"
+    """nve (velocity Verlet), langevin (BAOAB), nose-hoover (chains), npt (isotropic MTK: the cell keeps its shape), npt-anisotropic
+    (MTK: lengths and angles of the cell change)."""
+    out: Path = Path("md")
+    """Folder of trajectory.traj, log.csv and state.npz."""
+    interval: Annotated[int, Field(gt=0)] = 20
+    """Steps between frames of the trajectory and rows of the log."""
+    pressure: float = 0.0
+    """GPa, for npt and npt-anisotropic."""
+    thermostat_time: Positive = 100.0
+    """fs, relaxation time of the thermostat."""
+    barostat_time: Positive = 1000.0
+    """fs, relaxation time of the barostat."""
+    seed: int = 0
+    """Of the velocities drawn and of the Langevin noise."""
+    frame: int = 0
+    """Which frame of the structure file to start from; -1 is the last."""
+    supercell: tuple[Repeats, Repeats, Repeats] = (1, 1, 1)
+    """How often the structure is repeated along each cell vector; velocities are then drawn anew."""
+    resume: bool = False
+    """Go on from state.npz, bit by bit as if never stopped."""
+    max_temperature: Positive | None = None
+    """K at which the run stops; by default 5 times the temperature + 500."""
+    max_bond_stretch: Positive | None = None
+    """Å by which a bond of the first frame may change before the run stops; by default not watched."""
+    device: str = "cpu"
+    """Of a potential read from a file."""
+    dtype: Literal["float32", "float64"] | None = None
+    """Of a potential read from a file; by default as saved."""
+    way: Way = "auto"
+    """How the potential runs: plain, kernels, a compiled program, or a CUDA graph; by default the fastest that has shown its numbers right
+    and pays in a run this long. A resumed run goes on as it began."""
+
+
+@settings
+class RelaxConfig:
+    """Options of relaxation (`gossamer relax`)."""
+
+    fmax: Positive = 0.01
+    """eV/Å that no force may exceed at the end."""
+    steps: Annotated[int, Field(gt=0)] = 500
+    """Most steps taken, those before a resume included."""
+    cell: bool = False
+    """Relax the cell too (FrechetCellFilter; needs stress)."""
+    optimizer: Literal["fire", "lbfgs"] = "fire"
+    """Algorithm."""
+    out: Path | None = None
+    """File of the relaxed structure, in the format of its name; the path (.traj) and the optimiser's memory (.state.npz) lie beside it.
+    Of several structures: folder of the relaxed ones."""
+    frame: int = 0
+    """Which frame of the structure file; -1 is the last."""
+    supercell: tuple[Repeats, Repeats, Repeats] = (1, 1, 1)
+    """How often the structure is repeated along each cell vector."""
+    resume: bool = False
+    """Go on from the files beside ``out``, exactly as if never stopped; give the original structure and the same options again."""
+    device: str = "cpu"
+    """Of a potential read from a file."""
+    dtype: Literal["float32", "float64"] | None = None
+    """Of a potential read from a file; by default as saved."""
+    way: Way = "auto"
+    """How the potential runs: plain, kernels, a compiled program, or a CUDA graph; by default the fastest that has shown its numbers right."""

@@ -1,0 +1,108 @@
+"""Settings classes: what is refused, and the command-line flags made from them."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Annotated, Literal
+
+import pytest
+from pydantic import Field
+
+from gossamer.settings import add_flags, build, configured, from_flags, settings
+
+
+@settings
+class Options:
+    """Options of everything."""
+
+    width: Annotated[float, Field(gt=0)] = 2.5
+    """Å, 10 % of it is ``tail``."""
+    count: Annotated[int, Field(ge=1)] | None = None
+    """How many; by default all."""
+    kind: Literal["round", "flat"] = "round"
+    """Shape."""
+    order: Literal[1, 2] = 1
+    """Of the method."""
+    names: tuple[str, ...] = ()
+    """Which."""
+    sizes: list[int] = Field(default_factory=lambda: [1, 2])
+    """How large."""
+    repeats: tuple[int, int, int] = (1, 1, 1)
+    """Along each axis."""
+    folder: Path | None = None
+    """Where."""
+    fast: bool = False
+    """Hurry."""
+    careful: bool = True
+    """Check."""
+    compiled: bool | None = None
+    """Compile."""
+
+
+def parser(**options) -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(exit_on_error=False)
+    add_flags(made, Options, **options)
+    return made
+
+
+def parsed(*arguments: str) -> Options:
+    return from_flags(Options, parser().parse_args(arguments))
+
+
+def test_flags_give_the_settings() -> None:
+    assert parsed() == Options()
+    given = parsed("--width", "3", "--count", "4", "--kind", "flat", "--order", "2", "--names", "a", "b", "--sizes", "5", "--repeats", "1", "2", "3",
+                   "--folder", "x", "--fast", "--no-careful", "--no-compiled")  # fmt: skip
+    assert given == Options(
+        width=3.0, count=4, kind="flat", order=2, names=("a", "b"), sizes=[5], repeats=(1, 2, 3), folder=Path("x"), fast=True, careful=False,
+        compiled=False,
+    )  # fmt: skip
+    assert parsed("--careful", "--compiled") == Options(compiled=True)
+
+
+def test_flags_say_defaults_and_choices() -> None:
+    text = " ".join(parser().format_help().split())
+    for part in (
+        "10 % of it is tail (default: 2.5)",
+        "How many; by default all.",
+        "{round,flat}",
+        "Along each axis (default: 1 1 1)",
+        "--no-careful",
+    ):
+        assert part in text, part
+    assert "--no-fast" not in text
+    assert "--width" not in parser(without=["width"]).format_help()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--kind", "square"], "invalid choice: 'square'"),
+        (["--order", "3"], "invalid choice: 3"),
+        (["--count", "some"], "invalid int value: 'some'"),
+        (["--repeats", "1", "2"], "expected 3 arguments"),
+        (["--width", "0"], r"width: Input should be greater than 0 \(found 0.0\)"),
+    ],
+)
+def test_wrong_flags(arguments: list[str], message: str) -> None:
+    with pytest.raises((argparse.ArgumentError, ValueError), match=message):
+        parsed(*arguments)
+
+
+def test_a_field_that_no_flag_can_say() -> None:
+    @settings
+    class Deep:
+        table: dict[str, float] = Field(default_factory=dict)
+
+    with pytest.raises(TypeError, match=r"Deep\.table is a dict.* there is no flag for it"):
+        add_flags(argparse.ArgumentParser(), Deep)
+
+
+def test_objects_and_keywords() -> None:
+    assert configured(Options, None, {"count": 2}) == Options(count=2)
+    assert configured(Options, Options(count=2, fast=True), {"count": 3}) == Options(count=3, fast=True)
+    with pytest.raises(TypeError, match=r"Expected Options, found 3\.0. Options are given by name: width=3\.0"):
+        configured(Options, 3.0, {})
+    with pytest.raises(ValueError, match=r"widht: unknown setting. Did you mean width\?"):
+        build(Options, {"widht": 3})
