@@ -109,19 +109,22 @@ def main() -> int:
     rdf_error = liquids.rdf_error(g, g_reference, r_max)
     curves = {pair: (liquids.rdf(frames, r_max, 150, pair)[1], liquids.rdf(reference, r_max, 150, pair)[1]) for pair in PAIRS}
     displacement, displacement_reference = msd(frames), msd(reference)
+    half = min(len(displacement), len(displacement_reference)) // 2
+    moved = float(displacement[half - 1] / displacement_reference[half - 1])
 
     errors = evaluation.summary()
     rows = [
         ["energy MAE, meV/atom", errors["energy_mae_meV_per_atom"], "-"],
         ["force MAE, meV/Å", errors["forces_mae_meV_per_A"], "-"],
         ["force RMSE, meV/Å", errors["forces_rmse_meV_per_A"], "-"],
-        ["RDF error, Å (integral of |g - g_ref|)", rdf_error, 0.0],
-        *[[f"RDF overlap {a}-{b}", liquids.rdf_overlap(*curves[a, b]), 1.0] for a, b in PAIRS],
-        ["mean temperature, K", run["mean_temperature_K"], 350.0],
-        ["NVE drift, meV/atom/ps", nve["drift_meV_per_atom_per_ps"], 0.0],
-        ["NVE fluctuation ratio, 1.0 fs over 0.5 fs", nve["fluctuation_ratio"], 4.0],
-        ["symmetry error, relative (float64)", symmetry, 0.0],
-        ["|force - energy gradient|, eV/Å (float64)", gradient, 0.0],
+        ["RDF error, Å (integral of |g - g_ref|)", rdf_error, "at most 0.5"],
+        *[[f"RDF overlap {a}-{b}", liquids.rdf_overlap(*curves[a, b]), "near 1"] for a, b in PAIRS],
+        ["MSD of O over that of the reference", moved, "0.5 to 2"],
+        ["mean temperature, K", run["mean_temperature_K"], "near 350"],
+        ["NVE drift, meV/atom/ps", nve["drift_meV_per_atom_per_ps"], "within ±1"],
+        ["NVE fluctuation ratio, 1.0 fs over 0.5 fs", nve["fluctuation_ratio"], "4 ± 1"],
+        ["symmetry error, relative (float64)", symmetry, "at most 1e-8"],
+        ["|force - energy gradient|, eV/Å (float64)", gradient, "at most 1e-5"],
         ["MD speed, ms/step (96 atoms)", 1000 * run["seconds"] / run["steps"], "-"],
         ["training, s", trained_seconds, "-"],
     ]
@@ -134,6 +137,8 @@ def main() -> int:
         problems.append(("failed" if rdf_error > 1 else "weak", f"the RDF is {rdf_error:.2f} Å from the reference"))
     if abs(nve["drift_meV_per_atom_per_ps"]) > 1 or abs(nve["fluctuation_ratio"] - 4) > 1:
         problems.append(("weak", "energy is not conserved as it should be"))
+    if not 0.5 < moved < 2:
+        problems.append(("weak", f"oxygen moves {moved:.2f} times as far as in the reference"))
     status = "failed" if any(s == "failed" for s, _ in problems) else "weak" if problems else "passed"
     stable = (
         f"stable for {run['time_ps']:g} ps at 350 K, RDF error {rdf_error:.2f} Å, force error {errors['forces_mae_meV_per_A']:.0f} meV/Å"
@@ -146,7 +151,11 @@ def main() -> int:
         f"{trained['num_parameters']:,} parameters, {trained['steps']} training steps.",
     )
     report.verdict(status, sentence)
-    report.table(["quantity", "potential", "reference"], rows)
+    report.table(["quantity", "potential", "expected"], rows)
+    report.note(
+        "Trained on frames of the first three quarters of the reference trajectory and 31 hot ones; errors are those of frames of its last quarter, "
+        "which were not trained on. The simulation starts from the first of these, equilibrated by the reference method at 350 K; its first sixth is dropped."
+    )
     report.heading("Training and errors")
     learning = (plot_learning_curve(arguments.folder / "potential" / "log.csv"), "Validation errors during training.")
     report.figures([learning, *parity_figures(evaluation)])
@@ -160,13 +169,13 @@ def main() -> int:
         )
         for p in PAIRS
     ]
-    half = min(len(displacement), len(displacement_reference)) // 2
     t = np.arange(half) * INTERVAL * TIMESTEP / 1000
     msd_figure = plot_curves(
         t, [(displacement[:half], "potential")], "time, ps", "MSD of O, Å²", (t, displacement_reference[:half], "GFN1-xTB")
     )
-    msd_text = "Mean squared displacement of oxygen over all time origins, both under the same Langevin friction (1/50 fs)."
-    temperature, *_ = plot_traces(arguments.folder / "md" / "log.csv")
+    msd_text = "Mean squared displacement of oxygen over all time origins, both under the same Langevin friction (1/50 fs). "
+    msd_text += f"At the end {moved:.2f} times the reference."
+    temperature, *_ = plot_traces(arguments.folder / "md" / "log.csv", 350.0)
     _, conserved = plot_traces(arguments.folder / "nve" / "log.csv")
     report.figures(
         [
@@ -179,9 +188,9 @@ def main() -> int:
     )
     report.write(arguments.report)
 
-    print(f"\n{'':46s}{'potential':>12s}{'reference':>12s}")
+    print(f"\n{'':46s}{'potential':>12s}{'expected':>14s}")
     for name, value, expected in rows:
-        print(f"{name:46s}" + "".join(f"{v:12.4g}" if isinstance(v, float) else f"{v:>12s}" for v in (value, expected)))
+        print(f"{name:46s}" + "".join(f"{v:12.4g}" if isinstance(v, float) else f"{v:>14s}" for v in (value, expected)))
     print(f"\nverdict: {status} - {sentence}\nreport: {arguments.report} ({time.perf_counter() - began:.0f} s in all)")
     return 0 if status != "failed" else 1
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from gossamer.checks.config import JudgeConfig
 from gossamer.data.dataset import DataConfig
 from gossamer.data.readers import LabelConfig
 from gossamer.models import MODELS
@@ -23,6 +24,7 @@ SECTIONS = {
     "training": TrainingConfig,
     "training.schedule": ScheduleConfig,
     "finetune": FineTuneConfig,
+    "judge (options of gossamer judge)": JudgeConfig,
 }
 
 

@@ -10,7 +10,6 @@ import datetime
 import logging
 import multiprocessing
 import os
-import platform
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,18 +17,17 @@ from typing import Any, Literal
 
 from ase import Atoms
 
-from gossamer import __version__
-from gossamer.checks.speed import growth_exponent, memory, time_evaluation
-from gossamer.checks.subject import (
+from gossamer.checks.candidate import (
     builtin_crystals,
     builtin_molecules,
     enlarged,
-    parse_calculator,
     rattled,
-    read_frames,
-    supported_elements,
 )
+from gossamer.checks.source import parse_calculator, supported_elements
+from gossamer.checks.speed import growth_exponent, memory, time_evaluation
+from gossamer.data.atoms import as_atoms
 from gossamer.files import atomic_path, write_json, write_text
+from gossamer.machine import machine, versions
 from gossamer.timing import fastest
 
 log = logging.getLogger(__name__)
@@ -87,7 +85,7 @@ def bench(
             raise FileNotFoundError(f"There is no potential '{c['model']}'.")
     if not (list(sizes) and min(sizes) > 0 and seconds > 0 and (threads is None or threads > 0)):
         raise ValueError(f"sizes, seconds and threads must be positive, found {list(sizes)}, {seconds} and {threads}.")
-    atoms = read_frames(structure)[0] if structure is not None else None
+    atoms = as_atoms(structure) if structure is not None else None
     if atoms is not None:
         atoms.calc = None
     records = []
@@ -196,7 +194,7 @@ def measure(job: dict[str, Any], report: Callable[[dict[str, Any]], None]) -> di
     clock = time.process_time if one_thread else time.perf_counter
     facts: dict[str, Any] = {
         "atoms": atoms, "system": atoms.get_chemical_formula(empirical=True), "clock": "CPU time, one thread" if one_thread else "wall time",
-        "stopped": "the largest size asked for", "machine": _machine(job, potential), "date": datetime.date.today().isoformat(), "versions": _versions(job),
+        "stopped": "the largest size asked for", "machine": machine(potential.device if own else None), "date": datetime.date.today().isoformat(), "versions": versions(_packages(job)),
     }  # fmt: skip
     ceiling = ceilings(potential) if own else None
     last = 0
@@ -319,27 +317,9 @@ def floor(engine: Any, graph: Any, ceiling: dict[str, float]) -> dict[str, float
 # --- what came of it --------------------------------------------------------------------------------------------------
 
 
-def _machine(job: dict[str, Any], potential: Any) -> str:
-    if potential is not None:
-        from gossamer.comparison import machine
-
-        return machine(potential)
-    from gossamer.checks.judge import machine as any_machine
-
-    return any_machine()
-
-
-def _versions(job: dict[str, Any]) -> dict[str, str]:
-    from importlib.metadata import PackageNotFoundError, version
-
-    wanted = ["torch", "ase", *([job["calculator"].partition(":")[0].rpartition("=")[2].split(".")[0]] if "calculator" in job else [])]
-    found = {"gossamer": __version__, "python": platform.python_version()}
-    for package in wanted:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
+def _packages(job: dict[str, Any]) -> list[str]:
+    """Packages whose versions matter: PyTorch, ASE and that of a foreign calculator."""
+    return ["torch", "ase", *([job["calculator"].partition(":")[0].rpartition("=")[2].split(".")[0]] if "calculator" in job else [])]
 
 
 def table(records: Sequence[dict[str, Any]]) -> str:

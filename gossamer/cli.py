@@ -173,68 +173,26 @@ def _bench_parser(bench: argparse.ArgumentParser) -> None:
 
 
 def _judge_parser(judge: argparse.ArgumentParser) -> None:
+    from gossamer.checks.config import GROUPS, JudgeConfig
+    from gossamer.settings import add_flags, describe
+
     judge.add_argument("models", nargs="*", default=[], metavar="[NAME=]POTENTIAL", help="saved potentials; several stand side by side")
     judge.add_argument("--calculator", action="append", default=[], metavar="[NAME=]MODULE:FACTORY", help="any ASE calculator, for example "
                        "ase.calculators.emt:EMT or \"small=mace.calculators:mace_mp(model='small')\"; can be given several times")  # fmt: skip
     judge.add_argument(
         "--out", default="judgement", help="folder of the report; finished checks in it are not done again (default: judgement)"
     )
-    judge.add_argument(
-        "--level",
-        choices=["quick", "standard", "full"],
-        default="quick",
-        help="quick: minutes; standard: up to an hour; full: published protocols",
-    )
-    judge.add_argument(
-        "--only",
-        nargs="+",
-        metavar="CHECK",
-        help="symmetry, conservation, smoothness, diatomics, crystals, phonons, conductivity, dynamics, errors, discovery, speed",
-    )
-    judge.add_argument("--skip", nargs="+", metavar="CHECK", default=[], help="checks to leave out")
-    judge.add_argument(
-        "--structures",
-        nargs="+",
-        metavar="FILE",
-        default=[],
-        help="what to judge on (default: what the potential was tested on, or simple crystals and molecules)",
-    )
-    judge.add_argument("--elements", nargs="+", metavar="SYMBOL", help="for calculators whose elements would have to be found out")
-    judge.add_argument("--data", metavar="FILE", help="labelled structures for the errors")
-    judge.add_argument(
-        "--same-zero", action="store_true", help="the labels count energies from the potential's zero: judge energies as they are"
-    )
-    judge.add_argument(
-        "--crystals", nargs="+", metavar="FILE", default=[], help="for equation of state, elasticity, phonons, thermal conductivity"
-    )
-    judge.add_argument("--all-pairs", action="store_true", help="curves of all pairs of elements")
-    judge.add_argument("--diatomics-reference", metavar="JSON", help="reference curves of two atoms")
-    dynamics = judge.add_argument_group("molecular dynamics")
-    dynamics.add_argument("--systems", nargs="+", metavar="FILE", default=[], help="what to simulate (default: the first structure)")
-    dynamics.add_argument(
-        "--references", nargs="+", metavar="FILE", default=[], help="reference trajectories of the systems, in their order"
-    )
-    dynamics.add_argument("--reference-interval", type=float, metavar="PS", help="between frames of the references, to compare diffusion")
-    dynamics.add_argument(
-        "--protocol",
-        choices=["lips", "water", "methane", "molecule", "electrolyte"],
-        help="ensemble, temperature, step and windows of a published benchmark",
-    )
-    dynamics.add_argument("--picoseconds", type=float, help="length (default: 1, 5 or 50 by level)")
-    dynamics.add_argument("--temperature", type=float, help="K (default: 300, or that of the protocol)")
-    dynamics.add_argument("--timestep", type=float, help="fs (default: 0.5, or that of the protocol)")
-    dynamics.add_argument("--two-temperatures", action="store_true", help="also run slightly warmer, and compare the two ensembles")
-    many = judge.add_argument_group("many crystals", "restartable; finished ones are kept")
-    many.add_argument("--conductivity-crystals", metavar="FILE", help="crystals with supercells and meshes, as of phononDB-103")
-    many.add_argument("--conductivity-reference", metavar="JSON", help="reference conductivities, for κ_SRME")
-    many.add_argument("--conductivity-count", type=int, metavar="N", help="only the first N")
-    many.add_argument("--discovery", metavar="FILE", help="initial structures with material_id (Matbench Discovery)")
-    many.add_argument("--discovery-table", metavar="CSV", help="table with the columns of wbm-summary.csv")
-    many.add_argument("--discovery-relaxed", metavar="FILE", help="structures relaxed by DFT, for the RMSD")
-    many.add_argument("--discovery-count", type=int, metavar="N", help="only the first N")
-    many.add_argument("--processes", type=int, default=1, help="workers of the discovery check (default: 1)")
-    judge.add_argument("--device", default="cpu", help="for saved potentials (default: cpu)")
-    judge.add_argument("--dtype", choices=["float32", "float64"], help="for saved potentials (default: as saved)")
+    for name, text in (
+        ("structures", "what to judge on (default: what the potential was tested on, or simple crystals and molecules)"),
+        ("crystals", "for equation of state, elasticity, phonons, thermal conductivity (default: simple crystals)"),
+        ("systems", "what to simulate (default: the first structure)"),
+    ):
+        judge.add_argument(f"--{name}", nargs="+", metavar="FILE", default=[], help=text)
+    names = [name for name, *_ in describe(JudgeConfig)]
+    grouped = [name for group in GROUPS.values() for name in group]
+    add_flags(judge, JudgeConfig, without=grouped)
+    for title, group in GROUPS.items():
+        add_flags(judge.add_argument_group(title), JudgeConfig, without=[n for n in names if n not in group])
     _common(judge)
 
 
@@ -362,28 +320,25 @@ def _bench(arguments: argparse.Namespace) -> int:
 
 
 def _judge(arguments: argparse.Namespace) -> int:
+    from gossamer.checks.config import JudgeConfig
     from gossamer.checks.judge import CHECKS, judge
+    from gossamer.settings import from_flags
 
-    values = {k: v for k, v in vars(arguments).items() if k not in ("command", "run", "json")}
+    config = from_flags(JudgeConfig, arguments)
     with contextlib.redirect_stdout(sys.stderr):  # some packages greet on standard output, which is for the answer
-        results = judge(**values)
-    failed = any(o.status == "failed" for outcomes in results.values() for o in outcomes.values())
-    if arguments.json:
-        print(
-            json.dumps(
-                {
-                    name: {c: {k: v for k, v in o.to_dict().items() if k != "panels"} for c, o in outcomes.items()}
-                    for name, outcomes in results.items()
-                }
-            )
+        results = judge(
+            arguments.models, arguments.calculator, arguments.out, arguments.structures, arguments.crystals, arguments.systems, config
         )
+    failed = any(r.status == "failed" for found in results.values() for r in found.values())
+    if arguments.json:
+        print(json.dumps({name: {c: r.numbers() for c, r in found.items()} for name, found in results.items()}))
         return int(failed)
-    for name, outcomes in results.items():
+    for name, found in results.items():
         print(f"\n{name}")
-        for check, outcome in outcomes.items():
-            print(f"  {outcome.status:9s}{CHECKS[check].title}: {outcome.reason}")
-            if outcome.consequence:
-                print(f"  {'':9s}  {outcome.consequence}")
+        for check, result in found.items():
+            print(f"  {result.status:9s}{CHECKS[check].title}: {result.reason}")
+            if result.consequence:
+                print(f"  {'':9s}  {result.consequence}")
     print(f"\neverything is in '{arguments.out}/report.html' and '{arguments.out}/judgement.json'")
     return int(failed)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import platform
 import time
 from collections.abc import Sequence
 from datetime import date
@@ -20,6 +19,7 @@ from gossamer.data.dataset import load_data
 from gossamer.data.structure import Structure
 from gossamer.evaluation import evaluate_potential
 from gossamer.files import atomic_path, write_json, write_text
+from gossamer.machine import machine
 from gossamer.models import MODELS
 from gossamer.potential import Potential
 from gossamer.potential_file import load
@@ -141,7 +141,7 @@ def run_one(config: Config, minutes: float, folder: Path, progress: bool = True,
         "n_test": 0 if test_set is None else len(test_set), "inference_ms": time_inference(potential, sample[0]),
         "inference_atoms": sample[0].n_atoms, "valid": results["valid"],
         "test": None if test_set is None else evaluate_potential(potential, test_set, keep=0).summary(), "settings": to_dict(config),
-        "machine": machine(potential), "versions": {"gossamer": __version__, "torch": torch.__version__}, "date": date.today().isoformat(),
+        "machine": machine(potential.device), "versions": {"gossamer": __version__, "torch": torch.__version__}, "date": date.today().isoformat(),
     }  # fmt: skip
 
 
@@ -171,15 +171,6 @@ def time_inference(potential: Potential, structure: Structure, repeats: int = 15
         atoms.get_forces()
         times.append(time.perf_counter() - began)
     return 1000 * float(np.median(times[3:]))
-
-
-def machine(potential: Potential) -> str:
-    """Processor or GPU, and threads."""
-    if potential.device.type == "cuda":
-        return torch.cuda.get_device_name(potential.device)
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.processor()}, {torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)}"
 
 
 # --- what came of it ----------------------------------------------------------------------------------------------

@@ -167,3 +167,7 @@ def cache_folder() -> Path:
     """Where compiled programs and kernels are kept: $GOSSAMER_CACHE, or gossamer in the user's cache folder."""
     own = os.environ.get("GOSSAMER_CACHE")
     return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gossamer"
+
+
+class InputError(ValueError):
+    """A file or option of the user is wrong. (The judge stops at it, where an error of the judged calculator counts against it.)"""

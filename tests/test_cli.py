@@ -67,7 +67,7 @@ def test_flags_share_the_names_of_the_parameters() -> None:
         ("compare", gossamer.compare, {"progress"}),
         ("md", gossamer.md, {"progress"}),
         ("relax", gossamer.relax, set()),
-        ("judge", gossamer.judge, {"progress"}),
+        ("judge", gossamer.judge, {"progress", "config", "options"}),
         ("export", gossamer.export, set()),
     ):
         flags = {a.dest for a in commands[name]._actions}

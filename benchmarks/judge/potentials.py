@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+from ase.calculators.calculator import Calculator  # says to the judge that the functions here make calculators
 
 
-def tersoff() -> Any:
+def tersoff() -> Calculator:
     """Tersoff's third parameter set, Phys. Rev. B 38, 9902 (1988), by ASE."""
     from ase.calculators.tersoff import Tersoff, TersoffParameters
 
@@ -14,7 +14,7 @@ def tersoff() -> Any:
         R=2.85, D=0.15)})  # fmt: skip
 
 
-def stillinger_weber() -> Any:
+def stillinger_weber() -> Calculator:
     """Stillinger and Weber, Phys. Rev. B 31, 5262 (1985), by matscipy."""
     from matscipy.calculators.manybody import Manybody
     from matscipy.calculators.manybody.explicit_forms.stillinger_weber import Stillinger_Weber_PRB_31_5262_Si, StillingerWeber

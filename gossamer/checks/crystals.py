@@ -12,8 +12,8 @@ from ase.filters import FrechetCellFilter
 from ase.optimize import FIRE
 from numpy.typing import NDArray
 
-from gossamer.checks.outcome import Metric, Outcome, Panel, at_least, at_most, attempt, conclude, curve, measured
-from gossamer.checks.subject import COMPOUNDS, Subject, elemental_state, enlarged
+from gossamer.checks.candidate import COMPOUNDS, Candidate, elemental_state, enlarged
+from gossamer.checks.result import Metric, Panel, Result, at_least, at_most, attempt, conclude, curve, measured
 
 Array = NDArray[np.float64]
 BULK_MODULUS = {
@@ -152,16 +152,19 @@ STIFF = "Elastic response, sound and phonons at long wavelengths are off."
 SOFT = "Defects and surfaces form too easily or for free: the solid disorders by itself in simulations."
 
 
-def check(subject: Subject) -> Outcome:
-    """Every crystal of the subject; built-in ones are compared with experiment."""
+def check(candidate: Candidate) -> Result:
+    """Every crystal of the candidate; built-in ones are compared with experiment."""
     metrics: list[Metric] = []
     panels: list[Panel] = []
     notes = []
-    for name, atoms in subject.bar(list(subject.crystals.items()), "crystals"):
+    for name, atoms in candidate.bar(list(candidate.crystals.items()), "crystals"):
         metrics += attempt(
-            name, lambda n=name, a=atoms: _crystal(subject.calculator, n, a, panels, subject.options.builtin_crystals), UNBOUND, "failed"
+            name,
+            lambda n=name, a=atoms: _crystal(candidate.calculator, n, a, panels, candidate.builtin_crystals),
+            UNBOUND,
+            "failed",
         )
-    if subject.options.builtin_crystals:
+    if candidate.builtin_crystals:
         notes.append(
             "Compared with experiment at room temperature; functionals differ from it by 1 to 2 % in lattice constants and 10 to 20 % in moduli (PBE is soft)."
         )

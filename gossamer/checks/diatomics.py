@@ -11,9 +11,9 @@ import numpy as np
 from ase import Atoms
 from numpy.typing import NDArray
 
-from gossamer.checks.outcome import Curve, InputError, Metric, Outcome, Panel, at_most, conclude, curve, measured
+from gossamer.checks.candidate import Candidate, bond_length
+from gossamer.checks.result import Curve, InputError, Metric, Panel, Result, at_most, conclude, curve, measured
 from gossamer.checks.smoothness import tortuosity
-from gossamer.checks.subject import Subject, bond_length
 from gossamer.files import open_text
 
 Array = NDArray[np.float64]
@@ -124,19 +124,19 @@ HOLE = "At high temperature or pressure, or from a bad start, atoms fall into ea
 WAVES = "Spurious minima and waves: bonds form and break at distances where nature has none."
 
 
-def check(subject: Subject) -> Outcome:
+def check(candidate: Candidate) -> Result:
     """Curves of every element with itself (or of all pairs), their metrics and the grid of pictures."""
-    pairs = [(e, e) for e in subject.elements]
-    if subject.options.all_pairs:
-        pairs = list(itertools.combinations_with_replacement(subject.elements, 2))
-    reference = read_reference(subject.options.diatomics_reference) if subject.options.diatomics_reference else {}
-    distances = np.geomspace(SHORTEST, LONGEST, subject.effort.diatomic_points)
+    pairs = [(e, e) for e in candidate.elements]
+    if candidate.config.all_pairs:
+        pairs = list(itertools.combinations_with_replacement(candidate.elements, 2))
+    reference = read_reference(candidate.config.diatomics_reference) if candidate.config.diatomics_reference else {}
+    distances = np.geomspace(SHORTEST, LONGEST, candidate.effort.diatomic_points)
     found: dict[str, dict[str, float]] = {}
     missing: dict[str, float] = {}
     panels = []
-    for first, second in subject.bar(pairs, "diatomics"):
+    for first, second in candidate.bar(pairs, "diatomics"):
         name = f"{first}-{second}"
-        energies, forces = dimer_curve(subject.calculator, first, second, distances)
+        energies, forces = dimer_curve(candidate.calculator, first, second, distances)
         found[name] = curve_metrics(distances, energies, forces, bond_length(first, second))
         answered = np.isfinite(energies)
         energies = energies - (energies[answered][-1] if answered.any() else 0.0)  # counted from the farthest distance with an answer

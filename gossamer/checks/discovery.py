@@ -22,8 +22,9 @@ from ase.optimize import FIRE
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from gossamer.checks.outcome import InputError, Metric, Outcome, Panel, at_least, at_most, conclude, curve, measured, plain, skipped
-from gossamer.checks.subject import Subject, read_frames
+from gossamer.checks.candidate import Candidate
+from gossamer.checks.result import InputError, Metric, Panel, Result, at_least, at_most, conclude, curve, measured, plain, skipped
+from gossamer.data.atoms import read_frames
 from gossamer.files import open_text
 
 log = logging.getLogger(__name__)
@@ -262,23 +263,26 @@ def hull_distances(results: dict[str, dict[str, Any]], table: dict[str, dict[str
 MISSED = "Screening with this potential misses stable materials or wastes calculations on unstable ones."
 
 
-def check(subject: Subject) -> Outcome:
+def check(candidate: Candidate) -> Result:
     """Relaxes the structures of --discovery and compares with the table."""
-    options = subject.options
-    if not options.discovery:
+    config = candidate.config
+    if not config.discovery:
         return skipped("No set of crystals: give --discovery STRUCTURES and --discovery-table CSV.")
-    if not options.discovery_table:
+    if not config.discovery_table:
         raise InputError("--discovery needs --discovery-table: a CSV file with the columns of wbm-summary.csv.")
-    structures, table = read_initial(options.discovery), read_table(options.discovery_table)
+    structures, table = read_initial(config.discovery), read_table(config.discovery_table)
     unknown = [name for name, _ in structures if name not in table]
     if unknown:
-        raise InputError(
-            f"{len(unknown)} structures of '{options.discovery}' are not in '{options.discovery_table}' (first: {unknown[0]})."
-        )
-    if options.discovery_count is not None:
-        structures = structures[: options.discovery_count]
+        raise InputError(f"{len(unknown)} structures of '{config.discovery}' are not in '{config.discovery_table}' (first: {unknown[0]}).")
+    if config.discovery_count is not None:
+        structures = structures[: config.discovery_count]
     results = relax_many(
-        subject.make, structures, subject.folder / "discovery.jsonl", options.processes, subject.progress, f"{subject.name}: discovery"
+        candidate.make,
+        structures,
+        candidate.folder / "discovery.jsonl",
+        config.processes,
+        candidate.progress,
+        f"{candidate.name}: discovery",
     )
     names = [name for name, _ in structures]
     true, predicted = hull_distances(results, table, names)
@@ -297,7 +301,7 @@ def check(subject: Subject) -> Outcome:
     metrics.append(
         measured("relaxations that did not converge", 100 * sum(not results[n].get("converged") for n in names) / len(names), "%", "low")
     )
-    rmsd = _rmsd(options, results, names)
+    rmsd = _rmsd(config, results, names)
     if rmsd is not None:
         metrics.append(at_most("RMSD of relaxed structures", rmsd, "", 0.1, 0.3, "Relaxed structures are not those of DFT."))
     panels = [
@@ -317,16 +321,16 @@ def check(subject: Subject) -> Outcome:
     )
 
 
-def _rmsd(options: Any, results: dict[str, dict[str, Any]], names: Sequence[str]) -> float | None:
+def _rmsd(config: Any, results: dict[str, dict[str, Any]], names: Sequence[str]) -> float | None:
     """Mean distance to the DFT-relaxed structures (1 where there is none or no match); None without references or pymatgen."""
-    if not options.discovery_relaxed:
+    if not config.discovery_relaxed:
         return None
     try:
         import pymatgen  # noqa: F401
     except ImportError:
         log.warning("the RMSD of relaxed structures needs pymatgen: pip install 'gossamer[discovery]'")
         return None
-    references = dict(read_initial(options.discovery_relaxed))
+    references = dict(read_initial(config.discovery_relaxed))
     distances = []
     for name in names:
         result = results[name]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import itertools
+import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -17,17 +18,23 @@ from typing import Any
 import numpy as np
 from ase import Atoms, units
 from ase.io.trajectory import Trajectory
+from ase.md.langevin import Langevin
+from ase.md.velocitydistribution import Stationary, thermalize_momenta
+from ase.optimize import FIRE
 from numpy.typing import NDArray
 
 from gossamer.checks import liquids
-from gossamer.checks.outcome import Curve, InputError, Metric, Outcome, Panel, at_least, at_most, attempt, conclude, curve, measured
-from gossamer.checks.subject import Subject, enlarged, read_frames
+from gossamer.checks.candidate import Candidate, enlarged
+from gossamer.checks.result import Curve, Metric, Panel, Result, at_least, at_most, attempt, conclude, curve, measured
+from gossamer.data.atoms import read_frames
+from gossamer.files import atomic_path, write_json
 from gossamer.simulation.md import degrees_of_freedom, find_bonds, md
 
+log = logging.getLogger(__name__)
 Array = NDArray[np.float64]
 BINS, R_MAX = 500, 6.0
-SHORTEST_ENSEMBLE = 5.0
-"""thermostat times of kept trajectory below which the ensemble is not judged"""
+SHORTEST_DISTRIBUTION = 20.0
+"""thermostat times of kept trajectory below which the distribution of the kinetic energy is not judged: ten independent samples"""
 SHORTEST_DIFFUSION = 2.0
 """ps of trajectory below which no diffusivity is given"""
 
@@ -64,19 +71,92 @@ PROTOCOLS = {
 """lips, water, methane, molecule: Fu et al. and LEIGNN; electrolyte: 1 ns at the reference temperature (Geodite; step and thermostat are ours)"""
 
 
-def simulate(subject: Subject, name: str, atoms: Atoms, protocol: Protocol, picoseconds: float, label: str = "") -> dict[str, Any]:
-    """Run (or go on with) the simulation of a system in the subject's folder; answer of `gossamer.md`, with "folder"."""
-    folder = subject.folder / "dynamics" / f"{name}{label}"
+def prepare(calculator: Any, atoms: Atoms, temperature: float, timestep: float, picoseconds: float, seed: int = 0) -> tuple[Atoms, str]:
+    """A start for which the given frame is not to blame: relaxed a little, then equilibrated.
+
+    A frame of a hot run, or one made by hand, holds potential energy that heats a simulation at once and has nothing to do
+    with the potential under judgement. At most 50 steps of FIRE take it out (down to 0.1 eV/Å); velocities of twice the
+    temperature follow, half of which goes into vibrations, and Langevin dynamics with a friction of 1/(20 fs).
+
+    Args:
+        calculator: ASE calculator.
+        atoms: Not changed; velocities they may have are not used.
+        temperature: K.
+        timestep: fs.
+        picoseconds: Of Langevin dynamics.
+        seed: Of velocities and noise.
+
+    Returns:
+        The start with its momenta, and a sentence on how it was made. If preparing it ends in nonsense, the frame as given
+        with velocities of the temperature, so that the simulation shows what happens.
+    """
+    work = atoms.copy()
+    work.calc = calculator
+    rng = np.random.default_rng(seed)
+    before = _largest_force(work)
+    hottest = 5 * temperature + 500
+    relaxation = FIRE(work, logfile=None)
+    relaxation.run(fmax=0.1, steps=50)
+    after = _largest_force(work)
+    thermalize_momenta(work, 2 * temperature, rng=rng)
+    Stationary(work)
+    steps = max(1, round(picoseconds * 1000 / timestep))
+    try:
+        sane = np.isfinite(after)
+        for _ in Langevin(work, timestep * units.fs, temperature_K=temperature, friction=0.05 / units.fs, rng=rng, fixcm=False).irun(steps):
+            sane = sane and work.get_temperature() < hottest
+            if not sane:
+                break
+    except (ValueError, ArithmeticError) as error:
+        log.info("preparing a start ended: %s", error)
+        sane = False
+    if not sane:
+        start = atoms.copy()
+        thermalize_momenta(start, temperature, rng=np.random.default_rng(seed))
+        return start, "as given, since relaxing and equilibrating it ended in nonsense"
+    Stationary(work)
+    work.calc = None
+    return work, (
+        f"relaxed by {relaxation.nsteps} steps (largest force {before:.2g} to {after:.2g} eV/Å), "
+        f"then {steps * timestep / 1000:g} ps with a thermostat at {temperature:g} K"
+    )
+
+
+def _largest_force(atoms: Atoms) -> float:
+    return float(np.linalg.norm(atoms.get_forces(), axis=1).max())
+
+
+def prepared(candidate: Candidate, folder: Path, atoms: Atoms, protocol: Protocol) -> tuple[Atoms, str]:
+    """The start of a simulation, kept in its folder so that a continued one begins the same."""
+    kept, said = folder / "start.traj", folder / "start.json"
+    if kept.exists() and said.exists():
+        with Trajectory(kept) as reader:
+            return reader[0], json.loads(said.read_text())["prepared"]
+    start, sentence = prepare(candidate.calculator, atoms, protocol.temperature, protocol.timestep, candidate.effort.equilibration_ps)
+    folder.mkdir(parents=True, exist_ok=True)
+    with atomic_path(kept) as temporary, Trajectory(temporary, "w") as writer:
+        writer.write(start)
+    write_json(said, {"prepared": sentence})
+    return start, sentence
+
+
+def simulate(candidate: Candidate, name: str, atoms: Atoms, protocol: Protocol, picoseconds: float, label: str = "") -> dict[str, Any]:
+    """Run (or go on with) the simulation of a system in the candidate's folder.
+
+    Returns:
+        The answer of `gossamer.md`, with "folder", "interval_ps" (between frames) and "prepared" (how the start was made).
+    """
+    folder = candidate.folder / "dynamics" / f"{name}{label}"
     steps = round(picoseconds * 1000 / protocol.timestep)
     interval = min(protocol.interval, max(1, steps // 50))
-    start = atoms.copy()
+    start, sentence = prepared(candidate, folder, atoms, protocol)
     bonds = not atoms.pbc.any()
     answer = md(
-        subject.calculator, start, temperature=protocol.temperature, steps=steps, timestep=protocol.timestep, ensemble=protocol.ensemble,  # type: ignore[arg-type]
+        candidate.calculator, start, temperature=protocol.temperature, steps=steps, timestep=protocol.timestep, ensemble=protocol.ensemble,  # type: ignore[arg-type]
         out=folder, interval=interval, thermostat_time=protocol.thermostat_time, seed=0, resume=(folder / "state.npz").exists(),
-        max_bond_stretch=0.5 if bonds else None, progress=subject.progress,
+        max_bond_stretch=0.5 if bonds else None, progress=candidate.progress,
     )  # fmt: skip
-    return {**answer, "folder": folder, "interval_ps": interval * protocol.timestep / 1000}
+    return {**answer, "folder": folder, "interval_ps": interval * protocol.timestep / 1000, "prepared": sentence}
 
 
 def read_trajectory(folder: Path) -> tuple[list[Atoms], dict[str, Array]]:
@@ -136,22 +216,6 @@ def vibrational_density(frames: Sequence[Atoms], interval: float) -> tuple[Array
     return np.asarray(wavenumbers, dtype=np.float64), power / max(float(np.trapezoid(power, wavenumbers)), 1e-300)
 
 
-def read_reference(path: Path | str) -> list[Atoms]:
-    """Frames of a reference trajectory: anything ASE reads (extended XYZ may be .xz), or .npz with frac, cell_A and numbers."""
-    path = Path(path)
-    if not path.exists():
-        raise FileNotFoundError(f"There is no reference trajectory '{path}'.")
-    if path.suffix == ".npz":
-        with np.load(path, allow_pickle=False) as data:
-            missing = {"frac", "cell_A", "numbers"} - set(data.files)
-            if missing:
-                raise InputError(
-                    f"'{path}' lacks {', '.join(sorted(missing))}; expected frac (n_frames, n_atoms, 3), cell_A (3, 3) and numbers."
-                )
-            return [Atoms(data["numbers"], scaled_positions=f, cell=data["cell_A"], pbc=True) for f in data["frac"]]
-    return read_frames(path)
-
-
 # --- verdict --------------------------------------------------------------------------------------------------------
 
 BROKE = "Simulations of this system end in nonsense; nothing after the break can be used."
@@ -160,45 +224,48 @@ STRUCTURE = "The structure of the material in simulations is not that of the ref
 KINETICS = "Diffusion, conductivity and reaction rates come out wrong."
 
 
-def check(subject: Subject) -> Outcome:
+def check(candidate: Candidate) -> Result:
     """Each system at constant temperature; beside its reference trajectory where there is one."""
     metrics: list[Metric] = []
     panels: list[Panel] = []
-    notes = []
-    options = subject.options
-    protocol = PROTOCOLS[options.protocol] if options.protocol else Protocol(timestep=options.timestep)
-    if options.temperature_given:
-        protocol = replace(protocol, temperature=options.temperature)
-    if options.timestep_given:
-        protocol = replace(protocol, timestep=options.timestep)
-    picoseconds = options.picoseconds or (protocol.picoseconds if options.protocol and subject.effort.md_ps >= 50 else subject.effort.md_ps)
-    references = list(options.references) + [None] * len(subject.systems)
-    for (name, atoms), reference in zip(subject.systems.items(), references, strict=False):
-        system = enlarged(atoms, subject.effort.md_atoms) if options.builtin_systems else atoms
-        own = (
-            replace(protocol, temperature=float(atoms.info["temperature_K"]))
-            if "temperature_K" in atoms.info and not options.temperature_given
-            else protocol
-        )
+    notes: list[str] = []
+    references = [*candidate.config.references, *[None] * len(candidate.systems)]
+    for (name, atoms), reference in zip(candidate.systems.items(), references, strict=False):
+        system = enlarged(atoms, candidate.effort.md_atoms) if candidate.builtin_systems else atoms
+        protocol, picoseconds = asked(candidate, atoms)
         metrics += attempt(
             f"{name}: molecular dynamics",
-            lambda n=name, a=system, p=own, r=reference: _system(subject, n, a, p, float(picoseconds), r, panels), BROKE, "failed",
+            lambda n=name, a=system, p=protocol, t=picoseconds, r=reference: _system(candidate, n, a, p, t, r, panels, notes), BROKE, "failed",
         )  # fmt: skip
-        notes.append(
-            f"{name}: {system.get_chemical_formula()}, {own.ensemble}, {own.temperature:g} K, {own.timestep:g} fs, {picoseconds:g} ps."
-        )
+    if candidate.builtin_systems and candidate.origin:
+        notes.append(f"Structures: {candidate.origin}.")
     return conclude(
         metrics,
         panels,
         notes,
-        "Stable, at the temperature asked for" + (", with the structure of the reference." if options.references else "."),
+        "Stable, at the temperature asked for" + (", with the structure of the reference." if candidate.config.references else "."),
     )
 
 
+def asked(candidate: Candidate, atoms: Atoms) -> tuple[Protocol, float]:
+    """Protocol and length in ps of a system: what the user said, else what the structure or the protocol says."""
+    config = candidate.config
+    protocol = PROTOCOLS[config.protocol] if config.protocol else Protocol()
+    temperature = config.temperature or atoms.info.get("temperature_K") or protocol.temperature
+    own = replace(protocol, temperature=float(temperature), timestep=config.timestep or protocol.timestep)
+    published = protocol.picoseconds if candidate.effort.md_ps >= 50 else None
+    return own, float(config.picoseconds or published or candidate.effort.md_ps)
+
+
 def _system(
-    subject: Subject, name: str, atoms: Atoms, protocol: Protocol, picoseconds: float, reference: str | None, panels: list[Panel]
-) -> list[Metric]:
-    run = simulate(subject, name, atoms, protocol, picoseconds)
+    candidate: Candidate, name: str, atoms: Atoms, protocol: Protocol, picoseconds: float, reference: str | None, panels: list[Panel],
+    notes: list[str],
+) -> list[Metric]:  # fmt: skip
+    run = simulate(candidate, name, atoms, protocol, picoseconds)
+    notes.append(
+        f"{name}: {atoms.get_chemical_formula()}, {protocol.ensemble}, {protocol.temperature:g} K, {protocol.timestep:g} fs, {picoseconds:g} ps. "
+        f"Start: {run['prepared']}."
+    )
     frames, log = read_trajectory(run["folder"])
     times = log["time_fs"] / 1000
     stable = run["time_ps"] if run["broken"] else picoseconds
@@ -206,13 +273,14 @@ def _system(
     if run["broken"]:
         metrics[0].reason += f" ({run['broken']})"
     metrics.append(measured(f"{name}: speed", run["seconds"] / max(run["steps"], 1) * 1000, "ms/step", "low"))
-    panels.append(Panel(f"Temperature, {name}", "time, ps", "K", [curve(times, log["temperature_K"])]))
+    target = curve([times[0], times[-1]], [protocol.temperature] * 2, "target", reference=True)
+    panels.append(Panel(f"Temperature, {name}", "time, ps", "K", [curve(times, log["temperature_K"]), target]))
     if run["broken"] or len(frames) < 20:
         return metrics
-    metrics += _ensemble(subject, name, atoms, protocol, picoseconds, frames, log)
+    metrics += _ensemble(candidate, name, atoms, protocol, picoseconds, frames, log)
     kept = frames[len(frames) // 2 if protocol.skip <= 0 else min(int(protocol.skip / run["interval_ps"]), len(frames) // 2) :]
-    known = read_reference(reference) if reference else None
-    metrics += (_bulk if atoms.pbc.all() else _molecule)(name, frames, kept, run["interval_ps"], protocol, known, panels, subject)
+    known = read_frames(reference) if reference else None
+    metrics += (_bulk if atoms.pbc.all() else _molecule)(name, frames, kept, run["interval_ps"], protocol, known, panels, candidate)
     wavenumbers, density = vibrational_density(kept, run["interval_ps"])
     if wavenumbers[-1] > 800:  # frames too far apart fold the spectrum
         panels.append(
@@ -234,42 +302,40 @@ def _system(
 
 
 def _ensemble(
-    subject: Subject, name: str, atoms: Atoms, protocol: Protocol, picoseconds: float, frames: list[Atoms], log: dict[str, Array]
+    candidate: Candidate, name: str, atoms: Atoms, protocol: Protocol, picoseconds: float, frames: list[Atoms], log: dict[str, Array]
 ) -> list[Metric]:
     if protocol.ensemble == "nve":
         return []
     freedom = degrees_of_freedom(atoms, protocol.ensemble)
     kinetic = 2 * (log["total_energy_eV"] - log["potential_energy_eV"]) / (freedom * units.kB)
     late = kinetic[len(kinetic) // 2 :]
+    spacing = log["time_fs"][1] - log["time_fs"][0]
+    independent = max(1.0, len(late) * spacing / (2 * protocol.thermostat_time))
     blocks = [b.mean() for b in np.array_split(late, 5)]
-    error = max(float(np.std(blocks, ddof=1) / np.sqrt(5)), protocol.temperature * np.sqrt(2 / freedom / len(late)))
-    if len(late) * (log["time_fs"][1] - log["time_fs"][0]) < SHORTEST_ENSEMBLE * protocol.thermostat_time:
-        return [measured(f"{name}: mean temperature (too short to judge)", float(late.mean()), "K")]
+    # blocks of a short run are correlated: no error is smaller than that of a canonical ensemble of so many independent samples
+    error = max(float(np.std(blocks, ddof=1) / np.sqrt(5)), protocol.temperature * np.sqrt(2 / freedom / min(independent, len(late))))
+    off = abs(float(late.mean()) - protocol.temperature) / error
     metrics = [
         measured(f"{name}: mean temperature", float(late.mean()), "K"),
-        at_most(
-            f"{name}: temperature off by", abs(float(late.mean()) - protocol.temperature) / error, "standard errors", 4.0, 8.0, WRONG_T
-        ),
+        at_most(f"{name}: temperature off by", off, "standard errors", 4.0, 8.0, WRONG_T),
     ]
+    every = max(1, round(2 * protocol.thermostat_time / spacing))
+    thin = {key: column[::-every][::-1] for key, column in log.items()}
+    title = f"{name}: distribution of the kinetic energy"
     try:
-        mean, width = kinetic_energy_deviation(log, freedom, protocol.temperature)
+        import physical_validation  # noqa: F401
     except ImportError:
-        return [
-            *metrics,
-            Metric(
-                f"{name}: distribution of the kinetic energy",
-                None,
-                "",
-                "skipped",
-                "",
-                "",
-                "needs physical_validation: pip install 'gossamer[judge]'",
-            ),
-        ]
-    metrics.append(at_most(f"{name}: kinetic energy, mean and width off by", max(mean, width), "standard errors", 4.0, 8.0, WRONG_T))
-    if subject.options.two_temperatures:
+        return [*metrics, Metric(title, None, "", "skipped", reason="needs physical_validation: pip install 'gossamer[judge]'")]
+    if independent < SHORTEST_DISTRIBUTION / 2:
+        metrics.append(
+            Metric(title, None, "", "skipped", reason=f"needs {2 * SHORTEST_DISTRIBUTION * protocol.thermostat_time / 1000:g} ps")
+        )
+    else:
+        mean, width = kinetic_energy_deviation(thin, freedom, protocol.temperature)
+        metrics.append(at_most(f"{name}: kinetic energy, mean and width off by", max(mean, width), "standard errors", 4.0, 8.0, WRONG_T))
+    if candidate.config.two_temperatures:
         warmer = replace(protocol, temperature=protocol.temperature * (1 + np.sqrt(2 / freedom)))
-        second = simulate(subject, name, atoms, warmer, picoseconds, "-warmer")
+        second = simulate(candidate, name, atoms, warmer, picoseconds, "-warmer")
         deviation = ensemble_deviation(log, read_trajectory(second["folder"])[1], (protocol.temperature, warmer.temperature), len(atoms))
         metrics.append(
             at_most(f"{name}: Boltzmann factor between two temperatures off by", deviation, "standard errors", 4.0, 8.0, WRONG_T)
@@ -285,7 +351,7 @@ def _bulk(
     protocol: Protocol,
     known: list[Atoms] | None,
     panels: list[Panel],
-    subject: Subject,
+    candidate: Candidate,
 ) -> list[Metric]:
     metrics: list[Metric] = []
     elements = sorted(set(frames[0].get_chemical_symbols()))
@@ -318,23 +384,20 @@ def _bulk(
     if not chosen.any():
         chosen[:] = True
     msd = liquids.mean_squared_displacement(positions, masses, chosen)
-    panels.append(
-        Panel(
-            f"Mean squared displacement, {name}",
-            "time, ps",
-            "Å²",
-            [curve((np.arange(len(msd)) * interval)[:: max(1, len(msd) // 300)], msd[:: max(1, len(msd) // 300)])],
-        )
-    )
+    displacements = [_thinned(msd, interval)]
+    if known and candidate.config.reference_interval:
+        true = liquids.mean_squared_displacement(liquids.unwrapped_positions(known), masses, chosen)
+        displacements.append(_thinned(true, candidate.config.reference_interval, len(msd) * interval, "reference"))
+    panels.append(Panel(f"Mean squared displacement, {name}", "time, ps", "Å²", displacements))
     if len(kept) * interval < SHORTEST_DIFFUSION:
         return metrics
     mean, error = liquids.diffusivity_blocks(positions, masses, chosen, interval)
     who = protocol.species or "all atoms"
     metrics += [measured(f"{name}: diffusivity of {who}", mean, "1e-9 m²/s"), measured(f"{name}: its standard error", error, "1e-9 m²/s"),
                 measured(f"{name}: diffusivity by the end of the window", liquids.diffusivity(msd, interval), "1e-9 m²/s")]  # fmt: skip
-    if known and subject.options.reference_interval:
+    if known and candidate.config.reference_interval:
         true_positions = liquids.unwrapped_positions(known)
-        target, target_error = liquids.diffusivity_blocks(true_positions, masses, chosen, subject.options.reference_interval)
+        target, target_error = liquids.diffusivity_blocks(true_positions, masses, chosen, candidate.config.reference_interval)
         allowed = 2 * float(np.hypot(error, target_error))
         metrics.append(
             at_most(
@@ -349,6 +412,14 @@ def _bulk(
     return metrics
 
 
+def _thinned(msd: Array, interval: float, longest: float = np.inf, label: str = "") -> Curve:
+    """A curve of at most about 300 points, up to ``longest`` ps."""
+    times = np.arange(len(msd)) * interval
+    every = max(1, len(msd) // 300)
+    kept = times <= longest
+    return curve(times[kept][::every], msd[kept][::every], label, reference=bool(label))
+
+
 def _molecule(
     name: str,
     frames: list[Atoms],
@@ -357,7 +428,7 @@ def _molecule(
     protocol: Protocol,
     known: list[Atoms] | None,
     panels: list[Panel],
-    subject: Subject,
+    candidate: Candidate,
 ) -> list[Metric]:
     r, h = liquids.distance_distribution(kept)
     curves = [curve(r, h)]

@@ -14,8 +14,9 @@ from ase.stress import voigt_6_to_full_3x3_stress
 from numpy.typing import NDArray
 from scipy.stats import spearmanr
 
-from gossamer.checks.outcome import Metric, Outcome, Panel, at_least, at_most, close_to, conclude, curve, measured, skipped
-from gossamer.checks.subject import Subject, read_frames
+from gossamer.checks.candidate import Candidate
+from gossamer.checks.result import Metric, Panel, Result, at_least, at_most, close_to, conclude, curve, measured, skipped
+from gossamer.data.atoms import read_frames
 from gossamer.files import write_text
 
 Array = NDArray[np.float64]
@@ -135,28 +136,30 @@ def read_labelled(path: Path | str) -> list[Atoms]:
 # --- verdict --------------------------------------------------------------------------------------------------------
 
 INACCURATE = "Quantities computed with this potential differ from those of the reference method; how much depends on the quantity."
+TRAINED = "Errors on frames that were trained on say nothing of accuracy: give frames kept aside."
 OVERCONFIDENT = "Uncertainties of the potential cannot be used to decide where to trust it."
 
 
-def check(subject: Subject) -> Outcome:
+def check(candidate: Candidate) -> Result:
     """Errors on the labelled file, by element and by force, the worst frames written beside the report."""
-    frames = subject.options.labelled
+    frames = candidate.labelled
     if not frames:
         return skipped("No labelled data: give --data FILE.")
-    known = [f for f in frames if set(f.symbols) <= set(subject.elements)]
+    known = [f for f in frames if set(f.symbols) <= set(candidate.elements)]
     if not known:
         return skipped(
-            f"The data holds elements that the potential does not know ({', '.join(sorted({s for f in frames for s in f.symbols} - set(subject.elements)))})."
+            f"The data holds elements that the potential does not know ({', '.join(sorted({s for f in frames for s in f.symbols} - set(candidate.elements)))})."
         )
-    limit = {"quick": 100, "standard": 1000}.get(subject.options.level, len(known))
-    chosen = known[:: max(1, int(np.ceil(len(known) / limit)))]
-    entries = predict(subject.calculator, chosen, lambda items: subject.bar(items, "errors"))
+    fresh, metrics, notes = unseen(candidate, known)
+    limit = {"quick": 100, "standard": 1000}.get(candidate.config.level, len(fresh))
+    chosen = fresh[:: max(1, int(np.ceil(len(fresh) / limit)))]
+    entries = predict(candidate.calculator, chosen, lambda items: candidate.bar(items, "errors"))
     lost = [e["error"] for e in entries if "error" in e]
-    metrics: list[Metric] = [
+    metrics.append(
         at_most("frames without an answer", 100 * len(lost) / len(entries), "%", 0.0, 1.0, "Such structures cannot be simulated at all.")
-    ]
+    )
     if lost:
-        metrics[0].reason += f" ({' '.join(lost[0].split())[:150]})"
+        metrics[-1].reason += f" ({' '.join(lost[0].split())[:150]})"
     panels: list[Panel] = []
     if any(e["energy"][0] is not None for e in entries):
         raw, shifted, labels = aligned_energies(entries)
@@ -164,7 +167,7 @@ def check(subject: Subject) -> Outcome:
             measured("energy, mean absolute error", float(np.abs(raw).mean()), "meV/atom", "low"),
             measured("energy, with one constant per element fitted", float(np.abs(shifted).mean()), "meV/atom", "low"),
         ]
-        if not subject.options.same_zero:
+        if not candidate.config.same_zero:
             raw = shifted
         spread = float(labels.std()) or 1.0
         panels.append(Panel("Energies", "label, eV/atom", "error, meV/atom", [curve(labels, raw)], points=True))
@@ -209,10 +212,25 @@ def check(subject: Subject) -> Outcome:
             at_least("rank correlation of error and uncertainty", honest["rank"], "", 0.3, 0.1, OVERCONFIDENT),
             measured("errors within one uncertainty", honest["within_1"], "(0.68 if normal)"),
         ]
-    notes = [f"{len(chosen)} of {len(frames)} frames." + ("" if honest else " The potential gives no uncertainty.")]
-    worst = _worst(chosen, entries, subject.folder / "worst.extxyz")
-    notes.append(f"The frames with the largest errors: {worst}, in {subject.name}/worst.extxyz.")
+    notes.insert(0, f"{len(chosen)} of {len(frames)} frames." + ("" if honest else " The potential gives no uncertainty."))
+    worst = _worst(chosen, entries, candidate.folder / "worst.extxyz")
+    notes.append(f"The frames with the largest errors: {worst}, in {candidate.name}/worst.extxyz.")
     return conclude(metrics, panels, notes, "Errors are small against what there is to predict.")
+
+
+def unseen(candidate: Candidate, frames: list[Atoms]) -> tuple[list[Atoms], list[Metric], list[str]]:
+    """Frames that were not trained on, as far as the potential remembers; all of them, and a failed metric, where none is left."""
+    if candidate.seen is None:
+        return frames, [], ["Training frames cannot be recognised: the potential does not remember them."]
+    kinds = [candidate.seen.where(f) for f in frames]
+    fresh = [f for f, kind in zip(frames, kinds, strict=True) if kind != "train"]
+    n_train, n_valid = kinds.count("train"), kinds.count("valid")
+    notes = [f"{n_train} of {len(frames)} frames were trained on and are left out."] if n_train and fresh else []
+    if n_valid:
+        notes.append(f"{n_valid} frames chose the best weights (validation): errors on new frames are a little larger.")
+    if fresh:
+        return fresh, [], notes
+    return frames, [at_most("frames that were trained on", 100.0, "%", 0.0, 0.0, TRAINED)], notes
 
 
 def _worst(frames: Sequence[Atoms], entries: Sequence[dict[str, Any]], path: Path, n: int = 10) -> str:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from ase import Atoms
 from numpy.typing import NDArray
 
+from gossamer.checks.candidate import Candidate
 from gossamer.checks.crystals import relaxed
-from gossamer.checks.outcome import Metric, Outcome, Panel, at_least, at_most, attempt, conclude, curve, measured, skipped
-from gossamer.checks.subject import Subject
+from gossamer.checks.result import Curve, Metric, Panel, Result, at_least, at_most, attempt, conclude, curve, measured, skipped
+from gossamer.files import InputError, open_text
 
 Array = NDArray[np.float64]
 INSTALL = "This check needs phonopy: pip install 'gossamer[phonons]'."
@@ -73,16 +76,69 @@ def sum_rule_error(phonons: Any) -> float:
 
 
 def band_path(atoms: Atoms, points: int = 120) -> tuple[Array, Array, list[tuple[float, str]]]:
-    """q points (n, 3), their distance along the path, and the named places, for a primitive cell (Setyawan-Curtarolo paths of ASE)."""
+    """q points (n, 3), their distance along the path, and the named places, for a primitive cell (Setyawan-Curtarolo paths of ASE).
+
+    Where the path jumps from one point to another they share a place: "K|U".
+    """
     path = atoms.cell.bandpath(npoints=points)
-    x, ticks, labels = path.get_linear_kpoint_axis()
-    return path.kpts, x, [(float(t), label.replace("G", "Γ")) for t, label in zip(ticks, labels, strict=True)]
+    x, places, labels = path.get_linear_kpoint_axis()
+    ticks: dict[float, str] = {}
+    for place, label in zip(places.tolist(), labels, strict=True):
+        name = label.replace("G", "Γ")
+        ticks[place] = f"{ticks[place]}|{name}" if place in ticks else name
+    return path.kpts, x, list(ticks.items())
 
 
 def frequencies_at(phonons: Any, qpoints: Array) -> Array:
     """(n, n_bands) THz; imaginary modes are negative."""
     phonons.run_qpoints(qpoints)
     return np.array(phonons.qpoints.frequencies)
+
+
+def read_reference(path: Path | str) -> dict[str, dict[str, list[float]]]:
+    """Reference frequencies in THz by crystal and named point of the Brillouin zone: {"Si": {"X": [4.49, 4.49, 12.32, ...]}}.
+
+    Raises:
+        InputError: not such a file.
+    """
+    with open_text(Path(path)) as file:
+        text = file.read()
+    try:
+        return {
+            crystal: {point: sorted(float(f) for f in found) for point, found in points.items()}
+            for crystal, points in json.loads(text).items()
+        }
+    except (AttributeError, TypeError, ValueError) as error:
+        raise InputError(
+            f'\'{path}\' is not a file of phonon frequencies: expected {{"Si": {{"X": [4.49, ...], ...}}}}, THz at named points ({error!r}).'
+        ) from None
+
+
+def beside_reference(
+    phonons: Any, cell: Atoms, ticks: list[tuple[float, str]], reference: dict[str, list[float]], name: str
+) -> tuple[list[Curve], list[Metric]]:
+    """Reference frequencies drawn at the named places of the band path, and the mean error there.
+
+    Raises:
+        InputError: a point that this lattice does not have, or another number of bands.
+    """
+    special = {("Γ" if label == "G" else label): q for label, q in cell.cell.bandpath().special_points.items()}
+    curves, errors = [], []
+    for point, expected in reference.items():
+        label = "Γ" if point in ("G", "GAMMA") else point
+        if label not in special:
+            raise InputError(f"The lattice of {name} has no point '{point}'. It has {', '.join(special)}.")
+        ours = np.sort(frequencies_at(phonons, np.array([special[label]]))[0])
+        if len(ours) != len(expected):
+            raise InputError(
+                f"The reference of {name} has {len(expected)} frequencies at {point}; its primitive cell has {len(ours)} bands."
+            )
+        errors.append(np.abs(ours - np.array(expected)))
+        curves += [
+            curve([x] * len(expected), expected, "reference", reference=True, points=True) for x, tick in ticks if label in tick.split("|")
+        ]
+    metric = measured(f"{name}: mean error against the reference at {', '.join(reference)}", float(np.mean(errors)), "THz", "low")
+    return curves, [metric]
 
 
 def mesh_frequencies(phonons: Any, mesh: float = 30.0) -> tuple[Array, Array]:
@@ -97,23 +153,26 @@ IMAGINARY = "The potential says that the crystal would deform by itself: free en
 SUM_RULE = "A rigid shift of the crystal costs energy: forces are noisy or not translation invariant."
 
 
-def check(subject: Subject) -> Outcome:
-    """Bands, density of states and thermal properties of every crystal of the subject."""
+def check(candidate: Candidate) -> Result:
+    """Bands, density of states and thermal properties of every crystal of the candidate."""
     try:
         import phonopy  # noqa: F401
     except ImportError:
         return skipped(INSTALL)
     metrics: list[Metric] = []
     panels: list[Panel] = []
-    for name, atoms in subject.crystals.items():
-        metrics += attempt(f"{name}: phonons", lambda n=name, a=atoms: _phonons(subject, n, a, panels), IMAGINARY, "failed")
+    known = read_reference(candidate.config.phonons_reference) if candidate.config.phonons_reference else {}
+    for name, atoms in candidate.crystals.items():
+        metrics += attempt(
+            f"{name}: phonons", lambda n=name, a=atoms: _phonons(candidate, n, a, panels, known.get(n, {})), IMAGINARY, "failed"
+        )
     return conclude(metrics, panels, ["Cells relaxed first; displacements of 0.01 Å in supercells of at least 9.5 Å; without the non-analytical term of polar crystals."],
                     "No imaginary modes; the acoustic sum rule holds.")  # fmt: skip
 
 
-def _phonons(subject: Subject, name: str, atoms: Atoms, panels: list[Panel]) -> list[Metric]:
-    cell, _ = relaxed(subject.calculator, atoms, fmax=0.001, steps=500)
-    phonons = make_phonons(subject.calculator, cell, bar=lambda items: subject.bar(items, f"phonons of {name}"))
+def _phonons(candidate: Candidate, name: str, atoms: Atoms, panels: list[Panel], reference: dict[str, list[float]]) -> list[Metric]:
+    cell, _ = relaxed(candidate.calculator, atoms, fmax=0.001, steps=500)
+    phonons = make_phonons(candidate.calculator, cell, bar=lambda items: candidate.bar(items, f"phonons of {name}"))
     drift = sum_rule_error(phonons)
     scale = float(np.abs(phonons.force_constants).max())
     acoustic = float(np.abs(np.sort(np.abs(frequencies_at(phonons, np.zeros((1, 3)))[0]))[:3]).max())
@@ -121,7 +180,8 @@ def _phonons(subject: Subject, name: str, atoms: Atoms, panels: list[Panel]) -> 
     primitive = Atoms(phonons.primitive.symbols, scaled_positions=phonons.primitive.scaled_positions, cell=phonons.primitive.cell, pbc=True)
     qpoints, x, ticks = band_path(primitive)
     bands = frequencies_at(phonons, qpoints)
-    panels.append(Panel(f"Phonon bands, {name}", "", "THz", [curve(x, band) for band in bands.T], ticks=ticks))
+    drawn, compared = beside_reference(phonons, primitive, ticks, reference, name) if reference else ([], [])
+    panels.append(Panel(f"Phonon bands, {name}", "", "THz", [*(curve(x, band) for band in bands.T), *drawn], ticks=ticks))
     frequencies, weights = mesh_frequencies(phonons)
     top = float(frequencies.max())
     grid = np.linspace(min(0.0, float(frequencies.min())) - 0.3, top * 1.05, 300)
@@ -142,4 +202,5 @@ def _phonons(subject: Subject, name: str, atoms: Atoms, panels: list[Panel]) -> 
         at_most(f"{name}: acoustic sum rule", drift / scale, "of the largest constant", 1e-3, 2e-2, SUM_RULE),
         at_most(f"{name}: acoustic frequency at Γ before it is enforced", acoustic, "THz", 0.1, 0.5, SUM_RULE),
         measured(f"{name}: heat capacity at 300 K", float(thermal.heat_capacity[0]) / len(primitive), "J/K/mol of atoms"),
+        *compared,
     ]  # fmt: skip

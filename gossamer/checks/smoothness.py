@@ -10,8 +10,8 @@ import numpy as np
 from ase import Atoms
 from numpy.typing import NDArray
 
-from gossamer.checks.outcome import Metric, Outcome, Panel, at_least, at_most, attempt, conclude, curve, measured
-from gossamer.checks.subject import Subject, bond_length, rattled
+from gossamer.checks.candidate import Candidate, bond_length, rattled
+from gossamer.checks.result import Metric, Panel, Result, at_least, at_most, attempt, conclude, curve, measured
 
 Array = NDArray[np.float64]
 
@@ -164,22 +164,22 @@ KINK = "Energy is not conserved whenever a neighbour comes or goes, and third-or
 NOISE = "Relaxations stop short of tight convergence, and finite differences (phonons) are noisy."
 
 
-def check(subject: Subject) -> Outcome:
+def check(candidate: Candidate) -> Result:
     """An atom pulled out of reach of a bonded pair, structures moved along a line, and the noise of the forces."""
-    calculator = subject.calculator
+    calculator = candidate.calculator
     metrics: list[Metric] = []
     panels: list[Panel] = []
-    a, b = (subject.elements * 2)[:2]
+    a, b = (candidate.elements * 2)[:2]
     bond = bond_length(a, b)
     start = Atoms([a, b, a], [[-0.3 * bond, 0.9 * bond, 0], [0, 0, 0], [1.0, 0, 0]])
     pull = np.zeros((3, 3))
     pull[2, 0] = 1.0
-    lengths = np.linspace(max(2.2, 1.3 * bond), 1.15 * subject.cutoff if subject.cutoff else 8.0, 300)
+    lengths = np.linspace(max(2.2, 1.3 * bond), 1.15 * candidate.cutoff if candidate.cutoff else 8.0, 300)
 
-    double = _is_double(calculator, subject.free(start))
+    double = _is_double(calculator, candidate.free(start))
 
     def leaving() -> list[Metric]:
-        atoms = subject.free(start)
+        atoms = candidate.free(start)
 
         @cache
         def values(key: bytes) -> tuple[Array, Array]:
@@ -196,16 +196,21 @@ def check(subject: Subject) -> Outcome:
         return [*found, measured("distance of the largest jump", jumps[worst][1], "Å")]
 
     metrics += attempt("an atom leaving", leaving, "Gas phases, surfaces and evaporation cannot be simulated.")
-    if subject.cutoff is not None and double:
+    if candidate.cutoff is not None and double:
         pair = Atoms([a, b], [[0, 0, 0], [2.0, 0, 0]])
         metrics += attempt(
             "order at the cutoff",
             lambda: at_least(
-                "power with which the energy vanishes at the cutoff", cutoff_exponent(calculator, pair, subject.cutoff), "", 2.8, 1.8, KINK
+                "power with which the energy vanishes at the cutoff",
+                cutoff_exponent(calculator, pair, candidate.cutoff),
+                "",
+                2.8,
+                1.8,
+                KINK,
             ),
             KINK,
         )
-    for k, atoms in enumerate(subject.bar(subject.structures, "smoothness")):
+    for k, atoms in enumerate(candidate.bar(candidate.structures, "smoothness")):
         probe = rattled(atoms, 0.03, seed=k)
         direction = np.random.default_rng(k).normal(size=probe.positions.shape)
         direction /= np.abs(direction).max()

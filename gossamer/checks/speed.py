@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from ase import Atoms
 
-from gossamer.checks.outcome import Metric, Outcome, Panel, at_most, conclude, curve, measured
-from gossamer.checks.subject import Subject, enlarged
+from gossamer.checks.candidate import Candidate, enlarged
+from gossamer.checks.result import Metric, Panel, Result, at_most, conclude, curve, measured
 from gossamer.neighbors import neighbor_list
 from gossamer.timing import fastest
 
@@ -53,9 +53,9 @@ def growth_exponent(sizes: list[int], seconds: list[float]) -> float:
     return float(np.polyfit(np.log(sizes[-half:]), np.log(seconds[-half:]), 1)[0]) if len(sizes) > 1 else float("nan")
 
 
-def check(subject: Subject) -> Outcome:
+def check(candidate: Candidate) -> Result:
     """Doubles the system until the effort's limit of atoms or time is reached, or it no longer fits."""
-    atoms, effort = subject.structures[0], subject.effort
+    atoms, effort = candidate.structures[0], candidate.effort
     sizes: list[int] = []
     seconds: list[float] = []
     megabytes: list[float] = []
@@ -65,7 +65,7 @@ def check(subject: Subject) -> Outcome:
     while wanted <= effort.speed_atoms:
         system = enlarged(atoms, wanted)
         try:
-            taken = time_evaluation(subject.calculator, system, seconds=effort.speed_seconds)
+            taken = time_evaluation(candidate.calculator, system, seconds=effort.speed_seconds)
         except Exception as error:  # out of memory has many names
             stopped = f"{len(system)} atoms no longer fit ({type(error).__name__})"
             break
@@ -92,8 +92,8 @@ def check(subject: Subject) -> Outcome:
         exponent = growth_exponent(sizes, seconds)
         slow = "Large systems cost more than their share: the neighbour list or the network is not linear."
         metrics.append(at_most("growth of time with the number of atoms", exponent, "(1 is linear)", 1.2, 1.6, slow))
-    if subject.cutoff and atoms.pbc.all():
-        (sender, _), _ = neighbor_list(atoms.positions, atoms.cell.array, atoms.pbc, subject.cutoff)
+    if candidate.cutoff and atoms.pbc.all():
+        (sender, _), _ = neighbor_list(atoms.positions, atoms.cell.array, atoms.pbc, candidate.cutoff)
         neighbors = len(sender) / len(atoms)
         metrics += [
             measured("neighbours per atom", neighbors),

@@ -10,8 +10,8 @@ from ase import Atoms
 from numpy.typing import NDArray
 from scipy.spatial.transform import Rotation
 
-from gossamer.checks.outcome import Metric, Outcome, at_most, attempt, conclude
-from gossamer.checks.subject import Subject, rattled
+from gossamer.checks.candidate import Candidate, rattled
+from gossamer.checks.result import Metric, Result, at_most, attempt, conclude
 
 
 def evaluate_on(calculator: Any, atoms: Atoms) -> tuple[float, NDArray[np.float64]]:
@@ -128,14 +128,14 @@ CHANGES = {
 }  # fmt: skip
 
 
-def check(subject: Subject) -> Outcome:
-    """Symmetry and extensivity of the subject's structures; limits are met by float32 arithmetic of a symmetric model."""
-    calculator = subject.calculator
+def check(candidate: Candidate) -> Result:
+    """Symmetry and extensivity of the candidate's structures; limits are met by float32 arithmetic of a symmetric model."""
+    calculator = candidate.calculator
     worst: dict[str, dict[str, float]] = {}
     metrics: list[Metric] = []
     periodic: list[Atoms] = []
     molecules: list[Atoms] = []
-    for k, atoms in enumerate(subject.bar(subject.structures, "symmetry")):
+    for k, atoms in enumerate(candidate.bar(candidate.structures, "symmetry")):
         probe = rattled(atoms, 0.03, seed=k)
         (periodic if atoms.pbc.any() else molecules).append(probe)
         try:
@@ -167,21 +167,26 @@ def check(subject: Subject) -> Outcome:
             TURNED,
         )
     lone = "Reactions, adsorption, evaporation and gas phases start from a wrong zero."
-    parts = molecules[0] if molecules else Atoms([subject.elements[0]] * 2, [[0, 0, 0], [2.2, 0, 0]])
+    parts = molecules[0] if molecules else Atoms([candidate.elements[0]] * 2, [[0, 0, 0], [2.2, 0, 0]])
     metrics += attempt(
         "two far copies",
         lambda: at_most(
-            "two far copies, energy", 1000 * separation_error(calculator, parts, prepare=subject.free), "meV", 0.1 * len(parts), 20.0, SIZE
+            "two far copies, energy",
+            1000 * separation_error(calculator, parts, prepare=candidate.free),
+            "meV",
+            0.1 * len(parts),
+            20.0,
+            SIZE,
         ),
         SIZE,
     )
-    elements = sorted({s for a in subject.structures for s in a.symbols}) or subject.elements[:3]
+    elements = sorted({s for a in candidate.structures for s in a.symbols}) or candidate.elements[:3]
     metrics += attempt(
         "isolated atoms",
-        lambda: at_most("isolated atoms, interaction at 100 Å and self-force", max(isolated_atom_error(calculator, e, prepare=subject.free) for e in elements), "eV or eV/Å", 1e-4, 1e-2, lone),
+        lambda: at_most("isolated atoms, interaction at 100 Å and self-force", max(isolated_atom_error(calculator, e, prepare=candidate.free) for e in elements), "eV or eV/Å", 1e-4, 1e-2, lone),
         lone,
     )  # fmt: skip
-    names = ", ".join(a.get_chemical_formula() for a in subject.structures)
+    names = ", ".join(a.get_chemical_formula() for a in candidate.structures)
     return conclude(
         metrics,
         notes=[f"Judged on {names}, every coordinate moved by 0.03 Å."],

@@ -17,9 +17,10 @@ from ase.filters import FrechetCellFilter
 from ase.optimize import FIRE
 from numpy.typing import NDArray
 
-from gossamer.checks.outcome import InputError, Metric, Outcome, Panel, at_most, attempt, conclude, curve, measured, plain, skipped
+from gossamer.checks.candidate import Candidate
 from gossamer.checks.phonons import forces_of, quiet, supercell_for, to_phonopy
-from gossamer.checks.subject import Subject, read_frames
+from gossamer.checks.result import InputError, Metric, Panel, Result, at_most, attempt, conclude, curve, measured, plain, skipped
+from gossamer.data.atoms import read_frames
 from gossamer.files import open_text, write_json
 
 Array = NDArray[np.float64]
@@ -168,36 +169,36 @@ def _squeeze(values: Any) -> Array:
 HEAT = "Heat transport, and the anharmonic forces behind thermal expansion and phonon lifetimes, are off."
 
 
-def check(subject: Subject) -> Outcome:
-    """Every crystal of --conductivity-crystals, or the first crystal of the subject; finished crystals are kept."""
+def check(candidate: Candidate) -> Result:
+    """Every crystal of --conductivity-crystals, or the first crystal of the candidate; finished crystals are kept."""
     try:
         import phono3py  # noqa: F401
         import spglib  # noqa: F401
     except ImportError:
         return skipped(INSTALL)
-    options = subject.options
+    config = candidate.config
     crystals = (
-        read_frames(options.conductivity_crystals)
-        if options.conductivity_crystals
-        else list(subject.crystals.values())[: max(1, subject.effort.n_crystals // 3)]
+        read_frames(config.conductivity_crystals)
+        if config.conductivity_crystals
+        else list(candidate.crystals.values())[: max(1, candidate.effort.n_crystals // 3)]
     )
-    references = read_references(options.conductivity_reference) if options.conductivity_reference else {}
+    references = read_references(config.conductivity_reference) if config.conductivity_reference else {}
     if references:
         crystals = [c for c in crystals if c.info.get("mp_id") in references]
-    crystals = [c for c in crystals if set(c.symbols) <= set(subject.elements)]
-    if options.conductivity_count is not None:
-        crystals = crystals[: options.conductivity_count]
+    crystals = [c for c in crystals if set(c.symbols) <= set(candidate.elements)]
+    if config.conductivity_count is not None:
+        crystals = crystals[: config.conductivity_count]
     if not crystals:
         return skipped("None of the crystals is made of the potential's elements (and has a reference).")
-    folder = subject.folder / "conductivity"
+    folder = candidate.folder / "conductivity"
     metrics: list[Metric] = []
     results = {}
-    for atoms in subject.bar(crystals, "thermal conductivity"):
+    for atoms in candidate.bar(crystals, "thermal conductivity"):
         name = str(atoms.info.get("name") or atoms.get_chemical_formula(empirical=True))
         key = str(atoms.info.get("mp_id", name))
         path = folder / f"{key}.json"
         if not path.exists():
-            found = attempt(f"{name}: κ", lambda a=atoms, p=path: _store(subject, a, p), HEAT, "failed")
+            found = attempt(f"{name}: κ", lambda a=atoms, p=path: _store(candidate, a, p), HEAT, "failed")
             if not path.exists():
                 metrics += found
                 continue
@@ -228,9 +229,9 @@ def check(subject: Subject) -> Outcome:
                     "Thermal conductivities agree with the reference." if scored else "Conductivities are defined; there is no reference to compare with.")  # fmt: skip
 
 
-def _store(subject: Subject, atoms: Atoms, path: Path) -> list[Metric]:
+def _store(candidate: Candidate, atoms: Atoms, path: Path) -> list[Metric]:
     result = conductivity(
-        subject.calculator, atoms, bar=lambda items: subject.bar(items, f"supercells of {atoms.get_chemical_formula(empirical=True)}")
+        candidate.calculator, atoms, bar=lambda items: candidate.bar(items, f"supercells of {atoms.get_chemical_formula(empirical=True)}")
     )
     write_json(path, plain(result))
     return []

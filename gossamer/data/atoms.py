@@ -1,28 +1,69 @@
-"""Structure files as ASE's Atoms."""
+"""Structure files as ASE's Atoms: the one reader of the judge, of simulations and of benchmarks. Imports no torch."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import ase.io
+import numpy as np
 from ase import Atoms
+from ase.io.formats import UnknownFileTypeError
 
-from gossamer.files import COMPRESSIONS, open_text
+from gossamer.files import COMPRESSIONS, InputError, open_text
 
 
 def as_atoms(structure: Atoms | Path | str) -> Atoms:
-    """Atoms from Atoms (copied, velocities kept) or from the first frame of a file."""
-    if isinstance(structure, Atoms):
-        return structure.copy()
-    path = Path(structure)
+    """Atoms from Atoms (copied, velocities kept) or from the first frame of a file.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: it cannot be read, or holds no atoms.
+    """
+    return structure.copy() if isinstance(structure, Atoms) else read_frames(structure, 0)[0]
+
+
+def read_frames(path: Path | str, frame: int | None = None) -> list[Atoms]:
+    """All frames (or one; -1 is the last) of any file ASE reads; extended XYZ may be .xz, .gz or .bz2.
+
+    A trajectory may also be an .npz file with ``frac`` (n_frames, n_atoms, 3), ``cell_A`` (3, 3) in Å and ``numbers``.
+
+    Raises:
+        FileNotFoundError: no such file.
+        InputError: it cannot be read, or holds no frame, or one without atoms.
+    """
+    path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"There is no structure file '{path}'.")
+    try:
+        frames = _read(path, frame)
+    except (InputError, MemoryError):
+        raise
+    except (IndexError, StopIteration):
+        frames = []
+    except (OSError, ValueError, KeyError, AssertionError, UnknownFileTypeError, AttributeError, TypeError) as error:
+        text = " ".join(str(error).split())[:200]
+        raise InputError(f"'{path}' cannot be read as structures by ASE ({type(error).__name__}{': ' if text else ''}{text}).") from None
+    if not frames:
+        raise InputError(
+            f"'{path}' has no frame{'' if frame is None else f' {frame}'}: it holds no atoms, or fewer frames. They count from 0; -1 is the last."
+        )
+    if any(len(f) == 0 for f in frames):
+        raise InputError(f"'{path}' has a frame without atoms.")
+    return frames
+
+
+def _read(path: Path, frame: int | None) -> list[Atoms]:
+    which = ":" if frame is None else str(frame)
+    if path.suffix == ".npz":
+        with np.load(path, allow_pickle=False) as data:
+            missing = {"frac", "cell_A", "numbers"} - set(data.files)
+            if missing:
+                raise InputError(
+                    f"'{path}' lacks {', '.join(sorted(missing))}; expected frac (n_frames, n_atoms, 3), cell_A (3, 3) and numbers."
+                )
+            positions = data["frac"] if frame is None else data["frac"][[frame]]
+            return [Atoms(data["numbers"], scaled_positions=f, cell=data["cell_A"], pbc=True) for f in positions]
     if path.suffix in COMPRESSIONS:
         with open_text(path) as file:
-            atoms = ase.io.read(file, index=0, format="extxyz")
-    else:
-        atoms = ase.io.read(path, index=0)
-    assert isinstance(atoms, Atoms)
-    if len(atoms) == 0:
-        raise ValueError(f"'{path}' holds no atoms.")
-    return atoms
+            return list(ase.io.iread(file, which, format="extxyz"))
+    return list(ase.io.iread(path, which))

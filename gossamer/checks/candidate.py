@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import ast
 import logging
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-import ase.io
 import numpy as np
 from ase import Atoms
 from ase.build import bulk, molecule
 from ase.collections import g2
-from ase.data import atomic_numbers, chemical_symbols, covalent_radii, reference_states
+from ase.data import atomic_numbers, covalent_radii, reference_states
 from tqdm import tqdm
 
-from gossamer.checks.outcome import InputError
-from gossamer.files import COMPRESSIONS, open_text
+from gossamer.checks.config import JudgeConfig
 
 log = logging.getLogger(__name__)
 
@@ -57,8 +52,15 @@ PREFERRED = ["Si", "Cu", "MgO", "NaCl", "Al", "GaAs", "W", "C", "Ge", "Mo", "Li"
 MOLECULES = ["CH3CH2OH", "H2O", "CH4", "NH3", "C6H6", "CO2", "H2O2", "N2", "O2", "H2", "SiH4", "NaCl", "LiF"]
 
 
+class SeenFrames(Protocol):
+    """What a potential knows of the frames it was trained on."""
+
+    def where(self, frame: Atoms) -> str:
+        """ "train" if the frame was trained on, "valid" if it chose the best weights, "new" otherwise."""
+
+
 @dataclass
-class Subject:
+class Candidate:
     """One potential under judgement."""
 
     name: str
@@ -74,13 +76,23 @@ class Subject:
     folder: Path
     """finished work of this potential"""
     effort: Effort = LEVELS["quick"]
-    options: Any = None
-    """`gossamer.checks.judge.JudgeOptions`"""
+    config: JudgeConfig = field(default_factory=JudgeConfig)
+    """what the judge was asked"""
+    labelled: list[Atoms] = field(default_factory=list)
+    """frames with labels, for the errors"""
+    builtin_crystals: bool = True
+    """the crystals are not the user's: their experimental values are known"""
+    builtin_systems: bool = True
+    """the systems are not the user's: they may be enlarged"""
+    origin: str = ""
+    """where the structures come from, in words"""
     conservative: bool | None = None
     """what the potential says of its own forces; None if it does not say"""
     cutoff: float | None = None
     """Å, where it is known"""
     progress: bool = True
+    seen: SeenFrames | None = None
+    """its training frames, if it remembers them: they are left out of the errors"""
     _calculator: Any = field(default=None, repr=False)
     _needs_box: bool | None = field(default=None, repr=False)
 
@@ -90,6 +102,10 @@ class Subject:
         if self._calculator is None:
             self._calculator = self.make()
         return self._calculator
+
+    def renew(self) -> None:
+        """Forget the calculator: the next one asked for is fresh, so that no check depends on what was asked before it."""
+        self._calculator = None
 
     def free(self, atoms: Atoms, vacuum: float = 15.0) -> Atoms:
         """Atoms without a cell, or in a large periodic box for calculators that refuse them without one."""
@@ -113,94 +129,6 @@ class Subject:
     def bar(self, items: Sequence[Any], text: str) -> Any:
         """The items with a progress bar."""
         return tqdm(items, desc=f"{self.name}: {text}", disable=None if self.progress else True, dynamic_ncols=True, leave=False)
-
-
-# --- calculators ----------------------------------------------------------------------------------------------------
-
-
-def parse_calculator(text: str) -> tuple[str, Callable[[], Any]]:
-    """(name, factory) from ``[name=]module:factory`` or ``[name=]module:factory(key=value, ...)``; values are Python literals.
-
-    Raises:
-        ValueError: not of this form, or the factory cannot be found or called.
-        ImportError: the module is not installed.
-    """
-    head, _, rest = text.partition(":")
-    name, equals, module = head.rpartition("=")
-    try:
-        node = ast.parse(rest, mode="eval").body
-        keywords: dict[str, Any] = {}
-        if isinstance(node, ast.Call):
-            if node.args or any(k.arg is None for k in node.keywords):
-                raise ValueError("only key=value")
-            keywords = {str(k.arg): ast.literal_eval(k.value) for k in node.keywords}
-            node = node.func
-        path = ast.unparse(node)
-        if not module or not all(part.isidentifier() for part in (*path.split("."), *module.split("."))):
-            raise ValueError("names")
-    except (SyntaxError, ValueError):
-        raise ValueError(
-            f"'{text}' is not a calculator. Write module:factory, module:factory(key=value) or name=module:factory, "
-            "for example ase.calculators.emt:EMT or small=mace.calculators:mace_mp(model='small')."
-        ) from None
-    sys.path.insert(0, "")  # a module in the current folder, as python -m would find it
-    try:
-        found: Any = import_module(module)
-    except ImportError as error:
-        raise ImportError(
-            f"The module '{module}' of the calculator '{text}' cannot be imported ({error}). Install its package here."
-        ) from None
-    finally:
-        sys.path.remove("")
-    for part in path.split("."):
-        if not hasattr(found, part):
-            raise ValueError(f"'{module}' has no '{path}'. It has: {', '.join(n for n in dir(found) if not n.startswith('_'))[:300]}.")
-        found = getattr(found, part)
-
-    def make() -> Any:
-        calculator = found(**keywords)
-        if not hasattr(calculator, "get_property"):
-            raise ValueError(f"'{text}' made a {type(calculator).__name__}, which is not an ASE calculator.")
-        return calculator
-
-    return (name if equals else path.split(".")[-1]), make
-
-
-def supported_elements(calculator: Any, candidates: Sequence[str] = chemical_symbols[1:95]) -> list[str]:
-    """The elements whose dimer (3 Å apart, in a box of 12 Å) the calculator evaluates to a finite energy."""
-    found = []
-    for element in candidates:
-        try:
-            pair = Atoms([element] * 2, [[0, 0, 0], [3.0, 0, 0]], cell=[12.0] * 3, pbc=True)
-            pair.calc = calculator
-            if np.isfinite(pair.get_potential_energy()):
-                found.append(element)
-        except Exception as error:
-            log.debug("%s: %s", element, error)
-    return found
-
-
-# --- files ----------------------------------------------------------------------------------------------------------
-
-
-def read_frames(path: Path | str) -> list[Atoms]:
-    """All frames of any file ASE reads; extended XYZ may be .xz, .gz or .bz2.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: no frame, or one without atoms.
-    """
-    path = Path(path)
-    if not path.exists():
-        raise FileNotFoundError(f"There is no file '{path}'.")
-    if path.suffix in COMPRESSIONS:
-        with open_text(path) as file:
-            frames = list(ase.io.iread(file, ":", format="extxyz"))
-    else:
-        frames = list(ase.io.iread(path, ":"))
-    if not frames or any(len(f) == 0 for f in frames):
-        raise InputError(f"'{path}' holds no atoms, or a frame without any.")
-    return frames
 
 
 # --- structures -----------------------------------------------------------------------------------------------------

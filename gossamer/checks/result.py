@@ -9,14 +9,12 @@ from typing import Any, Literal
 
 import numpy as np
 
+from gossamer.files import InputError
+
 Status = Literal["passed", "weak", "failed", "skipped", "measured"]
 Best = Literal["low", "high", ""]
 ORDER: dict[str, int] = {"measured": 0, "skipped": 1, "passed": 2, "weak": 3, "failed": 4}
 """the verdict of a check is the worst one of its numbers"""
-
-
-class InputError(ValueError):
-    """A file or option of the user is wrong: the judge stops, where an error of the judged calculator counts against it."""
 
 
 @dataclass
@@ -45,6 +43,8 @@ class Curve:
     label: str = ""
     reference: bool = False
     """a reference, drawn the same for every potential"""
+    points: bool = False
+    """points instead of a line"""
 
 
 @dataclass
@@ -68,7 +68,7 @@ class Panel:
 
 
 @dataclass
-class Outcome:
+class Result:
     """Verdict, numbers and pictures of one check of one potential."""
 
     status: Status
@@ -84,8 +84,12 @@ class Outcome:
         """For JSON: numbers that are not finite become None."""
         return plain(asdict(self))
 
+    def numbers(self) -> dict[str, Any]:
+        """For JSON, without the pictures."""
+        return {k: v for k, v in self.to_dict().items() if k != "panels"}
+
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Outcome:
+    def from_dict(cls, values: dict[str, Any]) -> Result:
         panels = [
             Panel(**{**p, "curves": [Curve(**c) for c in p["curves"]], "ticks": [tuple(t) for t in p["ticks"]]}) for p in values["panels"]
         ]
@@ -110,9 +114,9 @@ def plain(value: Any) -> Any:
     return value
 
 
-def curve(x: Iterable[Any], y: Iterable[Any], label: str = "", reference: bool = False) -> Curve:
+def curve(x: Iterable[Any], y: Iterable[Any], label: str = "", reference: bool = False, points: bool = False) -> Curve:
     """A curve from arrays."""
-    return Curve([float(v) for v in x], [float(v) for v in y], label, reference)
+    return Curve([float(v) for v in x], [float(v) for v in y], label, reference, points)
 
 
 def at_most(name: str, value: float, unit: str, good: float, poor: float, consequence: str, best: Best = "low") -> Metric:
@@ -160,13 +164,13 @@ def attempt(name: str, measure: Callable[..., Metric | Sequence[Metric]], conseq
 
 def conclude(
     metrics: Sequence[Metric], panels: Sequence[Panel] = (), notes: Sequence[str] = (), passed: str = "Everything within its limit."
-) -> Outcome:
-    """The outcome of a check: as bad as the worst of its numbers, with that number as the reason."""
+) -> Result:
+    """The result of a check: as bad as the worst of its numbers, with that number as the reason."""
     judged = [m for m in metrics if m.status in ("passed", "weak", "failed")]
     notes = [*notes, *(f"Not judged: {m.name}: {m.reason}" for m in metrics if m.status == "skipped")]
     if not judged:
         status: Status = "measured" if metrics else "skipped"
-        return Outcome(
+        return Result(
             status,
             "Measured; nothing to pass or fail." if metrics else "Nothing could be measured.",
             "",
@@ -177,13 +181,13 @@ def conclude(
     worst = max(judged, key=lambda m: ORDER[m.status])
     bad = [m for m in judged if m.status == worst.status]
     if worst.status == "passed":
-        return Outcome("passed", passed, "", list(metrics), list(panels), list(notes))
+        return Result("passed", passed, "", list(metrics), list(panels), list(notes))
     more = f" ({len(bad) - 1} more)" if len(bad) > 1 else ""
-    return Outcome(
+    return Result(
         worst.status, worst.reason[:1].upper() + worst.reason[1:] + more + ".", worst.consequence, list(metrics), list(panels), list(notes)
     )
 
 
-def skipped(reason: str) -> Outcome:
+def skipped(reason: str) -> Result:
     """A check that was not done."""
-    return Outcome("skipped", reason)
+    return Result("skipped", reason)

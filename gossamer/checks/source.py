@@ -1,0 +1,204 @@
+"""Who is judged: saved potentials of ours and ASE calculators named on the command line, as factories of calculators."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import logging
+import re
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ase import Atoms
+from ase.calculators.abc import GetPropertiesMixin
+from ase.data import chemical_symbols
+
+from gossamer.checks.candidate import SeenFrames
+
+log = logging.getLogger(__name__)
+FORM = "Write module:factory, module:factory(key=value) or name=module:factory, for example ase.calculators.emt:EMT or small=mace.calculators:mace_mp(model='small')."  # fmt: skip
+
+
+@dataclass(frozen=True)
+class SavedPotential:
+    """Makes the calculator of one of our potentials; can be sent to other processes."""
+
+    path: str
+    device: str = "cpu"
+    dtype: str | None = None
+
+    def __call__(self) -> Any:
+        from gossamer.simulation.calculator import Calculator
+
+        return Calculator(self.path, device=self.device, dtype=self.dtype)
+
+
+@dataclass(frozen=True)
+class AnyCalculator:
+    """Makes a calculator from module:factory; can be sent to other processes."""
+
+    text: str
+
+    def __call__(self) -> Any:
+        return parse_calculator(self.text)[1]()
+
+
+@dataclass
+class Source:
+    """Where a candidate comes from, and what is known of it before it is asked."""
+
+    name: str
+    make: Callable[[], Any]
+    fingerprint: str
+    elements: list[str] | None = None
+    cutoff: float | None = None
+    conservative: bool | None = None
+    run: Path | None = None
+    """folder of the run that trained it, where its settings still are"""
+    n_train: int | None = None
+    """frames it was trained on, where it says so"""
+    seen: SeenFrames | None = None
+    """its training frames, if it remembers them"""
+    ours: bool = False
+
+
+def find_sources(models: Sequence[Path | str], calculators: Sequence[str], device: str = "cpu", dtype: str | None = None) -> list[Source]:
+    """Saved potentials ("[name=]FILE") and calculators ("[name=]module:factory").
+
+    Raises:
+        ValueError: nothing to judge, two of one name, or a calculator that is not one.
+        FileNotFoundError: no such potential.
+    """
+    found = [_saved(str(entry), device, dtype) for entry in models]
+    for text in calculators:
+        name, _ = parse_calculator(text)
+        found.append(Source(name, AnyCalculator(text), text.rpartition("=")[2] if "(" not in text else text))
+    if not found:
+        raise ValueError("There is nothing to judge: give a saved potential, or --calculator module:factory.")
+    for source in found:
+        source.name = re.sub(r"[^\w.+-]+", "_", source.name)
+        if sum(s.name == source.name for s in found) > 1:
+            raise ValueError(f"Two potentials are called '{source.name}'. Give them names: other={source.name} ...")
+    return found
+
+
+def _saved(entry: str, device: str, dtype: str | None) -> Source:
+    """A saved potential from "[name=]FILE"."""
+    name, equals, path = entry.partition("=")
+    path = path if equals else entry
+    if ":" in path and not Path(path).exists():
+        raise ValueError(f"'{path}' is not a file. For a calculator write --calculator {path}.")
+    from gossamer.potential_file import read_manifest
+
+    manifest = read_manifest(path)
+    file = Path(path)
+    stem = file.parent.resolve().name if file.stem == "potential" else file.stem
+    return Source(
+        name if equals else stem, SavedPotential(path, device, dtype), f"{manifest['checksum']}-{dtype}",
+        elements=list(manifest["statistics"]["elements"]), cutoff=manifest["model"].get("cutoff"), conservative=bool(manifest["conservative"]),
+        run=file.parent if (file.parent / "config.yaml").exists() else None, n_train=manifest["statistics"].get("n_structures") or None, ours=True,
+    )  # fmt: skip
+
+
+def parse_calculator(text: str) -> tuple[str, Callable[[], Any]]:
+    """(name, factory) from ``[name=]module:factory`` or ``[name=]module:factory(key=value, ...)``; values are Python literals.
+
+    The module is imported, and the factory is called later, so both are checked first: see `check_factory`.
+
+    Raises:
+        ValueError: not of this form, or the factory cannot be found or makes no calculators.
+        ImportError: the module is not installed.
+    """
+    head, _, rest = text.partition(":")
+    name, equals, module = head.rpartition("=")
+    try:
+        node = ast.parse(rest, mode="eval").body
+        keywords: dict[str, Any] = {}
+        if isinstance(node, ast.Call):
+            if node.args or any(k.arg is None for k in node.keywords):
+                raise ValueError("only key=value")
+            keywords = {str(k.arg): ast.literal_eval(k.value) for k in node.keywords}
+            node = node.func
+        path = ast.unparse(node)
+        if not module or not all(part.isidentifier() for part in (*path.split("."), *module.split("."))):
+            raise ValueError("names")
+    except (SyntaxError, ValueError):
+        raise ValueError(f"'{text}' is not a calculator. {FORM}") from None
+    found = _import(text, module, path)
+    check_factory(found, text)
+
+    def make() -> Any:
+        calculator = found(**keywords)
+        if not isinstance(calculator, GetPropertiesMixin):
+            raise ValueError(f"'{text}' made a {type(calculator).__name__}, which is not an ASE calculator.")
+        return calculator
+
+    return (name if equals else path.split(".")[-1]), make
+
+
+def _import(text: str, module: str, path: str) -> Any:
+    """The object of a module, which may lie in the current folder."""
+    sys.path.insert(0, "")  # as python -m would find it
+    try:
+        found: Any = import_module(module)
+    except ImportError as error:
+        raise ImportError(
+            f"The module '{module}' of the calculator '{text}' cannot be imported ({error}). Install its package here."
+        ) from None
+    finally:
+        sys.path.remove("")
+    for part in path.split("."):
+        try:
+            found = getattr(found, part)
+        except AttributeError:
+            raise ValueError(
+                f"'{module}' has no '{path}'. It has: {', '.join(n for n in dir(found) if not n.startswith('_'))[:300]}."
+            ) from None
+    return found
+
+
+def check_factory(found: Any, text: str) -> None:
+    """Refuse what makes no ASE calculator, before it is called.
+
+    Allowed are classes of ASE calculators, their class methods, and Python functions defined in a module that also holds an
+    ASE calculator class (defined or imported there): `mace.calculators:mace_mp` is one. Functions are announced in the log,
+    since they are called whatever they do.
+
+    Raises:
+        ValueError: anything else, such as os.system.
+    """
+    if isinstance(found, type):
+        if issubclass(found, GetPropertiesMixin):
+            return
+        raise ValueError(f"'{text}' names the class {found.__name__}, which is not an ASE calculator. {FORM}")
+    if inspect.ismethod(found) and isinstance(found.__self__, type) and issubclass(found.__self__, GetPropertiesMixin):
+        return
+    if inspect.isfunction(found):
+        home = sys.modules.get(found.__module__)
+        if any(isinstance(v, type) and issubclass(v, GetPropertiesMixin) for v in vars(home or found).values()):
+            log.info("calling the function %s of module %s for a calculator", found.__qualname__, found.__module__)
+            return
+        raise ValueError(
+            f"'{text}' names a function of the module '{found.__module__}', which holds no ASE calculator: it is not called. "
+            "If it makes one, import its class (or ase.calculators.calculator.Calculator) at the top of that module."
+        )
+    raise ValueError(f"'{text}' names a {type(found).__name__}, which makes no ASE calculator: it is not called. {FORM}")
+
+
+def supported_elements(calculator: Any, symbols: Sequence[str] = chemical_symbols[1:95]) -> list[str]:
+    """The elements whose dimer (3 Å apart, in a box of 12 Å) the calculator evaluates to a finite energy."""
+    found = []
+    for element in symbols:
+        try:
+            pair = Atoms([element] * 2, [[0, 0, 0], [3.0, 0, 0]], cell=[12.0] * 3, pbc=True)
+            pair.calc = calculator
+            if np.isfinite(pair.get_potential_energy()):
+                found.append(element)
+        except Exception as error:
+            log.debug("%s: %s", element, error)
+    return found

@@ -1,0 +1,112 @@
+"""Checks of the judge on few atoms: smoothness and the curves of two."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from ase import Atoms
+from ase.calculators.emt import EMT
+from ase.calculators.morse import MorsePotential
+from broken_calculators import Defect, by_name, candidate_of, copper
+from conftest import shared_data
+
+from gossamer.checks import (
+    diatomics,
+    smoothness,
+)
+
+# --- smoothness -----------------------------------------------------------------------------------------------------
+
+
+def test_jumps_are_measured_not_curvature() -> None:
+    x = np.linspace(0, 1, 201)
+    smooth = np.sin(9 * x)
+    for order, size in ((0, 0.01), (1, 0.3), (2, 8.0)):
+        kinked = smooth + size * np.where(x > 0.5025, (x - 0.5025) ** order / (1, 1, 2)[order], 0)
+        jump, place = smoothness.largest_jump(kinked, x[1], order)
+        assert jump == pytest.approx(size, rel=0.25)
+        assert x[place] == pytest.approx(0.5, abs=0.03)
+        assert smoothness.largest_jump(smooth, x[1], order)[0] < 0.02 * size
+
+
+def test_a_kink_at_the_cutoff_fails(tmp_path: Path) -> None:
+    cut = lambda: MorsePotential(epsilon=0.34, r0=2.5, rho0=4.0, rcut1=1.9999999, rcut2=2.0)  # noqa: E731
+    result = smoothness.check(candidate_of(cut, tmp_path))
+    assert result.status == "failed"
+    assert by_name(result, "jump of the energy as an atom leaves").status in ("weak", "failed")
+    assert by_name(result, "distance of the largest jump").value == pytest.approx(5.0, abs=0.1)
+
+
+def test_noise_has_its_size() -> None:
+    rng = np.random.default_rng(0)
+    noisy = Defect(EMT(), lambda atoms, r: r["forces"].__iadd__(rng.normal(scale=0.003, size=r["forces"].shape)))
+    assert smoothness.force_noise(noisy, copper(), points=17) == pytest.approx(0.003, rel=0.25)
+    assert smoothness.force_noise(EMT(), copper()) < 1e-7
+    assert smoothness.tortuosity(np.array([1.0, 0, 1])) == 1
+    assert smoothness.tortuosity(np.array([1.0, 0, 0.5, 0, 1])) == 1.5
+
+
+# --- diatomics ------------------------------------------------------------------------------------------------------
+
+
+def test_dimer_numbers_of_a_known_curve() -> None:
+    r = np.geomspace(0.3, 6, 200)
+    inside = 4 * (r**-12 - r**-6)
+    forces = 4 * (12 * r**-13 - 6 * r**-7)
+    m = diatomics.curve_metrics(r, inside, forces, 1.1)
+    assert m["tortuosity"] == pytest.approx(1)
+    assert (m["hole"], m["energy_flips"], m["force_flips"]) == (0, 1, 1)
+    assert m["well_distance"] == pytest.approx(2 ** (1 / 6), abs=0.02)
+    assert m["well_depth"] == pytest.approx(1, abs=0.01)
+    holed = inside - 3e5 * np.exp(-(((r - 0.4) / 0.03) ** 2))
+    assert diatomics.curve_metrics(r, holed, forces, 1.1)["hole"] > 100
+
+
+def test_hole_at_short_range_fails(tmp_path: Path) -> None:
+    def hole(atoms: Atoms, r: dict[str, Any]) -> None:
+        if len(atoms) == 2:
+            d = np.linalg.norm(atoms.positions[1] - atoms.positions[0])
+            r["energy"] -= 80 * np.exp(-(((d - 0.8) / 0.2) ** 2))
+
+    result = diatomics.check(candidate_of(lambda: Defect(EMT(), hole), tmp_path))
+    assert result.status == "failed"
+    assert "hole" in result.reason
+    assert "Cu-Cu" in result.reason
+    assert diatomics.check(candidate_of(EMT, tmp_path, ("Cu", "Al"), all_pairs=True)).notes[0].startswith("3 pairs")
+
+
+def test_distances_without_an_answer_are_gaps(tmp_path: Path) -> None:
+    def refuse(atoms: Atoms, r: dict[str, Any]) -> None:
+        if len(atoms) == 2 and atoms.get_distance(0, 1) > 5:
+            raise RuntimeError("too far")
+
+    result = diatomics.check(candidate_of(lambda: Defect(EMT(), refuse), tmp_path))
+    assert result.status == "weak"
+    assert by_name(result, "distances without an answer").value == pytest.approx(5.0)
+    drawn = np.array(result.panels[0].curves[0].y)
+    assert np.isnan(drawn[-2:]).all()
+    assert np.isfinite(drawn[:-2]).all()
+
+
+def test_dimers_beside_a_reference(tmp_path: Path) -> None:
+    file = tmp_path / "curves.json"
+    r = np.geomspace(0.1, 6, 40)
+    e, _ = diatomics.dimer_curve(EMT(), "Cu", "Cu", r)
+    file.write_text(json.dumps({"PBE": {"Cu-Cu": {"distances": list(r), "energies": list(e + 3)}}}))
+    result = diatomics.check(candidate_of(EMT, tmp_path, diatomics_reference=str(file)))
+    assert by_name(result, "error against the reference").value == pytest.approx(0, abs=1e-9)
+    assert any(c.reference for c in result.panels[0].curves)
+    file.write_text("{}")
+    with pytest.raises(ValueError, match="not a file of dimer curves"):
+        diatomics.read_reference(file)
+
+
+@pytest.mark.reference
+def test_reference_curves_of_the_field_are_read() -> None:
+    curves = diatomics.read_reference(shared_data("data", "diatomics", "diatomics_dft_pbe_r2scan.json.gz"))
+    r, e = curves["N-N"]
+    assert r[e.argmin()] == pytest.approx(1.11, abs=0.05)
