@@ -51,7 +51,7 @@ def build_parser() -> argparse.ArgumentParser:
     fit.add_argument("data", help="labelled structures")
     fit.add_argument("--model", help="network: leignn, nequip, geodite, painn, schnet, or a preset such as nequip/M (default: leignn)")
     fit.add_argument("--out", default="fit", help="folder of the run (default: fit)")
-    fit.add_argument("--minutes", type=float, default=30.0, help="about how long to train (default: 30)")
+    fit.add_argument("--minutes", type=float, default=30.0, help="how long to train (default: 30)")
     fit.add_argument("--resume", action="store_true", help="go on from the checkpoint of the run")
     fit.add_argument("--force", action="store_true", help="train even if the data looks wrong")
     tune = fit.add_argument_group("fine-tuning", "start from a saved potential")
@@ -68,6 +68,7 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--out", help="folder for errors.json and worst.extxyz (default: beside the potential)")
     evaluate.add_argument("--worst", type=int, default=20, help="frames with the largest errors to write (default: 20)")
     evaluate.add_argument("--device", default="cpu", help="default: cpu")
+    evaluate.add_argument("--include-training", action="store_true", help="count the frames that the potential was trained on, too")
     _labels(evaluate)
     _common(evaluate)
 
@@ -283,10 +284,15 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     from gossamer.runs import evaluate
 
     out = arguments.out or str(Path(arguments.model).parent / "evaluation")
-    evaluation = evaluate(arguments.model, arguments.data, _label_config(arguments), out, arguments.worst, arguments.device)
+    evaluation = evaluate(
+        arguments.model, arguments.data, _label_config(arguments), out, arguments.worst, arguments.device,
+        include_training=arguments.include_training,
+    )  # fmt: skip
     if arguments.json:
         print(json.dumps({**evaluation.summary(), "out": out}))
     else:
+        for note in evaluation.notes:
+            print(f"  {note}")
         print_errors(evaluation.summary())
         print(f"  the {min(arguments.worst, len(evaluation.frames))} worst frames are in '{out}/worst.extxyz'")
     return 0

@@ -18,6 +18,9 @@ from gossamer.training.finetune import FineTuneConfig, merge_model
 from gossamer.training.loop import TrainingConfig
 from gossamer.training.losses import LossConfig
 
+MOST_VALUES = 100_000
+"""values in a configuration; a few lines of YAML whose aliases multiply could ask for billions"""
+
 
 @settings
 class Config:
@@ -56,27 +59,38 @@ def make_config(values: Mapping[str, Any], overrides: Sequence[str] = ()) -> Con
     """Settings from nested dictionaries, with overrides. ``model.preset`` names a size (`Network.presets`)."""
     merged = _plain(values)
     for override in overrides:
-        key, separator, text = override.partition("=")
-        if not separator or not key.strip():
-            raise ValueError(f"'{override}' is not an override. Write path.to.key=value, for example training.steps=1000.")
-        target = merged
-        *parents, last = key.strip().split(".")
-        for parent in parents:
-            target = target.setdefault(parent, {})
-            if not isinstance(target, dict):
-                raise ValueError(f"'{override}': {parent} is a value, not a group of settings.")
-        target[last] = _number(yaml.safe_load(text))
+        _apply(override, merged)
     merged = _plain(merged)
-    if isinstance(merged.get("model"), dict) and "preset" in merged["model"]:
-        merged["model"] = expand_preset(merged["model"])
-    elif isinstance(merged.get("model"), dict) and not merged.get("finetune"):
-        merged["model"] = {"name": DEFAULT, **merged["model"]}
-    start = (merged.get("finetune") or {}).get("start")
+    model, tune = merged.get("model"), merged.get("finetune")
+    if isinstance(model, dict) and "preset" in model:
+        merged["model"] = expand_preset(model)
+    elif isinstance(model, dict) and not tune:
+        merged["model"] = {"name": DEFAULT, **model}
+    start = tune.get("start") if isinstance(tune, dict) else None
     if isinstance(start, str):  # the network and its surroundings come from the file
         manifest = read_manifest(start)
         merged["model"] = merge_model(manifest["model"], merged.get("model") or {}, start)
         merged.setdefault("potential", manifest["potential"])
     return build(Config, merged)
+
+
+def _apply(override: str, values: dict[str, Any]) -> None:
+    """Put the value of ``path.to.key=value`` where it belongs."""
+    key, separator, text = override.partition("=")
+    if not separator or not key.strip():
+        raise ValueError(f"'{override}' is not an override. Write path.to.key=value, for example training.steps=1000.")
+    target = values
+    *parents, last = key.strip().split(".")
+    for parent in parents:
+        target = target.setdefault(parent, {})
+        if not isinstance(target, dict):
+            raise ValueError(f"'{override}': {parent} is a value, not a group of settings.")
+    try:
+        target[last] = _number(yaml.safe_load(text))
+    except yaml.YAMLError as error:
+        raise ValueError(
+            f"'{override}': the value {text!r} cannot be read ({str(error).splitlines()[0]}). Quote text, close brackets."
+        ) from None
 
 
 def expand_preset(model: Mapping[str, Any]) -> dict[str, Any]:
@@ -85,11 +99,13 @@ def expand_preset(model: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: this network has no preset of that name.
     """
-    name = model.get("name", DEFAULT)
-    known = MODELS[name][1].presets if name in MODELS else {}
-    if name in MODELS and model["preset"] not in known:
-        raise ValueError(f"model.preset: the network {name} has no preset {model['preset']!r}. Choose one of {', '.join(known)}.")
-    return {**known.get(model["preset"], {}), **{k: v for k, v in model.items() if k != "preset"}}
+    name, preset = model.get("name", DEFAULT), model["preset"]
+    if not isinstance(preset, str):
+        raise ValueError(f"model.preset: found {preset!r}, expected the name of a size, for example M.")
+    known = MODELS[name][1].presets if isinstance(name, str) and name in MODELS else None
+    if known is not None and preset not in known:
+        raise ValueError(f"model.preset: the network {name} has no preset {preset!r}. Choose one of {', '.join(known)}.")
+    return {"name": name, **(known or {}).get(preset, {}), **{k: v for k, v in model.items() if k != "preset"}}
 
 
 def save_config(config: Config, path: Path) -> None:
@@ -97,10 +113,24 @@ def save_config(config: Config, path: Path) -> None:
     write_text(path, yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True))
 
 
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(k): _plain(v) for k, v in value.items()}
-    return [_plain(v) for v in value] if isinstance(value, list) else _number(value)
+def _plain(values: Any) -> Any:
+    """Copies of dictionaries and lists with plain keys and numbers.
+
+    Raises:
+        ValueError: more values than any configuration has.
+    """
+    count = 0
+
+    def copy(value: Any) -> Any:
+        nonlocal count
+        count += 1
+        if count > MOST_VALUES:
+            raise ValueError(f"The configuration holds more than {MOST_VALUES:,} values: are there YAML aliases (*) that multiply?")
+        if isinstance(value, Mapping):
+            return {str(k): copy(v) for k, v in value.items()}
+        return [copy(v) for v in value] if isinstance(value, list) else _number(value)
+
+    return copy(values)
 
 
 def _number(value: Any) -> Any:

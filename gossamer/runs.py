@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping, Sequence
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from gossamer.data.statistics import compute_statistics
 from gossamer.data.structure import Structure
 from gossamer.engine.engine import Engine, Way
 from gossamer.evaluation import Evaluation, evaluate_potential
-from gossamer.files import atomic_path, write_json
+from gossamer.files import atomic_path, locked, write_json
 from gossamer.models import DEFAULT, MODELS
 from gossamer.potential import DTYPES, Potential
 from gossamer.potential_file import load, read_manifest, save
@@ -60,7 +61,7 @@ def train(
     Raises:
         FileExistsError: the folder holds a run and ``resume`` is False.
         ValueError: settings, data or labels that do not fit together.
-        RuntimeError: the loss became NaN.
+        RuntimeError: the loss became NaN, or another process trains into the same folder.
     """
     config = _as_config(config, overrides)
     folder = Path(config.out)
@@ -70,7 +71,7 @@ def train(
     check_loss(config)
     frames = read_frames(config)
     group = start_process_group(config.training.device)
-    try:
+    with closing(group), locked(folder) if group.rank == 0 else nullcontext():
         torch.manual_seed(config.training.seed)
         potential, frames, tuning = prepare_potential(config, frames, group)
         state = make_state(potential, config.training, config.loss)
@@ -99,8 +100,6 @@ def train(
             results |= step_times(state) | final_errors(folder, frames, tuning, group.device)
             write_json(folder / "results.json", results)
         return results
-    finally:
-        group.close()
 
 
 # --- the steps of training --------------------------------------------------------------------------------------------

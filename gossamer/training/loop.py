@@ -263,7 +263,7 @@ def load_state(state: State, path: Path, identity: dict[str, Any]) -> None:
     """Continue from a checkpoint.
 
     Raises:
-        ValueError: it belongs to other settings or other data.
+        ValueError: it belongs to other settings or other data, or to an older version of the network.
     """
     tensors, stored = read_checkpoint(path)
     before = with_defaults(stored["identity"])
@@ -273,7 +273,13 @@ def load_state(state: State, path: Path, identity: dict[str, Any]) -> None:
             f"The checkpoint '{path}' belongs to another run: {', '.join(differing)} differ. Resume with the settings and data it was "
             "made with, or choose another folder (out)."
         )
-    state.potential.network.load_state_dict({k[8:]: v for k, v in tensors.items() if k.startswith("network.")})
+    weights = {k[8:]: v for k, v in tensors.items() if k.startswith("network.")}
+    if weights.keys() != state.potential.network.state_dict().keys():  # the optimiser's state would go to the wrong ones
+        raise ValueError(
+            f"The checkpoint '{path}' was written by an older gossamer, whose network named its weights otherwise. Finish the run with "
+            "that version, or fine-tune its potential.safetensors (finetune.start), which this one reads."
+        )
+    state.potential.network.load_state_dict(weights)
     state.ema.module.network.load_state_dict({k[4:]: v for k, v in tensors.items() if k.startswith("ema.")})
     load_optimizer(state.optimizer, tensors)
     torch.set_rng_state(tensors["rng"])
