@@ -165,8 +165,8 @@ def _bench_parser(bench: argparse.ArgumentParser) -> None:
                        help="numbers of atoms (default: 100 to 100000)")  # fmt: skip
     bench.add_argument("--seconds", type=float, default=10.0, help="longest single evaluation; larger systems are left out (default: 10)")
     bench.add_argument("--threads", type=int, help="of PyTorch and OpenMP; with one, CPU time is taken (default: as they find)")
-    bench.add_argument("--mode", choices=["auto", "plain", "program"], default="auto",
-                       help="how our potentials run: as by default, without kernels, or compiled (default: auto)")  # fmt: skip
+    bench.add_argument("--way", choices=["auto", "plain", "kernels", "program", "graph"], default="auto",
+                       help="how our potentials are evaluated (default: auto)")  # fmt: skip
     bench.add_argument("--device", default="cpu", help="of our potentials (default: cpu)")
     bench.add_argument("--dtype", choices=["float32", "float64"], help="of our potentials (default: as saved)")
     bench.add_argument("--out", default="bench", help="folder of bench.json, bench.md and bench.png (default: bench)")

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 os.environ.setdefault("MPLBACKEND", "Agg")
-os.environ.setdefault("GOSSAMER_CACHE", os.devnull + "/no-cache")  # compiled programs of the user stay out of the tests
+os.environ["GOSSAMER_CACHE"] = os.devnull + "/no-cache"  # kernels and programs of the user stay out of the tests
 
 from jaxtyping import install_import_hook
 

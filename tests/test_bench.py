@@ -10,11 +10,12 @@ import pytest
 import torch
 from ase.build import bulk, molecule
 from conftest import make_potential
-from gossamer.engine.kernels.product import scalar_convolution, vector_convolution
+from test_kernels import scalar_convolution, vector_convolution
 
 from gossamer.bench import bench, ceilings, floor, table
 from gossamer.cli import main
 from gossamer.data.readers import LabelConfig, from_atoms
+from gossamer.engine.kernels.cpu import operations
 from gossamer.potential_file import save
 from gossamer.simulation.calculator import Calculator
 
@@ -27,13 +28,13 @@ def saved(tmp_path: Path) -> Path:
 
 def test_bench_of_a_potential_and_a_calculator(saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["bench", str(saved), "--calculator", "ase.calculators.emt:EMT", "--sizes", "30", "60", "120", "--threads", "1",
-                 "--seconds", "1", "--out", str(tmp_path / "out"), "--mode", "plain"]  # fmt: skip
+                 "--seconds", "1", "--out", str(tmp_path / "out"), "--way", "plain"]  # fmt: skip
     assert main(arguments) == 0
     printed = capsys.readouterr().out
     ours, emt = json.loads((tmp_path / "out" / "bench.json").read_text())
     assert [r["atoms"] for r in ours["rows"]] == [r["atoms"] for r in emt["rows"]]
     assert ours["system"] == emt["system"] == "Cu"
-    assert ours["mode"] == "plain"
+    assert ours["way"] == "plain"
     for row in ours["rows"]:
         assert row["us_per_atom"] == pytest.approx(1000 * row["ms"] / row["atoms"])
         assert row["times_floor"] > 1
@@ -93,14 +94,14 @@ def test_wrong_use(saved: Path, tmp_path: Path) -> None:
 def test_floor_counts_what_must_be_done() -> None:
     """Arithmetic grows with pairs, and doubling the machine's rates halves the floor."""
     potential = make_potential(["Si"], dtype=torch.float32)
-    calculator = Calculator(potential, compiled=False)
+    calculator = Calculator(potential, way="plain")
     rates = ceilings(potential)
     assert rates["macs"] > 1e8
     assert rates["bytes"] > 1e8
-    small, large = (floor(calculator, calculator._graph(bulk("Si", cubic=True).repeat(n)), rates) for n in (1, 2))
+    small, large = (floor(calculator.engine, calculator.graph(bulk("Si", cubic=True).repeat(n)), rates) for n in (1, 2))
     assert large["multiply_adds"] == pytest.approx(8 * small["multiply_adds"], rel=0.02)
-    twice = floor(calculator, calculator._graph(bulk("Si", cubic=True)), {k: 2 * v for k, v in rates.items()})
+    twice = floor(calculator.engine, calculator.graph(bulk("Si", cubic=True)), {k: 2 * v for k, v in rates.items()})
     assert twice["floor_ms"] == pytest.approx(small["floor_ms"] / 2)
     # one product of scalars: spline 6, coefficient 1, sum 1; backward: spline and slope 12, 1 + 1, 1 harmonic and its 2 sums, slope 1
-    assert scalar_convolution(1).operations == (6 + 1 + 1) + (12 + 1 + 1 + 1 + 2 + 1)
-    assert vector_convolution(10, True).operations == 10 * vector_convolution(1, True).operations
+    assert operations(scalar_convolution(1)) == (6 + 1 + 1) + (12 + 1 + 1 + 1 + 2 + 1)
+    assert operations(vector_convolution(10, True)) == 10 * operations(vector_convolution(1, True))

@@ -13,7 +13,6 @@ from ase.build import bulk
 from conftest import DIRECT, MODELS, make_potential
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gossamer.engine.agreement import fixed_sizes
 from gossamer.engine.cuda_graph import SHARE, first_of, pad
 from gossamer.engine.kernels import gpu
 from gossamer.engine.kernels import ops as _  # noqa: F401  (registers the operators)
@@ -36,9 +35,9 @@ class _NothingFromTheCPU(TorchDispatchMode):
 def test_steps_do_not_wait_for_the_gpu(name: str, ethanol: Atoms) -> None:
     """On the meta device, which has no values, as on a GPU: no operator may need one, or bring a tensor along."""
     potential = make_potential(ELEMENTS, **MODELS[name])
-    graph = Calculator(potential, compiled=False)._graph(ethanol)
+    graph = Calculator(potential, way="plain").graph(ethanol)
     isolated = potential.isolated_outputs().to("meta")
-    there = fixed_sizes(potential).to("meta").requires_grad_(False)
+    there = copy.deepcopy(potential).to("meta").requires_grad_(False)
     far = graph.to("meta")
     with _NothingFromTheCPU():
         out = there(far, stress=potential.conservative, isolated=isolated)
@@ -50,7 +49,7 @@ def test_the_check_notices_waiting(ethanol: Atoms) -> None:
     potential = make_potential(ELEMENTS)
     isolated = potential.isolated_outputs().to("meta")
     there = copy.deepcopy(potential).to("meta").requires_grad_(False)
-    graph = Calculator(potential, compiled=False)._graph(ethanol).to("meta")
+    graph = Calculator(potential, way="plain").graph(ethanol).to("meta")
     network = there.network.forward
     with _NothingFromTheCPU():
         there(graph, isolated=isolated)
@@ -76,7 +75,7 @@ def test_padding_changes_nothing(name: str, system: str, ethanol: Atoms) -> None
     atoms = ethanol if system == "molecule" else bulk("Si", cubic=True)
     atoms.rattle(0.05, seed=1)
     potential = make_potential(ELEMENTS, **MODELS[name]).eval()
-    graph = Calculator(potential, compiled=False)._graph(atoms)
+    graph = Calculator(potential, way="plain").graph(atoms)
     stress = potential.conservative
     plain = potential(graph, stress=stress)
     for missing, extra in ((0, 1), (1, 3), (200, 1 + 200 // SHARE)):
@@ -106,19 +105,18 @@ def test_maps_of_elements_are_those_of_the_cpu(monkeypatch: pytest.MonkeyPatch) 
 
 def test_a_cuda_graph_needs_a_gpu() -> None:
     potential = make_potential(ELEMENTS)
-    with pytest.raises(ValueError, match="cuda_graph needs a potential on a GPU, found cpu"):
-        Calculator(potential, cuda_graph=True)
-    with pytest.raises(ValueError, match="choose one of cuda_graph and compiled"):
-        Calculator(potential, cuda_graph=True, compiled=True)
+    with pytest.raises(ValueError, match="way 'graph' records a CUDA graph and needs a potential on a GPU, found cpu"):
+        Calculator(potential, way="graph")
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("name", [*MODELS])
 def test_recorded_steps_are_the_potential(name: str, ethanol: Atoms) -> None:
     potential = make_potential(ELEMENTS, **MODELS[name]).to("cuda")
-    recorded, plain = Calculator(potential, cuda_graph=True), Calculator(potential, compiled=False)
+    recorded, plain = Calculator(potential, way="graph"), Calculator(potential, way="plain")
     for seed in range(3):
         ethanol.rattle(0.02 * seed, seed=seed)
         wanted = plain.get_forces(ethanol.copy())
         np.testing.assert_allclose(recorded.get_forces(ethanol.copy()), wanted, atol=1e-8)
-    assert recorded.captured is not None
+    assert recorded.engine.way == "graph"

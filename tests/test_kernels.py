@@ -6,7 +6,9 @@ import copy
 import json
 import logging
 import shutil
+import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +16,7 @@ import pytest
 import torch
 from ase import Atoms
 from ase.build import bulk, molecule
+from ase.data import chemical_symbols, covalent_radii
 from conftest import DIRECT, GLOBAL, MODELS, SMOOTH, make_potential
 from gossamer.engine.kernels.product import Convolution, Product, scalar_convolution, vector_convolution
 from test_training import settings, weights
@@ -22,13 +25,15 @@ from gossamer.checks.conservation import force_gradient_error, nve_conservation,
 from gossamer.checks.smoothness import cutoff_exponent, energy_jump
 from gossamer.checks.symmetry import net_force, separation_error, supercell_error, symmetry_errors
 from gossamer.data.readers import LabelConfig, from_atoms
-from gossamer.engine import agreement as fast
-from gossamer.engine.agreement import add_kernels, changing_kernels, compare, has_kernels, part_of, verified_kernels
+from gossamer.engine import cache as engine_cache
+from gossamer.engine import engine as engine_module
+from gossamer.engine.agreement import TABLE_TOLERANCE, agree, part_of, probe, rattled
+from gossamer.engine.engine import Engine
 from gossamer.engine.kernels import cpu, gpu, ops
-from gossamer.engine.kernels.attach import EdgeKernel, sort_edges
+from gossamer.engine.kernels.attach import EdgeKernel, FixedMaps, TableKernel, attach_kernels, sort_edges
 from gossamer.engine.kernels.cpu import Missing
-from gossamer.engine.kernels.table import TOLERANCE, derivatives, interpolate, tabulate
-from gossamer.nn.products import Coupling, Irrep
+from gossamer.engine.kernels.table import TOLERANCE, derivatives, interpolate, pack, tabulate, unpack
+from gossamer.nn.products import Convolution, Coupling, Irrep, Product, ScalarConvolution, VectorConvolution, paths_between
 from gossamer.runs import evaluate, train
 from gossamer.simulation.calculator import Calculator
 from gossamer.simulation.md import md
@@ -93,7 +98,20 @@ def test_what_cannot_be_tabulated_is_refused() -> None:
 
 def nequip_convolution(l_max: int, parity: bool, channels: list[int]) -> Convolution:
     irreps = [Irrep(channels[l], l, p or (-1) ** l) for l in range(l_max + 1) for p in ((1, -1) if parity else (0,))]
-    return Coupling(irreps, l_max, [i.kind for i in irreps]).convolution()
+    return Coupling(irreps, l_max, paths_between(irreps, l_max, [i.kind for i in irreps]), torch.nn.Identity()).convolution
+
+
+def vector_convolution(channels: int, relay: bool) -> Convolution:
+    return VectorConvolution(channels, relay, torch.nn.Identity()).convolution
+
+
+def scalar_convolution(channels: int) -> Convolution:
+    return ScalarConvolution(channels, torch.nn.Identity()).convolution
+
+
+def definition(convolution: Convolution, features, harmonics, x, table, edge_index) -> torch.Tensor:
+    """What a kernel with a table computes, in PyTorch."""
+    return convolution.definition(features, harmonics, interpolate(unpack(convolution, table), x), edge_index)
 
 
 MANY = [Product(0, 0, 0, 3 * k, np.random.default_rng(k).normal(size=(5, 5, 3))) for k in range(4)] + [
@@ -123,7 +141,7 @@ def inputs_of(convolution: Convolution, dtype: torch.dtype, n: int = 9, edges: i
     def radial(x: torch.Tensor) -> torch.Tensor:
         return torch.sin(x[:, None] * torch.arange(1, width + 1, dtype=x.dtype) / width * 20) * (1 - x[:, None]) ** 3
 
-    table = convolution.pack(tabulate(radial, dtype), cpu.LANES[dtype]).to(dtype)
+    table = pack(convolution, tabulate(radial, dtype), cpu.LANES[dtype]).to(dtype)
     random = {"dtype": dtype, "generator": generator}
     features = torch.randn(n, convolution.width_in, **random)  # type: ignore[call-overload]
     harmonics = torch.randn(edges, convolution.n_harmonics, **random)  # type: ignore[call-overload]
@@ -143,16 +161,16 @@ def test_kernel_is_its_definition(name: str, dtype: torch.dtype) -> None:
     convolution = CONVOLUTIONS[name]()
     features, harmonics, x, table, edge_index = inputs_of(convolution, dtype)
     results = []
-    for function in (run, lambda c, *a: c.plain(*a)):
+    for function in (run, definition):
         variables = [t.clone().requires_grad_() for t in (features, harmonics, x)]
         out = function(convolution, *variables, table, edge_index)
         weights = torch.randn(out.shape, dtype=dtype, generator=torch.Generator().manual_seed(2))
         results.append([out.detach(), *torch.autograd.grad(out, variables, weights, allow_unused=True)])
     assert float(results[0][0][3].abs().max()) == 0  # the atom without edges
-    for mine, definition in zip(*results, strict=True):
-        definition = torch.zeros_like(mine) if definition is None else definition
-        scale = float(definition.abs().max())
-        assert float((mine - definition).abs().max()) < (1e-5 if dtype == torch.float32 else 1e-12) * scale
+    for mine, wanted in zip(*results, strict=True):
+        wanted = torch.zeros_like(mine) if wanted is None else wanted
+        scale = float(wanted.abs().max())
+        assert float((mine - wanted).abs().max()) < (1e-5 if dtype == torch.float32 else 1e-12) * scale
 
 
 def test_gradients_of_the_kernel() -> None:
@@ -200,7 +218,7 @@ def test_memory_layout_is_checked() -> None:
 def pair(name: str, dtype: torch.dtype = torch.float64) -> tuple[Calculator, Calculator]:
     """A calculator without and one with kernels."""
     potential = make_potential(ELEMENTS, dtype=dtype, **MODELS[name])
-    return Calculator(potential, compiled=False, skin=0.0), Calculator(add_kernels(potential), compiled=False, skin=0.0)
+    return Calculator(potential, way="plain", skin=0.0), Calculator(attach_kernels(potential), way="plain", skin=0.0)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -209,8 +227,7 @@ def test_potential_with_kernels(name: str, system: str, request: pytest.FixtureR
     atoms = request.getfixturevalue(system)
     found = []
     plain, quick = pair(name)
-    assert has_kernels(quick.potential)
-    assert not has_kernels(plain.potential)
+    assert not any(type(m).__name__.endswith("Kernel") for m in plain.potential.modules())
     for calculator in (plain, quick):
         atoms.calc = calculator
         stress = atoms.get_stress() if atoms.pbc.all() and plain.conservative else np.zeros(6)
@@ -253,7 +270,7 @@ def test_dynamics_with_kernels_conserves_energy(ethanol: Atoms) -> None:
 
 def test_float32_and_batches() -> None:
     potential = make_potential(ELEMENTS, dtype=torch.float32, **MODELS["nequip"])
-    quick = add_kernels(potential)
+    quick = attach_kernels(potential)
     structures = [
         from_atoms(a, LabelConfig(), "frame") for a in (molecule("CH3OH"), molecule("H2O"), bulk("SiC", "zincblende", a=4.4), Atoms("O"))
     ]
@@ -271,22 +288,37 @@ def test_calculator_uses_kernels_by_default(ethanol: Atoms, caplog: pytest.LogCa
     potential = make_potential(ELEMENTS)
     ethanol.calc = calculator = Calculator(potential)
     forces = ethanol.get_forces()
-    assert calculator.mode == "kernels"
-    ethanol.calc = plain = Calculator(potential, compiled=False)
+    assert calculator.engine.way == "kernels"
+    ethanol.calc = plain = Calculator(potential, way="plain")
     np.testing.assert_allclose(ethanol.get_forces(), forces, atol=1e-8)
-    assert plain.mode == "plain"
+    assert plain.engine.way == "plain"
     assert not caplog.records
 
 
-def test_networks_without_kernels_run_as_they_are(
-    ethanol: Atoms, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_no_structure_decides_what_runs() -> None:
+    """Perfect crystals, relaxed or lone atoms first: kernels are compared on structures of the potential's own elements."""
+    potential = make_potential(ELEMENTS, dtype=torch.float32, **MODELS["nequip"])
+    for first in (bulk("Si", cubic=True).repeat(3), Atoms("O"), molecule("H2")):
+        calculator = Calculator(potential)
+        first.calc = calculator
+        first.get_potential_energy()
+        assert calculator.engine.way == "kernels"
+
+
+def test_a_way_that_cannot_be_had_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     potential = make_potential(ELEMENTS)
-    monkeypatch.delattr(type(potential.network), "add_kernels")
-    ethanol.calc = calculator = Calculator(potential)
-    ethanol.get_forces()
-    assert calculator.mode == "plain"
-    assert not caplog.records  # there is nothing that a user could do
+
+    def missing(*_: object) -> None:
+        raise Missing("none for this network")
+
+    monkeypatch.setattr(engine_module, "attach_kernels", missing)
+    with pytest.raises(RuntimeError, match="way 'kernels' cannot be had: none for this network"):
+        Engine(potential, "kernels")
+    assert Engine(potential).way == "plain"
+    with pytest.raises(ValueError, match="way 'fast' is unknown. Choose one of auto, plain"):
+        Engine(potential, "fast")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="way 'program' holds the weights"):
+        Engine(potential, "program", weights_change=True)
 
 
 def test_without_compiler(ethanol: Atoms, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
@@ -304,7 +336,7 @@ def test_without_compiler(ethanol: Atoms, monkeypatch: pytest.MonkeyPatch, caplo
         monkeypatch.setenv("CXX", setting) if setting else monkeypatch.delenv("CXX", raising=False)
         ethanol.calc = calculator = Calculator(potential)
         assert np.isfinite(ethanol.get_forces()).all()
-        assert calculator.mode == "plain"
+        assert calculator.engine.way == "plain"
         assert found in caplog.text
         assert caplog.text.count("runs without kernels") == 1
     monkeypatch.undo()
@@ -312,37 +344,102 @@ def test_without_compiler(ethanol: Atoms, monkeypatch: pytest.MonkeyPatch, caplo
     monkeypatch.setattr(cpu, "library", cpu.library.__wrapped__)
     monkeypatch.setattr(ops, "_convolutions", {})
     with pytest.raises(Missing, match="set GOSSAMER_CACHE"):
-        add_kernels(potential)
+        attach_kernels(potential)
 
 
-def test_wrong_kernels_are_refused(ethanol: Atoms, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_kept_libraries_are_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """Truncated, overwritten, or writable by others: built again; the process lives on."""
+    monkeypatch.setenv("GOSSAMER_CACHE", str(tmp_path))
+    path = cpu.build("int answer() { return 42; }", "answer")
+    whole = path.read_bytes()
+    damages: dict[str, Callable[[], object]] = {
+        "damaged or altered": lambda: path.write_bytes(whole[: len(whole) // 2]),
+        "was damaged": lambda: path.write_bytes(bytes(len(whole))),
+        "written by other users": lambda: path.chmod(0o777),
+        "cannot be checked": lambda: path.with_name(path.name + ".sha256").unlink(),
+    }
+    for message, damage in damages.items():
+        caplog.clear()
+        damage()
+        with pytest.raises(engine_cache.Untrusted, match=message):
+            engine_cache.check(path)
+        assert cpu.build("int answer() { return 42; }", "answer") == path
+        assert "it is built again" in caplog.text
+        engine_cache.check(path)
+    engine_cache.forget(path)
+    path.mkdir()
+    with pytest.raises(Missing, match="is a folder where a kernel should be"):
+        cpu.build("int answer() { return 42; }", "answer")
+    path.rmdir()
+    tmp_path.chmod(0o777)
+    with pytest.raises(Missing, match="can be written by other users"):
+        cpu.build("int answer() { return 42; }", "answer")
+    tmp_path.chmod(0o700)
+
+
+def test_scratch_fits_on_small_stacks() -> None:
+    """High degrees in float64 from a thread with a small stack."""
+    convolution = nequip_convolution(3, True, [2, 2, 2, 2])
+    arguments = inputs_of(convolution, torch.float64, n=4, edges=210)
+    wanted, found = run(convolution, *arguments), []
+    size = threading.stack_size(256 * 1024)
+    try:
+        thread = threading.Thread(target=lambda: found.append(run(convolution, *arguments)))
+        thread.start()
+        thread.join()
+    finally:
+        threading.stack_size(size)
+    assert torch.equal(found[0], wanted)
+
+
+def test_wrong_kernels_are_refused(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     potential = make_potential(ELEMENTS)
-    right = fast.add_kernels
 
-    def wrong(potential):
-        broken = right(potential)
-        broken.network.layers[1].message.kernel.table.mul_(1.001)
+    def wrong(potential, use):
+        broken = attach_kernels(potential, use)
+        broken.network.layers[1].message.convolution.table.mul_(1.001)
         return broken
 
-    graph = Calculator(potential, compiled=False)._graph(ethanol)
-    compare(right(potential), potential, graph, 1e-7)
-    with pytest.raises(RuntimeError, match="fast energy differs from the plain one by"):
-        compare(wrong(potential), potential, graph, 1e-7)
-    monkeypatch.setattr(fast, "add_kernels", wrong)
-    assert verified_kernels(potential, graph) is None
-    assert "runs without kernels: the fast energy differs" in caplog.text
+    monkeypatch.setattr(engine_module, "attach_kernels", wrong)
+    assert Engine(potential).way == "plain"
+    assert "runs without kernels: the fast energy differs from the plain one by" in caplog.text
+
+
+def test_what_is_not_a_number_does_not_agree() -> None:
+    potential = make_potential(ELEMENTS)
+    graph = probe(potential)
+    out = potential(graph, stress=True)
+    agree(out, out, potential, graph, 1e-12)
+    for name in ("energy", "forces", "stress"):
+        broken = replace(out, **{name: getattr(out, name) * torch.nan})
+        with pytest.raises(RuntimeError, match=f"fast {name} differs"):
+            agree(out, broken, potential, graph, 1e-4)
+
+
+@pytest.mark.parametrize("elements", [["H"], ["Si", "C"], ["H", "C", "N", "O", "F", "P", "S", "Cl", "Br", "I", "Cs", "U"]])
+def test_probes_are_dense_and_touch_nowhere(elements: list[str]) -> None:
+    potential = make_potential(elements, zbl=False)
+    graph = probe(potential, n_structures=2)
+    assert graph.n_graphs == 2
+    assert {chemical_symbols[z] for z in graph.atomic_numbers.tolist()} == set(elements)
+    radii = torch.from_numpy(covalent_radii)[graph.atomic_numbers]
+    sender, receiver = graph.edge_index
+    ratio = graph.edge_vectors().norm(dim=1) / (radii[sender] + radii[receiver])
+    assert 0.9 < float(ratio.min()) < 1.3
+    assert torch.equal(probe(potential).positions, probe(potential).positions)
 
 
 def test_part_of_a_large_structure() -> None:
     """What is compared of a large system: a graph of its own, with fewer pairs."""
     potential = make_potential(["Si"])
-    graph = Calculator(potential, compiled=False)._graph(bulk("Si", cubic=True).repeat(3))
+    graph = Calculator(potential, way="plain").graph(bulk("Si", cubic=True).repeat(3))
     part = part_of(graph, 1000)
     assert 300 < part.n_edges <= 1000
     assert int(part.edge_index.max()) < part.n_atoms < graph.n_atoms
     np.testing.assert_array_equal(part.edge_vectors(), graph.edge_vectors()[((graph.edge_index < part.n_atoms).all(dim=0)).nonzero()[:, 0]])
-    compare(add_kernels(potential), potential, part, 1e-7)
-    assert part_of(graph) is graph
+    part = rattled(part)
+    agree(potential(part, stress=True), attach_kernels(potential)(part, stress=True), potential, part, TABLE_TOLERANCE[torch.float64])
+    assert part_of(graph, graph.n_edges) is graph
 
 
 def test_part_of_a_batch() -> None:
@@ -373,9 +470,17 @@ def test_potentials_keep_their_own_weights(ethanol: Atoms) -> None:
     """Adding kernels leaves the potential as it was, and what is saved too."""
     potential = make_potential(ELEMENTS, **MODELS["nequip"])
     before = copy.deepcopy(potential.state_dict())
-    quick = add_kernels(potential)
-    assert list(before) == list(potential.state_dict()) == list(quick.state_dict())
-    assert all(torch.equal(before[k], v) for k, v in quick.state_dict().items())
+    quick = attach_kernels(potential)
+    assert list(before) == list(potential.state_dict())
+    assert all(torch.equal(before[k], v) for k, v in potential.state_dict().items())
+    kinds = {type(m) for m in quick.modules()}
+    assert {TableKernel, FixedMaps} <= kinds
+    assert Coupling not in kinds
+    assert any(isinstance(m, Coupling) for m in potential.modules())
+    training = attach_kernels(potential, "training")
+    ours, theirs = dict(potential.named_parameters()), dict(training.named_parameters())
+    assert list(ours) == list(theirs)
+    assert all(ours[k] is theirs[k] for k in ours)  # the very same tensors
 
 
 def test_simulation_resumes_with_kernels(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -386,10 +491,10 @@ def test_simulation_resumes_with_kernels(tmp_path: Path, caplog: pytest.LogCaptu
     md(potential, atoms, steps=10, out=tmp_path / "parts", **options)
     md(potential, atoms, steps=20, out=tmp_path / "parts", resume=True, **options)
     with np.load(tmp_path / "whole" / "state.npz") as a, np.load(tmp_path / "parts" / "state.npz") as b:
-        assert json.loads(str(a["settings"]))["compiled"] == "kernels"
+        assert json.loads(str(a["settings"]))["way"] == "kernels"
         np.testing.assert_array_equal(a["positions"], b["positions"])
-    md(potential, atoms, steps=10, out=tmp_path / "plain", compiled=False, **options)
-    assert json.loads(str(np.load(tmp_path / "plain" / "state.npz")["settings"]))["compiled"] == "plain"
+    md(potential, atoms, steps=10, out=tmp_path / "plain", way="plain", **options)
+    assert json.loads(str(np.load(tmp_path / "plain" / "state.npz")["settings"]))["way"] == "plain"
 
 
 def test_registered_layers_survive_in_the_cache(cache: Path) -> None:
@@ -423,7 +528,7 @@ def test_evaluation_with_kernels(caplog: pytest.LogCaptureFixture) -> None:
     potential = make_potential(ELEMENTS)
     frames = [molecule("H"), molecule("CH3OH")]
     for frame in frames:
-        frame.calc = Calculator(potential, compiled=False)
+        frame.calc = Calculator(potential, way="plain")
         frame.get_forces()
     errors = evaluate(potential.train(), [from_atoms(f, LabelConfig(), "frame") for f in frames]).summary()
     assert potential.training
@@ -433,32 +538,30 @@ def test_evaluation_with_kernels(caplog: pytest.LogCaptureFixture) -> None:
 
 @pytest.mark.parametrize("name", [*MODELS])
 def test_kernels_while_weights_change(name: str, ethanol: Atoms, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    """Validation: on within the block and off after it, equal with the weights of the moment; wrong ones are not used."""
-    potential = make_potential(ELEMENTS, **MODELS[name]).eval()
-    graph = Calculator(potential, compiled=False)._graph(ethanol)
-    calls: list[str] = []
-    for operator in ("weigh", "attend"):
-        original = getattr(torch.ops.gossamer, operator)
-        monkeypatch.setattr(torch.ops.gossamer, operator, lambda *a, o=original, n=operator: (calls.append(n), o(*a))[1])
+    """Validation: equal with the weights of the moment, and nothing of the potential changed; wrong kernels are not used."""
+    potential = make_potential(ELEMENTS, **MODELS[name]).train()
+    graph = potential.collate([from_atoms(ethanol, LabelConfig(), "frame")])
+    engine = Engine(potential, weights_change=True)
+    assert engine.way == "kernels"
     for step in range(2):
         with torch.no_grad():
             for parameter in potential.network.parameters():
                 parameter.mul_(1.0 + 0.1 * step)
-        plain = potential(graph)
-        assert not calls
-        with changing_kernels(potential, graph):
-            calls.clear()
-            fast = potential(graph)
-            assert calls
-        calls.clear()
-        torch.testing.assert_close(fast.forces, plain.forces, rtol=0, atol=1e-11)
-        torch.testing.assert_close(fast.energy, plain.energy, rtol=0, atol=1e-10)
-    for operator in ("weigh", "attend"):
+        plain, quick = potential.eval()(graph), engine(graph)
+        potential.train()
+        torch.testing.assert_close(quick.forces, plain.forces.detach(), rtol=0, atol=1e-11)
+        torch.testing.assert_close(quick.energy, plain.energy.detach(), rtol=0, atol=1e-10)
+    assert potential.training
+    assert any(p.requires_grad for p in potential.network.parameters())
+    for operator in ("convolve_weighted", "attend"):
         right = getattr(torch.ops.gossamer, operator)
-        wrong = (lambda *a, o=right: o(*a) * 1.001) if operator == "weigh" else (lambda *a, o=right: tuple(1.001 * t for t in o(*a)))
+        wrong = (
+            (lambda *a, o=right: o(*a) * 1.001)
+            if operator == "convolve_weighted"
+            else (lambda *a, o=right: tuple(1.001 * t for t in o(*a)))
+        )
         monkeypatch.setattr(torch.ops.gossamer, operator, wrong)
-    with changing_kernels(potential, graph):
-        torch.testing.assert_close(potential(graph).forces, plain.forces, rtol=0, atol=1e-12)
+    assert Engine(potential, weights_change=True).way == "plain"
     assert "differs from the plain one" in caplog.text
 
 
@@ -482,7 +585,7 @@ def test_edge_kernel_has_right_second_derivatives(name: str) -> None:
     found = []
     for function in (
         lambda f, y, w: torch.ops.gossamer.convolve_weighted(key, f, y, w, *edges),
-        lambda f, y, w: convolution.plain_weighted(f, y, w, edge_index),
+        lambda f, y, w: convolution.definition(f, y, w, edge_index),
     ):
         variables = [t.clone().requires_grad_() for t in (features, harmonics, weights)]
         out = function(*variables)
@@ -509,14 +612,14 @@ def test_training_with_kernels_is_plain_training(name: str, tmp_path: Path, capl
 
 def test_batches_of_one_structure_use_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     used = []
-    right = EdgeKernel.__call__
-    monkeypatch.setattr(EdgeKernel, "__call__", lambda self, f, w, e: used.append(1) or right(self, f, w, e))
+    right = EdgeKernel.forward
+    monkeypatch.setattr(EdgeKernel, "forward", lambda self, features, edges: used.append(self.training) or right(self, features, edges))
     train(settings(tmp_path / "run", steps=2, batch_size=1), progress=False)
-    assert used
+    assert any(used)  # in training, not only in validation
 
 
 def test_wrong_training_kernels_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    right = EdgeKernel.__call__
-    monkeypatch.setattr(EdgeKernel, "__call__", lambda self, f, w, e: right(self, f, 1.001 * w, e))
+    right = EdgeKernel.forward
+    monkeypatch.setattr(EdgeKernel, "forward", lambda self, features, edges: right(self, 1.001 * features, edges))
     train(settings(tmp_path / "run", steps=3), progress=False)
     assert "training runs without kernels: the accelerated" in caplog.text

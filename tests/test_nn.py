@@ -14,8 +14,9 @@ from gossamer.config import make_config
 from gossamer.data.batch import collate
 from gossamer.data.structure import Structure
 from gossamer.models import DataFacts, Geodite, GeoditeConfig, NequIP, NequIPConfig
+from gossamer.nn.edges import Edges
 from gossamer.nn.layers import Constant, cat, mean_by_index, split, sum_by_index
-from gossamer.nn.products import Coupling, Irrep, blocks
+from gossamer.nn.products import Coupling, Irrep, blocks, paths_between
 from gossamer.nn.radial import bessel_basis, gaussian_basis, polynomial_envelope
 from gossamer.nn.spherical import SphericalHarmonics, wigner_3j
 from gossamer.nn.zbl import ZBL, zbl_energy
@@ -153,10 +154,10 @@ def test_3j_symbols_have_the_signs_of_e3nn() -> None:
 def test_products_turn_with_their_factors() -> None:
     irreps = [Irrep(3, 0, 1), Irrep(2, 1, -1), Irrep(2, 1, 1), Irrep(1, 2, 1)]
     wanted = [(0, 1), (0, -1), (1, -1), (1, 1), (2, 1), (2, -1)]
-    coupling = Coupling(irreps, 2, wanted).double()
+    coupling = Coupling(irreps, 2, paths_between(irreps, 2, wanted), torch.nn.Identity()).double()
     generator = torch.Generator().manual_seed(0)
     features = torch.randn(5, sum(i.width for i in irreps), generator=generator, dtype=torch.float64)
-    weights = torch.randn(5, coupling.num_weights, generator=generator, dtype=torch.float64)
+    weights = torch.randn(5, sum(coupling.convolution.channels), generator=generator, dtype=torch.float64)
     u, rotation = unit_vectors(5), random_rotation(3)
 
     def turned(blocks_: list[torch.Tensor], kinds: list[Irrep], inversion: bool) -> list[torch.Tensor]:
@@ -166,7 +167,11 @@ def test_products_turn_with_their_factors() -> None:
         ]
 
     def product(x: torch.Tensor, directions: torch.Tensor) -> list[torch.Tensor]:
-        return coupling.collect(coupling.messages(x, coupling.matrices(harmonics(2, "component")(directions)), weights))
+        index = torch.arange(5).repeat(2, 1)  # each atom its own neighbour
+        edges = Edges(index, torch.ones(5), harmonics(2, "component")(directions), lambda: weights)
+        found = coupling(x, edges)
+        torch.testing.assert_close(found, coupling.convolution.definition(x, edges.harmonics, weights, index), rtol=0, atol=1e-12)
+        return blocks(found, coupling.irreps_out)
 
     for inversion in (False, True):
         moved = torch.cat([b.flatten(1) for b in turned(list(blocks(features, irreps)), irreps, inversion)], dim=1)
@@ -174,7 +179,7 @@ def test_products_turn_with_their_factors() -> None:
         for a, b in zip(ours, turned(product(features, u), coupling.irreps_out, inversion), strict=True):
             assert torch.allclose(a, b, atol=1e-11)
     with pytest.raises(ValueError, match="No product"):
-        Coupling([Irrep(1, 0, 1)], 1, [(1, 1)])
+        paths_between([Irrep(1, 0, 1)], 1, [(1, 1)])
 
 
 def test_derivatives_of_join_and_divide() -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import pickle
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +16,11 @@ from ase import Atoms
 from ase.build import bulk
 from conftest import make_potential
 
+from gossamer.data.readers import LabelConfig, from_atoms
+from gossamer.engine import engine as engine_module
 from gossamer.engine import program
+from gossamer.engine.agreement import probe
+from gossamer.engine.engine import Engine
 from gossamer.engine.program import Program, cached_program, compare, identity, make_program
 from gossamer.potential_file import save
 from gossamer.simulation.calculator import Calculator
@@ -45,14 +52,13 @@ from conftest import MODELS, make_potential
 torch.set_num_threads(2)  # other code is generated than for one
 from gossamer.checks.conservation import force_gradient_error, stress_gradient_error
 from gossamer.checks.symmetry import supercell_error, symmetry_errors
-from gossamer.engine.program import compare, fits
 from gossamer.simulation.calculator import Calculator
 
 potential = make_potential(["C", "H", "O", "Si"], **MODELS[{name!r}])
 crystal = bulk("SiC", "zincblende", a=4.36)
 crystal.rattle(0.1, seed=0)
 crystal.set_cell(crystal.cell.array @ (np.eye(3) + 0.03 * np.array([[1, 2, 0], [0, -1, 1], [1, 0, 1]])), scale_atoms=True)
-plain, fast = Calculator(potential, compiled=False), Calculator(potential, compiled=True)
+plain, fast = Calculator(potential, way="plain"), Calculator(potential, way="program")
 worst = 0.0
 for atoms in (crystal, crystal.repeat((2, 2, 1)), molecule("C2H6")[:2], crystal.repeat((3, 1, 2))):
     found = []
@@ -60,15 +66,29 @@ for atoms in (crystal, crystal.repeat((2, 2, 1)), molecule("C2H6")[:2], crystal.
         atoms.calc = calculator
         wants = atoms.pbc.all() and potential.conservative
         found.append((atoms.get_potential_energy(), atoms.get_potential_energies(), atoms.get_forces(), atoms.get_stress() if wants else np.zeros(6)))
-    assert fast.program is not None
+    assert fast.engine.way == "program"
     for a, b in zip(*found):
         worst = max(worst, float(np.abs(np.asarray(a) - np.asarray(b)).max() / max(1.0, np.abs(np.asarray(a)).max())))
 print("worst", worst)
-assert worst < (1e-10 if fast.fast is None else 1e-8), worst  # radial functions from tables
+assert worst < (1e-10 if fast.engine.quick is None else 1e-8), worst  # radial functions from tables
 if potential.conservative:
     assert force_gradient_error(fast, crystal) < 1e-6
     assert stress_gradient_error(fast, crystal) < 1e-7
     assert max(e["relative"] for e in symmetry_errors(fast, crystal).values()) < 1e-9
+# batches: a program of their own
+from gossamer.data.readers import LabelConfig, from_atoms
+frames = [crystal, crystal.repeat((2, 1, 1)), molecule("CH3OH"), molecule("C2H6")[:1], molecule("H2O")]
+for structures in (frames, frames[:2] * 2):
+    graph = potential.collate([from_atoms(a, LabelConfig(), "frame") for a in structures])
+    assert fast.engine.batch_program is not None or fast.expect(1, crystal) == "program"
+    fast.engine.expect(1, graph)
+    assert fast.engine.batch_program is not None
+    a, b = plain.engine(graph), fast.engine(graph)
+    for name in ("energy", "node_energies", "forces"):
+        assert float((getattr(a, name) - getattr(b, name)).abs().max()) < (1e-10 if fast.engine.quick is None else 1e-7), name
+    if a.stress is not None:
+        assert torch.equal(a.stress.isnan(), b.stress.isnan())
+        assert float((a.stress - b.stress).nan_to_num().abs().max()) < 1e-7
 lone = molecule("C2H6")[:1]  # one atom: left to the potential itself
 lone.calc = fast
 lone.get_forces()
@@ -80,7 +100,7 @@ lone.get_forces()
 def test_program_is_the_potential(name: str, cache: Path) -> None:
     """Energies, forces and stress to 1e-10 in float64 for other sizes than it was traced with; derivatives and symmetries by itself."""
     assert "worst" in run_without_hook(CHECK.format(name=name), cache.parent)
-    assert len(list(cache.glob("*.pt2"))) == 1
+    assert len(list(cache.glob("*.pt2"))) == 2  # of one structure and of batches
 
 
 COMMANDS = """
@@ -92,24 +112,26 @@ from ase.build import bulk
 from conftest import make_potential
 from gossamer.cli import main
 from gossamer.potential_file import save
-from gossamer.engine.program import Program, cache_folder, cache_path
+from gossamer.files import cache_folder
+from gossamer.engine import cache
+from gossamer.engine.program import Program, cache_name
 from gossamer.simulation.calculator import Calculator
 from gossamer.simulation.md import md
 
 # exported programs hold no kernels; with them the cache is tested in test_program_is_the_potential
-import gossamer.engine.agreement
-def missing(potential):
-    raise gossamer.engine.agreement.Missing("none here")
-gossamer.engine.agreement.add_kernels = missing
+import gossamer.engine.engine
+def missing(potential, use):
+    raise gossamer.engine.engine.Missing("none here")
+gossamer.engine.engine.attach_kernels = missing
 save(make_potential(["Si"], dtype=torch.float32), "p.safetensors")
 atoms = bulk("Si", cubic=True)
 atoms.rattle(0.05, seed=0)
 ase.io.write("si.extxyz", atoms)
 assert main(["export", "p.safetensors", "p.pt2", "--structure", "si.extxyz", "--json"]) == 0
-calculator = Calculator("p.safetensors", compiled=False)
+calculator = Calculator("p.safetensors", way="plain")
 program = Program(Path("p.pt2"), calculator.potential)
 # plain torch runs it, without gossamer
-graph = calculator._graph(atoms)
+graph = calculator.graph(atoms)
 from gossamer.graph import FIELDS
 out = torch._inductor.aoti_load_package("p.pt2")(*(getattr(graph, f) for f in FIELDS))
 atoms.calc = calculator
@@ -123,14 +145,10 @@ except ValueError as error:
 else:
     raise AssertionError
 # in the cache it is found, by default; a run that resumes goes on as it began
-cache_folder().mkdir(parents=True)
-shutil.copy("p.pt2", cache_path(calculator.potential))
-atoms.calc = made = Calculator("p.safetensors", compiled=True)
-atoms.get_forces()
-assert made.program is not None
-atoms.calc = found = Calculator("p.safetensors")
-atoms.get_forces()
-assert found.program is not None
+with cache.keeping(cache.cached(cache_name(calculator.engine.potential))) as path:
+    shutil.copy("p.pt2", path)
+assert Calculator("p.safetensors", way="program").engine.way == "program"
+assert Calculator("p.safetensors").engine.way == "program"
 short = dict(steps=20, interval=5, progress=False, temperature=100)
 md("p.safetensors", "si.extxyz", out="whole", **{**short, "steps": 40})
 md("p.safetensors", "si.extxyz", out="parts", **short)
@@ -139,13 +157,15 @@ for file in cache_folder().glob("*.pt2"):
 md("p.safetensors", "si.extxyz", out="parts", resume=True, **{**short, "steps": 40})
 a, b = (np.load(f"{n}/state.npz")["positions"] for n in ("whole", "parts"))
 assert np.array_equal(a, b)
-assert json.loads(str(np.load("whole/state.npz")["settings"]))["compiled"] == "program"
+assert json.loads(str(np.load("whole/state.npz")["settings"]))["way"] == "program"
 # a cached file that is damaged is thrown away, and the potential runs
 for file in cache_folder().glob("*.pt2"):
-    file.write_bytes(b"nonsense")
+    flipped = bytearray(file.read_bytes())
+    flipped[len(flipped) // 2 : len(flipped) // 2 + 60] = bytes(60)
+    file.write_bytes(flipped)
 atoms.calc = safe = Calculator("p.safetensors")
 atoms.get_forces()
-assert safe.program is None
+assert safe.engine.way == "plain"
 assert not list(cache_folder().glob("*.pt2"))
 print("done")
 """
@@ -157,10 +177,7 @@ def test_export_cache_and_resume(cache: Path) -> None:
 
 def test_a_program_that_differs_is_not_used(cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     potential = make_potential(["Si"])
-    calculator = Calculator(potential, compiled=False)
-    atoms = bulk("Si")
-    atoms.rattle(0.1, seed=0)
-    graph = calculator._graph(atoms)
+    graph = probe(potential)
 
     class Wrong:
         names = program.NAMES
@@ -172,24 +189,30 @@ def test_a_program_that_differs_is_not_used(cache: Path, monkeypatch: pytest.Mon
             out = potential(graph, stress=True)
             return type(out)(energy=out.energy, node_energies=out.node_energies, forces=out.forces * (1 + self.size), stress=out.stress)
 
-    compare(Wrong(0.0), potential, graph, 1e-10)
+    compare(Wrong(0.0), potential, graph)
     with pytest.raises(RuntimeError, match="fast forces differs"):
-        compare(Wrong(1e-6), potential, graph, 1e-10)
-    monkeypatch.setattr(program, "make_program", lambda *a: (_ for _ in ()).throw(RuntimeError("no compiler here")))
-    atoms.calc = Calculator(potential, compiled=True)
-    forces = atoms.get_forces()
-    assert atoms.calc.program is None
+        compare(Wrong(1e-6), potential, graph)
+
+    def fails(*_: object) -> None:
+        raise RuntimeError("no compiler here")
+
+    monkeypatch.setattr(program, "make_program", fails)
+    with pytest.raises(RuntimeError, match="way 'program' cannot be had: no compiler here"):
+        Calculator(potential, way="program")
+    engine = Engine(potential)
+    assert engine.expect(10**9, graph) in ("plain", "kernels")
     assert "runs without compilation: no compiler here" in caplog.text
-    atoms.calc = calculator
-    np.testing.assert_allclose(forces, atoms.get_forces(), atol=1e-8)
 
 
-def test_a_cache_that_cannot_be_written_is_no_obstacle(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_cache_that_cannot_be_written(caplog: pytest.LogCaptureFixture) -> None:
+    """No obstacle to a potential; an error for who asked for a program."""
     potential = make_potential(["Si"])
     atoms = bulk("Si")
-    atoms.calc = Calculator(potential, compiled=True)  # conftest puts the cache where no folder can be
+    atoms.calc = Calculator(potential)  # conftest puts the cache where no folder can be
     assert np.isfinite(atoms.get_forces()).all()
-    assert "runs without compilation" in caplog.text
+    assert atoms.calc.engine.way == "plain"
+    with pytest.raises(RuntimeError, match="way 'program' cannot be had"):
+        Calculator(potential, way="program")
 
 
 def test_wrong_programs_and_sizes(cache: Path, tmp_path: Path) -> None:
@@ -197,28 +220,52 @@ def test_wrong_programs_and_sizes(cache: Path, tmp_path: Path) -> None:
     (tmp_path / "x.pt2").write_bytes(b"PK nothing")
     with pytest.raises(ValueError, match="is not a compiled potential"):
         Program(tmp_path / "x.pt2", potential)
-    lone = Calculator(potential, compiled=True)
-    graph = lone._graph(Atoms("Si"))
-    with pytest.raises(ValueError, match="at least two atoms and edges"):
+    graph = potential.collate([from_atoms(Atoms("Si"), LabelConfig(), "lone")])
+    with pytest.raises(ValueError, match="At least two atoms and edges"):
         make_program(potential, graph, tmp_path / "y.pt2")
-    assert cached_program(potential, graph) is None
+    assert cached_program(potential, probe(potential)) is None
     save(potential, tmp_path / "p.safetensors")
     with pytest.raises(ValueError, match=r"is a \.pt2 file"):
         program.export(tmp_path / "p.safetensors", tmp_path / "p.bin")
     assert identity(potential)["weights"] != identity(make_potential(["Si"], seed=1))["weights"]
+    assert identity(potential) != identity(potential, batch=True)
 
 
 def test_long_runs_compile_and_short_ones_do_not(cache: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     asked: list[bool] = []
-    monkeypatch.setattr("gossamer.simulation.calculator.cached_program", lambda potential, graph, make=False: asked.append(make))
+    monkeypatch.setattr(engine_module, "cached_program", lambda potential, graph, make=False: asked.append(make))
     atoms = bulk("Si", cubic=True)
     potential = make_potential(["Si"])
-    Calculator(potential).compile_if_worth(atoms, 10)
-    assert asked == [False]
-    Calculator(potential).compile_if_worth(atoms, 10_000_000)
-    assert asked == [False, False, True]
-    Calculator(potential, compiled=False).compile_if_worth(atoms, 10_000_000)
-    assert len(asked) == 3
-    md(potential, atoms, steps=2, out=tmp_path / "a", progress=False, compiled=False)
-    assert len(asked) == 3
-    assert json.loads(str(np.load(tmp_path / "a" / "state.npz")["settings"]))["compiled"] == "plain"
+    Calculator(potential).expect(10, atoms)
+    assert asked == [False, False]  # looked for when made, and again
+    Calculator(potential).expect(10_000_000, atoms)
+    assert asked == [False, False, False, True]
+    Calculator(potential, way="plain").expect(10_000_000, atoms)
+    Calculator(potential, way="kernels").expect(10_000_000, atoms)
+    assert len(asked) == 4
+    md(potential, atoms, steps=2, out=tmp_path / "a", progress=False, way="plain")
+    assert len(asked) == 4
+    assert json.loads(str(np.load(tmp_path / "a" / "state.npz")["settings"]))["way"] == "plain"
+
+
+def test_md_leaves_the_calculator_as_it_was(cache: Path, tmp_path: Path) -> None:
+    """A calculator that the caller made runs as it was made, before and after a simulation."""
+    atoms = bulk("Si", cubic=True)
+    calculator = Calculator(make_potential(["Si"]), way="plain")
+    before = dict(vars(calculator.engine))
+    md(calculator, atoms, steps=2, out=tmp_path / "a", progress=False)
+    assert all(vars(calculator.engine)[k] is v for k, v in before.items())
+
+
+def test_calculators_in_threads_and_copies() -> None:
+    """Each thread gets the answer to its own question; copies and pickles give the same numbers."""
+    calculator = Calculator(make_potential(["Si"]), way="plain")
+    frames = [bulk("Si", cubic=True) for _ in range(12)]
+    for seed, frame in enumerate(frames):
+        frame.rattle(0.1, seed=seed)
+    wanted = [Calculator(calculator.potential, way="plain").get_potential_energy(frame.copy()) for frame in frames]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(calculator.get_potential_energy, frames * 3))
+    np.testing.assert_array_equal(found, wanted * 3)
+    for other in (copy.deepcopy(calculator), pickle.loads(pickle.dumps(calculator))):
+        assert other.get_potential_energy(frames[0].copy()) == wanted[0]

@@ -12,17 +12,16 @@ import torch
 
 pytest.importorskip("triton", reason="needs triton")
 
-from gossamer.engine.kernels.product import vector_convolution
-from test_kernels import nequip_convolution
+from test_kernels import nequip_convolution, vector_convolution
 
 from gossamer.engine.kernels import gpu, ops
 from gossamer.engine.kernels.cpu import Missing
 
 INTERPRETED = """
 import torch
-from test_kernels import CONVOLUTIONS
+from test_kernels import CONVOLUTIONS, definition
 from gossamer.engine.kernels import gpu, ops
-from gossamer.engine.kernels.table import tabulate
+from gossamer.engine.kernels.table import pack, tabulate
 for name, dtypes in (("odd channels", [torch.float32]), ("l 1, both parities", [torch.float64])):
     convolution = CONVOLUTIONS[name]()
     generator = torch.Generator().manual_seed(0)
@@ -36,22 +35,22 @@ for name, dtypes in (("odd channels", [torch.float32]), ("l 1, both parities", [
         width = sum(convolution.channels)
         def radial(x):
             return torch.sin(x[:, None] * torch.arange(1, width + 1) / width * 9) * (1 - x[:, None]) ** 3
-        table = convolution.pack(tabulate(radial, dtype), gpu.LANES).to(dtype)
+        table = pack(convolution, tabulate(radial, dtype), gpu.LANES).to(dtype)
         rows, columns, order = gpu.sort_edges(edge_index, variables[0])
         leaves = [v.clone().requires_grad_() for v in variables]
-        definition = convolution.plain(*leaves, table, edge_index)
-        gradient = torch.randn(definition.shape, **random)
-        wanted = [definition.detach(), *torch.autograd.grad(definition, leaves, gradient)]
+        plain = definition(convolution, *leaves, table, edge_index)
+        gradient = torch.randn(plain.shape, **random)
+        wanted = [plain.detach(), *torch.autograd.grad(plain, leaves, gradient)]
         edges = edge_index, rows, columns, order
         key = ops.register(convolution, dtype, "cuda")
         found = [ops._convolve_gpu(key, *variables, table, *edges), *ops._convolve_backward_gpu(key, gradient, *variables, table, *edges)]
         assert float(found[0][3].abs().max()) == 0  # no edges
         # the radial functions of every edge as an input
         leaves[2] = torch.randn(12, width, **random).requires_grad_()
-        definition = convolution.plain_weighted(*leaves, edge_index)
-        wanted += [definition.detach(), *torch.autograd.grad(definition, leaves, gradient)]
+        plain = convolution.definition(*leaves, edge_index)
+        wanted += [plain.detach(), *torch.autograd.grad(plain, leaves, gradient)]
         key, values = ops.register(convolution, dtype, "cuda", edge_weights=True), [v.detach() for v in leaves]
-        found += [ops._weigh_gpu(key, *values, *edges), *ops._weigh_backward_gpu(key, gradient, *values, *edges)]
+        found += [ops._weighted_gpu(key, *values, *edges), *ops._weighted_backward_gpu(key, gradient, *values, *edges)]
         assert len(found) == len(wanted) == 8
         for number, (a, b) in enumerate(zip(found, wanted)):
             assert float((a - b).abs().max()) < tolerance * float(b.abs().max()), (name, dtype, number)

@@ -15,15 +15,13 @@ with one line of the log; a way that was asked for by name and cannot be had is 
 from __future__ import annotations
 
 import logging
-import time
-from collections.abc import Callable
 from typing import Any, Literal, get_args
 
 import torch
 
 from gossamer.engine.agreement import TABLE_TOLERANCE, TOLERANCE, agree, probe
 from gossamer.engine.cuda_graph import CudaGraph
-from gossamer.engine.kernels.attach import attach_kernels
+from gossamer.engine.kernels.attach import attach_kernels, sharing_copy
 from gossamer.engine.kernels.cpu import Missing
 from gossamer.engine.program import Program, cached_program, fits
 from gossamer.graph import Graph
@@ -42,7 +40,7 @@ class Engine:
     def __init__(self, potential: Potential, way: Way = "auto", weights_change: bool = False) -> None:
         """
         Args:
-            potential: Set to evaluation mode. Its weights must not change later, unless ``weights_change``.
+            potential: Left as it is. Its weights must not change later, unless ``weights_change``, and then in place.
             way: How to evaluate; see above.
             weights_change: Kernels that hold nothing of the weights (validation during training); plain and kernels only.
 
@@ -56,7 +54,8 @@ class Engine:
             raise ValueError(f"way 'graph' records a CUDA graph and needs a potential on a GPU, found {potential.device}.")
         if weights_change and way in ("program", "graph"):
             raise ValueError(f"way '{way}' holds the weights of a potential, and these are to change. Choose kernels or plain.")
-        self.potential, self.asked, self.weights_change = potential.eval(), way, weights_change
+        self.potential = sharing_copy(potential, differentiable=False).eval()
+        self.asked, self.weights_change = way, weights_change
         self.quick: Potential | None = None
         """the potential with kernels"""
         self.program: Program | None = None
@@ -65,7 +64,7 @@ class Engine:
         self._recording: CudaGraph | None = None
         self._isolated: Any = None
         with torch.no_grad():
-            self._isolated = None if weights_change else potential.isolated_outputs()
+            self._isolated = None if weights_change else self.potential.isolated_outputs()
         if way != "plain":
             self.quick = self._with_kernels()
         if way == "program":
@@ -129,7 +128,7 @@ class Engine:
         potential = self.potential
         table = not self.weights_change
         try:
-            quick = attach_kernels(potential, "inference" if table else "validation").eval()
+            quick = attach_kernels(potential, "inference" if table else "validation")
             graph = probe(potential)
             tolerance = (TABLE_TOLERANCE if table else TOLERANCE)[potential.dtype]
             agree(self._evaluate(potential, graph, True), self._evaluate(quick, graph, True), potential, graph, tolerance)
@@ -169,8 +168,3 @@ class Engine:
             agree(run(graph), recording(graph), potential, graph, TOLERANCE[potential.dtype])
             self._recording = recording
         return self._recording(graph)
-
-
-def timed(engine: Engine, graph: Graph, clock: Callable[[], float] = time.perf_counter, repeats: int = 7, seconds: float = 2.0) -> float:
-    """Seconds of one evaluation."""
-    return fastest(lambda: engine(graph), repeats, seconds, clock)

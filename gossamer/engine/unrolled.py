@@ -63,7 +63,7 @@ def unroll(
         isolated: As for ``Potential.forward``; becomes the input "isolated" of the state.
     """
     # a copy: tracing puts stand-ins in place of its tensors, and another thread may be collating with the potential's own
-    potential = sharing_copy(potential)
+    potential = sharing_copy(potential, differentiable=True)
     inputs = state if isolated is None else {**state, "isolated": isolated}
 
     def outputs(values: dict[str, Tensor], *tensors: Tensor) -> tuple[Tensor, ...]:

@@ -79,7 +79,7 @@ class CompiledForward:
     def _add_kernels(self, graph: Graph) -> None:
         """Pass messages by kernels from now on, unless they differ from the plain step on a part of this batch."""
         try:
-            quick = attach_kernels(self.potential, "training").train()
+            quick = attach_kernels(self.potential, "training")
 
             def accelerated(graph: Graph) -> Prediction:
                 return quick(graph, forces=self.forces, stress=self.stress)

@@ -42,7 +42,7 @@ def attach_kernels(potential: Potential, use: Use = "inference") -> Potential:
     """
     if potential.device.type not in ("cpu", "cuda"):
         raise Missing(f"there are no kernels for {potential.device.type}")
-    quick = sharing_copy(potential)
+    quick = sharing_copy(potential, differentiable=use == "training")
     network = quick.network
     exact = copy.deepcopy(network).cpu().double() if use == "inference" else None
     replaced = 0
@@ -54,12 +54,17 @@ def attach_kernels(potential: Potential, use: Use = "inference") -> Potential:
             replaced += 1
     if not replaced:
         raise Missing(f"{potential.model_config.name} has no kernels" + (" for training" if use == "training" else ""))
-    return quick.eval().requires_grad_(False) if use == "inference" else quick
+    return quick.train(use == "training")
 
 
-def sharing_copy(potential: Potential) -> Potential:
-    """A copy of the modules on the very same tensors."""
-    shared = {id(t): t for t in (*potential.parameters(), *potential.buffers())}
+def sharing_copy(potential: Potential, differentiable: bool) -> Potential:
+    """A copy of the modules on the same memory: weights that change in place change in both.
+
+    If it is to be differentiable its parameters are the very ones of the potential, else they are detached.
+    """
+    shared: dict[int, Any] = {id(t): t for t in potential.buffers()}
+    for p in potential.parameters():
+        shared[id(p)] = p if differentiable else nn.Parameter(p.detach(), requires_grad=False)
     return copy.deepcopy(potential, shared)
 
 
