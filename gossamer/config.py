@@ -18,9 +18,6 @@ from gossamer.training.finetune import FineTuneConfig, merge_model
 from gossamer.training.loop import TrainingConfig
 from gossamer.training.losses import LossConfig
 
-MOST_VALUES = 100_000
-"""values in a configuration; a few lines of YAML whose aliases multiply could ask for billions"""
-
 
 @settings
 class Config:
@@ -48,8 +45,9 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
         raise FileNotFoundError(f"There is no configuration file '{path}'.")
     try:
         values = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"'{path}' is not valid YAML: {error}") from None
+    _check_size(values, path)
     if not isinstance(values, dict):
         raise ValueError(f"'{path}' must hold settings (name: value), found {type(values).__name__}.")
     return make_config(values, overrides)
@@ -88,9 +86,7 @@ def _apply(override: str, values: dict[str, Any]) -> None:
     try:
         target[last] = _number(yaml.safe_load(text))
     except yaml.YAMLError as error:
-        raise ValueError(
-            f"'{override}': the value {text!r} cannot be read ({str(error).splitlines()[0]}). Quote text, close brackets."
-        ) from None
+        raise ValueError(f"'{override}': the value is not valid YAML ({' '.join(str(error).split())}).") from None
 
 
 def expand_preset(model: Mapping[str, Any]) -> dict[str, Any]:
@@ -113,24 +109,24 @@ def save_config(config: Config, path: Path) -> None:
     write_text(path, yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True))
 
 
-def _plain(values: Any) -> Any:
-    """Copies of dictionaries and lists with plain keys and numbers.
-
-    Raises:
-        ValueError: more values than any configuration has.
-    """
-    count = 0
-
-    def copy(value: Any) -> Any:
-        nonlocal count
+def _check_size(values: Any, path: Path, limit: int = 100_000) -> None:
+    """Raise ValueError for settings that YAML's aliases blow up (each is written out where it is used), or that hold themselves."""
+    count, left = 0, [values]
+    while left:
+        value = left.pop()
         count += 1
-        if count > MOST_VALUES:
-            raise ValueError(f"The configuration holds more than {MOST_VALUES:,} values: are there YAML aliases (*) that multiply?")
-        if isinstance(value, Mapping):
-            return {str(k): copy(v) for k, v in value.items()}
-        return [copy(v) for v in value] if isinstance(value, list) else _number(value)
+        if count > limit:
+            raise ValueError(f"'{path}' holds more than {limit} settings once its aliases (*name) are written out. Use fewer of them.")
+        if isinstance(value, dict):
+            left.extend(value.values())
+        elif isinstance(value, list):
+            left.extend(value)
 
-    return copy(values)
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    return [_plain(v) for v in value] if isinstance(value, list) else _number(value)
 
 
 def _number(value: Any) -> Any:

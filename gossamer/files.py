@@ -13,6 +13,7 @@ import os
 import platform
 import re
 import sys
+import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -159,7 +160,7 @@ def open_text(path: Path) -> io.StringIO | io.TextIOWrapper:
     try:
         with COMPRESSIONS[path.suffix](path, "rt") as file:  # type: ignore[operator]
             return io.StringIO(file.read())
-    except (lzma.LZMAError, OSError, EOFError) as error:
+    except (lzma.LZMAError, zlib.error, UnicodeDecodeError, OSError, EOFError) as error:
         raise ValueError(f"'{path}' cannot be decompressed ({error}). It may be truncated: copy it again.") from None
 
 

@@ -116,13 +116,17 @@ def load(path: Path | str, device: str | torch.device = "cpu", dtype: str | torc
     manifest, tensors = _open(path)
     if _checksum(tensors, manifest) != manifest.get("checksum"):
         raise ValueError(f"'{path}' was altered after it was saved (its checksum does not match). Use another copy.")
+    _check_sizes(manifest["model"], tensors, path)
     model: Any = build(MODELS[manifest["model"]["name"]][0], manifest["model"], "model")
     statistics = build(Statistics, manifest["statistics"], "statistics")
     potential = Potential(model, statistics, build(PotentialConfig, manifest["potential"], "potential"))
     potential.seen = SeenFrames.from_arrays({k: v.numpy() for k, v in tensors.items() if k.startswith("seen.")})
     saved = DTYPES[manifest["dtype"]]
     weights = weights_of(tensors, manifest)
-    potential.network.to(saved).load_state_dict(weights)
+    try:
+        potential.network.to(saved).load_state_dict(weights)
+    except RuntimeError as error:
+        raise ValueError(f"'{path}' holds weights that are not those of its network ({error}). Use another copy.") from None
     wanted = saved if dtype is None else DTYPES[dtype] if isinstance(dtype, str) else dtype
     potential.network.to(wanted)
     potential.to(device).eval()
@@ -141,13 +145,51 @@ def _open(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise ValueError(f"'{path}' is not a readable safetensors file ({error}). It may be truncated: copy it again.") from None
     if "gossamer" not in metadata:
         raise ValueError(f"'{path}' is a safetensors file, but not a potential saved by gossamer (no manifest).")
-    manifest = json.loads(metadata["gossamer"])
+    manifest = _manifest(metadata["gossamer"], path)
     if manifest["format"] > FORMAT:
         raise ValueError(
             f"'{path}' has format {manifest['format']}; this gossamer {__version__} reads up to {FORMAT}. "
             f"Update gossamer (the file was written by {manifest['gossamer']})."
         )
     return manifest, tensors
+
+
+def _manifest(text: str, path: Path) -> dict[str, Any]:
+    """The manifest, if it has the parts that every potential's has.
+
+    Raises:
+        ValueError: no JSON, no dictionary, or parts missing or of another kind.
+    """
+    try:
+        manifest = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"'{path}' has a manifest that is not JSON ({error}). Use another copy.") from None
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("format"), int):
+        raise ValueError(f"'{path}' has a manifest without a format: it was not written by gossamer, or altered. Use another copy.")
+    kinds = {"model": dict, "potential": dict, "statistics": dict, "dtype": str, "n_check": int}
+    wrong = [name for name, kind in kinds.items() if not isinstance(manifest.get(name), kind)]
+    if manifest["format"] <= FORMAT and (wrong or manifest["dtype"] not in DTYPES or manifest["model"].get("name") not in MODELS):
+        listed = ", ".join(wrong) or f"network {manifest['model'].get('name')!r}, dtype {manifest['dtype']!r}"
+        raise ValueError(f"'{path}' has a manifest that this gossamer {__version__} cannot use ({listed}). Use another copy.")
+    return manifest
+
+
+def _check_sizes(model: Mapping[str, Any], tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Refuse settings of a network that is larger than its weights in the file, before it is made.
+
+    Raises:
+        ValueError: a size that the weights do not bear out, or a cutoff beyond any use.
+    """
+    weights = [t for name, t in tensors.items() if name.startswith("network.")]
+    largest = max(512, len(weights), *(max(t.shape, default=1) for t in weights)) if weights else 512
+    limits = dict.fromkeys(model, largest) | {"cutoff": 100, "num_layers": max(1, len(weights)), "l_max": 16, "max_neighbors": 10**6}
+    for name, value in model.items():
+        for number in value if isinstance(value, list) else [value]:
+            if isinstance(number, int | float) and not -1e6 < number <= limits[name]:
+                raise ValueError(
+                    f"'{path}' has model.{name} = {number:g} in its manifest, but {len(weights)} tensors of weights of at most {largest} rows: "
+                    f"at most {limits[name]} can be meant. It was altered: use another copy."
+                )
 
 
 def stored_structures(path: Path | str) -> list[Structure]:

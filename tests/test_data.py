@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import io
 import json
 import lzma
 import pickle
+import re
 import subprocess
 import sys
+import warnings
+import zipfile
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, get_args
 
 import ase.db
 import ase.io
@@ -23,15 +29,19 @@ from ase.calculators.singlepoint import SinglePointCalculator
 from ase.constraints import FixAtoms
 from ase.stress import full_3x3_to_voigt_6_stress
 from conftest import make_potential
+from small_formats import label, write_mptrj
 
+from gossamer.config import load_config, make_config
+from gossamer.data.atoms import as_atoms, read_frames
 from gossamer.data.batch import collate
 from gossamer.data.dataset import DataConfig, load_data, open_dataset, require_labels
 from gossamer.data.inspection import inspect
 from gossamer.data.legacy import _tensor, read_legacy_lmdb, restricted_loads
-from gossamer.data.readers import LabelConfig, from_atoms, read_structures
+from gossamer.data.readers import ENERGY_UNITS, FORCE_UNITS, ForceUnit, LabelConfig, from_atoms, read_structures, suggestion
 from gossamer.data.statistics import compute_statistics
 from gossamer.data.store import Store, write_store
 from gossamer.data.structure import Structure
+from gossamer.data.xyz import xyz_frames
 from gossamer.evaluation import evaluate_potential
 from gossamer.potential import Potential
 from gossamer.potential_file import save
@@ -454,6 +464,170 @@ def test_missing_label_names_file_and_frame(tmp_path: Path) -> None:
         require_labels(list(read_structures(tmp_path / "a.extxyz")), ["energy", "stress"], "loss.{label} is above 0")
 
 
+# --- files that are damaged, forged, or named otherwise -------------------------------------------------------------
+
+
+def write_xyz(path: Path, n: int = 3, names: dict[str, str] | None = None, **info: float) -> Path:
+    """Frames with energy and forces under names of one's own."""
+    names = {"energy": "REF_energy", "forces": "REF_forces"} if names is None else names
+    frames = [labelled(k) for k in range(n)]
+    for atoms in frames:
+        atoms.info |= {names["energy"]: atoms.calc.results["energy"], **info}
+        atoms.arrays[names["forces"]] = atoms.calc.results["forces"]
+        atoms.calc = None
+    ase.io.write(path, frames)
+    return path
+
+
+def test_labels_under_other_names_are_suggested(tmp_path: Path) -> None:
+    path = write_xyz(tmp_path / "a.extxyz", DFT_kinetic_energy=1.0)
+    errors = inspect(path).errors
+    assert any("found REF_energy, DFT_kinetic_energy: if REF_energy is it, say --energy REF_energy" in e for e in errors), errors
+    assert any("--forces REF_forces (data.labels.forces: REF_forces)" in e for e in errors)
+    with pytest.raises(ValueError, match=r"frame 0 has no energy.* In the file: found REF_energy, .*--energy REF_energy"):
+        require_labels(list(read_structures(path)), ["energy"], "loss.{label} is above 0")
+    (s, *_) = read_structures(path, LabelConfig(energy="REF_energy", forces="REF_forces"))
+    assert s.energy == pytest.approx(labelled(0).calc.results["energy"])
+    assert suggestion("energy", ("volume", "name")) == ""
+    assert "say --energy E (" in suggestion("energy", ("E", "name", "free_energy"))
+    assert "found virial: if virial is it, say --virial virial (data.labels.virial: virial)" in suggestion("stress", ("virial",))
+
+
+@pytest.mark.parametrize("name", ["virial", "REF_virial"])
+def test_virials_are_found_and_read(tmp_path: Path, name: str) -> None:
+    atoms = labelled()
+    stress = atoms.get_stress(voigt=False)
+    del atoms.calc.results["stress"]
+    lone = Atoms("Si", calculator=None)
+    lone.info["energy"] = -1.0
+    atoms.info[name] = -stress * atoms.get_volume() / units.Hartree
+    ase.io.write(tmp_path / "a.extxyz", [atoms, lone])
+    report = inspect(tmp_path / "a.extxyz")
+    assert any(f"say --virial {name} (data.labels.virial: {name})" in w for w in report.warnings), report.warnings
+    first, last = read_structures(tmp_path / "a.extxyz", LabelConfig(virial=name, energy_unit="Hartree"))
+    np.testing.assert_allclose(first.stress, stress, atol=1e-7)
+    assert last.stress is None
+
+
+def test_units_of_forces_alone(tmp_path: Path) -> None:
+    """Positions in Å beside energies in Hartree and forces in Hartree/Bohr; stress in atomic units."""
+    atoms = labelled()
+    ase.io.write(tmp_path / "a.extxyz", atoms)
+    (s,) = read_structures(
+        tmp_path / "a.extxyz", LabelConfig(energy_unit="Hartree", force_unit="Hartree/Bohr", stress_unit="Hartree/Bohr^3")
+    )
+    np.testing.assert_allclose(s.positions, atoms.positions, atol=1e-7)
+    assert s.energy == pytest.approx(atoms.calc.results["energy"] * 27.211386, rel=1e-6)
+    np.testing.assert_allclose(s.forces, atoms.calc.results["forces"] * 51.422067, rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(s.stress, atoms.get_stress(voigt=False) * 183.63154, rtol=1e-6, atol=1e-6)
+    assert get_args(ForceUnit) == tuple(FORCE_UNITS)
+    (s,) = read_structures(tmp_path / "a.extxyz", LabelConfig(force_unit="kcal/mol/Angstrom"))
+    np.testing.assert_allclose(s.forces, atoms.calc.results["forces"] * 0.0433641153, rtol=1e-6, atol=1e-6)
+
+
+def small_files(folder: Path) -> list[Path]:
+    """A small file of every format."""
+    frames = [labelled(k) for k in range(2)]
+    ase.io.write(folder / "a.traj", frames)
+    for name in ("a.db", "a.json"):
+        with ase.db.connect(str(folder / name)) as database:
+            for atoms in frames:
+                database.write(atoms)
+    text = io.StringIO()
+    ase.io.write(text, frames, format="extxyz")
+    (folder / "a.extxyz").write_text(text.getvalue())
+    for suffix, compress in ((".xz", lzma.compress), (".gz", gzip.compress), (".bz2", bz2.compress)):
+        (folder / f"a.extxyz{suffix}").write_bytes(compress(text.getvalue().encode()))
+    np.savez(folder / "a.npz", z=np.array([8, 1]), R=np.ones((2, 2, 3)) * [[[1], [2]]], E=np.ones(2), F=np.ones((2, 2, 3)))
+    np.savez_compressed(folder / "b.npz", z=np.array([8, 1]), R=np.ones((2, 2, 3)) * [[[1], [2]]], E=np.ones(2), F=np.ones((2, 2, 3)))
+    write_mptrj(folder / "mptrj.json", 2)
+    return sorted(folder.iterdir())
+
+
+def test_every_cut_or_scrambled_file_is_a_clear_error(tmp_path: Path) -> None:
+    """Each format cut at several places and with bytes changed: a ValueError with the file's name, or structures that are sound."""
+    rng = np.random.default_rng(0)
+    (tmp_path / "good").mkdir()
+    refused: Counter[str] = Counter()
+    accepted: Counter[str] = Counter()
+    for path in small_files(tmp_path / "good"):
+        data = path.read_bytes()
+        assert len(list(read_structures(path))) == 2, path
+        damaged = [data[: int(len(data) * part)] for part in (0.0, 0.01, 0.3, 0.6, 0.9, 0.99)]
+        for _ in range(6):
+            changed = np.frombuffer(data, np.uint8).copy()
+            changed[rng.integers(len(changed), size=8)] = rng.integers(256, size=8)
+            damaged.append(changed.tobytes())
+        for k, content in enumerate(damaged):
+            bad = tmp_path / f"{k}-{path.name}"
+            bad.write_bytes(content)
+            try:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")
+                    list(read_structures(bad))
+            except ValueError as error:
+                refused[path.name] += str(bad) in str(error)
+            else:
+                accepted[path.name] += 1
+    assert all(refused[name] + accepted[name] == 12 for name in refused), (refused, accepted)  # every message names the file
+    assert len(refused) == 10
+    assert min(refused.values()) >= 7, refused  # a database keeps pages whose loss does not show
+
+
+def test_forged_sizes_cost_nothing(tmp_path: Path) -> None:
+    (tmp_path / "a.xyz").write_text("99999999999\n\nH 0 0 0\n")
+    with pytest.raises(ValueError, match=r"a\.xyz' frame 0 .* a frame of 99999999999 atoms is announced, but the file ends after 1"):
+        list(read_structures(tmp_path / "a.xyz"))
+    with pytest.raises(ValueError, match="99999999999 atoms is announced"):
+        as_atoms(tmp_path / "a.xyz")
+    good = {"z": np.array([8]), "E": np.ones(1), "F": np.ones((1, 1, 3))}
+    np.savez_compressed(tmp_path / "bomb.npz", **good, R=np.zeros((40_000_000, 1, 1), np.int64))
+    with pytest.raises(ValueError, match=r"bomb\.npz' has .* bytes and unpacks to 3\.2e\+08: real data does not shrink so"):
+        list(read_structures(tmp_path / "bomb.npz"))
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": "<f8", "fortran_order": False, "shape": (10**12, 1, 3)})
+    np.savez(tmp_path / "header.npz", **good)
+    with zipfile.ZipFile(tmp_path / "header.npz", "a") as archive:
+        archive.writestr("R.npy", header.getvalue() + bytes(24))
+    with pytest.raises(ValueError, match=r"header\.npz': the array R says it has shape \(1000000000000, 1, 3\)"):
+        list(read_structures(tmp_path / "header.npz"))
+
+
+def test_configurations_that_blow_up_or_break(tmp_path: Path) -> None:
+    """Nine aliases of nine aliases of nine ... are 10^9 settings; one that holds itself has no end."""
+    path = tmp_path / "bomb.yaml"
+    lines = ["a0: &a0 [1, 1, 1, 1, 1, 1, 1, 1, 1]"] + [f"a{k}: &a{k} [{', '.join([f'*a{k - 1}'] * 9)}]" for k in range(1, 10)]
+    for text in ("\n".join(lines), "a: &a [*a]"):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=r"bomb\.yaml' holds more than 100000 settings once its aliases"):
+            load_config(path)
+    good: dict[str, Any] = {"data": {"train": "a.extxyz"}}
+    for values, overrides, message in (
+        (good, ["training.steps=["], r"'training\.steps=\[': the value is not valid YAML"),
+        (good, ["loss.energy=@"], r"'loss\.energy=@': the value is not valid YAML"),
+        ({**good, "finetune": "x"}, [], "finetune: "),
+        ({**good, "model": {"preset": [1]}}, [], r"model\.preset: found \[1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            make_config(values, overrides)
+
+
+def test_xyz_frames_are_those_of_ase(tmp_path: Path) -> None:
+    """Also plain ones, with cell vectors on lines of their own, and with blank lines between frames (where ASE stops)."""
+    text = "2\n\nH 0 0 0\nO 0 0 1\nVEC1 5 0 0\nVEC2 0 6 0\nVEC3 0 0 7\n1\ncomment\nHe 1 2 3\n"
+    (tmp_path / "a.xyz").write_text(text)
+    for mine, theirs in zip(xyz_frames(io.StringIO(text)), ase.io.read(tmp_path / "a.xyz", ":"), strict=True):
+        assert mine == theirs
+    assert len(list(xyz_frames(io.StringIO("1\n\nHe 1 2 3\n\n1\n\nHe 1 2 4\n\n")))) == 2
+    for frame in (0, 1, -1, -2):
+        assert read_frames(tmp_path / "a.xyz", frame) == [ase.io.read(tmp_path / "a.xyz", frame)]
+    for frame in (2, -3):
+        with pytest.raises(ValueError, match=f"has no frame {frame}"):
+            read_frames(tmp_path / "a.xyz", frame)
+    with pytest.raises(ValueError, match="expected the number of atoms, found 'H 0 0 0'"):
+        list(xyz_frames(io.StringIO("1\n\nHe 1 2 3\nH 0 0 0\n")))
+
+
 # --- inspection ---------------------------------------------------------------------------------------------------
 
 
@@ -492,7 +666,7 @@ def test_inspection_passes_good_data() -> None:
 def test_inspection_finds_units_and_signs(change: dict, message: str) -> None:
     report = inspect(morse_frames(**change))
     assert not report.ok
-    assert any(__import__("re").search(message, e) for e in report.errors), report.errors
+    assert any(re.search(message, e) for e in report.errors), report.errors
 
 
 def test_inspection_finds_what_is_wrong() -> None:
@@ -525,5 +699,96 @@ def test_inspection_finds_what_is_wrong() -> None:
                 }
             )
         )
-    assert found(strained, "sign is that of VASP")
+    assert found(strained, "stress has the opposite sign, that of VASP")
     assert inspect([]).errors == ["there are no frames"]
+    assert inspect(frames[:1]).errors == ["there is one frame: training needs at least one more, to validate on"]
+
+
+def emt_structures(n: int = 40) -> list[Structure]:
+    """Copper, strained by a few per cent and shaken a little, labelled by ASE's effective medium theory."""
+    rng = np.random.default_rng(0)
+    structures = []
+    for k in range(n):
+        atoms = bulk("Cu", cubic=True)
+        atoms.set_cell(atoms.cell.array @ (np.eye(3) + rng.normal(scale=0.02, size=(3, 3))), scale_atoms=True)
+        atoms.rattle(0.02, seed=k)
+        structures.append(from_atoms(label(atoms), LabelConfig(), f"frame {k}"))
+    return structures
+
+
+@pytest.mark.parametrize(
+    ("factor", "message"),
+    [(-1.0, "stress has the opposite sign, .*--stress-sign vasp"), (160.2, "disagree by a factor of 0.00.*--stress-unit GPa"), (1.0, None)],
+)
+def test_inspection_finds_the_sign_and_unit_of_stress(factor: float, message: str | None) -> None:
+    """Strained crystals at many volumes: energies against stress, and stress against volume."""
+    report = inspect([replace(s, stress=factor * s.stress) for s in emt_structures()])
+    found = [e for e in report.errors if "stress" in e]
+    if message is None:
+        assert found == []
+        assert report.numbers["energy_against_stress"]["conclusive"]
+    else:
+        assert len(found) == 1, report.errors
+        assert re.search(message, found[0]), found
+
+
+def test_a_weakly_negative_correlation_is_an_error_where_frames_are_many() -> None:
+    """-0.3 over 120 frames is no chance; over 8 frames it may be."""
+    rng = np.random.default_rng(0)
+    base = emt_structures(1)[0]
+
+    def stressed(n: int, noise: float) -> list[Structure]:
+        made = []
+        for factor in np.linspace(0.97, 1.03, n):
+            pressure = -0.3 * (factor - 1) + rng.normal(scale=noise)
+            made.append(replace(base, cell=base.cell * factor, positions=base.positions * factor, forces=None, stress=pressure * np.eye(3)))
+        return made
+
+    report = inspect(stressed(120, 0.012))
+    assert -0.6 < report.numbers["stress_against_volume"]["correlation"] < -0.2
+    assert any("stress has the opposite sign" in e and "falls as the volume grows" in e for e in report.errors)
+    few = inspect(stressed(8, 0.03))
+    assert few.numbers["stress_against_volume"]["correlation"] < 0
+    assert not any("opposite sign" in e for e in few.errors), few.errors
+    assert any("is its sign right?" in w for w in few.warnings)
+
+
+def test_repeated_frames_are_reported_as_such_alone() -> None:
+    frames = morse_frames(100)
+    report = inspect([*frames, *([frames[7]] * 20)])
+    assert report.ok, report.errors
+    assert [w for w in report.warnings if "20 duplicate frames" in w] == report.warnings
+    assert inspect([frames[0]] * 20).errors == []
+
+
+def test_pairs_that_are_too_far_are_not_conclusive() -> None:
+    """Liquid-like frames: energies and forces say nothing of one another, and the report says so."""
+    rng = np.random.default_rng(1)
+    frames = [replace(s, forces=rng.normal(size=(4, 3)), energy=float(rng.normal())) for s in morse_frames(30)]
+    report = inspect([replace(s, positions=s.positions + (k % 2) * s.cell[0]) for k, s in enumerate(morse_frames(30))])
+    assert report.numbers["energy_against_forces"]["slope"] == pytest.approx(1, abs=0.1)  # whole cells apart is not far
+    report = inspect(frames)
+    assert report.facts["energy against forces"].startswith("not conclusive: correlation ")
+    assert report.numbers["energy_against_forces"]["conclusive"] is False
+    assert not any("disagree" in e for e in report.errors)
+    assert inspect(frames[:3]).facts["energy against forces"].startswith("not tested (")
+
+
+@pytest.mark.parametrize(("unit", "kind"), [("kcal/mol", "errors"), ("Hartree", "warnings"), ("eV", None)])
+def test_units_show_in_all_electron_energies(unit: str, kind: str | None) -> None:
+    """Ethanol at -154.9 Hartree; with energies and forces in the same wrong unit their slope is 1."""
+    energy = -154.9 * 27.2114 / ENERGY_UNITS[unit]
+    atoms = molecule("CH3CH2OH")
+    frames = [Structure(atomic_numbers=atoms.numbers, positions=atoms.positions + 0.01 * k, energy=energy, name=str(k)) for k in range(2)]
+    report = inspect(frames)
+    found = {name: [m for m in getattr(report, name) if "--energy-unit" in m] for name in ("errors", "warnings")}
+    assert {name for name, messages in found.items() if messages} == ({kind} if kind else set())
+    assert kind is None or f"as if they were in {unit}: set --energy-unit {unit}" in found[kind][0]
+
+
+def test_inspection_gives_numbers_for_programs() -> None:
+    answer = json.loads(json.dumps(inspect(emt_structures(12)).to_dict()))
+    assert answer["numbers"]["frames"] == 12
+    assert answer["numbers"]["atoms"] == {"fewest": 4, "most": 4, "total": 48}
+    assert answer["numbers"]["stress"]["rms"] > 0
+    assert answer["ok"] is True

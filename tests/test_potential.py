@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +17,7 @@ from conftest import MODELS, make_potential
 from gossamer.data.batch import collate
 from gossamer.data.structure import Structure
 from gossamer.potential import Potential
-from gossamer.potential_file import FORMAT, load, read_manifest, save, stored_structures
+from gossamer.potential_file import FORMAT, _checksum, load, read_manifest, save, stored_structures
 
 ELEMENTS = ["H", "C", "O", "Si"]
 FORMAT_1 = Path(__file__).parent / "data" / "format1"
@@ -158,6 +160,47 @@ def test_not_a_potential(tmp_path: Path) -> None:
     safetensors.torch.save_file({"a": torch.zeros(1)}, tmp_path / "newer", {"gossamer": json.dumps({"format": 99, "gossamer": "9.9"})})
     with pytest.raises(ValueError, match=r"format 99; this gossamer .* reads up to 2"):
         load(tmp_path / "newer")
+
+
+def altered(tmp_path: Path, atoms: Atoms, change: Callable[[dict[str, Any]], Any]) -> Path:
+    """A saved potential whose manifest was changed, with a fresh checksum."""
+    path = saved(tmp_path, atoms)
+    manifest, tensors = read_manifest(path), safetensors.torch.load_file(path)
+    changed = change(manifest) or manifest
+    if isinstance(changed, dict):
+        changed["checksum"] = _checksum(tensors, changed)
+    safetensors.torch.save_file(tensors, path, {"gossamer": json.dumps(changed)})
+    return path
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"num_layers": 10**18}, r"model\.num_layers = 1e\+18 in its manifest, but \d+ tensors"),
+        ({"num_features": 10**9}, r"model\.num_features = 1e\+09"),
+        ({"cutoff": 1e18}, r"model\.cutoff = 1e\+18 .* at most 100 can be meant"),
+        ({"num_features": 16}, "holds weights that are not those of its network"),
+    ],
+)
+def test_forged_sizes_in_a_manifest_are_refused(setting: dict[str, Any], message: str, tmp_path: Path, ethanol: Atoms) -> None:
+    path = altered(tmp_path, ethanol, lambda manifest: manifest["model"].update(setting))
+    with pytest.raises(ValueError, match=message):
+        load(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m: ["no dictionary"], "a manifest without a format"),
+        (lambda m: m.update(model="leignn"), r"cannot use \(model\)"),
+        (lambda m: m.update(dtype="int8"), r"cannot use \(network 'leignn', dtype 'int8'\)"),
+    ],
+)
+def test_manifests_that_are_none_are_refused(change: Callable[[dict[str, Any]], Any], message: str, tmp_path: Path, ethanol: Atoms) -> None:
+    path = altered(tmp_path, ethanol, change)
+    for read in (load, read_manifest):
+        with pytest.raises(ValueError, match=message):
+            read(path)
 
 
 def test_pickles_are_not_read(tmp_path: Path) -> None:

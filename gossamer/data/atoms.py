@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import islice
 from pathlib import Path
 
 import ase.io
@@ -9,6 +10,7 @@ import numpy as np
 from ase import Atoms
 from ase.io.formats import UnknownFileTypeError
 
+from gossamer.data.xyz import xyz_frames
 from gossamer.files import COMPRESSIONS, InputError, open_text
 
 
@@ -53,7 +55,6 @@ def read_frames(path: Path | str, frame: int | None = None) -> list[Atoms]:
 
 
 def _read(path: Path, frame: int | None) -> list[Atoms]:
-    which = ":" if frame is None else str(frame)
     if path.suffix == ".npz":
         with np.load(path, allow_pickle=False) as data:
             missing = {"frac", "cell_A", "numbers"} - set(data.files)
@@ -63,7 +64,10 @@ def _read(path: Path, frame: int | None) -> list[Atoms]:
                 )
             positions = data["frac"] if frame is None else data["frac"][[frame]]
             return [Atoms(data["numbers"], scaled_positions=f, cell=data["cell_A"], pbc=True) for f in positions]
-    if path.suffix in COMPRESSIONS:
+    if path.suffix in (*COMPRESSIONS, ".xyz", ".extxyz"):
         with open_text(path) as file:
-            return list(ase.io.iread(file, which, format="extxyz"))
-    return list(ase.io.iread(path, which))
+            frames = xyz_frames(file)
+            if frame is None or frame < 0:
+                return list(frames) if frame is None else [list(frames)[frame]]
+            return list(islice(frames, frame, frame + 1))
+    return list(ase.io.iread(path, ":" if frame is None else str(frame)))

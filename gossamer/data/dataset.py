@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 import numpy as np
 from pydantic import Field
 
-from gossamer.data.readers import LabelConfig, read_structures
+from gossamer.data.readers import LabelConfig, read_structures, suggestion
 from gossamer.data.store import Store
 from gossamer.data.structure import Structure
 from gossamer.settings import settings
@@ -140,4 +140,5 @@ def require_labels(structures: Sequence[Structure], needed: Sequence[str], why: 
                 raise ValueError(
                     f"{structure.name} has no {label}, but {why.format(label=label)}. Set that weight to 0, remove frames "
                     f"without {label}, or say under which name it is stored (data.labels.{label})."
+                    + (f" In the file: {hint}." if (hint := suggestion(label, structure.entries)) else "")
                 )

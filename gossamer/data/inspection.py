@@ -13,23 +13,32 @@ from ase.data import atomic_numbers as number_of
 from ase.data import chemical_symbols, covalent_radii
 
 from gossamer.data.dataset import identity, open_dataset
-from gossamer.data.readers import ENERGY_UNITS, LabelConfig
+from gossamer.data.readers import ENERGY_UNITS, STRESS_UNITS, LabelConfig, suggestion
 from gossamer.data.structure import Structure
 from gossamer.neighbors import neighbor_list
 from gossamer.quantities import QUANTITIES
+
+OPPOSITE_SIGN = "stress has the opposite sign, that of VASP (compression positive): set --stress-sign vasp (data.labels.stress_sign)"
 
 
 @dataclass
 class Inspection:
     """Facts about a data set, warnings (look at it), and errors (training on it would be wrong)."""
 
-    facts: dict[str, Any] = field(default_factory=dict)
+    facts: dict[str, str] = field(default_factory=dict)
+    """for people"""
+    numbers: dict[str, Any] = field(default_factory=dict)
+    """the same as numbers, for programs: eV, Å, eV/Å, eV/Å³"""
     warnings: list[str] = field(default_factory=list)
     errors: list[str] = field(default_factory=list)
 
     @property
     def ok(self) -> bool:
         return not self.errors
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return {"ok": self.ok, "numbers": self.numbers, "warnings": self.warnings, "errors": self.errors}
 
 
 def inspect(data: Path | str | Sequence[Structure], labels: LabelConfig | None = None) -> Inspection:
@@ -46,11 +55,12 @@ def inspect(data: Path | str | Sequence[Structure], labels: LabelConfig | None =
         return report
     _basics(structures, report)
     _labels(structures, report)
-    _duplicates(structures, report)
+    different = _duplicates(structures, report)
     _energies(structures, report)
     _distances(structures, report)
-    _pairs(structures, report)
-    _stress_sign(structures, report)
+    _pairs(different, report)
+    _strained_pairs(different, report)
+    _stress_against_volume(different, report)
     return report
 
 
@@ -63,11 +73,19 @@ def _basics(structures: Sequence[Structure], report: Inspection) -> None:
         sizes.append(s.n_atoms)
         periodic["".join("T" if p else "F" for p in s.pbc)] += 1
     report.facts |= {
-        "frames": len(structures),
+        "frames": str(len(structures)),
         "atoms": f"{min(sizes)} to {max(sizes)} per frame, {sum(sizes)} in all",
         "elements": ", ".join(f"{e} {n}" for e, n in sorted(elements.items(), key=lambda item: number_of[item[0]])),
         "periodicity": ", ".join(f"{p}: {n} frames" for p, n in periodic.items()),
     }
+    report.numbers |= {
+        "frames": len(structures),
+        "atoms": {"fewest": min(sizes), "most": max(sizes), "total": sum(sizes)},
+        "elements": dict(sorted(elements.items(), key=lambda item: number_of[item[0]])),
+        "periodicity": dict(periodic),
+    }
+    if len(structures) == 1:
+        report.errors.append("there is one frame: training needs at least one more, to validate on")
     isolated = sorted({chemical_symbols[s.atomic_numbers[0]] for s in structures if s.n_atoms == 1 and not s.pbc.any()})
     if isolated:
         report.facts["isolated atoms"] = ", ".join(isolated)
@@ -83,55 +101,70 @@ def _basics(structures: Sequence[Structure], report: Inspection) -> None:
 
 def _labels(structures: Sequence[Structure], report: Inspection) -> None:
     for label, quantity in QUANTITIES.items():
-        missing = [s.name for s in structures if label not in s.labels]
+        missing = [s for s in structures if label not in s.labels]
+        hint = suggestion(label, missing[0].entries) if missing else ""
         if len(missing) == len(structures):
             report.facts[label] = "none"
             if label in ("energy", "forces"):
-                report.errors.append(f"no frame has {label}: is it stored under another name (--{label})?")
+                report.errors.append(f"no frame has {label}: " + (hint or f"is it stored under another name (--{label})?"))
+            elif hint:
+                report.warnings.append(f"no frame has {label}: {hint}")
             continue
         if missing:
-            report.errors.append(f"{len(missing)} of {len(structures)} frames have no {label}, the first is {missing[0]}")
+            _partly_missing(label, missing, len(structures), hint, report)
         values = np.concatenate([np.ravel(s.labels[label]) for s in structures if label in s.labels])
         rms = float(np.sqrt((values**2).mean()))
+        numbers = {"median": np.median(values), "rms": rms, "lowest": values.min(), "highest": values.max()}
+        report.numbers[label] = {key: float(value) for key, value in numbers.items()} | {"frames": len(structures) - len(missing)}
         report.facts[label] = (
             f"median {np.median(values):.6g}, RMS {rms:.4g}, range {values.min():.6g} to {values.max():.6g} {quantity.unit}"
         )
-        if len(structures) > 1 and label == "forces":
-            zeroed: list[str] = []
-            partly: list[str] = []
-            for s in structures:
-                if s.forces is None or s.n_atoms < 2:
-                    continue
-                silent = ~np.any(s.forces, axis=1) & s.free
-                if silent.any() and not _symmetric(s)[silent].all():
-                    (zeroed if silent.all() else partly).append(s.name)
-            if zeroed:
-                report.errors.append(
-                    f"{len(zeroed)} frames have forces that are all zero though symmetry does not ask for it (a missing label?), the first is "
-                    f"{zeroed[0]}"
-                )
-            if partly:
-                report.warnings.append(
-                    f"{len(partly)} frames have atoms with exactly zero force that are neither fixed nor at a symmetric site (constraints "
-                    f"applied before writing?), the first is {partly[0]}"
-                )
-            largest = max((float(np.abs(s.forces).max()), s.name) for s in structures if s.forces is not None)
-            if largest[0] > 100:
-                report.warnings.append(f"forces up to {largest[0]:.0f} eV/Å, in {largest[1]}")
-            if not 1e-3 < rms < 30:
-                report.warnings.append(
-                    f"RMS force of {rms:.3g} eV/Å is unusual (0.01 to 10): check data.labels.energy_unit and length_unit"
-                )
-            nets = [float(np.linalg.norm(s.forces.sum(axis=0))) for s in structures if s.forces is not None and s.n_atoms > 1]
-            if nets and np.median(nets) > 0.1 * rms * np.sqrt(np.median([s.n_atoms for s in structures])):
-                report.warnings.append(
-                    f"the forces of a frame do not sum to zero (median {np.median(nets):.2g} eV/Å): fixed atoms or noisy labels"
-                )
+        if label == "forces" and len(structures) > 1:
+            _forces(structures, rms, report)
         if label == "stress" and np.median(np.abs(values)) > 0.5:
             report.warnings.append(
                 f"stress has median magnitude {np.median(np.abs(values)):.3g}; eV/Å³ values are rarely above 0.5. If they are GPa, set "
                 "data.labels.stress_unit: GPa"
             )
+
+
+def _partly_missing(label: str, missing: Sequence[Structure], n_frames: int, hint: str, report: Inspection) -> None:
+    """Frames without a label that others have: an error, but for the stress of what has no volume."""
+    message = f"{len(missing)} of {n_frames} frames have no {label}, the first is {missing[0].name}" + (f"; {hint}" if hint else "")
+    if label == "stress" and not any(s.pbc.all() for s in missing):
+        report.warnings.append(f"{message} (not periodic): stress can be trained on where every frame has it (loss.stress)")
+    else:
+        report.errors.append(message)
+
+
+def _forces(structures: Sequence[Structure], rms: float, report: Inspection) -> None:
+    """Forces that are zero, large, or do not sum to zero."""
+    zeroed: list[str] = []
+    partly: list[str] = []
+    for s in structures:
+        if s.forces is None or s.n_atoms < 2:
+            continue
+        silent = ~np.any(s.forces, axis=1) & s.free
+        if silent.any() and not _symmetric(s)[silent].all():
+            (zeroed if silent.all() else partly).append(s.name)
+    if zeroed:
+        report.errors.append(
+            f"{len(zeroed)} frames have forces that are all zero though symmetry does not ask for it (a missing label?), the first is "
+            f"{zeroed[0]}"
+        )
+    if partly:
+        report.warnings.append(
+            f"{len(partly)} frames have atoms with exactly zero force that are neither fixed nor at a symmetric site (constraints "
+            f"applied before writing?), the first is {partly[0]}"
+        )
+    largest = max((float(np.abs(s.forces).max()), s.name) for s in structures if s.forces is not None)
+    if largest[0] > 100:
+        report.warnings.append(f"forces up to {largest[0]:.0f} eV/Å, in {largest[1]}")
+    if not 1e-3 < rms < 30:
+        report.warnings.append(f"RMS force of {rms:.3g} eV/Å is unusual (0.01 to 10): check --energy-unit, --force-unit and --length-unit")
+    nets = [float(np.linalg.norm(s.forces.sum(axis=0))) for s in structures if s.forces is not None and s.n_atoms > 1]
+    if nets and np.median(nets) > 0.1 * rms * np.sqrt(np.median([s.n_atoms for s in structures])):
+        report.warnings.append(f"the forces of a frame do not sum to zero (median {np.median(nets):.2g} eV/Å): fixed atoms or noisy labels")
 
 
 def _symmetric(s: Structure) -> np.ndarray:
@@ -147,7 +180,8 @@ def _symmetric(s: Structure) -> np.ndarray:
     return np.linalg.norm(pull, axis=1) <= 1e-4 * np.maximum(total, 1e-12)
 
 
-def _duplicates(structures: Sequence[Structure], report: Inspection) -> None:
+def _duplicates(structures: Sequence[Structure], report: Inspection) -> list[Structure]:
+    """Report frames that occur more than once; returns one of each."""
     seen: dict[bytes, Structure] = {}
     same: list[str] = []
     different: list[str] = []
@@ -160,11 +194,15 @@ def _duplicates(structures: Sequence[Structure], report: Inspection) -> None:
         report.warnings.append(f"{len(same)} duplicate frames: {same[0]}{' ...' if len(same) > 1 else ''}; a random split would leak")
     if different:
         report.errors.append(f"{len(different)} pairs of equal structures with different energies: {different[0]}")
+    report.numbers["duplicates"] = len(same) + len(different)
+    return list(seen.values())
 
 
 def _energies(structures: Sequence[Structure], report: Inspection) -> None:
-    """Outliers of energy per atom after removing the best reference energies."""
+    """Units that show in the energies themselves; outliers of energy per atom after removing the best reference energies."""
     chosen = [s for s in structures if s.energy is not None]
+    if chosen:
+        _energy_unit(chosen, report)
     if len(chosen) < 10:
         return
     rows = np.array([np.bincount(s.atomic_numbers, minlength=119) for s in chosen], dtype=float)
@@ -177,10 +215,29 @@ def _energies(structures: Sequence[Structure], report: Inspection) -> None:
     centred = rest - np.median(rest)
     spread = 1.4826 * float(np.median(np.abs(centred)))
     far = np.flatnonzero(np.abs(centred) > np.maximum(30 * spread, 0.05))
+    report.numbers["energy_spread_per_atom"] = float(rest.std())
     report.facts["energy spread"] = f"{1000 * rest.std():.3g} meV/atom about the best reference energies"
     if 0 < len(far) <= 0.02 * len(chosen):
         worst = far[np.argmax(np.abs(centred[far]))]
         report.warnings.append(f"{len(far)} energy outliers, the worst {centred[worst]:+.2f} eV/atom from the rest: {chosen[worst].name}")
+
+
+def _energy_unit(structures: Sequence[Structure], report: Inspection) -> None:
+    """Total energies of all electrons are known to a few per cent from the atomic numbers: they show a unit other than eV.
+
+    Energy of a free atom in Hartree (Thomas and Fermi, Scott, Schwinger): -0.7687 Z^(7/3) + Z²/2 - 0.2699 Z^(5/3). Energies of
+    pseudopotentials are smaller, so that one above eV's cannot be chance; one below it can.
+    """
+    z = np.arange(119.0)
+    atoms = 27.2114 * (-0.768745 * z ** (7 / 3) + 0.5 * z**2 - 0.2699 * z ** (5 / 3))
+    ratio = float(np.median([s.energy / atoms[s.atomic_numbers].sum() for s in structures]))
+    for unit, factor in ENERGY_UNITS.items():
+        if unit != "eV" and ratio > 0 and abs(np.log(ratio * factor)) < 0.06:
+            message = f"energies are {ratio:.3g} times those of all electrons in eV, as if they were in {unit}: set --energy-unit {unit}"
+            if ratio > 1:
+                report.errors.append(message + " (data.labels.energy_unit)")
+            else:
+                report.warnings.append(message + " if they hold all electrons")
 
 
 def _distances(structures: Sequence[Structure], report: Inspection, limit: int = 2000) -> None:
@@ -198,6 +255,7 @@ def _distances(structures: Sequence[Structure], report: Inspection, limit: int =
         if ratio < 0.4:
             count, first = count + 1, first or s.name
     if np.isfinite(closest[0]):
+        report.numbers["shortest_distance"] = closest[0]
         report.facts["shortest distance"] = f"{closest[0]:.3f} Å in {closest[1]}"
     if count:
         extreme = closest[0] < 0.2
@@ -230,26 +288,46 @@ def _pairs(structures: Sequence[Structure], report: Inspection, limit: int = 150
             if not periodic:
                 step, forces_b = _aligned(a, b)
             else:
+                if a.pbc.all():  # the same atom may have been wrapped into the cell in one frame only
+                    step = step - np.round(step @ np.linalg.inv(a.cell)) @ a.cell
                 forces_b = b.forces
             works.append(-0.5 * float(((a.forces + forces_b) * step).sum()))
             differences.append(b.energy - a.energy)
             moves.append(float(np.linalg.norm(step)))
-    if len(works) < 8:
-        report.facts["energy against forces"] = "not tested (no near pairs of frames)"
-        return
-    order = np.argsort(moves)[: max(8, len(moves) // 4)]
-    work, difference = np.array(works)[order], np.array(differences)[order]
-    correlation = float(np.corrcoef(work, difference)[0, 1])
-    slope = float((work @ difference) / (work @ work))
-    report.facts["energy against forces"] = f"slope {slope:.3g}, correlation {correlation:.3f} over {len(order)} near pairs (1 expected)"
-    if abs(correlation) < 0.8:
+    slope = _slope("energy against forces", works, differences, moves, report)
+    if slope is None:
         return
     if slope < 0:
-        report.errors.append(f"forces have the wrong sign: energy rises along them (slope {slope:.3g}, correlation {correlation:.2f})")
+        report.errors.append(f"forces have the wrong sign: energy rises along them (slope {slope:.3g})")
     elif not 0.6 < slope < 1.6:
         report.errors.append(
-            f"energies and forces disagree by a factor of {slope:.3g}: {_unit_guess(slope)}. Set data.labels.energy_unit and length_unit"
+            f"energies and forces disagree by a factor of {slope:.3g}: {_unit_guess(slope)}. Set --energy-unit, --force-unit or --length-unit "
+            "(data.labels)"
         )
+
+
+def _slope(title: str, works: Sequence[float], differences: Sequence[float], moves: Sequence[float], report: Inspection) -> float | None:
+    """Slope of energy differences against the work of a label over the nearest quarter of the pairs; None where it says nothing."""
+    if len(works) < 8:
+        report.facts[title] = f"not tested ({len(works)} pairs of near frames; 8 are needed)"
+        return None
+    order = np.argsort(moves)[: max(8, len(moves) // 4)]
+    work, difference = np.array(works)[order], np.array(differences)[order]
+    far = float(np.median(np.array(moves)[order]))
+    varied = np.ptp(work) > 0 and np.ptp(difference) > 0
+    correlation = float(np.corrcoef(work, difference)[0, 1]) if varied else 0.0
+    conclusive = abs(correlation) >= 0.8
+    slope = float((work @ difference) / (work @ work)) if varied else 0.0
+    report.numbers[title.replace(" ", "_")] = {
+        "slope": slope, "correlation": correlation, "pairs": len(order), "distance": far, "conclusive": conclusive,
+    }  # fmt: skip
+    if conclusive:
+        report.facts[title] = f"slope {slope:.3g}, correlation {correlation:.3f} over {len(order)} near pairs (1 expected)"
+        return slope
+    report.facts[title] = (
+        f"not conclusive: correlation {correlation:.2f} over the {len(order)} nearest pairs of frames, which differ by {far:.2g} Å"
+    )
+    return None
 
 
 def _unit_guess(slope: float) -> str:
@@ -271,24 +349,71 @@ def _aligned(a: Structure, b: Structure) -> tuple[np.ndarray, np.ndarray]:
     return (b.positions - centre_b) @ turn.T - (a.positions - centre_a), b.forces @ turn.T
 
 
-def _stress_sign(structures: Sequence[Structure], report: Inspection) -> None:
-    """Stress must rise with volume (positive bulk modulus) among frames of one composition."""
+def _strained_pairs(structures: Sequence[Structure], report: Inspection, limit: int = 300) -> None:
+    """Energy differences of frames of two cells, less the work of the forces, against volume · stress : strain."""
+    groups: dict[bytes, list[Structure]] = defaultdict(list)
+    for s in structures:
+        if s.pbc.all() and {"energy", "forces", "stress"} <= s.labels.keys():
+            groups[s.atomic_numbers.tobytes()].append(s)
+    works, differences, moves = [], [], []
+    for members in groups.values():
+        n_most = int(min(limit, max(2, np.sqrt(1e8 / members[0].n_atoms))))
+        chosen = members[:: -(-len(members) // n_most)]
+        cells = np.array([s.cell for s in chosen])
+        inverse = np.linalg.inv(cells)
+        fractions = np.array([s.positions for s in chosen]) @ inverse
+        for i, a in enumerate(chosen):
+            strains = inverse[i] @ cells - np.eye(3)
+            largest = np.abs(strains).max(axis=(1, 2))
+            steps = fractions - fractions[i]
+            steps -= np.round(steps)
+            steps -= steps.mean(axis=1, keepdims=True)
+            distance = np.linalg.norm(steps @ a.cell, axis=2).max(axis=1)
+            distance = np.where((largest > 2e-3) & (largest < 0.1), distance + 3 * largest, np.inf)  # 3 Å: about a bond
+            j = int(distance.argmin())
+            if not np.isfinite(distance[j]):
+                continue
+            b = chosen[j]
+            force_work = -0.5 * float(((a.forces + b.forces) * (steps[j] @ (a.cell + b.cell) / 2)).sum())
+            strain = (strains[j] + strains[j].T) / 2
+            works.append(0.25 * (a.volume + b.volume) * float(((a.stress + b.stress) * strain).sum()))
+            differences.append(b.energy - a.energy - force_work)
+            moves.append(float(distance[j]))
+    if not works:
+        return
+    slope = _slope("energy against stress", works, differences, moves, report)
+    if slope is not None and slope < 0:
+        report.errors.append(OPPOSITE_SIGN + f" (energy falls along it, slope {slope:.3g})")
+    elif slope is not None and not 0.3 < slope < 3:
+        near = min(STRESS_UNITS, key=lambda unit: abs(np.log(slope / STRESS_UNITS[unit])))
+        guess = (
+            f"set --stress-unit {near}" if abs(np.log(slope / STRESS_UNITS[near])) < 0.5 and near != "eV/Angstrom^3" else "check its unit"
+        )
+        report.errors.append(f"energies and stress disagree by a factor of {slope:.3g}: {guess} (data.labels.stress_unit)")
+
+
+def _stress_against_volume(structures: Sequence[Structure], report: Inspection) -> None:
+    """Stress must rise with volume (positive bulk modulus) among frames of one composition, within 15 % of its median volume."""
     groups: dict[tuple[int, ...], list[tuple[float, float]]] = defaultdict(list)
     for s in structures:
         if s.stress is not None and s.pbc.all():
             counts = np.bincount(s.atomic_numbers, minlength=119)
             key = tuple((counts // np.gcd.reduce(counts[counts > 0])).tolist())
             groups[key].append((np.log(s.volume / s.n_atoms), float(np.trace(s.stress)) / 3))
-    works = []
+    found = []
     for points in groups.values():
         x, y = np.array(points).T
-        if len(points) >= 5 and np.ptp(x) > 0.02:
-            works.append((len(points), float(np.corrcoef(x, y)[0, 1])))
-    if not works:
+        near = np.abs(x - np.median(x)) < 0.15
+        x, y = x[near], y[near]
+        if len(x) >= 5 and np.ptp(x) > 0.02 and np.ptp(y) > 0:
+            found.append((len(x), float(np.corrcoef(x, y)[0, 1])))
+    if not found:
         return
-    n, correlation = max(works)
+    n, correlation = max(found)
+    report.numbers["stress_against_volume"] = {"correlation": correlation, "frames": n}
     report.facts["stress against volume"] = f"correlation {correlation:+.2f} over {n} frames of one composition (positive expected)"
-    if correlation < -0.7:
-        report.errors.append(
-            "stress falls as the volume grows: its sign is that of VASP (compression positive). Set data.labels.stress_sign: vasp"
-        )
+    clear = abs(correlation) * np.sqrt(n) > 2.5 or abs(correlation) > 0.7  # beyond what chance gives so few frames
+    if correlation < 0 and clear and not any(OPPOSITE_SIGN in e for e in report.errors):
+        report.errors.append(OPPOSITE_SIGN + f" (it falls as the volume grows, correlation {correlation:+.2f})")
+    elif correlation < 0 and not clear:
+        report.warnings.append(f"stress does not rise with the volume (correlation {correlation:+.2f} over {n} frames): is its sign right?")

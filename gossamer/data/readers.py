@@ -6,7 +6,10 @@ that is absent is None; whether that is an error is decided by the loss that nee
 
 from __future__ import annotations
 
+import math
+import re
 import zipfile
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -20,6 +23,7 @@ from ase.stress import voigt_6_to_full_3x3_stress
 from pydantic import field_validator
 
 from gossamer.data.structure import Structure, label_fields
+from gossamer.data.xyz import xyz_frames
 from gossamer.files import COMPRESSIONS, open_text
 from gossamer.quantities import QUANTITIES, known_extras
 from gossamer.settings import settings
@@ -27,7 +31,15 @@ from gossamer.settings import settings
 ENERGY_UNITS = {"eV": 1.0, "meV": 1e-3, "Hartree": units.Hartree, "Ry": units.Rydberg, "kcal/mol": units.kcal / units.mol,
                 "kJ/mol": units.kJ / units.mol}  # fmt: skip
 LENGTH_UNITS = {"Angstrom": 1.0, "Bohr": units.Bohr, "nm": 10.0}
-STRESS_UNITS = {"eV/Angstrom^3": 1.0, "GPa": units.GPa, "kbar": 0.1 * units.GPa, "bar": 1e-4 * units.GPa}
+FORCE_UNITS = {"eV/Angstrom": 1.0, "meV/Angstrom": 1e-3, "Hartree/Bohr": units.Hartree / units.Bohr, "Hartree/Angstrom": units.Hartree,
+               "Ry/Bohr": units.Rydberg / units.Bohr, "kcal/mol/Angstrom": units.kcal / units.mol,
+               "kJ/mol/Angstrom": units.kJ / units.mol, "kJ/mol/nm": 0.1 * units.kJ / units.mol}  # fmt: skip
+ForceUnit = Literal["eV/Angstrom", "meV/Angstrom", "Hartree/Bohr", "Hartree/Angstrom", "Ry/Bohr", "kcal/mol/Angstrom", "kJ/mol/Angstrom",
+                    "kJ/mol/nm"]  # fmt: skip
+STRESS_UNITS = {"eV/Angstrom^3": 1.0, "Hartree/Bohr^3": units.Hartree / units.Bohr**3, "Ry/Bohr^3": units.Rydberg / units.Bohr**3,
+                "GPa": units.GPa, "kbar": 0.1 * units.GPa, "bar": 1e-4 * units.GPa}  # fmt: skip
+WORDS = {"energy": ("energy", "e", "etot"), "forces": ("force", "f"), "stress": ("stress", "virial")}
+"""what names of labels contain, or are if they have one letter"""
 
 
 @settings
@@ -39,12 +51,16 @@ class LabelConfig:
     forces: str = "forces"
     """Name of the forces in the file."""
     stress: str = "stress"
-    """Name of the stress in the file; a name that begins with "virial" is converted as -virial / volume."""
+    """Name of the stress in the file; a name that begins with "virial" is read as ``virial`` is."""
+    virial: str | None = None
+    """Name of a virial in the file, in the energy's unit, to read instead of a stress: stress = -virial / volume."""
     energy_unit: Literal["eV", "meV", "Hartree", "Ry", "kcal/mol", "kJ/mol"] | None = None
     """None: eV, or kcal/mol for npz files in the layout of MD17 and rMD17."""
     length_unit: Literal["Angstrom", "Bohr", "nm"] = "Angstrom"
-    """Unit of positions, cell, and of length in forces and virials."""
-    stress_unit: Literal["eV/Angstrom^3", "GPa", "kbar", "bar"] = "eV/Angstrom^3"
+    """Unit of positions and cell, and of length in forces."""
+    force_unit: ForceUnit | None = None
+    """None: energy_unit / length_unit. Hartree/Bohr, say, where positions are in Angstrom all the same."""
+    stress_unit: Literal["eV/Angstrom^3", "Hartree/Bohr^3", "Ry/Bohr^3", "GPa", "kbar", "bar"] = "eV/Angstrom^3"
     """Unit of the stress."""
     stress_sign: Literal["ase", "vasp"] = "ase"
     """"ase": tension positive. "vasp": compression positive (the "in kB" line of OUTCAR)."""
@@ -62,16 +78,21 @@ class LabelConfig:
         """Name in the file of each quantity."""
         return (
             {name: name for name in QUANTITIES}
-            | {"energy": self.energy, "forces": self.forces, "stress": self.stress}
+            | {"energy": self.energy, "forces": self.forces, "stress": self.virial or self.stress}
             | (self.extras or {})
         )
 
+    def is_virial(self) -> bool:
+        """Whether the stress is made from a virial."""
+        return self.virial is not None or self.stress.startswith("virial")
+
     def scales(self, default_energy: str = "eV") -> tuple[float, float, float, float]:
-        """Factors of energy, length, forces and stress to eV, Å, eV/Å and eV/Å³ (ASE sign)."""
+        """Factors of energy, length, forces and stress (or virial) to eV, Å, eV/Å and eV/Å³ (or eV) with the sign of ASE's stress."""
         energy = ENERGY_UNITS[self.energy_unit or default_energy]
         length = LENGTH_UNITS[self.length_unit]
-        stress = energy / length**3 if self.stress.startswith("virial") else STRESS_UNITS[self.stress_unit]
-        return energy, length, energy / length, stress * (-1.0 if self.stress_sign == "vasp" else 1.0)
+        force = energy / length if self.force_unit is None else FORCE_UNITS[self.force_unit]
+        stress = -energy if self.is_virial() else STRESS_UNITS[self.stress_unit]
+        return energy, length, force, stress * (-1.0 if self.stress_sign == "vasp" else 1.0)
 
 
 def read_structures(path: Path | str | Sequence[Path | str], labels: LabelConfig | None = None) -> Iterator[Structure]:
@@ -92,7 +113,21 @@ def read_structures(path: Path | str | Sequence[Path | str], labels: LabelConfig
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"There is no data file '{path}'.")
-    yield from (structure.validate() for structure in _reader(path)(path, labels))
+    structures = _named_errors(path, _reader(path)(path, labels))
+    yield from (structure.validate() for structure in structures)
+
+
+def _named_errors(path: Path, structures: Iterator[Structure]) -> Iterator[Structure]:
+    """The same structures; whatever a parser makes of a damaged file becomes a ValueError that names the file."""
+    try:
+        yield from structures
+    except (FileNotFoundError, ImportError):
+        raise
+    except Exception as error:
+        if isinstance(error, ValueError) and str(path) in str(error):
+            raise
+        reason = f"{type(error).__name__}: {error}".rstrip(": ")
+        raise ValueError(f"'{path}' cannot be read ({reason}). The file may be truncated or damaged: copy it again.") from error
 
 
 def _reader(path: Path) -> Any:
@@ -106,7 +141,8 @@ def _reader(path: Path) -> Any:
     if suffix == ".npz":
         return _read_npz
     if suffix == ".json":
-        return _read_mptrj
+        with open(path, "rb") as file:  # ASE's own JSON is a database
+            return _read_database if re.search(rb'"(unique_id|__ndarray__)"', file.read(2**14)) else _read_mptrj
     if suffix == ".lmdb":
         raise ValueError(
             f"'{path}' looks like a database of pickled graphs, and unpickling runs code. If you trust it, convert it once: "
@@ -131,8 +167,10 @@ def from_atoms(atoms: Atoms, labels: LabelConfig, name: str, extra: dict[str, An
     for label, key in labels.names().items():
         if key in found and found[key] is not None:
             values[label] = _value(label, found[key], key, atoms, labels, name)
-        elif key != label and key not in found:
-            raise ValueError(f"{name}: no entry '{key}' (data.labels.{label}). Found: {_listed(found)}.")
+        elif key != label and key not in found and (label != "stress" or atoms.pbc.all()):
+            raise ValueError(
+                f"{name}: no entry '{key}' (data.labels.{'virial' if key == labels.virial else label}). Found: {_listed(found)}."
+            )
     group = None if labels.group is None else found.get(labels.group)
     if labels.group is not None and group is None:
         raise ValueError(f"{name}: no entry '{labels.group}' (data.labels.group). Found: {_listed(found)}.")
@@ -145,7 +183,21 @@ def from_atoms(atoms: Atoms, labels: LabelConfig, name: str, extra: dict[str, An
         fixed=fixed if fixed.any() else None,
         group=None if group is None else str(group),
         name=name,
+        entries=tuple(sorted(str(key) for key in found if key not in ("numbers", "positions", *labels.names().values()))),
     )
+
+
+def suggestion(label: str, entries: Sequence[str]) -> str:
+    """Where a missing label may be, with the option that says so; empty if no name looks like it."""
+    words = WORDS.get(label, (label,))
+    alike = [e for e in entries if any(word == e.lower() if len(word) == 1 else word in e.lower() for word in words)]
+    doubtful = ("kinetic", "free", "formation", "per_atom", "reference", "error", "std", "correct", "raw", "magm", "max", "mean", "above")
+    alike.sort(key=lambda e: (any(word in e.lower() for word in doubtful), not e.lower().endswith(words[0]), len(e), e))
+    if not alike:
+        return ""
+    option = "virial" if "virial" in alike[0].lower() else label
+    shown = ", ".join(alike[:6]) + (" ..." if len(alike) > 6 else "")
+    return f"found {shown}: if {alike[0]} is it, say --{option} {alike[0]} (data.labels.{option}: {alike[0]})"
 
 
 def _value(label: str, stored: Any, key: str, atoms: Atoms, labels: LabelConfig, name: str) -> Any:
@@ -167,7 +219,9 @@ def _value(label: str, stored: Any, key: str, atoms: Atoms, labels: LabelConfig,
         return value * force_scale
     if label == "stress":
         stress = _full_stress(value, name, key) * stress_scale
-        return -stress / max(atoms.get_volume() * length_scale**3, 1e-12) if key.startswith("virial") else stress
+        if not labels.is_virial():
+            return stress
+        return stress / (atoms.get_volume() * length_scale**3) if atoms.cell.rank == 3 else None
     shape = QUANTITIES[label].full_shape(len(atoms))
     if value.size != np.prod(shape):
         raise ValueError(f"{name}: '{key}' holds {value.size} numbers, expected {list(shape)} ({label}).")
@@ -188,7 +242,7 @@ def _listed(found: dict[str, Any]) -> str:
 
 def _read_extxyz(path: Path, labels: LabelConfig) -> Iterator[Structure]:
     with open_text(path) as file:
-        yield from _frames(path, ase.io.iread(file, index=":", format="extxyz"), labels)
+        yield from _frames(path, xyz_frames(file), labels)
 
 
 def _read_ase(path: Path, labels: LabelConfig) -> Iterator[Structure]:
@@ -224,6 +278,10 @@ def _read_database(path: Path, labels: LabelConfig) -> Iterator[Structure]:
             import ase_db_backends  # noqa: F401
         except ImportError:
             raise ImportError(f"Reading '{path}' needs ase-db-backends: pip install 'gossamer[lmdb]'") from None
+    with open(path, "rb") as file:
+        sqlite = file.read(15) == b"SQLite format 3"
+    if path.suffix == ".db" and not sqlite:  # ASE would make an empty file a database
+        raise ValueError(f"'{path}' is not an ASE database (SQLite). It may be truncated: copy it again.")
     with ase.db.connect(str(path), use_lock_file=False) as database:  # type: ignore[no-untyped-call]
         count = 0
         for row in database.select():
@@ -279,18 +337,7 @@ NPZ_LAYOUTS = {
 
 
 def _read_npz(path: Path, labels: LabelConfig) -> Iterator[Structure]:
-    if not zipfile.is_zipfile(path):
-        raise ValueError(f"'{path}' is not a readable npz file. It may be truncated: copy it again.")
-    try:
-        data = np.load(path, allow_pickle=False)
-        keys = set(data.files)
-        layout = next((v for v in NPZ_LAYOUTS.values() if set(v.values()) <= keys), None)
-        if layout is None:
-            expected = "; ".join(f"{name}: {', '.join(v.values())}" for name, v in NPZ_LAYOUTS.items())
-            raise ValueError(f"'{path}' holds {', '.join(sorted(keys))}, which is neither layout known ({expected}).")
-        arrays = {name: data[key] for name, key in layout.items()}
-    except (OSError, EOFError, KeyError) as error:
-        raise ValueError(f"'{path}' is not a readable npz file ({error}).") from None
+    arrays = _npz_arrays(path)
     energy_scale, length_scale, force_scale, _ = labels.scales(default_energy="kcal/mol")
     n_frames = len(arrays["positions"])
     for name in ("energy", "forces"):
@@ -304,6 +351,35 @@ def _read_npz(path: Path, labels: LabelConfig) -> Iterator[Structure]:
             forces=arrays["forces"][k].astype(np.float64) * force_scale,
             name=f"'{path}' frame {k}",
         )
+
+
+def _npz_arrays(path: Path) -> dict[str, np.ndarray]:
+    """The four arrays of an npz file in one of the known layouts, after a look at their sizes.
+
+    Raises:
+        ValueError: not an npz file, another layout, sizes that do not fit the file, or far more data than a file of this size can mean.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            sizes = {info.filename.removesuffix(".npy"): info.file_size for info in archive.infolist()}
+            layout = next((v for v in NPZ_LAYOUTS.values() if set(v.values()) <= sizes.keys()), None)
+            if layout is None:
+                expected = "; ".join(f"{name}: {', '.join(v.values())}" for name, v in NPZ_LAYOUTS.items())
+                raise ValueError(f"'{path}' holds {', '.join(sorted(sizes))}, which is neither layout known ({expected}).")
+            unpacked, packed = sum(sizes[key] for key in layout.values()), path.stat().st_size
+            if unpacked > max(2**28, 50 * packed):
+                raise ValueError(f"'{path}' has {packed:.2g} bytes and unpacks to {unpacked:.2g}: real data does not shrink so. Refused.")
+            for key in layout.values():
+                with archive.open(f"{key}.npy") as file:
+                    version = np.lib.format.read_magic(file)
+                    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+                    shape, _, dtype = read(file)
+                    if math.prod(shape) * dtype.itemsize != sizes[key] - file.tell():
+                        raise ValueError(f"'{path}': the array {key} says it has shape {shape}, which does not fit its size.")
+        with np.load(path, allow_pickle=False) as data:
+            return {name: data[key] for name, key in layout.items()}
+    except (zipfile.BadZipFile, zlib.error, OSError, EOFError, KeyError, NotImplementedError) as error:
+        raise ValueError(f"'{path}' is not a readable npz file ({error}). It may be truncated: copy it again.") from None
 
 
 def _read_mptrj(path: Path, labels: LabelConfig) -> Iterator[Structure]:

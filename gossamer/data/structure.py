@@ -39,6 +39,8 @@ class Structure:
     """material or trajectory id, for splits that must not leak"""
     name: str = "structure"
     """file and frame, for messages"""
+    entries: tuple[str, ...] = ()
+    """names of what else the file holds for the frame, for messages"""
 
     @property
     def labels(self) -> dict[str, Any]:

@@ -1,0 +1,40 @@
+"""Extended XYZ, frame by frame, without believing what a file says of its size."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from io import StringIO
+from itertools import islice
+from typing import IO
+
+import ase.io
+from ase import Atoms
+
+
+def xyz_frames(file: IO[str]) -> Iterator[Atoms]:
+    """Frames of an (extended) XYZ file, one after the other, as ASE reads each.
+
+    ASE first looks where all frames begin, and trusts their numbers of atoms; here a frame's lines are read before they are believed.
+
+    Raises:
+        ValueError: no number of atoms where a frame begins, or fewer lines than it announces.
+    """
+    header = file.readline()
+    while header:
+        if not header.strip():
+            header = file.readline()
+            continue
+        try:
+            n_atoms = int(header)
+        except ValueError:
+            raise ValueError(f"expected the number of atoms, found {header.strip()[:40]!r}") from None
+        lines = [header, file.readline(), *islice(file, max(0, min(n_atoms, 10**12)))]
+        if len(lines) != n_atoms + 2:
+            raise ValueError(f"a frame of {n_atoms} atoms is announced, but the file ends after {len(lines) - 2} of them")
+        header = file.readline()
+        while header.lstrip().startswith("VEC"):  # cell vectors, one a line, as some programs write them
+            lines.append(header)
+            header = file.readline()
+        atoms = ase.io.read(StringIO("".join(lines)), index=0, format="extxyz")
+        assert isinstance(atoms, Atoms)
+        yield atoms
