@@ -64,7 +64,17 @@ def settings(folder: Path, steps: int) -> dict:
 
 def simulate(model: Path, start: Atoms, folder: Path, steps: int) -> tuple[dict, list[Atoms]]:
     """Dynamics with the thermostat and friction of the reference, so that the displacements compare too."""
-    result = gossamer.md(model, start, 350.0, steps, TIMESTEP, "langevin", folder, INTERVAL, thermostat_time=50.0)
+    result = gossamer.md(
+        model,
+        start,
+        temperature=350,
+        steps=steps,
+        timestep=TIMESTEP,
+        ensemble="langevin",
+        out=folder,
+        interval=INTERVAL,
+        thermostat_time=50,
+    )
     frames = ase.io.read(folder / "trajectory.traj", ":")
     return result, frames[len(frames) // 6 :]
 
@@ -98,7 +108,9 @@ def main() -> int:
     run, frames = simulate(model, late[0], arguments.folder / "md", arguments.md_steps)
 
     print("4. energy conservation and other checks", flush=True)
-    gossamer.md(model, frames[-1], 350.0, 600, 0.5, "nve", arguments.folder / "nve", INTERVAL)
+    gossamer.md(
+        model, frames[-1], temperature=350, steps=600, timestep=0.5, ensemble="nve", out=arguments.folder / "nve", interval=INTERVAL
+    )
     calculator = gossamer.Calculator(gossamer.load(model, dtype="float64"))
     symmetry = max(e["relative"] for e in symmetry_errors(calculator, late[0]).values())
     gradient = force_gradient_error(calculator, late[0], step=1e-3, n_atoms=2)

@@ -24,6 +24,8 @@ def main(argv: list[str] | None = None) -> int:
         return int(arguments.run(arguments))
     except (ValueError, FileNotFoundError, FileExistsError, ImportError, RuntimeError) as error:
         print(f"gossamer {arguments.command}: {error}", file=sys.stderr)
+        if vars(arguments).get("json"):
+            print(json.dumps({"error": str(error)}))
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -276,8 +278,19 @@ def print_errors(summary: dict[str, Any]) -> None:
         mae, rmse = (summary.get(f"{label}_{kind}_{quantity.error_key}") for kind in ("mae", "rmse"))
         if mae is not None:
             print(f"  {label:16s}{mae:10.3f}{rmse:10.3f}  {quantity.error_unit}")
-    for element, errors in summary["forces_per_element_meV_per_A"].items():
-        print(f"  {'forces on ' + element:16s}{errors['mae']:10.3f}{errors['rmse']:10.3f}  meV/Å")
+    if "energy_offset" in summary:
+        offset = summary["energy_offset"]
+        print(
+            f"  energies lie {offset['mean_meV_per_atom']:+.6g} meV/atom from the labels on average: another functional, code or zero of energy?"
+        )
+        print(f"  without a constant per element the MAE is {offset['mae_without_meV_per_atom']:.4g} meV/atom")
+    of_elements = summary["forces_per_element_meV_per_A"]
+    worst = sorted(of_elements, key=lambda element: -of_elements[element]["mae"])[:8]  # the rest is in the JSON
+    for element, errors in of_elements.items():
+        if element in worst:
+            print(f"  {'forces on ' + element:16s}{errors['mae']:10.3f}{errors['rmse']:10.3f}  meV/Å")
+    if len(of_elements) > len(worst):
+        print(f"  (the {len(worst)} elements with the largest errors of forces, of {len(of_elements)})")
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:

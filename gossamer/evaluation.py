@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from ase.data import chemical_symbols
 
+from gossamer.data.batch import batches_by_atoms
 from gossamer.data.structure import Structure
 from gossamer.graph import Graph
 from gossamer.potential import Potential, Prediction
@@ -51,6 +52,8 @@ class Evaluation:
     """per frame: index, name, and for each quantity energy_error (one number, with its sign) or forces_rmse (several)"""
     energies: list[tuple[float, float]] = field(default_factory=list)
     """(label, prediction) in eV/atom less the reference energies, for parity plots"""
+    shifts: list[tuple[float, np.ndarray]] = field(default_factory=list)
+    """(prediction less label in eV, number of atoms of each atomic number), to find constant offsets"""
     components: list[np.ndarray] = field(default_factory=list)
     """(2, n) labels and predictions of force components in eV/Å"""
     conservative: bool = True
@@ -85,8 +88,29 @@ class Evaluation:
             unit = QUANTITIES[name].error_key
             if errors.count:
                 out[f"{name}_mae_{unit}"], out[f"{name}_rmse_{unit}"] = errors.mae, errors.rmse
-        out["forces_per_element_meV_per_A"] = {e: {"mae": v.mae, "rmse": v.rmse} for e, v in self.per_element.items()}
+        if self.energy_offset() is not None:
+            out["energy_offset"] = self.energy_offset()
+        elements = sorted(self.per_element, key=chemical_symbols.index)
+        out["forces_per_element_meV_per_A"] = {e: {"mae": self.per_element[e].mae, "rmse": self.per_element[e].rmse} for e in elements}
         return out
+
+    def energy_offset(self) -> dict[str, float] | None:
+        """Mean energy error per atom, and what is left of the error without it, where a constant makes most of the error.
+
+        So it is between functionals, codes, or zeros of energy: a constant for each element where frames are enough to tell, else one
+        for all atoms. None where no constant accounts for two thirds of the error, or where the error is below 5 meV/atom.
+        """
+        if len(self.shifts) < 2:
+            return None
+        differences, counts = (np.array(column, dtype=float) for column in zip(*self.shifts, strict=True))
+        sizes = counts.sum(axis=1)
+        used = counts.any(axis=0)
+        rows = counts[:, used] if len(differences) >= 5 * used.sum() else sizes[:, None]
+        constants, *_ = np.linalg.lstsq(rows / sizes[:, None], differences / sizes, rcond=1e-10)
+        rest = 1000 * float(np.abs((differences - rows @ constants) / sizes).mean())
+        if self.energy.mae < max(5.0, 3 * rest):
+            return None
+        return {"mean_meV_per_atom": 1000 * float((differences / sizes).mean()), "mae_without_meV_per_atom": rest}
 
     def add(self, name: str, difference: np.ndarray) -> dict[str, float]:
         """Add one structure's differences of one quantity; returns the entry of its frame."""
@@ -123,7 +147,7 @@ def evaluate_potential(
     """
     out = Evaluation(conservative=potential.conservative)
     kept = 0
-    for start, batch in _batches(structures, batch_atoms):
+    for start, batch in batches_by_atoms(structures, batch_atoms):
         wants_stress = potential.conservative and any(s.stress is not None for s in batch)
         for offset, (s, p) in enumerate(zip(batch, potential.predict(batch, wants_stress, run), strict=True)):
             frame: dict[str, Any] = {"index": start + offset, "name": s.name}
@@ -132,6 +156,7 @@ def evaluate_potential(
                     difference = np.asarray(p[name] - s.labels[name])
                     frame |= out.add(name, difference / s.n_atoms if quantity.error_per_atom else difference)
             if s.energy is not None:
+                out.shifts.append((p["energy"] - s.energy, np.bincount(s.atomic_numbers, minlength=119)))
                 references = sum(potential.statistics.reference_energies[chemical_symbols[z]] for z in s.atomic_numbers)
                 out.energies.append(((s.energy - references) / s.n_atoms, (p["energy"] - references) / s.n_atoms))
             if s.forces is not None:
@@ -146,17 +171,3 @@ def evaluate_potential(
     if not any(errors.count for errors in out.errors.values()):
         raise ValueError("None of the structures has a label (energy, forces or stress), so there is nothing to compare with.")
     return out
-
-
-def _batches(structures: Sequence[Structure], batch_atoms: int) -> Iterable[tuple[int, list[Structure]]]:
-    batch: list[Structure] = []
-    start = atoms = 0
-    for index in range(len(structures)):
-        structure = structures[index]
-        if batch and atoms + structure.n_atoms > batch_atoms:
-            yield start, batch
-            batch, start, atoms = [], index, 0
-        batch.append(structure)
-        atoms += structure.n_atoms
-    if batch:
-        yield start, batch

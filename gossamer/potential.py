@@ -8,16 +8,17 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
+from ase import Atoms
 from ase.data import atomic_numbers as number_of
 from ase.data import chemical_symbols
 from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor, nn
 
-from gossamer.data.batch import collate
+from gossamer.data.batch import batches_by_atoms, collate
 from gossamer.data.fingerprint import SeenFrames
 from gossamer.data.statistics import Statistics
-from gossamer.data.structure import Structure
+from gossamer.data.structure import Structure, as_structure
 from gossamer.graph import Graph
 from gossamer.models import MODELS, DataFacts, ModelConfig
 from gossamer.nn.layers import sum_by_index
@@ -145,9 +146,11 @@ class Potential(nn.Module):
         known = set(self.table.tolist())
         unknown = sorted(set(np.unique(atomic_numbers).tolist()) - known)
         if unknown:
-            listed = ", ".join(f"{chemical_symbols[z]} ({z})" for z in unknown)
+            listed = ", ".join(f"{chemical_symbols[z]} ({z})" for z in unknown[:10]) + (" ..." if len(unknown) > 10 else "")
+            own = [chemical_symbols[z] for z in sorted(known)]
+            has = ", ".join(own) if len(own) <= 20 else f"{', '.join(own[:8])} ... {own[-1]}, {len(own)} in all"
             raise ValueError(
-                f"{name}: {listed} not among the potential's elements ({', '.join(self.statistics.elements)}). "
+                f"{name}: {listed} not among the potential's elements ({has}). "
                 "Train with data that holds them, or choose another potential."
             )
 
@@ -272,17 +275,39 @@ class Potential(nn.Module):
         return 0.5 * (virial + virial.transpose(1, 2)) / volume[:, None, None]
 
     def predict(
-        self, structures: Sequence[Structure], stress: bool = True, run: Callable[[Graph, bool], Prediction] | None = None
+        self,
+        structures: Structure | Atoms | Sequence[Structure | Atoms],
+        stress: bool = True,
+        run: Callable[[Graph, bool], Prediction] | None = None,
+        batch_atoms: int = 2048,
     ) -> list[dict[str, Any]]:
-        """Energy, forces and stress of each structure as numpy arrays, in evaluation mode; by ``run``, if an engine is given."""
+        """Energy (eV), forces (eV/Å) and stress (eV/Å³; None without a volume) of each structure as numpy arrays, in evaluation mode.
+
+        Args:
+            structures: ASE Atoms or our structures, many or one. The answer is a list in any case.
+            stress: Whether to compute it.
+            run: An engine of this potential that evaluates in its place.
+            batch_atoms: Atoms evaluated at once.
+
+        Raises:
+            ValueError: an element that is not in the table, or a periodic structure without a cell.
+        """
+        given = [structures] if isinstance(structures, Structure | Atoms) else structures
+        chosen = [as_structure(s, f"structure {k}") for k, s in enumerate(given)]
         was_training = self.training
         self.eval()
         try:
-            graph = self.collate(structures)
-            wanted = stress and self.conservative
-            out = self(graph, stress=wanted) if run is None else run(graph, wanted)
+            return [answer for _, batch in batches_by_atoms(chosen, batch_atoms) for answer in self._predict(batch, stress, run)]
         finally:
             self.train(was_training)
+
+    def _predict(
+        self, structures: Sequence[Structure], stress: bool, run: Callable[[Graph, bool], Prediction] | None
+    ) -> list[dict[str, Any]]:
+        """The same for one batch."""
+        graph = self.collate(structures)
+        wanted = stress and self.conservative
+        out = self(graph, stress=wanted) if run is None else run(graph, wanted)
         sizes = [s.n_atoms for s in structures]
         values = {name: value.detach().cpu() for name, value in out.values.items()}
         parts = {name: torch.split(v, sizes) if QUANTITIES[name].per == "atom" else v for name, v in values.items()}

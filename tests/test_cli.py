@@ -236,6 +236,9 @@ def test_inspection_exit_status(tmp_path: Path, capsys: pytest.CaptureFixture) -
     assert status == 1
     assert "Hartree" in out
     assert "training on this data would be wrong" in out
+    status, out, err = run("data", "inspect", tmp_path / "absent.extxyz", "--json", capsys=capsys)
+    assert (status, list(json.loads(out))) == (2, ["error"])
+    assert json.loads(out)["error"] in err
     status, out, _ = run("data", "inspect", tmp_path / "wrong.extxyz", "--json", capsys=capsys)
     assert json.loads(out)["ok"] is False
 

@@ -12,12 +12,17 @@ import pytest
 import safetensors.torch
 import torch
 from ase import Atoms
+from ase.build import molecule
+from ase.data import chemical_symbols
 from conftest import MODELS, make_potential
 
+from gossamer.cli import print_errors
 from gossamer.data.batch import collate
 from gossamer.data.structure import Structure
+from gossamer.evaluation import evaluate_potential
 from gossamer.potential import Potential
 from gossamer.potential_file import FORMAT, _checksum, load, read_manifest, save, stored_structures
+from gossamer.simulation.calculator import Calculator
 
 ELEMENTS = ["H", "C", "O", "Si"]
 FORMAT_1 = Path(__file__).parent / "data" / "format1"
@@ -68,8 +73,9 @@ def test_compiled_shapes_are_checked() -> None:
         bessel_basis(torch.zeros(3, 2), 4)
 
 
-@pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize(
+    ("name", "dtype"), [(name, "float32") for name in MODELS] + [(name, "float64") for name in ("sound", "direct", "nequip", "geodite")]
+)
 def test_save_and_load(name: str, dtype: str, tmp_path: Path, ethanol: Atoms, crystal: Atoms) -> None:
     potential = make_potential(ELEMENTS, dtype=getattr(torch, dtype), **MODELS[name])
     checks = [structure(ethanol), structure(crystal)]
@@ -239,3 +245,55 @@ def test_collate_marks_missing_labels_with_nan(ethanol: Atoms) -> None:
     assert torch.isnan(graph.energy).tolist() == [False, True]
     assert torch.isnan(graph.forces).any(dim=1).tolist() == [False] * 9 + [True] * 9
     assert graph.stress is None
+
+
+def test_predict_takes_atoms_of_ase(ethanol: Atoms, crystal: Atoms) -> None:
+    """One, a list, or our structures, in batches: the same numbers as the calculator's."""
+    potential = make_potential(ELEMENTS).train()
+    frames = [ethanol, crystal, ethanol]
+    answers = potential.predict(frames)
+    for atoms, answer, one, batched in zip(
+        frames, answers, potential.predict([structure(a) for a in frames]), potential.predict(frames, batch_atoms=10), strict=True
+    ):
+        assert one["energy"] == answer["energy"] == pytest.approx(batched["energy"], abs=1e-12)
+        np.testing.assert_array_equal(answer["forces"], one["forces"])
+        atoms.calc = Calculator(potential, way="plain")
+        assert atoms.get_potential_energy() == pytest.approx(answer["energy"], abs=1e-9)
+    assert answers[0]["stress"] is None
+    (alone,) = potential.train().predict(crystal)
+    np.testing.assert_allclose(alone["stress"], answers[1]["stress"], atol=1e-12)
+    assert potential.training
+    assert potential.predict([]) == []
+    with pytest.raises(ValueError, match=r"structure 1: Cu \(29\) not among the potential's elements"):
+        potential.predict([ethanol, Atoms("Cu")])
+    with pytest.raises(ValueError, match="periodic along"):
+        potential.predict(Atoms("H", pbc=True))
+
+
+def test_long_lists_of_elements_are_sorted_and_short() -> None:
+    many = make_potential([chemical_symbols[z] for z in range(40, 10, -1)])
+    with pytest.raises(ValueError, match=r"H \(1\), He \(2\), .*F \(9\), Ne \(10\) not among .* \(Na, Mg, Al, .* \.\.\. Zr, 30 in all\)"):
+        many.check_elements(np.arange(1, 11))
+    with pytest.raises(ValueError, match=r"Nb \(41\), .*Sn \(50\) \.\.\. not among"):
+        many.check_elements(np.arange(41, 60))
+
+
+def test_a_constant_offset_between_functionals_is_said(capsys: pytest.CaptureFixture) -> None:
+    """Labels that differ by a constant per element, as of another functional, and by a little noise."""
+    potential = make_potential(ELEMENTS)
+    rng = np.random.default_rng(0)
+    frames = []
+    for k in range(24):
+        atoms = molecule(["CH4", "H2O", "CO2", "CH3OH"][k % 4])
+        atoms.rattle(0.05, seed=k)
+        shift = {1: 3.0, 6: -400.0, 8: 25.0}
+        energy = potential.predict(atoms)[0]["energy"] + sum(shift[z] for z in atoms.numbers) + rng.normal(scale=1e-3) * len(atoms)
+        frames.append(Structure(**{**vars(structure(atoms)), "energy": energy, "forces": np.zeros((len(atoms), 3))}))
+    summary = evaluate_potential(potential, frames).summary()
+    assert summary["energy_mae_meV_per_atom"] > 1e4
+    assert summary["energy_offset"]["mae_without_meV_per_atom"] < 2
+    assert list(summary["forces_per_element_meV_per_A"]) == ["H", "C", "O"]
+    print_errors(summary)
+    assert "meV/atom from the labels on average: another functional" in capsys.readouterr().out
+    same = [Structure(**{**vars(s), "energy": p["energy"] + rng.normal()}) for s, p in zip(frames, potential.predict(frames), strict=True)]
+    assert "energy_offset" not in evaluate_potential(potential, same).summary()

@@ -9,7 +9,10 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any, get_args
 
 import ase.io
 import numpy as np
@@ -22,10 +25,13 @@ from ase.calculators.emt import EMT
 from ase.calculators.lj import LennardJones
 from conftest import make_potential
 
+from gossamer.data.atoms import as_atoms
+from gossamer.files import locked
 from gossamer.potential_file import save
 from gossamer.simulation.calculator import Calculator
 from gossamer.simulation.md import md
-from gossamer.simulation.relax import relax
+from gossamer.simulation.options import MDConfig, RelaxConfig
+from gossamer.simulation.relax import relax, relax_files
 
 ELEMENTS = ["H", "C", "O", "Si"]
 
@@ -107,7 +113,7 @@ def test_calculator_says_what_it_cannot_do(ethanol: Atoms, crystal: Atoms) -> No
 # --- molecular dynamics -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("ensemble", ["nve", "langevin", "nose-hoover", "npt"])
+@pytest.mark.parametrize("ensemble", ["nve", "langevin", "nose-hoover", "npt", "npt-anisotropic"])
 def test_resumed_dynamics_are_exact(ensemble: str, tmp_path: Path) -> None:
     """Stopped half way and resumed by a fresh calculator, every later frame is the same to the last bit."""
     options = dict(temperature=40.0, timestep=4.0, ensemble=ensemble, interval=5, seed=3, progress=False)
@@ -151,7 +157,10 @@ def test_killed_dynamics_resume_exactly(tmp_path: Path) -> None:
 
 def test_thermostats_hold_the_temperature(tmp_path: Path) -> None:
     for ensemble in ("langevin", "nose-hoover"):
-        result = md(lj(), argon(), 60.0, 1000, 5.0, ensemble, tmp_path / ensemble, 10, thermostat_time=200, progress=False)
+        result = md(
+            lj(), argon(), temperature=60, steps=1000, timestep=5, ensemble=ensemble, out=tmp_path / ensemble, interval=10, thermostat_time=200,
+            progress=False,
+        )  # fmt: skip
         assert result["mean_temperature_K"] == pytest.approx(60, abs=8), ensemble
     conserved = np.array([float(r["conserved_energy_eV"]) for r in table(tmp_path / "nose-hoover")])
     assert np.ptp(conserved) / 32 < 2e-4
@@ -159,18 +168,9 @@ def test_thermostats_hold_the_temperature(tmp_path: Path) -> None:
 
 def test_barostat_finds_the_pressure(tmp_path: Path) -> None:
     md(
-        EMT(),
-        bulk("Cu", cubic=True).repeat(2),
-        300.0,
-        700,
-        4.0,
-        "npt",
-        tmp_path / "npt",
-        10,
-        pressure=5.0,
-        barostat_time=300,
-        progress=False,
-    )
+        EMT(), bulk("Cu", cubic=True).repeat(2), temperature=300, steps=700, timestep=4, ensemble="npt", out=tmp_path / "npt", interval=10,
+        pressure=5.0, barostat_time=300, progress=False,
+    )  # fmt: skip
     pressures = [float(r["pressure_GPa"]) for r in table(tmp_path / "npt")]
     assert np.mean(pressures[25:]) == pytest.approx(5.0, abs=0.7)
 
@@ -178,7 +178,7 @@ def test_barostat_finds_the_pressure(tmp_path: Path) -> None:
 def test_guard_stops_a_hot_run_and_saves_the_frame(tmp_path: Path) -> None:
     atoms = argon()
     atoms.positions[1] = atoms.positions[0] + [1.9, 0, 0]
-    result = md(lj(), atoms, 30.0, 500, 2.0, "nve", tmp_path / "run", 5, progress=False)
+    result = md(lj(), atoms, temperature=30, steps=500, timestep=2, ensemble="nve", out=tmp_path / "run", interval=5, progress=False)
     assert "temperature" in result["broken"]
     assert result["broken"] is not None
     assert len(ase.io.read(tmp_path / "run" / "broken.extxyz")) == 32
@@ -187,18 +187,19 @@ def test_guard_stops_a_hot_run_and_saves_the_frame(tmp_path: Path) -> None:
 def test_guard_watches_collapse_and_bonds(tmp_path: Path) -> None:
     close = argon()
     close.positions[1] = close.positions[0] + [0.8, 0, 0]
-    assert "Å apart" in md(lj(), close, 30.0, 5, 0.01, "nve", tmp_path / "a", 5, max_temperature=1e12, progress=False)["broken"]
+    options = MDConfig(temperature=30, ensemble="nve", interval=5, max_temperature=1e12)
+    assert "Å apart" in md(lj(), close, options, steps=5, timestep=0.01, out=tmp_path / "a", progress=False)["broken"]
     pair = Atoms("H2", positions=[[0, 0, 0], [0.7, 0, 0]])
     pair.set_momenta([[0, 0, 0], [3.0, 0, 0]])
     calculator = LennardJones(epsilon=1e-6, sigma=0.3, rc=2.0)
-    result = md(calculator, pair, 30.0, 200, 0.5, "nve", tmp_path / "b", 5, max_temperature=1e12, max_bond_stretch=0.5, progress=False)
+    result = md(calculator, pair, options, steps=200, out=tmp_path / "b", max_bond_stretch=0.5, progress=False)
     assert "bond 0-1 has changed by" in result["broken"]
 
 
 def test_velocities_of_the_structure_are_kept(tmp_path: Path) -> None:
     atoms = argon()
     atoms.set_momenta(np.tile([0.1, 0.0, -0.1], (32, 1)))
-    md(lj(), atoms, 300.0, 5, 1.0, "nve", tmp_path / "run", 5, max_temperature=1e9, progress=False)
+    md(lj(), atoms, steps=5, timestep=1, ensemble="nve", out=tmp_path / "run", interval=5, max_temperature=1e9, progress=False)
     first = ase.io.read(tmp_path / "run" / "trajectory.traj", 0)
     np.testing.assert_allclose(first.get_momenta(), atoms.get_momenta())
 
@@ -206,10 +207,20 @@ def test_velocities_of_the_structure_are_kept(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (dict(temperature=-1), "temperature must be positive, found -1"),
-        (dict(steps=0), "steps must be positive, found 0"),
-        (dict(timestep=0), "timestep must be positive"),
-        (dict(ensemble="nvt"), "ensemble 'nvt' is unknown. Choose nve, langevin, nose-hoover or npt"),
+        (dict(temperature=-1), r"temperature: Input should be greater than 0 \(found -1\)"),
+        (dict(steps=0), r"steps: Input should be greater than 0 \(found 0\)"),
+        (dict(timestep=0), "timestep: Input should be greater than 0"),
+        (dict(ensemble="nvt"), r"ensemble: Input should be 'nve', 'langevin', .* \(found 'nvt'\)"),
+        (dict(temprature=10), r"temprature: unknown setting. Did you mean temperature\?"),
+        (dict(compiled=True), "compiled: unknown setting"),
+        (dict(way="fast"), "way: Input should be 'auto', 'plain', 'kernels', 'program' or 'graph'"),
+        (dict(way="plain"), "way and dtype are for potentials: a calculator runs as it was made"),
+        (dict(dtype="float32"), "way and dtype are for potentials"),
+        (dict(frame=1), "frame 1 is asked of Atoms, which are one frame"),
+        (dict(supercell=(2, 0, 1)), "supercell.1: Input should be greater than or equal to 1"),
+        (dict(structure=molecule("H2O"), supercell=(1, 2, 1)), "supercell 1 2 1 repeats along axes that are not periodic"),
+        (dict(ensemble="nve", temperature_end=10), "temperature_end needs a thermostat, and nve has none"),
+        (dict(structure=molecule("H2O"), ensemble="npt-anisotropic"), "npt-anisotropic needs a structure that is periodic"),
         (dict(structure=Atoms("H2", positions=[[0, 0, 0], [1, 0, 0]]), ensemble="npt"), "npt needs a structure that is periodic"),
         (dict(structure="nowhere.xyz"), "There is no structure file 'nowhere.xyz'"),
     ],
@@ -221,22 +232,155 @@ def test_wrong_use_of_dynamics(change: dict, message: str, tmp_path: Path) -> No
 
 
 def test_dynamics_refuse_to_overwrite_and_to_resume_something_else(tmp_path: Path) -> None:
-    md(lj(), argon(1), 40.0, 10, out=tmp_path / "run", progress=False)
+    md(lj(), argon(1), temperature=40, steps=10, out=tmp_path / "run", progress=False)
     with pytest.raises(FileExistsError, match="holds a simulation already"):
-        md(lj(), argon(1), 40.0, 20, out=tmp_path / "run", progress=False)
+        md(lj(), argon(1), temperature=40, steps=20, out=tmp_path / "run", progress=False)
     with pytest.raises(ValueError, match=r"other settings: temperature 40\.0 \(now 50\.0\)"):
-        md(lj(), argon(1), 50.0, 20, out=tmp_path / "run", resume=True, progress=False)
+        md(lj(), argon(1), temperature=50, steps=20, out=tmp_path / "run", resume=True, progress=False)
     with pytest.raises(ValueError, match="other atoms"):
-        md(lj(), argon(2), 40.0, 20, out=tmp_path / "run", resume=True, progress=False)
+        md(lj(), argon(2), temperature=40, steps=20, out=tmp_path / "run", resume=True, progress=False)
     (tmp_path / "run" / "state.npz").write_bytes(b"not a state")
     with pytest.raises(ValueError, match="cannot be read"):
-        md(lj(), argon(1), 40.0, 20, out=tmp_path / "run", resume=True, progress=False)
+        md(lj(), argon(1), temperature=40, steps=20, out=tmp_path / "run", resume=True, progress=False)
 
 
 def test_direct_forces_warn(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     potential = make_potential(["Ar"], direct_forces=True)
-    md(potential, argon(1), 10.0, 2, out=tmp_path / "run", max_temperature=1e12, progress=False)
+    md(potential, argon(1), temperature=10, steps=2, out=tmp_path / "run", max_temperature=1e12, progress=False)
     assert "not the gradient of an energy" in caplog.text
+
+
+def test_a_ramp_changes_the_temperature_and_resumes(tmp_path: Path) -> None:
+    for ensemble in ("langevin", "nose-hoover"):
+        options = MDConfig(
+            temperature=50, temperature_end=600, steps=120, timestep=4, ensemble=ensemble, interval=6, thermostat_time=30, seed=1
+        )
+        copper = bulk("Cu", cubic=True).repeat((2, 1, 1))
+        whole, folder = tmp_path / f"{ensemble}-whole", tmp_path / f"{ensemble}-parts"
+        assert md(EMT(), copper, options, out=whole, progress=False)["broken"] is None
+        stop_at(folder, 50, lambda options=options, folder=folder, copper=copper: md(EMT(), copper, options, out=folder, progress=False))
+        with pytest.raises(ValueError, match=r"ramp_steps 120 \(now 240\)"):
+            md(EMT(), copper, options, steps=240, out=folder, resume=True, progress=False)
+        md(EMT(), copper, options, out=folder, resume=True, progress=False)
+        first, second = ([float(r["temperature_K"]) for r in table(f)] for f in (whole, folder))
+        np.testing.assert_allclose(first, second, rtol=1e-9)  # EMT's sums follow its neighbour list, which a resume builds anew
+        assert np.mean(first[-5:]) > np.mean(first[:5]) + 200, ensemble
+        assert table(whole)[-1]["conserved_energy_eV"] == "nan"
+
+
+def stop_at(folder: Path, step: int, run: Callable[[], dict[str, Any]]) -> None:
+    """Run, with a SIGTERM that comes while ``step`` is computed; the state is that of this very step."""
+    import ase.md.md
+
+    original = ase.md.md.MolecularDynamics.call_observers
+
+    def call_observers(dynamics: Any) -> None:
+        original(dynamics)
+        if dynamics.nsteps == step:
+            signal.raise_signal(signal.SIGTERM)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ase.md.md.MolecularDynamics, "call_observers", call_observers)
+        result = run()
+    assert (result["stopped"], result["steps"]) == ("SIGTERM", step)
+    assert int(np.load(folder / "state.npz")["integrator.nsteps"]) == step
+
+
+def test_stopped_dynamics_say_so_and_resume_exactly(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    options = MDConfig(temperature=40, timestep=4, steps=40, interval=10, seed=2)
+    assert md(lj(), argon(1), options, out=tmp_path / "whole", progress=False)["stopped"] is None
+    folder = tmp_path / "parts"
+    stop_at(folder, 17, lambda: md(lj(), argon(1), options, out=folder, progress=False))
+    assert "SIGTERM: stopped at step 17 of 40; the state is saved, resume goes on" in caplog.text
+    md(lj(), argon(1), options, out=folder, resume=True, progress=False)
+    assert table(folder) == table(tmp_path / "whole")
+
+
+def test_two_runs_on_one_folder_are_refused(tmp_path: Path) -> None:
+    with locked(tmp_path / "run"), pytest.raises(RuntimeError, match=rf"in use by process {os.getpid()} on"):
+        md(lj(), argon(1), steps=5, out=tmp_path / "run", progress=False)
+    md(lj(), argon(1), steps=5, out=tmp_path / "run", progress=False)
+    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["log.csv", "state.npz", "trajectory.traj"]
+    with locked(tmp_path, "r.extxyz"), pytest.raises(RuntimeError, match="choose another --out"):
+        relax(EMT(), bulk("Cu"), out=tmp_path / "r.extxyz")
+
+
+def test_runs_of_earlier_versions_resume(tmp_path: Path) -> None:
+    """States said "compiled" where they say "way" today, and had no ramps."""
+    potential = make_potential(["Ar"], dtype=torch.float32, cutoff=5.0)
+    options = MDConfig(temperature=40, timestep=4, interval=5, seed=3, max_temperature=1e9)
+    md(potential, argon(1), options, steps=20, out=tmp_path / "whole", way="plain", progress=False)
+    for k, compiled in enumerate((False, "plain")):
+        folder = tmp_path / f"old-{k}"
+        md(potential, argon(1), options, steps=10, out=folder, way="plain", progress=False)
+        with np.load(folder / "state.npz") as data:
+            arrays = dict(data)
+        old = json.loads(str(arrays["settings"]))
+        del old["way"], old["temperature_end"], old["ramp_steps"]
+        arrays["settings"] = np.array(json.dumps({**old, "compiled": compiled}))
+        np.savez(folder / "state.npz", **arrays)
+        md(potential, argon(1), options, steps=20, out=folder, resume=True, progress=False)  # auto: as it began, not kernels
+        assert table(folder) == table(tmp_path / "whole")
+
+
+def test_a_calculator_that_is_passed_in_is_not_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    told: list[int] = []
+    monkeypatch.setattr(Calculator, "expect", lambda self, steps, atoms: told.append(steps))
+    potential = make_potential(["Ar"], dtype=torch.float32, cutoff=5.0)
+    options = MDConfig(temperature=40, interval=5, max_temperature=1e9)
+    md(potential, argon(1), options, steps=10, way="plain", out=tmp_path / "a", progress=False)
+    assert told == [10]
+    calculator = Calculator(potential)
+    before = calculator.engine
+    md(calculator, argon(1), options, steps=20, out=tmp_path / "a", resume=True, progress=False)
+    assert told == [10]
+    assert calculator.engine is before
+    assert before.way == "plain" or f"was made the plain way, and goes on the {before.way} way" in caplog.text
+
+
+def test_ways_are_those_of_the_engine() -> None:
+    from gossamer.engine import engine
+    from gossamer.simulation import options
+
+    assert get_args(options.Way) == get_args(engine.Way)
+
+
+def test_frames_and_supercells(tmp_path: Path) -> None:
+    frames = [bulk("Cu", a=a) for a in (3.5, 3.7)]
+    frames[1].set_momenta(np.ones((1, 3)))
+    ase.io.write(tmp_path / "two.extxyz", frames)
+    assert as_atoms(tmp_path / "two.extxyz", frame=-1).cell.volume == pytest.approx(3.7**3 / 4)
+    repeated = as_atoms(tmp_path / "two.extxyz", 1, (2, 1, 3))
+    assert len(repeated) == 6
+    assert not repeated.has("momenta")  # copies with equal velocities would move in step for ever
+    result = md(EMT(), tmp_path / "two.extxyz", steps=2, frame=1, supercell=(2, 2, 2), interval=1, out=tmp_path / "md", progress=False)
+    assert result["broken"] is None
+    assert len(ase.io.read(tmp_path / "md" / "trajectory.traj")) == 8
+    assert relax(EMT(), tmp_path / "two.extxyz", frame=1, supercell=(2, 1, 1))["volume_A3"] == pytest.approx(3.7**3 / 2)
+    (tmp_path / "damaged.vasp").write_text("what?\n")
+    (tmp_path / "empty.extxyz").touch()
+    for name, frame, message in (
+        ("two.extxyz", 2, "has no frame 2"), ("none.extxyz", 0, "There is no structure file"), ("", 0, "is a folder; a structure file is expected"),
+        ("damaged.vasp", 0, "cannot be read as structures"), ("empty.extxyz", 0, "has no frame 0"),
+    ):  # fmt: skip
+        with pytest.raises((ValueError, FileNotFoundError), match=message):
+            as_atoms(tmp_path / name, frame)
+
+
+def test_the_cell_of_an_anisotropic_run_changes_its_shape(tmp_path: Path) -> None:
+    """A crystal that is squeezed along one axis relaxes along it; the isotropic barostat keeps the ratio of the axes."""
+    squeezed = bulk("Cu", cubic=True).repeat((2, 1, 1))
+    squeezed.set_cell(squeezed.cell.array @ np.diag([1.0, 1.0, 0.96]), scale_atoms=True)
+    options = MDConfig(temperature=300, steps=100, timestep=4, interval=5, barostat_time=400)
+    ratios = {}
+    for ensemble in ("npt", "npt-anisotropic"):
+        md(EMT(), squeezed, options, ensemble=ensemble, out=tmp_path / ensemble, progress=False)
+        cells = np.array([frame.cell.lengths() for frame in ase.io.read(tmp_path / ensemble / "trajectory.traj", ":")])
+        ratios[ensemble] = cells[:, 2] / cells[:, 1]
+    np.testing.assert_allclose(ratios["npt"], 0.96, atol=1e-6)
+    assert np.mean(ratios["npt-anisotropic"][10:]) > 0.98
 
 
 # --- relaxation ---------------------------------------------------------------------------------------------------
@@ -279,14 +423,53 @@ def test_resumed_relaxation_is_exact(optimizer: str, cell: bool, tmp_path: Path)
 
 
 def test_wrong_use_of_relax(crystal: Atoms) -> None:
-    with pytest.raises(ValueError, match="optimizer 'newton' is unknown"):
+    with pytest.raises(ValueError, match=r"optimizer: Input should be 'fire' or 'lbfgs' \(found 'newton'\)"):
         relax(EMT(), crystal, optimizer="newton")
     with pytest.raises(ValueError, match="needs periodicity along all axes"):
         relax(EMT(), molecule("H2O"), cell=True)
     with pytest.raises(ValueError, match="needs stress"):
         relax(make_potential(ELEMENTS, direct_forces=True), crystal, cell=True)
-    with pytest.raises(ValueError, match="must be positive"):
+    with pytest.raises(ValueError, match="fmax: Input should be greater than 0"):
         relax(EMT(), crystal, fmax=0)
+
+
+def test_relaxed_files_have_the_format_of_their_name_and_nothing_stale(tmp_path: Path) -> None:
+    atoms = bulk("Cu", cubic=True, a=3.7)
+    atoms.info = {"time_fs": 20.0, "energy_dft": -1.0, "material_id": "mp-30", "charge": 0}
+    atoms.set_momenta(np.ones((4, 3)))
+    atoms.set_array("forces_dft", np.ones((4, 3)))
+    for name, start in (("r.extxyz", "4\nLattice="), ("r.cif", "data_"), ("POSCAR", "Cu")):
+        result = relax(EMT(), atoms, fmax=0.01, out=tmp_path / name)
+        assert (tmp_path / name).read_text().startswith(start), name
+        assert ase.io.read(tmp_path / name).cell.volume == pytest.approx(result["volume_A3"])
+    relaxed = ase.io.read(tmp_path / "r.extxyz")
+    assert relaxed.info == {"material_id": "mp-30", "charge": 0}
+    assert set(relaxed.arrays) == {"numbers", "positions"}
+    assert relaxed.get_potential_energy() == pytest.approx(result["energy_eV"])
+    for name, message in (("r.traj", "the path of the relaxation lies"), ("r.foo", "ASE writes no file format of this name"),
+                          ("noname", "ASE writes no file format of this name"), ("", "is a folder")):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            relax(EMT(), atoms, out=tmp_path / name)
+
+
+def test_several_files_are_relaxed_into_a_folder(tmp_path: Path) -> None:
+    for name, atoms in (("a.extxyz", bulk("Cu", a=3.5)), ("b.cif", bulk("Cu", a=3.7)), ("fe.extxyz", bulk("Fe"))):
+        ase.io.write(tmp_path / name, atoms)
+    files = [tmp_path / n for n in ("a.extxyz", "b.cif", "fe.extxyz", "gone.extxyz")]
+    options = RelaxConfig(cell=True, out=tmp_path / "relaxed")
+    answers = relax_files(EMT(), files, options)
+    assert [a["converged"] for a in answers] == [True, True, False, False]
+    assert "no structure file" in answers[3]["error"]
+    volumes = [ase.io.read(a["out"]).cell.volume for a in answers[:2]]
+    assert volumes[0] == pytest.approx(volumes[1], rel=1e-3) == pytest.approx(answers[0]["volume_A3"], rel=1e-3)
+    again = relax_files(EMT(), files[:2], replace(options, resume=True))
+    assert [a["steps"] for a in again] == [a["steps"] for a in answers[:2]]
+    (tmp_path / "file").touch()
+    (tmp_path / "other").mkdir()
+    for given, out, message in (([files[0], tmp_path / "other" / "a.cif"], tmp_path / "x", "Several structures are called a"),
+                                (files, None, "need out: the folder"), (files, tmp_path / "file", "is a file; several structures")):  # fmt: skip
+        with pytest.raises((ValueError, FileExistsError), match=message):
+            relax_files(EMT(), given, RelaxConfig(out=out))
 
 
 def test_freed_memory_is_kept_where_glibc_is() -> None:

@@ -19,7 +19,7 @@ from gossamer.engine.kernels.cpu import Missing
 
 INTERPRETED = """
 import torch
-from test_kernels import CONVOLUTIONS, definition
+from test_kernels import CONVOLUTIONS, definition, summed
 from gossamer.engine.kernels import gpu, ops
 from gossamer.engine.kernels.table import pack, tabulate
 for name, dtypes in (("odd channels", [torch.float32]), ("l 1, both parities", [torch.float64])):
@@ -47,7 +47,7 @@ for name, dtypes in (("odd channels", [torch.float32]), ("l 1, both parities", [
         assert float(found[0][3].abs().max()) == 0  # no edges
         # the radial functions of every edge as an input
         leaves[2] = torch.randn(12, width, **random).requires_grad_()
-        plain = convolution.definition(*leaves, edge_index)
+        plain = summed(convolution, *leaves, edge_index)
         wanted += [plain.detach(), *torch.autograd.grad(plain, leaves, gradient)]
         key, values = ops.register(convolution, dtype, "cuda", edge_weights=True), [v.detach() for v in leaves]
         found += [ops._weighted_gpu(key, *values, *edges), *ops._weighted_backward_gpu(key, gradient, *values, *edges)]

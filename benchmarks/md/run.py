@@ -66,8 +66,8 @@ def simulate(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
     folder = arguments.runs.parent / "md" / name
     steps = round(arguments.picoseconds * 1000 / s["timestep"])
     stretch = 0.5 if name == "methane" else None
-    result = gossamer.md(potential, start, s["temperature"], steps, s["timestep"], "nose-hoover", folder, s["interval"],
-                         thermostat_time=s["thermostat_time"], max_bond_stretch=stretch, resume=(folder / "state.npz").exists())  # fmt: skip
+    result = gossamer.md(potential, start, temperature=s["temperature"], steps=steps, timestep=s["timestep"], ensemble="nose-hoover", out=folder,
+                         interval=s["interval"], thermostat_time=s["thermostat_time"], max_bond_stretch=stretch, resume=(folder / "state.npz").exists())  # fmt: skip
     trajectory = ase.io.read(folder / "trajectory.traj", ":")
     interval = s["interval"] * s["timestep"] / 1000
     settled = trajectory[len(trajectory) // 10 :]

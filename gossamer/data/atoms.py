@@ -14,14 +14,31 @@ from gossamer.data.xyz import xyz_frames
 from gossamer.files import COMPRESSIONS, InputError, open_text
 
 
-def as_atoms(structure: Atoms | Path | str) -> Atoms:
-    """Atoms from Atoms (copied, velocities kept) or from the first frame of a file.
+def as_atoms(structure: Atoms | Path | str, frame: int = 0, supercell: tuple[int, int, int] = (1, 1, 1)) -> Atoms:
+    """Atoms from Atoms (copied, velocities kept) or from a frame of a file, repeated where asked.
+
+    Args:
+        structure: Atoms, or a file.
+        frame: Which frame of the file; -1 is the last.
+        supercell: How often along each cell vector. Copies would move in step for ever, so a repeated structure has no velocities.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: it cannot be read, or holds no atoms.
+        ValueError: it cannot be read, holds no atoms or not this frame; a frame of Atoms; repeats along an axis that is not periodic.
     """
-    return structure.copy() if isinstance(structure, Atoms) else read_frames(structure, 0)[0]
+    if isinstance(structure, Atoms) and frame != 0:
+        raise ValueError(f"frame {frame} is asked of Atoms, which are one frame. Give a file, or the frame itself.")
+    atoms = structure.copy() if isinstance(structure, Atoms) else read_frames(structure, frame)[0]
+    if tuple(supercell) == (1, 1, 1):
+        return atoms
+    if any(n > 1 and not periodic for n, periodic in zip(supercell, atoms.pbc, strict=True)):
+        raise ValueError(
+            f"supercell {' '.join(map(str, supercell))} repeats along axes that are not periodic: pbc is {atoms.pbc.tolist()}."
+        )
+    repeated = atoms.repeat(supercell)
+    if repeated.has("momenta"):
+        del repeated.arrays["momenta"]
+    return repeated
 
 
 def read_frames(path: Path | str, frame: int | None = None) -> list[Atoms]:
@@ -36,13 +53,15 @@ def read_frames(path: Path | str, frame: int | None = None) -> list[Atoms]:
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"There is no structure file '{path}'.")
+    if path.is_dir() and path.suffix != ".bundle":
+        raise InputError(f"'{path}' is a folder; a structure file is expected (extxyz, cif, POSCAR, traj, ...).")
     try:
         frames = _read(path, frame)
     except (InputError, MemoryError):
         raise
     except (IndexError, StopIteration):
         frames = []
-    except (OSError, ValueError, KeyError, AssertionError, UnknownFileTypeError, AttributeError, TypeError) as error:
+    except (OSError, ValueError, KeyError, AssertionError, RuntimeError, UnknownFileTypeError, AttributeError, TypeError) as error:
         text = " ".join(str(error).split())[:200]
         raise InputError(f"'{path}' cannot be read as structures by ASE ({type(error).__name__}{': ' if text else ''}{text}).") from None
     if not frames:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -49,3 +49,18 @@ def _joined(quantity: Quantity, structures: Sequence[Structure]) -> Tensor | Non
     rows = [s.n_atoms if quantity.per == "atom" else 1 for s in structures]
     values = [np.full((n, *quantity.shape), np.nan if v is None else v, dtype=np.float64) for n, v in zip(rows, labels, strict=True)]
     return torch.from_numpy(np.concatenate(values))
+
+
+def batches_by_atoms(structures: Sequence[Structure], batch_atoms: int) -> Iterator[tuple[int, list[Structure]]]:
+    """Successive structures in batches of at most ``batch_atoms`` atoms (or one larger structure), each with the index of its first."""
+    batch: list[Structure] = []
+    start = atoms = 0
+    for index in range(len(structures)):
+        structure = structures[index]
+        if batch and atoms + structure.n_atoms > batch_atoms:
+            yield start, batch
+            batch, start, atoms = [], index, 0
+        batch.append(structure)
+        atoms += structure.n_atoms
+    if batch:
+        yield start, batch

@@ -75,7 +75,7 @@ def _basics(structures: Sequence[Structure], report: Inspection) -> None:
     report.facts |= {
         "frames": str(len(structures)),
         "atoms": f"{min(sizes)} to {max(sizes)} per frame, {sum(sizes)} in all",
-        "elements": ", ".join(f"{e} {n}" for e, n in sorted(elements.items(), key=lambda item: number_of[item[0]])),
+        "elements": _shortened([f"{e} {n}" for e, n in sorted(elements.items(), key=lambda item: number_of[item[0]])]),
         "periodicity": ", ".join(f"{p}: {n} frames" for p, n in periodic.items()),
     }
     report.numbers |= {
@@ -97,6 +97,10 @@ def _basics(structures: Sequence[Structure], report: Inspection) -> None:
     fixed = sum(s.fixed is not None for s in structures)
     if fixed:
         report.facts["fixed atoms"] = f"in {fixed} frames (loss.free_atoms_only leaves their forces out)"
+
+
+def _shortened(listed: Sequence[str], most: int = 12) -> str:
+    return ", ".join(listed) if len(listed) <= most else f"{', '.join(listed[: most - 1])} ... {listed[-1]} ({len(listed)} in all)"
 
 
 def _labels(structures: Sequence[Structure], report: Inspection) -> None:

@@ -353,6 +353,10 @@ def _read_npz(path: Path, labels: LabelConfig) -> Iterator[Structure]:
         )
 
 
+UNPACKED = 2**28
+"""bytes that a small npz file may unpack to"""
+
+
 def _npz_arrays(path: Path) -> dict[str, np.ndarray]:
     """The four arrays of an npz file in one of the known layouts, after a look at their sizes.
 
@@ -367,7 +371,7 @@ def _npz_arrays(path: Path) -> dict[str, np.ndarray]:
                 expected = "; ".join(f"{name}: {', '.join(v.values())}" for name, v in NPZ_LAYOUTS.items())
                 raise ValueError(f"'{path}' holds {', '.join(sorted(sizes))}, which is neither layout known ({expected}).")
             unpacked, packed = sum(sizes[key] for key in layout.values()), path.stat().st_size
-            if unpacked > max(2**28, 50 * packed):
+            if unpacked > max(UNPACKED, 50 * packed):
                 raise ValueError(f"'{path}' has {packed:.2g} bytes and unpacks to {unpacked:.2g}: real data does not shrink so. Refused.")
             for key in layout.values():
                 with archive.open(f"{key}.npy") as file:

@@ -108,3 +108,20 @@ def label_fields(labels: Mapping[str, Any]) -> dict[str, Any]:
     """Labels by quantity as arguments of Structure: three have fields of their own, the others are extras."""
     own = {name: labels.get(name) for name in OWN}
     return {**own, "extras": {name: value for name, value in labels.items() if name not in own and value is not None}}
+
+
+def as_structure(atoms: Atoms | Structure, name: str = "structure") -> Structure:
+    """Atoms without their labels; a Structure as it is.
+
+    Raises:
+        ValueError: no atoms, or a periodic axis without a length.
+    """
+    if isinstance(atoms, Structure):
+        return atoms
+    return Structure(
+        atomic_numbers=atoms.numbers.astype(np.int64),
+        positions=atoms.positions.astype(np.float64),
+        cell=atoms.cell.array.astype(np.float64),
+        pbc=np.array(atoms.pbc, dtype=bool),
+        name=name,
+    ).validate()

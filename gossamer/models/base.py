@@ -14,25 +14,11 @@ from torch import Tensor, nn
 class NetworkConfig(Protocol):
     """Settings that every network has; each has a settings class of its own with these and more."""
 
-    @property
-    def name(self) -> str:
-        """Which network."""
-
-    @property
-    def variant(self) -> str:
-        """ "sound" or "published"."""
-
-    @property
-    def cutoff(self) -> float:
-        """Å"""
-
-    @property
-    def max_neighbors(self) -> int | None:
-        """Most neighbours kept; None keeps all."""
-
-    @property
-    def direct_forces(self) -> bool:
-        """Whether forces are predicted beside the energy, instead of being its gradient."""
+    name: str
+    variant: str  # "sound" or "published"
+    cutoff: float  # Å
+    max_neighbors: int | None
+    direct_forces: bool  # predicted beside the energy, instead of being its gradient
 
 
 @dataclass(frozen=True, kw_only=True)

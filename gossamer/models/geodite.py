@@ -29,8 +29,8 @@ from torch.nn.functional import silu, softplus
 
 from gossamer.models.base import DataFacts, FitDefaults, ModelOutput, Network
 from gossamer.nn.attention import Alignment, Attention
-from gossamer.nn.edges import Edges
 from gossamer.nn.layers import Constant, cat, linear, split, sum_by_index
+from gossamer.nn.products import Edges
 from gossamer.nn.radial import polynomial_envelope
 from gossamer.nn.spherical import SphericalHarmonics
 from gossamer.settings import settings
@@ -296,14 +296,7 @@ class Geodite(Network):
         graph_index: Int[Tensor, " N"],
         n_graphs: int,
     ) -> ModelOutput:
-        """
-        Args:
-            species: Index of each atom in the model's table of elements.
-            edge_index: (sender, receiver), sorted by receiver.
-            edge_vectors: Å, from centre (receiver) to neighbour (sender).
-            graph_index: Structure of each atom (not used: the network is local).
-            n_graphs: Number of structures (not used).
-        """
+        """As `Network.forward`; the network is local and needs no structures."""
         lengths = torch.linalg.vector_norm(edge_vectors, dim=-1)
         states, x = self.embed(species, edge_index, edge_vectors, lengths)
         energies = torch.stack([readout(h)[:, 0] for readout, h in zip(self.readouts, states, strict=True)]).sum(dim=0)

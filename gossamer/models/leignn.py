@@ -20,9 +20,8 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from gossamer.models.base import DataFacts, FitDefaults, ModelOutput, Network, distances
-from gossamer.nn.edges import Edges
-from gossamer.nn.layers import RadialLinear, ScaledSiLU, cat, linear, mean_by_index, smooth_length, split
-from gossamer.nn.products import VectorConvolution
+from gossamer.nn.layers import RadialLinear, cat, linear, smooth_length, split, sum_by_index
+from gossamer.nn.products import Edges, VectorConvolution
 from gossamer.nn.radial import bessel_basis, gaussian_basis, polynomial_envelope
 from gossamer.settings import settings
 
@@ -59,6 +58,19 @@ class LEIGNNConfig:
         if self.variant == "published" and self.radial_basis == "bessel":
             raise ValueError("the published variant has Gaussians: leave radial_basis out, or set variant: sound")
         return self
+
+
+class ScaledSiLU(nn.Module):
+    """SiLU / 0.6, which keeps the variance of normal input near one (Gasteiger et al., arXiv:2106.08903)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.silu(x) * (1 / 0.6)
+
+
+def mean_by_index(values: Float[Tensor, "n ..."], index: Int[Tensor, " n"], size: int) -> Float[Tensor, "size ..."]:
+    """out[k] = mean of the values whose index is k; zeros where there are none."""
+    count = sum_by_index(torch.ones_like(index, dtype=values.dtype), index, size).clamp(min=1)
+    return sum_by_index(values, index, size) / count.reshape(-1, *[1] * (values.dim() - 1))
 
 
 class Message(nn.Module):
@@ -179,14 +191,7 @@ class LEIGNN(Network):
         graph_index: Int[Tensor, " N"],
         n_graphs: int,
     ) -> ModelOutput:
-        """
-        Args:
-            species: Index of each atom in the model's table of elements.
-            edge_index: (sender, receiver), sorted by receiver.
-            edge_vectors: Å, from centre (receiver) to neighbour (sender).
-            graph_index: Structure of each atom.
-            n_graphs: Number of structures.
-        """
+        """As `Network.forward`."""
         unit, distance = distances(edge_vectors, self.config.cutoff)
         # the paper's u points from the neighbour j to the centre i
         edges = Edges(edge_index, distance, cat([torch.ones_like(unit[:, :1]), -unit], 1), lambda: self.radial_basis(distance))

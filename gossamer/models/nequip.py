@@ -23,9 +23,9 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from gossamer.models.base import DataFacts, FitDefaults, ModelOutput, Network
-from gossamer.nn.edges import Edges
+from gossamer.nn.coupling import Coupling, Irrep, blocks, paths_between, reachable
 from gossamer.nn.layers import Constant, ElementLinear, cat, split
-from gossamer.nn.products import Coupling, Irrep, blocks, paths_between, reachable
+from gossamer.nn.products import Edges
 from gossamer.nn.radial import polynomial_envelope
 from gossamer.nn.spherical import SphericalHarmonics
 from gossamer.settings import settings
@@ -374,14 +374,7 @@ class NequIP(Network):
         graph_index: Int[Tensor, " N"],
         n_graphs: int,
     ) -> ModelOutput:
-        """
-        Args:
-            species: Index of each atom in the model's table of elements.
-            edge_index: (sender, receiver), sorted by receiver.
-            edge_vectors: Å, from centre (receiver) to neighbour (sender).
-            graph_index: Structure of each atom (not used: the network is local).
-            n_graphs: Number of structures (not used).
-        """
+        """As `Network.forward`; the network is local and needs no structures."""
         lengths = torch.linalg.vector_norm(edge_vectors, dim=-1)
         distance = self.scaled(lengths, species, edge_index)
         edges = Edges(edge_index, distance, self.harmonics(edge_vectors / lengths[:, None]), lambda: self.radial_basis(distance))

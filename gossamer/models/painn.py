@@ -18,9 +18,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from gossamer.models.base import DataFacts, FitDefaults, ModelOutput, Network, distances
-from gossamer.nn.edges import Edges
 from gossamer.nn.layers import RadialLinear, cat, linear, smooth_length, split
-from gossamer.nn.products import VectorConvolution
+from gossamer.nn.products import Edges, VectorConvolution
 from gossamer.nn.radial import bessel_basis, cosine_cutoff, gaussian_basis, polynomial_envelope
 from gossamer.settings import settings
 
@@ -138,14 +137,7 @@ class PaiNN(Network):
         graph_index: Int[Tensor, " N"],
         n_graphs: int,
     ) -> ModelOutput:
-        """
-        Args:
-            species: Index of each atom in the model's table of elements.
-            edge_index: (sender, receiver), sorted by receiver.
-            edge_vectors: Å, from centre (receiver) to neighbour (sender).
-            graph_index: Structure of each atom (not used: the network is local).
-            n_graphs: Number of structures (not used).
-        """
+        """As `Network.forward`; the network is local and needs no structures."""
         unit, x = distances(edge_vectors, self.config.cutoff)
         edges = Edges(edge_index, x, cat([torch.ones_like(unit[:, :1]), unit], 1), lambda: self.radial_basis(x))
         q, mu = self.embedding(species), None

@@ -18,9 +18,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from gossamer.models.base import DataFacts, FitDefaults, ModelOutput, Network, distances
-from gossamer.nn.edges import Edges
 from gossamer.nn.layers import cat, linear, split
-from gossamer.nn.products import ScalarConvolution
+from gossamer.nn.products import Edges, ScalarConvolution
 from gossamer.nn.radial import cosine_cutoff, gaussian_basis, polynomial_envelope
 from gossamer.settings import settings
 
@@ -116,14 +115,7 @@ class SchNet(Network):
         graph_index: Int[Tensor, " N"],
         n_graphs: int,
     ) -> ModelOutput:
-        """
-        Args:
-            species: Index of each atom in the model's table of elements.
-            edge_index: (sender, receiver), sorted by receiver.
-            edge_vectors: Å, from centre (receiver) to neighbour (sender); only their lengths matter.
-            graph_index: Structure of each atom (not used: the network is local).
-            n_graphs: Number of structures (not used).
-        """
+        """As `Network.forward`; the network is local and needs no structures."""
         _, x = distances(edge_vectors, self.config.cutoff)
         edges = Edges(edge_index, x, torch.ones_like(x[:, None]), lambda: self.radial_basis(x))
         h = self.embedding(species)

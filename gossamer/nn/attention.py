@@ -10,8 +10,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
-from gossamer.nn.edges import Edges
 from gossamer.nn.layers import Constant, cat, split, sum_by_index
+from gossamer.nn.products import Edges
 
 
 class Attention(nn.Module):

@@ -20,12 +20,6 @@ def sum_by_index(values: Float[Tensor, "n ..."], index: Int[Tensor, " n"], size:
     return values.new_zeros((size, *values.shape[1:])).index_add(0, index, values)
 
 
-def mean_by_index(values: Float[Tensor, "n ..."], index: Int[Tensor, " n"], size: int) -> Float[Tensor, "size ..."]:
-    """out[k] = mean of the values whose index is k; zeros where there are none."""
-    count = sum_by_index(torch.ones_like(index, dtype=values.dtype), index, size).clamp(min=1)
-    return sum_by_index(values, index, size) / count.reshape(-1, *[1] * (values.dim() - 1))
-
-
 class _Cat(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, dim: int, *parts: Tensor) -> Tensor:
@@ -68,13 +62,6 @@ SMOOTH_LENGTH = 0.1
 def smooth_length(v: Float[Tensor, "n 3 c"]) -> Float[Tensor, "n c"]:
     """sqrt(|v|² + ε²) - ε along the middle axis, with bounded derivatives at zero."""
     return torch.sqrt((v**2).sum(dim=1) + SMOOTH_LENGTH**2) - SMOOTH_LENGTH
-
-
-class ScaledSiLU(nn.Module):
-    """SiLU / 0.6, which keeps the variance of normal input near one (Gasteiger et al., arXiv:2106.08903)."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.silu(x) * (1 / 0.6)
 
 
 def linear(num_in: int, num_out: int, bias: bool = True) -> nn.Linear:

@@ -5,34 +5,37 @@ from __future__ import annotations
 import csv
 import json
 import logging
-import signal
 import time
-from dataclasses import dataclass
+import zipfile
+import zlib
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import ase.io
 import numpy as np
 from ase import Atoms, units
-from ase.calculators.calculator import Calculator as ASECalculator
-from ase.calculators.calculator import PropertyNotImplementedError
+from ase.calculators.calculator import BaseCalculator, PropertyNotImplementedError
 from ase.calculators.singlepoint import SinglePointCalculator
 from ase.data import covalent_radii
 from ase.io.trajectory import Trajectory
 from ase.md.langevinbaoab import LangevinBAOAB
-from ase.md.nose_hoover_chain import IsotropicMTKNPT, NoseHooverChainNVT
+from ase.md.nose_hoover_chain import MTKNPT, IsotropicMTKNPT, NoseHooverChainNVT
 from ase.md.velocitydistribution import Stationary, thermalize_momenta
 from ase.md.verlet import VelocityVerlet
 from numpy.typing import NDArray
 from tqdm import tqdm
 
 from gossamer.data.atoms import as_atoms
-from gossamer.files import atomic_path
+from gossamer.files import atomic_path, locked
 from gossamer.neighbors import neighbor_list
+from gossamer.settings import configured
+from gossamer.signals import StopRequested
+from gossamer.simulation.options import MDConfig, Way
 from gossamer.simulation.state import numbers_of, put_back
 
 log = logging.getLogger(__name__)
-Ensemble = Literal["nve", "langevin", "nose-hoover", "npt"]
+NPT = ("npt", "npt-anisotropic")
 COLUMNS = ["step", "time_fs", "temperature_K", "potential_energy_eV", "total_energy_eV", "conserved_energy_eV", "pressure_GPa", "volume_A3"]
 
 
@@ -42,12 +45,24 @@ class Guard:
 
     max_temperature: float
     """K"""
-    min_distance: float = 0.5
-    """closest approach, as a fraction of the sum of the covalent radii"""
     max_bond_stretch: float | None = None
     """Å by which a bond of the first frame may change (molecules: 0.5); None does not watch bonds"""
+    bonds: NDArray[np.int64] = field(default_factory=lambda: np.zeros((0, 2), dtype=np.int64))
+    """(n_bonds, 2) atoms of the first frame's bonds"""
+    bond_lengths: NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
+    """(n_bonds,) Å, in the first frame"""
+    min_distance: float = 0.5
+    """closest approach, as a fraction of the sum of the covalent radii"""
 
-    def problem(self, atoms: Atoms, bonds: NDArray[np.int64], bond_lengths: NDArray[np.float64]) -> str | None:
+    @classmethod
+    def of(cls, first: Atoms, config: MDConfig) -> Guard:
+        """The guard of a run that starts with this frame."""
+        hottest = max(config.temperature, config.temperature_end or 0.0)
+        limit = 5 * hottest + 500 if config.max_temperature is None else config.max_temperature
+        bonds = find_bonds(first)
+        return cls(limit, config.max_bond_stretch, bonds, lengths_of(first, bonds))
+
+    def problem(self, atoms: Atoms) -> str | None:
         """What is wrong with the frame, or None."""
         if not (np.isfinite(atoms.positions).all() and np.isfinite(atoms.get_potential_energy())):
             return "positions or energy are not finite"
@@ -62,11 +77,11 @@ class Guard:
             worst = int(ratio.argmin())
             if ratio[worst] < self.min_distance:
                 return f"atoms {receiver[worst]} and {sender[worst]} are {lengths[worst]:.2f} Å apart"
-        if self.max_bond_stretch is not None and len(bonds):
-            change = np.abs(lengths_of(atoms, bonds) - bond_lengths)
+        if self.max_bond_stretch is not None and len(self.bonds):
+            change = np.abs(lengths_of(atoms, self.bonds) - self.bond_lengths)
             worst = int(change.argmax())
             if change[worst] > self.max_bond_stretch:
-                return f"bond {bonds[worst, 0]}-{bonds[worst, 1]} has changed by {change[worst]:.2f} Å"
+                return f"bond {self.bonds[worst, 0]}-{self.bonds[worst, 1]} has changed by {change[worst]:.2f} Å"
         return None
 
 
@@ -97,170 +112,215 @@ def temperature_of(atoms: Atoms, ensemble: str) -> float:
     return float(2 * atoms.get_kinetic_energy() / (degrees_of_freedom(atoms, ensemble) * units.kB))
 
 
-def as_calculator(model: Any, device: str = "cpu", dtype: str | None = None, way: Any = "auto") -> ASECalculator:
-    """A calculator from an ASE calculator, a potential, or the file of one."""
-    if hasattr(model, "get_property"):
+# --- the potential: the one place that knows how a calculator is told what to run ----------------------------------
+
+
+def as_calculator(
+    model: Any, device: str = "cpu", dtype: str | None = None, way: Way = "auto", expect: tuple[int, Atoms] | None = None
+) -> BaseCalculator:
+    """A calculator from an ASE calculator, a potential, or the file of one.
+
+    Args:
+        model: The three; a calculator comes back as it is, unchanged.
+        device: Of a potential read from a file.
+        dtype: Of a potential read from a file.
+        way: How a potential runs.
+        expect: About how many evaluations of which atoms will come, from which a calculator made here may choose to compile.
+
+    Raises:
+        ValueError: ``way`` or ``dtype`` for a calculator, which runs as it was made.
+    """
+    if not isinstance(model, str | Path | BaseCalculator):
+        from gossamer.potential import Potential
+
+        if not isinstance(model, Potential):
+            return model  # calculators that are none of ASE's classes
+    if isinstance(model, BaseCalculator):
+        if way != "auto" or dtype is not None:
+            raise ValueError("way and dtype are for potentials: a calculator runs as it was made. Give them where the calculator is made.")
         return model
     from gossamer.simulation.calculator import Calculator
 
-    return Calculator(model, device=device, dtype=dtype, way=way)
+    calculator = Calculator(model, device=device, dtype=dtype, way=way)
+    if expect is not None:
+        calculator.expect(*expect)
+    return calculator
+
+
+def way_of(calculator: BaseCalculator) -> str:
+    """What a calculator runs; "plain" for those that are not ours."""
+    from gossamer.simulation.calculator import Calculator
+
+    return calculator.engine.way if isinstance(calculator, Calculator) else "plain"
+
+
+def has_direct_forces(calculator: BaseCalculator) -> bool:
+    """Whether it is one of our potentials that predict forces directly: no gradient of an energy, no stress."""
+    from gossamer.simulation.calculator import Calculator
+
+    return isinstance(calculator, Calculator) and not calculator.conservative
+
+
+# --- a run -------------------------------------------------------------------------------------------------------
 
 
 def md(
-    model: Any,
-    structure: Atoms | Path | str,
-    temperature: float = 300.0,
-    steps: int = 1000,
-    timestep: float = 0.5,
-    ensemble: Ensemble = "langevin",
-    out: Path | str = "md",
-    interval: int = 20,
-    pressure: float = 0.0,
-    thermostat_time: float = 100.0,
-    barostat_time: float = 1000.0,
-    seed: int = 0,
-    resume: bool = False,
-    max_temperature: float | None = None,
-    max_bond_stretch: float | None = None,
-    device: str = "cpu",
-    dtype: str | None = None,
-    way: Any = "auto",
-    progress: bool = True,
+    model: Any, structure: Atoms | Path | str, config: MDConfig | None = None, *, progress: bool = True, **options: Any
 ) -> dict[str, Any]:
     """Run molecular dynamics; the folder ``out`` gets trajectory.traj, log.csv and state.npz.
 
+        md("potential.safetensors", "water.xyz", temperature=350, steps=10_000, out="hot")
+
+    SIGTERM ends the run after the current step with its state saved, so that a resume goes on from there.
+
     Args:
-        model: Saved potential, potential, or any ASE calculator.
+        model: Saved potential, potential, or any ASE calculator (which is not changed).
         structure: Atoms or a file; velocities of the temperature are drawn unless it has some.
-        temperature: K (of the thermostat, and of the velocities drawn).
-        steps: Time steps in all, those before a resume included.
-        timestep: fs.
-        ensemble: "nve" (velocity Verlet), "langevin" (BAOAB), "nose-hoover" (chains), "npt" (isotropic MTK).
-        out: Folder of the results.
-        interval: Steps between frames of the trajectory and rows of the log.
-        pressure: GPa, for npt.
-        thermostat_time: fs, relaxation time of the thermostat.
-        barostat_time: fs, relaxation time of the barostat.
-        seed: Of the velocities and of the Langevin noise.
-        resume: Go on from state.npz, bit for bit as if never stopped.
-        max_temperature: K at which the run stops; by default 5 times ``temperature`` + 500 K.
-        max_bond_stretch: Å by which a bond of the first frame may change before the run stops; None does not watch.
-        device: Of a potential read from a file.
-        dtype: Of a potential read from a file.
-        compiled: True runs a compiled program of a saved potential, False the potential as it is; by default kernels, and a program if
-            there is one in the cache, or if the run is so long that compiling (half a minute, once) pays. A resumed run goes on as it began.
+        config: Options as an object; ``MDConfig`` says which there are.
         progress: Show a progress bar.
+        options: Options by name; they replace those of ``config``.
 
     Returns:
-        steps, seconds, mean temperature, and "broken": None or what stopped the run (the frame is in broken.extxyz).
+        out, steps, time_ps, seconds, mean_temperature_K, "broken": None or what stopped the run (the frame is in broken.extxyz), and
+        "stopped": None or the signal that ended it early.
 
     Raises:
         FileExistsError: the folder holds a run and ``resume`` is False.
-        ValueError: settings that do not fit together.
+        RuntimeError: another process runs in the folder.
+        ValueError: unknown options, or options that do not fit together.
     """
-    _check_arguments(ensemble, temperature=temperature, steps=steps, timestep=timestep, interval=interval)
-    folder = Path(out)
-    state_file = folder / "state.npz"
-    if state_file.exists() and not resume:
-        raise FileExistsError(f"'{folder}' holds a simulation already. Go on with it (--resume), or choose another folder (--out).")
-    atoms = as_atoms(structure)
-    calculator: Any = as_calculator(model, device, dtype, way)
-    if ensemble == "npt" and (not atoms.pbc.all() or getattr(calculator, "conservative", True) is False):
-        raise ValueError("npt needs a structure that is periodic along all axes, and a potential with stress (not direct forces).")
-    if getattr(calculator, "conservative", True) is False:
-        log.warning("this potential predicts forces directly: they are not the gradient of an energy, and energy is not conserved")
-    rng = np.random.default_rng(seed)
-    if not atoms.has("momenta"):
-        thermalize_momenta(atoms, temperature, rng=rng)
-        Stationary(atoms)
-    first = atoms.copy()
-    atoms.calc = calculator
-    settings = {"ensemble": ensemble, "timestep": timestep, "temperature": temperature, "pressure": pressure,
-                "thermostat_time": thermostat_time, "barostat_time": barostat_time, "interval": interval,
-                "compiled": getattr(calculator, "mode", "plain")}  # fmt: skip
-    stored = _read_state(state_file, settings, atoms) if resume and state_file.exists() else None
-    dynamics = _integrator(atoms, settings, rng)
-    if stored is not None:
-        _restore(dynamics, atoms, stored)
-    guard = Guard(5 * temperature + 500 if max_temperature is None else max_temperature, max_bond_stretch=max_bond_stretch)
-    bonds = find_bonds(first)
-    recorder = _Recorder(folder, atoms, dynamics, settings, interval, guard, bonds, lengths_of(first, bonds), stored is not None)
-    dynamics.attach(recorder, interval=interval)
-    broken = None
-    began = time.perf_counter()
-    bar = tqdm(total=steps, initial=dynamics.nsteps, unit="step", disable=None if progress else True, dynamic_ncols=True)
-    stop = _Stop()
-    with bar, stop:
+    config = configured(MDConfig, config, options)
+    with locked(config.out):
+        run = _prepare(model, structure, config)
+        began = time.perf_counter()
         try:
-            for _ in dynamics.irun(max(0, steps - dynamics.nsteps)):
-                bar.update(dynamics.nsteps - bar.n)
-                if dynamics.nsteps % interval == 0:
-                    bar.set_postfix_str(recorder.brief)
-                    if stop.requested:
-                        break
-        except (SimulationBroken, ValueError) as error:
-            if not isinstance(error, SimulationBroken) and "finite" not in str(error):
-                raise
-            broken = f"step {dynamics.nsteps} ({dynamics.nsteps * timestep / 1000:.3f} ps): {error}"
-            log.error("stopped at %s; the frame is in '%s'", broken, folder / "broken.extxyz")
-            with atomic_path(folder / "broken.extxyz") as temporary:
-                frame = atoms.copy()
-                ase.io.write(temporary, frame, format="extxyz")
+            broken, stopped = _advance(run, config, progress)
         finally:
-            recorder.close()
-    seconds = time.perf_counter() - began
+            run.recorder.close()
+    if stopped is not None:
+        log.warning("%s: stopped at step %d of %d; the state is saved, resume goes on", stopped, run.dynamics.nsteps, config.steps)
     return {
-        "out": str(folder),
-        "steps": dynamics.nsteps,
-        "time_ps": dynamics.nsteps * timestep / 1000,
-        "seconds": round(seconds, 2),
-        "mean_temperature_K": recorder.mean_temperature(),
+        "out": str(config.out),
+        "steps": run.dynamics.nsteps,
+        "time_ps": run.dynamics.nsteps * config.timestep / 1000,
+        "seconds": round(time.perf_counter() - began, 2),
+        "mean_temperature_K": run.recorder.mean_temperature(),
         "broken": broken,
+        "stopped": stopped,
     }
 
 
-def _check_arguments(ensemble: str, **positive: float) -> None:
-    for name, value in positive.items():
-        if not value > 0:
-            raise ValueError(f"{name} must be positive, found {value}.")
-    if ensemble not in ("nve", "langevin", "nose-hoover", "npt"):
-        raise ValueError(f"ensemble '{ensemble}' is unknown. Choose nve, langevin, nose-hoover or npt.")
+@dataclass(frozen=True)
+class _Run:
+    """Atoms, their integrator, and what writes both down."""
+
+    atoms: Atoms
+    dynamics: Any
+    recorder: _Recorder
+
+
+def _prepare(model: Any, structure: Atoms | Path | str, config: MDConfig) -> _Run:
+    """Everything up to the first step: the atoms at the start, or where the stored run was."""
+    state_file = config.out / "state.npz"
+    resumed = state_file.exists()
+    if resumed and not config.resume:
+        raise FileExistsError(f"'{config.out}' holds a simulation already. Go on with it (--resume), or choose another folder (--out).")
+    atoms = as_atoms(structure, config.frame, config.supercell)
+    before = _stored_settings(state_file) if resumed else None
+    _set_calculator(atoms, model, config, before)
+    rng = np.random.default_rng(config.seed)
+    if not atoms.has("momenta"):
+        thermalize_momenta(atoms, config.temperature, rng=rng)
+        Stationary(atoms)
+    guard = Guard.of(atoms, config)
+    settings = _settings(config, way_of(atoms.calc))
+    stored = _read_state(state_file, before, settings, atoms) if before is not None else None
+    dynamics = _integrator(atoms, config, rng)
+    if stored is not None:
+        _restore(dynamics, atoms, stored)
+    recorder = _Recorder(config, atoms, dynamics, settings, guard, resumed)
+    dynamics.attach(recorder, interval=config.interval)
+    return _Run(atoms, dynamics, recorder)
+
+
+def _set_calculator(atoms: Atoms, model: Any, config: MDConfig, before: dict[str, Any] | None) -> None:
+    """Give the atoms their calculator; a resumed run goes on in the way it began."""
+    way = config.way if before is None or config.way != "auto" or isinstance(model, BaseCalculator) else before["way"]
+    atoms.calc = as_calculator(model, config.device, config.dtype, way, (config.steps, atoms))
+    direct = has_direct_forces(atoms.calc)
+    if config.ensemble in NPT and (not atoms.pbc.all() or direct):
+        raise ValueError(
+            f"{config.ensemble} needs a structure that is periodic along all axes, and a potential with stress (not direct forces)."
+        )
+    if direct:
+        log.warning("this potential predicts forces directly: they are not the gradient of an energy, and energy is not conserved")
+    if config.temperature_end is not None and config.ensemble == "nve":
+        raise ValueError("temperature_end needs a thermostat, and nve has none. Choose another ensemble.")
+
+
+def _advance(run: _Run, config: MDConfig, progress: bool) -> tuple[str | None, str | None]:
+    """Take the steps; what broke the run, and the signal that stopped it."""
+    dynamics = run.dynamics
+    bar = tqdm(total=config.steps, initial=dynamics.nsteps, unit="step", disable=None if progress else True, dynamic_ncols=True)
+    with bar, StopRequested() as stop:
+        try:
+            for _ in dynamics.irun(max(0, config.steps - dynamics.nsteps)):
+                bar.update(dynamics.nsteps - bar.n)
+                bar.set_postfix_str(run.recorder.brief, refresh=False)
+                if stop.signal is not None and dynamics.nsteps < config.steps:
+                    run.recorder.save_state()
+                    return None, stop.signal.name
+                if config.temperature_end is not None:
+                    reached = dynamics.nsteps / config.steps
+                    _set_temperature(dynamics, config, config.temperature + reached * (config.temperature_end - config.temperature))
+        except (SimulationBroken, ValueError) as error:
+            if not isinstance(error, SimulationBroken) and "finite" not in str(error):
+                raise
+            frame = config.out / "broken.extxyz"
+            with atomic_path(frame) as temporary:
+                ase.io.write(temporary, run.atoms.copy(), format="extxyz")
+            broken = f"step {dynamics.nsteps} ({dynamics.nsteps * config.timestep / 1000:.3f} ps): {error}"
+            log.error("stopped at %s; the frame is in '%s'", broken, frame)
+            return broken, None
+    return None, None
 
 
 class SimulationBroken(RuntimeError):
     """The guard found a frame that has left sanity."""
 
 
-class _Stop:
-    """Notes SIGTERM, so that the run ends after a recorded frame."""
-
-    def __init__(self) -> None:
-        self.requested = False
-
-    def __enter__(self) -> None:
-        try:
-            self._previous = signal.signal(signal.SIGTERM, lambda *_: setattr(self, "requested", True))
-        except ValueError:  # not the main thread
-            self._previous = None
-
-    def __exit__(self, *_: object) -> None:
-        if self._previous is not None:
-            signal.signal(signal.SIGTERM, self._previous)
+def _settings(config: MDConfig, way: str) -> dict[str, Any]:
+    """What a resumed run must share with the one before."""
+    names = ("ensemble", "timestep", "temperature", "temperature_end", "pressure", "thermostat_time", "barostat_time", "interval")
+    ramp = config.steps if config.temperature_end is not None else None
+    return {**{name: getattr(config, name) for name in names}, "ramp_steps": ramp, "way": way}
 
 
-def _integrator(atoms: Atoms, settings: dict[str, Any], rng: np.random.Generator) -> Any:
-    step = settings["timestep"] * units.fs
-    # ASE's chains count 3 N degrees of freedom, of which 3 are at rest: without this 9 atoms would be 12 % too hot
-    temperature = settings["temperature"] * degrees_of_freedom(atoms, settings["ensemble"]) / (3 * len(atoms))
-    tau = settings["thermostat_time"] * units.fs
-    if settings["ensemble"] == "nve":
+def _thermostat_temperature(atoms: Atoms, ensemble: str, temperature: float) -> float:
+    """ASE's chains count 3 N degrees of freedom, of which 3 are at rest: without this 9 atoms would be 12 % too hot."""
+    return temperature * degrees_of_freedom(atoms, ensemble) / (3 * len(atoms))
+
+
+def _integrator(atoms: Atoms, config: MDConfig, rng: np.random.Generator) -> Any:
+    step, tau, pdamp = (t * units.fs for t in (config.timestep, config.thermostat_time, config.barostat_time))
+    temperature = _thermostat_temperature(atoms, config.ensemble, config.temperature)
+    if config.ensemble == "nve":
         return VelocityVerlet(atoms, step)
-    if settings["ensemble"] == "langevin":
+    if config.ensemble == "langevin":
         return LangevinBAOAB(atoms, step, temperature_K=temperature, T_tau=tau, rng=rng)
-    if settings["ensemble"] == "nose-hoover":
+    if config.ensemble == "nose-hoover":
         return NoseHooverChainNVT(atoms, step, temperature_K=temperature, tdamp=tau)
-    pressure, pdamp = settings["pressure"] * units.GPa, settings["barostat_time"] * units.fs
-    return IsotropicMTKNPT(atoms, step, temperature_K=temperature, pressure_au=pressure, tdamp=tau, pdamp=pdamp)
+    kind = IsotropicMTKNPT if config.ensemble == "npt" else MTKNPT
+    return kind(atoms, step, temperature_K=temperature, pressure_au=config.pressure * units.GPa, tdamp=tau, pdamp=pdamp)
+
+
+def _set_temperature(dynamics: Any, config: MDConfig, temperature: float) -> None:
+    """Change the temperature of the thermostat (and of the barostat's own); their masses stay those of the start."""
+    kelvin = _thermostat_temperature(dynamics.atoms, config.ensemble, temperature)
+    if isinstance(dynamics, LangevinBAOAB):
+        dynamics.set_temperature(kelvin)
+    else:
+        put_back(dynamics, {k: np.array(kelvin * units.kB) for k in numbers_of(dynamics) if k.endswith("_kT")})
 
 
 # --- exact restart: every number the integrator holds, and the state of its random generator ---------------------
@@ -271,26 +331,28 @@ def _restore(dynamics: Any, atoms: Atoms, stored: dict[str, Any]) -> None:
     atoms.set_positions(stored["positions"])
     atoms.set_momenta(stored["momenta"])
     put_back(dynamics, {k.removeprefix("integrator."): v for k, v in stored.items() if k.startswith("integrator.")})
-    if hasattr(dynamics, "rng"):
+    if isinstance(dynamics, LangevinBAOAB):
         dynamics.rng.bit_generator.state = json.loads(str(stored["rng"]))
 
 
 def _stored_settings(path: Path) -> dict[str, Any]:
+    """Settings of the run that wrote a state, those of older versions in today's words."""
     try:
         with np.load(path, allow_pickle=False) as data:
             settings = dict(json.loads(str(data["settings"])))
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f"'{path}' cannot be read ({error}). Start again in another folder (--out).") from None
-    before = settings.get("compiled", False)
-    settings["compiled"] = before if isinstance(before, str) else "program" if before else "plain"  # files before kernels
-    return settings
+    if "way" not in settings:  # until 0.1.0: the words of today, and before kernels a yes or no
+        compiled = settings.pop("compiled", False)
+        settings["way"] = compiled if isinstance(compiled, str) else "program" if compiled else "plain"
+    return {"temperature_end": None, "ramp_steps": None, **settings}
 
 
-def _read_state(path: Path, settings: dict[str, Any], atoms: Atoms) -> dict[str, Any]:
-    before = _stored_settings(path)
+def _read_state(path: Path, before: dict[str, Any], settings: dict[str, Any], atoms: Atoms) -> dict[str, Any]:
+    """Arrays of a stored run that had the same settings and atoms."""
     with np.load(path, allow_pickle=False) as data:
         stored = {k: data[k] for k in data.files}
-    changed = sorted(k for k in settings if before[k] != settings[k])
+    changed = sorted(k for k in settings if before[k] != settings[k] and k != "way")
     if changed:
         raise ValueError(
             f"'{path}' was made with other settings: {', '.join(f'{k} {before[k]} (now {settings[k]})' for k in changed)}. "
@@ -298,32 +360,24 @@ def _read_state(path: Path, settings: dict[str, Any], atoms: Atoms) -> dict[str,
         )
     if not np.array_equal(stored["numbers"], atoms.numbers):
         raise ValueError(f"'{path}' belongs to other atoms than this structure. Resume with the same structure, or use another folder.")
+    if before["way"] != settings["way"]:
+        log.warning(
+            "'%s' was made the %s way, and goes on the %s way: the same to rounding, not to the bit", path, before["way"], settings["way"]
+        )
     return stored
 
 
 class _Recorder:
     """Writes a frame, a row of the log and the state, then asks the guard."""
 
-    def __init__(
-        self, folder: Path, atoms: Atoms, dynamics: Any, settings: dict[str, Any], interval: int, guard: Guard,
-        bonds: NDArray[np.int64], bond_lengths: NDArray[np.float64], resumed: bool,
-    ) -> None:  # fmt: skip
-        folder.mkdir(parents=True, exist_ok=True)
-        self.folder, self.atoms, self.dynamics, self.settings = folder, atoms, dynamics, settings
-        self.guard, self.bonds, self.bond_lengths, self.interval = guard, bonds, bond_lengths, interval
+    def __init__(self, config: MDConfig, atoms: Atoms, dynamics: Any, settings: dict[str, Any], guard: Guard, resumed: bool) -> None:
+        self.config, self.atoms, self.dynamics, self.settings, self.guard = config, atoms, dynamics, settings, guard
         self.temperatures: list[float] = []
         self.brief = ""
-        kept = dynamics.nsteps // interval + 1 if resumed else 0
-        trajectory, table = folder / "trajectory.traj", folder / "log.csv"
+        trajectory, table = config.out / "trajectory.traj", config.out / "log.csv"
         rows: list[list[str]] = []
-        if resumed:  # drop what was written after the state
-            with open(table, newline="") as file:
-                rows = list(csv.reader(file))[1 : kept + 1]
-            with Trajectory(trajectory) as reader:
-                frames = [reader[k] for k in range(min(kept, len(reader)))]
-            with atomic_path(trajectory) as temporary, Trajectory(temporary, "w") as writer:
-                for frame in frames:
-                    writer.write(frame)
+        if resumed:
+            rows = _cut_back(trajectory, table, dynamics.nsteps // config.interval + 1)
             self.temperatures = [float(row[COLUMNS.index("temperature_K")]) for row in rows]
         with atomic_path(table) as temporary, open(temporary, "w", newline="") as file:
             csv.writer(file).writerows([COLUMNS, *rows])
@@ -335,30 +389,33 @@ class _Recorder:
         if not np.isfinite(atoms.get_potential_energy()):
             raise SimulationBroken("energy is not finite")
         potential, kinetic = atoms.get_potential_energy(), atoms.get_kinetic_energy()
-        temperature = temperature_of(atoms, self.settings["ensemble"])
+        temperature = temperature_of(atoms, self.config.ensemble)
         total = potential + kinetic
         conserved = self._conserved(total)
         pressure = volume = float("nan")
         if atoms.pbc.all():
             volume = atoms.get_volume()
-            if "stress" in getattr(atoms.calc, "results", {}):
+            if "stress" in atoms.calc.results:
                 pressure = -np.trace(atoms.get_stress(voigt=False, include_ideal_gas=True)) / 3 / units.GPa
-        row = [dynamics.nsteps, dynamics.nsteps * self.settings["timestep"], temperature, potential, total, conserved, pressure, volume]
+        row = [dynamics.nsteps, dynamics.nsteps * self.config.timestep, temperature, potential, total, conserved, pressure, volume]
         csv.writer(self.table).writerow([repr(float(x)) if isinstance(x, float) else x for x in row])
         self.table.flush()
         self.trajectory.write(self._frame())
         self.temperatures.append(temperature)
         self.brief = f"{temperature:.0f} K  {potential / len(atoms):.4f} eV/atom"
-        problem = self.guard.problem(atoms, self.bonds, self.bond_lengths)
+        problem = self.guard.problem(atoms)
         if problem is not None:
             raise SimulationBroken(problem)
         self.save_state()
 
     def _conserved(self, total: float) -> float:
-        """The integrator's conserved quantity in eV; NaN for Langevin, and for calculators without a free_energy, which ASE asks for."""
-        if self.settings["ensemble"] == "nve":
+        """The integrator's conserved quantity in eV.
+
+        NaN for Langevin, for a thermostat whose temperature changes, and for calculators without a free_energy, which ASE asks for.
+        """
+        if self.config.ensemble == "nve":
             return total
-        if self.settings["ensemble"] == "langevin":
+        if self.config.ensemble == "langevin" or self.config.temperature_end is not None:
             return float("nan")
         try:
             return float(self.dynamics.get_conserved_energy())
@@ -373,11 +430,12 @@ class _Recorder:
         return frame
 
     def save_state(self) -> None:
+        """Write what an exact restart needs."""
         arrays: dict[str, Any] = {f"integrator.{k}": v for k, v in numbers_of(self.dynamics).items()}
-        if hasattr(self.dynamics, "rng"):
+        if isinstance(self.dynamics, LangevinBAOAB):
             arrays["rng"] = np.array(json.dumps(self.dynamics.rng.bit_generator.state))
         atoms = self.atoms
-        with atomic_path(self.folder / "state.npz") as temporary:
+        with atomic_path(self.config.out / "state.npz") as temporary:
             np.savez(
                 temporary, numbers=atoms.numbers, positions=atoms.positions, momenta=atoms.get_momenta(), cell=atoms.cell.array,
                 settings=np.array(json.dumps(self.settings)), **arrays,
@@ -391,3 +449,15 @@ class _Recorder:
     def close(self) -> None:
         self.table.close()
         self.trajectory.close()
+
+
+def _cut_back(trajectory: Path, table: Path, kept: int) -> list[list[str]]:
+    """Drop the frames and the rows of the log after the first ``kept``; returns the rows that stay."""
+    with open(table, newline="") as file:
+        rows = list(csv.reader(file))[1 : kept + 1]
+    with Trajectory(trajectory) as reader:
+        frames = [reader[k] for k in range(min(kept, len(reader)))]
+    with atomic_path(trajectory) as temporary, Trajectory(temporary, "w") as writer:
+        for frame in frames:
+            writer.write(frame)
+    return rows

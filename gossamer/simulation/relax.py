@@ -2,98 +2,72 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import ase.io
 import numpy as np
 from ase import Atoms
+from ase.calculators.singlepoint import SinglePointCalculator
 from ase.filters import FrechetCellFilter
+from ase.io.formats import UnknownFileTypeError, filetype
+from ase.io.formats import ioformats as FORMATS
 from ase.io.trajectory import Trajectory
 from ase.optimize import FIRE, LBFGS
 
 from gossamer.data.atoms import as_atoms
-from gossamer.files import atomic_path
-from gossamer.simulation.md import as_calculator
+from gossamer.files import atomic_path, explain, locked
+from gossamer.settings import configured
+from gossamer.simulation.md import as_calculator, has_direct_forces
+from gossamer.simulation.options import RelaxConfig
 from gossamer.simulation.state import numbers_of, put_back
 
+log = logging.getLogger(__name__)
 OPTIMIZERS = {"fire": FIRE, "lbfgs": LBFGS}
+KEPT_ARRAYS = ("numbers", "positions", "tags", "masses", "initial_charges", "initial_magmoms")
+KEPT_INFO = ("charge", "spin")
+"""what a relaxed structure keeps of the frame it came from, beside names: all else (velocities, labels, times) was said of other positions"""
 
 
-def relax(
-    model: Any,
-    structure: Atoms | Path | str,
-    fmax: float = 0.01,
-    steps: int = 500,
-    cell: bool = False,
-    optimizer: str = "fire",
-    out: Path | str | None = None,
-    resume: bool = False,
-    device: str = "cpu",
-    dtype: str | None = None,
-) -> dict[str, Any]:
+def relax(model: Any, structure: Atoms | Path | str, config: RelaxConfig | None = None, **options: Any) -> dict[str, Any]:
     """Minimise the energy until no force is above ``fmax``.
 
+        relax("potential.safetensors", "crystal.cif", cell=True, out="relaxed.cif")
+
     Args:
-        model: Saved potential, potential, or any ASE calculator.
+        model: Saved potential, potential, or any ASE calculator (which is not changed).
         structure: Atoms or a file. Atoms passed in are not changed.
-        fmax: eV/Å.
-        steps: Most steps taken.
-        cell: Relax the cell too (FrechetCellFilter; needs stress).
-        optimizer: "fire" or "lbfgs".
-        out: File of the relaxed structure (extxyz); beside it the path (``.traj``) and the optimiser's memory (``.state.npz``).
-        resume: Go on from the files beside ``out``, exactly as if never stopped. Give the original structure again.
-        device: Of a potential read from a file.
-        dtype: Of a potential read from a file.
+        config: Options as an object; ``RelaxConfig`` says which there are.
+        options: Options by name; they replace those of ``config``.
 
     Returns:
         converged, steps, energy_eV, max_force_eV_per_A, volume_A3 (None without a cell), and "atoms".
 
     Raises:
-        ValueError: an unknown optimiser, a cell asked for without periodicity or stress, nothing to resume.
+        ValueError: unknown options, a cell asked for without periodicity or stress, a file format that cannot be written, nothing to resume.
+        RuntimeError: another process writes the same file.
     """
-    if optimizer not in OPTIMIZERS:
-        raise ValueError(f"optimizer '{optimizer}' is unknown. Choose one of {', '.join(OPTIMIZERS)}.")
-    if not fmax > 0 or not steps > 0:
-        raise ValueError(f"fmax and steps must be positive, found {fmax} and {steps}.")
-    atoms = as_atoms(structure)
-    atoms.calc = as_calculator(model, device, dtype)
-    if cell and not atoms.pbc.all():
+    config = configured(RelaxConfig, config, options)
+    atoms = as_atoms(structure, config.frame, config.supercell)
+    atoms.calc = as_calculator(model, config.device, config.dtype, config.way)
+    if config.cell and not atoms.pbc.all():
         raise ValueError(f"Relaxing the cell needs periodicity along all axes, found pbc {atoms.pbc.tolist()}.")
-    if cell and getattr(atoms.calc, "conservative", True) is False:
+    if config.cell and has_direct_forces(atoms.calc):
         raise ValueError("Relaxing the cell needs stress, which a potential with direct forces does not have.")
-    if resume and out is None:
-        raise ValueError("resume needs out: the files beside it hold the relaxation.")
-    # made from the original cell also when resuming, since the filter measures strain from there
-    target = FrechetCellFilter(atoms) if cell else atoms
-    if out is None:
-        algorithm = OPTIMIZERS[optimizer](target, logfile=None)
-        converged = bool(algorithm.run(fmax=fmax, steps=steps))
+    if config.out is None:
+        if config.resume:
+            raise ValueError("resume needs out: the files beside it hold the relaxation.")
+        algorithm = _algorithm(atoms, config)
+        converged = bool(algorithm.run(fmax=config.fmax, steps=config.steps))
     else:
-        path, memory = Path(out).with_suffix(".traj"), Path(out).with_suffix(".state.npz")
-        stored = _go_back(atoms, path, memory, [optimizer, str(cell)]) if resume else {}
-        with Trajectory(path, "a" if resume else "w", atoms) as trajectory:
-            algorithm = OPTIMIZERS[optimizer](target, logfile=None)
-            put_back(algorithm, stored)
-
-            def record() -> None:
-                if algorithm.nsteps > int(stored.get("nsteps", -1)):
-                    trajectory.write()
-                    with atomic_path(memory) as temporary:
-                        state: dict[str, Any] = {f"optimizer.{k}": v for k, v in numbers_of(algorithm).items()}
-                        np.savez(
-                            temporary,
-                            kind=[optimizer, str(cell)],
-                            numbers=atoms.numbers,
-                            positions=atoms.positions,
-                            cell=atoms.cell.array,
-                            **state,
-                        )
-
-            algorithm.attach(record)
-            converged = bool(algorithm.run(fmax=fmax, steps=max(0, steps - algorithm.nsteps)))
-        with atomic_path(out) as temporary:
-            ase.io.write(temporary, atoms, format="extxyz")
+        kind = _format(config.out)
+        with locked(config.out.parent, config.out.name):
+            converged, algorithm = _relax_to_disk(atoms, config, config.out)
+            with atomic_path(config.out) as temporary:
+                ase.io.write(temporary, _bare(atoms), format=kind)
     return {
         "converged": converged,
         "steps": algorithm.nsteps,
@@ -102,6 +76,101 @@ def relax(
         "volume_A3": float(atoms.get_volume()) if atoms.pbc.all() else None,
         "atoms": atoms,
     }
+
+
+def relax_files(model: Any, structures: Sequence[Path | str], config: RelaxConfig) -> list[dict[str, Any]]:
+    """Relax several files with one calculator, each into the folder ``config.out``; one that fails does not stop the others.
+
+    Args:
+        model: Saved potential, potential, or any ASE calculator.
+        structures: Files; the relaxed ones have their names, with the ending .extxyz.
+        config: Options of each.
+
+    Returns:
+        For each file "structure" and either the answer of ``relax`` without the atoms, with "out", or "error".
+
+    Raises:
+        ValueError: two files of one name, or no folder.
+        FileExistsError: ``config.out`` is a file.
+    """
+    folder = config.out
+    if folder is None:
+        raise ValueError("Several structures need out: the folder of the relaxed ones.")
+    if folder.is_file():
+        raise FileExistsError(f"'{folder}' is a file; several structures are relaxed into a folder. Choose another --out.")
+    names = [Path(s).stem for s in structures]
+    twice = sorted({n for n in names if names.count(n) > 1})
+    if twice:
+        raise ValueError(f"Several structures are called {', '.join(twice)}, and would be written over each other. Relax them one by one.")
+    calculator = as_calculator(model, config.device, config.dtype, config.way)
+    answers = []
+    for name, structure in zip(names, structures, strict=True):
+        out = folder / f"{name}.extxyz"
+        resume = config.resume and out.with_suffix(".state.npz").exists()
+        one = replace(config, out=out, resume=resume, way="auto", dtype=None)  # the calculator is made
+        try:
+            answer = relax(calculator, structure, one)
+            answers.append({"structure": str(structure), **{k: v for k, v in answer.items() if k != "atoms"}, "out": str(out)})
+        except (ValueError, RuntimeError, OSError) as error:
+            message = explain(error) if isinstance(error, OSError) else str(error)
+            log.error("%s: %s", structure, message)
+            answers.append({"structure": str(structure), "converged": False, "error": message})
+    return answers
+
+
+def _algorithm(atoms: Atoms, config: RelaxConfig) -> Any:
+    """ASE's optimiser of the atoms, or of atoms and cell."""
+    return OPTIMIZERS[config.optimizer](FrechetCellFilter(atoms) if config.cell else atoms, logfile=None)
+
+
+def _relax_to_disk(atoms: Atoms, config: RelaxConfig, out: Path) -> tuple[bool, Any]:
+    """Relax with the path and the optimiser's memory beside ``out``; whether it converged, and the optimiser."""
+    path, memory = out.with_suffix(".traj"), out.with_suffix(".state.npz")
+    kind = [config.optimizer, str(config.cell)]
+    algorithm = _algorithm(atoms, config)  # from the original cell also when resuming: the filter measures strain from there
+    stored = _go_back(atoms, path, memory, kind) if config.resume else {}
+    put_back(algorithm, stored)
+    with Trajectory(path, "a" if config.resume else "w", atoms) as trajectory:
+
+        def record() -> None:
+            if algorithm.nsteps > int(stored.get("nsteps", -1)):
+                trajectory.write()
+                state: dict[str, Any] = {f"optimizer.{k}": v for k, v in numbers_of(algorithm).items()}
+                with atomic_path(memory) as temporary:
+                    np.savez(temporary, kind=kind, numbers=atoms.numbers, positions=atoms.positions, cell=atoms.cell.array, **state)
+
+        algorithm.attach(record)
+        converged = bool(algorithm.run(fmax=config.fmax, steps=max(0, config.steps - algorithm.nsteps)))
+    return converged, algorithm
+
+
+def _format(out: Path) -> str:
+    """ASE's name of the format that the file's name says, known before anything is relaxed."""
+    advice = "Choose another --out, for example relaxed.extxyz, relaxed.cif or POSCAR."
+    if out.suffix == ".traj":
+        raise ValueError(f"'{out}': the path of the relaxation lies in the .traj file of this name. {advice}")
+    if out.is_dir():
+        raise ValueError(f"'{out}' is a folder; the relaxed structure is one file. {advice}")
+    try:
+        kind = str(filetype(str(out), read=False))
+    except UnknownFileTypeError:  # a name without an ending
+        kind = ""
+    if kind not in FORMATS or not FORMATS[kind].can_write:
+        raise ValueError(f"'{out}': ASE writes no file format of this name. {advice}")
+    return kind
+
+
+def _bare(atoms: Atoms) -> Atoms:
+    """The relaxed atoms with their energy, forces and stress, without what was said of the frame they came from."""
+    bare = atoms.copy()
+    for name in set(bare.arrays) - set(KEPT_ARRAYS):
+        del bare.arrays[name]
+    bare.info = {k: v for k, v in bare.info.items() if isinstance(v, str) or k in KEPT_INFO}
+    results = {"energy": atoms.get_potential_energy(), "forces": atoms.get_forces()}
+    if "stress" in atoms.calc.results:
+        results["stress"] = atoms.calc.results["stress"]
+    bare.calc = SinglePointCalculator(bare, **results)
+    return bare
 
 
 def _go_back(atoms: Atoms, path: Path, memory: Path, kind: list[str]) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from ase import Atoms
 from ase.build import bulk, molecule
 from ase.data import atomic_numbers, covalent_radii
@@ -12,7 +13,12 @@ from conftest import DIRECT, GLOBAL, MODELS, OWN_ZERO, SMOOTH, make_potential
 from gossamer.checks.conservation import force_gradient_error, loop_work, nve_conservation, stress_gradient_error
 from gossamer.checks.smoothness import cutoff_exponent, energy_jump
 from gossamer.checks.symmetry import net_force, separation_error, supercell_error, symmetry_errors
+from gossamer.data.batch import collate
 from gossamer.data.structure import Structure
+from gossamer.graph import Graph
+from gossamer.nn.radial import polynomial_envelope
+from gossamer.nn.zbl import zbl_energy
+from gossamer.potential import Potential, PotentialConfig
 from gossamer.simulation.calculator import Calculator
 
 CONSERVATIVE = [name for name in MODELS if name not in DIRECT]
@@ -21,7 +27,7 @@ ELEMENTS = ["H", "C", "O", "Si"]
 
 
 def calculator(name: str) -> Calculator:
-    return Calculator(make_potential(ELEMENTS, **MODELS[name]), skin=0.0)
+    return Calculator(make_potential(ELEMENTS, **MODELS[name]), way="plain", skin=0.0)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -112,18 +118,54 @@ def test_pair_cutoffs_end_as_smoothly() -> None:
 
 
 def test_edges_beyond_their_pair_cutoff_are_left_out(ethanol: Atoms) -> None:
-    """Training keeps them (their messages are zero), inference does not: same energies and forces, less work."""
-    potential = make_potential(ELEMENTS, name="nequip", pair_cutoffs={"H": 2.0})
+    """Their messages are zero: same energies and forces without them, less work; a repulsion that reaches farther keeps its pairs."""
     structure = Structure(
         atomic_numbers=ethanol.numbers.astype(np.int64), positions=ethanol.positions, cell=np.zeros((3, 3)), pbc=np.zeros(3, bool)
     )
-    graph = potential.collate([structure])
-    pruned, whole = potential(graph), potential.train()(graph)
-    assert float(pruned.energy) == pytest.approx(float(whole.energy.detach()), abs=1e-12)
-    np.testing.assert_allclose(pruned.forces.detach().numpy(), whole.forces.detach().numpy(), atol=1e-12)
-    species = potential.species_of[graph.atomic_numbers]
-    kept, _ = potential.network.within_pair_cutoffs(species, graph.edge_index, graph.edge_vectors())
-    assert kept.shape[1] < graph.n_edges
+    for cutoff in (2.0, 0.3):
+        potential = make_potential(ELEMENTS, name="nequip", pair_cutoffs={"H": cutoff})
+        whole, graph = collate([structure], potential.cutoff), potential.collate([structure])
+        assert graph.n_edges < whole.n_edges
+        a, b = potential(whole), potential(graph)
+        assert float(a.energy) == pytest.approx(float(b.energy), abs=1e-12)
+        np.testing.assert_allclose(a.forces.numpy(), b.forces.numpy(), atol=1e-12)
+
+
+def test_repulsion_to_the_cutoff_ends_at_that_of_the_pair() -> None:
+    """As nequip's package has it: x = r / r_pair in the envelope of each directed edge."""
+    options = PotentialConfig(zbl_radius="cutoff", zbl_power=6, zbl_order=2)
+    plain = make_potential(["H", "C"], name="nequip", pair_cutoffs={"H": 2.5, "C": {"H": 1.5}})
+    potential = Potential(plain.model_config, plain.statistics, options).double().eval()
+    pair = Structure(
+        atomic_numbers=np.array([1, 6]), positions=np.array([[0.0, 0, 0], [1.2, 0, 0]]), cell=np.zeros((3, 3)), pbc=np.zeros(3, bool)
+    )
+    without = Potential(plain.model_config, plain.statistics, PotentialConfig(zbl=False)).double().eval()
+    without.network.load_state_dict(potential.network.state_dict())
+    found = float(potential(potential.collate([pair])).energy - without(without.collate([pair])).energy)
+    x = torch.tensor([1.2 / 2.5, 1.2 / 1.5], dtype=torch.float64)
+    one = torch.tensor([1.2], dtype=torch.float64)
+    wanted = 0.5 * float(zbl_energy(one, one * 0 + 1, one * 0 + 6)) * float(polynomial_envelope(x, 6, 2).sum())
+    assert found == pytest.approx(wanted, rel=1e-10)
+
+
+class Harmonic(torch.nn.Module):
+    """½ k |r_a - r_b|² of the first two atoms of each structure, plus their cell's volume: an energy that edges do not show."""
+
+    def forward(self, graph: Graph, positions: torch.Tensor, cell: torch.Tensor) -> torch.Tensor:
+        first = torch.stack([(graph.graph_index == k).nonzero()[0, 0] for k in range(graph.n_graphs)])
+        spring = 0.5 * 0.7 * ((positions[first] - positions[first + 1]) ** 2).sum(dim=1)
+        return torch.zeros_like(positions[:, 0]).index_add(0, first, spring + 0.01 * torch.linalg.det(cell))
+
+
+def test_terms_that_see_positions_and_cells_get_forces_and_stress(crystal: Atoms) -> None:
+    potential = make_potential(ELEMENTS)
+    potential.terms.append(Harmonic())
+    calculator = Calculator(potential, way="plain")
+    assert force_gradient_error(calculator, crystal) < 1e-6
+    assert stress_gradient_error(calculator, crystal) < 1e-7
+    with_term = calculator.get_potential_energy(crystal)
+    potential.terms = torch.nn.ModuleList()
+    assert abs(with_term - Calculator(potential, way="plain").get_potential_energy(crystal.copy())) > 0.01
 
 
 def test_trained_frequencies_cost_a_derivative() -> None:

@@ -18,9 +18,8 @@ from gossamer.engine.kernels import cpu, gpu, ops
 from gossamer.engine.kernels.cpu import Missing
 from gossamer.engine.kernels.table import pack, tabulate
 from gossamer.nn.attention import Alignment, Attention
-from gossamer.nn.edges import Edges
 from gossamer.nn.layers import ElementLinear
-from gossamer.nn.products import Convolution, EdgeConvolution
+from gossamer.nn.products import Convolution, EdgeConvolution, Edges
 from gossamer.potential import Potential
 
 Use = Literal["inference", "validation", "training"]

@@ -39,7 +39,8 @@ void forward(int64_t atoms, int64_t width_in, int64_t width_out, int64_t size, i
              const T *features, const T *harmonics, const T *values, const T *table, const int64_t *sender, const int64_t *rows, T *out) {
 #pragma omp parallel num_threads(threads) if (threads > 1 && rows[atoms] * width_in > SMALL)
   {
-    auto owner = std::make_unique<Job>();  // too large for the stack of a thread at high l
+    static thread_local std::unique_ptr<Job> owner;  // too large for the stack of a thread at high l
+    if (!owner) owner.reset(new Job);
     Job &job = *owner;
     job.table = table;
     job.chunk = (size + 1) * 3 * CHUNK;
@@ -66,7 +67,8 @@ void backward(int64_t atoms, int64_t width_in, int64_t width_out, int64_t size, 
               const int64_t *order, const T *gradient, T *to_features, T *to_harmonics, T *to_values) {
 #pragma omp parallel num_threads(threads) if (threads > 1 && columns[atoms] * width_in > SMALL)
   {
-    auto owner = std::make_unique<Job>();  // too large for the stack of a thread at high l
+    static thread_local std::unique_ptr<Job> owner;  // too large for the stack of a thread at high l
+    if (!owner) owner.reset(new Job);
     Job &job = *owner;
     job.table = table;
     job.chunk = (size + 1) * 3 * CHUNK;

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from gossamer.engine.kernels import cpu, gpu
-from gossamer.engine.kernels.table import layout
+from gossamer.engine.kernels.table import layout, structure_key
 from gossamer.nn.products import Convolution
 
 _library = torch.library.Library("gossamer", "FRAGMENT")
@@ -45,11 +45,12 @@ def register(convolution: Convolution, dtype: torch.dtype, device: str = "cpu", 
         Missing: it cannot be built on this machine.
     """
     channels = "-".join(str(m) for _, m in (*convolution.blocks_in, *convolution.blocks_out))
-    key = f"{convolution.key}-{channels}-{cpu.REAL[dtype]}-{device}{'-weights' if edge_weights else ''}"
+    structure = structure_key(convolution)
+    key = f"{structure}-{channels}-{cpu.REAL[dtype]}-{device}{'-weights' if edge_weights else ''}"
     if key in _convolutions:
         return key
     if device == "cuda":
-        _convolutions[key] = convolution, gpu.kernels(convolution, convolution.key, edge_weights), None
+        _convolutions[key] = convolution, gpu.kernels(convolution, structure, edge_weights), None
     else:
         cpu.sorting()
         _convolutions[key] = (

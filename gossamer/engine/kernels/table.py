@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from collections.abc import Callable
 
@@ -112,7 +114,14 @@ def interpolate(table: Float[Tensor, "knots 3 values"], x: Float[Tensor, " n"]) 
     return torch.einsum("ek,ekw->ew", weights, both)
 
 
-# --- where they lie in a kernel's table ------------------------------------------------------------------------------
+# --- how a kernel knows its products, and where they lie in its table ------------------------------------------------------------------------------
+
+
+def structure_key(convolution: Convolution) -> str:
+    """Name of everything but the number of channels: what the source of a kernel depends on."""
+    products = [[p.block, p.edge, p.coefficients.shape, np.round(p.coefficients, 14).ravel().tolist()] for p in convolution.products]
+    text = json.dumps([[d for d, _ in convolution.blocks_in], products, convolution.n_harmonics])
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def layout(convolution: Convolution, lanes: int) -> list[int]:
