@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import date
 from pathlib import Path
 from typing import Any, Literal
@@ -134,15 +134,30 @@ def run_one(config: Config, minutes: float, folder: Path, progress: bool = True,
     seen = results["steps"] * min(config.training.batch_size, len(train_set))
     wait = results["first_step_seconds"] - results["step_ms"] / 1000
     return {
-        "model": to_dict(config.model), "num_parameters": potential.num_parameters, "minutes": minutes, "steps": results["steps"],
-        "training_seconds": results["seconds"], "wall_seconds": round(spent, 1), "budget_seconds": results["seconds"], "compiled": results["compiled"],
-        "compile_seconds": round(wait, 1) if results["compiled"] else 0.0, "train_step_ms": results["step_ms"], "frames_seen": seen,
-        "epochs": round(seen / len(train_set), 1), "n_train": len(train_set), "n_valid": len(valid_set),
-        "n_test": 0 if test_set is None else len(test_set), "inference_ms": time_inference(potential, sample[0]),
-        "inference_atoms": sample[0].n_atoms, "valid": results["valid"],
-        "test": None if test_set is None else evaluate_potential(potential, test_set, keep=0).summary(), "settings": to_dict(config),
-        "machine": machine(potential.device), "versions": {"gossamer": __version__, "torch": torch.__version__}, "date": date.today().isoformat(),
-    }  # fmt: skip
+        "model": to_dict(config.model),
+        "num_parameters": potential.num_parameters,
+        "minutes": minutes,
+        "steps": results["steps"],
+        "training_seconds": results["seconds"],
+        "wall_seconds": round(spent, 1),
+        "budget_seconds": results["seconds"],
+        "compiled": results["compiled"],
+        "compile_seconds": round(wait, 1) if results["compiled"] else 0.0,
+        "train_step_ms": results["step_ms"],
+        "frames_seen": seen,
+        "epochs": round(seen / len(train_set), 1),
+        "n_train": len(train_set),
+        "n_valid": len(valid_set),
+        "n_test": 0 if test_set is None else len(test_set),
+        "inference_ms": time_inference(potential, sample[0]),
+        "inference_atoms": sample[0].n_atoms,
+        "valid": results["valid"],
+        "test": None if test_set is None else evaluate_potential(potential, test_set, keep=0).summary(),
+        "settings": to_dict(config),
+        "machine": machine(potential.device),
+        "versions": {"gossamer": __version__, "torch": torch.__version__},
+        "date": date.today().isoformat(),
+    }
 
 
 def budget_clock(config: Config) -> Literal["cpu", "wall"]:
@@ -178,21 +193,26 @@ def time_inference(potential: Potential, structure: Structure, repeats: int = 15
 
 def table(records: Sequence[dict[str, Any]]) -> str:
     """The comparison as a Markdown table, best force error first; errors of the test set where there is one."""
-    rows = [
-        "| model | parameters | training step ms | inference ms | minutes taken | steps | epochs | energy MAE meV/atom | force MAE meV/Å | force RMSE meV/Å | stress MAE meV/Å³ |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
-    ]  # fmt: skip
-    for r in sorted(records, key=lambda r: errors(r).get("forces_mae_meV_per_A", np.inf)):
-        e = errors(r)
 
-        def show(key: str, e: dict[str, Any] = e) -> str:
-            return f"{e[key]:.3g}" if key in e else "-"
+    def error(key: str) -> Callable[[dict[str, Any]], str]:
+        return lambda r: f"{errors(r)[key]:.3g}" if key in errors(r) else "-"
 
-        rows.append(
-            f"| {r['name']} | {r['num_parameters']:,} | {r['train_step_ms']:.1f}{'' if r['compiled'] else ' (plain)'} | {r['inference_ms']:.1f} | {r.get('budget_seconds', r['wall_seconds']) / 60:.1f} | {r['steps']:,} | "
-            f"{r['epochs']:.0f} | {show('energy_mae_meV_per_atom')} | {show('forces_mae_meV_per_A')} | {show('forces_rmse_meV_per_A')} | {show('stress_mae_meV_per_A3')} |"
-        )
-    return "\n".join(rows) + "\n"
+    columns: dict[str, Callable[[dict[str, Any]], str]] = {
+        "model": lambda r: r["name"],
+        "parameters": lambda r: f"{r['num_parameters']:,}",
+        "training step ms": lambda r: f"{r['train_step_ms']:.1f}{'' if r['compiled'] else ' (plain)'}",
+        "inference ms": lambda r: f"{r['inference_ms']:.1f}",
+        "minutes taken": lambda r: f"{r.get('budget_seconds', r['wall_seconds']) / 60:.1f}",
+        "steps": lambda r: f"{r['steps']:,}",
+        "epochs": lambda r: f"{r['epochs']:.0f}",
+        "energy MAE meV/atom": error("energy_mae_meV_per_atom"),
+        "force MAE meV/Å": error("forces_mae_meV_per_A"),
+        "force RMSE meV/Å": error("forces_rmse_meV_per_A"),
+        "stress MAE meV/Å³": error("stress_mae_meV_per_A3"),
+    }
+    ordered = sorted(records, key=lambda r: errors(r).get("forces_mae_meV_per_A", np.inf))
+    rows = [list(columns), ["---"] * len(columns), *([show(r) for show in columns.values()] for r in ordered)]
+    return "".join("| " + " | ".join(row) + " |\n" for row in rows).replace("| --- " * len(columns) + "|", "|---" * len(columns) + "|")
 
 
 def errors(record: dict[str, Any]) -> dict[str, Any]:
@@ -208,7 +228,8 @@ def write_summary(records: Sequence[dict[str, Any]], folder: Path, minutes: floa
     r = records[0]
     which = f"{r['n_test']} test frames" if r["n_test"] else f"{r['n_valid']} validation frames"
     head = (
-        f"Meant to take {minutes:g} minutes each (taken: see the table), {r['n_train']} training frames, errors on {which}; inference of {r['inference_atoms']} atoms through ASE. "
+        f"Meant to take {minutes:g} minutes each (taken: see the table), {r['n_train']} training frames, errors on {which}; "
+        f"inference of {r['inference_atoms']} atoms through ASE. "
         f"{r['machine']}, {r['date']}, gossamer {r['versions']['gossamer']}, torch {r['versions']['torch']}.\n\n"
     )
     write_text(folder / "comparison.md", head + table(records))

@@ -202,8 +202,8 @@ def start_finetuning(config: Config, frames: Frames) -> tuple[Potential, Frames,
         "n_new_frames": n_new, "n_replayed_frames": len(train_set) - n_new, "reference_energy_shifts_eV": shifts, **transferred, **weights,
     }  # fmt: skip
     log.info(
-        "fine-tuning '%s': %d weights train, %d are frozen, %d adapters; labels: %s; %d new frames, %d replayed", tune.start, weights["n_trained"],
-        weights["n_frozen"], weights["adapters"], ", ".join(report["labels"]), n_new, report["n_replayed_frames"],
+        "fine-tuning '%s': %d weights train, %d are frozen, %d adapters; labels: %s; %d new frames, %d replayed",
+        tune.start, weights["n_trained"], weights["n_frozen"], weights["adapters"], ", ".join(report["labels"]), n_new, report["n_replayed_frames"],
     )  # fmt: skip
     return potential, replace(frames, train=train_set, old=kept), report
 
@@ -313,7 +313,8 @@ def fit(
     tuning = {k: v for k, v in tuning.items() if v is not None}
     if start is None and tuning:
         raise ValueError(
-            f"{', '.join('weights' if k == 'train' else k for k in tuning)}: only fine-tuning has these. Name the potential to start from (start)."
+            f"{', '.join('weights' if k == 'train' else k for k in tuning)}: only fine-tuning has these. "
+            "Name the potential to start from (start)."
         )
     if not minutes > 0:
         raise ValueError(f"minutes must be positive, found {minutes}.")

@@ -190,7 +190,7 @@ def _notes(seen: SeenFrames, n: int, n_train: int, n_valid: int, include: bool) 
     elif n_train:
         yield f"{n_train} of {n} frames were trained on; they are {'included: the errors are too small' if include else 'left out'}."
     if n_valid:
-        yield f"{n_valid} {'chose' if n_valid > 1 else 'was used to choose'} the best weights (validation): errors on new frames are a little larger."
+        yield f"{n_valid} chose the best weights (validation): errors on new frames are a little larger."
     if not seen.complete:
         yield (
             f"The potential remembers {len(seen.train):,} of its {seen.n_train:,} training frames: "

@@ -94,7 +94,8 @@ class TrainingConfig:
     compile: bool = False
     """Compile the training step (half a minute to two minutes once, then 2 to 4 times faster); checked against the plain one."""
     kernels: bool = True
-    """Pass messages by kernels, on CPUs with a C++ compiler (built once, in seconds), on GPUs where faster; checked against the plain step."""
+    """Pass messages by kernels, on CPUs with a C++ compiler (built once, in seconds), on GPUs where faster; checked against the plain
+    step."""
     tensorboard: bool = False
     """Also log to TensorBoard (needs the package tensorboard)."""
     wandb: bool = False
