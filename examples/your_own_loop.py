@@ -20,12 +20,12 @@ torch.manual_seed(0)
 train, valid, _ = load_data(DataConfig(train=sys.argv[1]))
 model = LEIGNNConfig(num_features=16, num_layers=2, cutoff=4.0)
 potential = Potential(model, compute_statistics(train, model.cutoff))
-loss, training, workers = LossConfig(), TrainingConfig(steps=150, learning_rate=5e-3), start_process_group("cpu")
+loss, training, group = LossConfig(), TrainingConfig(steps=150, learning_rate=5e-3), start_process_group("cpu")
 state = make_state(potential, training, loss)
 
 for epoch in range(3):
     batches = epoch_batches(len(train), 8, seed=0, epoch=epoch)
     for graph in graphs(potential, train, batches):
-        train_step(state, graph, loss, training, workers)
+        train_step(state, graph, loss, training, group)
         state.step += 1
     print(f"epoch {epoch}: forces {evaluate_potential(state.ema.module.eval(), valid).forces.mae:.0f} meV/Å")

@@ -102,7 +102,7 @@ def _fit_parser(fit: argparse.ArgumentParser) -> None:
     fit.add_argument("data", help="labelled structures")
     fit.add_argument("--model", help="network: leignn, nequip, geodite, painn, schnet, or a preset such as nequip/M (default: leignn)")
     fit.add_argument("--out", default="fit", help="folder of the run (default: fit)")
-    fit.add_argument("--minutes", type=float, default=30.0, help="about how long to train (default: 30)")
+    fit.add_argument("--minutes", type=float, default=30.0, help="how long to train (default: 30)")
     fit.add_argument("--resume", action="store_true", help="go on from the checkpoint of the run")
     fit.add_argument("--force", action="store_true", help="train even if the data looks wrong")
     tune = fit.add_argument_group("fine-tuning", "start from a saved potential")
@@ -121,6 +121,7 @@ def _evaluate_parser(evaluate: argparse.ArgumentParser) -> None:
     evaluate.add_argument("--worst", type=int, default=20, help="frames with the largest errors to write (default: 20)")
     evaluate.add_argument("--device", default="cpu", help="default: cpu")
     _way(evaluate)
+    evaluate.add_argument("--include-training", action="store_true", help="count the frames that the potential was trained on, too")
     _labels(evaluate)
     _common(evaluate)
 
@@ -134,7 +135,7 @@ def _compare_parser(compare: argparse.ArgumentParser) -> None:
 
 
 def _md_parser(md: argparse.ArgumentParser) -> None:
-    from gossamer.settings import add_flags
+    from gossamer.flags import add_flags
     from gossamer.simulation.options import MDConfig
 
     md.add_argument("model", help="saved potential")
@@ -144,7 +145,7 @@ def _md_parser(md: argparse.ArgumentParser) -> None:
 
 
 def _relax_parser(relax: argparse.ArgumentParser) -> None:
-    from gossamer.settings import add_flags
+    from gossamer.flags import add_flags
     from gossamer.simulation.options import RelaxConfig
 
     relax.add_argument("model", help="saved potential")
@@ -212,7 +213,8 @@ def _bench_parser(bench: argparse.ArgumentParser) -> None:
 
 def _judge_parser(judge: argparse.ArgumentParser) -> None:
     from gossamer.checks.config import GROUPS, JudgeConfig
-    from gossamer.settings import add_flags, describe
+    from gossamer.flags import add_flags
+    from gossamer.settings import describe
 
     judge.add_argument("models", nargs="*", default=[], metavar="[NAME=]POTENTIAL", help="saved potentials; several stand side by side")
     judge.add_argument("--calculator", action="append", default=[], metavar="[NAME=]MODULE:FACTORY", help="any ASE calculator, for example "
@@ -339,10 +341,15 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     from gossamer.runs import evaluate
 
     out = arguments.out or str(Path(arguments.model).parent / "evaluation")
-    evaluation = evaluate(arguments.model, arguments.data, _label_config(arguments), out, arguments.worst, arguments.device, arguments.way)
+    evaluation = evaluate(
+        arguments.model, arguments.data, _label_config(arguments), out, arguments.worst, arguments.device, arguments.way,
+        arguments.include_training,
+    )  # fmt: skip
     if arguments.json:
         print(json.dumps({**evaluation.summary(), "out": out}))
     else:
+        for note in evaluation.notes:
+            print(f"  {note}")
         print_errors(evaluation.summary())
         print(f"  the {min(arguments.worst, len(evaluation.frames))} worst frames are in '{out}/worst.extxyz'")
     return 0
@@ -378,7 +385,7 @@ def _bench(arguments: argparse.Namespace) -> int:
 def _judge(arguments: argparse.Namespace) -> int:
     from gossamer.checks.config import JudgeConfig
     from gossamer.checks.judge import CHECKS, judge
-    from gossamer.settings import from_flags
+    from gossamer.flags import from_flags
 
     config = from_flags(JudgeConfig, arguments)
     with contextlib.redirect_stdout(sys.stderr):  # some packages greet on standard output, which is for the answer
@@ -400,7 +407,7 @@ def _judge(arguments: argparse.Namespace) -> int:
 
 
 def _md(arguments: argparse.Namespace) -> int:
-    from gossamer.settings import from_flags
+    from gossamer.flags import from_flags
     from gossamer.simulation.md import md
     from gossamer.simulation.options import MDConfig
 
@@ -414,7 +421,7 @@ def _md(arguments: argparse.Namespace) -> int:
 def _relax(arguments: argparse.Namespace) -> int:
     from pathlib import Path
 
-    from gossamer.settings import from_flags
+    from gossamer.flags import from_flags
     from gossamer.simulation.options import RelaxConfig
     from gossamer.simulation.relax import relax, relax_files
 

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ from gossamer.machine import machine
 from gossamer.models import MODELS
 from gossamer.potential import Potential
 from gossamer.potential_file import load
-from gossamer.runs import POTENTIAL, check_loss, time_steps, train
+from gossamer.runs import POTENTIAL, check_loss, train
 from gossamer.settings import to_dict
 from gossamer.simulation.calculator import Calculator
 from gossamer.training.process_group import start_process_group
@@ -42,15 +42,17 @@ def compare(
 ) -> list[dict[str, Any]]:
     """Train several models for the same time on the same data and write what came of it.
 
-    The number of steps of each is chosen by timing it here, compiled or not as its settings say, so that compilation,
-    training and validation fill the time. Of the files, ``training.steps`` is not used, and the warm-up and the average of
-    the weights are shortened where the run is too short for them; everything else is used as it is.
+    Each trains by the clock (``training.minutes``), compiled or not as its settings say, so that compilation, training and
+    validation fill the time, and the learning rate comes down with it. Of the files, the numbers of steps between validations
+    and in all are not used, and the warm-up and the average of the weights are shortened where the run is too short for them;
+    everything else is used as it is.
 
     Args:
         configs: Settings of the models, or YAML files; their data and split must agree.
-        minutes: Time for each, compilation and validation included: CPU time on one CPU thread, wall time otherwise. The final test comes on top.
+        minutes: Time for each, compilation and validation included: CPU time on one CPU thread, wall time otherwise. Reading
+            the data and the final test come on top.
         out: Folder for the runs, comparison.json, comparison.md and comparison.png.
-        resume: Keep finished runs that are already in the folder, and go on with one that was cut, as it was planned.
+        resume: Keep finished runs that are already in the folder, and go on with one that was cut.
         progress: Show progress bars.
 
     Returns:
@@ -107,81 +109,69 @@ def check_same_data(named: dict[str, Config]) -> None:
 
 
 def run_one(config: Config, minutes: float, folder: Path, progress: bool = True, resume: bool = False) -> dict[str, Any]:
-    """Time, train and test one model; with ``resume``, go on with a run that was cut.
+    """Train and test one model; with ``resume``, go on with a run that was cut.
 
     Raises:
-        ValueError: the run was planned for another time.
+        ValueError: the run was begun for another time.
         RuntimeError: it was stopped by a signal.
     """
-    clock = budget_clock(config)
-    began = clock()
-    torch.manual_seed(config.training.seed)
-    train_set, valid_set, test_set = load_data(config.data)
-    plan_path = folder / "plan.json"
-    cut = resume and plan_path.exists()
-    if cut:
-        plan = json.loads(plan_path.read_text())
-        if plan["minutes"] != minutes:
-            raise ValueError(
-                f"'{folder}' holds a run that was planned for {plan['minutes']:g} minutes, not {minutes:g}: choose another folder."
-            )
-    else:
-        timing = time_training(config, train_set, minutes)
-        steps = max(10, int((60 * minutes - (clock() - began) - timing["compile_s"]) * 0.93 / timing["step_s"]))
-        plan = {"minutes": minutes, "steps": steps, "timing": timing, "setup_s": clock() - began}
-        if not any((folder / name).exists() for name in (POTENTIAL, "checkpoint.safetensors")):
-            write_json(plan_path, plan)
-    steps, timing = plan["steps"], plan["timing"]
-    every = max(10, min(2000, steps // 15))
-    # an average and a warm-up that fit the length of the run
-    decay = round(min(config.training.ema_decay, 1 - 20 / max(steps, 21)), 4)
-    warmup = min(config.training.schedule.warmup_steps, steps // 10)
-    chosen = {"steps": steps, "compile": timing["compiled"], "valid_every": every, "checkpoint_every": every,
-              "ema_decay": decay, "schedule.warmup_steps": warmup}  # fmt: skip
+    before = folder / "config.yaml"
+    if resume and before.exists():
+        begun = load_config(before).training.minutes
+        if begun != minutes:
+            found = "a number of steps" if begun is None else f"{begun:g} minutes"
+            raise ValueError(f"'{folder}' holds a run of {found}, not of {minutes:g} minutes: choose another folder.")
+    chosen = {"minutes": minutes, "clock": budget_clock(config), "compile": config.training.compile and compile_fits(config, minutes)}
     config = make_config(to_dict(config), [*(f"training.{k}={v}" for k, v in chosen.items()), f"out={folder}"])
-    began_training, began = time.perf_counter(), clock()
-    results = train(config, ["data.test=null"], resume=cut, progress=progress)  # tested below, outside the time
+    began = time.perf_counter()
+    results = train(config, ["data.test=null"], resume=resume, progress=progress)  # tested below, outside the time
     if "stopped_at_step" in results:
-        raise RuntimeError(
-            f"'{folder}' was stopped by a signal at step {results['stopped_at_step']} of {steps}: the comparison is not complete."
-        )
-    spent = time.perf_counter() - began_training
-    taken = plan["setup_s"] + (results["seconds"] if cut else clock() - began)
+        raise RuntimeError(f"'{folder}' was stopped by a signal at step {results['stopped_at_step']}: the comparison is not complete.")
+    spent = time.perf_counter() - began
+    train_set, valid_set, test_set = load_data(config.data)
     potential = load(folder / POTENTIAL, start_process_group(config.training.device).device)
     sample = test_set if test_set is not None else valid_set
-    seen = steps * min(config.training.batch_size, len(train_set))
+    seen = results["steps"] * min(config.training.batch_size, len(train_set))
+    wait = results["first_step_seconds"] - results["step_ms"] / 1000
     return {
-        "model": to_dict(config.model), "num_parameters": potential.num_parameters, "minutes": minutes, "steps": results["steps"],
-        "training_seconds": round(results["seconds"], 1), "wall_seconds": round(spent, 1), "budget_seconds": round(taken, 1), "compiled": timing["compiled"],
-        "compile_seconds": round(timing["compile_s"], 1), "train_step_ms": 1000 * timing["step_s"], "frames_seen": seen,
-        "epochs": round(seen / len(train_set), 1), "n_train": len(train_set), "n_valid": len(valid_set),
-        "n_test": 0 if test_set is None else len(test_set), "inference_ms": time_inference(potential, sample[0]),
-        "inference_atoms": sample[0].n_atoms, "valid": results["valid"],
-        "test": None if test_set is None else evaluate_potential(potential, test_set, keep=0).summary(), "settings": to_dict(config),
-        "machine": machine(potential.device), "versions": {"gossamer": __version__, "torch": torch.__version__}, "date": date.today().isoformat(),
-    }  # fmt: skip
+        "model": to_dict(config.model),
+        "num_parameters": potential.num_parameters,
+        "minutes": minutes,
+        "steps": results["steps"],
+        "training_seconds": results["seconds"],
+        "wall_seconds": round(spent, 1),
+        "budget_seconds": results["seconds"],
+        "compiled": results["compiled"],
+        "compile_seconds": round(wait, 1) if results["compiled"] else 0.0,
+        "train_step_ms": results["step_ms"],
+        "frames_seen": seen,
+        "epochs": round(seen / len(train_set), 1),
+        "n_train": len(train_set),
+        "n_valid": len(valid_set),
+        "n_test": 0 if test_set is None else len(test_set),
+        "inference_ms": time_inference(potential, sample[0]),
+        "inference_atoms": sample[0].n_atoms,
+        "valid": results["valid"],
+        "test": None if test_set is None else evaluate_potential(potential, test_set, keep=0).summary(),
+        "settings": to_dict(config),
+        "machine": machine(potential.device),
+        "versions": {"gossamer": __version__, "torch": torch.__version__},
+        "date": date.today().isoformat(),
+    }
 
 
-def budget_clock(config: Config) -> Callable[[], float]:
+def budget_clock(config: Config) -> Literal["cpu", "wall"]:
     """CPU time of this process where it trains on one CPU thread, so that other jobs on the machine do not count; else wall time."""
     on_cpu = start_process_group(config.training.device).device.type == "cpu"
-    return time.process_time if on_cpu and torch.get_num_threads() == 1 else time.perf_counter
+    return "cpu" if on_cpu and torch.get_num_threads() == 1 else "wall"
 
 
-def time_training(config: Config, structures: Sequence[Structure], minutes: float) -> dict[str, Any]:
-    """Median seconds of a training step, compiled if the settings ask for it and there is time."""
-    clock = budget_clock(config)
-    limit = COMPILE_BUDGET * 60 * minutes
-    if config.training.compile and MODELS[config.model.name][1].fit_defaults.compile_seconds < limit:
-        times, compiled = time_steps(config, structures, 14, clock)
-        wait = times[0] + times[1]
-        if compiled and wait < limit:
-            # compilation happens again in the run, half of it out of its cache
-            return {"step_s": float(np.median(times[3:])), "compile_s": 0.5 * wait, "compiled": True}
-    if config.training.compile:
-        log.info("%.1f minutes leave no time to compile (or it failed): this run trains without it", minutes)
-    plain = make_config(to_dict(config), ["training.compile=false"])
-    return {"step_s": float(np.median(time_steps(plain, structures, 14, clock)[0][3:])), "compile_s": 0.0, "compiled": False}
+def compile_fits(config: Config, minutes: float) -> bool:
+    """Whether compiling takes a small enough part of the time."""
+    fits = MODELS[config.model.name][1].fit_defaults.compile_seconds < COMPILE_BUDGET * 60 * minutes
+    if not fits:
+        log.info("%g minutes leave no time to compile: this run trains without it", minutes)
+    return fits
 
 
 def time_inference(potential: Potential, structure: Structure, repeats: int = 15) -> float:
@@ -203,21 +193,26 @@ def time_inference(potential: Potential, structure: Structure, repeats: int = 15
 
 def table(records: Sequence[dict[str, Any]]) -> str:
     """The comparison as a Markdown table, best force error first; errors of the test set where there is one."""
-    rows = [
-        "| model | parameters | training step ms | inference ms | minutes taken | steps | epochs | energy MAE meV/atom | force MAE meV/Å | force RMSE meV/Å | stress MAE meV/Å³ |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
-    ]  # fmt: skip
-    for r in sorted(records, key=lambda r: errors(r).get("forces_mae_meV_per_A", np.inf)):
-        e = errors(r)
 
-        def show(key: str, e: dict[str, Any] = e) -> str:
-            return f"{e[key]:.3g}" if key in e else "-"
+    def error(key: str) -> Callable[[dict[str, Any]], str]:
+        return lambda r: f"{errors(r)[key]:.3g}" if key in errors(r) else "-"
 
-        rows.append(
-            f"| {r['name']} | {r['num_parameters']:,} | {r['train_step_ms']:.1f}{'' if r['compiled'] else ' (plain)'} | {r['inference_ms']:.1f} | {r.get('budget_seconds', r['wall_seconds']) / 60:.1f} | {r['steps']:,} | "
-            f"{r['epochs']:.0f} | {show('energy_mae_meV_per_atom')} | {show('forces_mae_meV_per_A')} | {show('forces_rmse_meV_per_A')} | {show('stress_mae_meV_per_A3')} |"
-        )
-    return "\n".join(rows) + "\n"
+    columns: dict[str, Callable[[dict[str, Any]], str]] = {
+        "model": lambda r: r["name"],
+        "parameters": lambda r: f"{r['num_parameters']:,}",
+        "training step ms": lambda r: f"{r['train_step_ms']:.1f}{'' if r['compiled'] else ' (plain)'}",
+        "inference ms": lambda r: f"{r['inference_ms']:.1f}",
+        "minutes taken": lambda r: f"{r.get('budget_seconds', r['wall_seconds']) / 60:.1f}",
+        "steps": lambda r: f"{r['steps']:,}",
+        "epochs": lambda r: f"{r['epochs']:.0f}",
+        "energy MAE meV/atom": error("energy_mae_meV_per_atom"),
+        "force MAE meV/Å": error("forces_mae_meV_per_A"),
+        "force RMSE meV/Å": error("forces_rmse_meV_per_A"),
+        "stress MAE meV/Å³": error("stress_mae_meV_per_A3"),
+    }
+    ordered = sorted(records, key=lambda r: errors(r).get("forces_mae_meV_per_A", np.inf))
+    rows = [list(columns), ["---"] * len(columns), *([show(r) for show in columns.values()] for r in ordered)]
+    return "".join("| " + " | ".join(row) + " |\n" for row in rows).replace("| --- " * len(columns) + "|", "|---" * len(columns) + "|")
 
 
 def errors(record: dict[str, Any]) -> dict[str, Any]:
@@ -233,7 +228,8 @@ def write_summary(records: Sequence[dict[str, Any]], folder: Path, minutes: floa
     r = records[0]
     which = f"{r['n_test']} test frames" if r["n_test"] else f"{r['n_valid']} validation frames"
     head = (
-        f"Meant to take {minutes:g} minutes each (taken: see the table), {r['n_train']} training frames, errors on {which}; inference of {r['inference_atoms']} atoms through ASE. "
+        f"Meant to take {minutes:g} minutes each (taken: see the table), {r['n_train']} training frames, errors on {which}; "
+        f"inference of {r['inference_atoms']} atoms through ASE. "
         f"{r['machine']}, {r['date']}, gossamer {r['versions']['gossamer']}, torch {r['versions']['torch']}.\n\n"
     )
     write_text(folder / "comparison.md", head + table(records))

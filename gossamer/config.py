@@ -57,25 +57,13 @@ def make_config(values: Mapping[str, Any], overrides: Sequence[str] = ()) -> Con
     """Settings from nested dictionaries, with overrides. ``model.preset`` names a size (`Network.presets`)."""
     merged = _plain(values)
     for override in overrides:
-        key, separator, text = override.partition("=")
-        if not separator or not key.strip():
-            raise ValueError(f"'{override}' is not an override. Write path.to.key=value, for example training.steps=1000.")
-        target = merged
-        *parents, last = key.strip().split(".")
-        for parent in parents:
-            target = target.setdefault(parent, {})
-            if not isinstance(target, dict):
-                raise ValueError(f"'{override}': {parent} is a value, not a group of settings.")
-        try:
-            target[last] = _number(yaml.safe_load(text))
-        except yaml.YAMLError as error:
-            raise ValueError(f"'{override}': the value is not valid YAML ({' '.join(str(error).split())}).") from None
+        _apply(override, merged)
     merged = _plain(merged)
-    if isinstance(merged.get("model"), dict) and "preset" in merged["model"]:
-        merged["model"] = expand_preset(merged["model"])
-    elif isinstance(merged.get("model"), dict) and not merged.get("finetune"):
-        merged["model"] = {"name": DEFAULT, **merged["model"]}
-    tune = merged.get("finetune")
+    model, tune = merged.get("model"), merged.get("finetune")
+    if isinstance(model, dict) and "preset" in model:
+        merged["model"] = expand_preset(model)
+    elif isinstance(model, dict) and not tune:
+        merged["model"] = {"name": DEFAULT, **model}
     start = tune.get("start") if isinstance(tune, dict) else None
     if isinstance(start, str):  # the network and its surroundings come from the file
         manifest = read_manifest(start)
@@ -84,19 +72,36 @@ def make_config(values: Mapping[str, Any], overrides: Sequence[str] = ()) -> Con
     return build(Config, merged)
 
 
+def _apply(override: str, values: dict[str, Any]) -> None:
+    """Put the value of ``path.to.key=value`` where it belongs."""
+    key, separator, text = override.partition("=")
+    if not separator or not key.strip():
+        raise ValueError(f"'{override}' is not an override. Write path.to.key=value, for example training.steps=1000.")
+    target = values
+    *parents, last = key.strip().split(".")
+    for parent in parents:
+        target = target.setdefault(parent, {})
+        if not isinstance(target, dict):
+            raise ValueError(f"'{override}': {parent} is a value, not a group of settings.")
+    try:
+        target[last] = _number(yaml.safe_load(text))
+    except yaml.YAMLError as error:
+        raise ValueError(f"'{override}': the value is not valid YAML ({' '.join(str(error).split())}).") from None
+
+
 def expand_preset(model: Mapping[str, Any]) -> dict[str, Any]:
     """Settings of a named size; what is given beside the name wins.
 
     Raises:
         ValueError: this network has no preset of that name.
     """
-    name = str(model.get("name", DEFAULT))
-    if not isinstance(model["preset"], str):
-        raise ValueError(f"model.preset: found {model['preset']!r}, expected a name.")
-    known = MODELS[name][1].presets if name in MODELS else {}
-    if name in MODELS and model["preset"] not in known:
-        raise ValueError(f"model.preset: the network {name} has no preset {model['preset']!r}. Choose one of {', '.join(known)}.")
-    return {**known.get(model["preset"], {}), **{k: v for k, v in model.items() if k != "preset"}}
+    name, preset = model.get("name", DEFAULT), model["preset"]
+    if not isinstance(preset, str):
+        raise ValueError(f"model.preset: found {preset!r}, expected the name of a size, for example M.")
+    known = MODELS[name][1].presets if isinstance(name, str) and name in MODELS else None
+    if known is not None and preset not in known:
+        raise ValueError(f"model.preset: the network {name} has no preset {preset!r}. Choose one of {', '.join(known)}.")
+    return {"name": name, **(known or {}).get(preset, {}), **{k: v for k, v in model.items() if k != "preset"}}
 
 
 def save_config(config: Config, path: Path) -> None:

@@ -57,6 +57,14 @@ class Evaluation:
     components: list[np.ndarray] = field(default_factory=list)
     """(2, n) labels and predictions of force components in eV/Å"""
     conservative: bool = True
+    n_training_frames: int = 0
+    """frames that the potential was trained on, as far as it knows; left out, unless there were no others or they were asked for"""
+    n_validation_frames: int = 0
+    """frames that chose its best weights; used"""
+    training_error: bool = False
+    """there were training frames only: the errors say nothing of accuracy"""
+    notes: list[str] = field(default_factory=list)
+    """what to know of the frames, in sentences"""
 
     @property
     def energy(self) -> Errors:
@@ -73,6 +81,9 @@ class Evaluation:
     def summary(self) -> dict[str, Any]:
         """Plain numbers for JSON."""
         out: dict[str, Any] = {"n_frames": len(self.frames), "conservative_forces": self.conservative}
+        if self.notes:
+            out |= {"n_training_frames": self.n_training_frames, "n_validation_frames": self.n_validation_frames,
+                    "training_error": self.training_error, "notes": self.notes}  # fmt: skip
         for name, errors in self.errors.items():
             unit = QUANTITIES[name].error_key
             if errors.count:

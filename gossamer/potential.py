@@ -16,6 +16,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from gossamer.data.batch import batches_by_atoms, collate
+from gossamer.data.fingerprint import SeenFrames
 from gossamer.data.statistics import Statistics
 from gossamer.data.structure import Structure, as_structure
 from gossamer.graph import Graph
@@ -88,6 +89,8 @@ class Potential(nn.Module):
         self.model_config = model
         self.potential_config = potential or PotentialConfig()
         self.statistics = statistics
+        self.seen: SeenFrames | None = None
+        """fingerprints of the frames it was trained on; None if it does not know"""
         table = torch.tensor([number_of[e] for e in statistics.elements])
         species_of = torch.full((119,), -1)
         species_of[table] = torch.arange(len(table))

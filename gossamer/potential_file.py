@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from gossamer import __version__
+from gossamer.data.fingerprint import SeenFrames
 from gossamer.data.statistics import Statistics
 from gossamer.data.structure import Structure
 from gossamer.files import write_bytes
@@ -55,6 +56,8 @@ def save(potential: Potential, path: Path | str, check: Sequence[Structure] = ()
         }
         for name, value in parts.items():
             tensors[f"check.{k}.{name}"] = torch.from_numpy(np.array(value)).contiguous()
+    if potential.seen is not None:
+        tensors |= {k: torch.from_numpy(v.copy()) for k, v in potential.seen.to_arrays().items()}
     manifest = {
         "format": FORMAT,
         "gossamer": __version__,
@@ -117,6 +120,7 @@ def load(path: Path | str, device: str | torch.device = "cpu", dtype: str | torc
     model: Any = build(MODELS[manifest["model"]["name"]][0], manifest["model"], "model")
     statistics = build(Statistics, manifest["statistics"], "statistics")
     potential = Potential(model, statistics, build(PotentialConfig, manifest["potential"], "potential"))
+    potential.seen = SeenFrames.from_arrays({k: v.numpy() for k, v in tensors.items() if k.startswith("seen.")})
     saved = DTYPES[manifest["dtype"]]
     weights = weights_of(tensors, manifest)
     try:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
-import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from contextlib import closing, nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,24 +16,28 @@ import torch
 
 from gossamer.config import Config, load_config, make_config, save_config
 from gossamer.data.dataset import Subset, load_data, open_dataset, require_labels
+from gossamer.data.fingerprint import SeenFrames, leave_out_training_frames
 from gossamer.data.inspection import inspect
 from gossamer.data.readers import LabelConfig
 from gossamer.data.statistics import compute_statistics
 from gossamer.data.structure import Structure
 from gossamer.engine.engine import Engine, Way
 from gossamer.evaluation import Evaluation, evaluate_potential
-from gossamer.files import atomic_path, write_json
+from gossamer.files import atomic_path, locked, write_json
 from gossamer.models import DEFAULT, MODELS
 from gossamer.potential import DTYPES, Potential
 from gossamer.potential_file import load, read_manifest, save
 from gossamer.quantities import QUANTITIES
 from gossamer.settings import to_dict
-from gossamer.training.finetune import Joined, adapt_statistics, choose_replay, choose_weights, merge_adapters, transfer_weights
-from gossamer.training.loop import load_state, make_state, run_training, stopped_early, train_step
-from gossamer.training.process_group import start_process_group
+from gossamer.training.finetune import Concatenated, adapt_statistics, choose_replay, choose_weights, merge_adapters, transfer_weights
+from gossamer.training.loop import State, finished, load_state, make_state, run_training
+from gossamer.training.process_group import ProcessGroup, start_process_group
 
 log = logging.getLogger(__name__)
 POTENTIAL = "potential.safetensors"
+VALID = "valid.extxyz"
+MOST_VALID = 10_000
+"""validation frames written to a run's folder"""
 
 
 def train(
@@ -42,7 +46,8 @@ def train(
     """Train a potential from settings, a YAML file or a dictionary.
 
     The folder ``config.out`` gets the complete settings (config.yaml), log.csv, checkpoint.safetensors, the best
-    potential by validation (potential.safetensors) and results.json.
+    potential by validation (potential.safetensors) and results.json; also the validation frames (valid.extxyz), if they
+    were split off the training data.
 
     Args:
         config: Settings, or where they are.
@@ -56,7 +61,7 @@ def train(
     Raises:
         FileExistsError: the folder holds a run and ``resume`` is False.
         ValueError: settings, data or labels that do not fit together.
-        RuntimeError: the loss became NaN.
+        RuntimeError: the loss became NaN, or another process trains into the same folder.
     """
     config = _as_config(config, overrides)
     folder = Path(config.out)
@@ -64,6 +69,59 @@ def train(
     if not resume and ((folder / POTENTIAL).exists() or checkpoint.exists()):
         raise FileExistsError(f"'{folder}' holds a run already. Go on with it (--resume), or choose another folder (out=...).")
     check_loss(config)
+    frames = read_frames(config)
+    group = start_process_group(config.training.device)
+    with closing(group), locked(folder) if group.rank == 0 else nullcontext():
+        torch.manual_seed(config.training.seed)
+        potential, frames, tuning = prepare_potential(config, frames, group)
+        state = make_state(potential, config.training, config.loss)
+        settings = to_dict(config)
+        identity = run_identity(settings, potential, tuning)
+        resumed = resume and checkpoint.exists()
+        if resumed:
+            load_state(state, checkpoint, identity)
+        if group.rank == 0:
+            write_start(config, folder, frames, potential, tuning, resumed)
+        checks = check_structures(frames.valid)
+
+        def save_best(best: Potential) -> None:
+            save(merge_adapters(best), folder / POTENTIAL, checks, settings)
+
+        try:
+            run_training(state, frames.train, frames.valid, config.loss, config.training, group, folder, identity, save_best, progress)
+        except KeyboardInterrupt:
+            from_where = f"--resume goes on from '{checkpoint}'" if checkpoint.exists() else "there is no checkpoint yet to go on from"
+            log.warning("interrupted at step %d; %s", state.step, from_where)
+            raise
+        if not finished(state, config.training):
+            return {"stopped_at_step": state.step, "out": str(folder)}
+        results: dict[str, Any] = {"steps": state.step, "seconds": round(state.seconds, 1), "out": str(folder)}
+        if group.rank == 0:
+            results |= step_times(state) | final_errors(folder, frames, tuning, group.device)
+            write_json(folder / "results.json", results)
+        return results
+
+
+# --- the steps of training --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Frames:
+    """The structures of a run."""
+
+    train: Sequence[Structure]
+    valid: Sequence[Structure]
+    test: Sequence[Structure] | None = None
+    old: Sequence[Structure] | None = None
+    """of the data that the start of fine-tuning was trained on, to see what is forgotten"""
+
+
+def read_frames(config: Config) -> Frames:
+    """Training, validation and test structures with the labels that the loss needs.
+
+    Raises:
+        ValueError: a label is missing, or a frame is on two sides.
+    """
     train_set, valid_set, test_set = load_data(config.data)
     needed = config.loss.needed()
     for part in (train_set, valid_set):
@@ -71,74 +129,45 @@ def train(
     for label in train_set[0].labels:
         if label not in needed:
             log.warning("%s labels are in the data but not in the loss (loss.%s is 0)", label, label)
+    return Frames(train=train_set, valid=valid_set, test=test_set)
+
+
+def prepare_potential(config: Config, frames: Frames, group: ProcessGroup) -> tuple[Potential, Frames, dict[str, Any]]:
+    """A potential ready to train, the frames with those that fine-tuning adds, and the report of fine-tuning (empty without).
+
+    Raises:
+        ValueError: labels that do not vary, or elements that the training frames lack.
+    """
     if config.model.max_neighbors is not None:
         log.warning("model.max_neighbors keeps %d neighbours: energy and forces jump when ranks change", config.model.max_neighbors)
-    workers = start_process_group(config.training.device)
-    try:
-        torch.manual_seed(config.training.seed)
-        replayed: Sequence[Structure] | None = None
-        tuning: dict[str, Any] = {}
-        if config.finetune is None:
-            statistics = compute_statistics(
-                train_set, config.model.cutoff, config.data.reference_energies, config.data.elements, config.model.max_neighbors
+    tuning: dict[str, Any] = {}
+    seen = SeenFrames.of(frames.train, frames.valid)
+    if config.finetune is None:
+        statistics = compute_statistics(
+            frames.train, config.model.cutoff, config.data.reference_energies, config.data.elements, config.model.max_neighbors
+        )
+        potential = Potential(config.model, statistics, config.potential)
+        potential.seen = seen
+    else:
+        potential, frames, tuning = start_finetuning(config, frames)
+        potential.seen = seen | potential.seen
+    if config.loss.normalize:
+        spreads = potential.statistics.spreads or {}
+        absent = [label for label in config.loss.needed() if label not in spreads]
+        if absent:
+            raise ValueError(
+                f"loss.normalize divides by the spread of the labels, but {', '.join(absent)} do not vary in the "
+                "training data. Set loss.normalize to false, or their weights to 0."
             )
-            potential = Potential(config.model, statistics, config.potential)
-        else:
-            potential, train_set, replayed, tuning = start_finetuning(config, train_set, needed)
-        if config.loss.normalize:
-            spreads = potential.statistics.spreads or {}
-            absent = [label for label in needed if label not in spreads]
-            if absent:
-                raise ValueError(
-                    f"loss.normalize divides by the spread of the labels, but {', '.join(absent)} do not vary in the "
-                    "training data. Set loss.normalize to false, or their weights to 0."
-                )
-        potential.network.to(DTYPES[config.training.dtype])
-        potential.to(workers.device)
-        for structure in valid_set:
-            potential.check_elements(structure.atomic_numbers, structure.name)
-        state = make_state(potential, config.training, config.loss)
-        settings = to_dict(config)
-        identity = {k: settings[k] for k in ("model", "potential", "loss", "training")} | {"data": potential.statistics.fingerprint}
-        if config.finetune is not None:
-            identity["finetune"] = settings["finetune"] | {"checksum": tuning["start_checksum"]}
-        if resume and checkpoint.exists():
-            load_state(state, checkpoint, identity)
-        elif config.finetune is not None and workers.rank == 0:
-            tuning["before"] = tuning_errors(potential, valid_set, replayed)
-            write_json(folder / "finetune.json", tuning)
-        if workers.rank == 0:
-            save_config(config, folder / "config.yaml")
-        checks = check_structures(valid_set)
-
-        def save_best(best: Potential) -> None:
-            save(merge_adapters(best), folder / POTENTIAL, checks, settings)
-
-        run_training(state, train_set, valid_set, config.loss, config.training, workers, folder, identity, save_best, progress)
-        if state.step < config.training.steps and not stopped_early(state, config.training):
-            return {"stopped_at_step": state.step, "out": str(folder)}
-        results: dict[str, Any] = {"steps": state.step, "seconds": round(state.seconds, 1), "out": str(folder)}
-        if workers.rank == 0:
-            best = load(folder / POTENTIAL, workers.device)
-            results["num_parameters"] = best.num_parameters
-            results["valid"] = evaluate_potential(best, valid_set).summary()
-            if test_set is not None:
-                results["test"] = evaluate_potential(best, test_set).summary()
-            if config.finetune is not None:
-                tuning["before"] = json.loads((folder / "finetune.json").read_text())["before"]
-                tuning["after"] = tuning_errors(best, valid_set, replayed)
-                write_json(folder / "finetune.json", tuning)
-                results["finetune"] = {k: v for k, v in tuning.items() if not k.endswith("_weights")}
-            write_json(folder / "results.json", results)
-        return results
-    finally:
-        workers.close()
+    potential.network.to(DTYPES[config.training.dtype])
+    potential.to(group.device)
+    for structure in frames.valid:
+        potential.check_elements(structure.atomic_numbers, structure.name)
+    return potential, frames, tuning
 
 
-def start_finetuning(
-    config: Config, train_set: Sequence[Structure], needed: Sequence[str]
-) -> tuple[Potential, Sequence[Structure], Sequence[Structure] | None, dict[str, Any]]:
-    """A potential with the weights of the start, the training frames with replayed ones, old frames to test, and a report.
+def start_finetuning(config: Config, frames: Frames) -> tuple[Potential, Frames, dict[str, Any]]:
+    """A potential with the weights of the start, the frames with replayed ones and old ones to test, and a report.
 
     Raises:
         ValueError: labels missing in the replayed data, patterns that match no weight, heads or elements left untrained.
@@ -148,45 +177,98 @@ def start_finetuning(
     start = load(tune.start)
     given = config.data.reference_energies
     fresh = compute_statistics(
-        train_set, config.model.cutoff, "least_squares" if given == "auto" else given, config.data.elements, config.model.max_neighbors
+        frames.train, config.model.cutoff, "least_squares" if given == "auto" else given, config.data.elements, config.model.max_neighbors
     )
-    n_new, used, replayed = len(train_set), None, None
+    n_new, used, kept = len(frames.train), None, None
     if tune.replay is not None:
         old = open_dataset(tune.replay, tune.replay_labels or config.data.labels)
-        indices, kept = choose_replay(old, n_new, tune.replay_fraction, config.data.seed)
-        used, replayed = Subset(old, indices), Subset(old, kept) if kept else None
-        require_labels(used, needed, "loss.{label} is above 0 (frames of finetune.replay)")
+        indices, others = choose_replay(old, n_new, tune.replay_fraction, config.data.seed)
+        used, kept = Subset(old, indices), Subset(old, others) if others else None
+        require_labels(used, config.loss.needed(), "loss.{label} is above 0 (frames of finetune.replay)")
         for structure in old:
             start.check_elements(structure.atomic_numbers, structure.name)
-    statistics = adapt_statistics(start, fresh, train_set, used or ())
+    statistics = adapt_statistics(start, fresh, frames.train, used or ())
     if given != "auto":
         statistics = replace(statistics, reference_energies={**statistics.reference_energies, **fresh.reference_energies})
     potential = Potential(config.model, statistics, config.potential)
     potential.network.to(start.dtype)
+    potential.seen = start.seen if used is None else SeenFrames.of(used, ()) | start.seen
     transferred = transfer_weights(start, potential)
     weights = choose_weights(potential.network, tune, transferred)
-    if used is not None:
-        train_set = Joined(train_set, used)
+    train_set = frames.train if used is None else Concatenated(frames.train, used)
     shifts = {e: statistics.reference_energies[e] - start.statistics.reference_energies.get(e, 0.0) for e in statistics.elements}
     report = {
-        "start": tune.start, "start_checksum": read_manifest(tune.start)["checksum"], "labels": list(needed), "n_new_frames": n_new,
-        "n_replayed_frames": len(train_set) - n_new, "reference_energy_shifts_eV": shifts, **transferred, **weights,
+        "start": tune.start, "start_checksum": read_manifest(tune.start)["checksum"], "labels": list(config.loss.needed()),
+        "n_new_frames": n_new, "n_replayed_frames": len(train_set) - n_new, "reference_energy_shifts_eV": shifts, **transferred, **weights,
     }  # fmt: skip
     log.info(
-        "fine-tuning '%s': %d weights train, %d are frozen, %d adapters; labels: %s; %d new frames, %d replayed", tune.start, weights["n_trained"],
-        weights["n_frozen"], weights["adapters"], ", ".join(needed), n_new, report["n_replayed_frames"],
+        "fine-tuning '%s': %d weights train, %d are frozen, %d adapters; labels: %s; %d new frames, %d replayed",
+        tune.start, weights["n_trained"], weights["n_frozen"], weights["adapters"], ", ".join(report["labels"]), n_new, report["n_replayed_frames"],
     )  # fmt: skip
-    return potential, train_set, replayed, report
+    return potential, replace(frames, train=train_set, old=kept), report
 
 
-def tuning_errors(potential: Potential, valid_set: Sequence[Structure], replayed: Sequence[Structure] | None) -> dict[str, Any]:
+def run_identity(settings: Mapping[str, Any], potential: Potential, tuning: Mapping[str, Any]) -> dict[str, Any]:
+    """What a checkpoint must share with the run that goes on from it."""
+    identity = {k: settings[k] for k in ("model", "potential", "loss", "training")} | {"data": potential.statistics.fingerprint}
+    if tuning:
+        identity["finetune"] = settings["finetune"] | {"checksum": tuning["start_checksum"]}
+    return identity
+
+
+def write_start(config: Config, folder: Path, frames: Frames, potential: Potential, tuning: dict[str, Any], resumed: bool) -> None:
+    """What is known before the first step: settings, frames kept aside, errors of the start of fine-tuning."""
+    save_config(config, folder / "config.yaml")
+    if config.data.valid is None and not (folder / VALID).exists():
+        write_frames(frames.valid, folder / VALID)
+    if tuning and not resumed:
+        tuning["before"] = tuning_errors(potential, frames.valid, frames.old)
+        write_json(folder / "finetune.json", tuning)
+
+
+def write_frames(structures: Sequence[Structure], path: Path) -> None:
+    """Structures with their labels in eV and Å as extended XYZ, at most ``MOST_VALID`` of them, spread evenly."""
+    n = len(structures)
+    chosen = np.unique(np.linspace(0, n - 1, min(n, MOST_VALID)).astype(int)).tolist()
+    if n > MOST_VALID:
+        log.info("'%s' holds %d of the %d validation frames", path, len(chosen), n)
+    with atomic_path(path) as temporary:
+        ase.io.write(temporary, [structures[k].to_ase() for k in chosen], format="extxyz")
+
+
+def step_times(state: State) -> dict[str, Any]:
+    """How fast the steps were, and whether they were compiled."""
+    step = state.step_seconds / state.timed_steps if state.timed_steps else state.first_seconds
+    return {
+        "step_ms": 1000 * step, "first_step_seconds": round(state.first_seconds, 1), "compiled": state.forward.compiled is not None,
+    }  # fmt: skip
+
+
+def final_errors(folder: Path, frames: Frames, tuning: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """Errors of the saved potential on validation and test data; with fine-tuning, also finetune.json."""
+    best = load(folder / POTENTIAL, device)
+    results: dict[str, Any] = {"num_parameters": best.num_parameters, "valid": evaluate_potential(best, frames.valid).summary()}
+    if frames.test is not None:
+        results["test"] = evaluate_potential(best, frames.test).summary()
+    if tuning:
+        tuning["before"] = json.loads((folder / "finetune.json").read_text())["before"]
+        tuning["after"] = tuning_errors(best, frames.valid, frames.old)
+        write_json(folder / "finetune.json", tuning)
+        results["finetune"] = {k: v for k, v in tuning.items() if not k.endswith("_weights")}
+    return results
+
+
+def tuning_errors(potential: Potential, valid_set: Sequence[Structure], old: Sequence[Structure] | None) -> dict[str, Any]:
     """Errors on the validation frames, and on old frames that were not replayed."""
     was_training = potential.training
     out = {"valid": evaluate_potential(potential.eval(), valid_set, keep=0).summary()}
-    if replayed:
-        out["old_data"] = evaluate_potential(potential, replayed, keep=0).summary()
+    if old:
+        out["old_data"] = evaluate_potential(potential, old, keep=0).summary()
     potential.train(was_training)
     return out
+
+
+# --- without a configuration --------------------------------------------------------------------------------------------
 
 
 def fit(
@@ -206,10 +288,10 @@ def fit(
     """Train on a labelled file without a configuration: inspect, split, choose settings, write them down, train.
 
     Args:
-        data: Labelled structures; one tenth is kept for validation.
+        data: Labelled structures; one tenth is kept for validation (valid.extxyz in the folder of the run).
         model: Name of the network, or of one of its presets (nequip/M); None: that of ``start``, else leignn.
         out: Folder of the run; its config.yaml holds the settings chosen and can be trained again.
-        minutes: About how long training may take on this machine (measured with a few steps).
+        minutes: How long to train, by the clock on the wall; reading data and the last errors come on top.
         labels: Names and units of the labels.
         resume: Go on with the run in ``out``.
         force: Train even if inspection finds errors.
@@ -231,7 +313,8 @@ def fit(
     tuning = {k: v for k, v in tuning.items() if v is not None}
     if start is None and tuning:
         raise ValueError(
-            f"{', '.join('weights' if k == 'train' else k for k in tuning)}: only fine-tuning has these. Name the potential to start from (start)."
+            f"{', '.join('weights' if k == 'train' else k for k in tuning)}: only fine-tuning has these. "
+            "Name the potential to start from (start)."
         )
     if not minutes > 0:
         raise ValueError(f"minutes must be positive, found {minutes}.")
@@ -239,34 +322,29 @@ def fit(
     if resume and (folder / "config.yaml").exists():
         return train(folder / "config.yaml", resume=True, progress=progress)
     structures = open_dataset(data, labels)
+    if len(structures) < 2:
+        raise ValueError(f"'{data}' holds one frame: one to train on and one to validate with are the least. Give more frames.")
     report = inspect(structures, labels)
     for message in report.warnings:
         log.warning("%s", message)
     if report.errors and not force:
         raise ValueError("The data is not fit for training: " + "; ".join(report.errors) + ". Mend it, or insist with --force.")
     finetune = None if start is None else {"start": str(start), **tuning}
-    config = choose_settings(structures, str(data), model, str(out), labels or LabelConfig(), finetune)
-    seconds = float(np.median(time_steps(config, structures)[0][1:]))
-    defaults = MODELS[config.model.name][1].fit_defaults
-    share, wait = defaults.compiled_share, defaults.compile_seconds
-    compiled = 60 * minutes > 4 * wait
-    steps = (60 * minutes - wait) / (share * seconds) if compiled else 60 * minutes / seconds
-    training: dict[str, Any] = {"steps": max(100, round(0.85 * steps)), "compile": compiled}
-    every = max(1, min(1000, training["steps"] // 10))
-    training["ema_decay"] = round(min(0.999, 1 - 20 / training["steps"]), 4)  # an average over the last part of the run, not over all of it
-    config = make_config(
-        to_dict(config), [f"training.{k}={v}" for k, v in {**training, "valid_every": every, "checkpoint_every": every}.items()]
-    )
-    log.info(
-        "one step takes %.0f ms: training %d steps; settings are in '%s'", 1000 * seconds, config.training.steps, folder / "config.yaml"
-    )
+    config = choose_settings(structures, str(data), model, str(out), minutes, labels or LabelConfig(), finetune)
+    log.info("training for %g minutes; settings are in '%s'", minutes, folder / "config.yaml")
     return train(config, progress=progress)
 
 
 def choose_settings(
-    structures: Sequence[Structure], data: str, model: str | None, out: str, labels: LabelConfig, finetune: Mapping[str, Any] | None = None
+    structures: Sequence[Structure],
+    data: str,
+    model: str | None,
+    out: str,
+    minutes: float,
+    labels: LabelConfig,
+    finetune: Mapping[str, Any] | None = None,
 ) -> Config:
-    """Settings that suit a data set: which labels, which split, how many structures per step."""
+    """Settings that suit a data set: which labels, which split, how many structures per step, compiled or not."""
     sample = [structures[k] for k in range(0, len(structures), max(1, len(structures) // 200))]
     atoms = float(np.mean([s.n_atoms for s in sample]))
     has = {label: all(label in s.labels for s in structures) for label in QUANTITIES}
@@ -286,29 +364,21 @@ def choose_settings(
             **({} if finetune is None else {"finetune": dict(finetune)}),
             # stress in eV/Å³ is small: 20 makes it about the virial per atom
             "loss": {"energy": 5.0 * has["energy"], "forces": 10.0 * has["forces"], "stress": 20.0 * has["stress"]},
-            "training": {"batch_size": min(batch_size, max(1, len(structures) // 2)), "learning_rate": rate},
+            "training": {
+                "minutes": minutes,
+                "batch_size": min(batch_size, max(1, len(structures) // 2)),
+                "learning_rate": rate,
+                "compile": compile_pays(name, minutes),
+            },
             "out": out,
         }
     )
 
 
-def time_steps(
-    config: Config, structures: Sequence[Structure], repeats: int = 5, clock: Callable[[], float] = time.perf_counter
-) -> tuple[list[float], bool]:
-    """Seconds of each of some training steps with these settings here, the first ones with compilation; and whether they were compiled."""
-    workers = start_process_group(config.training.device)
-    size = min(len(structures), config.training.batch_size)
-    statistics = compute_statistics(structures, config.model.cutoff)
-    potential = Potential(config.model, statistics, config.potential)
-    potential.network.to(DTYPES[config.training.dtype])
-    state = make_state(potential.to(workers.device), config.training, config.loss)
-    times = []
-    for k in range(repeats):
-        graph = potential.collate([structures[(k * size + i) % len(structures)] for i in range(size)])
-        began = clock()
-        train_step(state, graph, config.loss, config.training, workers)
-        times.append(clock() - began)
-    return times, state.forward.compiled is not None
+def compile_pays(name: str, minutes: float) -> bool:
+    """Whether more steps fit into the time if the first part of it goes into compiling them."""
+    defaults = MODELS[name][1].fit_defaults
+    return 60 * minutes * (1 - defaults.compiled_share) > defaults.compile_seconds
 
 
 def _as_config(config: Config | Path | str | Mapping[str, Any], overrides: Sequence[str]) -> Config:
@@ -345,6 +415,9 @@ def check_structures(structures: Sequence[Structure], n: int = 3) -> list[Struct
     return chosen + [structures[k] for k in order if structures[k] not in chosen][: n - len(chosen)]
 
 
+# --- errors ---------------------------------------------------------------------------------------------------------
+
+
 def evaluate(
     model: Potential | Path | str,
     data: Path | str | Sequence[Structure],
@@ -353,8 +426,9 @@ def evaluate(
     worst: int = 20,
     device: str = "cpu",
     way: Way = "auto",
+    include_training: bool = False,
 ) -> Evaluation:
-    """Errors of a potential on labelled data.
+    """Errors of a potential on labelled data; frames that it was trained on are left out, if there are others.
 
     Args:
         model: Potential, or file of one.
@@ -364,10 +438,20 @@ def evaluate(
         worst: How many of those.
         device: Where to compute, if ``model`` is a file.
         way: How to evaluate (`gossamer.engine.engine`).
+        include_training: Count the frames that it was trained on, too.
+
+    Returns:
+        Errors, with the frames' positions in ``data`` as indices; ``notes`` says what was left out, ``training_error``
+        whether there were training frames only.
     """
     potential = model if isinstance(model, Potential) else load(model, device)
     structures = open_dataset(data, labels) if isinstance(data, str | Path) else data
-    evaluation = evaluate_potential(potential, structures, run=Engine(potential, way))
+    chosen = leave_out_training_frames(potential.seen, structures, include_training)
+    evaluation = evaluate_potential(potential, Subset(structures, chosen.used), run=Engine(potential, way))
+    for frame in evaluation.frames:
+        frame["index"] = chosen.used[frame["index"]]
+    evaluation.n_training_frames, evaluation.n_validation_frames = chosen.n_train, chosen.n_valid
+    evaluation.training_error, evaluation.notes = chosen.training_error, chosen.notes
     if out is not None:
         folder = Path(out)
         folder.mkdir(parents=True, exist_ok=True)

@@ -9,7 +9,8 @@ from typing import Annotated, Literal
 import pytest
 from pydantic import Field
 
-from gossamer.settings import add_flags, build, configured, from_flags, settings
+from gossamer.flags import add_flags, from_flags
+from gossamer.settings import build, configured, settings
 
 
 @settings

@@ -5,22 +5,30 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import signal
+import struct
 import subprocess
 import sys
 import time
+import types
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import DEMO, make_potential
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from gossamer.config import make_config
+from gossamer.cli import main
+from gossamer.config import load_config, make_config
+from gossamer.data.dataset import load_data
 from gossamer.data.readers import read_structures
 from gossamer.data.statistics import compute_statistics
 from gossamer.evaluation import evaluate_potential
+from gossamer.files import locked
+from gossamer.models import MODELS
 from gossamer.potential_file import load
 from gossamer.runs import evaluate, fit, train
 from gossamer.training import loop
@@ -50,23 +58,19 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 
 
 def test_it_learns_and_writes_everything(tmp_path: Path) -> None:
-    results = train(settings(tmp_path / "run", steps=200, valid_every=50), progress=False)
-    assert {p.name for p in (tmp_path / "run").iterdir()} >= {
-        "config.yaml",
-        "log.csv",
-        "potential.safetensors",
-        "results.json",
-        "checkpoint.safetensors",
-    }
+    results = train(settings(tmp_path / "run", steps=80, valid_every=20), progress=False)
+    assert {p.name for p in (tmp_path / "run").iterdir()} == {
+        "config.yaml", "log.csv", "potential.safetensors", "results.json", "valid.extxyz", "checkpoint.safetensors", "checkpoint.safetensors.previous",
+    }  # fmt: skip
     with open(tmp_path / "run" / "log.csv") as file:
         rows = list(csv.DictReader(file))
-    assert [int(r["step"]) for r in rows] == [50, 100, 150, 200]
+    assert [int(r["step"]) for r in rows] == [20, 40, 60, 80]
     assert float(rows[-1]["valid_forces_mae"]) < 0.8 * float(rows[0]["valid_forces_mae"])
     assert results["valid"]["forces_mae_meV_per_A"] == pytest.approx(min(float(r["valid_forces_mae"]) for r in rows), rel=1e-3)
     config = make_config(
         json.loads(json.dumps(load(tmp_path / "run" / "potential.safetensors") and _manifest(tmp_path / "run")["training"]))
     )
-    assert config.training.steps == 200
+    assert config.training.steps == 80
     # the written settings train again
     again = train(tmp_path / "run" / "config.yaml", [f"out={tmp_path / 'again'}"], progress=False)
     assert again["valid"] == results["valid"]
@@ -88,44 +92,69 @@ def start(tmp_path: Path, name: str, **training) -> tuple[subprocess.Popen, Path
     return subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True), folder
 
 
-def wait_for(path: Path, process: subprocess.Popen, seconds: float = 90) -> None:
+def wait_for(path: Path, process: subprocess.Popen, reached: Callable[[Path], bool] = Path.exists, seconds: float = 90) -> None:
     deadline = time.monotonic() + seconds
-    while not path.exists():
+    while not reached(path):
         if process.poll() is not None or time.monotonic() > deadline:
             raise AssertionError(f"no {path}: {process.communicate()[0]}")
         time.sleep(0.01)
 
 
 def test_killed_and_resumed_is_bitwise_the_same(tmp_path: Path) -> None:
-    options = dict(steps=250, checkpoint_every=10, valid_every=50)
-    whole, whole_folder = start(tmp_path, "whole", **options)
-    cut, cut_folder = start(tmp_path, "cut", **options)
-    wait_for(cut_folder / "checkpoint.safetensors", cut)
-    time.sleep(0.4)
+    """Killed by SIGKILL, then stopped by SIGTERM (which saves and exits cleanly), then finished."""
+    options = dict(steps=80, checkpoint_every=10, valid_every=20)
+    cut, folder = start(tmp_path, "cut", **options)
+    wait_for(folder / "checkpoint.safetensors", cut)
     cut.send_signal(signal.SIGKILL)
     cut.communicate()
-    assert not (cut_folder / "results.json").exists()
+    assert not (folder / "results.json").exists()
+    killed_at = read_checkpoint(folder / "checkpoint.safetensors")[1]["step"]
     cut, _ = start(tmp_path, "cut", **options)
-    out, _ = cut.communicate(timeout=120)
+    wait_for(folder / "checkpoint.safetensors", cut, lambda path: read_checkpoint(path)[1]["step"] > killed_at)
+    cut.send_signal(signal.SIGTERM)
+    out, _ = cut.communicate(timeout=60)
     assert cut.returncode == 0, out
-    out, _ = whole.communicate(timeout=120)
-    assert whole.returncode == 0, out
-    assert same(weights(whole_folder), weights(cut_folder))
-    logs = [
-        [{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader((f / "log.csv").read_text().splitlines())]
-        for f in (whole_folder, cut_folder)
-    ]
-    assert logs[0] == logs[1]
-
-
-def test_sigterm_checkpoints_and_exits_cleanly(tmp_path: Path) -> None:
-    process, folder = start(tmp_path, "run", steps=100_000)
-    wait_for(folder / "checkpoint.safetensors", process)
-    process.send_signal(signal.SIGTERM)
-    out, _ = process.communicate(timeout=60)
-    assert process.returncode == 0, out
     assert "stopped by a signal at step" in out
     assert "stopped_at_step" in out
+    assert "--resume" in out
+    assert train(settings(folder, **options), resume=True, progress=False)["steps"] == 80
+    train(settings(tmp_path / "whole", **options), progress=False)
+    assert same(weights(tmp_path / "whole"), weights(folder))
+    assert log_rows(tmp_path / "whole") == log_rows(folder)
+
+
+def log_rows(folder: Path) -> list[dict[str, str]]:
+    """Rows of the log but for the times."""
+    return [{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader((folder / "log.csv").read_text().splitlines())]
+
+
+def interrupt(monkeypatch: pytest.MonkeyPatch, config: dict, step: int, **options) -> None:
+    """Train up to a step and press control-C."""
+    original = loop.train_step
+
+    def cut(state, *others):
+        if state.step == step:
+            raise KeyboardInterrupt
+        return original(state, *others)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "train_step", cut)
+        with pytest.raises(KeyboardInterrupt):
+            train(config, progress=False, **options)
+
+
+def test_an_interrupt_says_how_to_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    config = settings(tmp_path / "run", checkpoint_every=5)
+    interrupt(monkeypatch, config, 3)
+    assert "interrupted at step 3; there is no checkpoint yet to go on from" in caplog.text
+    interrupt(monkeypatch, config, 7, resume=True)
+    assert re.search(r"interrupted at step 7; --resume goes on from '.*checkpoint\.safetensors'", caplog.text)
+
+
+def test_one_run_at_a_time(tmp_path: Path) -> None:
+    with locked(tmp_path / "run"), pytest.raises(RuntimeError, match=r"run' is in use by process \d+"):
+        train(settings(tmp_path / "run", steps=2), progress=False)
+    train(settings(tmp_path / "run", steps=2), progress=False)
 
 
 def test_resume_refuses_other_settings(tmp_path: Path) -> None:
@@ -139,17 +168,51 @@ def test_resume_refuses_other_settings(tmp_path: Path) -> None:
 
 
 def test_damaged_checkpoint_points_to_the_one_before(tmp_path: Path) -> None:
-    train(settings(tmp_path / "run", steps=20), progress=False)
+    """Cut short, or with a single bit flipped in a weight, in the optimiser, in the numbers beside them."""
+    config = settings(tmp_path / "run", steps=20)
+    train(config, progress=False)
     path = tmp_path / "run" / "checkpoint.safetensors"
-    assert (tmp_path / "run" / "checkpoint.safetensors.previous").exists()
-    path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(ValueError, match=r"cannot be read .*previous"):
-        train(settings(tmp_path / "run", steps=20), resume=True, progress=False)
+    whole = path.read_bytes()
+    (header,) = struct.unpack("<Q", whole[:8])
+    where = json.loads(whole[8 : 8 + header])
+    places = [8 + header + where[name]["data_offsets"][0] + 2 for name in ("network.embedding.weight", "optimizer.0.exp_avg")]
+    places.append(whole.index(b'\\"best\\": ') + len(b'\\"best\\": '))
+    for place in places:
+        damaged = bytearray(whole)
+        damaged[place] ^= 1
+        path.write_bytes(damaged)
+        with pytest.raises(
+            ValueError, match=r"altered after it was written.*Rename the one before, '.*\.previous', to 'checkpoint\.safetensors'"
+        ):
+            train(config, resume=True, progress=False)
+    path.write_bytes(whole[:1000])
+    with pytest.raises(ValueError, match=r"cannot be read .*\.previous"):
+        train(config, resume=True, progress=False)
+    path.with_name(path.name + ".previous").rename(path)
+    assert train(config, resume=True, progress=False)["steps"] == 20
+
+
+def test_checkpoints_of_older_versions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a checksum, without what was added to settings and state since: they go on. With other names of weights they are refused."""
+    config = settings(tmp_path / "run", steps=20)
+    interrupt(monkeypatch, config, 15)
+    path = tmp_path / "run" / "checkpoint.safetensors"
+    tensors, state = read_checkpoint(path)
+    for name in ("minutes", "clock"):
+        del state["identity"]["training"][name]
+    for name in ("first_seconds", "step_seconds", "timed_steps", "validated_at", "valid_seconds"):
+        del state[name]
+    save_file(tensors, path, {"state": json.dumps(state)})
+    assert train(config, resume=True, progress=False)["steps"] == 20
+    other = {k.replace("network.embedding", "network.table"): v for k, v in tensors.items()}
+    save_file(other, path, {"state": json.dumps(state)})
+    with pytest.raises(ValueError, match=r"written by an older gossamer.*finetune\.start"):
+        train(config, resume=True, progress=False)
 
 
 def test_two_processes_equal_one(tmp_path: Path) -> None:
     """The same batches shared by two processes give the same weights up to the order of sums."""
-    config = settings(tmp_path / "two", steps=12, dtype="float64", valid_every=12)
+    config = settings(tmp_path / "two", steps=6, dtype="float64", valid_every=6)
     (tmp_path / "two.yaml").write_text(json.dumps(config))
     command = [
         sys.executable,
@@ -165,7 +228,7 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
     ]
     result = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=180, check=False)
     assert result.returncode == 0, result.stderr
-    train(settings(tmp_path / "one", steps=12, dtype="float64", valid_every=12), progress=False)
+    train(settings(tmp_path / "one", steps=6, dtype="float64", valid_every=6), progress=False)
     one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
     for name in (k for k in one if k.startswith("network.")):
         torch.testing.assert_close(one[name], two[name], atol=1e-8, rtol=1e-6)
@@ -195,7 +258,8 @@ def test_direct_forces_train(tmp_path: Path) -> None:
     assert results["valid"]["conservative_forces"] is False
 
 
-def test_unrolled_graph_has_right_second_derivatives(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["leignn", *(pytest.param(n, marks=pytest.mark.slow) for n in MODELS if n != "leignn")])
+def test_unrolled_graph_has_right_second_derivatives(name: str) -> None:
     """The graph that is compiled, run uncompiled: values and weight gradients of energies and forces, on two batch shapes."""
     script = f"""
 import torch
@@ -206,16 +270,13 @@ from gossamer.potential import Potential
 from gossamer.training.compiled import CompiledForward
 torch.manual_seed(0)
 structures = list(read_structures({ETHANOL!r}))[:7]
-for options in (
-    dict(name="leignn", num_layers=2), dict(name="leignn", num_layers=1, global_context=True, update="painn"),
-    dict(name="nequip", num_layers=2, l_max=1, num_features=4), dict(name="geodite", num_layers=1),
-):
-    config = make_config(dict(data=dict(train="x"), model=dict(num_features=8, num_basis=4, cutoff=3.5) | options))
-    potential = Potential(config.model, compute_statistics(structures, 3.5)).double().train()
-    forward = CompiledForward(potential, forces=True, stress=False)
-    forward.compiled = forward.unroll(potential.collate(structures[:3]))
-    forward._compare(potential.collate(structures[:3]))
-    forward._compare(potential.collate(structures[3:]))
+config = make_config(dict(data=dict(train="x"), model=dict(name={name!r}, preset="tiny", num_layers=1, cutoff=3.5)))
+potential = Potential(config.model, compute_statistics(structures, 3.5)).double().train()
+forward = CompiledForward(potential, forces=True, stress=False)
+forward.compiled = forward.unroll(potential.collate(structures[:3]))
+for part in (structures[:3], structures[3:]):
+    graph = potential.collate(part)
+    forward._agree(forward._results(forward.plain, graph), forward._results(forward._run, graph), "unrolled")
 print("agreed")
 """
     result = subprocess.run(
@@ -276,7 +337,7 @@ def test_comparison_refuses_a_wrong_graph(caplog: pytest.LogCaptureFixture, tmp_
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["leignn", "nequip", "geodite", "painn", "schnet"])
+@pytest.mark.parametrize("name", MODELS)
 def test_compiled_training_equals_plain(name: str, tmp_path: Path) -> None:
     """In a process without the shape checks, which torch.compile cannot trace."""
     script = f"""
@@ -300,10 +361,112 @@ for name, compiled in (("plain", False), ("compiled", True)):
         torch.testing.assert_close(plain[name], compiled[name], atol=1e-8, rtol=1e-6)
 
 
-def test_fit_needs_no_configuration(tmp_path: Path) -> None:
+# --- a given time ---------------------------------------------------------------------------------------------------
+
+
+class Clock:
+    """Stands still but for ``tick`` seconds at every look."""
+
+    def __init__(self, tick: float) -> None:
+        self.now, self.tick = 0.0, tick
+
+    def __call__(self) -> float:
+        self.now += self.tick
+        return self.now
+
+
+def timed(out: Path, **training) -> dict:
+    return settings(out, minutes=0.5, schedule={"warmup_steps": 5, "final": 0.01}, **training)
+
+
+@pytest.mark.parametrize("tick", [0.2, 0.8])
+def test_a_run_of_a_given_time_ends_with_it(tick: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a machine four times slower there are a quarter of the steps, and the learning rate has come down all the same."""
+    monkeypatch.setitem(loop.CLOCKS, "wall", Clock(tick))
+    rates = []
+    original = Schedule.rate
+    monkeypatch.setattr(Schedule, "rate", lambda self, *a: rates.append(original(self, *a)) or rates[-1])
+    results = train(timed(tmp_path / "run"), progress=False)
+    assert 30 <= results["seconds"] <= 30 + 4 * tick
+    # two looks at the clock per step, three per validation
+    assert 30 / tick / 2 - 3 * 17 / 2 <= results["steps"] <= 30 / tick / 2
+    assert results["step_ms"] == pytest.approx(1000 * tick)
+    assert max(rates) == pytest.approx(5e-3, rel=0.2)
+    assert rates[-1] < 0.05 * 5e-3
+    rows = log_rows(tmp_path / "run")
+    assert 5 <= len(rows) <= loop.TIMED_PARTS + 1
+    assert int(rows[-1]["step"]) == results["steps"]
+
+
+def test_slow_validation_comes_less_often(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(0.2)
+    monkeypatch.setitem(loop.CLOCKS, "wall", clock)
+    original = loop.evaluate_potential
+
+    def slow(*arguments, **options):
+        clock.now += 2.0
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(loop, "evaluate_potential", slow)
+    results = train(timed(tmp_path / "run"), progress=False)
+    assert 2 <= len(log_rows(tmp_path / "run")) <= 5
+    assert results["seconds"] <= 30 + 3
+
+
+def test_time_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was used before a stop counts."""
+    monkeypatch.setitem(loop.CLOCKS, "wall", Clock(0.4))
+    config = timed(tmp_path / "run")
+    interrupt(monkeypatch, config, 20)
+    used = read_checkpoint(tmp_path / "run" / "checkpoint.safetensors")[1]["seconds"]
+    assert used > 10
+    clock = Clock(0.4)
+    monkeypatch.setitem(loop.CLOCKS, "wall", clock)
+    results = train(config, resume=True, progress=False)
+    assert 30 <= results["seconds"] <= 32
+    assert clock.now == pytest.approx(30 - used, abs=2)
+    with pytest.raises(ValueError, match="training differ"):
+        train(config | {"training": config["training"] | {"minutes": 2}}, resume=True, progress=False)
+
+
+def test_schedule_and_average_by_time() -> None:
+    schedule = Schedule(ScheduleConfig(kind="cosine", warmup_steps=10, final=0.1), 1.0, 10_000)
+    assert schedule.rate(0, 0.0) == pytest.approx(0.1)  # a tenth of the warm-up
+    assert schedule.rate(1, 0.05) == pytest.approx(0.5, rel=0.01)  # few steps fit: a tenth of the time
+    assert schedule.rate(500, 0.5) == pytest.approx(0.55)
+    assert schedule.rate(900, 1.0) == pytest.approx(0.1)
+    linear = Schedule(ScheduleConfig(kind="linear", warmup_steps=0, final=0.0), 1.0, 10_000)
+    assert [linear.rate(50, p) for p in (0.5, 1.0)] == pytest.approx([0.5, 0.0])
+    module = torch.nn.Linear(1, 1, bias=False)
+    torch.nn.init.zeros_(module.weight)
+    long, short = EMA(module, 0.999), EMA(module, 0.999)
+    for n in range(1, 201):
+        module.weight.data.fill_(float(n))
+        long.update()
+        short.update(n / 200)  # 200 steps in all: an average over the last ten
+    assert 200 - float(short.module.weight) == pytest.approx(9, abs=1.5)
+    assert 200 - float(long.module.weight) > 15
+
+
+def test_fit_needs_no_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(loop.CLOCKS, "wall", Clock(0.05))
     results = fit(ETHANOL, out=tmp_path / "fit", minutes=0.1, progress=False)
-    assert results["valid"]["forces_mae_meV_per_A"] < 600
-    assert (tmp_path / "fit" / "config.yaml").exists()
+    assert results["valid"]["forces_mae_meV_per_A"] < 700
+    assert load_config(tmp_path / "fit" / "config.yaml").training.minutes == 0.1
+    # the frames kept aside are there, and are no training frames
+    evaluation = evaluate(tmp_path / "fit" / "potential.safetensors", tmp_path / "fit" / "valid.extxyz")
+    assert evaluation.summary()["n_frames"] == results["valid"]["n_frames"] == 30
+    assert evaluation.forces.mae == pytest.approx(results["valid"]["forces_mae_meV_per_A"], rel=1e-3)
+    assert (evaluation.n_training_frames, evaluation.n_validation_frames) == (0, 30)
+    assert "30 chose the best weights" in evaluation.notes[0]
+
+
+def test_fit_of_one_frame(tmp_path: Path) -> None:
+    import ase.io
+
+    ase.io.write(tmp_path / "one.extxyz", next(iter(read_structures(ETHANOL))).to_ase())
+    with pytest.raises(ValueError, match=r"one\.extxyz' holds one frame.*Give more frames"):
+        fit(tmp_path / "one.extxyz", out=tmp_path / "fit", progress=False)
 
 
 def test_fit_refuses_bad_data(tmp_path: Path) -> None:
@@ -317,11 +480,17 @@ def test_fit_refuses_bad_data(tmp_path: Path) -> None:
         fit(tmp_path / "bad.extxyz", out=tmp_path / "fit", minutes=0.05, progress=False)
 
 
-def test_evaluate_writes_the_worst_frames(tmp_path: Path) -> None:
+def test_training_frames_do_not_count(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """Of the file trained on, only the other frames are evaluated; their indices are those of the file."""
     import ase.io
 
-    train(settings(tmp_path / "run", steps=20), progress=False)
-    evaluation = evaluate(tmp_path / "run" / "potential.safetensors", ETHANOL, out=tmp_path / "evaluation", worst=5)
+    results = train(settings(tmp_path / "run", steps=20), progress=False)
+    path = tmp_path / "run" / "potential.safetensors"
+    evaluation = evaluate(path, ETHANOL, out=tmp_path / "evaluation", worst=5)
+    assert (evaluation.n_training_frames, evaluation.n_validation_frames, evaluation.training_error) == (60, 20, False)
+    assert "60 of 301 frames were trained on; they are left out." in evaluation.notes
+    structures = list(read_structures(ETHANOL))
+    assert [f["name"] for f in evaluation.frames] == [structures[f["index"]].name for f in evaluation.frames]
     frames = ase.io.read(tmp_path / "evaluation" / "worst.extxyz", ":")
     assert len(frames) == 5
     assert frames[0].info["forces_rmse"] == pytest.approx(max(f["forces_rmse"] for f in evaluation.frames), rel=1e-5)
@@ -329,6 +498,20 @@ def test_evaluate_writes_the_worst_frames(tmp_path: Path) -> None:
     assert 1000 * np.sqrt((by_hand**2).mean()) == pytest.approx(frames[0].info["forces_rmse"], rel=1e-4)
     summary = json.loads((tmp_path / "evaluation" / "errors.json").read_text())
     assert set(summary["forces_per_element_meV_per_A"]) == {"H", "C", "O"}
+    assert (summary["n_frames"], summary["n_training_frames"]) == (241, 60)
+    # asked for, they count; alone, they are called what they are
+    everything = evaluate(path, ETHANOL, include_training=True)
+    assert len(everything.frames) == 301
+    assert "included" in everything.notes[0]
+    train_set, valid_set, _ = load_data(make_config(settings(tmp_path)).data)
+    alone = evaluate(path, train_set)
+    assert alone.training_error
+    assert len(alone.frames) == 60
+    assert alone.notes == ["TRAINING ERROR: all 60 frames were trained on, so this says nothing of accuracy. Give frames kept aside."]
+    ase.io.write(tmp_path / "trained.extxyz", [s.to_ase() for s in train_set])
+    assert main(["evaluate", str(path), str(tmp_path / "trained.extxyz")]) == 0
+    assert "TRAINING ERROR" in capsys.readouterr().out
+    assert evaluate(path, valid_set).forces.mae == pytest.approx(results["valid"]["forces_mae_meV_per_A"], rel=1e-3)
 
 
 def test_evaluation_adds_up(tmp_path: Path) -> None:
@@ -401,12 +584,22 @@ def test_zclip() -> None:
     assert other.limit(4.0) == clipper.limit(4.0)
 
 
-def test_zclip_resumes(tmp_path: Path) -> None:
-    whole = train(settings(tmp_path / "a", steps=30, zclip=1.0, clip_norm=50.0), progress=False)
-    assert json.loads(json.dumps(whole))["steps"] == 30
-    _, state = read_checkpoint(tmp_path / "a" / "checkpoint.safetensors")
-    assert len(state["clipper"]["first"]) == 25
-    assert state["clipper"]["mean"] > 0
+def test_zclip_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Interrupted after the averages of the norm have begun to count, the run ends as without; with fresh averages it would not."""
+    monkeypatch.setattr(Clipper, "WARMUP", 5)
+    monkeypatch.setattr(Clipper, "DECAY", 0.5)
+    options = dict(steps=20, checkpoint_every=5, valid_every=20, batch_size=2, zclip=0.1, clip_norm=1e6)
+    train(settings(tmp_path / "whole", **options), progress=False)
+    config = settings(tmp_path / "cut", **options)
+    interrupt(monkeypatch, config, 12)
+    assert len(read_checkpoint(tmp_path / "cut" / "checkpoint.safetensors")[1]["clipper"]["first"]) == Clipper.WARMUP
+    train(config, resume=True, progress=False)
+    assert same(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
+    forgetful = settings(tmp_path / "forgetful", **options)
+    interrupt(monkeypatch, forgetful, 12)
+    monkeypatch.setattr(Clipper, "load_state", lambda self, state: None)
+    train(forgetful, resume=True, progress=False)
+    assert not same(weights(tmp_path / "whole"), weights(tmp_path / "forgetful"))
 
 
 def test_penalties() -> None:
@@ -455,6 +648,35 @@ def test_missing_loggers_are_named(name: str, tmp_path: Path, monkeypatch: pytes
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard" if name == "tensorboard" else "wandb", None)
     with pytest.raises(ImportError, match=f"pip install {name}"):
         train(settings(tmp_path / "run", **{name: True}), progress=False)
+
+
+def test_wandb_gets_every_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple] = []
+
+    class Run:
+        def log(self, row: dict, step: int) -> None:
+            calls.append((step, row["valid_loss"]))
+
+        def finish(self) -> None:
+            calls.append(("finished",))
+
+    fake = types.ModuleType("wandb")
+    fake.init = lambda **options: calls.append((options["project"], options["dir"])) or Run()  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    train(settings(tmp_path / "run", steps=4, valid_every=2, wandb=True), progress=False)
+    rows = log_rows(tmp_path / "run")
+    assert calls[0] == ("gossamer", str(tmp_path / "run"))
+    assert calls[1:-1] == [(int(r["step"]), pytest.approx(float(r["valid_loss"]))) for r in rows]
+    assert calls[-1] == ("finished",)
+
+
+def test_tensorboard_gets_every_row(tmp_path: Path) -> None:
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator", reason="needs the package tensorboard")
+    train(settings(tmp_path / "run", steps=4, valid_every=2, tensorboard=True), progress=False)
+    events = accumulator.EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    events.Reload()
+    written = [(e.step, e.value) for e in events.Scalars("valid_loss")]
+    assert written == [(int(r["step"]), pytest.approx(float(r["valid_loss"]), rel=1e-5)) for r in log_rows(tmp_path / "run")]
 
 
 def test_batches_keep_to_the_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,6 +19,25 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 
 
+def time_steps(config, structures: list, repeats: int) -> tuple[list[float], bool]:
+    """CPU seconds of each of some training steps, the first ones with compilation; and whether they were compiled."""
+    from gossamer.data.statistics import compute_statistics
+    from gossamer.potential import Potential
+    from gossamer.training.loop import make_state, train_step
+    from gossamer.training.process_group import start_process_group
+
+    size = min(len(structures), config.training.batch_size)
+    potential = Potential(config.model, compute_statistics(structures, config.model.cutoff), config.potential)
+    state = make_state(potential, config.training, config.loss)
+    times = []
+    for k in range(repeats):
+        graph = potential.collate([structures[(k * size + i) % len(structures)] for i in range(size)])
+        began = time.process_time()
+        train_step(state, graph, config.loss, config.training, start_process_group("cpu"))
+        times.append(time.process_time() - began)
+    return times, state.forward.compiled is not None
+
+
 def measure(name: str, fusion: int, torch_cat: bool, data: str) -> None:
     """One timing, in a process of its own."""
     import numpy as np
@@ -43,14 +62,13 @@ def measure(name: str, fusion: int, torch_cat: bool, data: str) -> None:
                 scope.update(split=lambda x, sizes, dim: x.split(list(sizes), dim))
     from gossamer.config import make_config
     from gossamer.data.readers import read_structures
-    from gossamer.runs import time_steps
 
     values = yaml.safe_load((ROOT / "recipes" / f"rmd17-{name}.yaml").read_text())
     values["data"]["train"] = data
     config = make_config(values, [f"training.compile={str(fusion > 0).lower()}", "training.batch_size=10"])
     structures = list(read_structures(data))[:100]
     began = time.process_time()
-    times, compiled = time_steps(config, structures, 14, time.process_time)
+    times, compiled = time_steps(config, structures, 14)
     if fusion and not compiled:
         raise SystemExit(f"{name}: compilation failed")
     how = f"fusion {fusion}" if fusion else "plain"

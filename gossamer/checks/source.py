@@ -96,6 +96,7 @@ def _saved(entry: str, device: str, dtype: str | None, way: str) -> Source:
     path = path if equals else entry
     if ":" in path and not Path(path).exists():
         raise ValueError(f"'{path}' is not a file. For a calculator write --calculator {path}.")
+    from gossamer.data.fingerprint import read_seen_frames
     from gossamer.potential_file import read_manifest
 
     manifest = read_manifest(path)
@@ -104,7 +105,8 @@ def _saved(entry: str, device: str, dtype: str | None, way: str) -> Source:
     return Source(
         name if equals else stem, SavedPotential(path, device, dtype, way), f"{manifest['checksum']}-{dtype}{'' if way == 'auto' else f'-{way}'}",
         elements=list(manifest["statistics"]["elements"]), cutoff=manifest["model"].get("cutoff"), conservative=bool(manifest["conservative"]),
-        run=file.parent if (file.parent / "config.yaml").exists() else None, n_train=manifest["statistics"].get("n_structures") or None, ours=True,
+        run=file.parent if (file.parent / "config.yaml").exists() else None, n_train=manifest["statistics"].get("n_structures") or None,
+        seen=read_seen_frames(path), ours=True,
     )  # fmt: skip
 
 

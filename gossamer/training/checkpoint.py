@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -20,7 +21,8 @@ FORMAT = 1
 def save_checkpoint(path: Path, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
     """Write atomically; the checkpoint before is kept as ``*.previous``."""
     contiguous = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
-    data = safetensors.torch.save(contiguous, {"state": json.dumps({"format": FORMAT, **state})})
+    text = json.dumps({"format": FORMAT, **state})
+    data = safetensors.torch.save(contiguous, {"state": text, "checksum": _checksum(contiguous, text)})
     previous = path.with_name(path.name + ".previous")
     if path.exists():
         previous.unlink(missing_ok=True)
@@ -32,20 +34,37 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read a checkpoint.
 
     Raises:
-        ValueError: unreadable (says where the one before lies), or of a newer format.
+        ValueError: unreadable or altered (says where the one before lies), or of a newer format.
     """
     try:
         with safetensors.safe_open(path, framework="pt") as file:
-            state = json.loads((file.metadata() or {})["state"])
+            metadata = file.metadata() or {}
             tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118 - not a dict
+        # those of older versions have no checksum
+        if metadata.get("checksum", "") not in ("", _checksum(tensors, metadata["state"])):
+            raise ValueError("it was altered after it was written: its checksum does not match")
+        state = json.loads(metadata["state"])
     except (safetensors.SafetensorError, OSError, KeyError, ValueError) as error:
-        raise ValueError(
-            f"The checkpoint '{path}' cannot be read ({error}). If '{path}.previous' exists, rename it to '{path.name}' "
-            "and resume from there."
-        ) from None
+        raise ValueError(f"The checkpoint '{path}' cannot be read ({error}). {_advice(path)}") from None
     if state["format"] > FORMAT:
         raise ValueError(f"The checkpoint '{path}' has format {state['format']}; this version reads up to {FORMAT}. Update gossamer.")
     return tensors, state
+
+
+def _checksum(tensors: dict[str, Tensor], text: str) -> str:
+    """sha256 over names, kinds, shapes and bytes of the tensors, and over the rest."""
+    digest = hashlib.sha256(text.encode())
+    for name in sorted(tensors):
+        digest.update(f"{name} {tensors[name].dtype} {tuple(tensors[name].shape)}".encode())
+        digest.update(tensors[name].flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _advice(path: Path) -> str:
+    previous = path.with_name(path.name + ".previous")
+    if previous.exists():
+        return f"Rename the one before, '{previous}', to '{path.name}' and resume from there."
+    return "There is no earlier one: remove it and start again."
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -77,7 +77,7 @@ def merge_model(start: Mapping[str, Any], given: Mapping[str, Any], path: str) -
 # --- data ---------------------------------------------------------------------------------------------------------
 
 
-class Joined(Sequence[Structure]):
+class Concatenated(Sequence[Structure]):
     """Several data sets one after another."""
 
     def __init__(self, *parts: Sequence[Structure]) -> None:
@@ -102,7 +102,8 @@ def choose_replay(old: Sequence[Structure], n_new: int, fraction: float, seed: i
     n = max(1, round(fraction * n_new))
     if n > len(old):
         raise ValueError(
-            f"finetune.replay_fraction asks for {n} old frames, but finetune.replay has {len(old)}. Lower it to at most {len(old) / n_new:.3g}."
+            f"finetune.replay_fraction asks for {n} old frames, but finetune.replay has {len(old)}. "
+            f"Lower it to at most {len(old) / n_new:.3g}."
         )
     order = np.random.default_rng([seed, 2]).permutation(len(old)).tolist()
     return sorted(order[:n]), sorted(order[n : n + n_test])
@@ -139,9 +140,10 @@ def adapt_statistics(start: Potential, fresh: Statistics, structures: Sequence[S
         left = float(np.abs(differences / sizes - rows @ shifts[:, None] / sizes).mean())
         if left > 0.5:
             log.warning(
-                "after shifting the reference energies, labels and predictions of the start still differ by %.2f eV per atom: are units, and "
-                "with replay the methods of old and new labels, the same?", left
-            )  # fmt: skip
+                "after shifting the reference energies, labels and predictions of the start still differ by %.2f eV per atom: are units, "
+                "and with replay the methods of old and new labels, the same?",
+                left,
+            )
     # new elements: their RMS force in the units of the start, whose energy scale is kept
     factor = fresh.energy_scale / before.energy_scale
     scales = {e: factor * v for e, v in (fresh.element_scales or {}).items()}
@@ -260,6 +262,7 @@ def merge_adapters(potential: Potential) -> Potential:
         state |= {f"{name}.weight": potential.network.get_submodule(name).weight.clone() for name in adapted}
     # a new one: removing parametrizations from a copy would remove them from the original, whose class it shares
     merged = Potential(potential.model_config, potential.statistics, potential.potential_config)
+    merged.seen = potential.seen
     merged.network.to(potential.dtype)
     merged.network.load_state_dict(state)
     return merged.to(potential.device).train(potential.training)

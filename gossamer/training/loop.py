@@ -1,7 +1,7 @@
 """The training loop: read a batch, energy and forces, loss, backward, clip, step, average, log, validate, save.
 
 Every step is a function one can call from a notebook; `run_training` strings them together. Killed at any step and
-resumed, a run gives bitwise the same weights on the same device.
+resumed, a run of a number of steps gives bitwise the same weights on the same device.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ import csv
 import io
 import logging
 import math
-import signal
 import time
 from collections.abc import Callable, Sequence
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -29,9 +29,11 @@ from gossamer.engine.memory import keep_freed_memory
 from gossamer.evaluation import Evaluation, evaluate_potential
 from gossamer.files import write_text
 from gossamer.graph import Graph
-from gossamer.potential import Potential
+from gossamer.models import MODELS
+from gossamer.potential import Potential, PotentialConfig
 from gossamer.quantities import QUANTITIES
-from gossamer.settings import settings
+from gossamer.settings import build, settings, to_dict
+from gossamer.signals import StopRequested
 from gossamer.training.checkpoint import load_optimizer, optimizer_tensors, read_checkpoint, save_checkpoint
 from gossamer.training.compiled import CompiledForward
 from gossamer.training.loader import edge_counts, epoch_batches, graphs
@@ -40,6 +42,9 @@ from gossamer.training.optim import EMA, Clipper, Schedule, ScheduleConfig, make
 from gossamer.training.process_group import ProcessGroup
 
 log = logging.getLogger(__name__)
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+TIMED_PARTS = 15
+"""a run of a given time is validated this many times, or less often where validating takes long"""
 
 
 @settings
@@ -47,7 +52,12 @@ class TrainingConfig:
     """How the weights are found."""
 
     steps: Annotated[int, Field(gt=0)] = 10_000
-    """Optimiser steps."""
+    """Optimiser steps; not used where ``minutes`` is given."""
+    minutes: Annotated[float, Field(gt=0)] | None = None
+    """Train for this long instead of a number of steps: learning rate and average of the weights follow the clock and end with it.
+    How many steps that makes depends on the machine and its load, so two such runs are not equal bit by bit."""
+    clock: Literal["wall", "cpu"] = "wall"
+    """What ``minutes`` counts: time on the wall, or CPU time of this process (where other jobs shall not count)."""
     batch_size: Annotated[int, Field(gt=0)] = 8
     """Structures per step, over all processes."""
     batch_atoms: Annotated[int, Field(gt=0)] | None = None
@@ -59,11 +69,12 @@ class TrainingConfig:
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """Decay of weight matrices (AdamW); biases and element tables are never decayed."""
     amsgrad: bool = True
-    """Use the AMSGrad variant of AdamW, as the paper did."""
+    """Use the AMSGrad variant of AdamW (Reddi et al., arXiv:1904.09237), as LEIGNN's authors did."""
     schedule: ScheduleConfig = ScheduleConfig()
     """How the learning rate goes after the warm-up."""
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.999
-    """Decay of the averaged weights, which are validated and saved."""
+    """Decay of the averaged weights, which are validated and saved; with ``minutes``, where the run is too short for it, an average over
+    the last twentieth of the steps."""
     clip_norm: Annotated[float, Field(gt=0)] | None = 10.0
     """Largest norm of the gradient; None does not clip."""
     zclip: Annotated[float, Field(gt=0)] | None = None
@@ -75,15 +86,16 @@ class TrainingConfig:
     seed: int = 0
     """Seed of the weights and of the order of the batches."""
     valid_every: Annotated[int, Field(gt=0)] = 500
-    """Steps between validations, which also save a checkpoint."""
+    """Steps between validations, which also save a checkpoint; with ``minutes``, fifteen validations, fewer where they take long."""
     checkpoint_every: Annotated[int, Field(gt=0)] = 500
-    """Steps between checkpoints."""
+    """Steps between checkpoints; with ``minutes``, one is written at every validation and at least once a minute."""
     early_stopping: Annotated[int, Field(gt=0)] | None = None
     """Stop after this many validations without improvement; None never does."""
     compile: bool = False
     """Compile the training step (half a minute to two minutes once, then 2 to 4 times faster); checked against the plain one."""
     kernels: bool = True
-    """Pass messages by kernels, on CPUs with a C++ compiler (built once, in seconds), on GPUs where faster; checked against the plain step."""
+    """Pass messages by kernels, on CPUs with a C++ compiler (built once, in seconds), on GPUs where faster; checked against the plain
+    step."""
     tensorboard: bool = False
     """Also log to TensorBoard (needs the package tensorboard)."""
     wandb: bool = False
@@ -111,8 +123,36 @@ class State:
     stale: int = 0
     """validations since the best one"""
     seconds: float = 0.0
+    """of the whole run so far, by the clock of the settings: data, steps, validation"""
+    first_seconds: float = 0.0
+    """of these, up to the end of the first step, which compiles"""
+    step_seconds: float = 0.0
+    """of these, in steps, without the first one after a start"""
+    timed_steps: int = 0
+    """how many steps these were"""
+    validated_at: float = 0.0
+    """``seconds`` after the last validation"""
+    valid_seconds: float = 0.0
+    """how long it took"""
     totals: dict[str, list[float]] = field(default_factory=lambda: {k: [0.0, 0.0] for k in QUANTITIES})
     """penalty sums and counts since the last log row"""
+
+
+SCALARS = (
+    "step",
+    "epoch",
+    "batch",
+    "best",
+    "stale",
+    "seconds",
+    "first_seconds",
+    "step_seconds",
+    "timed_steps",
+    "validated_at",
+    "valid_seconds",
+    "totals",
+)
+"""what a checkpoint holds of the state as plain numbers"""
 
 
 def make_state(potential: Potential, config: TrainingConfig, loss: LossConfig) -> State:
@@ -133,7 +173,7 @@ def make_state(potential: Potential, config: TrainingConfig, loss: LossConfig) -
     )
 
 
-def train_step(state: State, graph: Graph, loss: LossConfig, config: TrainingConfig, workers: ProcessGroup) -> float:
+def train_step(state: State, graph: Graph, loss: LossConfig, config: TrainingConfig, group: ProcessGroup) -> float:
     """One optimiser step on one batch; returns the loss.
 
     Raises:
@@ -142,29 +182,62 @@ def train_step(state: State, graph: Graph, loss: LossConfig, config: TrainingCon
     potential = state.potential
     if not potential.training:
         potential.train()
-    for group in state.optimizer.param_groups:
-        group["lr"] = state.schedule.rate(state.step)
+    progress = time_progress(state, config)
+    for parameter_group in state.optimizer.param_groups:
+        parameter_group["lr"] = state.schedule.rate(state.step, progress)
     prediction = state.forward(graph)
     sums = loss_sums(prediction, graph, loss, potential.statistics.spreads)
-    counts = workers.sum(torch.tensor([float(n) for _, n in sums.values()], dtype=torch.float64, device=potential.device))
+    counts = group.sum(torch.tensor([float(n) for _, n in sums.values()], dtype=torch.float64, device=potential.device))
     weights = loss.weights()
     parts = [weights[name] * value / count.clamp(min=1) for (name, (value, _)), count in zip(sums.items(), counts, strict=True)]
     total = torch.stack(parts).sum()
     state.optimizer.zero_grad(set_to_none=True)
     parameters: list[Tensor] = [p for p in potential.network.parameters() if p.requires_grad]
     total.backward(inputs=parameters)  # and not into the edge vectors
-    workers.sum_gradients(parameters)
+    group.sum_gradients(parameters)
     norm = state.clipper.clip(parameters)
-    value = float(workers.sum(total.detach().clone()))
+    value = float(group.sum(total.detach().clone()))
     if not (math.isfinite(value) and math.isfinite(float(norm))):
         raise FloatingPointError(f"loss {value}, gradient norm {float(norm)}")
     state.optimizer.step()
-    state.ema.update()
+    state.ema.update(progress)
     for (name, (penalties, _)), count in zip(sums.items(), counts.tolist(), strict=True):
         totals = state.totals.setdefault(name, [0.0, 0.0])
-        totals[0] += float(workers.sum(penalties.detach().clone()))
+        totals[0] += float(group.sum(penalties.detach().clone()))
         totals[1] += count
     return value
+
+
+# --- how far the run is ---------------------------------------------------------------------------------------------
+
+
+def time_progress(state: State, config: TrainingConfig) -> float | None:
+    """Share of the run's time that has passed since the first step (0 to 1); None where steps count."""
+    if config.minutes is None:
+        return None
+    left = 60 * config.minutes - state.first_seconds
+    return min(1.0, (state.seconds - state.first_seconds) / left) if left > 0 else 1.0
+
+
+def finished(state: State, config: TrainingConfig) -> bool:
+    """Whether steps or time are used up, or validation has not improved for as long as the settings allow."""
+    if config.early_stopping is not None and state.stale >= config.early_stopping:
+        return True
+    return state.step >= config.steps if config.minutes is None else state.seconds >= 60 * config.minutes
+
+
+def validation_due(state: State, config: TrainingConfig) -> bool:
+    """Whether to validate after this step; in a run of a given time, validation takes at most a fifth of it."""
+    if config.minutes is None:
+        return state.step % config.valid_every == 0
+    return state.seconds - state.validated_at >= max(60 * config.minutes / TIMED_PARTS, 4 * state.valid_seconds)
+
+
+def checkpoint_due(state: State, config: TrainingConfig, saved_at: float) -> bool:
+    """Whether to write a checkpoint after this step; ``saved_at`` is what ``state.seconds`` was at the last one."""
+    if config.minutes is None:
+        return state.step % config.checkpoint_every == 0
+    return state.seconds - saved_at >= min(60.0, 60 * config.minutes / TIMED_PARTS)
 
 
 def validation_loss(evaluation: Evaluation, loss: LossConfig) -> float:
@@ -182,7 +255,7 @@ def save_state(state: State, path: Path, identity: dict[str, Any]) -> None:
     tensors |= {f"ema.{k}": v for k, v in state.ema.module.network.state_dict().items()}
     tensors |= optimizer_tensors(state.optimizer)
     tensors["rng"] = torch.get_rng_state()
-    scalars = {k: getattr(state, k) for k in ("step", "epoch", "batch", "best", "stale", "seconds", "totals")}
+    scalars = {k: getattr(state, k) for k in SCALARS}
     extra = {"schedule": state.schedule.state(), "clipper": state.clipper.state(), "ema_updates": state.ema.updates, "identity": identity}
     save_checkpoint(path, tensors, {**scalars, **extra})
 
@@ -191,24 +264,37 @@ def load_state(state: State, path: Path, identity: dict[str, Any]) -> None:
     """Continue from a checkpoint.
 
     Raises:
-        ValueError: it belongs to other settings or other data.
+        ValueError: it belongs to other settings or other data, or to an older version of the network.
     """
     tensors, stored = read_checkpoint(path)
-    differing = sorted(k for k in identity if stored["identity"].get(k) != identity[k])
+    before = with_defaults(stored["identity"])
+    differing = sorted(k for k in identity if before.get(k) != identity[k])
     if differing:
         raise ValueError(
             f"The checkpoint '{path}' belongs to another run: {', '.join(differing)} differ. Resume with the settings and data it was "
             "made with, or choose another folder (out)."
         )
-    state.potential.network.load_state_dict({k[8:]: v for k, v in tensors.items() if k.startswith("network.")})
+    weights = {k[8:]: v for k, v in tensors.items() if k.startswith("network.")}
+    if weights.keys() != state.potential.network.state_dict().keys():  # the optimiser's state would go to the wrong ones
+        raise ValueError(
+            f"The checkpoint '{path}' was written by an older gossamer, whose network named its weights otherwise. Finish the run with "
+            "that version, or fine-tune its potential.safetensors (finetune.start), which this one reads."
+        )
+    state.potential.network.load_state_dict(weights)
     state.ema.module.network.load_state_dict({k[4:]: v for k, v in tensors.items() if k.startswith("ema.")})
     load_optimizer(state.optimizer, tensors)
     torch.set_rng_state(tensors["rng"])
-    for name in ("step", "epoch", "batch", "best", "stale", "seconds", "totals"):
-        setattr(state, name, stored[name])
+    for name in SCALARS:
+        setattr(state, name, stored.get(name, getattr(state, name)))  # an older gossamer kept fewer
     state.schedule.load_state(stored["schedule"])
     state.clipper.load_state(stored["clipper"])
     state.ema.updates = stored["ema_updates"]
+
+
+def with_defaults(identity: dict[str, Any]) -> dict[str, Any]:
+    """Settings of a checkpoint, completed by the defaults of those that came later."""
+    classes = {"training": TrainingConfig, "loss": LossConfig, "potential": PotentialConfig, "model": MODELS[identity["model"]["name"]][0]}
+    return {k: to_dict(build(classes[k], v, k)) if k in classes else v for k, v in identity.items()}
 
 
 # --- logging ------------------------------------------------------------------------------------------------------
@@ -226,6 +312,7 @@ class Log:
     def __init__(self, folder: Path, config: TrainingConfig, step: int) -> None:
         self.path = folder / "log.csv"
         self.writers: list[Callable[[dict[str, Any]], None]] = []
+        self.closers: list[Callable[[], None]] = []
         rows = []
         if step > 0 and self.path.exists():  # drop rows of steps that are about to be repeated
             with open(self.path, newline="") as file:
@@ -248,6 +335,7 @@ class Log:
                         board.add_scalar(key, value, row["step"])
 
             self.writers.append(to_board)
+            self.closers.append(board.close)
         if config.wandb:
             try:
                 import wandb
@@ -255,6 +343,7 @@ class Log:
                 raise ImportError("training.wandb needs the package wandb: pip install wandb") from None
             run = wandb.init(project="gossamer", dir=str(folder))
             self.writers.append(lambda row: run.log(row, step=row["step"]))
+            self.closers.append(run.finish)
 
     def write(self, row: dict[str, Any]) -> None:
         with open(self.path, "a", newline="") as file:
@@ -262,6 +351,11 @@ class Log:
             file.flush()
         for writer in self.writers:
             writer(row)
+
+    def close(self) -> None:
+        """Hand over what TensorBoard and Weights & Biases still hold back."""
+        for closer in self.closers:
+            closer()
 
 
 # --- the loop -----------------------------------------------------------------------------------------------------
@@ -273,13 +367,13 @@ def run_training(
     valid: Sequence[Structure],
     loss: LossConfig,
     config: TrainingConfig,
-    workers: ProcessGroup,
+    group: ProcessGroup,
     folder: Path,
     identity: dict[str, Any],
     save_best: Callable[[Potential], None],
     progress: bool = True,
 ) -> State:
-    """Train until ``config.steps``, early stopping or SIGTERM; checkpoints lie in ``folder``.
+    """Train until ``config.steps`` or ``config.minutes``, early stopping or SIGTERM; checkpoints lie in ``folder``.
 
     Args:
         state: Fresh, or loaded from a checkpoint.
@@ -287,7 +381,7 @@ def run_training(
         valid: Validation structures.
         loss: Loss.
         config: How to train.
-        workers: This process's place among the others.
+        group: This process's place among the others.
         folder: Where the log and the checkpoint go.
         identity: What a checkpoint must share with the run that resumes it.
         save_best: Called with the averaged potential whenever validation improves.
@@ -295,54 +389,46 @@ def run_training(
 
     Raises:
         RuntimeError: the loss became NaN or infinite; names step, structures and the last good checkpoint.
+        ValueError: batches smaller than the number of processes.
     """
     checkpoint = folder / "checkpoint.safetensors"
-    limits = []
-    if config.batch_atoms is not None:
-        limits.append((np.array([train[k].n_atoms for k in range(len(train))]), config.batch_atoms))
-    if config.batch_edges is not None:
-        limits.append((edge_counts(train, state.potential.cutoff, state.potential.max_neighbors), config.batch_edges))
-    logger = Log(folder, config, state.step) if workers.rank == 0 else None
-    stop = _StopOnSignal()
-    bar = tqdm(total=config.steps, initial=state.step, unit="step", disable=quiet(progress and workers.rank == 0), dynamic_ncols=True)
-    done = state.step >= config.steps or stopped_early(state, config)
-    with stop, bar:
+    began = CLOCKS[config.clock]() - state.seconds
+    limits = batch_limits(state.potential, train, config)
+    logger = Log(folder, config, state.step) if group.rank == 0 else None
+    first, saved_at, done = state.step, state.seconds, finished(state, config)
+
+    def elapsed() -> float:  # where time decides, all processes go by the first one's
+        seconds = CLOCKS[config.clock]() - began
+        return seconds if config.minutes is None else group.broadcast(seconds)
+
+    with StopRequested() as stop, closing(logger) if logger else nullcontext(), Bar(state, config, progress and group.rank == 0) as bar:
         while not done:
-            batches = epoch_batches(len(train), config.batch_size, config.seed, state.epoch, limits)
-            mine = [b[workers.rank :: workers.world] for b in batches if len(b) >= workers.world]
-            if not mine:
-                raise ValueError(
-                    f"training.batch_size is {config.batch_size} for {workers.world} processes and {len(train)} training frames: "
-                    "no batch has a frame for every process. Raise training.batch_size, or start fewer processes."
-                )
-            for graph in graphs(state.potential, train, mine[state.batch :]):
-                began = time.perf_counter()
-                try:
-                    train_step(state, graph, loss, config, workers)
-                except FloatingPointError as error:
-                    last = f"'{checkpoint}'" if checkpoint.exists() else "none yet"
-                    raise RuntimeError(
-                        f"Training stopped at step {state.step}: {error}, on {', '.join(graph.names)}. Last good checkpoint: {last}. "
-                        "Look at these structures (gossamer data inspect), lower training.learning_rate or training.clip_norm."
-                    ) from None
-                state.step += 1
-                state.batch += 1
-                state.seconds += time.perf_counter() - began
-                bar.update()
-                done = state.step >= config.steps
-                if state.step % config.valid_every == 0 or done:
-                    row = validate(state, valid, loss, config, workers, save_best)
-                    done = done or stopped_early(state, config)
+            batches = shared_batches(len(train), state.epoch, config, group, limits)
+            for graph in graphs(state.potential, train, batches[state.batch :]):
+                before = elapsed()
+                checked_step(state, graph, loss, config, group, checkpoint)
+                state.step, state.batch, state.seconds = state.step + 1, state.batch + 1, elapsed()
+                if state.step == 1:
+                    state.first_seconds = state.seconds
+                if state.step > first + 1:  # the first one may compile
+                    state.step_seconds, state.timed_steps = state.step_seconds + state.seconds - before, state.timed_steps + 1
+                bar.show(state)
+                done = finished(state, config)
+                validated = done or validation_due(state, config)
+                if validated:
+                    row = validate(state, valid, loss, config, group, save_best)
+                    state.valid_seconds, state.seconds = elapsed() - state.seconds, elapsed()
+                    state.validated_at, done = state.seconds, finished(state, config)
                     if logger is not None:
                         logger.write(row)
-                        bar.set_postfix_str(_brief(row))
-                        if bar.disable:  # no terminal: a line now and then instead of a bar
-                            log.info("step %d of %d: %s", state.step, config.steps, _brief(row))
-                stopping = stop.requested if workers.world == 1 else workers.any(stop.requested)
-                if (state.step % config.checkpoint_every == 0 or done or stopping) and workers.rank == 0:
-                    save_state(state, checkpoint, identity)
-                if stopping:
-                    log.warning("stopped by a signal at step %d; resume goes on from '%s'", state.step, checkpoint)
+                        bar.report(row)
+                stopping = stop.requested if group.world == 1 else group.any(stop.requested)
+                if validated or stopping or checkpoint_due(state, config, saved_at):
+                    saved_at = state.seconds
+                    if group.rank == 0:
+                        save_state(state, checkpoint, identity)
+                if stopping and not done:
+                    log.warning("stopped by a signal at step %d; --resume goes on from '%s'", state.step, checkpoint)
                     return state
                 if done:
                     break
@@ -351,9 +437,44 @@ def run_training(
     return state
 
 
-def stopped_early(state: State, config: TrainingConfig) -> bool:
-    """Whether validation has not improved for as long as the settings allow."""
-    return config.early_stopping is not None and state.stale >= config.early_stopping
+def batch_limits(potential: Potential, train: Sequence[Structure], config: TrainingConfig) -> list[tuple[np.ndarray, int]]:
+    """For each limit of the settings: the sizes of all structures, and the largest sum of a batch."""
+    limits = []
+    if config.batch_atoms is not None:
+        limits.append((np.array([train[k].n_atoms for k in range(len(train))]), config.batch_atoms))
+    if config.batch_edges is not None:
+        limits.append((edge_counts(train, potential.cutoff, potential.max_neighbors), config.batch_edges))
+    return limits
+
+
+def shared_batches(
+    n_train: int, epoch: int, config: TrainingConfig, group: ProcessGroup, limits: Sequence[tuple[np.ndarray, int]]
+) -> list[list[int]]:
+    """This process's share of each batch of an epoch.
+
+    Raises:
+        ValueError: no batch has a structure for every process.
+    """
+    batches = epoch_batches(n_train, config.batch_size, config.seed, epoch, limits)
+    mine = [b[group.rank :: group.world] for b in batches if len(b) >= group.world]
+    if not mine:
+        raise ValueError(
+            f"training.batch_size is {config.batch_size} for {group.world} processes and {n_train} training frames: "
+            "no batch has a frame for every process. Raise training.batch_size, or start fewer processes."
+        )
+    return mine
+
+
+def checked_step(state: State, graph: Graph, loss: LossConfig, config: TrainingConfig, group: ProcessGroup, checkpoint: Path) -> None:
+    """A training step, whose failure names the step, the structures and the checkpoint to go back to."""
+    try:
+        train_step(state, graph, loss, config, group)
+    except FloatingPointError as error:
+        last = f"'{checkpoint}'" if checkpoint.exists() else "none yet"
+        raise RuntimeError(
+            f"Training stopped at step {state.step}: {error}, on {', '.join(graph.names)}. Last good checkpoint: {last}. "
+            "Look at these structures (gossamer data inspect), lower training.learning_rate or training.clip_norm."
+        ) from None
 
 
 def validate(
@@ -361,13 +482,13 @@ def validate(
     valid: Sequence[Structure],
     loss: LossConfig,
     config: TrainingConfig,
-    workers: ProcessGroup,
+    group: ProcessGroup,
     save_best: Callable[[Potential], None],
 ) -> dict[str, Any]:
     """Errors of the averaged weights; saves them if they are the best so far; returns a row of the log."""
-    row: dict[str, Any] = {"step": state.step, "epoch": state.epoch, "learning_rate": state.schedule.rate(state.step - 1)}
+    row: dict[str, Any] = {"step": state.step, "epoch": state.epoch, "learning_rate": state.optimizer.param_groups[0]["lr"]}
     metric = math.inf
-    if workers.rank == 0:
+    if group.rank == 0:
         evaluation = evaluate_potential(state.ema.module, valid, keep=0, run=state.averaged)
         metric = validation_loss(evaluation, loss)
         row |= {
@@ -375,11 +496,11 @@ def validate(
             for name, errors in evaluation.errors.items()
             for kind, value in (("mae", errors.mae), ("rmse", errors.rmse))
         }
-    metric = workers.broadcast(metric)
+    metric = group.broadcast(metric)
     state.schedule.observe(metric)
     if metric < state.best:
         state.best, state.stale = metric, 0
-        if workers.rank == 0:
+        if group.rank == 0:
             save_best(state.ema.module)
     else:
         state.stale += 1
@@ -389,32 +510,34 @@ def validate(
     return row
 
 
-def quiet(progress: bool) -> bool | None:
-    """What tqdm's ``disable`` should be: None shows the bar on a terminal only."""
-    return None if progress else True
+class Bar:
+    """The progress bar: steps, or seconds where time decides; without a terminal, a line at every validation."""
 
+    def __init__(self, state: State, config: TrainingConfig, visible: bool) -> None:
+        self.timed = config.minutes is not None
+        total, unit = (round(60 * config.minutes), "s") if self.timed else (config.steps, "step")
+        # None shows the bar on a terminal only
+        self.bar = tqdm(total=total, initial=self._position(state), unit=unit, disable=None if visible else True, dynamic_ncols=True)
+        self.total = total
 
-def _brief(row: dict[str, Any]) -> str:
-    parts = [("E", "valid_energy_mae", "meV/atom"), ("F", "valid_forces_mae", "meV/Å"), ("S", "valid_stress_mae", "meV/Å³")]
-    return "  ".join(f"{s} {row[k]:.2f} {unit}" for s, k, unit in parts if row.get(k, "") != "")
+    def _position(self, state: State) -> int:
+        return int(state.seconds) if self.timed else state.step
 
+    def show(self, state: State) -> None:
+        """Move to where the state is."""
+        self.bar.update(self._position(state) - self.bar.n)
 
-class _StopOnSignal:
-    """Notes SIGTERM instead of dying of it, while the loop runs (in the main thread)."""
+    def report(self, row: dict[str, Any]) -> None:
+        """Show the errors of a validation."""
+        parts = [("E", "valid_energy_mae", "meV/atom"), ("F", "valid_forces_mae", "meV/Å"), ("S", "valid_stress_mae", "meV/Å³")]
+        text = "  ".join(f"{s} {row[k]:.2f} {unit}" for s, k, unit in parts if row.get(k, "") != "")
+        self.bar.set_postfix_str(text)
+        if self.bar.disable:
+            place = f" ({row['seconds']:.0f} of {self.total} s)" if self.timed else f" of {self.total}"
+            log.info("step %d%s: %s", row["step"], place, text)
 
-    def __init__(self) -> None:
-        self.requested = False
-        self._previous: Any = None
-
-    def __enter__(self) -> None:
-        try:
-            self._previous = signal.signal(signal.SIGTERM, self._note)
-        except ValueError:  # not the main thread: signals are someone else's business
-            self._previous = None
-
-    def _note(self, *_: object) -> None:
-        self.requested = True
+    def __enter__(self) -> Bar:
+        return self
 
     def __exit__(self, *_: object) -> None:
-        if self._previous is not None:
-            signal.signal(signal.SIGTERM, self._previous)
+        self.bar.close()

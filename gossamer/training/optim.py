@@ -20,7 +20,7 @@ class ScheduleConfig:
     kind: Literal["cosine", "linear", "constant", "plateau"] = "cosine"
     """"plateau" multiplies by ``factor`` when validation has not improved ``patience`` times in a row."""
     warmup_steps: Annotated[int, Field(ge=0)] = 100
-    """Steps over which the rate rises linearly."""
+    """Steps over which the rate rises linearly; with training.minutes, at most a tenth of the time."""
     initial: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Rate before the first of them, as a fraction of ``learning_rate``."""
     final: Annotated[float, Field(ge=0, le=1)] = 0.01
@@ -32,23 +32,35 @@ class ScheduleConfig:
 
 
 class Schedule:
-    """Learning rate as a function of the step; the plateau kind also listens to validation."""
+    """Learning rate as a function of the step, or of the time; the plateau kind also listens to validation."""
 
     def __init__(self, config: ScheduleConfig, learning_rate: float, total_steps: int) -> None:
         self.config, self.base, self.total = config, learning_rate, total_steps
         self.scale, self.best, self.bad = 1.0, math.inf, 0
 
-    def rate(self, step: int) -> float:
-        """Learning rate of the step (counted from 0)."""
+    def rate(self, step: int, progress: float | None = None) -> float:
+        """Learning rate of a step.
+
+        Args:
+            step: Counted from 0.
+            progress: In a run of a given time, the share of it that has passed (0 to 1); None where steps decide.
+        """
         c = self.config
+        if progress is not None:
+            rise = min(1.0, max((step + 1) / max(1, c.warmup_steps), progress / 0.1))
+            return self.base * (c.initial + (1 - c.initial) * rise) * self._shape(progress)
         if step < c.warmup_steps:
             return self.base * (c.initial + (1 - c.initial) * (step + 1) / c.warmup_steps)
-        progress = min(1.0, (step - c.warmup_steps) / max(1, self.total - c.warmup_steps))
+        return self.base * self._shape(min(1.0, (step - c.warmup_steps) / max(1, self.total - c.warmup_steps)))
+
+    def _shape(self, progress: float) -> float:
+        """Rate over the largest one."""
+        c = self.config
         if c.kind == "cosine":
-            return self.base * (c.final + (1 - c.final) * 0.5 * (1 + math.cos(math.pi * progress)))
+            return c.final + (1 - c.final) * 0.5 * (1 + math.cos(math.pi * progress))
         if c.kind == "linear":
-            return self.base * (1 - (1 - c.final) * progress)
-        return self.base * self.scale
+            return 1 - (1 - c.final) * progress
+        return self.scale
 
     def observe(self, metric: float) -> None:
         """Tell the validation metric (smaller is better)."""
@@ -75,9 +87,17 @@ class EMA:
         self._pairs = [(a.data, b) for a, b in zip(self.module.parameters(), module.parameters(), strict=True)]
 
     @torch.no_grad()
-    def update(self) -> None:
+    def update(self, progress: float | None = None) -> None:
+        """Move towards the weights as they are.
+
+        Args:
+            progress: In a run of a given time, the share of it that has passed: the average is then never longer than a
+                twentieth of the steps that the whole run will have taken.
+        """
         self.updates += 1
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        if progress is not None:
+            decay = min(decay, max(0.0, 1 - 20 * progress / self.updates))
         averaged = [a for a, _ in self._pairs]
         torch._foreach_lerp_(averaged, [b.data for _, b in self._pairs], 1 - decay)
 
