@@ -17,6 +17,7 @@ _PUBLIC = {
     "Structure": "gossamer.data.structure",
     "read_structures": "gossamer.data.readers",
     "Calculator": "gossamer.simulation.calculator",
+    "Engine": "gossamer.engine.engine",
     "train": "gossamer.runs",
     "fit": "gossamer.runs",
     "evaluate": "gossamer.runs",

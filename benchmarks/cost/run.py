@@ -77,7 +77,7 @@ def ours(kind: str):
 
     def infer(name: str):
         atoms = structure(name)
-        atoms.calc = Calculator(Potential(config, statistics), compiled=compiled)
+        atoms.calc = Calculator(Potential(config, statistics), way="program" if compiled else "plain")
         start = atoms.positions.copy()
         import numpy as np
 

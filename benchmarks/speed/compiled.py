@@ -33,10 +33,10 @@ def main() -> None:
     positions = atoms.positions.copy()
     rng = np.random.default_rng(0)
     rows, forces = [], []
-    for compiled in (False, None, True):
+    for way in ("plain", "kernels", "program"):
         atoms.positions = positions
-        atoms.calc = calculator = Calculator(arguments.potential, compiled=compiled)
         began = time.perf_counter()
+        atoms.calc = calculator = Calculator(arguments.potential, way=way)
         forces.append(atoms.get_forces())
         ready = time.perf_counter() - began
         repeats = 60 if len(atoms) < 100 else 15
@@ -47,8 +47,8 @@ def main() -> None:
 
         through_ase = 1000 * fastest(call, repeats, clock=clock)
         atoms.positions = positions
-        graph = calculator._graph(atoms)
-        network = 1000 * fastest(lambda c=calculator, g=graph: c._predict(g, True), repeats, clock=clock)
+        graph = calculator.graph(atoms)
+        network = 1000 * fastest(lambda c=calculator, g=graph: c.engine(g), repeats, clock=clock)
         rows.append(f"{through_ase:.2f} ({network:.2f}; {ready:.0f} s)")
     deviation = np.abs(forces[2] - forces[0]).max()
     model = calculator.potential.network.config.name

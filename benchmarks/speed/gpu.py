@@ -39,10 +39,10 @@ MODELS: dict[str, dict[str, Any]] = {
     "painn": {"name": "painn"},
 }
 MODES: dict[str, dict[str, Any]] = {
-    "plain": {"compiled": False},
-    "kernels": {"compiled": None},
-    "program": {"compiled": True},
-    "CUDA graph": {"cuda_graph": True},
+    "plain": {"way": "plain"},
+    "kernels": {"way": "auto"},
+    "program": {"way": "program"},
+    "CUDA graph": {"way": "graph"},
 }
 ELEMENTS = ["H", "C", "O"]
 
@@ -70,7 +70,7 @@ def run(model: dict[str, Any], options: dict[str, Any], atoms: Any, device: str)
         atoms.get_forces()
 
     step()
-    ran = "CUDA graph" if calculator.captured is not None else calculator.mode
+    ran = calculator.engine.way
     return 1000 * fastest(step, 10, 10.0), forces, ran, torch.cuda.max_memory_allocated() / 1e6 if device == "cuda" else 0.0
 
 

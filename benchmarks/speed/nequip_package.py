@@ -89,7 +89,7 @@ def ours(preset: str, how: str):
     values = {**same, **OWN[preset]} if preset in OWN else {"preset": preset}
     model = make_config({"data": {"train": "-"}, "model": {"name": "nequip", "cutoff": CUTOFF, **values}}).model
     potential = Potential(model, Statistics(elements=ELEMENTS, reference_energies=dict.fromkeys(ELEMENTS, 0.0), mean_neighbors=NEIGHBORS))
-    return Calculator(potential, compiled={"plain": False, "kernels": None, "compiled": True}[how]), potential.num_parameters
+    return Calculator(potential, way="program" if how == "compiled" else how), potential.num_parameters
 
 
 def serve(kind: str) -> None:

@@ -35,7 +35,7 @@ ELEMENTS = {1: "H", 6: "C", 8: "O", 14: "Si", 29: "Cu"}
 ALL = list(range(1, 90))
 
 
-def ours(model: dict[str, Any], mode: bool | None) -> tuple[Any, int]:
+def ours(model: dict[str, Any], way: str) -> tuple[Any, int]:
     from gossamer.config import make_config
     from gossamer.data.statistics import Statistics
     from gossamer.potential import Potential
@@ -44,7 +44,7 @@ def ours(model: dict[str, Any], mode: bool | None) -> tuple[Any, int]:
     symbols = list(ELEMENTS.values())
     config = make_config({"data": {"train": "-"}, "model": model}).model
     potential = Potential(config, Statistics(elements=symbols, reference_energies=dict.fromkeys(symbols, 0.0), mean_neighbors=30.0))
-    return Calculator(potential, compiled=mode), potential.num_parameters
+    return Calculator(potential, way=way), potential.num_parameters
 
 
 def nequip(preset: str | None, cutoff: float, allegro: bool = False) -> tuple[Any, int]:
@@ -257,7 +257,7 @@ PARITY = {**SAME, "num_layers": 4, "l_max": 2, "num_features": 32, "parity": Tru
 WIDE = {"num_features": 128, "num_layers": 3, "num_basis": 20}
 MODELS: dict[str, tuple[str, Callable[[], tuple[Any, int]]]] = {
     **{
-        f"{label}{suffix}": ("ours", lambda m=model, k=mode: ours(m, k))
+        f"{label}{suffix}": ("ours", lambda m=model, w=way: ours(m, w))
         for label, model in {
             "leignn (default)": {"name": "leignn"}, "leignn 128": {"name": "leignn", **WIDE}, "painn 128": {"name": "painn", **WIDE},
             "schnet 128, 6 layers": {"name": "schnet", "num_features": 128, "num_layers": 6, "num_basis": 20},
@@ -267,7 +267,7 @@ MODELS: dict[str, tuple[str, Callable[[], tuple[Any, int]]]] = {
             "geodite 192, 4 layers, 5 Å": {"name": "geodite", "num_features": 192, "num_layers": 4},
             "geodite 192, 4 layers, 6 Å": {"name": "geodite", "num_features": 192, "num_layers": 4, "cutoff": 6.0},
         }.items()
-        for suffix, mode in {", kernels": None, ", program": True}.items()
+        for suffix, way in {", kernels": "kernels", ", program": "program"}.items()
     },
     "nequip S, AOTInductor": ("nequip", lambda: nequip("S", 5.0)),
     "nequip M, AOTInductor": ("nequip", lambda: nequip("M", 5.0)),

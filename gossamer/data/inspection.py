@@ -61,6 +61,7 @@ def inspect(data: Path | str | Sequence[Structure], labels: LabelConfig | None =
     _pairs(different, report)
     _strained_pairs(different, report)
     _stress_against_volume(different, report)
+    _energy_unit([s for s in structures if s.energy is not None], report)
     return report
 
 
@@ -203,10 +204,8 @@ def _duplicates(structures: Sequence[Structure], report: Inspection) -> list[Str
 
 
 def _energies(structures: Sequence[Structure], report: Inspection) -> None:
-    """Units that show in the energies themselves; outliers of energy per atom after removing the best reference energies."""
+    """Outliers of energy per atom after removing the best reference energies."""
     chosen = [s for s in structures if s.energy is not None]
-    if chosen:
-        _energy_unit(chosen, report)
     if len(chosen) < 10:
         return
     rows = np.array([np.bincount(s.atomic_numbers, minlength=119) for s in chosen], dtype=float)
@@ -230,8 +229,11 @@ def _energy_unit(structures: Sequence[Structure], report: Inspection) -> None:
     """Total energies of all electrons are known to a few per cent from the atomic numbers: they show a unit other than eV.
 
     Energy of a free atom in Hartree (Thomas and Fermi, Scott, Schwinger): -0.7687 Z^(7/3) + Z²/2 - 0.2699 Z^(5/3). Energies of
-    pseudopotentials are smaller, so that one above eV's cannot be chance; one below it can.
+    pseudopotentials are smaller, so that one above eV's cannot be chance; one below it can, and is if forces agree with energies.
     """
+    if not structures:
+        return
+    agree = report.numbers.get("energy_against_forces", {}).get("conclusive", False)
     z = np.arange(119.0)
     atoms = 27.2114 * (-0.768745 * z ** (7 / 3) + 0.5 * z**2 - 0.2699 * z ** (5 / 3))
     ratio = float(np.median([s.energy / atoms[s.atomic_numbers].sum() for s in structures]))
@@ -240,7 +242,7 @@ def _energy_unit(structures: Sequence[Structure], report: Inspection) -> None:
             message = f"energies are {ratio:.3g} times those of all electrons in eV, as if they were in {unit}: set --energy-unit {unit}"
             if ratio > 1:
                 report.errors.append(message + " (data.labels.energy_unit)")
-            else:
+            elif not agree:
                 report.warnings.append(message + " if they hold all electrons")
 
 

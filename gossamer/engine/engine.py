@@ -19,7 +19,7 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from gossamer.engine.agreement import TABLE_TOLERANCE, TOLERANCE, agree, probe
+from gossamer.engine.agreement import TABLE_TOLERANCE, TOLERANCE, agree, probe, rattled
 from gossamer.engine.cuda_graph import CudaGraph
 from gossamer.engine.kernels.attach import attach_kernels, sharing_copy
 from gossamer.engine.kernels.cpu import Missing
@@ -84,7 +84,7 @@ class Engine:
 
         Programs and CUDA graphs leave to the kernels what they cannot take: lone atoms, or batches of which there is no program.
         """
-        if self.asked == "graph" and fits(graph):
+        if self.asked == "graph" and graph.n_graphs == 1 and fits(graph):
             return self._recorded(graph)
         program = self.program if graph.n_graphs == 1 else self.batch_program
         if program is not None and fits(graph):
@@ -165,6 +165,7 @@ class Engine:
                 return self._evaluate(potential, graph, True)
 
             recording = CudaGraph(run, graph, potential.cutoff)
-            agree(run(graph), recording(graph), potential, graph, TOLERANCE[potential.dtype])
+            moved = rattled(graph)
+            agree(run(moved), recording(moved), potential, moved, TOLERANCE[potential.dtype])
             self._recording = recording
         return self._recording(graph)

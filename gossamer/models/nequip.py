@@ -293,11 +293,6 @@ class NequIP(Network):
     """without biases an isolated atom gives zero by itself"""
 
     def __init__(self, config: NequIPConfig, facts: DataFacts) -> None:
-        """
-        Args:
-            config: Settings.
-            facts: Elements, mean number of neighbours, and the scale of each element.
-        """
         super().__init__()
         self.config = config
         channels = config.channels
@@ -328,24 +323,18 @@ class NequIP(Network):
             self.scales = nn.Embedding.from_pretrained(torch.tensor(values)[:, None], freeze=not config.train_scales)
 
     def energy_rows(self) -> dict[str, tuple[int, Tensor]]:
-        """Weights of the last layer that also serve the direct forces: (axis, indices along it that serve the energy).
-
-        These weights are larger with `direct_forces`; fine-tuning copies the part that both networks have.
-        """
-        last, mul, rows, first = len(self.layers) - 1, self.config.channels[0], [], 0
-        for product, width in zip(
-            self.layers[last].convolution.convolution.products, self.layers[last].convolution.convolution.channels, strict=True
-        ):
-            rows += list(range(first, first + width)) if self.layers[last].irreps_summed[product.out].kind == (0, 1) else []
-            first += width
-        prefix = f"layers.{last}"
-        scalars = torch.arange(mul)
+        """As `Network.energy_rows`: the scalars of the last layer, and the radial functions of the paths to them."""
+        last = self.layers[-1]
+        prefix, scalars = f"layers.{len(self.layers) - 1}", torch.arange(self.config.channels[0])
+        products = last.convolution.convolution
+        serves = [last.irreps_summed[p.out].kind == (0, 1) for p in products.products]
+        rows = torch.tensor(serves).repeat_interleave(torch.tensor(products.channels)).nonzero()[:, 0]
         names = {
-            f"{prefix}.convolution.radial.{2 * self.config.radial_depth}.weight": (0, torch.tensor(rows)),
+            f"{prefix}.convolution.radial.{2 * self.config.radial_depth}.weight": (0, rows),
             f"{prefix}.linear_out.0.weight": (0, scalars),
         }
-        if last > 0:
-            names[f"{prefix}.self_connection.0.weight"] = (2 if self.config.self_connection == "element" else 0, scalars)
+        if len(self.layers) > 1:
+            names[f"{prefix}.self_connection.0.weight"] = (2 if last.per_element else 0, scalars)
         return names
 
     def pair_cutoffs(self) -> Float[Tensor, "elements elements"] | None:
@@ -378,10 +367,9 @@ class NequIP(Network):
         lengths = torch.linalg.vector_norm(edge_vectors, dim=-1)
         distance = self.scaled(lengths, species, edge_index)
         edges = Edges(edge_index, distance, self.harmonics(edge_vectors / lengths[:, None]), lambda: self.radial_basis(distance))
-        table = self.embedding.weight
         x = self.embedding(species)
         for layer in self.layers:
-            x = layer(x, species, table, edges)
+            x = layer(x, species, self.embedding.weight, edges)
         scalars, *vectors = blocks(x, self.layers[-1].irreps_out)
         energies = self.readout(scalars[:, 0])[:, 0]
         if self.scales is not None:
