@@ -275,7 +275,7 @@ MODELS: dict[str, tuple[str, Callable[[], tuple[Any, int]]]] = {
     "nequip S 6 Å, AOTInductor": ("nequip", lambda: nequip("S", 6.0)),
     "allegro l2, 2 layers, AOTInductor": ("nequip", lambda: nequip(None, 5.0, allegro=True)),
     "mace 64x0e+64x1o, correlation 2": ("mace", lambda: mace("64x0e + 64x1o", 2, list(ELEMENTS))),
-    "mace medium (MP-0)": ("mace", lambda: mace("128x0e + 128x1o", 3, ALL)),
+    "mace 128x0e+128x1o, correlation 3 (not MP-0 medium)": ("mace", lambda: mace("128x0e + 128x1o", 3, ALL)),
     "sevennet-0": ("sevenn", sevenn),
     "chgnet 0.3.0": ("chgnet", chgnet),
     "schnetpack painn 128": ("schnetpack", lambda: schnetpack("painn", 3)),
