@@ -24,7 +24,7 @@ from gossamer.data.fingerprint import SeenFrames
 from gossamer.data.statistics import Statistics
 from gossamer.data.structure import Structure
 from gossamer.files import write_bytes
-from gossamer.models import MODELS
+from gossamer.models import MODELS, Network
 from gossamer.potential import DTYPES, Potential, PotentialConfig
 from gossamer.quantities import QUANTITIES
 from gossamer.settings import build, to_dict
@@ -95,9 +95,14 @@ def weight_shapes(path: Path | str) -> dict[str, list[int]]:
 def weights_of(tensors: Mapping[str, Tensor], manifest: Mapping[str, Any]) -> dict[str, Tensor]:
     """The network's weights among the tensors of a file, by the names they have today."""
     found = {k.removeprefix("network."): v for k, v in tensors.items() if k.startswith("network.")}
-    if manifest["format"] == 1:
-        for old, new in MODELS[manifest["model"]["name"]][1].renamed.items():
-            found = {re.sub(old, new, k): v for k, v in found.items()}
+    return current_names(MODELS[manifest["model"]["name"]][1], found) if manifest["format"] == 1 else found
+
+
+def current_names(network: type[Network], weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights under the names of format 1, by the names they have today."""
+    found = dict(weights)
+    for old, new in network.renamed.items():
+        found = {re.sub(old, new, k): v for k, v in found.items()}
     return found
 
 

@@ -401,6 +401,7 @@ def test_kept_libraries_are_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     tmp_path.chmod(0o700)
 
 
+@pytest.mark.slow  # the source of high degrees takes the compiler a minute
 def test_scratch_fits_on_small_stacks() -> None:
     """High degrees in float64 from a thread with a small stack."""
     convolution = nequip_convolution(3, True, [2, 2, 2, 2])

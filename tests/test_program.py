@@ -75,6 +75,13 @@ if potential.conservative:
     assert force_gradient_error(fast, crystal) < 1e-6
     assert stress_gradient_error(fast, crystal) < 1e-7
     assert max(e["relative"] for e in symmetry_errors(fast, crystal).values()) < 1e-9
+lone = molecule("C2H6")[:1]  # one atom: left to the potential itself
+lone.calc = fast
+lone.get_forces()
+"""
+
+
+BATCHES = """
 # batches: a program of their own
 from gossamer.data.readers import LabelConfig, from_atoms
 frames = [crystal, crystal.repeat((2, 1, 1)), molecule("CH3OH"), molecule("C2H6")[:1], molecule("H2O")]
@@ -89,9 +96,6 @@ for structures in (frames, frames[:2] * 2):
     if a.stress is not None:
         assert torch.equal(a.stress.isnan(), b.stress.isnan())
         assert float((a.stress - b.stress).nan_to_num().abs().max()) < 1e-7
-lone = molecule("C2H6")[:1]  # one atom: left to the potential itself
-lone.calc = fast
-lone.get_forces()
 """
 
 
@@ -100,6 +104,13 @@ lone.get_forces()
 def test_program_is_the_potential(name: str, cache: Path) -> None:
     """Energies, forces and stress to 1e-10 in float64 for other sizes than it was traced with; derivatives and symmetries by itself."""
     assert "worst" in run_without_hook(CHECK.format(name=name), cache.parent)
+    assert len(list(cache.glob("*.pt2"))) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["sound", "sound-global", "direct", "nequip", "geodite", "painn", "schnet"])
+def test_programs_of_batches_are_the_potential(name: str, cache: Path) -> None:
+    assert "worst" in run_without_hook(CHECK.format(name=name) + BATCHES, cache.parent)
     assert len(list(cache.glob("*.pt2"))) == 2  # of one structure and of batches
 
 

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from gossamer.data.statistics import Statistics
+from gossamer.engine.kernels.attach import FixedMaps
 from gossamer.graph import Graph
 from gossamer.models import (
     LEIGNN,
@@ -34,6 +35,7 @@ from gossamer.models import (
 )
 from gossamer.nn.layers import sum_by_index
 from gossamer.potential import Potential, PotentialConfig
+from gossamer.potential_file import current_names
 
 TOLERANCE = 1e-10
 VARIANTS = {
@@ -85,7 +87,7 @@ def compare_leignn(data: np.lib.npyio.NpzFile) -> dict[str, float]:
         )  # fmt: skip
         weights = leignn_weights(data, variant)
         model = LEIGNN(config, DataFacts(atomic_numbers=tuple(range(len(weights["embedding.weight"]))))).double()
-        model.load_state_dict(weights)
+        model.load_state_dict(current_names(LEIGNN, weights))
         outputs: dict[str, torch.Tensor] = {}
 
         def keep(layer: int, outputs: dict[str, torch.Tensor] = outputs):
@@ -189,7 +191,7 @@ NEQUIP_OPTIONS = {
     "l_max": "l_max", "num_features": "num_features", "num_layers": "num_layers", "parity": "parity", "cutoff": "cutoff",
     "type_embed_num_features": "embedding_features", "radial_mlp_depth": "radial_depth", "radial_mlp_width": "radial_width",
     "bessel_trainable": "train_bessel", "polynomial_cutoff_p": "envelope_power", "per_edge_type_cutoff": "pair_cutoffs",
-    "readout_mlp_hidden_layers_depth": "readout_depth", "readout_mlp_hidden_layers_width": "readout_width",
+    "num_bessels": "num_basis", "readout_mlp_hidden_layers_depth": "readout_depth", "readout_mlp_hidden_layers_width": "readout_width",
 }  # fmt: skip
 
 
@@ -250,7 +252,7 @@ def compare_nequip(data: np.lib.npyio.NpzFile) -> dict[str, float]:
         potential.network.double()
         weights = nequip_weights(data, variant, potential.network)
         weights["scales.weight"] = torch.tensor([[settings["scales"][e]] for e in elements], dtype=torch.float64)
-        potential.network.load_state_dict(weights)
+        potential.network.load_state_dict(current_names(NequIP, weights))
         out = potential(graph, stress=True)
         for name in ("energy", "forces", "stress"):
             ours, theirs = getattr(out, name).detach().numpy(), data[f"{variant}/{name}"]
@@ -263,8 +265,8 @@ def compare_nequip(data: np.lib.npyio.NpzFile) -> dict[str, float]:
             for connection in layer.self_connection:
                 x = torch.randn(len(graph.atomic_numbers), 3, connection.weight.shape[0], dtype=torch.float64)
                 species = potential.species_of[graph.atomic_numbers]
-                folded = connection.eval()(x, species, table).detach().numpy()
-                plain = connection.train()(x, species, table).detach().numpy()
+                folded = FixedMaps(connection.maps(table))(x, species, table).detach().numpy()
+                plain = connection(x, species, table).detach().numpy()
                 key = f"{variant}/folded self-connection"
                 deviations[key] = max(deviations.get(key, 0.0), relative_deviation(folded, plain))
     return deviations
@@ -312,7 +314,7 @@ def compare_schnetpack(data: np.lib.npyio.NpzFile) -> dict[str, float]:
     shifts = torch.einsum("ex,exy->ey", torch.from_numpy(data["edge_shifts"]), torch.from_numpy(data["cell"])[index[receiver]])
     deviations = {}
     for variant, model in models.items():
-        model.double().load_state_dict(schnetpack_weights(data, variant, int(layers)))
+        model.double().load_state_dict(current_names(type(model), schnetpack_weights(data, variant, int(layers))))
         positions = torch.from_numpy(data["positions"]).clone().requires_grad_()
         out = model(numbers, edge_index, positions[sender] + shifts - positions[receiver], index, 2)
         outputs = {"energy": sum_by_index(out.node_energies, index, 2)}
