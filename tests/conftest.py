@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 os.environ.setdefault("MPLBACKEND", "Agg")
@@ -88,6 +89,17 @@ def make_potential(
         if key == "frequencies":  # at whole numbers the sine still vanishes at the cutoff
             torch.nn.init.uniform_(parameter, 0.5, 3.5)
     return potential
+
+
+@pytest.fixture(autouse=True)
+def _kernels_end_with_their_test():
+    """Most tests have no cache and so no kernels; what another test built in this process must not change their last bits."""
+    yield
+    ops, cpu = (sys.modules.get(f"gossamer.engine.kernels.{name}") for name in ("ops", "cpu"))
+    if ops is not None and ops._convolutions:
+        ops._convolutions.clear()
+    for cached in (cpu.library, cpu.sorting, cpu.attention_library) if cpu is not None else ():
+        cached.cache_clear()
 
 
 @pytest.fixture
