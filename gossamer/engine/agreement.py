@@ -37,7 +37,7 @@ def probe(potential: Potential, n_atoms: int = 24, n_structures: int = 1) -> Gra
         rng = np.random.default_rng(seed)
         kinds = rng.permutation(np.resize(numbers, max(n_atoms, len(numbers)) + seed))
         radii = covalent_radii[kinds]
-        # random sequential addition into a cell that two thirds of the densest packing would fill
+        # random sequential addition; spheres of 1.1 covalent radii fill a quarter of the cell
         edge = (np.sum(4 / 3 * np.pi * (1.1 * radii) ** 3) / 0.25) ** (1 / 3)
         placed: list[np.ndarray] = []
         for k in range(len(kinds)):
