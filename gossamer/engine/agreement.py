@@ -112,12 +112,16 @@ def agree(plain: Prediction, other: Prediction, potential: Potential, graph: Gra
         potential: The potential.
         graph: What was predicted: not a structure whose forces vanish by symmetry (`rattled`).
         tolerance: Largest deviation of a force relative to the root mean square force; of energies and stresses, to what such
-            forces make of them over a tenth of an Å, and over one Å.
+            (for energies, at least usual) forces make of them over 0.01 Å, and over one Å.
     """
     scale = max(_rms(plain.forces), 1e-2 * potential.energy_scale)
     atoms = graph.atoms_per_graph().to(torch.float64)
     volumes = torch.linalg.det(graph.cell).abs().clamp(min=1.0)
-    sizes = {"energy": 0.1 * scale * atoms, "forces": torch.as_tensor(scale), "stress": (scale * atoms / volumes)[:, None, None]}
+    sizes = {
+        "energy": 1e-2 * max(scale, potential.energy_scale) * atoms,
+        "forces": torch.as_tensor(scale),
+        "stress": (scale * atoms / volumes)[:, None, None],
+    }
     for name, size in sizes.items():
         a, b = getattr(plain, name), getattr(other, name)
         if a is None:  # stress of direct forces
