@@ -24,16 +24,14 @@ from torch import Tensor, nn
 
 from gossamer.models.base import DataFacts, FitDefaults, ModelOutput, Network
 from gossamer.nn.coupling import Coupling, Irrep, blocks, paths_between, reachable
-from gossamer.nn.layers import Constant, ElementLinear, cat, split
+from gossamer.nn.layers import UNIT_SILU, Constant, ElementLinear, UnitLinear, cat, split, unit_mlp
 from gossamer.nn.products import Edges
 from gossamer.nn.radial import polynomial_envelope
 from gossamer.nn.spherical import SphericalHarmonics
 from gossamer.settings import settings
 
-UNIT_SILU = 1.6791767923989418
-"""c with <(c SiLU(z))²> = 1 for normal z, as e3nn estimates it"""
 UNIT_TANH = 1.5937334472592695
-"""likewise for tanh, which odd scalars pass"""
+"""likewise `UNIT_SILU` for tanh, which odd scalars pass"""
 
 _FOUNDATION = {"variant": "published", "parity": False, "embedding_features": 32, "radial_depth": 1, "radial_width": 128}
 _LARGE = {**_FOUNDATION, "num_layers": 6, "l_max": 3, "num_features": [128, 64, 32, 32]}
@@ -153,29 +151,9 @@ def unit_basis_scale(config: NequIPConfig) -> float:
     return float(((values**2).mean(dim=1) * x**2).sum() / (x**2).sum()) ** -0.5
 
 
-class UnitLinear(nn.Linear):
-    """Linear map of the last axis with weights of unit variance, divided by sqrt(inputs) when used."""
-
-    def __init__(self, num_in: int, num_out: int, uniform: bool = False, gain: float = 1.0) -> None:
-        super().__init__(num_in, num_out, bias=False)
-        self.scale = gain / math.sqrt(num_in)
-        if uniform:
-            nn.init.uniform_(self.weight, -math.sqrt(3), math.sqrt(3))
-        else:
-            nn.init.normal_(self.weight)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.linear(x, self.weight * self.scale)
-
-
 def scalar_mlp(num_in: int, num_out: int, depth: int, width: int, published: bool) -> nn.Sequential:
-    """SiLU network without biases; a gain makes up for the activation (sqrt 2 in the package, the exact one if sound)."""
-    sizes = [num_in, *[width] * depth, num_out]
-    gain = math.sqrt(2) if published else UNIT_SILU
-    layers: list[nn.Module] = []
-    for k in range(len(sizes) - 1):
-        layers += [*([nn.SiLU()] if k else []), UnitLinear(sizes[k], sizes[k + 1], uniform=True, gain=gain if k else 1.0)]
-    return nn.Sequential(*layers)
+    """SiLU network; the package's gain is sqrt 2, that of the sound variant the exact one."""
+    return unit_mlp([num_in, *[width] * depth, num_out], math.sqrt(2) if published else UNIT_SILU)
 
 
 class FeatureNorm(nn.Module):

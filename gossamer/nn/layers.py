@@ -73,6 +73,33 @@ def linear(num_in: int, num_out: int, bias: bool = True) -> nn.Linear:
     return layer
 
 
+UNIT_SILU = 1.6791767923989418
+"""c with <(c SiLU(z))²> = 1 for normal z, as e3nn estimates it"""
+
+
+class UnitLinear(nn.Linear):
+    """Linear map of the last axis with weights of unit variance, divided by sqrt(inputs) when used."""
+
+    def __init__(self, num_in: int, num_out: int, uniform: bool = False, gain: float = 1.0) -> None:
+        super().__init__(num_in, num_out, bias=False)
+        self.scale = gain / math.sqrt(num_in)
+        if uniform:
+            nn.init.uniform_(self.weight, -math.sqrt(3), math.sqrt(3))
+        else:
+            nn.init.normal_(self.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.weight * self.scale)
+
+
+def unit_mlp(sizes: Sequence[int], gain: float = UNIT_SILU) -> nn.Sequential:
+    """SiLU network without biases of these widths, from input to output; the gain makes up for the activation."""
+    layers: list[nn.Module] = []
+    for k in range(len(sizes) - 1):
+        layers += [*([nn.SiLU()] if k else []), UnitLinear(sizes[k], sizes[k + 1], uniform=True, gain=gain if k else 1.0)]
+    return nn.Sequential(*layers)
+
+
 class RadialLinear(nn.Linear):
     """Radial functions that are linear in a basis: columns @ [W, b]ᵀ, rows taken and scaled in parts.
 
