@@ -36,12 +36,12 @@ for name, dtypes in (("odd channels", [torch.float32]), ("l 1, both parities", [
         def radial(x):
             return torch.sin(x[:, None] * torch.arange(1, width + 1) / width * 9) * (1 - x[:, None]) ** 3
         table = pack(convolution, tabulate(radial, dtype), gpu.LANES).to(dtype)
-        rows, columns, order = gpu.sort_edges(edge_index, variables[0])
+        receiver_starts, sender_starts, by_sender = gpu.sort_edges(edge_index, variables[0])
         leaves = [v.clone().requires_grad_() for v in variables]
         plain = definition(convolution, *leaves, table, edge_index)
         gradient = torch.randn(plain.shape, **random)
         wanted = [plain.detach(), *torch.autograd.grad(plain, leaves, gradient)]
-        edges = edge_index, rows, columns, order
+        edges = edge_index, receiver_starts, sender_starts, by_sender
         key = ops.register(convolution, dtype, "cuda")
         found = [ops._convolve_gpu(key, *variables, table, *edges), *ops._convolve_backward_gpu(key, gradient, *variables, table, *edges)]
         assert float(found[0][3].abs().max()) == 0  # no edges
@@ -137,7 +137,7 @@ def test_kernels_compile_for_a_gpu(edge_weights: bool) -> None:
         function = getattr(kernels, name)
         names = function.arg_names
         constants = {"SIZE": 64, "HARMONICS": 4}
-        indices = ("sender", "receiver", "rows", "columns", "order")
+        indices = ("sender", "receiver", "receiver_starts", "sender_starts", "by_sender")
         signature = {n: "constexpr" if n in constants else "*i64" if n in indices else "*fp32" for n in names}
         source = ASTSource(fn=function, signature=signature, constexprs={(names.index(n),): v for n, v in constants.items()})
         built = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 1, "enable_fp_fusion": True})
@@ -155,7 +155,7 @@ def test_attention_compiles_for_a_gpu(l_max: int, parts: int, real: str) -> None
     s = (l_max + 1) ** 2 - 1
     constants = {"C": 192, "H": 8, "S": s, "SP": triton.next_power_of_2(s), "PARTS": parts, "LANES": 32, "EDGES": 16, "WIDTH": 32,
                  "DEGREES": l_max, "RECEIVERS": True}  # fmt: skip
-    indices = ("sender", "receiver", "rows", "columns", "order", "far", "first")
+    indices = ("sender", "receiver", "receiver_starts", "sender_starts", "by_sender", "far", "first")
     for name in ("logits", "collect", "distribute", "to_keys", "to_queries", "align", "align_gradient"):
         function = getattr(attention_gpu, name)
         names = function.arg_names

@@ -118,10 +118,10 @@ extern "C" {
 
 // for every receiver: sums of the messages to scalars (h) and to steerables (out)
 void attend(int64_t atoms, int64_t channels, int64_t parts, int64_t heads, int64_t threads, const T *q, const T *k, const T *g, const T *v, const T *x,
-            const T *sl, const T *f, const T *y, const int64_t *sender, const int64_t *rows, T *h, T *out) {
+            const T *sl, const T *f, const T *y, const int64_t *sender, const int64_t *receiver_starts, T *h, T *out) {
   const Sizes n = {atoms, channels, parts, heads, threads};
   const int64_t C = channels, W = parts * C;
-#pragma omp parallel num_threads(threads) if (threads > 1 && rows[atoms] * channels > SMALL)
+#pragma omp parallel num_threads(threads) if (threads > 1 && receiver_starts[atoms] * channels > SMALL)
   {
     std::vector<T> sum(heads), share(3 * C);
 #pragma omp for schedule(dynamic, 4)
@@ -129,7 +129,7 @@ void attend(int64_t atoms, int64_t channels, int64_t parts, int64_t heads, int64
       T *hi = h + i * C, *oi = out + i * HARMONICS * C;
       std::fill(hi, hi + C, T(0));
       std::fill(oi, oi + HARMONICS * C, T(0));
-      for (int64_t e = rows[i]; e < rows[i + 1]; e++) {
+      for (int64_t e = receiver_starts[i]; e < receiver_starts[i + 1]; e++) {
         const int64_t j = sender[e];
         logits(n, q + i * C, k + j * C, sl + e * C, sum.data());
         for (auto &a : sum) a = a * sigmoid(a) / std::sqrt(T(C));
@@ -142,12 +142,12 @@ void attend(int64_t atoms, int64_t channels, int64_t parts, int64_t heads, int64
 }
 
 void attend_backward(int64_t atoms, int64_t channels, int64_t parts, int64_t heads, int64_t threads, const T *q, const T *k, const T *g, const T *v,
-                     const T *x, const T *sl, const T *f, const T *y, const int64_t *sender, const int64_t *receiver, const int64_t *rows,
-                     const int64_t *columns, const int64_t *order, const T *dh, const T *dout, T *dq, T *dk, T *dg, T *dv, T *dx, T *dsl, T *df, T *dy,
-                     T *dsum) {
+                     const T *x, const T *sl, const T *f, const T *y, const int64_t *sender, const int64_t *receiver, const int64_t *receiver_starts,
+                     const int64_t *sender_starts, const int64_t *by_sender, const T *dh, const T *dout,
+                     T *dq, T *dk, T *dg, T *dv, T *dx, T *dsl, T *df, T *dy, T *dsum) {
   const Sizes n = {atoms, channels, parts, heads, threads};
   const int64_t C = channels, W = parts * C;
-#pragma omp parallel num_threads(threads) if (threads > 1 && rows[atoms] * channels > SMALL)
+#pragma omp parallel num_threads(threads) if (threads > 1 && receiver_starts[atoms] * channels > SMALL)
   {
     std::vector<T> sum(heads), alpha(heads), share(3 * C), dshare(3 * C), y_sums(HARMONICS * LANES);
 #pragma omp for schedule(dynamic, 4)
@@ -157,8 +157,8 @@ void attend_backward(int64_t atoms, int64_t channels, int64_t parts, int64_t hea
       std::fill(dgj, dgj + W, T(0));
       std::fill(dvj, dvj + W, T(0));
       if (parts == 3) std::fill(dxj, dxj + HARMONICS * C, T(0));
-      for (int64_t at = columns[j]; at < columns[j + 1]; at++) {
-        const int64_t e = order[at], i = receiver[e];
+      for (int64_t at = sender_starts[j]; at < sender_starts[j + 1]; at++) {
+        const int64_t e = by_sender[at], i = receiver[e];
         const T *qi = q + i * C, *kj = k + j * C, *se = sl + e * C;
         logits(n, qi, kj, se, sum.data());
         for (int64_t a = 0; a < heads; a++) alpha[a] = sum[a] * sigmoid(sum[a]) / std::sqrt(T(C));
@@ -196,7 +196,7 @@ void attend_backward(int64_t atoms, int64_t channels, int64_t parts, int64_t hea
       const int64_t narrow = C / heads;
       T *dqi = dq + i * C;
       std::fill(dqi, dqi + C, T(0));
-      for (int64_t e = rows[i]; e < rows[i + 1]; e++) {
+      for (int64_t e = receiver_starts[i]; e < receiver_starts[i + 1]; e++) {
         const T *kj = k + sender[e] * C, *se = sl + e * C, *ds = dsum + e * heads;
         for (int64_t head = 0; head < heads; head++) {
           int64_t c = head * narrow;
@@ -208,27 +208,27 @@ void attend_backward(int64_t atoms, int64_t channels, int64_t parts, int64_t hea
   }
 }
 
-void perpendicular(int64_t atoms, int64_t channels, int64_t threads, const T *q, const T *p, const T *y, const int64_t *sender, const int64_t *rows,
-                   T *omega) {
+void perpendicular(int64_t atoms, int64_t channels, int64_t threads, const T *q, const T *p, const T *y, const int64_t *sender,
+                   const int64_t *receiver_starts, T *omega) {
   const Sizes n = {atoms, channels, 0, 0, threads};
   const int64_t C = channels, W = HARMONICS * C;
-#pragma omp parallel for schedule(dynamic, 4) num_threads(threads) if (threads > 1 && rows[atoms] * channels > SMALL)
+#pragma omp parallel for schedule(dynamic, 4) num_threads(threads) if (threads > 1 && receiver_starts[atoms] * channels > SMALL)
   for (int64_t i = 0; i < atoms; i++)
-    for (int64_t e = rows[i]; e < rows[i + 1]; e++) CHANNELS(align<L_>(n, q + i * W, p + sender[e] * W, y + e * HARMONICS, omega + e * C, c))
+    for (int64_t e = receiver_starts[i]; e < receiver_starts[i + 1]; e++) CHANNELS(align<L_>(n, q + i * W, p + sender[e] * W, y + e * HARMONICS, omega + e * C, c))
 }
 
 void perpendicular_backward(int64_t atoms, int64_t channels, int64_t threads, const T *q, const T *p, const T *y, const int64_t *sender,
-                            const int64_t *receiver, const int64_t *rows, const int64_t *columns, const int64_t *order, const T *gradient, T *dq, T *dp,
-                            T *dy) {
+                            const int64_t *receiver, const int64_t *receiver_starts, const int64_t *sender_starts, const int64_t *by_sender,
+                            const T *gradient, T *dq, T *dp, T *dy) {
   const Sizes n = {atoms, channels, 0, 0, threads};
   const int64_t C = channels, W = HARMONICS * C;
-#pragma omp parallel num_threads(threads) if (threads > 1 && rows[atoms] * channels > SMALL)
+#pragma omp parallel num_threads(threads) if (threads > 1 && receiver_starts[atoms] * channels > SMALL)
   {
     std::vector<T> y_sums(HARMONICS * LANES);
 #pragma omp for schedule(dynamic, 4)
     for (int64_t i = 0; i < atoms; i++) {
       std::fill(dq + i * W, dq + (i + 1) * W, T(0));
-      for (int64_t e = rows[i]; e < rows[i + 1]; e++) {
+      for (int64_t e = receiver_starts[i]; e < receiver_starts[i + 1]; e++) {
         std::fill(y_sums.begin(), y_sums.end(), T(0));
         CHANNELS(align_gradient<L_>(n, q + i * W, p + sender[e] * W, y + e * HARMONICS, gradient + e * C, dq + i * W, y_sums.data(), c))
         std::fill(dy + e * HARMONICS, dy + (e + 1) * HARMONICS, T(0));
@@ -238,8 +238,8 @@ void perpendicular_backward(int64_t atoms, int64_t channels, int64_t threads, co
 #pragma omp for schedule(dynamic, 4)
     for (int64_t j = 0; j < atoms; j++) {
       std::fill(dp + j * W, dp + (j + 1) * W, T(0));
-      for (int64_t at = columns[j]; at < columns[j + 1]; at++) {
-        const int64_t e = order[at];
+      for (int64_t at = sender_starts[j]; at < sender_starts[j + 1]; at++) {
+        const int64_t e = by_sender[at];
         CHANNELS(align_gradient<L_>(n, p + j * W, q + receiver[e] * W, y + e * HARMONICS, gradient + e * C, dp + j * W, nullptr, c))
       }
     }

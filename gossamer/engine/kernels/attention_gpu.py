@@ -56,7 +56,7 @@ def components(c, mask, C: tl.constexpr, S: tl.constexpr, SP: tl.constexpr):
 
 @triton.jit
 def collect(
-    g, v, x, alpha, f, y, sender, rows, h, out,
+    g, v, x, alpha, f, y, sender, receiver_starts, h, out,
     C: tl.constexpr, S: tl.constexpr, SP: tl.constexpr, H: tl.constexpr, PARTS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """Sums of the messages to one atom."""
@@ -66,7 +66,7 @@ def collect(
     W: tl.constexpr = PARTS * C
     sum_h = tl.zeros((LANES,), dtype=f.dtype.element_ty)
     sums = tl.zeros((SP, LANES), dtype=f.dtype.element_ty)
-    for e in range(tl.load(rows + i), tl.load(rows + i + 1)):
+    for e in range(tl.load(receiver_starts + i), tl.load(receiver_starts + i + 1)):
         j = tl.load(sender + e)
         ye = tl.load(y + e * S + s, mask=row, other=0.0)
         share = tl.load(alpha + e * H + c // WIDE, mask=mask, other=0.0)
@@ -87,7 +87,7 @@ def collect(
 
 @triton.jit
 def distribute(
-    g, v, x, alpha, f, y, receiver, columns, order, dh, dout, dg, dv, dx, df, dshare, dy,
+    g, v, x, alpha, f, y, receiver, sender_starts, by_sender, dh, dout, dg, dv, dx, df, dshare, dy,
     C: tl.constexpr, S: tl.constexpr, SP: tl.constexpr, H: tl.constexpr, PARTS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the messages of one atom, and what follows from them."""
@@ -106,8 +106,8 @@ def distribute(
         v2 = tl.load(v + j * W + 2 * C + c, mask=mask, other=0.0)
         xj = tl.load(x + j * S * C + place, mask=block, other=0.0)
         to_x = tl.zeros((SP, LANES), dtype=f.dtype.element_ty)
-    for at in range(tl.load(columns + j), tl.load(columns + j + 1)):
-        e = tl.load(order + at)
+    for at in range(tl.load(sender_starts + j), tl.load(sender_starts + j + 1)):
+        e = tl.load(by_sender + at)
         i = tl.load(receiver + e)
         ye = tl.load(y + e * S + s, mask=row, other=0.0)
         d = tl.load(dout + i * S * C + place, mask=block, other=0.0)
@@ -146,13 +146,13 @@ def distribute(
 
 
 @triton.jit
-def to_keys(q, k, sl, ds, receiver, columns, order, dk, dsl, C: tl.constexpr, H: tl.constexpr, LANES: tl.constexpr):
+def to_keys(q, k, sl, ds, receiver, sender_starts, by_sender, dk, dsl, C: tl.constexpr, H: tl.constexpr, LANES: tl.constexpr):
     """From the gradient of the logits: gradients of an atom's key, and of the gates of its edges."""
     j, c, mask = channels(C, LANES)
     kj = tl.load(k + j * C + c, mask=mask, other=0.0)
     total = tl.zeros((LANES,), dtype=k.dtype.element_ty)
-    for at in range(tl.load(columns + j), tl.load(columns + j + 1)):
-        e = tl.load(order + at)
+    for at in range(tl.load(sender_starts + j), tl.load(sender_starts + j + 1)):
+        e = tl.load(by_sender + at)
         i = tl.load(receiver + e)
         scaled = tl.load(ds + e * H + c // (C // H), mask=mask, other=0.0) * tl.load(q + i * C + c, mask=mask, other=0.0)
         total += scaled * tl.load(sl + e * C + c, mask=mask, other=0.0)
@@ -161,11 +161,11 @@ def to_keys(q, k, sl, ds, receiver, columns, order, dk, dsl, C: tl.constexpr, H:
 
 
 @triton.jit
-def to_queries(k, sl, ds, sender, rows, dq, C: tl.constexpr, H: tl.constexpr, LANES: tl.constexpr):
+def to_queries(k, sl, ds, sender, receiver_starts, dq, C: tl.constexpr, H: tl.constexpr, LANES: tl.constexpr):
     """From the gradient of the logits: gradient of an atom's query."""
     i, c, mask = channels(C, LANES)
     total = tl.zeros((LANES,), dtype=k.dtype.element_ty)
-    for e in range(tl.load(rows + i), tl.load(rows + i + 1)):
+    for e in range(tl.load(receiver_starts + i), tl.load(receiver_starts + i + 1)):
         j = tl.load(sender + e)
         scaled = tl.load(ds + e * H + c // (C // H), mask=mask, other=0.0) * tl.load(k + j * C + c, mask=mask, other=0.0)
         total += scaled * tl.load(sl + e * C + c, mask=mask, other=0.0)
@@ -185,12 +185,14 @@ def along(values, ye, s, DEGREES: tl.constexpr):
 
 
 @triton.jit
-def align(q, p, y, sender, rows, omega, C: tl.constexpr, S: tl.constexpr, SP: tl.constexpr, DEGREES: tl.constexpr, LANES: tl.constexpr):
+def align(
+    q, p, y, sender, receiver_starts, omega, C: tl.constexpr, S: tl.constexpr, SP: tl.constexpr, DEGREES: tl.constexpr, LANES: tl.constexpr
+):
     """Σ_l of the inner products of the parts of Q_i and P_j perpendicular to Y_l: Q·P - Σ_l (Q·Y_l)(P·Y_l)."""
     i, c, mask = channels(C, LANES)
     s, row, block, place = components(c, mask, C, S, SP)
     qi = tl.load(q + i * S * C + place, mask=block, other=0.0)
-    for e in range(tl.load(rows + i), tl.load(rows + i + 1)):
+    for e in range(tl.load(receiver_starts + i), tl.load(receiver_starts + i + 1)):
         pj = tl.load(p + tl.load(sender + e) * S * C + place, mask=block, other=0.0)
         ye = tl.load(y + e * S + s, mask=row, other=0.0)
         # (Q·Y_l)(P·Y_l) = Σ_s in l of Q_s Y_s (P·Y_l)
@@ -200,7 +202,7 @@ def align(q, p, y, sender, rows, omega, C: tl.constexpr, S: tl.constexpr, SP: tl
 
 @triton.jit
 def align_gradient(
-    own, other, y, far, first, order, gradient, d_own, dy,
+    own, other, y, far, first, by_sender, gradient, d_own, dy,
     C: tl.constexpr, S: tl.constexpr, SP: tl.constexpr, DEGREES: tl.constexpr, LANES: tl.constexpr, RECEIVERS: tl.constexpr,
 ):  # fmt: skip
     """Gradients of Q of the receivers and of the harmonics; or, from the other end, of P of the senders."""
@@ -212,7 +214,7 @@ def align_gradient(
         if RECEIVERS:
             e = at
         else:
-            e = tl.load(order + at)
+            e = tl.load(by_sender + at)
         theirs = tl.load(other + tl.load(far + e) * S * C + place, mask=block, other=0.0)
         ye = tl.load(y + e * S + s, mask=row, other=0.0)
         d = tl.load(gradient + e * C + c, mask=mask, other=0.0)
@@ -247,18 +249,18 @@ def _logits(heads: int, q: Tensor, k: Tensor, sl: Tensor, edge_index: Tensor) ->
 
 def attend(heads: int, *tensors: Tensor) -> tuple[Tensor, Tensor]:
     """Forward pass of the attention; arguments as for the operator."""
-    *values, edge_index, rows, _, _ = tensors
+    *values, edge_index, receiver_starts, _, _ = tensors
     q, k, g, v, x, sl, f, y = (t.contiguous() for t in values)
     n, c = q.shape
     alpha = torch.nn.functional.silu(_logits(heads, q, k, sl, edge_index)) / math.sqrt(c)
     h, out = torch.empty_like(q), q.new_empty(n, y.shape[1], c)
-    collect[_grid(n, c)](g, v, x, alpha, f, y, edge_index[0], rows, h, out, H=heads, PARTS=f.shape[1] // c, **_sizes(y, c))
+    collect[_grid(n, c)](g, v, x, alpha, f, y, edge_index[0], receiver_starts, h, out, H=heads, PARTS=f.shape[1] // c, **_sizes(y, c))
     return h, out
 
 
 def attend_backward(heads: int, *tensors: Tensor) -> tuple[Tensor, ...]:
     """Backward pass of the attention; arguments as for the operator."""
-    *values, edge_index, rows, columns, order = tensors
+    *values, edge_index, receiver_starts, sender_starts, by_sender = tensors
     dh, dout, q, k, g, v, x, sl, f, y = (t.contiguous() for t in values)
     n, c = q.shape
     sender, receiver = edge_index
@@ -268,33 +270,52 @@ def attend_backward(heads: int, *tensors: Tensor) -> tuple[Tensor, ...]:
     dg, dv, dx, df = (torch.empty_like(t) for t in (g, v, x, f))
     dy, dshare = torch.zeros_like(y), f.new_zeros(f.shape[0], 3 * c)
     distribute[_grid(n, c)](
-        g, v, x, alpha, f, y, receiver, columns, order, dh, dout, dg, dv, dx, df, dshare, dy, H=heads, PARTS=f.shape[1] // c, **_sizes(y, c)
+        g,
+        v,
+        x,
+        alpha,
+        f,
+        y,
+        receiver,
+        sender_starts,
+        by_sender,
+        dh,
+        dout,
+        dg,
+        dv,
+        dx,
+        df,
+        dshare,
+        dy,
+        H=heads,
+        PARTS=f.shape[1] // c,
+        **_sizes(y, c),
     )
     ds = dshare.reshape(f.shape[0], heads, 3 * c // heads).sum(dim=2) * (z * (1 + a * (1 - z)) / math.sqrt(c))
     dq, dk, dsl = (torch.empty_like(t) for t in (q, k, sl))
     sizes = {"C": c, "H": heads, "LANES": LANES, **OPTIONS}
-    to_keys[_grid(n, c)](q, k, sl, ds, receiver, columns, order, dk, dsl, **sizes)
-    to_queries[_grid(n, c)](k, sl, ds, sender, rows, dq, **sizes)
+    to_keys[_grid(n, c)](q, k, sl, ds, receiver, sender_starts, by_sender, dk, dsl, **sizes)
+    to_queries[_grid(n, c)](k, sl, ds, sender, receiver_starts, dq, **sizes)
     return dq, dk, dg, dv, dx, dsl, df, dy
 
 
 def perpendicular(*tensors: Tensor) -> Tensor:
     """Forward pass of the alignment; arguments as for the operator."""
-    *values, edge_index, rows, _, _ = tensors
+    *values, edge_index, receiver_starts, _, _ = tensors
     q, p, y = (t.contiguous() for t in values)
     n, _, c = q.shape
     omega = q.new_empty(edge_index.shape[1], c)
-    align[_grid(n, c)](q, p, y, edge_index[0], rows, omega, DEGREES=math.isqrt(y.shape[1] + 1) - 1, **_sizes(y, c))
+    align[_grid(n, c)](q, p, y, edge_index[0], receiver_starts, omega, DEGREES=math.isqrt(y.shape[1] + 1) - 1, **_sizes(y, c))
     return omega
 
 
 def perpendicular_backward(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Backward pass of the alignment; arguments as for the operator."""
-    *values, edge_index, rows, columns, order = tensors
+    *values, edge_index, receiver_starts, sender_starts, by_sender = tensors
     gradient, q, p, y = (t.contiguous() for t in values)
     n, _, c = q.shape
     dq, dp, dy = torch.empty_like(q), torch.empty_like(p), torch.zeros_like(y)
     sizes = {"DEGREES": math.isqrt(y.shape[1] + 1) - 1, **_sizes(y, c)}
-    align_gradient[_grid(n, c)](q, p, y, edge_index[0], rows, order, gradient, dq, dy, RECEIVERS=True, **sizes)
-    align_gradient[_grid(n, c)](p, q, y, edge_index[1], columns, order, gradient, dp, dy, RECEIVERS=False, **sizes)
+    align_gradient[_grid(n, c)](q, p, y, edge_index[0], receiver_starts, by_sender, gradient, dq, dy, RECEIVERS=True, **sizes)
+    align_gradient[_grid(n, c)](p, q, y, edge_index[1], sender_starts, by_sender, gradient, dp, dy, RECEIVERS=False, **sizes)
     return dq, dp, dy

@@ -36,8 +36,8 @@ static void prepare(Job &job, int e, int64_t edge, const T *x, int64_t intervals
 extern "C" {
 
 void forward(int64_t atoms, int64_t width_in, int64_t width_out, int64_t size, int64_t threads, const int64_t *layout,
-             const T *features, const T *harmonics, const T *values, const T *table, const int64_t *sender, const int64_t *rows, T *out) {
-#pragma omp parallel num_threads(threads) if (threads > 1 && rows[atoms] * width_in > SMALL)
+             const T *features, const T *harmonics, const T *values, const T *table, const int64_t *sender, const int64_t *receiver_starts, T *out) {
+#pragma omp parallel num_threads(threads) if (threads > 1 && receiver_starts[atoms] * width_in > SMALL)
   {
     static thread_local std::unique_ptr<Job> owner;  // too large for the stack of a thread at high l
     if (!owner) owner.reset(new Job);
@@ -48,8 +48,8 @@ void forward(int64_t atoms, int64_t width_in, int64_t width_out, int64_t size, i
     for (int64_t i = 0; i < atoms; i++) {
       job.out = out + i * width_out;
       std::fill(job.out, job.out + width_out, T(0));
-      for (int64_t first = rows[i]; first < rows[i + 1]; first += STRIDE) {
-        job.n = (int)std::min<int64_t>(STRIDE, rows[i + 1] - first);
+      for (int64_t first = receiver_starts[i]; first < receiver_starts[i + 1]; first += STRIDE) {
+        job.n = (int)std::min<int64_t>(STRIDE, receiver_starts[i + 1] - first);
         for (int e = 0; e < job.n; e++) {
           prepare(job, e, first + e, values, size, nullptr, false);
           job.f[e] = features + sender[first + e] * width_in;
@@ -63,9 +63,9 @@ void forward(int64_t atoms, int64_t width_in, int64_t width_out, int64_t size, i
 }
 
 void backward(int64_t atoms, int64_t width_in, int64_t width_out, int64_t size, int64_t threads, const int64_t *layout,
-              const T *features, const T *harmonics, const T *values, const T *table, const int64_t *receiver, const int64_t *columns,
-              const int64_t *order, const T *gradient, T *to_features, T *to_harmonics, T *to_values) {
-#pragma omp parallel num_threads(threads) if (threads > 1 && columns[atoms] * width_in > SMALL)
+              const T *features, const T *harmonics, const T *values, const T *table, const int64_t *receiver, const int64_t *sender_starts,
+              const int64_t *by_sender, const T *gradient, T *to_features, T *to_harmonics, T *to_values) {
+#pragma omp parallel num_threads(threads) if (threads > 1 && sender_starts[atoms] * width_in > SMALL)
   {
     static thread_local std::unique_ptr<Job> owner;  // too large for the stack of a thread at high l
     if (!owner) owner.reset(new Job);
@@ -80,10 +80,10 @@ void backward(int64_t atoms, int64_t width_in, int64_t width_out, int64_t size, 
       T *total = to_features + j * width_in;
       std::fill(total, total + width_in, T(0));
       job.f[0] = features + j * width_in;
-      for (int64_t first = columns[j]; first < columns[j + 1]; first += STRIDE) {
-        job.n = (int)std::min<int64_t>(STRIDE, columns[j + 1] - first);
+      for (int64_t first = sender_starts[j]; first < sender_starts[j + 1]; first += STRIDE) {
+        job.n = (int)std::min<int64_t>(STRIDE, sender_starts[j + 1] - first);
         for (int e = 0; e < job.n; e++) {
-          int64_t edge = order[first + e];
+          int64_t edge = by_sender[first + e];
           prepare(job, e, edge, values, size, to_values, true);
           job.g[e] = gradient + receiver[edge] * width_out;
           for (int s = 0; s < HARMONICS; s++) job.y[s][e] = harmonics[edge * HARMONICS + s];
@@ -95,7 +95,7 @@ void backward(int64_t atoms, int64_t width_in, int64_t width_out, int64_t size, 
         for (int64_t k = 0; k < width_in; k++) total[k] += own[k];
         for (int e = 0; e < job.n; e++) {
           const T *row = job.sums + e * (HARMONICS + 1) * LANES;
-          int64_t edge = order[first + e];
+          int64_t edge = by_sender[first + e];
           for (int s = 0; s <= HARMONICS; s++) {
             T sum = 0;
             for (int l = 0; l < LANES; l++) sum += row[s * LANES + l];

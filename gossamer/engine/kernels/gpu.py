@@ -110,7 +110,7 @@ def _forward(
     matrices, entries = _matrices(products)
     lines = [
         "@triton.jit",
-        f"def forward_{block}(features, harmonics, values, table, sender, rows, out, SIZE: tl.constexpr, HARMONICS: tl.constexpr):",
+        f"def forward_{block}(features, harmonics, values, table, sender, receiver_starts, out, SIZE: tl.constexpr, HARMONICS: tl.constexpr):",
         "    i = tl.program_id(0).to(tl.int64)",
         "    chunk = tl.program_id(1)",
         f"    lane = tl.arange(0, {LANES})",
@@ -118,7 +118,7 @@ def _forward(
         f"    mask = u < {channels}",
         f"    zero = tl.zeros([{LANES}], dtype=features.dtype.element_ty)",
         *(f"    a{p}_{m} = zero" for p, m in rows),
-        "    for edge in range(tl.load(rows + i), tl.load(rows + i + 1)):",
+        "    for edge in range(tl.load(receiver_starts + i), tl.load(receiver_starts + i + 1)):",
         f"        f = features + tl.load(sender + edge) * {convolution.width_in} + {offset} + u",
         *(f"        f{k} = tl.load(f + {k * stride}, mask=mask, other=0.0)" for k in range(dim)),
         *([] if edge_weights else ["        k, t = interval(tl.load(values + edge), SIZE)", WEIGHTS.rstrip("\n")]),
@@ -143,7 +143,7 @@ def _backward(
     matrices, entries = _matrices(products)
     lines = [
         "@triton.jit",
-        f"def backward_{block}(features, harmonics, values, table, receiver, columns, order, gradient, to_features, to_harmonics, to_values, SIZE: tl.constexpr, HARMONICS: tl.constexpr):",
+        f"def backward_{block}(features, harmonics, values, table, receiver, sender_starts, by_sender, gradient, to_features, to_harmonics, to_values, SIZE: tl.constexpr, HARMONICS: tl.constexpr):",
         "    j = tl.program_id(0).to(tl.int64)",
         "    chunk = tl.program_id(1)",
         f"    lane = tl.arange(0, {LANES})",
@@ -155,8 +155,8 @@ def _backward(
     for k in range(dim):
         lines += [f"    f{k} = tl.load(f + {k * stride}, mask=mask, other=0.0)", f"    d{k} = zero"]
     lines += [
-        "    for place in range(tl.load(columns + j), tl.load(columns + j + 1)):",
-        "        edge = tl.load(order + place)",
+        "    for place in range(tl.load(sender_starts + j), tl.load(sender_starts + j + 1)):",
+        "        edge = tl.load(by_sender + place)",
         f"        g = gradient + tl.load(receiver + edge) * {convolution.width_out} + u",
         *([] if edge_weights else SLOPE_LINES),
         *matrices,
@@ -241,7 +241,7 @@ def _launches(convolution: Convolution) -> list[tuple[int, int]]:
 
 def forward(
     convolution: Convolution, built: Any, features: Tensor, harmonics: Tensor, values: Tensor, table: Tensor, size: int,
-    edge_index: Tensor, rows: Tensor,
+    edge_index: Tensor, receiver_starts: Tensor,
 ) -> Tensor:  # fmt: skip
     """``values``: distances, with a table of ``size`` intervals; or ``size`` radial functions of every edge, and any table."""
     features, harmonics, values = features.contiguous(), harmonics.contiguous(), values.contiguous()
@@ -249,14 +249,14 @@ def forward(
     options: dict[str, Any] = {"SIZE": size, "HARMONICS": harmonics.shape[1], "num_warps": 1, "enable_fp_fusion": True}
     for block, chunks in _launches(convolution):
         getattr(built, f"forward_{block}")[(features.shape[0], chunks)](
-            features, harmonics, values, table, edge_index[0], rows, out, **options
+            features, harmonics, values, table, edge_index[0], receiver_starts, out, **options
         )
     return out
 
 
 def backward(
     convolution: Convolution, built: Any, gradient: Tensor, features: Tensor, harmonics: Tensor, values: Tensor, table: Tensor, size: int,
-    edge_index: Tensor, columns: Tensor, order: Tensor,
+    edge_index: Tensor, sender_starts: Tensor, by_sender: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of features, harmonics and values; arguments as forward."""
     gradient, features, harmonics, values = (t.contiguous() for t in (gradient, features, harmonics, values))
@@ -264,17 +264,17 @@ def backward(
     options: dict[str, Any] = {"SIZE": size, "HARMONICS": harmonics.shape[1], "num_warps": 1, "enable_fp_fusion": True}
     for block, chunks in _launches(convolution):
         getattr(built, f"backward_{block}")[(features.shape[0], chunks)](
-            features, harmonics, values, table, edge_index[1], columns, order, gradient, *results, **options
+            features, harmonics, values, table, edge_index[1], sender_starts, by_sender, gradient, *results, **options
         )
     return results
 
 
 def sort_edges(edge_index: Tensor, nodes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """First edge of each receiver; first edge of each sender in ``order``; edges sorted by sender. Does not wait for the GPU."""
+    """First edge of each receiver; first edge of each sender in ``by_sender``; edges sorted by sender. Does not wait for the GPU."""
     sender, receiver = edge_index.contiguous()
     atoms = torch.arange(nodes.shape[0] + 1, device=edge_index.device)
-    order = torch.argsort(sender, stable=True)
-    return torch.searchsorted(receiver, atoms), torch.searchsorted(sender.index_select(0, order), atoms), order
+    by_sender = torch.argsort(sender, stable=True)
+    return torch.searchsorted(receiver, atoms), torch.searchsorted(sender.index_select(0, by_sender), atoms), by_sender
 
 
 def map_by_species(x: Tensor, species: Tensor, maps: Tensor) -> Tensor:

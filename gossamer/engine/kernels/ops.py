@@ -16,7 +16,7 @@ from gossamer.engine.kernels.table import layout, structure_key
 from gossamer.nn.products import Convolution
 
 _library = torch.library.Library("gossamer", "FRAGMENT")
-_EDGES = "Tensor edge_index, Tensor rows, Tensor columns, Tensor order"
+_EDGES = "Tensor edge_index, Tensor receiver_starts, Tensor sender_starts, Tensor by_sender"
 for _schema in (
     "sort_edges(Tensor edge_index, Tensor nodes) -> (Tensor, Tensor, Tensor)",
     f"convolve(str key, Tensor features, Tensor harmonics, Tensor x, Tensor table, {_EDGES}) -> Tensor",
@@ -65,13 +65,13 @@ def register(convolution: Convolution, dtype: torch.dtype, device: str = "cpu", 
 
 
 def _sort_edges(edge_index: Tensor, nodes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    rows, columns, order = _fake_sort(edge_index, nodes)
-    cpu.sorting().sort_edges(nodes.shape[0], edge_index.shape[1], *cpu.pointers(edge_index, rows, columns, order))
-    return rows, columns, order
+    receiver_starts, sender_starts, by_sender = _fake_sort(edge_index, nodes)
+    cpu.sorting().sort_edges(nodes.shape[0], edge_index.shape[1], *cpu.pointers(edge_index, receiver_starts, sender_starts, by_sender))
+    return receiver_starts, sender_starts, by_sender
 
 
 def _forward(
-    key: str, features: Tensor, harmonics: Tensor, values: Tensor, table: Tensor, size: int, edge_index: Tensor, rows: Tensor
+    key: str, features: Tensor, harmonics: Tensor, values: Tensor, table: Tensor, size: int, edge_index: Tensor, receiver_starts: Tensor
 ) -> Tensor:
     """``values``: distances, with a table of ``size`` intervals; or ``size`` radial functions of every edge, and no table."""
     convolution, kernel, layout = _convolutions[key]
@@ -79,41 +79,43 @@ def _forward(
     out = features.new_empty(features.shape[0], convolution.width_out)
     kernel.forward(
         features.shape[0], convolution.width_in, convolution.width_out, size, torch.get_num_threads(),
-        *cpu.pointers(layout, features, harmonics, values, table, edge_index, rows, out),
+        *cpu.pointers(layout, features, harmonics, values, table, edge_index, receiver_starts, out),
     )  # fmt: skip
     return out
 
 
 def _backward(key: str, gradient: Tensor, features: Tensor, harmonics: Tensor, values: Tensor, table: Tensor, size: int,
-              edge_index: Tensor, columns: Tensor, order: Tensor) -> tuple[Tensor, ...]:  # fmt: skip
+              edge_index: Tensor, sender_starts: Tensor, by_sender: Tensor) -> tuple[Tensor, ...]:  # fmt: skip
     convolution, kernel, layout = _convolutions[key]
     gradient, features, harmonics, values = (t.contiguous() for t in (gradient, features, harmonics, values))
     results = _alike(features, harmonics, values)
     kernel.backward(
         features.shape[0], convolution.width_in, convolution.width_out, size, torch.get_num_threads(),
-        *cpu.pointers(layout, features, harmonics, values, table, edge_index[1], columns, order, gradient, *results),
+        *cpu.pointers(layout, features, harmonics, values, table, edge_index[1], sender_starts, by_sender, gradient, *results),
     )  # fmt: skip
     return results
 
 
 def _convolve(key: str, *tensors: Tensor) -> Tensor:
-    features, harmonics, x, table, edge_index, rows, _, _ = tensors
-    return _forward(key, features, harmonics, x, table, table.shape[1] - 1, edge_index, rows)
+    features, harmonics, x, table, edge_index, receiver_starts, _, _ = tensors
+    return _forward(key, features, harmonics, x, table, table.shape[1] - 1, edge_index, receiver_starts)
 
 
 def _convolve_backward(key: str, *tensors: Tensor) -> tuple[Tensor, ...]:
-    gradient, features, harmonics, x, table, edge_index, _, columns, order = tensors
-    return _backward(key, gradient, features, harmonics, x, table, table.shape[1] - 1, edge_index, columns, order)
+    gradient, features, harmonics, x, table, edge_index, _, sender_starts, by_sender = tensors
+    return _backward(key, gradient, features, harmonics, x, table, table.shape[1] - 1, edge_index, sender_starts, by_sender)
 
 
 def _weighted(key: str, *tensors: Tensor) -> Tensor:
-    features, harmonics, weights, edge_index, rows, _, _ = tensors
-    return _forward(key, features, harmonics, weights, weights.new_empty(0), weights.shape[1], edge_index, rows)
+    features, harmonics, weights, edge_index, receiver_starts, _, _ = tensors
+    return _forward(key, features, harmonics, weights, weights.new_empty(0), weights.shape[1], edge_index, receiver_starts)
 
 
 def _weighted_backward(key: str, *tensors: Tensor) -> tuple[Tensor, ...]:
-    gradient, features, harmonics, weights, edge_index, _, columns, order = tensors
-    return _backward(key, gradient, features, harmonics, weights, weights.new_empty(0), weights.shape[1], edge_index, columns, order)
+    gradient, features, harmonics, weights, edge_index, _, sender_starts, by_sender = tensors
+    return _backward(
+        key, gradient, features, harmonics, weights, weights.new_empty(0), weights.shape[1], edge_index, sender_starts, by_sender
+    )
 
 
 def _degrees(y: Tensor) -> int:
@@ -121,46 +123,46 @@ def _degrees(y: Tensor) -> int:
 
 
 def _attend(heads: int, *tensors: Tensor) -> tuple[Tensor, Tensor]:
-    *values, edge_index, rows, _, _ = tensors
+    *values, edge_index, receiver_starts, _, _ = tensors
     q, k, g, v, x, sl, f, y = (t.contiguous() for t in values)
     n, c = q.shape
     h, out = q.new_empty(n, c), q.new_empty(n, y.shape[1], c)
     cpu.attention_library(_degrees(y), q.dtype).attend(
-        n, c, f.shape[1] // c, heads, torch.get_num_threads(), *cpu.pointers(q, k, g, v, x, sl, f, y, edge_index, rows, h, out)
+        n, c, f.shape[1] // c, heads, torch.get_num_threads(), *cpu.pointers(q, k, g, v, x, sl, f, y, edge_index, receiver_starts, h, out)
     )
     return h, out
 
 
 def _attend_backward(heads: int, *tensors: Tensor) -> tuple[Tensor, ...]:
-    *values, edge_index, rows, columns, order = tensors
+    *values, edge_index, receiver_starts, sender_starts, by_sender = tensors
     dh, dout, q, k, g, v, x, sl, f, y = (t.contiguous() for t in values)
     n, c = q.shape
     results = _alike(q, k, g, v, x, sl, f, y)
     scratch = q.new_empty(edge_index.shape[1], heads)
     cpu.attention_library(_degrees(y), q.dtype).attend_backward(
         n, c, f.shape[1] // c, heads, torch.get_num_threads(),
-        *cpu.pointers(q, k, g, v, x, sl, f, y, edge_index, edge_index[1], rows, columns, order, dh, dout, *results, scratch),
+        *cpu.pointers(q, k, g, v, x, sl, f, y, edge_index, edge_index[1], receiver_starts, sender_starts, by_sender, dh, dout, *results, scratch),
     )  # fmt: skip
     return results
 
 
 def _perpendicular(*tensors: Tensor) -> Tensor:
-    *values, edge_index, rows, _, _ = tensors
+    *values, edge_index, receiver_starts, _, _ = tensors
     q, p, y = (t.contiguous() for t in values)
     omega = q.new_empty(edge_index.shape[1], q.shape[2])
     cpu.attention_library(_degrees(y), q.dtype).perpendicular(
-        q.shape[0], q.shape[2], torch.get_num_threads(), *cpu.pointers(q, p, y, edge_index, rows, omega)
+        q.shape[0], q.shape[2], torch.get_num_threads(), *cpu.pointers(q, p, y, edge_index, receiver_starts, omega)
     )
     return omega
 
 
 def _perpendicular_backward(*tensors: Tensor) -> tuple[Tensor, ...]:
-    *values, edge_index, rows, columns, order = tensors
+    *values, edge_index, receiver_starts, sender_starts, by_sender = tensors
     gradient, q, p, y = (t.contiguous() for t in values)
     results = _alike(q, p, y)
     cpu.attention_library(_degrees(y), q.dtype).perpendicular_backward(
         q.shape[0], q.shape[2], torch.get_num_threads(),
-        *cpu.pointers(q, p, y, edge_index, edge_index[1], rows, columns, order, gradient, *results),
+        *cpu.pointers(q, p, y, edge_index, edge_index[1], receiver_starts, sender_starts, by_sender, gradient, *results),
     )  # fmt: skip
     return results
 
@@ -192,25 +194,29 @@ _library.impl("map_by_species", _map_by_species, "CPU")
 
 
 def _convolve_gpu(key: str, *tensors: Tensor) -> Tensor:
-    features, harmonics, x, table, edge_index, rows, _, _ = tensors
-    return gpu.forward(*_convolutions[key][:2], features, harmonics, x, table, table.shape[1] - 1, edge_index, rows)
+    features, harmonics, x, table, edge_index, receiver_starts, _, _ = tensors
+    return gpu.forward(*_convolutions[key][:2], features, harmonics, x, table, table.shape[1] - 1, edge_index, receiver_starts)
 
 
 def _convolve_backward_gpu(key: str, *tensors: Tensor) -> tuple[Tensor, ...]:
-    gradient, features, harmonics, x, table, edge_index, _, columns, order = tensors
+    gradient, features, harmonics, x, table, edge_index, _, sender_starts, by_sender = tensors
     convolution, built, _ = _convolutions[key]
-    return gpu.backward(convolution, built, gradient, features, harmonics, x, table, table.shape[1] - 1, edge_index, columns, order)
+    return gpu.backward(
+        convolution, built, gradient, features, harmonics, x, table, table.shape[1] - 1, edge_index, sender_starts, by_sender
+    )
 
 
 def _weighted_gpu(key: str, *tensors: Tensor) -> Tensor:
-    features, harmonics, weights, edge_index, rows, _, _ = tensors
-    return gpu.forward(*_convolutions[key][:2], features, harmonics, weights, weights, weights.shape[1], edge_index, rows)
+    features, harmonics, weights, edge_index, receiver_starts, _, _ = tensors
+    return gpu.forward(*_convolutions[key][:2], features, harmonics, weights, weights, weights.shape[1], edge_index, receiver_starts)
 
 
 def _weighted_backward_gpu(key: str, *tensors: Tensor) -> tuple[Tensor, ...]:
-    gradient, features, harmonics, weights, edge_index, _, columns, order = tensors
+    gradient, features, harmonics, weights, edge_index, _, sender_starts, by_sender = tensors
     convolution, built, _ = _convolutions[key]
-    return gpu.backward(convolution, built, gradient, features, harmonics, weights, weights, weights.shape[1], edge_index, columns, order)
+    return gpu.backward(
+        convolution, built, gradient, features, harmonics, weights, weights, weights.shape[1], edge_index, sender_starts, by_sender
+    )
 
 
 def _attention_gpu(name: str) -> Callable[..., Any]:

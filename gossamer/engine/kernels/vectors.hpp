@@ -26,14 +26,14 @@ template <int N> static inline void add(T *p, vec<N> v) { store<N>(p, load<N>(p)
 
 
 extern "C" {
-// rows: first edge of each receiver (edges are sorted by it); order: edges sorted by sender; columns: first of each sender there
-void sort_edges(int64_t atoms, int64_t edges, const int64_t *index, int64_t *rows, int64_t *columns, int64_t *order) {
+// receiver_starts: first edge of each receiver (edges are sorted by it); by_sender: edges sorted by sender; sender_starts: first of each sender there
+void sort_edges(int64_t atoms, int64_t edges, const int64_t *index, int64_t *receiver_starts, int64_t *sender_starts, int64_t *by_sender) {
   const int64_t *sender = index, *receiver = index + edges;
-  std::fill(rows, rows + atoms + 1, 0);
-  std::fill(columns, columns + atoms + 1, 0);
-  for (int64_t e = 0; e < edges; e++) { rows[receiver[e] + 1]++; columns[sender[e] + 1]++; }
-  for (int64_t i = 0; i < atoms; i++) { rows[i + 1] += rows[i]; columns[i + 1] += columns[i]; }
-  std::vector<int64_t> next(columns, columns + atoms);
-  for (int64_t e = 0; e < edges; e++) order[next[sender[e]]++] = e;
+  std::fill(receiver_starts, receiver_starts + atoms + 1, 0);
+  std::fill(sender_starts, sender_starts + atoms + 1, 0);
+  for (int64_t e = 0; e < edges; e++) { receiver_starts[receiver[e] + 1]++; sender_starts[sender[e] + 1]++; }
+  for (int64_t i = 0; i < atoms; i++) { receiver_starts[i + 1] += receiver_starts[i]; sender_starts[i + 1] += sender_starts[i]; }
+  std::vector<int64_t> next(sender_starts, sender_starts + atoms);
+  for (int64_t e = 0; e < edges; e++) by_sender[next[sender[e]]++] = e;
 }
 }
