@@ -14,6 +14,10 @@ from typing import Any, NoReturn
 
 from gossamer import __version__
 from gossamer.files import explain
+from gossamer.signals import Stopped
+
+STOPPED = 128 + signal.SIGTERM
+"""exit status after SIGTERM, as the shell's own"""
 
 
 class UsageError(Exception):
@@ -30,8 +34,8 @@ def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit status.
 
     0 done; 1 the answer is no (bad data, a broken run, a failed check, not converged); 2 wrong use or a file that cannot be read or
-    written; 130 interrupted (SIGINT); 143 a simulation was stopped by SIGTERM, its state saved. With --json an error is JSON on standard
-    output too: {"error": ..., "command": ..., "status": ...}.
+    written; 130 interrupted (SIGINT); 143 training, a simulation or a relaxation was stopped by SIGTERM, its state saved. With --json an
+    error is JSON on standard output too: {"error": ..., "command": ..., "status": ...}.
     """
     argv = sys.argv[1:] if argv is None else argv
     parser = build_parser()
@@ -49,6 +53,8 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:  # whoever read the output has gone, as head does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
+    except Stopped as error:
+        message, status = str(error), STOPPED
     except (ValueError, OSError, ImportError, RuntimeError) as error:
         message = explain(error) if isinstance(error, OSError) else str(error)
         status = 2
@@ -291,9 +297,9 @@ def _fit(arguments: argparse.Namespace) -> int:
 
 
 def _trained(arguments: argparse.Namespace, answer: dict[str, Any]) -> int:
-    if arguments.json or "stopped_at_step" in answer:
+    if arguments.json or "stopped" in answer:
         _show(arguments, answer)
-        return 0
+        return STOPPED if "stopped" in answer else 0
     print(f"trained {answer['steps']} steps in {answer['seconds']:.0f} s; everything is in '{answer['out']}'")
     if "finetune" in answer:
         tuning = answer["finetune"]
@@ -413,9 +419,7 @@ def _md(arguments: argparse.Namespace) -> int:
 
     answer = md(arguments.model, arguments.structure, from_flags(MDConfig, arguments))
     _show(arguments, answer)
-    if answer["stopped"]:
-        return 128 + signal.Signals[answer["stopped"]]
-    return 1 if answer["broken"] else 0
+    return STOPPED if answer["stopped"] else 1 if answer["broken"] else 0
 
 
 def _relax(arguments: argparse.Namespace) -> int:
@@ -432,7 +436,7 @@ def _relax(arguments: argparse.Namespace) -> int:
         answer = relax(arguments.model, arguments.structure[0], config)
         del answer["atoms"]
         _show(arguments, {**answer, "out": str(out)})
-        return 0 if answer["converged"] else 1
+        return STOPPED if answer["stopped"] else 0 if answer["converged"] else 1
     answers = relax_files(arguments.model, arguments.structure, config)
     if arguments.json:
         print(json.dumps(answers))
@@ -442,6 +446,8 @@ def _relax(arguments: argparse.Namespace) -> int:
                                           f"{found['energy_eV']:.6g} eV, largest force {found['max_force_eV_per_A']:.3g} eV/Å")  # fmt: skip
             print(f"{found['structure']}: {said}")
         print(f"everything is in '{out}'")
+    if any(found.get("stopped") for found in answers):
+        return STOPPED
     return 0 if all(found["converged"] for found in answers) else 1
 
 

@@ -25,6 +25,7 @@ from gossamer.potential import Potential
 from gossamer.potential_file import load
 from gossamer.runs import POTENTIAL, check_loss, train
 from gossamer.settings import to_dict
+from gossamer.signals import Stopped
 from gossamer.simulation.calculator import Calculator
 from gossamer.training.process_group import start_process_group
 
@@ -60,7 +61,7 @@ def compare(
 
     Raises:
         ValueError: no configuration, two of one name, or different data.
-        RuntimeError: a run was stopped by a signal.
+        Stopped: SIGTERM came during a run.
     """
     if not minutes > 0:
         raise ValueError(f"minutes must be positive, found {minutes}.")
@@ -113,7 +114,7 @@ def run_one(config: Config, minutes: float, folder: Path, progress: bool = True,
 
     Raises:
         ValueError: the run was begun for another time.
-        RuntimeError: it was stopped by a signal.
+        Stopped: SIGTERM came.
     """
     before = folder / "config.yaml"
     if resume and before.exists():
@@ -125,8 +126,8 @@ def run_one(config: Config, minutes: float, folder: Path, progress: bool = True,
     config = make_config(to_dict(config), [*(f"training.{k}={v}" for k, v in chosen.items()), f"out={folder}"])
     began = time.perf_counter()
     results = train(config, ["data.test=null"], resume=resume, progress=progress)  # tested below, outside the time
-    if "stopped_at_step" in results:
-        raise RuntimeError(f"'{folder}' was stopped by a signal at step {results['stopped_at_step']}: the comparison is not complete.")
+    if "stopped" in results:
+        raise Stopped(f"{results['stopped']}: '{folder}' stopped at step {results['stopped_at_step']}; --resume goes on with the comparison.")
     spent = time.perf_counter() - began
     train_set, valid_set, test_set = load_data(config.data)
     potential = load(folder / POTENTIAL, start_process_group(config.training.device).device)

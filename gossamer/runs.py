@@ -56,7 +56,8 @@ def train(
         progress: Show a progress bar.
 
     Returns:
-        What results.json holds: errors on validation and test data, steps, seconds.
+        What results.json holds: errors on validation and test data, steps, seconds. Of a run that SIGTERM stopped: "stopped"
+        (the signal's name), "stopped_at_step", "out".
 
     Raises:
         FileExistsError: the folder holds a run and ``resume`` is False.
@@ -94,7 +95,7 @@ def train(
             log.warning("interrupted at step %d; %s", state.step, from_where)
             raise
         if not finished(state, config.training):
-            return {"stopped_at_step": state.step, "out": str(folder)}
+            return {"stopped": "SIGTERM", "stopped_at_step": state.step, "out": str(folder)}
         results: dict[str, Any] = {"steps": state.step, "seconds": round(state.seconds, 1), "out": str(folder)}
         if group.rank == 0:
             results |= step_times(state) | final_errors(folder, frames, tuning, group.device)

@@ -7,6 +7,10 @@ from types import FrameType
 from typing import Any
 
 
+class Stopped(RuntimeError):
+    """SIGTERM ended what was asked for before it was done; the message says how to go on."""
+
+
 class StopRequested:
     """Context manager that notes SIGTERM instead of dying of it; the loop inside asks ``requested`` where it can stop.
 

@@ -20,6 +20,7 @@ from conftest import DEMO, make_potential
 
 from gossamer.cli import build_parser, main
 from gossamer.potential_file import save
+from gossamer.signals import Stopped
 
 ETHANOL = str(DEMO / "ethanol_500K.extxyz.xz")
 
@@ -345,6 +346,21 @@ def test_interrupts_say_how_to_go_on(tmp_path: Path, capsys: pytest.CaptureFixtu
     monkeypatch.setattr(gossamer.simulation.md, "md", lambda *a: {"stopped": "SIGTERM", "broken": None, "steps": 3})
     status, out, _ = run("md", "p", "m", "--json", capsys=capsys)
     assert (status, json.loads(out)["stopped"]) == (143, "SIGTERM")
+    import gossamer.comparison
+    import gossamer.simulation.relax
+
+    answer = {"stopped": "SIGTERM", "converged": False, "steps": 3, "atoms": None}
+    monkeypatch.setattr(gossamer.simulation.relax, "relax", lambda *a: dict(answer))
+    assert run("relax", "p", "m", "--json", capsys=capsys)[0] == 143
+    monkeypatch.setattr(gossamer.simulation.relax, "relax_files", lambda *a: [dict(answer)])
+    assert run("relax", "p", "m", "n", "--json", capsys=capsys)[0] == 143
+
+    def stopped(*_: object) -> None:
+        raise Stopped("SIGTERM: --resume goes on")
+
+    monkeypatch.setattr(gossamer.comparison, "compare", stopped)
+    status, out, _ = run("compare", "a.yaml", "--json", capsys=capsys)
+    assert (status, json.loads(out)["status"]) == (143, 143)
 
 
 def test_a_pipe_that_closes_early_is_quiet(tmp_path: Path) -> None:

@@ -419,6 +419,33 @@ def test_resumed_relaxation_is_exact(optimizer: str, cell: bool, tmp_path: Path)
         relax(EMT(), bulk("Cu"), out=tmp_path / "parts.extxyz", resume=True)
 
 
+def test_stopped_relaxation_says_so_and_resumes_exactly(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    atoms = bulk("Cu", cubic=True)
+    atoms.rattle(0.2, seed=0)
+    options = dict(fmax=1e-4, steps=40)
+    whole = relax(EMT(), atoms, out=tmp_path / "whole.extxyz", **options)
+
+    class Stopping(EMT):
+        def calculate(self, *arguments: Any) -> None:
+            super().calculate(*arguments)
+            self.n = getattr(self, "n", 0) + 1
+            if self.n == 4:
+                signal.raise_signal(signal.SIGTERM)
+
+    stopped = relax_files(Stopping(), [write(tmp_path / n, atoms) for n in ("a.xyz", "b.xyz")], RelaxConfig(out=tmp_path / "r", **options))
+    assert [(a["stopped"], a["converged"], a["steps"]) for a in stopped] == [("SIGTERM", False, 3)]
+    assert "SIGTERM: stopped at step 3; --resume goes on from" in caplog.text
+    assert not (tmp_path / "r" / "a.extxyz").exists()
+    first, second = relax_files(EMT(), [tmp_path / n for n in ("a.xyz", "b.xyz")], RelaxConfig(out=tmp_path / "r", resume=True, **options))
+    for answer in (first, second):
+        assert (answer["stopped"], answer["steps"], answer["energy_eV"]) == (None, whole["steps"], pytest.approx(whole["energy_eV"], rel=1e-12))
+
+
+def write(path: Path, atoms: Atoms) -> Path:
+    ase.io.write(path, atoms, format="extxyz")
+    return path
+
+
 def test_wrong_use_of_relax(crystal: Atoms) -> None:
     with pytest.raises(ValueError, match=r"optimizer: Input should be 'fire' or 'lbfgs' \(found 'newton'\)"):
         relax(EMT(), crystal, optimizer="newton")

@@ -21,6 +21,7 @@ from ase.optimize import FIRE, LBFGS
 from gossamer.data.atoms import as_atoms
 from gossamer.files import atomic_path, explain, locked
 from gossamer.settings import configured
+from gossamer.signals import StopRequested
 from gossamer.simulation.md import as_calculator, has_direct_forces
 from gossamer.simulation.options import RelaxConfig
 from gossamer.simulation.state import numbers_of, put_back
@@ -44,7 +45,8 @@ def relax(model: Any, structure: Atoms | Path | str, config: RelaxConfig | None 
         options: Options by name; they replace those of ``config``.
 
     Returns:
-        converged, steps, energy_eV, max_force_eV_per_A, volume_A3 (None without a cell), and "atoms".
+        converged, steps, energy_eV, max_force_eV_per_A, volume_A3 (None without a cell), stopped (the name of the signal that ended
+        it early, SIGTERM, or None: then ``out`` is not written, but what ``resume`` needs is), and "atoms".
 
     Raises:
         ValueError: unknown options, a cell asked for without periodicity or stress, a file format that cannot be written, nothing to resume.
@@ -60,20 +62,22 @@ def relax(model: Any, structure: Atoms | Path | str, config: RelaxConfig | None 
     if config.out is None:
         if config.resume:
             raise ValueError("resume needs out: the files beside it hold the relaxation.")
-        algorithm = _algorithm(atoms, config)
+        algorithm, stopped = _algorithm(atoms, config), None
         converged = bool(algorithm.run(fmax=config.fmax, steps=config.steps))
     else:
         kind = _format(config.out)
         with locked(config.out.parent, config.out.name):
-            converged, algorithm = _relax_to_disk(atoms, config, config.out)
-            with atomic_path(config.out) as temporary:
-                ase.io.write(temporary, _bare(atoms), format=kind)
+            converged, stopped, algorithm = _relax_to_disk(atoms, config, config.out)
+            if stopped is None:
+                with atomic_path(config.out) as temporary:
+                    ase.io.write(temporary, _bare(atoms), format=kind)
     return {
         "converged": converged,
         "steps": algorithm.nsteps,
         "energy_eV": float(atoms.get_potential_energy()),
         "max_force_eV_per_A": float(np.linalg.norm(atoms.get_forces(), axis=1).max()),
         "volume_A3": float(atoms.get_volume()) if atoms.pbc.all() else None,
+        "stopped": stopped,
         "atoms": atoms,
     }
 
@@ -87,7 +91,7 @@ def relax_files(model: Any, structures: Sequence[Path | str], config: RelaxConfi
         config: Options of each.
 
     Returns:
-        For each file "structure" and either the answer of ``relax`` without the atoms, with "out", or "error".
+        For each file "structure" and either the answer of ``relax`` without the atoms, with "out", or "error". SIGTERM ends the list.
 
     Raises:
         ValueError: two files of one name, or no folder.
@@ -111,6 +115,8 @@ def relax_files(model: Any, structures: Sequence[Path | str], config: RelaxConfi
         try:
             answer = relax(calculator, structure, one)
             answers.append({"structure": str(structure), **{k: v for k, v in answer.items() if k != "atoms"}, "out": str(out)})
+            if answer["stopped"]:
+                break
         except (ValueError, RuntimeError, OSError) as error:
             message = explain(error) if isinstance(error, OSError) else str(error)
             log.error("%s: %s", structure, message)
@@ -123,8 +129,8 @@ def _algorithm(atoms: Atoms, config: RelaxConfig) -> Any:
     return OPTIMIZERS[config.optimizer](FrechetCellFilter(atoms) if config.cell else atoms, logfile=None)
 
 
-def _relax_to_disk(atoms: Atoms, config: RelaxConfig, out: Path) -> tuple[bool, Any]:
-    """Relax with the path and the optimiser's memory beside ``out``; whether it converged, and the optimiser."""
+def _relax_to_disk(atoms: Atoms, config: RelaxConfig, out: Path) -> tuple[bool, str | None, Any]:
+    """Relax with the path and the optimiser's memory beside ``out``; whether it converged, the signal that ended it, the optimiser."""
     path, memory = out.with_suffix(".traj"), out.with_suffix(".state.npz")
     kind = [config.optimizer, str(config.cell)]
     algorithm = _algorithm(atoms, config)  # from the original cell also when resuming: the filter measures strain from there
@@ -140,8 +146,13 @@ def _relax_to_disk(atoms: Atoms, config: RelaxConfig, out: Path) -> tuple[bool, 
                     np.savez(temporary, kind=kind, numbers=atoms.numbers, positions=atoms.positions, cell=atoms.cell.array, **state)
 
         algorithm.attach(record)
-        converged = bool(algorithm.run(fmax=config.fmax, steps=max(0, config.steps - algorithm.nsteps)))
-    return converged, algorithm
+        converged = False
+        with StopRequested() as stop:
+            for converged in algorithm.irun(fmax=config.fmax, steps=max(0, config.steps - algorithm.nsteps)):
+                if stop.signal is not None and not converged and algorithm.nsteps < config.steps:
+                    log.warning("%s: stopped at step %d; --resume goes on from '%s'", stop.signal.name, algorithm.nsteps, memory)
+                    return False, stop.signal.name, algorithm
+    return bool(converged), None, algorithm
 
 
 def _format(out: Path) -> str:

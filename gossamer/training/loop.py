@@ -428,7 +428,7 @@ def run_training(
                     if group.rank == 0:
                         save_state(state, checkpoint, identity)
                 if stopping and not done:
-                    log.warning("stopped by a signal at step %d; --resume goes on from '%s'", state.step, checkpoint)
+                    log.warning("SIGTERM: stopped at step %d; --resume goes on from '%s'", state.step, checkpoint)
                     return state
                 if done:
                     break
