@@ -35,9 +35,9 @@ class PotentialConfig:
 
     zbl: bool = True
     """Add screened nuclear repulsion (universal ZBL), so that atoms cannot collapse where there is no data."""
-    zbl_radius: Annotated[float, Field(gt=0)] | Literal["cutoff"] = 0.8
+    zbl_radius: Annotated[float, Field(gt=0, le=10)] | Literal["cutoff"] = 0.8
     """End of the repulsion as a fraction of the sum of the covalent radii, or "cutoff": that of the network (as nequip's package)."""
-    zbl_power: Annotated[int, Field(ge=2)] = 5
+    zbl_power: Annotated[int, Field(ge=2, le=100)] = 5
     """Power p of its envelope (nequip: 6)."""
     zbl_order: Literal[2, 3, 4] = 4
     """Derivatives of its envelope that vanish at its end (nequip: 2)."""

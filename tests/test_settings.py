@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
+import pydantic
 import pytest
 from pydantic import Field
 
+from gossamer.config import make_config
 from gossamer.flags import add_flags, from_flags
+from gossamer.models import MODELS
+from gossamer.potential import PotentialConfig
 from gossamer.settings import build, configured, settings
 
 
@@ -109,3 +114,35 @@ def test_objects_and_keywords() -> None:
         configured(Options, 3.0, {})
     with pytest.raises(ValueError, match=r"widht: unknown setting. Did you mean width\?"):
         build(Options, {"widht": 3})
+
+
+# --- sizes that no machine has ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "setting, message",
+    [("cutoff=1e18", "less than or equal to 100"), ("num_features=1000000000", "10000"), ("num_layers=1000000000000", "100"), ("num_basis=1e9", "10000")],
+)  # fmt: skip
+@pytest.mark.parametrize("name", list(MODELS))
+def test_sizes_that_no_machine_has_are_refused(name: str, setting: str, message: str) -> None:
+    with pytest.raises(ValueError, match=rf"model\.{setting.partition('=')[0]}: .*{message}"):
+        make_config({"data": {"train": "x.extxyz"}, "model": {"name": name}}, [f"model.{setting}"])
+
+
+def unbounded(schema: Any, where: str) -> Iterator[str]:
+    """Numbers of a JSON schema without a largest value."""
+    if isinstance(schema, dict):
+        if schema.get("type") in ("integer", "number") and not schema.keys() & {"maximum", "exclusiveMaximum", "enum", "const"}:
+            yield where
+        for key, part in schema.items():
+            yield from unbounded(part, f"{where}.{key}")
+    elif isinstance(schema, list):
+        for part in schema:
+            yield from unbounded(part, where)
+
+
+@pytest.mark.parametrize("settings_class", [*(config for config, _ in MODELS.values()), PotentialConfig], ids=lambda c: c.__name__)
+def test_every_number_of_a_network_has_an_upper_bound(settings_class: type) -> None:
+    """But for cutoffs of pairs, which are compared with the cutoff."""
+    found = list(unbounded(pydantic.TypeAdapter(settings_class).json_schema(), "model"))
+    assert not [where for where in found if "pair_cutoffs" not in where]

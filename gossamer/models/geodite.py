@@ -44,19 +44,19 @@ class GeoditeConfig:
     """Which network."""
     variant: Literal["sound", "published"] = "sound"
     """"sound": universal repulsion, for molecular dynamics. "published": exactly the released network, with its own repulsion."""
-    cutoff: Annotated[float, Field(gt=0)] = 5.0
+    cutoff: Annotated[float, Field(gt=0, le=100)] = 5.0
     """Radius in Å within which atoms exchange messages (paper: 6)."""
     max_neighbors: None = None
     """Always all neighbours within the cutoff."""
-    num_features: Annotated[int, Field(ge=2)] = 64
+    num_features: Annotated[int, Field(ge=2, le=10_000)] = 64
     """Channels of scalars, steerables and edges (C; paper: 192)."""
-    num_layers: Annotated[int, Field(ge=1)] = 3
+    num_layers: Annotated[int, Field(ge=1, le=100)] = 3
     """Message-passing steps (paper: 4)."""
-    num_heads: Annotated[int, Field(ge=1)] = 8
+    num_heads: Annotated[int, Field(ge=1, le=10_000)] = 8
     """Attention heads (H); they divide the channels."""
     l_max: Annotated[int, Field(ge=1, le=4)] = 2
     """Highest degree of the steerables."""
-    num_basis: Annotated[int, Field(ge=2)] = 12
+    num_basis: Annotated[int, Field(ge=2, le=10_000)] = 12
     """Radial Bessel functions."""
     dropout: Annotated[float, Field(ge=0, lt=1)] | None = None
     """Of the attention weights, in training; None: 0.2 for the published variant, 0 for the sound one."""

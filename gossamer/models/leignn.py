@@ -34,15 +34,15 @@ class LEIGNNConfig:
     """Which network."""
     variant: Literal["sound", "published"] = "sound"
     """"sound": smooth at the cutoff, for molecular dynamics. "published": exactly the paper's network."""
-    cutoff: Annotated[float, Field(gt=0)] = 5.0
+    cutoff: Annotated[float, Field(gt=0, le=100)] = 5.0
     """Radius in Å within which atoms exchange messages."""
-    max_neighbors: Annotated[int, Field(gt=0)] | None = None
+    max_neighbors: Annotated[int, Field(gt=0, le=10**6)] | None = None
     """Keep only this many nearest neighbours (paper: 20 or 50). The energy then jumps when ranks change; None keeps all."""
-    num_features: Annotated[int, Field(ge=2)] = 64
+    num_features: Annotated[int, Field(ge=2, le=10_000)] = 64
     """Channels of the scalars and of the vectors (H; paper: 512)."""
-    num_layers: Annotated[int, Field(ge=1)] = 3
+    num_layers: Annotated[int, Field(ge=1, le=100)] = 3
     """Message-passing steps (paper: 4); the receptive field is num_layers * cutoff."""
-    num_basis: Annotated[int, Field(ge=2)] = 12
+    num_basis: Annotated[int, Field(ge=2, le=10_000)] = 12
     """Radial functions (B; paper: 128 Gaussians)."""
     radial_basis: Literal["bessel", "gaussian"] | None = None
     """Kind of radial functions; None takes Bessel for the sound variant and Gaussians for the published one, which has no other."""

@@ -57,42 +57,42 @@ class NequIPConfig:
     """Which network."""
     variant: Literal["sound", "published"] = "sound"
     """"sound": features have unit variance, from the start and in every layer. "published": the constants of the nequip package."""
-    cutoff: Annotated[float, Field(gt=0)] = 5.0
+    cutoff: Annotated[float, Field(gt=0, le=100)] = 5.0
     """Radius in Å within which atoms exchange messages."""
     max_neighbors: None = None
     """Always all neighbours within the cutoff."""
     l_max: Annotated[int, Field(ge=0, le=8)] = 2
     """Highest degree of features and harmonics: 1 is fast, 2 accurate, 3 more so."""
-    num_features: Annotated[int, Field(ge=1)] | list[Annotated[int, Field(ge=1)]] = 32
+    num_features: Annotated[int, Field(ge=1, le=10_000)] | list[Annotated[int, Field(ge=1, le=10_000)]] = 32
     """Channels of each degree: one number, or a list of l_max + 1."""
-    num_layers: Annotated[int, Field(ge=1)] = 3
+    num_layers: Annotated[int, Field(ge=1, le=100)] = 3
     """Interactions; the receptive field is num_layers * cutoff."""
     parity: bool = False
     """Also features of unnatural parity (0o, 1e, 2o ...): about twice the work, rarely worth it."""
-    num_basis: Annotated[int, Field(ge=1)] = 8
+    num_basis: Annotated[int, Field(ge=1, le=10_000)] = 8
     """Radial Bessel functions."""
     train_bessel: bool = False
     """Train their frequencies. The sine then loses its zero at the cutoff: with envelope_order 2 the energy is only C² there."""
-    envelope_power: Annotated[int, Field(ge=2)] = 6
+    envelope_power: Annotated[int, Field(ge=2, le=100)] = 6
     """Power p of the polynomial envelope."""
     envelope_order: Literal[2, 3, 4] = 2
     """Derivatives of the envelope that vanish at the cutoff (package: 2; the fixed sine adds one)."""
     pair_cutoffs: dict[str, float | dict[str, float]] | None = None
     """Smaller cutoffs by centre and neighbour, {H: 3.0, O: {H: 3.5}}: a number holds for all neighbours; what is missing is ``cutoff``."""
-    embedding_features: Annotated[int, Field(ge=1)] | None = None
+    embedding_features: Annotated[int, Field(ge=1, le=10_000)] | None = None
     """Length of the element embedding; None takes the channels of l = 0."""
-    radial_depth: Annotated[int, Field(ge=0)] = 1
+    radial_depth: Annotated[int, Field(ge=0, le=100)] = 1
     """Hidden layers of the radial networks."""
-    radial_width: Annotated[int, Field(ge=1)] = 64
+    radial_width: Annotated[int, Field(ge=1, le=10_000)] = 64
     """Width of those layers (package: 128)."""
     self_connection: Literal["element", "linear"] = "element"
     """"element": one linear map per element (NequIP); "linear": the same for all (SevenNet-l3i5, Nequix)."""
     layer_norm: bool | None = None
     """Scale the features of every atom to unit mean square before each interaction, with a learned weight per channel (as Nequix
     does); None: in the sound variant, not in the published one."""
-    readout_depth: Annotated[int, Field(ge=0)] = 0
+    readout_depth: Annotated[int, Field(ge=0, le=100)] = 0
     """Hidden layers of the energy readout; 0 is one linear map."""
-    readout_width: Annotated[int, Field(ge=1)] | None = None
+    readout_width: Annotated[int, Field(ge=1, le=10_000)] | None = None
     """Width of those layers; None takes the channels of l = 0."""
     scales: Literal["global", "per_element"] = "global"
     """Scale the energies of each element by that element's RMS force, or all by the same."""

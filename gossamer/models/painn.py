@@ -32,15 +32,15 @@ class PaiNNConfig:
     """Which network."""
     variant: Literal["sound", "published"] = "sound"
     """"sound": smooth at the cutoff, for molecular dynamics. "published": as in schnetpack."""
-    cutoff: Annotated[float, Field(gt=0)] = 5.0
+    cutoff: Annotated[float, Field(gt=0, le=100)] = 5.0
     """Radius in Å within which atoms exchange messages."""
-    max_neighbors: Annotated[int, Field(gt=0)] | None = None
+    max_neighbors: Annotated[int, Field(gt=0, le=10**6)] | None = None
     """Keep only this many nearest neighbours. The energy then jumps when ranks change; None keeps all."""
-    num_features: Annotated[int, Field(ge=2)] = 64
+    num_features: Annotated[int, Field(ge=2, le=10_000)] = 64
     """Channels of the scalars and of the vectors (paper: 128)."""
-    num_layers: Annotated[int, Field(ge=1)] = 3
+    num_layers: Annotated[int, Field(ge=1, le=100)] = 3
     """Message-passing steps."""
-    num_basis: Annotated[int, Field(ge=2)] = 20
+    num_basis: Annotated[int, Field(ge=2, le=10_000)] = 20
     """Radial functions: Bessel for the sound variant, Gaussians for the published one."""
     direct_forces: bool = False
     """Add a head that predicts forces directly. They are not the gradient of the energy."""
