@@ -26,6 +26,8 @@ except ImportError:  # Windows: folders are not locked there
 
 log = logging.getLogger(__name__)
 COMPRESSIONS = {".xz": lzma.open, ".gz": gzip.open, ".bz2": bz2.open}
+UNPACKED, SHRINKS = 2**28, 50
+"""bytes that any compressed file may unpack to, and times its own size that a larger one may"""
 
 
 @contextmanager
@@ -153,15 +155,31 @@ def write_json(path: Path | str, value: Any) -> None:
     write_text(path, json.dumps(value, indent=1) + "\n")
 
 
-def open_text(path: Path) -> io.StringIO | io.TextIOWrapper:
-    """Text of a possibly compressed file; compressed ones are held in memory, since ASE seeks backwards."""
+def open_text(path: Path) -> io.TextIOWrapper:
+    """Text of a possibly compressed file; compressed ones are held in memory, since ASE seeks backwards.
+
+    Raises:
+        ValueError: it cannot be decompressed, or unpacks to more than real data does.
+    """
     if path.suffix not in COMPRESSIONS:
         return open(path, encoding="utf-8")
+    largest = most_unpacked(path.stat().st_size)
     try:
-        with COMPRESSIONS[path.suffix](path, "rt") as file:  # type: ignore[operator]
-            return io.StringIO(file.read())
-    except (lzma.LZMAError, zlib.error, UnicodeDecodeError, OSError, EOFError) as error:
+        with COMPRESSIONS[path.suffix](path, "rb") as file:  # type: ignore[operator]
+            data = file.read(largest + 1)
+    except (lzma.LZMAError, zlib.error, OSError, EOFError) as error:
         raise ValueError(f"'{path}' cannot be decompressed ({error}). It may be truncated: copy it again.") from None
+    if len(data) > largest:
+        raise ValueError(
+            f"'{path}' has {path.stat().st_size:.2g} bytes and unpacks to more than {largest:.2g}: real data does not shrink so. Refused. "
+            "If you trust it, unpack it yourself: files that are not compressed are read frame by frame."
+        )
+    return io.TextIOWrapper(io.BytesIO(data), encoding="utf-8")
+
+
+def most_unpacked(packed: int) -> int:
+    """Bytes that a compressed file of so many may unpack to before it is refused."""
+    return max(UNPACKED, SHRINKS * packed)
 
 
 def cache_folder() -> Path:

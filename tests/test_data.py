@@ -590,7 +590,7 @@ def test_forged_sizes_cost_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         as_atoms(tmp_path / "a.xyz")
     good = {"z": np.array([8]), "E": np.ones(1), "F": np.ones((1, 1, 3))}
     np.savez_compressed(tmp_path / "bomb.npz", **good, R=np.zeros((400_000, 1, 1), np.int64))
-    monkeypatch.setattr("gossamer.data.readers.UNPACKED", 2**20)
+    monkeypatch.setattr("gossamer.files.UNPACKED", 2**20)
     with pytest.raises(ValueError, match=r"bomb\.npz' has .* bytes and unpacks to 3\.2e\+06: real data does not shrink so"):
         list(read_structures(tmp_path / "bomb.npz"))
     header = io.BytesIO()
@@ -600,6 +600,49 @@ def test_forged_sizes_cost_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         archive.writestr("R.npy", header.getvalue() + bytes(24))
     with pytest.raises(ValueError, match=r"header\.npz': the array R says it has shape \(1000000000000, 1, 3\)"):
         list(read_structures(tmp_path / "header.npz"))
+
+
+@pytest.mark.parametrize("suffix", [".xz", ".gz", ".bz2"])
+def test_text_that_unpacks_to_far_more_than_real_data_is_refused(suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gossamer.files.UNPACKED", 2**20)
+    packed = {".xz": lzma.compress, ".gz": gzip.compress, ".bz2": bz2.compress}[suffix]
+    path = tmp_path / f"bomb.extxyz{suffix}"
+    path.write_bytes(packed(b"3\n\n" + b"H 0 0 0\n" * 2**19))
+    with pytest.raises(ValueError, match=r"unpacks to more than 1e\+06: real data does not shrink so\. Refused\. If you trust it, unpack it"):
+        list(read_structures(path))
+    monkeypatch.setattr("gossamer.files.SHRINKS", 10**5)  # a larger file may unpack to more
+    with pytest.raises(ValueError, match="frame 1 cannot be read"):
+        list(read_structures(path))
+
+
+READ_LMDB = """
+import sys
+from pathlib import Path
+from gossamer.data.readers import read_structures
+from gossamer.data.legacy import read_legacy_lmdb
+whole = Path(sys.argv[1]).read_bytes()
+for size in range(0, len(whole), 1024):
+    for read, path in ((read_structures, Path("cut.aselmdb")), (read_legacy_lmdb, Path("cut.lmdb"))):
+        path.write_bytes(whole[:size])
+        try:
+            list(read(path))
+        except ValueError as error:
+            assert str(path) in str(error) and "copy it again" in str(error), error
+        else:
+            raise AssertionError(f"{size} of {len(whole)} bytes were read")
+print("alive", len(whole))
+"""
+
+
+def test_truncated_lmdb_files_are_refused_before_they_are_mapped(tmp_path: Path) -> None:
+    """LMDB maps a file into memory: what lies beyond its end would be a SIGBUS."""
+    pytest.importorskip("ase_db_backends")
+    with ase.db.connect(str(tmp_path / "whole.aselmdb")) as database:
+        for k in range(8):
+            database.write(labelled(k), data={"more": list(range(2000))})
+    assert len(list(read_structures(tmp_path / "whole.aselmdb"))) == 8
+    result = subprocess.run([sys.executable, "-c", READ_LMDB, "whole.aselmdb"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stdout[:5]) == (0, "alive"), result.stderr[-2000:]
 
 
 def test_configurations_that_blow_up_or_break(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from gossamer.data.lmdb_file import check_lmdb
 from gossamer.data.structure import Structure
 
 OPERATIONS = {
@@ -212,6 +213,7 @@ def read_legacy_lmdb(path: Path | str) -> Iterator[Structure]:
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"There is no data file '{path}'.")
+    check_lmdb(path / "data.mdb" if path.is_dir() else path)
     try:
         with (
             lmdb.open(str(path), subdir=path.is_dir(), readonly=True, lock=False, readahead=False) as environment,

@@ -22,9 +22,10 @@ from ase.constraints import FixAtoms
 from ase.stress import voigt_6_to_full_3x3_stress
 from pydantic import field_validator
 
+from gossamer.data.lmdb_file import check_lmdb
 from gossamer.data.structure import Structure, label_fields
 from gossamer.data.xyz import xyz_frames
-from gossamer.files import COMPRESSIONS, open_text
+from gossamer.files import COMPRESSIONS, most_unpacked, open_text
 from gossamer.quantities import QUANTITIES, known_extras
 from gossamer.settings import settings
 
@@ -278,6 +279,7 @@ def _read_database(path: Path, labels: LabelConfig) -> Iterator[Structure]:
             import ase_db_backends  # noqa: F401
         except ImportError:
             raise ImportError(f"Reading '{path}' needs ase-db-backends: pip install 'gossamer[lmdb]'") from None
+        check_lmdb(path)
     with open(path, "rb") as file:
         sqlite = file.read(15) == b"SQLite format 3"
     if path.suffix == ".db" and not sqlite:  # ASE would make an empty file a database
@@ -353,10 +355,6 @@ def _read_npz(path: Path, labels: LabelConfig) -> Iterator[Structure]:
         )
 
 
-UNPACKED = 2**28
-"""bytes that a small npz file may unpack to"""
-
-
 def _npz_arrays(path: Path) -> dict[str, np.ndarray]:
     """The four arrays of an npz file in one of the known layouts, after a look at their sizes.
 
@@ -371,7 +369,7 @@ def _npz_arrays(path: Path) -> dict[str, np.ndarray]:
                 expected = "; ".join(f"{name}: {', '.join(v.values())}" for name, v in NPZ_LAYOUTS.items())
                 raise ValueError(f"'{path}' holds {', '.join(sorted(sizes))}, which is neither layout known ({expected}).")
             unpacked, packed = sum(sizes[key] for key in layout.values()), path.stat().st_size
-            if unpacked > max(UNPACKED, 50 * packed):
+            if unpacked > most_unpacked(packed):
                 raise ValueError(f"'{path}' has {packed:.2g} bytes and unpacks to {unpacked:.2g}: real data does not shrink so. Refused.")
             for key in layout.values():
                 with archive.open(f"{key}.npy") as file:
