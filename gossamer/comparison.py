@@ -127,7 +127,9 @@ def run_one(config: Config, minutes: float, folder: Path, progress: bool = True,
     began = time.perf_counter()
     results = train(config, ["data.test=null"], resume=resume, progress=progress)  # tested below, outside the time
     if "stopped" in results:
-        raise Stopped(f"{results['stopped']}: '{folder}' stopped at step {results['stopped_at_step']}; --resume goes on with the comparison.")
+        raise Stopped(
+            f"{results['stopped']}: '{folder}' stopped at step {results['stopped_at_step']}; --resume goes on with the comparison."
+        )
     spent = time.perf_counter() - began
     train_set, valid_set, test_set = load_data(config.data)
     potential = load(folder / POTENTIAL, start_process_group(config.training.device).device)

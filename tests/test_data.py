@@ -41,11 +41,14 @@ from gossamer.data.statistics import compute_statistics
 from gossamer.data.store import Store, write_store
 from gossamer.data.structure import Structure
 from gossamer.data.xyz import xyz_frames
+from gossamer.engine.cuda_graph import first_of
+from gossamer.engine.program import make_program
 from gossamer.evaluation import evaluate_potential
 from gossamer.potential import Potential
 from gossamer.potential_file import save
 from gossamer.quantities import QUANTITIES, Quantity
 from gossamer.settings import build
+from gossamer.training.compiled import CompiledForward
 from gossamer.training.loader import edge_counts, epoch_batches
 from gossamer.training.loop import columns
 from gossamer.training.losses import LossConfig, loss_sums
@@ -401,7 +404,7 @@ def test_edges_are_counted_as_they_are_collated() -> None:
     assert edge_counts(structures, 4.0, max_neighbors=3).tolist() == [collate([s], 4.0, 3).n_edges for s in structures]
 
 
-def test_a_new_quantity_is_an_entry_in_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_new_quantity_is_an_entry_in_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     """Charges and dipoles go from a file through store, batch, loss, errors and back to ASE, once the table has them."""
     charges = Quantity(name="charges", per="atom", unit="e", error_unit="me")
     dipole = Quantity(name="dipole", per="structure", shape=(3,), parity=-1, unit="e Å", error_unit="me Å/atom", error_per_atom=True)
@@ -442,6 +445,15 @@ def test_a_new_quantity_is_an_entry_in_the_table(tmp_path: Path, monkeypatch: py
     assert summary["charges_mae_me"] == pytest.approx(1000 * expected)
     assert summary["dipole_mae_me_A_per_atom"] == pytest.approx(1000 * 7 / 6 / 6)
     assert "valid_charges_rmse" in columns()
+    compiled = CompiledForward(potential.train(), forces=True, stress=False)
+    assert compiled(graph).extras.keys() == {"charges", "dipole"}  # compiled, it would lose them
+    assert (
+        "training is not compiled: a compiled graph returns energy, node_energies, forces, and this potential also predicts charges"
+        in caplog.text
+    )
+    with pytest.raises(RuntimeError, match="a compiled graph returns .* also predicts charges, dipole"):
+        make_program(potential.eval(), graph, tmp_path / "p.pt2")
+    assert first_of(potential(graph), 6).extras["charges"].shape == (6,)
     spreads = compute_statistics(structures, 4.0).spreads
     assert spreads is not None
     assert spreads["charges"] == pytest.approx(np.std(np.arange(6) / 100))
@@ -608,7 +620,9 @@ def test_text_that_unpacks_to_far_more_than_real_data_is_refused(suffix: str, tm
     packed = {".xz": lzma.compress, ".gz": gzip.compress, ".bz2": bz2.compress}[suffix]
     path = tmp_path / f"bomb.extxyz{suffix}"
     path.write_bytes(packed(b"3\n\n" + b"H 0 0 0\n" * 2**19))
-    with pytest.raises(ValueError, match=r"unpacks to more than 1e\+06: real data does not shrink so\. Refused\. If you trust it, unpack it"):
+    with pytest.raises(
+        ValueError, match=r"unpacks to more than 1e\+06: real data does not shrink so\. Refused\. If you trust it, unpack it"
+    ):
         list(read_structures(path))
     monkeypatch.setattr("gossamer.files.SHRINKS", 10**5)  # a larger file may unpack to more
     with pytest.raises(ValueError, match="frame 1 cannot be read"):

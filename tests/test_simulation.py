@@ -438,7 +438,11 @@ def test_stopped_relaxation_says_so_and_resumes_exactly(tmp_path: Path, caplog: 
     assert not (tmp_path / "r" / "a.extxyz").exists()
     first, second = relax_files(EMT(), [tmp_path / n for n in ("a.xyz", "b.xyz")], RelaxConfig(out=tmp_path / "r", resume=True, **options))
     for answer in (first, second):
-        assert (answer["stopped"], answer["steps"], answer["energy_eV"]) == (None, whole["steps"], pytest.approx(whole["energy_eV"], rel=1e-12))
+        assert (answer["stopped"], answer["steps"], answer["energy_eV"]) == (
+            None,
+            whole["steps"],
+            pytest.approx(whole["energy_eV"], rel=1e-12),
+        )
 
 
 def write(path: Path, atoms: Atoms) -> Path:

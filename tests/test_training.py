@@ -697,3 +697,11 @@ def test_batches_keep_to_the_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     seen.clear()
     train(settings(tmp_path / "atoms", steps=3, batch_atoms=20), progress=False)
     assert all(atoms <= 20 or graphs == 1 for graphs, atoms, _ in seen)
+
+
+@pytest.mark.parametrize("reuse", [True, False])
+def test_the_process_keeps_its_memory_only_if_the_settings_say_so(reuse: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[bool] = []
+    monkeypatch.setattr(loop, "keep_freed_memory", lambda: asked.append(True))
+    loop.make_state(make_potential(["C", "H", "O"]), loop.TrainingConfig(reuse_memory=reuse), LossConfig())
+    assert asked == [True] * reuse

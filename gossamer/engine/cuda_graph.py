@@ -13,6 +13,7 @@ import torch
 
 from gossamer.graph import FIELDS, Graph
 from gossamer.potential import Prediction
+from gossamer.quantities import QUANTITIES
 
 SHARE = 64
 """edges that one lone atom takes up"""
@@ -104,4 +105,5 @@ def first_of(prediction: Prediction, n_atoms: int) -> Prediction:
         node_energies=prediction.node_energies[:n_atoms].clone(),
         forces=prediction.forces[:n_atoms].clone(),
         stress=None if prediction.stress is None else prediction.stress[:1].clone(),
+        extras={k: v[: n_atoms if QUANTITIES[k].per == "atom" else 1].clone() for k, v in prediction.extras.items()},
     )

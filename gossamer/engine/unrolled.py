@@ -61,7 +61,13 @@ def unroll(
         names: Of "energy", "node_energies", "forces", "stress".
         opaque: Keep gathers and sums away from the compiler's fusion; see ``rewrite``.
         isolated: As for ``Potential.forward``; becomes the input "isolated" of the state.
+
+    Raises:
+        RuntimeError: the potential predicts further quantities, which such a graph would lose.
     """
+    extras = sharing_copy(potential, differentiable=False).eval()(graph, forces=False).extras
+    if extras:
+        raise RuntimeError(f"a compiled graph returns {', '.join(names)}, and this potential also predicts {', '.join(extras)}")
     # a copy: tracing puts stand-ins in place of its tensors, and another thread may be collating with the potential's own
     potential = sharing_copy(potential, differentiable=True)
     inputs = state if isolated is None else {**state, "isolated": isolated}
