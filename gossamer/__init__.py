@@ -22,6 +22,7 @@ _PUBLIC = {
     "fit": "gossamer.runs",
     "evaluate": "gossamer.runs",
     "compare": "gossamer.comparison",
+    "import_potential": "gossamer.imports",
     "judge": "gossamer.checks.judge",
     "export": "gossamer.engine.program",
     "md": "gossamer.simulation.md",

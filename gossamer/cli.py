@@ -86,6 +86,7 @@ def build_parser() -> argparse.ArgumentParser:
         ("judge", _judge_parser, _judge, "Is a potential, ours or anyone's, fit for use? One report; exit status 1 if a check failed."),
         ("md", _md_parser, _md, "Molecular dynamics."),
         ("relax", _relax_parser, _relax, "Relax positions, and the cell with --cell, of one structure or several."),
+        ("import", _import_parser, _import, "Bring a potential that another package trained; nothing in its file is run."),
         ("export", _export_parser, _export, "Compile a potential into a program that runs without gossamer (.pt2)."),
         ("info", _info_parser, _info, "The manifest of a saved potential."),
         ("data", _data_parser, _data_help, "Look at data, convert data."),
@@ -167,6 +168,17 @@ def _export_parser(export: argparse.ArgumentParser) -> None:
     export.add_argument("--device", default="cpu", help="kind of device it will run on (default: cpu)")
     export.add_argument("--dtype", choices=["float32", "float64"], help="default: as saved")
     _common(export)
+
+
+def _import_parser(bring: argparse.ArgumentParser) -> None:
+    bring.add_argument("path", metavar="FILE", help="file of another package: .nequip.zip, .ckpt, .model, .pth, .nqx ... (docs/import.md)")
+    bring.add_argument("--modal", help="which functional or fidelity, of files trained on several")
+    bring.add_argument("--elements", metavar="H,O", help="keep only these elements (default: all of the file)")
+    bring.add_argument("--head", metavar="NAME", help="which readout, of files that have several")
+    bring.add_argument("--reference", metavar="PYTHON", help="interpreter of an environment with the other package, which loads and runs the "
+                       "file there, as it always does: the potential is compared with it (default: marked as unverified)")  # fmt: skip
+    bring.add_argument("--out", default="potential.safetensors", help="potential to write (default: potential.safetensors)")
+    _common(bring)
 
 
 def _info_parser(info: argparse.ArgumentParser) -> None:
@@ -461,8 +473,18 @@ def _export(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _import(arguments: argparse.Namespace) -> int:
+    from gossamer.imports import import_potential
+
+    answer = import_potential(
+        arguments.path, arguments.out, arguments.modal, arguments.elements, arguments.head, arguments.reference
+    )  # fmt: skip
+    _show(arguments, answer)
+    return 0
+
+
 def _info(arguments: argparse.Namespace) -> int:
-    from gossamer.potential_file import read_manifest, weight_shapes
+    from gossamer.potential_file import read_manifest, unverified, weight_shapes
 
     manifest = read_manifest(arguments.model)
     if arguments.weights:
@@ -474,6 +496,8 @@ def _info(arguments: argparse.Namespace) -> int:
 
     if not manifest["conservative"]:
         print("# forces are predicted directly: they are NOT the gradient of the energy")
+    if unverified(manifest):
+        print(f"# {unverified(manifest)}")
     print(yaml.safe_dump(manifest, sort_keys=False, allow_unicode=True), end="")
     return 0
 

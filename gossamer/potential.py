@@ -91,6 +91,8 @@ class Potential(nn.Module):
         self.statistics = statistics
         self.seen: SeenFrames | None = None
         """fingerprints of the frames it was trained on; None if it does not know"""
+        self.imported: dict[str, Any] | None = None
+        """where it comes from if another package trained it: package, version, file, sha256, and what it was verified with"""
         table = torch.tensor([number_of[e] for e in statistics.elements])
         species_of = torch.full((119,), -1)
         species_of[table] = torch.arange(len(table))

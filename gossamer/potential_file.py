@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import platform
 import re
 from collections.abc import Mapping, Sequence
@@ -29,6 +30,7 @@ from gossamer.potential import DTYPES, Potential, PotentialConfig
 from gossamer.quantities import QUANTITIES
 from gossamer.settings import build, to_dict
 
+log = logging.getLogger(__name__)
 FORMAT = 2
 """1: radial networks lay beside the convolutions that own them now (`Network.renamed`)"""
 UNITS = {"energy": "eV", "length": "Angstrom", "stress": "eV/Angstrom^3 (ASE sign)"}
@@ -36,7 +38,13 @@ UNITS = {"energy": "eV", "length": "Angstrom", "stress": "eV/Angstrom^3 (ASE sig
 TOLERANCES = {torch.float32: (2e-5, 2e-3), torch.float64: (1e-9, 1e-7)}
 
 
-def save(potential: Potential, path: Path | str, check: Sequence[Structure] = (), training: Mapping[str, Any] | None = None) -> None:
+def save(
+    potential: Potential,
+    path: Path | str,
+    check: Sequence[Structure] = (),
+    training: Mapping[str, Any] | None = None,
+    stored: Sequence[Mapping[str, Any]] | None = None,
+) -> None:
     """Write a potential as one safetensors file, atomically.
 
     Args:
@@ -44,9 +52,12 @@ def save(potential: Potential, path: Path | str, check: Sequence[Structure] = ()
         path: Target, usually ``*.safetensors``.
         check: Structures whose predictions are stored and recomputed on loading.
         training: The complete configuration of the run, kept for the record.
+        stored: What to store as predictions of ``check``: those of the package that a potential comes from; None: its own.
     """
     tensors = {f"network.{k}": v.detach().cpu().contiguous() for k, v in potential.network.state_dict().items()}
-    for k, (structure, predicted) in enumerate(zip(check, potential.predict(check) if check else [], strict=True)):
+    if stored is None:
+        stored = potential.predict(check) if check else []
+    for k, (structure, predicted) in enumerate(zip(check, stored, strict=True)):
         parts = {
             "atomic_numbers": structure.atomic_numbers,
             "positions": structure.positions,
@@ -73,6 +84,8 @@ def save(potential: Potential, path: Path | str, check: Sequence[Structure] = ()
         "n_check": len(check),
         "training": dict(training or {}),
     }
+    if potential.imported is not None:
+        manifest["imported"] = potential.imported
     manifest["checksum"] = _checksum(tensors, manifest)
     write_bytes(path, safetensors.torch.save(tensors, {"gossamer": json.dumps(manifest)}))
 
@@ -84,6 +97,14 @@ def read_manifest(path: Path | str) -> dict[str, Any]:
         ValueError: not a potential of ours, truncated, or of a newer format.
     """
     return _open(Path(path))[0]
+
+
+def unverified(manifest: Mapping[str, Any]) -> str | None:
+    """One line about a potential of another package that nobody compared with that package; None for all others."""
+    origin = manifest.get("imported")
+    if not isinstance(origin, dict) or origin.get("verified"):
+        return None
+    return f"unverified import from {origin.get('package')} (gossamer import --reference compares it with its own package)"
 
 
 def weight_shapes(path: Path | str) -> dict[str, list[int]]:
@@ -126,6 +147,9 @@ def load(path: Path | str, device: str | torch.device = "cpu", dtype: str | torc
     statistics = build(Statistics, manifest["statistics"], "statistics")
     potential = Potential(model, statistics, build(PotentialConfig, manifest["potential"], "potential"))
     potential.seen = SeenFrames.from_arrays({k: v.numpy() for k, v in tensors.items() if k.startswith("seen.")})
+    potential.imported = manifest.get("imported")
+    if unverified(manifest):
+        log.warning("'%s': %s", path, unverified(manifest))
     saved = DTYPES[manifest["dtype"]]
     weights = weights_of(tensors, manifest)
     try:

@@ -70,6 +70,7 @@ def test_flags_share_the_names_of_the_parameters() -> None:
         ("relax", gossamer.relax, {"config", "options"}),
         ("judge", gossamer.judge, {"progress", "config", "options"}),
         ("export", gossamer.export, set()),
+        ("import", gossamer.import_potential, set()),
     ):
         flags = {a.dest for a in commands[name]._actions}
         parameters = set(python_inspect.signature(function).parameters)

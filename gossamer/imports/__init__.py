@@ -1,0 +1,100 @@
+"""Potentials trained with other packages, brought here: `import_potential`. Adding a package means one file and one row of `SOURCES`."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from gossamer.imports.contract import ImportOptions
+from gossamer.imports.inert import Tree, open_tree
+from gossamer.imports.verify import ask_reference, compare, predictions, structures
+from gossamer.potential import Potential
+from gossamer.potential_file import save
+from gossamer.settings import build
+
+log = logging.getLogger(__name__)
+SOURCES: tuple[str, ...] = ()
+"""modules of this folder, one for each package whose files are known (`gossamer.imports.contract`)"""
+
+
+def import_potential(
+    path: Path | str,
+    out: Path | str = "potential.safetensors",
+    modal: str | None = None,
+    elements: Sequence[str] | str | None = None,
+    head: str | None = None,
+    reference: Path | str | None = None,
+) -> dict[str, Any]:
+    """Bring a potential that another package trained; nothing of its file is run here (`gossamer.imports.inert`).
+
+    Args:
+        path: File of another package.
+        out: Potential to write.
+        modal: Which functional or fidelity, of files trained on several.
+        elements: Keep only these elements, as a list or "H,O"; by default all of the file.
+        head: Which readout, of files that have several.
+        reference: Python interpreter of an environment with the other package, which loads and RUNS the file there, as the package
+            does: its energies, forces and stresses are compared with ours and stored with the potential. Without it the potential is
+            marked as unverified.
+
+    Returns:
+        What was brought, and how far it is from the reference.
+
+    Raises:
+        FileNotFoundError: no such file or interpreter.
+        ValueError: a file no source knows, or one with a tensor or a setting that is not known, or predictions that differ from the
+            reference.
+    """
+    chosen = [e.strip() for e in elements.split(",")] if isinstance(elements, str) else elements
+    options = build(ImportOptions, {"modal": modal, "elements": None if chosen is None else list(chosen), "head": head})
+    tree = open_tree(path)
+    name, potential = read_potential(tree, options)
+    known = potential.statistics.elements
+    if options.elements is not None and sorted(known) != sorted(options.elements):
+        raise ValueError(f"'{path}' gave a potential for {', '.join(known)}, but --elements asks for {', '.join(options.elements)}.")
+    potential.imported = {
+        "source": name,
+        "package": import_module(f"gossamer.imports.{name}").PACKAGE,
+        "version": None,
+        **(potential.imported or {}),
+        "file": tree.path.name,
+        "sha256": tree.sha256,
+        **{k: getattr(options, k) for k in ("modal", "head", "elements")},
+        "verified": None,
+    }
+    check = structures(known, potential.cutoff)
+    stored = None
+    if reference is not None:
+        answer = ask_reference(reference, name, tree.path, options, check, seconds=3600)
+        potential.imported["verified"] = compare(potential, check, answer)
+        stored = predictions(answer, check)
+    else:
+        log.warning("unverified import: nobody compared it with its own package; --reference PYTHON does")
+    save(potential, out, check=check, stored=stored)
+    return {
+        "network": potential.model_config.name,
+        "parameters": potential.num_parameters,
+        "elements": " ".join(known),
+        "cutoff_A": potential.cutoff,
+        **{k: potential.imported[k] for k in ("package", "version", "file", "sha256")},
+        **({"verified": "no"} if reference is None else {f"verified_{k}": v for k, v in (potential.imported["verified"] or {}).items()}),
+        "out": str(out),
+    }
+
+
+def read_potential(tree: Tree, options: ImportOptions) -> tuple[str, Potential]:
+    """(source, potential) of an opened file.
+
+    Raises:
+        ValueError: no source knows it, or as the source's ``potential``.
+    """
+    for name in SOURCES:
+        source = import_module(f"gossamer.imports.{name}")
+        if source.recognises(tree):
+            return name, source.potential(tree, options)
+    packages = ", ".join(import_module(f"gossamer.imports.{name}").PACKAGE for name in SOURCES)
+    inside = ", ".join(tree.members[:8]) or repr(tree.head[:24])
+    raise ValueError(f"'{tree.path}' is of no kind that is known ({packages}). It holds {inside}.")
