@@ -3,12 +3,29 @@
 from __future__ import annotations
 
 import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from gossamer.engine.kernels import polynomial
 from gossamer.nn.contraction import Monomial, Monomials, Polynomial
+
+needs_compiler = pytest.mark.skipif(not any(shutil.which(c) for c in ("g++", "clang++", "c++")), reason="needs a C++ compiler")
+
+
+@pytest.fixture(scope="session")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("kernels")
+
+
+@pytest.fixture(autouse=True)
+def cache(built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GOSSAMER_CACHE", str(built))
+    monkeypatch.setattr(polynomial, "PIECE", 7)  # several functions
 
 
 def some(n_in: int, n_out: int, degree: int, seed: int = 0) -> Monomials:
@@ -41,7 +58,7 @@ def test_polynomial_is_its_definition(degree: int) -> None:
             number += 1
         torch.testing.assert_close(found[:, o], wanted)
     assert number == monomials.total
-    leaves = [x[:2].requires_grad_(), k.requires_grad_()]
+    leaves = [x[:2, :, :2].clone().requires_grad_(), k[:, :, :2].clone().requires_grad_()]
     assert torch.autograd.gradgradcheck(lambda x, k: Polynomial(monomials)(x, species[:2], k), leaves)
 
 
@@ -60,3 +77,79 @@ def test_wrong_sizes_are_refused() -> None:
         with pytest.raises(ValueError, match="of a polynomial must have shape"):
             Polynomial(monomials)(*wrong)
     assert Polynomial(monomials)(x[:0], species[:0], k).shape == (0, 2, 5)
+
+
+# --- kernels ---------------------------------------------------------------------------------------------------------
+
+
+def derivatives(function: Callable[..., torch.Tensor], x: torch.Tensor, species: torch.Tensor, k: torch.Tensor) -> list[torch.Tensor]:
+    """Value, gradients in x and k, and the gradients of each of these along a random direction."""
+    generator = torch.Generator().manual_seed(1)
+
+    def random(like: torch.Tensor) -> torch.Tensor:
+        return torch.randn(like.shape, dtype=like.dtype, generator=generator)
+
+    x, k = x.clone().requires_grad_(), k.clone().requires_grad_()
+    y = function(x, species, k)
+    g = random(y).requires_grad_()
+    first = torch.autograd.grad(y, [x, k], g, create_graph=True)
+    second = [torch.autograd.grad(d, [g, x, k], random(d), retain_graph=True, allow_unused=True, materialize_grads=True) for d in first]
+    return [y, *first, *second[0], *second[1]]
+
+
+@needs_compiler
+@pytest.mark.parametrize(("degree", "channels"), [(1, 1), (2, 37), (3, 16), (4, 13)])
+def test_kernel_is_the_plain_polynomial(degree: int, channels: int) -> None:
+    monomials = some(5, 3, degree)
+    x, species, k = inputs_of(monomials, n=150, channels=channels, elements=4)
+    species[species == 2] = 1  # an element that is not there
+    key = polynomial.register(monomials, torch.float64, training=True)
+    found = derivatives(lambda *t: torch.ops.gossamer.polynomial(key, *t), x, species, k)
+    wanted = derivatives(Polynomial(monomials), x, species, k)
+    assert float(found[2][2].detach().abs().max()) == 0
+    for mine, theirs in zip(found, wanted, strict=True):
+        assert float((mine - theirs).detach().abs().max()) <= 1e-13 * float(theirs.detach().abs().max())
+
+
+@needs_compiler
+def test_kernel_for_inference_in_float32() -> None:
+    monomials = some(5, 3, 3)
+    x, species, k = (t.float() if t.is_floating_point() else t for t in inputs_of(monomials, n=70, channels=40))
+    key = polynomial.register(monomials, torch.float32)
+    results = []
+    for function in (lambda *t: torch.ops.gossamer.polynomial(key, *t), Polynomial(monomials)):
+        leaf = x.clone().requires_grad_()
+        y = function(leaf, species, k)
+        results.append([y, *torch.autograd.grad(y.sin().sum(), leaf)])
+    for mine, theirs in zip(*results, strict=True):
+        assert float((mine - theirs).detach().abs().max()) < 1e-5 * float(theirs.detach().abs().max())
+
+
+@needs_compiler
+def test_kernel_refuses_what_does_not_fit() -> None:
+    monomials = some(5, 3, 3)
+    x, species, k = inputs_of(monomials)
+    key = polynomial.register(monomials, torch.float64, training=True)
+    call = torch.ops.gossamer.polynomial
+    assert call(key, x[:0], species[:0], k).shape == (0, 3, 5)
+    assert call(key, x[:, :, :0], species, k[:, :, :0]).shape == (7, 3, 0)
+    for wrong in ((x[:, :3], species, k), (x, species[:3], k), (x, species, k[:, 1:]), (x, species, k[:, :, :2])):
+        with pytest.raises(ValueError, match="of a polynomial must have shape"):
+            call(key, *wrong)
+    with pytest.raises(IndexError, match="species of a polynomial must be from 0 to 2"):
+        call(key, x, species + 1, k)
+    with pytest.raises(TypeError, match="polynomial was built for torch.float64, found torch.float32"):
+        call(key, x.float(), species, k)
+
+
+@needs_compiler
+def test_threads_change_nothing() -> None:
+    monomials = some(5, 3, 3)
+    x, species, k = inputs_of(monomials, n=3000, channels=64)
+    key = polynomial.register(monomials, torch.float64, training=True)
+    results = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        results.append(derivatives(lambda *t: torch.ops.gossamer.polynomial(key, *t), x, species, k))
+    torch.set_num_threads(1)
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))

@@ -12,9 +12,10 @@ import torch
 
 pytest.importorskip("triton", reason="needs triton")
 
+from test_contraction import some
 from test_kernels import nequip_convolution, vector_convolution
 
-from gossamer.engine.kernels import gpu, ops
+from gossamer.engine.kernels import gpu, ops, polynomial
 from gossamer.engine.kernels.cpu import Missing
 
 INTERPRETED = """
@@ -110,13 +111,41 @@ for c, heads, l_max, parts, dtype in ((40, 4, 2, 3, torch.float64), (24, 8, 1, 2
 print("equal")
 """
 
+POLYNOMIAL = """
+import torch
+from test_contraction import inputs_of, some
+from gossamer.engine.kernels import polynomial
+from gossamer.nn.contraction import Polynomial
+polynomial.PIECE = 7
+for degree, channels in ((3, 33),):
+    monomials = some(4, 2, degree)
+    x, species, k = inputs_of(monomials, n=3, channels=channels)
+    generator = torch.Generator().manual_seed(1)
+    g, h = (torch.randn(3, n, channels, dtype=torch.float64, generator=generator) for n in (2, 4))
+    leaves = [t.clone().requires_grad_() for t in (g, x, k)]
+    y = Polynomial(monomials)(leaves[1], species, leaves[2])
+    d, dk = torch.autograd.grad(y, leaves[1:], leaves[0], create_graph=True)
+    second = torch.autograd.grad(d, leaves, h, allow_unused=True, materialize_grads=True)
+    wanted = [y, d, dk, *second]
+    key = polynomial.register(monomials, torch.float64, "cuda", training=True)
+    launch, found = polynomial._launch, [t.new_empty(t.shape) for t in wanted]
+    launch("value", key, {"y": found[0]}, x, species, k)
+    launch("to_x", key, {"d": found[1]}, x, species, k, g=g)
+    launch("to_coefficients", key, {"dk": found[2]}, x, species, k, g=g)
+    launch("second", key, {"y": found[3], "d": found[4], "dk": found[5]}, x, species, k, g=g, h=h)
+    for number, (a, b) in enumerate(zip(found, wanted)):
+        assert float((a - b).detach().abs().max()) <= 1e-13 * float(b.detach().abs().max()), (degree, number)
+    launch("value", key, {"y": found[0][:0]}, x[:0], species[:0], k)
+print("equal")
+"""
+
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GOSSAMER_CACHE", str(tmp_path))
 
 
-@pytest.mark.parametrize("script", [INTERPRETED, ATTENTION], ids=["convolution", "attention"])
+@pytest.mark.parametrize("script", [INTERPRETED, ATTENTION, POLYNOMIAL], ids=["convolution", "attention", "polynomial"])
 def test_interpreted_kernels_are_their_definition(script: str) -> None:
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(Path(__file__).parent)}
     result = subprocess.run(
@@ -164,6 +193,24 @@ def test_attention_compiles_for_a_gpu(l_max: int, parts: int, real: str) -> None
         }
         source = ASTSource(fn=function, signature=signature, constexprs={(names.index(n),): v for n, v in constants.items() if n in names})
         built = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=attention_gpu.OPTIONS)
+        assert len(built.asm["cubin"]) > 1000
+
+
+@pytest.mark.parametrize("real", ["fp32", "fp64"])
+def test_polynomials_compile_for_a_gpu(real: str) -> None:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    kernels = gpu.module(polynomial.generate_triton(some(4, 2, 3), training=True), "polynomial")
+    for name in polynomial.WANTED:
+        function = getattr(kernels, f"{name}_0")
+        signature = {n: "i32" if n == "C" else "*i64" if n == "species" else f"*{real}" for n in function.arg_names}
+        built = triton.compile(
+            ASTSource(fn=function, signature=signature),
+            target=GPUTarget("cuda", 90, 32),
+            options={"num_warps": 1, "enable_fp_fusion": True},
+        )
         assert len(built.asm["cubin"]) > 1000
 
 

@@ -14,10 +14,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from gossamer.engine.kernels import cpu, gpu, ops
+from gossamer.engine.kernels import cpu, gpu, ops, polynomial
 from gossamer.engine.kernels.cpu import Missing
 from gossamer.engine.kernels.table import pack, tabulate
 from gossamer.nn.attention import Alignment, Attention
+from gossamer.nn.contraction import ElementPolynomial, Monomials, Polynomial
 from gossamer.nn.layers import ElementLinear
 from gossamer.nn.products import Convolution, EdgeConvolution, Edges
 from gossamer.potential import Potential
@@ -77,6 +78,10 @@ def _kernel_for(operation: nn.Module, path: str, network: Any, exact: Any, use: 
         return TableKernel(operation.convolution, lambda x: radial(exact.radial_basis(x)), like)
     if isinstance(operation, ElementLinear) and use == "inference":
         return FixedMaps(exact.get_submodule(path).maps(exact.embedding.weight).to(like))
+    if isinstance(operation, ElementPolynomial) and use == "inference":
+        return FixedPolynomial(operation.polynomial, exact.get_submodule(path).coefficients().to(like))
+    if isinstance(operation, Polynomial):
+        return PolynomialKernel(operation.monomials, like, training=use == "training")
     if isinstance(operation, Attention) and use != "training":
         return AttentionKernel(operation, like)
     if isinstance(operation, Alignment) and use != "training":
@@ -171,6 +176,37 @@ class FixedMaps(nn.Module):
 
     def forward(self, x: Float[Tensor, "N dim in"], species: Int[Tensor, " N"], table: Tensor) -> Tensor:
         return torch.ops.gossamer.map_by_species(x.contiguous(), species, self.maps)
+
+
+class FixedPolynomial(ElementPolynomial):
+    """An `ElementPolynomial` of weights that no longer change: the coefficients of each element are kept."""
+
+    kept: Tensor
+
+    def __init__(self, polynomial: nn.Module, coefficients: Float[Tensor, "elements monomials C"]) -> None:
+        nn.Module.__init__(self)
+        self.polynomial = polynomial
+        self.register_buffer("kept", coefficients.detach(), persistent=False)
+
+    def coefficients(self) -> Float[Tensor, "elements monomials C"]:
+        return self.kept
+
+
+class PolynomialKernel(nn.Module):
+    """A `Polynomial`; can be differentiated once, in x, or for training twice."""
+
+    def __init__(self, monomials: Monomials, like: Tensor, training: bool) -> None:
+        """
+        Raises:
+            Missing: no kernel can be built on this machine.
+        """
+        super().__init__()
+        self.key = polynomial.register(monomials, like.dtype, like.device.type, training)
+
+    def forward(
+        self, x: Float[Tensor, "N n_in C"], species: Int[Tensor, " N"], coefficients: Float[Tensor, "elements monomials C"]
+    ) -> Float[Tensor, "N n_out C"]:
+        return torch.ops.gossamer.polynomial(self.key, x, species, coefficients)
 
 
 class AttentionKernel(nn.Module):

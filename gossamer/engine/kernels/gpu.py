@@ -204,14 +204,14 @@ def need_triton() -> None:
 
 
 @functools.cache
-def module(source: str) -> Any:
-    """The kernels of one layer; Triton wants its source in a file.
+def module(source: str, name: str = "convolution") -> Any:
+    """The kernels in some source; Triton wants it in a file.
 
     Raises:
         Missing: Triton is not installed, or the cache cannot be written.
     """
     need_triton()
-    name = f"convolution_{hashlib.sha256(source.encode()).hexdigest()[:16]}"
+    name = f"{name}_{hashlib.sha256(source.encode()).hexdigest()[:16]}"
     path = cache_folder() / f"{name}.py"
     try:
         if not path.exists() or path.read_text() != source:

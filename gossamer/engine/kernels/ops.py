@@ -228,7 +228,7 @@ def _attention_gpu(name: str) -> Callable[..., Any]:
     return run
 
 
-def _there(function: Callable[..., Any]) -> Callable[..., Any]:
+def on_its_gpu(function: Callable[..., Any]) -> Callable[..., Any]:
     """Triton launches on the current GPU: make that the one where the tensors are."""
 
     def run(*arguments: Any) -> Any:
@@ -244,7 +244,7 @@ for _name, _function in {
     "convolve": _convolve_gpu, "convolve_backward": _convolve_backward_gpu, "convolve_weighted": _weighted_gpu, "convolve_weighted_backward": _weighted_backward_gpu,
     **{name: _attention_gpu(name) for name in ("attend", "attend_backward", "perpendicular", "perpendicular_backward")},
 }.items():  # fmt: skip
-    _library.impl(_name, _there(_function), "CUDA")
+    _library.impl(_name, on_its_gpu(_function), "CUDA")
 
 
 # --- shapes, for compilers -------------------------------------------------------------------------------------------
