@@ -18,6 +18,7 @@ _PUBLIC = {
     "read_structures": "gossamer.data.readers",
     "Calculator": "gossamer.simulation.calculator",
     "Engine": "gossamer.engine.engine",
+    "TorchSimModel": "gossamer.simulation.torchsim",
     "train": "gossamer.runs",
     "fit": "gossamer.runs",
     "evaluate": "gossamer.runs",

@@ -128,3 +128,51 @@ def device_neighbor_list(
     for key in (*shifts.unbind(1)[::-1], sender, receiver):  # the last one decides
         order = order[torch.argsort(key[order], stable=True)]
     return torch.stack([sender, receiver])[:, order], shifts[order].to(torch.float64)
+
+
+class BatchVerletList:
+    """The same for many structures at once: edges of a batch, of which only structures that moved too far are listed anew.
+
+    A list knows geometry alone. Where another structure takes a place in the batch, it is listed anew, unless it has the same atoms
+    at almost the same positions, for which the list is right.
+    """
+
+    def __init__(self, cutoff: float, skin: float = 0.5, max_neighbors: int | None = None) -> None:
+        """As `VerletList`."""
+        self._template = cutoff, skin, max_neighbors
+        self._lists: list[VerletList] = []
+
+    @property
+    def builds(self) -> int:
+        """How often a structure was listed anew."""
+        return sum(one.builds for one in self._lists)
+
+    def __call__(
+        self,
+        positions: NDArray[np.float64],
+        cells: NDArray[np.float64],
+        pbc: NDArray[np.bool_],
+        counts: NDArray[np.int64],
+    ) -> Edges:
+        """Edges of a batch, sorted by receiver, and their shifts.
+
+        Args:
+            positions: (N, 3) Å, structure after structure.
+            cells: (G, 3, 3) Å, rows.
+            pbc: (G, 3).
+            counts: (G,) atoms of each structure.
+
+        Raises:
+            ValueError: positions that are not finite; says in which structure.
+        """
+        self._lists = self._lists[: len(counts)] + [VerletList(*self._template) for _ in range(len(counts) - len(self._lists))]
+        starts = np.cumsum(counts) - counts
+        edges, shifts = [], []
+        for k, (one, start, n) in enumerate(zip(self._lists, starts, counts, strict=True)):
+            try:
+                pairs, images = one(positions[start : start + n], cells[k], pbc[k])
+            except ValueError as error:
+                raise ValueError(f"Structure {k}: {error}") from None
+            edges.append(pairs + start)
+            shifts.append(images)
+        return np.concatenate(edges, axis=1), np.concatenate(shifts)

@@ -1,0 +1,135 @@
+"""A potential as a model of TorchSim (0.3 and later), which moves many structures at once."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gossamer.engine.engine import Engine, Way
+from gossamer.graph import FIELDS, Graph
+from gossamer.potential import Potential
+from gossamer.potential_file import load
+from gossamer.simulation.verlet import BatchVerletList
+
+try:
+    from torch_sim.models.interface import ModelInterface
+except ImportError:
+    raise ImportError("TorchSimModel needs the package torch-sim-atomistic: pip install 'gossamer[torchsim]'") from None
+
+log = logging.getLogger(__name__)
+
+
+class TorchSimModel(ModelInterface):
+    """Energy, forces and stress of TorchSim's states, in eV, eV/Å and eV/Å³ (tension positive).
+
+    A structure whose forces are not finite gets NaN, and the others of its batch what they would get alone.
+    """
+
+    def __init__(
+        self,
+        potential: Potential | Path | str,
+        way: Way = "auto",
+        device: str = "cpu",
+        dtype: torch.dtype = torch.float64,
+        compute_forces: bool = True,
+        compute_stress: bool = True,
+        skin: float = 0.5,
+    ) -> None:
+        """
+        Args:
+            potential: A potential, or the file of one.
+            way: How to evaluate (`gossamer.engine.engine`): "auto", "plain", "kernels", or "program", which is compiled once per
+                machine and potential, in about half a minute.
+            device: Where to compute, if a file is given.
+            dtype: Of states and results; positions enter the potential in float64 in any case.
+            compute_forces: Give forces.
+            compute_stress: Give stress.
+            skin: Å beyond the cutoff that neighbour lists reach, so that they are rebuilt rarely.
+
+        Raises:
+            ValueError: stress of a potential with direct forces, or an unknown way.
+            RuntimeError: a way asked for by name that cannot be had here.
+        """
+        super().__init__()
+        if way == "graph":
+            raise ValueError("way 'graph' records one structure. For batches choose auto, kernels, program or plain.")
+        self.potential = potential if isinstance(potential, Potential) else load(potential, device)
+        self.potential.eval().requires_grad_(False)
+        self.engine = Engine(self.potential, way)
+        self.neighbors = BatchVerletList(self.potential.cutoff, skin, self.potential.max_neighbors)
+        self._checked: bytes = b""
+        self._device, self._dtype = self.potential.device, dtype
+        self._memory_scales_with = "n_atoms_x_density"
+        self.compute_forces, self.compute_stress = compute_forces, compute_stress
+        self._expected = way != "program"
+
+    @ModelInterface.compute_forces.setter  # type: ignore[attr-defined, misc]
+    def compute_forces(self, compute_forces: bool) -> None:
+        self._compute_forces = compute_forces
+
+    @ModelInterface.compute_stress.setter  # type: ignore[attr-defined, misc]
+    def compute_stress(self, compute_stress: bool) -> None:
+        if compute_stress and not self.potential.conservative:
+            raise ValueError("This potential predicts forces directly: it has no stress. Pass compute_stress=False.")
+        self._compute_stress = compute_stress
+
+    def forward(self, state: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Energy (G,), forces (N, 3) and stress (G, 3, 3), detached.
+
+        Args:
+            state: TorchSim's SimState, or a dictionary of its fields. Cells hold their vectors in columns.
+            **kwargs: None are known; the interface asks for them.
+
+        Raises:
+            TypeError: an unknown keyword.
+            ValueError: an unknown element, or positions that are not finite; says in which structure.
+        """
+        if kwargs:
+            raise TypeError(f"TorchSimModel.forward takes the state alone, found {', '.join(sorted(kwargs))}.")
+        graph = self.graph(state if isinstance(state, dict) else vars(state) | {"system_idx": state.system_idx})
+        if not self._expected and graph.n_graphs > 1:
+            self.engine.expect(1, graph)  # the program of batches, made or read now
+            self._expected = True
+        out = self.engine(graph, stress=self._compute_stress)
+        found = {"energy": out.energy}
+        if self._compute_forces:
+            assert out.forces is not None
+            found["forces"] = out.forces
+        if self._compute_stress:
+            assert out.stress is not None
+            found["stress"] = out.stress
+        self._warn(out.energy)
+        return {name: value.detach().to(self._dtype) for name, value in found.items()}
+
+    def _warn(self, energy: Tensor) -> None:
+        bad = (~torch.isfinite(energy)).nonzero()[:, 0].tolist()
+        if bad:
+            log.warning("energies of structures %s of the batch are not finite: atoms lie on one another", bad)
+
+    def graph(self, fields: Mapping[str, Any]) -> Graph:
+        """The batch as the potential sees it, on its device.
+
+        Raises:
+            ValueError: an element that the potential does not know, or positions that are not finite; says in which structure.
+        """
+
+        def on_cpu(name: str, kind: Any) -> Any:
+            return np.ascontiguousarray(torch.as_tensor(fields[name]).detach().cpu().numpy(), dtype=kind)
+
+        numbers, positions, index = on_cpu("atomic_numbers", np.int64), on_cpu("positions", np.float64), on_cpu("system_idx", np.int64)
+        cells = np.ascontiguousarray(on_cpu("cell", np.float64).transpose(0, 2, 1))
+        counts = np.bincount(index, minlength=len(cells))
+        if self._checked != numbers.tobytes():
+            for k, part in enumerate(np.split(numbers, np.cumsum(counts)[:-1])):
+                self.potential.check_elements(part, f"Structure {k}")
+            self._checked = numbers.tobytes()
+        edges, shifts = self.neighbors(positions, cells, np.broadcast_to(on_cpu("pbc", bool), (len(cells), 3)), counts)
+        arrays = numbers, positions, cells, index, edges, shifts.astype(np.float64)
+        tensors = (torch.from_numpy(a).to(self.potential.device) for a in arrays)
+        return self.potential.prune(Graph(**dict(zip(FIELDS, tensors, strict=True))))

@@ -1,0 +1,127 @@
+"""TorchSim on our potentials: batches equal one structure after the other."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from ase import Atoms
+from ase.build import bulk
+from conftest import make_potential
+from test_kernels import needs_compiler
+
+from gossamer.neighbors import neighbor_list
+from gossamer.simulation.calculator import Calculator
+from gossamer.simulation.verlet import BatchVerletList
+
+ELEMENTS = ["H", "C", "O", "Si", "Fe"]
+
+
+def crystals() -> list[Atoms]:
+    """Small rattled crystals in skewed cells."""
+    found = [bulk("Si", cubic=True), bulk("Fe").repeat((2, 1, 1)), bulk("Si")]
+    for k, atoms in enumerate(found):
+        atoms.rattle(0.1, seed=k)
+        atoms.set_cell(atoms.cell.array @ (np.eye(3) + 0.03 * np.random.default_rng(k).normal(size=(3, 3))), scale_atoms=True)
+    return found
+
+
+def test_only_structures_that_moved_are_listed_anew() -> None:
+    structures = crystals()
+    lists = BatchVerletList(4.0, skin=0.5)
+
+    def check() -> None:
+        edges, shifts = lists(
+            np.concatenate([a.positions for a in structures]), np.array([a.cell.array for a in structures]),
+            np.array([a.pbc for a in structures]), np.array([len(a) for a in structures]),
+        )  # fmt: skip
+        start, wanted_edges, wanted_shifts = 0, [], []
+        for atoms in structures:
+            pairs, images = neighbor_list(atoms.positions, atoms.cell.array, atoms.pbc, 4.0)
+            wanted_edges.append(pairs + start)
+            wanted_shifts.append(images)
+            start += len(atoms)
+        np.testing.assert_array_equal(edges, np.concatenate(wanted_edges, axis=1))
+        np.testing.assert_array_equal(shifts, np.concatenate(wanted_shifts))
+
+    check()
+    assert lists.builds == 3
+    structures[0].positions[0] += 0.1
+    check()
+    assert lists.builds == 3
+    structures[1].positions[0] += 0.4
+    check()
+    assert lists.builds == 4
+    structures[1], structures[2] = structures[2], structures[1]  # as TorchSim does when a structure is finished
+    check()
+    del structures[0]
+    check()
+    structures.append(bulk("Fe"))
+    check()
+
+
+class TestTorchSim:
+    @pytest.fixture(autouse=True)
+    def torch_sim(self) -> None:
+        self.ts = pytest.importorskip("torch_sim", reason="needs torch-sim-atomistic")
+
+    def state(self, structures: list[Atoms]):
+        return self.ts.io.atoms_to_state(structures, torch.device("cpu"), torch.float64)
+
+    @pytest.mark.parametrize("way", ["plain", pytest.param("kernels", marks=needs_compiler)])
+    def test_states_are_the_calculators(self, way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        from torch_sim.models.interface import validate_model_outputs
+
+        from gossamer.simulation.torchsim import TorchSimModel
+
+        monkeypatch.setenv("GOSSAMER_CACHE", str(tmp_path))
+        potential = make_potential(ELEMENTS)
+        model = TorchSimModel(potential, way=way)
+        validate_model_outputs(model, torch.device("cpu"), torch.float64)
+        structures = crystals()
+        out = model(self.state(structures))
+        for atoms, energy, stress in zip(structures, out["energy"], out["stress"], strict=True):
+            atoms.calc = Calculator(potential, way="plain")
+            assert float(energy) == pytest.approx(atoms.get_potential_energy(), abs=1e-8)
+            np.testing.assert_allclose(stress.numpy(), atoms.get_stress(voigt=False), atol=1e-9)
+        np.testing.assert_allclose(out["forces"].numpy(), np.concatenate([a.get_forces() for a in structures]), atol=1e-7)
+
+    def test_what_cannot_be_is_said(self, caplog: pytest.LogCaptureFixture) -> None:
+        from gossamer.simulation.torchsim import TorchSimModel
+
+        with pytest.raises(ValueError, match="predicts forces directly: it has no stress"):
+            TorchSimModel(make_potential(ELEMENTS, direct_forces=True), way="plain")
+        model = TorchSimModel(make_potential(ELEMENTS), way="plain")
+        with pytest.raises(ValueError, match=r"Structure 1: Cu \(29\) not among"):
+            model(self.state([bulk("Si"), bulk("Cu")]))
+        lost = crystals()
+        lost[1].positions[0] = np.nan
+        with pytest.raises(ValueError, match="Structure 1: .*not finite"):
+            model(self.state(lost))
+        with pytest.raises(ValueError, match="way 'graph' records one structure"):
+            TorchSimModel(make_potential(ELEMENTS), way="graph")
+        with pytest.raises(TypeError, match="takes the state alone, found positions"):
+            model(self.state(crystals()), positions=1)
+        structures = crystals()
+        alone = model(self.state(structures[1:]))
+        structures[0].positions[1] = structures[0].positions[0]
+        out = model(self.state(structures))
+        assert not bool(torch.isfinite(out["energy"][0]))
+        torch.testing.assert_close(out["energy"][1:], alone["energy"])
+        torch.testing.assert_close(out["forces"][8:], alone["forces"])
+        assert "structures [0] of the batch are not finite" in caplog.text
+
+    def test_dynamics_runs_on_its_forces(self) -> None:
+        from gossamer.simulation.torchsim import TorchSimModel
+
+        ts = self.ts
+        integrator = ts.Integrator.nve if "Integrator" in dir(ts) else ts.nve  # 0.4 and later, 0.3
+        model = TorchSimModel(make_potential(ELEMENTS), way="plain")
+        state = self.state([bulk("Si", cubic=True), bulk("Fe").repeat((2, 1, 1))])
+        final = ts.integrate(system=state, model=model, integrator=integrator, n_steps=20, temperature=300, timestep=0.0005)
+        assert float((final.positions - state.positions).abs().max()) > 1e-3
+        out = model(final)
+        torch.testing.assert_close(out["energy"], final.energy, rtol=0, atol=1e-9)
+        torch.testing.assert_close(out["forces"], final.forces, rtol=0, atol=1e-8)
