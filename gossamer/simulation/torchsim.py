@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from gossamer.engine.engine import Engine, Way
-from gossamer.graph import FIELDS, Graph
+from gossamer.graph import Graph
 from gossamer.potential import Potential
 from gossamer.potential_file import load
 from gossamer.simulation.verlet import BatchVerletList
@@ -130,6 +130,16 @@ class TorchSimModel(ModelInterface):
                 self.potential.check_elements(part, f"Structure {k}")
             self._checked = numbers.tobytes()
         edges, shifts = self.neighbors(positions, cells, np.broadcast_to(on_cpu("pbc", bool), (len(cells), 3)), counts)
-        arrays = numbers, positions, cells, index, edges, shifts.astype(np.float64)
-        tensors = (torch.from_numpy(a).to(self.potential.device) for a in arrays)
-        return self.potential.prune(Graph(**dict(zip(FIELDS, tensors, strict=True))))
+
+        def there(array: Any) -> Tensor:
+            return torch.from_numpy(array).to(self.potential.device)
+
+        graph = Graph(
+            atomic_numbers=there(numbers),
+            positions=there(positions),
+            cell=there(cells),
+            graph_index=there(index),
+            edge_index=there(edges),
+            edge_shifts=there(shifts.astype(np.float64)),
+        )
+        return self.potential.prune(graph)
