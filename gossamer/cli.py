@@ -479,6 +479,10 @@ def _import(arguments: argparse.Namespace) -> int:
     answer = import_potential(
         arguments.path, arguments.out, arguments.modal, arguments.elements, arguments.head, arguments.reference
     )  # fmt: skip
+    if not arguments.json and isinstance(answer["verified"], dict):
+        for name, found in answer.pop("verified").items():
+            said = ", ".join(f"{k} {v:.1e}" for k, v in found.items()) if isinstance(found, dict) else found
+            answer[f"verified: {name}"] = said
     _show(arguments, answer)
     return 0
 

@@ -16,7 +16,7 @@ from gossamer.potential_file import save
 from gossamer.settings import build
 
 log = logging.getLogger(__name__)
-SOURCES: tuple[str, ...] = ()
+SOURCES = ("nequip",)
 """modules of this folder, one for each package whose files are known (`gossamer.imports.contract`)"""
 
 
@@ -80,7 +80,7 @@ def import_potential(
         "elements": " ".join(known),
         "cutoff_A": potential.cutoff,
         **{k: potential.imported[k] for k in ("package", "version", "file", "sha256")},
-        **({"verified": "no"} if reference is None else {f"verified_{k}": v for k, v in (potential.imported["verified"] or {}).items()}),
+        "verified": "no" if reference is None else potential.imported["verified"],
         "out": str(out),
     }
 

@@ -251,9 +251,9 @@ class _Machine:
             return Inert(f"persistent.{pid[0][:100]}", pid[1:])
         _, kind, key, _, count = pid[:5] if len(pid) >= 5 else (None,) * 5
         name = kind.name.rpartition(".")[2] if isinstance(kind, _Name) else ""
-        if name not in DTYPES or not isinstance(key, str) or not _sizes((count,)):
+        if name not in DTYPES or type(key) not in (str, int) or not _sizes((count,)):
             raise ValueError("a storage that is not (type, key, place, count)")
-        return _Storage(self.storage(key, DTYPES[name], count))
+        return _Storage(self.storage(str(key), DTYPES[name], count))
 
     def tensor(self, storage: Any, offset: Any, shape: Any, strides: Any, *rest: Any) -> Tensor:
         """A view of the storage that stays inside it."""
@@ -537,7 +537,8 @@ def open_tree(path: Path | str) -> Tree:
         order = archive.read(prefix + "byteorder").strip() if "byteorder" in members else b"little"
     if order != b"little":
         raise ValueError(f"'{path}' was written on a machine of byte order {order[:20]!r}; only little is read. Save it again on another.")
-    return Tree(path, "package" if any(m.startswith(".data/") for m in members) else "torch", members)
+    package = "data.pkl" not in members and any(m.startswith(".data/") for m in members)
+    return Tree(path, "package" if package else "torch", members)
 
 
 @contextlib.contextmanager

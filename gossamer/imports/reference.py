@@ -20,7 +20,15 @@ from typing import Any
 import numpy as np
 from ase import Atoms
 
-SOURCES: dict[str, tuple[str, Any]] = {}
+
+def nequip(what: dict[str, Any], precision: str) -> Any:
+    """A package or a checkpoint (its averaged weights), uncompiled. In the precision it was trained in: its 3j symbols are rounded to that."""
+    from nequip.integrations.ase import NequIPCalculator
+
+    return NequIPCalculator._from_saved_model(what["path"]) if precision == "native" else None
+
+
+SOURCES: dict[str, tuple[str, Any]] = {"nequip": ("nequip", nequip)}
 """name of the source -> (package, function)"""
 
 
