@@ -276,6 +276,26 @@ class Potential(nn.Module):
         volume = torch.where(volume > 1e-9, volume, torch.full_like(volume, torch.nan))
         return 0.5 * (virial + virial.transpose(1, 2)) / volume[:, None, None]
 
+    def virials(self, graph: Graph) -> Float[Tensor, "n_atoms 3 3"]:
+        """Each atom's share of the virial in eV, dE/d(strain): half of dE/d(vector) ⊗ vector of its edges, symmetrised.
+
+        They sum to stress times volume. How a virial is shared out is a convention (the forces of a network are not sums of pairs).
+
+        Raises:
+            ValueError: forces that are no gradient, or terms whose virial belongs to no edge.
+        """
+        if not self.conservative or len(self.terms):
+            what = "has terms of positions and cells" if self.conservative else "predicts forces directly"
+            raise ValueError(f"A potential that {what} has no virials of atoms.")
+        with torch.enable_grad():
+            (vectors,) = self._leaves(graph, need_gradient=True)
+            node_energies, _ = self._node_energies(graph, (vectors,), None)
+            (slopes,) = torch.autograd.grad(node_energies.sum(), (vectors,))
+        outer = 0.25 * slopes[:, :, None] * vectors.detach()[:, None, :]
+        outer = outer + outer.transpose(1, 2)
+        sender, receiver = graph.edge_index
+        return sum_by_index(outer, receiver, graph.n_atoms) + sum_by_index(outer, sender, graph.n_atoms)
+
     def predict(
         self,
         structures: Structure | Atoms | Sequence[Structure | Atoms],

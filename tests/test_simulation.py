@@ -67,6 +67,27 @@ def test_calculator_equals_the_potential(crystal: Atoms) -> None:
     assert crystal.get_potential_energies().sum() == pytest.approx(expected["energy"], abs=1e-11)
 
 
+@pytest.mark.parametrize("name", ["leignn", "nequip"])
+def test_stresses_of_atoms_sum_to_the_stress(name: str, crystal: Atoms) -> None:
+    """Of the whole, and of each of two slabs that do not see each other; images of an atom have the same virial."""
+    potential = make_potential(ELEMENTS, name=name)
+    crystal.calc = Calculator(potential)
+    stresses = crystal.get_stresses()
+    assert stresses.shape == (len(crystal), 6)
+    np.testing.assert_allclose(stresses.sum(axis=0), crystal.get_stress(), atol=1e-12)
+    twice = crystal.repeat((2, 1, 1))
+    twice.calc = crystal.calc
+    np.testing.assert_allclose(twice.get_stresses(), np.tile(stresses, (2, 1)) / 2, atol=1e-12)
+    slabs = bulk("SiC", "rocksalt", a=4.3, cubic=True)
+    slabs.rattle(0.1, seed=0)
+    slabs.cell[2, 2] = 40
+    both = slabs + slabs
+    both.positions[len(slabs) :, 2] += 20
+    for atoms in (slabs, both):
+        atoms.calc = Calculator(potential)
+    np.testing.assert_allclose(both.get_stresses()[len(slabs) :].sum(axis=0), slabs.get_stress(), atol=1e-12)
+
+
 def test_skin_changes_nothing(crystal: Atoms) -> None:
     """Along a random walk, wrapped now and then, a skinned calculator gives the very numbers of one without."""
     potential = make_potential(ELEMENTS, dtype=torch.float32)
@@ -91,9 +112,15 @@ def test_calculator_says_what_it_cannot_do(ethanol: Atoms, crystal: Atoms) -> No
     ethanol.calc = Calculator(make_potential(ELEMENTS))
     with pytest.raises(PropertyNotImplementedError, match="periodicity along all three axes"):
         ethanol.get_stress()
+    with pytest.raises(PropertyNotImplementedError, match="periodicity along all three axes"):
+        ethanol.get_stresses()
     crystal.calc = Calculator(make_potential(ELEMENTS, direct_forces=True))
     with pytest.raises(PropertyNotImplementedError, match="forces directly: it has no stress"):
         crystal.get_stress()
+    long_range = make_potential(ELEMENTS)
+    long_range.terms.append(torch.nn.Identity())
+    with pytest.raises(ValueError, match="has terms of positions and cells has no virials of atoms"):
+        long_range.virials(Calculator(make_potential(ELEMENTS)).graph(crystal))
     with pytest.raises(ValueError, match="skin must not be negative"):
         Calculator(make_potential(ELEMENTS), skin=-1)
     gold = bulk("Au")

@@ -25,9 +25,9 @@ log = logging.getLogger(__name__)
 
 
 class Calculator(ASECalculator):
-    """ASE calculator of a potential: energy, free_energy, energies, forces, and stress where it is defined."""
+    """ASE calculator of a potential: energy, free_energy, energies, forces, and stress and stresses where they are defined."""
 
-    implemented_properties = ["energy", "free_energy", "energies", "forces", "stress"]  # noqa: RUF012 - ASE's own convention
+    implemented_properties = ["energy", "free_energy", "energies", "forces", "stress", "stresses"]  # noqa: RUF012 - ASE's own convention
 
     def __init__(
         self,
@@ -84,21 +84,25 @@ class Calculator(ASECalculator):
         self._lock = threading.RLock()
 
     def calculate(self, atoms: Atoms | None = None, properties: list[str] | None = None, system_changes: list[str] = all_changes) -> None:
-        """Compute everything the potential gives (energy and forces come together).
+        """Compute everything the potential gives (energy and forces come together); stresses only if asked for.
+
+        The stresses of atoms (`Potential.virials` over the volume of the cell, as ASE's own calculators have them) take a second, plain
+        evaluation; they sum to the stress.
 
         Raises:
             ValueError: unknown element, positions that are not finite, or two atoms on one spot.
-            PropertyNotImplementedError: stress of direct forces, or of a structure without a volume.
+            PropertyNotImplementedError: stress or stresses of direct forces, or of a structure without a volume.
         """
         super().calculate(atoms, properties, system_changes)
         assert self.atoms is not None
         wanted = properties or ["energy"]
         periodic = bool(self.atoms.pbc.all())
-        if "stress" in wanted and not self.conservative:
+        stress_wanted = "stress" in wanted or "stresses" in wanted
+        if stress_wanted and not self.conservative:
             raise PropertyNotImplementedError(
                 "This potential predicts forces directly: it has no stress. Train one with direct_forces: false."
             )
-        if "stress" in wanted and not periodic:
+        if stress_wanted and not periodic:
             raise PropertyNotImplementedError(f"Stress needs periodicity along all three axes, found pbc {self.atoms.pbc.tolist()}.")
         graph = self.graph(self.atoms)
         # stress costs next to nothing beside the forces, so it always comes along
@@ -114,6 +118,12 @@ class Calculator(ASECalculator):
         }
         if out.stress is not None and periodic:
             self.results["stress"] = full_3x3_to_voigt_6_stress(out.stress[0].detach().cpu().numpy())
+        if "stresses" in wanted:
+            try:
+                virials = self.potential.virials(graph).cpu().numpy()
+            except ValueError as error:
+                raise PropertyNotImplementedError(str(error)) from None
+            self.results["stresses"] = full_3x3_to_voigt_6_stress(virials / self.atoms.get_volume())
 
     def expect(self, n_evaluations: int, atoms: Atoms) -> str:
         """Say that about so many evaluations of such atoms will come (`Engine.expect`); returns the way that they will go."""
