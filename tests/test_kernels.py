@@ -32,6 +32,7 @@ from gossamer.engine.kernels import cpu, gpu, ops
 from gossamer.engine.kernels.attach import EdgeKernel, FixedMaps, TableKernel, attach_kernels, sort_edges
 from gossamer.engine.kernels.cpu import Missing
 from gossamer.engine.kernels.table import TOLERANCE, derivatives, interpolate, pack, tabulate, unpack
+from gossamer.models import MODELS as NETWORKS
 from gossamer.nn.coupling import Coupling, Irrep, paths_between
 from gossamer.nn.products import Convolution, Product, ScalarConvolution, VectorConvolution
 from gossamer.runs import evaluate, train
@@ -546,6 +547,25 @@ def test_damaged_kernels_are_built_again(tmp_path: Path, monkeypatch: pytest.Mon
     path.write_bytes(b"not a library")
     assert cpu.library.__wrapped__(source, "part", ()).nothing is not None
     assert path.read_bytes()[:4] != b"not "
+
+
+@pytest.mark.parametrize("name", list(NETWORKS))
+def test_kernels_round_as_the_network_does(name: str) -> None:
+    """Against float64, forces by float32 kernels are about as far off as by the network itself: splines add little to rounding."""
+    usual = NETWORKS[name][0]()
+    sizes = {"num_features": usual.num_features, "num_basis": usual.num_basis, "cutoff": 5.0}
+    potential = make_potential(ELEMENTS, name=name, dtype=torch.float32, **sizes)
+    exact = copy.deepcopy(potential)
+    exact.network.to(torch.float64)
+    quick = attach_kernels(potential)
+    errors: dict[str, list[float]] = {"plain": [], "kernels": []}
+    for n in range(24, 29):
+        graph = probe(exact, n)
+        forces = exact(graph).forces
+        for way, other in (("plain", potential), ("kernels", quick)):
+            errors[way].append(float((other(graph).forces - forces).abs().max() / forces.pow(2).mean().sqrt()))
+    plain, kernels = (float(np.median(errors[way])) for way in ("plain", "kernels"))
+    assert kernels < 1e-5 + 2 * plain, (name, errors)
 
 
 def test_evaluation_with_kernels(caplog: pytest.LogCaptureFixture) -> None:

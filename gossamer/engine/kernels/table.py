@@ -15,8 +15,8 @@ from torch import Tensor
 from gossamer.nn.products import Convolution
 
 KNOTS = (64, 128, 256, 512, 1024, 2048, 4096)
-TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-11}
-"""largest error of a spline, relative to the largest value of the radial functions"""
+TOLERANCE = {torch.float32: 3e-7, torch.float64: 1e-11}
+"""largest error of a spline, relative to the largest value of the radial functions: in float32 1e-6 leaves PaiNN 8 times its rounding error"""
 NEAR = 9
 """points of the polynomial at zero"""
 
