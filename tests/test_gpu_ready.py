@@ -13,9 +13,11 @@ from ase.build import bulk
 from conftest import DIRECT, MODELS, make_potential
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gossamer.engine.cuda_graph import SHARE, first_of, pad
+from gossamer.engine import engine as engine_module
+from gossamer.engine.cuda_graph import SHARE, CudaGraph, first_of, pad
 from gossamer.engine.kernels import gpu
 from gossamer.engine.kernels import ops as _  # noqa: F401  (registers the operators)
+from gossamer.graph import Graph
 from gossamer.simulation.calculator import Calculator
 
 ELEMENTS = ["H", "C", "O", "Si"]
@@ -92,10 +94,11 @@ def test_padding_changes_nothing(name: str, system: str, ethanol: Atoms) -> None
             torch.testing.assert_close(found.stress, plain.stress, rtol=0, atol=1e-12)
 
 
-def test_maps_of_elements_are_those_of_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("n_elements", [5, 2])  # 2: all results are fewer numbers than one matrix
+def test_maps_of_elements_are_those_of_the_cpu(n_elements: int, monkeypatch: pytest.MonkeyPatch) -> None:
     generator = torch.Generator().manual_seed(0)
-    x, maps = torch.randn(7, 3, 4, generator=generator).double(), torch.randn(5, 4, 6, generator=generator).double()
-    species = torch.tensor([0, 3, 3, 1, 0, 4, 3])
+    x, maps = torch.randn(7, 3, 6, generator=generator).double(), torch.randn(n_elements, 6, 4, generator=generator).double()
+    species = torch.tensor([0, 3, 3, 1, 0, 4, 3]) % n_elements
     wanted = torch.stack([a @ maps[s] for a, s in zip(x, species, strict=True)])
     torch.testing.assert_close(torch.ops.gossamer.map_by_species(x, species, maps), wanted)
     torch.testing.assert_close(gpu.map_by_species(x, species, maps), wanted)
@@ -109,6 +112,54 @@ def test_a_cuda_graph_needs_a_gpu() -> None:
         Calculator(potential, way="graph")
 
 
+def test_auto_records_what_comes_again(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, ethanol: Atoms) -> None:
+    """The third structure of one size is recorded, and whatever fits goes by that recording; a recording that fails is given up for good."""
+    made: list[int] = []
+
+    class Recording(CudaGraph):
+        def __init__(self, run: Any, graph: Graph, cutoff: float) -> None:
+            self.n_atoms, self.n_edges, self.run = graph.n_atoms, graph.n_edges + 5, run
+            made.append(graph.n_atoms)
+
+        def __call__(self, graph: Graph) -> Any:
+            return self.run(graph)
+
+    calculator = Calculator(make_potential(ELEMENTS), way="auto")
+    engine = calculator.engine
+    assert engine.way != "graph"  # a CPU
+    monkeypatch.setattr(engine_module, "CudaGraph", Recording)
+    engine._records = True
+    large, small = calculator.graph(ethanol), calculator.graph(ethanol[:4])
+    for graph, wanted in (
+        (large, 0),
+        (small, 0),
+        (large, 0),
+        (large, 0),
+        (large, 1),
+        (large, 1),
+        (small, 1),
+        (large, 1),
+        (small, 1),
+        (small, 1),
+        (small, 2),
+    ):
+        engine(graph)
+        assert len(made) == wanted
+    assert engine.way == "graph"
+    assert made == [large.n_atoms, small.n_atoms]
+
+    def fails(*arguments: Any) -> None:
+        raise RuntimeError("out of memory\nand more")
+
+    monkeypatch.setattr(engine_module, "CudaGraph", fails)
+    caplog.clear()
+    with caplog.at_level("WARNING"):
+        for _ in range(5):
+            engine(large)
+    assert [r.getMessage() for r in caplog.records] == ["the potential runs without a CUDA graph: out of memory"]
+    assert engine.way != "graph"
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("name", [*MODELS])
@@ -120,3 +171,19 @@ def test_recorded_steps_are_the_potential(name: str, ethanol: Atoms) -> None:
         wanted = plain.get_forces(ethanol.copy())
         np.testing.assert_allclose(recorded.get_forces(ethanol.copy()), wanted, atol=1e-8)
     assert recorded.engine.way == "graph"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_recordings_last_while_edges_come_and_go() -> None:
+    potential = make_potential(ELEMENTS).to("cuda")
+    quick, plain = Calculator(potential), Calculator(potential, way="plain")
+    atoms = bulk("Si", cubic=True).repeat(2)
+    recordings = set()
+    for seed in range(8):
+        moved = atoms.copy()
+        moved.rattle(0.2, seed=seed)
+        np.testing.assert_allclose(quick.get_forces(moved), plain.get_forces(moved), atol=1e-6)
+        recordings.add(id(quick.engine._recording))
+    assert quick.engine._recording is not None
+    assert len(recordings) <= 3  # none, one, at most one more

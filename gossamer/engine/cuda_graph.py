@@ -10,8 +10,9 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
-from gossamer.graph import FIELDS, Graph
+from gossamer.graph import Graph
 from gossamer.potential import Prediction
 from gossamer.quantities import QUANTITIES
 
@@ -28,18 +29,24 @@ def pad(graph: Graph, n_edges: int, n_extra: int, length: float) -> Graph:
         n_extra: At least one.
         length: The cutoff in Å.
     """
-    n, missing = graph.n_atoms, n_edges - graph.n_edges
-    own = n + torch.arange(missing, device=graph.positions.device) * n_extra // max(missing, 1)
-    new, shift = graph.positions.new_zeros, graph.edge_shifts.new_zeros(missing, 3)
+    spare = spare_edges(graph, n_edges, n_extra)[:, graph.n_edges :]
+    new, shift = graph.positions.new_zeros, graph.edge_shifts.new_zeros(spare.shape[1], 3)
     shift[:, 0] = 1.0
     return Graph(
         atomic_numbers=torch.cat([graph.atomic_numbers, graph.atomic_numbers[:1].expand(n_extra)]),
         positions=torch.cat([graph.positions, new(n_extra, 3)]),
         cell=torch.cat([graph.cell, length * torch.eye(3, dtype=graph.cell.dtype, device=graph.cell.device)[None]]),
         graph_index=torch.cat([graph.graph_index, graph.graph_index.new_ones(n_extra)]),
-        edge_index=torch.cat([graph.edge_index, torch.stack([own, own])], dim=1),
+        edge_index=torch.cat([graph.edge_index, spare], dim=1),
         edge_shifts=torch.cat([graph.edge_shifts, shift]),
     )
+
+
+def spare_edges(graph: Graph, n_edges: int, n_extra: int) -> Tensor:
+    """Edges of the lone atoms to themselves (2, n_edges), the last SHARE of the last atom and so on; what is left, of the first one."""
+    from_the_end = torch.arange(n_edges - 1, -1, -1, device=graph.positions.device) // SHARE
+    own = graph.n_atoms + (n_extra - 1 - from_the_end).clamp(min=0)
+    return torch.stack([own, own])
 
 
 class CudaGraph:
@@ -55,11 +62,13 @@ class CudaGraph:
         Raises:
             RuntimeError: it cannot be recorded.
         """
-        self.cutoff, self.n_atoms = cutoff, graph.n_atoms
+        self.n_atoms = graph.n_atoms
         self.n_edges = -(-(graph.n_edges + max(SHARE, graph.n_edges // 20)) // SHARE) * SHARE
-        self.n_extra = 1 + (self.n_edges - graph.n_edges) // SHARE
+        n_extra = 2 * (1 + (self.n_edges - graph.n_edges) // SHARE)
         # recorded elsewhere than it is compared: a recording that did not read its inputs would show
-        self.inputs = self._pad(replace(graph, positions=1.001 * graph.positions))
+        self.inputs = pad(replace(graph, positions=1.001 * graph.positions), self.n_edges, n_extra, cutoff)
+        self.spare = spare_edges(graph, self.n_edges, n_extra)
+        self.shift = graph.edge_shifts.new_tensor([1.0, 0.0, 0.0])
         with torch.cuda.device_of(graph.positions):
             self._record(run)
 
@@ -74,9 +83,6 @@ class CudaGraph:
         with torch.cuda.graph(self.recording):
             self.outputs = run(self.inputs)
 
-    def _pad(self, graph: Graph) -> Graph:
-        return pad(graph, self.n_edges, self.n_extra, self.cutoff)
-
     def fits(self, graph: Graph) -> bool:
         """Whether this structure can take the place of the recorded one."""
         return graph.n_graphs == 1 and graph.n_atoms == self.n_atoms and graph.n_edges <= self.n_edges
@@ -90,9 +96,14 @@ class CudaGraph:
             raise ValueError(
                 f"Recorded for {self.n_atoms} atoms and at most {self.n_edges} edges, found {graph.n_atoms} and {graph.n_edges}: record again."
             )
-        padded = self._pad(graph)
-        for field in FIELDS:
-            getattr(self.inputs, field).copy_(getattr(padded, field))
+        n, own = graph.n_edges, self.inputs
+        own.atomic_numbers[: self.n_atoms].copy_(graph.atomic_numbers)
+        own.positions[: self.n_atoms].copy_(graph.positions)
+        own.cell[:1].copy_(graph.cell)
+        own.edge_index[:, :n].copy_(graph.edge_index)
+        own.edge_index[:, n:].copy_(self.spare[:, n:])
+        own.edge_shifts[:n].copy_(graph.edge_shifts)
+        own.edge_shifts[n:].copy_(self.shift)
         self.recording.replay()
         return first_of(self.outputs, self.n_atoms)
 

@@ -5,7 +5,8 @@
     "kernels"   its operations done by kernels (`gossamer.engine.kernels`)      seconds, once per machine
     "program"   compiled, kernels inside (`gossamer.engine.program`)            half a minute, once per machine and potential
     "graph"     kernels recorded as a CUDA graph (`gossamer.engine.cuda_graph`) no time; again when sizes change
-    "auto"      kernels; the program if there is one already, or if `expect` was told of enough evaluations
+    "auto"      on a GPU the CUDA graph, once a third structure of the same size comes in a row, and before that kernels;
+                on a CPU the program if there is one already, or if `expect` was told of enough evaluations, and else kernels
 
 Each way is compared with the plain one on structures of the potential's own elements before it is used. That is decided when
 the engine is made, or by `expect`; no structure that is evaluated later changes it. What "auto" cannot have it does without,
@@ -32,6 +33,10 @@ log = logging.getLogger(__name__)
 Way = Literal["auto", "plain", "kernels", "program", "graph"]
 COMPILATION, SAVED = 60.0, 0.4
 """seconds that compiling may take, and the share of an evaluation that it saves at least"""
+IN_A_ROW = 3
+"""structures of one size before "auto" records one: recording costs several evaluations"""
+MOST_EDGES = 1 << 21
+"""up to which "auto" records: beyond, launches are no part of the time, and a recording keeps its memory"""
 
 
 class Engine:
@@ -61,7 +66,9 @@ class Engine:
         self.program: Program | None = None
         self.batch_program: Program | None = None
         """likewise for two structures or more"""
+        self._records = way == "graph" or (way == "auto" and potential.device.type == "cuda" and not weights_change)
         self._recording: CudaGraph | None = None
+        self._atoms, self._in_a_row = 0, 0
         self._isolated: Any = None
         with torch.no_grad():
             self._isolated = None if weights_change else self.potential.isolated_outputs()
@@ -69,13 +76,13 @@ class Engine:
             self.quick = self._with_kernels()
         if way == "program":
             self.program = self._program(make=True)
-        elif way == "auto" and not weights_change:
+        elif way == "auto" and not weights_change and not self._records:
             self.program = self._program(make=False)
 
     @property
     def way(self) -> str:
         """What runs: "plain", "kernels", "program" or "graph"."""
-        if self.asked == "graph":
+        if self._records:
             return "graph"
         return "program" if self.program is not None else "plain" if self.quick is None else "kernels"
 
@@ -84,8 +91,10 @@ class Engine:
 
         Programs and CUDA graphs leave to the kernels what they cannot take: lone atoms, or batches of which there is no program.
         """
-        if self.asked == "graph" and graph.n_graphs == 1 and fits(graph):
-            return self._recorded(graph)
+        if self._records and graph.n_graphs == 1 and fits(graph) and self._worth_recording(graph):
+            recorded = self._recorded(graph)
+            if recorded is not None:
+                return recorded
         program = self.program if graph.n_graphs == 1 else self.batch_program
         if program is not None and fits(graph):
             return program(graph)
@@ -96,9 +105,9 @@ class Engine:
 
         With "auto" the potential is compiled if that saves more time than it takes. "program" gets one for batches, if this is one.
         """
-        if self.asked in ("plain", "kernels", "graph") or self.weights_change or not fits(graph):
-            return self.way
         batch = graph.n_graphs > 1
+        if self.asked in ("plain", "kernels", "graph") or self.weights_change or not fits(graph) or (self._records and not batch):
+            return self.way
         if (self.batch_program if batch else self.program) is not None:
             return self.way
         worth = self.asked == "program"
@@ -124,7 +133,7 @@ class Engine:
         return potential(graph, stress=stress and potential.conservative, isolated=self._isolated)
 
     def _with_kernels(self) -> Potential | None:
-        """The potential with kernels, compared; on a GPU only where they are faster, unless asked for by name."""
+        """The potential with kernels, compared."""
         potential = self.potential
         table = not self.weights_change
         try:
@@ -132,10 +141,6 @@ class Engine:
             graph = probe(potential)
             tolerance = (TABLE_TOLERANCE if table else TOLERANCE)[potential.dtype]
             agree(self._evaluate(potential, graph, True), self._evaluate(quick, graph, True), potential, graph, tolerance)
-            if potential.device.type == "cuda" and self.asked == "auto":
-                large = probe(potential, 500)
-                if fastest(lambda: self._evaluate(potential, large, True)) < fastest(lambda: self._evaluate(quick, large, True)):
-                    return None
             return quick
         except (Missing, RuntimeError) as error:
             reason = str(error).splitlines()[0]
@@ -156,16 +161,32 @@ class Engine:
             log.warning("the potential runs without compilation: %s", reason)
             return None
 
-    def _recorded(self, graph: Graph) -> Prediction:
-        """The answer of a CUDA graph, recorded now if there is none into which this structure fits."""
+    def _worth_recording(self, graph: Graph) -> bool:
+        """Whether this structure goes by a CUDA graph: asked for, there is one, or others of its size came before."""
+        self._in_a_row = self._in_a_row + 1 if graph.n_atoms == self._atoms else 1
+        self._atoms = graph.n_atoms
+        if self.asked == "graph" or (self._recording is not None and self._recording.fits(graph)):
+            return True
+        return self._in_a_row >= IN_A_ROW and graph.n_edges <= MOST_EDGES
+
+    def _recorded(self, graph: Graph) -> Prediction | None:
+        """The answer of a CUDA graph, recorded now if there is none into which this structure fits; None where "auto" goes without."""
         if self._recording is None or not self._recording.fits(graph):
             potential = self.quick or self.potential
 
             def run(graph: Graph) -> Prediction:
                 return self._evaluate(potential, graph, True)
 
-            recording = CudaGraph(run, graph, potential.cutoff)
-            moved = rattled(graph)
-            agree(run(moved), recording(moved), potential, moved, TOLERANCE[potential.dtype])
+            self._recording = None  # its memory first
+            try:
+                recording = CudaGraph(run, graph, potential.cutoff)
+                moved = rattled(graph)
+                agree(run(moved), recording(moved), potential, moved, TOLERANCE[potential.dtype])
+            except RuntimeError as error:
+                if self.asked == "graph":
+                    raise
+                log.warning("the potential runs without a CUDA graph: %s", str(error).splitlines()[0])
+                self._records = False
+                return None
             self._recording = recording
         return self._recording(graph)

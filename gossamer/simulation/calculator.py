@@ -13,6 +13,7 @@ from ase import Atoms
 from ase.calculators.calculator import Calculator as ASECalculator
 from ase.calculators.calculator import PropertyNotImplementedError, all_changes
 from ase.stress import full_3x3_to_voigt_6_stress
+from numpy.typing import NDArray
 
 from gossamer.engine.engine import Engine, Way
 from gossamer.engine.memory import keep_freed_memory
@@ -69,6 +70,7 @@ class Calculator(ASECalculator):
             log.warning("this potential keeps %d neighbours: energy and forces jump when ranks change", self.potential.max_neighbors)
         self.engine = Engine(self.potential, way)
         self._checked: bytes = b""
+        self._numbers = torch.zeros(0, dtype=torch.int64, device=self.potential.device)
         self._lock = threading.RLock()
 
     def get_property(self, name: str, atoms: Atoms | None = None, allow_calculation: bool = True) -> Any:
@@ -107,17 +109,13 @@ class Calculator(ASECalculator):
         graph = self.graph(self.atoms)
         # stress costs next to nothing beside the forces, so it always comes along
         out = self.engine(graph, stress=periodic)
-        forces = out.forces.detach().cpu().numpy()
+        stress = out.stress if periodic else None
+        energy, energies, forces, *found = _on_the_cpu(out.energy, out.node_energies, out.forces, *([] if stress is None else [stress]))
         if not np.isfinite(forces).all():
             self._explain_not_finite(graph)
-        self.results = {
-            "energy": float(out.energy[0]),
-            "free_energy": float(out.energy[0]),
-            "energies": out.node_energies.detach().cpu().numpy(),
-            "forces": forces,
-        }
-        if out.stress is not None and periodic:
-            self.results["stress"] = full_3x3_to_voigt_6_stress(out.stress[0].detach().cpu().numpy())
+        self.results = {"energy": float(energy[0]), "free_energy": float(energy[0]), "energies": energies, "forces": forces}
+        if found:
+            self.results["stress"] = full_3x3_to_voigt_6_stress(found[0][0])
         if "stresses" in wanted:
             try:
                 virials = self.potential.virials(graph).cpu().numpy()
@@ -135,11 +133,11 @@ class Calculator(ASECalculator):
         Raises:
             ValueError: an element that the potential does not know, or positions that are not finite.
         """
-        numbers = atoms.numbers
+        numbers, device = atoms.numbers, self.potential.device
         if self._checked != numbers.tobytes():
             self.potential.check_elements(numbers)
             self._checked = numbers.tobytes()
-        device = self.potential.device
+            self._numbers = torch.from_numpy(numbers.astype(np.int64)).to(device)
         positions, cell = (torch.from_numpy(a.astype(np.float64)).to(device) for a in (atoms.positions, atoms.cell.array))
         if isinstance(self.neighbors, DeviceVerletList):
             edge_index, edge_shifts = self.neighbors.on_device(atoms.positions, atoms.cell.array, atoms.pbc, positions, cell)
@@ -147,7 +145,7 @@ class Calculator(ASECalculator):
             edges, shifts = self.neighbors(atoms.positions, atoms.cell.array, atoms.pbc)
             edge_index, edge_shifts = torch.from_numpy(edges).to(device), torch.from_numpy(shifts.astype(np.float64)).to(device)
         graph = Graph(
-            atomic_numbers=torch.from_numpy(numbers.astype(np.int64)).to(device),
+            atomic_numbers=self._numbers,
             positions=positions,
             cell=cell[None],
             graph_index=torch.zeros(len(atoms), dtype=torch.int64, device=device),
@@ -165,3 +163,12 @@ class Calculator(ASECalculator):
         else:
             close = ""
         raise ValueError(f"The potential's forces are not finite.{close} Separate overlapping atoms.")
+
+
+def _on_the_cpu(*tensors: torch.Tensor) -> list[NDArray[Any]]:
+    """Tensors as arrays, in one transfer from a GPU: each waits for it."""
+    if tensors[0].device.type == "cpu":
+        return [t.detach().numpy() for t in tensors]
+    flat = torch.cat([t.detach().to(torch.float64).flatten() for t in tensors]).cpu().numpy()
+    parts = np.split(flat, np.cumsum([t.numel() for t in tensors])[:-1])
+    return [part.reshape(t.shape) for part, t in zip(parts, tensors, strict=True)]

@@ -2,7 +2,7 @@
 
 Shapes as there: N atoms, E edges, C channels, S components of the harmonics (padded to SP, a power of two), H heads that
 tile all 3 C channels of a message, W = parts · C. An atom collects from its neighbours forward, and from the atoms it sent
-to backward; gradients of the harmonics, which all channels share, are added atomically.
+to backward. Gradients of the harmonics, which all channels share, are summed over chunks of channels afterwards.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -24,7 +24,7 @@ EDGES = 16
 OPTIONS = {"num_warps": 1, "enable_fp_fusion": True}
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_edges"], do_not_specialize_on_alignment=["receiver", "far"])
 def logits(q, k, sl, sender, receiver, out, n_edges, C: tl.constexpr, H: tl.constexpr, EDGES: tl.constexpr, WIDTH: tl.constexpr):
     """Attention of each edge and head before its SiLU."""
     head = tl.program_id(1)
@@ -85,9 +85,9 @@ def collect(
     tl.store(out + i * S * C + place, sums, mask=block)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_edges"], do_not_specialize_on_alignment=["receiver", "far"])
 def distribute(
-    g, v, x, alpha, f, y, receiver, sender_starts, by_sender, dh, dout, dg, dv, dx, df, dshare, dy,
+    g, v, x, alpha, f, y, receiver, sender_starts, by_sender, dh, dout, dg, dv, dx, df, dshare, dy, n_edges,
     C: tl.constexpr, S: tl.constexpr, SP: tl.constexpr, H: tl.constexpr, PARTS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the messages of one atom, and what follows from them."""
@@ -117,7 +117,7 @@ def distribute(
         f1 = tl.load(f + e * W + C + c, mask=mask, other=0.0)
         a0 = tl.load(alpha + e * H + c // WIDE, mask=mask, other=0.0)
         a1 = tl.load(alpha + e * H + (C + c) // WIDE, mask=mask, other=0.0)
-        tl.atomic_add(dy + e * S + s, tl.sum(d * (f1 * g1 + a1 * v1)[None, :], axis=1), mask=row)
+        tl.store(dy + (tl.program_id(1) * n_edges + e) * S + s, tl.sum(d * (f1 * g1 + a1 * v1)[None, :], axis=1), mask=row)
         tl.store(df + e * W + c, m0 * g0, mask=mask)
         tl.store(df + e * W + C + c, m1 * g1, mask=mask)
         tl.store(dshare + e * 3 * C + c, m0 * v0, mask=mask)
@@ -200,9 +200,9 @@ def align(
         tl.store(omega + e * C + c, total, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_edges"], do_not_specialize_on_alignment=["receiver", "far"])
 def align_gradient(
-    own, other, y, far, first, by_sender, gradient, d_own, dy,
+    own, other, y, far, first, by_sender, gradient, d_own, dy, n_edges,
     C: tl.constexpr, S: tl.constexpr, SP: tl.constexpr, DEGREES: tl.constexpr, LANES: tl.constexpr, RECEIVERS: tl.constexpr,
 ):  # fmt: skip
     """Gradients of Q of the receivers and of the harmonics; or, from the other end, of P of the senders."""
@@ -222,7 +222,7 @@ def align_gradient(
         total += d[None, :] * (theirs - b * ye[:, None])
         if RECEIVERS:
             slope = tl.sum(d[None, :] * (mine * b + theirs * along(mine, ye, s, DEGREES)), axis=1)
-            tl.atomic_add(dy + e * S + s, -slope, mask=row)
+            tl.store(dy + (tl.program_id(1) * n_edges + e) * S + s, -slope, mask=row)
     tl.store(d_own + i * S * C + place, total, mask=block)
 
 
@@ -235,6 +235,11 @@ def _sizes(y: Tensor, channels: int) -> dict[str, Any]:
 
 def _grid(n: int, channels: int) -> tuple[int, int]:
     return n, triton.cdiv(channels, LANES)
+
+
+def _parts(y: Tensor, channels: int) -> Tensor:
+    """Room for the gradient of the harmonics from each chunk of channels."""
+    return y.new_empty(triton.cdiv(channels, LANES), *y.shape)
 
 
 def _logits(heads: int, q: Tensor, k: Tensor, sl: Tensor, edge_index: Tensor) -> Tensor:
@@ -268,35 +273,17 @@ def attend_backward(heads: int, *tensors: Tensor) -> tuple[Tensor, ...]:
     z = torch.sigmoid(a)
     alpha = a * z / math.sqrt(c)
     dg, dv, dx, df = (torch.empty_like(t) for t in (g, v, x, f))
-    dy, dshare = torch.zeros_like(y), f.new_zeros(f.shape[0], 3 * c)
+    dy, dshare = _parts(y, c), f.new_zeros(f.shape[0], 3 * c) if f.shape[1] < 3 * c else torch.empty_like(f)
     distribute[_grid(n, c)](
-        g,
-        v,
-        x,
-        alpha,
-        f,
-        y,
-        receiver,
-        sender_starts,
-        by_sender,
-        dh,
-        dout,
-        dg,
-        dv,
-        dx,
-        df,
-        dshare,
-        dy,
-        H=heads,
-        PARTS=f.shape[1] // c,
-        **_sizes(y, c),
-    )
+        g, v, x, alpha, f, y, receiver, sender_starts, by_sender, dh, dout, dg, dv, dx, df, dshare, dy, y.shape[0],
+        H=heads, PARTS=f.shape[1] // c, **_sizes(y, c),
+    )  # fmt: skip
     ds = dshare.reshape(f.shape[0], heads, 3 * c // heads).sum(dim=2) * (z * (1 + a * (1 - z)) / math.sqrt(c))
     dq, dk, dsl = (torch.empty_like(t) for t in (q, k, sl))
     sizes = {"C": c, "H": heads, "LANES": LANES, **OPTIONS}
     to_keys[_grid(n, c)](q, k, sl, ds, receiver, sender_starts, by_sender, dk, dsl, **sizes)
     to_queries[_grid(n, c)](k, sl, ds, sender, receiver_starts, dq, **sizes)
-    return dq, dk, dg, dv, dx, dsl, df, dy
+    return dq, dk, dg, dv, dx, dsl, df, dy.sum(dim=0)
 
 
 def perpendicular(*tensors: Tensor) -> Tensor:
@@ -314,8 +301,8 @@ def perpendicular_backward(*tensors: Tensor) -> tuple[Tensor, ...]:
     *values, edge_index, receiver_starts, sender_starts, by_sender = tensors
     gradient, q, p, y = (t.contiguous() for t in values)
     n, _, c = q.shape
-    dq, dp, dy = torch.empty_like(q), torch.empty_like(p), torch.zeros_like(y)
+    dq, dp, dy = torch.empty_like(q), torch.empty_like(p), _parts(y, c)
     sizes = {"DEGREES": math.isqrt(y.shape[1] + 1) - 1, **_sizes(y, c)}
-    align_gradient[_grid(n, c)](q, p, y, edge_index[0], receiver_starts, by_sender, gradient, dq, dy, RECEIVERS=True, **sizes)
-    align_gradient[_grid(n, c)](p, q, y, edge_index[1], sender_starts, by_sender, gradient, dp, dy, RECEIVERS=False, **sizes)
-    return dq, dp, dy
+    align_gradient[_grid(n, c)](q, p, y, edge_index[0], receiver_starts, by_sender, gradient, dq, dy, y.shape[0], RECEIVERS=True, **sizes)
+    align_gradient[_grid(n, c)](p, q, y, edge_index[1], sender_starts, by_sender, gradient, dp, dy, y.shape[0], RECEIVERS=False, **sizes)
+    return dq, dp, dy.sum(dim=0)

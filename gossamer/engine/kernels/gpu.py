@@ -1,7 +1,8 @@
-"""The kernels in Triton for GPUs: written for one layer, one warp for each atom and 32 channels of a block.
+"""The kernels in Triton for GPUs: written for one layer, one to four warps for each atom and up to 128 channels of a block.
 
 As on the CPU, an atom collects from its neighbours forward, and a neighbour collects from the atoms it sent to backward.
-Gradients of harmonics and distances, which all channels share, are added atomically.
+A program works on tiles of several edges times channels, so that a warp computes once what all channels of an edge share.
+Nothing is added atomically: the blocks of a layer follow one another, and chunks of channels are summed afterwards.
 """
 
 from __future__ import annotations
@@ -21,9 +22,13 @@ from gossamer.files import cache_folder, write_text
 from gossamer.nn.products import Convolution, Product
 
 LANES = 32
-"""channels of one program, and of a chunk of the table"""
+"""channels of a chunk of the table"""
+FEW = 4096
+"""warps that fill a GPU: with fewer of them, several share the edges of an atom"""
+SUMS = (12, 24)
+"""sums over edges or channels up to which a thread holds 4, or 2, numbers of each"""
 LARGEST = 1 << 28
-"""numbers in the matrices of all atoms, up to which each atom gets its own copy"""
+"""numbers in the matrices of atoms that are copied at once"""
 
 HEAD = '''"""Written by gossamer.engine.kernels.gpu; not to be changed."""
 
@@ -38,7 +43,10 @@ def interval(x, SIZE: tl.constexpr):
     k = tl.minimum(scaled.to(tl.int32), SIZE - 1)
     return k, scaled - k
 '''
-WEIGHTS = """        t2 = t * t
+SPLINE = """        x = tl.load(values + edge, mask=here, other=0.0)[:, None]
+        k, t = interval(x, SIZE)
+        at = table + k * KNOT + lane
+        t2 = t * t
         t3 = t2 * t
         late = t3 * (10 - 15 * t + 6 * t2)
         h0 = 1 - late
@@ -46,24 +54,14 @@ WEIGHTS = """        t2 = t * t
         h2 = 0.5 * t2 - t3 * (1.5 - 1.5 * t + 0.5 * t2)
         h3 = late
         h4 = t3 * (-4 + 7 * t - 3 * t2)
-        h5 = t3 * (0.5 - t + 0.5 * t2)
-"""
-SLOPES = """        inside = tl.where((distance >= 0) & (distance <= 1), 1.0, 0.0) * SIZE
-        rise = 30 * t2 * (1 - t) * (1 - t)
-        s0 = -rise
-        s1 = 1 - t2 * (18 - 32 * t + 15 * t2)
-        s2 = t - t2 * (4.5 - 6 * t + 2.5 * t2)
-        s3 = rise
-        s4 = t2 * (-12 + 28 * t - 15 * t2)
-        s5 = t2 * (1.5 - 4 * t + 2.5 * t2)
-"""
-SLOPE_LINES = [
-    "        distance = tl.load(values + edge)",
-    "        k, t = interval(distance, SIZE)",
-    WEIGHTS.rstrip("\n"),
-    SLOPES.rstrip("\n"),
-    "        slope = zero",
-]
+        h5 = t3 * (0.5 - t + 0.5 * t2)""".replace("KNOT", str(3 * LANES))
+SLOPES = """        inside = tl.where((x >= 0) & (x <= 1), 1.0, 0.0) * SIZE
+        rise = inside * (30 * t2 * (1 - t) * (1 - t))
+        s1 = inside * (1 - t2 * (18 - 32 * t + 15 * t2))
+        s2 = inside * (t - t2 * (4.5 - 6 * t + 2.5 * t2))
+        s4 = inside * (t2 * (-12 + 28 * t - 15 * t2))
+        s5 = inside * (t2 * (1.5 - 4 * t + 2.5 * t2))
+        slope = zero"""
 
 
 def generate(convolution: Convolution, edge_weights: bool = False) -> str:
@@ -73,124 +71,159 @@ def generate(convolution: Convolution, edge_weights: bool = False) -> str:
     """
     layout = np.array(table.layout(convolution, 1 if edge_weights else LANES)).reshape(-1, 6).tolist()
     pieces = [HEAD]
-    for block, (dim, _) in enumerate(convolution.blocks_in):
+    for block in used_blocks(convolution):
         mine = {p: product for p, product in enumerate(convolution.products) if product.block == block}
-        if mine:
-            pieces.append(_forward(block, dim, mine, layout, convolution, edge_weights))
-            pieces.append(_backward(block, dim, mine, layout, convolution, edge_weights))
+        pieces.append(_forward(block, mine, layout, convolution, edge_weights))
+        pieces.append(_backward(block, mine, layout, convolution, edge_weights))
     return "\n\n".join(pieces)
 
 
-def _matrices(products: dict[int, Product]) -> tuple[list[str], set[tuple[int, int, int]]]:
-    """Lines that load the harmonics and form the matrix of each product, and its entries that are not zero."""
+def used_blocks(convolution: Convolution) -> list[int]:
+    return sorted({p.block for p in convolution.products})
+
+
+def tile(convolution: Convolution, block: int, backward: bool) -> tuple[int, int]:
+    """Edges and channels that a warp works on at once: as many numbers per thread as the sums leave registers for."""
+    products = [p for p in convolution.products if p.block == block]
+    harmonics = {p.edge + s for p in products for s in range(p.coefficients.shape[2])}
+    sums = convolution.blocks_in[block][0] + len(harmonics) if backward else sum(p.coefficients.shape[0] for p in products)
+    each = 4 if sums <= SUMS[0] else 2 if sums <= SUMS[1] else 1
+    width = min(32 * each, max(each, 1 << (convolution.blocks_in[block][1] - 1).bit_length()))
+    return 32 * each // width, width
+
+
+def chunks(convolution: Convolution, block: int, backward: bool) -> int:
+    """Programs that share the channels of a block."""
+    return -(-convolution.blocks_in[block][1] // tile(convolution, block, backward)[1])
+
+
+def warps(n_atoms: int, n_chunks: int) -> int:
+    """Warps of a program: each goes through a part of the edges of its atom."""
+    return next((n for n in (4, 2) if n_atoms * n_chunks * n <= FEW), 1)
+
+
+def _head(name: str, arguments: str, block: int, convolution: Convolution, loop: str, first: list[str]) -> list[str]:
+    """Lines up to the loop over the edges of an atom, and in it those that say which edges these are."""
+    width = tile(convolution, block, name == "backward")[1]
+    return [
+        '@triton.jit(do_not_specialize=["edges"], do_not_specialize_on_alignment=["receiver"])',  # or it is compiled again and again
+        f"def {name}_{block}({arguments}, SIZE: tl.constexpr, HARMONICS: tl.constexpr, TILE: tl.constexpr):",
+        "    atom = tl.program_id(0).to(tl.int64)",
+        f"    u = (tl.program_id(1) * {width} + tl.arange(0, {width}))[None, :]",
+        f"    mask = u < {convolution.blocks_in[block][1]}",
+        f"    lane = u // {LANES} * ((SIZE + 1) * {3 * LANES}) + u % {LANES}",
+        f"    zero = tl.zeros([TILE, {width}], dtype=features.dtype.element_ty)",
+        *first,
+        f"    end = tl.load({loop} + atom + 1)",
+        f"    for start in range(tl.load({loop} + atom), end, TILE):",
+        "        place = start + tl.arange(0, TILE)",
+        "        here = place < end",
+        "        both = here[:, None] & mask",
+    ]
+
+
+def _harmonics(products: dict[int, Product]) -> list[str]:
+    """Lines that load the harmonics of the edges."""
     used = sorted({p.edge + s for p in products.values() for s in range(p.coefficients.shape[2])})
-    lines = [f"        y{s} = tl.load(harmonics + edge * HARMONICS + {s})" for s in used]
-    entries = set()
-    for p, product in products.items():
-        c = product.coefficients
-        for m, k in np.argwhere(np.abs(c).max(axis=2) > 1e-12).tolist():
-            entries.add((p, m, k))
-            terms = [f"{float(c[m, k, s])!r} * y{product.edge + s}" for s in np.flatnonzero(np.abs(c[m, k]) > 1e-12).tolist()]
-            lines.append(f"        m{p}_{m}_{k} = {' + '.join(terms)}")
+    return [f"        y{s} = tl.load(harmonics + edge * HARMONICS + {s}, mask=here, other=0.0)[:, None]" for s in used]
+
+
+def _matrix(product: Product) -> tuple[list[str], set[tuple[int, int]]]:
+    """Lines that form the matrix of a product from the harmonics, and its entries that are not zero."""
+    c, lines, entries = product.coefficients, [], set()
+    for m, k in np.argwhere(np.abs(c).max(axis=2) > 1e-12).tolist():
+        entries.add((m, k))
+        terms = [f"{float(c[m, k, s])!r} * y{product.edge + s}" for s in np.flatnonzero(np.abs(c[m, k]) > 1e-12).tolist()]
+        lines.append(f"        m{m}_{k} = {' + '.join(terms)}")
     return lines, entries
 
 
-def _radial(name: str, weights: str, first: int, edge_weights: bool = False) -> str:
+def _radial(first: int, edge_weights: bool, slopes: bool = False) -> list[str]:
+    """Lines that give the radial functions r of a product, and with ``slopes`` their derivatives q."""
     if edge_weights:
-        return f"        {name} = tl.load(values + edge * SIZE + {first} + u, mask=mask, other=0.0)"
-    start = f"table + ({first} + chunk) * ((SIZE + 1) * {3 * LANES}) + k * {3 * LANES} + lane"
-    return f"        {name} = " + " + ".join(f"{weights}{n} * tl.load({start} + {n * LANES})" for n in range(6))
+        return [f"        r = tl.load(values + edge[:, None] * SIZE + {first} + u, mask=both, other=0.0)"]
+    start = f"at + {first} * ((SIZE + 1) * {3 * LANES})"
+    lines = [f"        t{n} = tl.load({start} + {n * LANES}, mask=mask, other=0.0)" for n in range(6)]
+    lines.append("        r = " + " + ".join(f"h{n} * t{n}" for n in range(6)))
+    return [*lines, "        q = rise * (t3 - t0) + s1 * t1 + s2 * t2 + s4 * t4 + s5 * t5"] if slopes else lines
 
 
-def _forward(
-    block: int, dim: int, products: dict[int, Product], layout: list[list[int]], convolution: Convolution, edge_weights: bool
-) -> str:
-    channels, offset, stride = layout[min(products)][:3]
+def _forward(block: int, products: dict[int, Product], layout: list[list[int]], convolution: Convolution, edge_weights: bool) -> str:
+    _, offset, stride = layout[min(products)][:3]
     rows = [(p, m) for p, product in products.items() for m in range(product.coefficients.shape[0])]
-    matrices, entries = _matrices(products)
+    sums = [f"    a{p}_{m} = zero" for p, m in rows]
+    arguments = "features, harmonics, values, table, sender, receiver_starts, out"
+    dim = convolution.blocks_in[block][0]
     lines = [
-        "@triton.jit",
-        f"def forward_{block}(features, harmonics, values, table, sender, receiver_starts, out, SIZE: tl.constexpr, HARMONICS: tl.constexpr):",
-        "    i = tl.program_id(0).to(tl.int64)",
-        "    chunk = tl.program_id(1)",
-        f"    lane = tl.arange(0, {LANES})",
-        f"    u = chunk * {LANES} + lane",
-        f"    mask = u < {channels}",
-        f"    zero = tl.zeros([{LANES}], dtype=features.dtype.element_ty)",
-        *(f"    a{p}_{m} = zero" for p, m in rows),
-        "    for edge in range(tl.load(receiver_starts + i), tl.load(receiver_starts + i + 1)):",
-        f"        f = features + tl.load(sender + edge) * {convolution.width_in} + {offset} + u",
-        *(f"        f{k} = tl.load(f + {k * stride}, mask=mask, other=0.0)" for k in range(dim)),
-        *([] if edge_weights else ["        k, t = interval(tl.load(values + edge), SIZE)", WEIGHTS.rstrip("\n")]),
-        *matrices,
+        *_head("forward", arguments, block, convolution, "receiver_starts", sums),
+        "        edge = place",
+        f"        f = features + tl.load(sender + edge, mask=here, other=0)[:, None] * {convolution.width_in} + {offset} + u",
+        *(f"        f{k} = tl.load(f + {k * stride}, mask=both, other=0.0)" for k in range(dim)),
+        *([] if edge_weights else [SPLINE]),
+        *_harmonics(products),
     ]
     for p, product in products.items():
-        lines.append(_radial("r", "h", layout[p][5], edge_weights))
+        matrix, entries = _matrix(product)
+        lines += [*matrix, *_radial(layout[p][5], edge_weights)]
         for m in range(product.coefficients.shape[0]):
-            terms = [f"m{p}_{m}_{k} * f{k}" for k in range(dim) if (p, m, k) in entries]
+            terms = [f"m{m}_{k} * f{k}" for k in range(dim) if (m, k) in entries]
             if terms:
                 lines.append(f"        a{p}_{m} += r * ({' + '.join(terms)})")
     for p, m in rows:
-        start = f"out + i * {convolution.width_out} + {layout[p][3] + m * layout[p][4]} + u"
-        lines.append(f"    tl.store({start}, tl.load({start}, mask=mask, other=0.0) + a{p}_{m}, mask=mask)")
+        start = f"out + atom * {convolution.width_out} + {layout[p][3] + m * layout[p][4]} + u"
+        lines.append(f"    tl.store({start}, tl.load({start}, mask=mask, other=0.0) + tl.sum(a{p}_{m}, axis=0)[None, :], mask=mask)")
     return "\n".join(lines)
 
 
-def _backward(
-    block: int, dim: int, products: dict[int, Product], layout: list[list[int]], convolution: Convolution, edge_weights: bool
-) -> str:
-    channels, offset, stride = layout[min(products)][:3]
-    matrices, entries = _matrices(products)
-    lines = [
-        "@triton.jit",
-        f"def backward_{block}(features, harmonics, values, table, receiver, sender_starts, by_sender, gradient, to_features, to_harmonics, to_values, SIZE: tl.constexpr, HARMONICS: tl.constexpr):",
-        "    j = tl.program_id(0).to(tl.int64)",
-        "    chunk = tl.program_id(1)",
-        f"    lane = tl.arange(0, {LANES})",
-        f"    u = chunk * {LANES} + lane",
-        f"    mask = u < {channels}",
-        f"    zero = tl.zeros([{LANES}], dtype=features.dtype.element_ty)",
-        f"    f = features + j * {convolution.width_in} + {offset} + u",
-    ]
+def _backward(block: int, products: dict[int, Product], layout: list[list[int]], convolution: Convolution, edge_weights: bool) -> str:
+    _, offset, stride = layout[min(products)][:3]
+    dim = convolution.blocks_in[block][0]
+    own = [f"    f = features + atom * {convolution.width_in} + {offset} + u"]
     for k in range(dim):
-        lines += [f"    f{k} = tl.load(f + {k * stride}, mask=mask, other=0.0)", f"    d{k} = zero"]
-    lines += [
-        "    for place in range(tl.load(sender_starts + j), tl.load(sender_starts + j + 1)):",
-        "        edge = tl.load(by_sender + place)",
-        f"        g = gradient + tl.load(receiver + edge) * {convolution.width_out} + u",
-        *([] if edge_weights else SLOPE_LINES),
-        *matrices,
+        own += [f"    f{k} = tl.load(f + {k * stride}, mask=mask, other=0.0)", f"    d{k} = zero"]
+    arguments = (
+        "features, harmonics, values, table, receiver, sender_starts, by_sender, gradient, to_features, to_harmonics, to_values, edges"
+    )
+    lines = [
+        *_head("backward", arguments, block, convolution, "sender_starts", own),
+        "        edge = tl.load(by_sender + place, mask=here, other=0)",
+        f"        g = gradient + tl.load(receiver + edge, mask=here, other=0)[:, None] * {convolution.width_out} + u",
+        *([] if edge_weights else [SPLINE, SLOPES]),
+        *_harmonics(products),
     ]
     touched: list[int] = []
     for p, product in products.items():
         c = product.coefficients
-        lines += [f"        g{m} = tl.load(g + {layout[p][3] + m * layout[p][4]}, mask=mask, other=0.0)" for m in range(c.shape[0])]
-        lines += [_radial("r", "h", layout[p][5], edge_weights), "        w = zero"]
+        matrix, entries = _matrix(product)
+        lines += [f"        g{m} = tl.load(g + {layout[p][3] + m * layout[p][4]}, mask=both, other=0.0)" for m in range(c.shape[0])]
+        lines += [*matrix, *_radial(layout[p][5], edge_weights, slopes=not edge_weights), "        w = zero"]
         for k in range(dim):
-            terms = [f"m{p}_{m}_{k} * g{m}" for m in range(c.shape[0]) if (p, m, k) in entries]
+            terms = [f"m{m}_{k} * g{m}" for m in range(c.shape[0]) if (m, k) in entries]
             if terms:
-                lines.append(f"        d{k} += r * ({' + '.join(terms)})")
+                lines += [f"        b = {' + '.join(terms)}", f"        d{k} += r * b", f"        w += f{k} * b"]
         for s in range(c.shape[2]):
             terms = []
-            for m in range(c.shape[0]):
-                inner = [f"{float(c[m, k, s])!r} * f{k}" for k in range(dim) if abs(c[m, k, s]) > 1e-12]
-                if inner:
-                    terms.append(f"g{m} * ({' + '.join(inner)})")
-            if not terms:
-                continue
-            name = product.edge + s
-            lines.append(f"        v = {' + '.join(terms)}")
-            lines.append(f"        z{name} = {f'z{name} + ' if name in touched else ''}r * v")
-            lines.append(f"        w += y{name} * v")
-            touched += [] if name in touched else [name]
+            for k in range(dim):
+                inner = [f"{float(c[m, k, s])!r} * g{m}" for m in range(c.shape[0]) if abs(c[m, k, s]) > 1e-12]
+                terms += [f"f{k} * ({' + '.join(inner)})"] if inner else []
+            if terms:
+                name = product.edge + s
+                lines.append(f"        z{name} = {f'z{name} + ' if name in touched else ''}r * ({' + '.join(terms)})")
+                touched += [] if name in touched else [name]
         if edge_weights:
-            lines.append(f"        tl.store(to_values + edge * SIZE + {layout[p][5]} + u, w, mask=mask)")
+            lines.append(f"        tl.store(to_values + edge[:, None] * SIZE + {layout[p][5]} + u, w, mask=both)")
         else:
-            lines += [_radial("q", "s", layout[p][5]), "        slope += q * w"]
-    lines += [f"        tl.atomic_add(to_harmonics + edge * HARMONICS + {s}, tl.sum(z{s}, axis=0))" for s in touched]
-    if not edge_weights:
-        lines.append("        tl.atomic_add(to_values + edge, tl.sum(slope, axis=0) * inside)")
-    lines += [f"    tl.store(to_features + j * {convolution.width_in} + {offset + k * stride} + u, d{k}, mask=mask)" for k in range(dim)]
+            lines.append("        slope += q * w")
+    later = block > used_blocks(convolution)[0]  # what earlier blocks gave is there
+    results = [(f"to_harmonics + (tl.program_id(1) * edges + edge) * HARMONICS + {s}", f"z{s}") for s in touched]
+    results += [] if edge_weights else [("to_values + tl.program_id(1) * edges + edge", "slope")]
+    before = [f"n{number} + " if later else "" for number in range(len(results))]
+    lines += [f"        n{number} = tl.load({start}, mask=here, other=0.0)" for number, (start, _) in enumerate(results) if later]
+    lines += [f"        tl.store({start}, {n}tl.sum({name}, axis=1), mask=here)" for (start, name), n in zip(results, before, strict=True)]
+    lines += [
+        f"    tl.store(to_features + atom * {convolution.width_in} + {offset + k * stride} + u, tl.sum(d{k}, axis=0)[None, :], mask=mask)"
+        for k in range(dim)
+    ]
     return "\n".join(lines)
 
 
@@ -233,10 +266,15 @@ def kernels(convolution: Convolution, key: str, edge_weights: bool = False) -> A
     return module(generate(convolution, edge_weights))
 
 
-def _launches(convolution: Convolution) -> list[tuple[int, int]]:
-    """(block, chunks of channels) of each launch."""
-    used = sorted({p.block for p in convolution.products})
-    return [(b, -(-convolution.blocks_in[b][1] // LANES)) for b in used]
+def _launch(
+    convolution: Convolution, block: int, backward: bool, features: Tensor, harmonics: Tensor, size: int
+) -> tuple[tuple[int, int], dict[str, Any]]:
+    """Programs, and what is fixed when a kernel is compiled."""
+    n_atoms, n_chunks = features.shape[0], chunks(convolution, block, backward)
+    n_warps = warps(n_atoms, n_chunks)
+    tiled = n_warps * tile(convolution, block, backward)[0]
+    options = {"SIZE": size, "HARMONICS": harmonics.shape[1], "TILE": tiled, "num_warps": n_warps, "enable_fp_fusion": True}
+    return (n_atoms, n_chunks), options
 
 
 def forward(
@@ -246,11 +284,9 @@ def forward(
     """``values``: distances, with a table of ``size`` intervals; or ``size`` radial functions of every edge, and any table."""
     features, harmonics, values = features.contiguous(), harmonics.contiguous(), values.contiguous()
     out = features.new_zeros(features.shape[0], convolution.width_out)
-    options: dict[str, Any] = {"SIZE": size, "HARMONICS": harmonics.shape[1], "num_warps": 1, "enable_fp_fusion": True}
-    for block, chunks in _launches(convolution):
-        getattr(built, f"forward_{block}")[(features.shape[0], chunks)](
-            features, harmonics, values, table, edge_index[0], receiver_starts, out, **options
-        )
+    for block in used_blocks(convolution):
+        grid, options = _launch(convolution, block, False, features, harmonics, size)
+        getattr(built, f"forward_{block}")[grid](features, harmonics, values, table, edge_index[0], receiver_starts, out, **options)
     return out
 
 
@@ -260,13 +296,21 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of features, harmonics and values; arguments as forward."""
     gradient, features, harmonics, values = (t.contiguous() for t in (gradient, features, harmonics, values))
-    results = torch.zeros_like(features), torch.zeros_like(harmonics), torch.zeros_like(values)
-    options: dict[str, Any] = {"SIZE": size, "HARMONICS": harmonics.shape[1], "num_warps": 1, "enable_fp_fusion": True}
-    for block, chunks in _launches(convolution):
-        getattr(built, f"backward_{block}")[(features.shape[0], chunks)](
-            features, harmonics, values, table, edge_index[1], sender_starts, by_sender, gradient, *results, **options
-        )
-    return results
+    blocks, n_edges = used_blocks(convolution), edge_index.shape[1]
+    parts = max(chunks(convolution, b, True) for b in blocks)
+    to_features, to_harmonics = torch.zeros_like(features), harmonics.new_zeros(parts, *harmonics.shape)
+    to_values = values.new_zeros(parts, n_edges) if values.dim() == 1 else torch.empty_like(values)
+    for block in blocks:
+        grid, options = _launch(convolution, block, True, features, harmonics, size)
+        getattr(built, f"backward_{block}")[grid](
+            features, harmonics, values, table, edge_index[1], sender_starts, by_sender, gradient, to_features, to_harmonics, to_values,
+            n_edges, **options,
+        )  # fmt: skip
+    return to_features, _summed(to_harmonics), _summed(to_values) if values.dim() == 1 else to_values
+
+
+def _summed(parts: Tensor) -> Tensor:
+    return parts[0] if len(parts) == 1 else parts.sum(dim=0)
 
 
 def sort_edges(edge_index: Tensor, nodes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -278,12 +322,12 @@ def sort_edges(edge_index: Tensor, nodes: Tensor) -> tuple[Tensor, Tensor, Tenso
 
 
 def map_by_species(x: Tensor, species: Tensor, maps: Tensor) -> Tensor:
-    """Every atom (N, dim, in) with the matrix (in, out) of its element. Does not wait for the GPU while these matrices fit easily."""
-    n_atoms, _, n_in = x.shape
-    if n_atoms * n_in * maps.shape[2] <= LARGEST:
-        return torch.bmm(x, maps.index_select(0, species))
-    out = x.new_zeros(n_atoms, x.shape[1], maps.shape[2])
-    for element, matrix in enumerate(maps):
-        rows = (species == element).nonzero()[:, 0]
-        out.index_copy_(0, rows, x.index_select(0, rows) @ matrix)
-    return out
+    """Every atom (N, dim, in) with the matrix (in, out) of its element. Does not wait for the GPU."""
+    n_atoms, dim, n_in = x.shape
+    n_elements, _, n_out = maps.shape
+    if n_elements * dim <= n_in:  # all elements' results are fewer numbers than one matrix
+        results = (x @ maps.transpose(0, 1).reshape(n_in, -1)).reshape(n_atoms, dim, n_elements, n_out)
+        return results.gather(2, species[:, None, None, None].expand(-1, dim, 1, n_out)).squeeze(2)
+    step = max(1, LARGEST // (n_in * n_out))
+    parts = zip(x.split(step), species.split(step), strict=True)
+    return torch.cat([torch.bmm(part, maps.index_select(0, s)) for part, s in parts]) if n_atoms else x.new_zeros(0, dim, n_out)
