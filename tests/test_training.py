@@ -34,6 +34,7 @@ from gossamer.runs import evaluate, fit, train
 from gossamer.training import loop
 from gossamer.training.checkpoint import read_checkpoint
 from gossamer.training.losses import LossConfig, conditional_deltas, loss_sums, penalty
+from gossamer.training.muon import orthogonalized, weight_matrices
 from gossamer.training.optim import EMA, Clipper, Schedule, ScheduleConfig, make_optimizer
 
 ETHANOL = str(DEMO / "ethanol_500K.extxyz.xz")
@@ -175,7 +176,7 @@ def test_damaged_checkpoint_points_to_the_one_before(tmp_path: Path) -> None:
     whole = path.read_bytes()
     (header,) = struct.unpack("<Q", whole[:8])
     where = json.loads(whole[8 : 8 + header])
-    places = [8 + header + where[name]["data_offsets"][0] + 2 for name in ("network.embedding.weight", "optimizer.0.exp_avg")]
+    places = [8 + header + where[name]["data_offsets"][0] + 2 for name in ("network.embedding.weight", "optimizer.0.momentum")]
     places.append(whole.index(b'\\"best\\": ') + len(b'\\"best\\": '))
     for place in places:
         damaged = bytearray(whole)
@@ -637,10 +638,59 @@ def test_ema_follows_its_formula() -> None:
 
 def test_no_decay_of_tables_and_biases() -> None:
     module = torch.nn.Sequential(torch.nn.Embedding(3, 2), torch.nn.Linear(2, 2))
-    groups = make_optimizer(module, 1e-3, 0.1, True).param_groups
+    groups = make_optimizer(module, "adamw", 1e-3, 0.1, True).param_groups
     assert {tuple(p.shape) for p in groups[0]["params"]} == {(2, 2)}
     assert groups[1]["weight_decay"] == 0.0
     assert {tuple(p.shape) for p in groups[1]["params"]} == {(3, 2), (2,)}
+
+
+@pytest.mark.parametrize("name", [*MODELS])
+def test_muon_takes_the_matrices_of_every_network(name: str) -> None:
+    network = make_potential(["H", "O"], name=name).network
+    optimizer = make_optimizer(network, "muon", 1e-2, 0.0, True)
+    found = weight_matrices(network)
+    assert found
+    tables = {p for m in network.modules() if isinstance(m, torch.nn.Embedding) for p in m.parameters()}
+    assert not tables & found.keys()
+    for p in network.parameters():
+        p.grad = torch.randn_like(p)
+    before = {p: p.detach().clone() for p in network.parameters()}
+    optimizer.step()
+    for p, split in found.items():
+        for old, new in zip(split(before[p]), split(p.detach()), strict=True):
+            assert old.dim() == 2
+            size = 0.01 * 0.2 * max(old.shape) ** 0.5  # what an orthogonal matrix is multiplied by
+            values = torch.linalg.svdvals((old - new) / size)
+            assert float(values.max()) < 1.3
+            assert float(values.max()) > 0.6
+    rest = [p for p in network.parameters() if p not in found]
+    adam = torch.optim.AdamW([b.clone() for b in (before[p] for p in rest)], lr=1e-2, weight_decay=0.0, amsgrad=True)
+    for ours, theirs in zip(rest, adam.param_groups[0]["params"], strict=True):
+        theirs.grad = ours.grad
+    adam.step()
+    for ours, theirs in zip(rest, adam.param_groups[0]["params"], strict=True):
+        torch.testing.assert_close(ours.detach(), theirs, rtol=1e-12, atol=1e-14)
+
+
+def test_muon_orthogonalizes() -> None:
+    x = torch.randn(4, 12, 30, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    for matrices in (x, x.mT):
+        u, _, v = torch.linalg.svd(matrices, full_matrices=False)
+        found = u.mT @ orthogonalized(matrices) @ v.mT
+        diagonal = found.diagonal(dim1=1, dim2=2)
+        assert float((found - torch.diag_embed(diagonal)).abs().max()) < 1e-10
+        assert float(diagonal.min()) > 0.6
+        assert float(diagonal.max()) < 1.25
+
+
+def test_muon_splits_by_meaning() -> None:
+    network = make_potential(["H", "O"], name="nequip").network
+    layer = network.layers[1]
+    found = weight_matrices(network)
+    last = list(layer.convolution.radial.parameters())[-1]
+    assert [len(m) for m in found[last](last)] == layer.convolution.convolution.channels
+    maps = layer.self_connection[0].weight
+    assert [tuple(m.shape) for m in found[maps](maps)] == [(maps.shape[0], maps.shape[2])] * maps.shape[1]
 
 
 @pytest.mark.parametrize("name", ["tensorboard", "wandb"])

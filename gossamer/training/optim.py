@@ -11,6 +11,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from gossamer.settings import settings
+from gossamer.training.muon import Muon
 
 
 @settings
@@ -102,8 +103,12 @@ class EMA:
         torch._foreach_lerp_(averaged, [b.data for _, b in self._pairs], 1 - decay)
 
 
-def make_optimizer(module: nn.Module, learning_rate: float, weight_decay: float, amsgrad: bool) -> torch.optim.AdamW:
-    """AdamW; no weight decay on biases, one-dimensional parameters and element tables."""
+def make_optimizer(
+    module: nn.Module, kind: Literal["muon", "adamw"], learning_rate: float, weight_decay: float, amsgrad: bool
+) -> torch.optim.Optimizer:
+    """Muon or AdamW; no weight decay on biases, one-dimensional parameters and element tables."""
+    if kind == "muon":
+        return Muon(module, learning_rate, weight_decay, amsgrad)
     tables = {id(p) for m in module.modules() if isinstance(m, nn.Embedding) for p in m.parameters(recurse=False)}
     trainable = [p for p in module.parameters() if p.requires_grad]
     plain = [p for p in trainable if p.dim() < 2 or id(p) in tables]
