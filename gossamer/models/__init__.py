@@ -12,6 +12,7 @@ from gossamer.models.leignn import LEIGNN, LEIGNNConfig
 from gossamer.models.nequip import NequIP, NequIPConfig
 from gossamer.models.painn import PaiNN, PaiNNConfig
 from gossamer.models.schnet import SchNet, SchNetConfig
+from gossamer.models.sevennet import SevenNet, SevenNetConfig
 
 MODELS: dict[str, tuple[type[Any], type[Network]]] = {
     "leignn": (LEIGNNConfig, LEIGNN),
@@ -19,6 +20,7 @@ MODELS: dict[str, tuple[type[Any], type[Network]]] = {
     "geodite": (GeoditeConfig, Geodite),
     "painn": (PaiNNConfig, PaiNN),
     "schnet": (SchNetConfig, SchNet),
+    "sevennet": (SevenNetConfig, SevenNet),
 }
 DEFAULT = "leignn"
 """the network where none is named"""
@@ -46,4 +48,6 @@ __all__ = [
     "PaiNNConfig",
     "SchNet",
     "SchNetConfig",
+    "SevenNet",
+    "SevenNetConfig",
 ]  # fmt: skip

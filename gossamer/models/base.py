@@ -73,6 +73,8 @@ class Network(nn.Module):
     """table of the elements; every element table of a network is an Embedding: fine-tuning copies its rows, the optimiser does not decay it"""
     subtract_isolated: bool = True
     """whether the potential subtracts what the network gives for a lone atom"""
+    radial_kinks: tuple[float, ...] = ()
+    """distances over cutoff where a second derivative of ``radial_basis`` jumps: tables have a knot there, twice"""
     own_repulsion: bool = False
     """whether the potential must not add a repulsion of its own"""
 

@@ -23,15 +23,12 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from gossamer.models.base import DataFacts, FitDefaults, ModelOutput, Network
-from gossamer.nn.coupling import Coupling, Irrep, blocks, paths_between, reachable
-from gossamer.nn.layers import UNIT_SILU, Constant, ElementLinear, UnitLinear, cat, split, unit_mlp
+from gossamer.nn.coupling import Coupling, FeatureNorm, Irrep, blocks, gate, paths_between, reachable
+from gossamer.nn.layers import UNIT_SILU, Constant, ElementLinear, UnitLinear, cat, unit_mlp
 from gossamer.nn.products import Edges
-from gossamer.nn.radial import polynomial_envelope
+from gossamer.nn.radial import polynomial_envelope, unit_scale
 from gossamer.nn.spherical import SphericalHarmonics
 from gossamer.settings import settings
-
-UNIT_TANH = 1.5937334472592695
-"""likewise `UNIT_SILU` for tanh, which odd scalars pass"""
 
 _FOUNDATION = {"variant": "published", "parity": False, "embedding_features": 32, "radial_depth": 1, "radial_width": 128}
 _LARGE = {**_FOUNDATION, "num_layers": 6, "l_max": 3, "num_features": [128, 64, 32, 32]}
@@ -143,34 +140,9 @@ def pair_cutoff_matrix(table: Mapping[str, float | Mapping[str, float]], cutoff:
     return matrix
 
 
-def unit_basis_scale(config: NequIPConfig) -> float:
-    """Factor that gives sin(n π x) / x · f_p(x) unit mean square over n and over neighbours spread evenly in the outer 0.2 < x < 1."""
-    x = torch.linspace(0.2, 1, 400, dtype=torch.float64)
-    n = torch.arange(1, config.num_basis + 1, dtype=torch.float64)
-    values = torch.sin(math.pi * n * x[:, None]) * (polynomial_envelope(x, config.envelope_power, config.envelope_order) / x)[:, None]
-    return float(((values**2).mean(dim=1) * x**2).sum() / (x**2).sum()) ** -0.5
-
-
 def scalar_mlp(num_in: int, num_out: int, depth: int, width: int, published: bool) -> nn.Sequential:
     """SiLU network; the package's gain is sqrt 2, that of the sound variant the exact one."""
     return unit_mlp([num_in, *[width] * depth, num_out], math.sqrt(2) if published else UNIT_SILU)
-
-
-class FeatureNorm(nn.Module):
-    """x_l <- γ_l x_l / sqrt(mean over all channels of Σ_l |x_l|² / (2 l + 1) + ε)."""
-
-    def __init__(self, irreps: Sequence[Irrep]) -> None:
-        super().__init__()
-        self.irreps = list(irreps)
-        self.gamma = nn.ParameterList(nn.Parameter(torch.ones(i.mul)) for i in self.irreps)
-        muls = np.array([float(i.mul) for i in self.irreps])
-        self.shares = Constant(muls / muls.sum())
-
-    def forward(self, x: Float[Tensor, "N width"]) -> Tensor:
-        parts = blocks(x, self.irreps)
-        squares = torch.stack([(part**2).mean(dim=1).mean(dim=1) for part in parts], dim=1)
-        scale = torch.rsqrt((squares * self.shares()).sum(dim=1) + 1e-2)  # smooth at zero: an atom without neighbours stays zero
-        return cat([(part * gamma).flatten(1) for part, gamma in zip(parts, self.gamma, strict=True)], 1) * scale[:, None]
 
 
 class Interaction(nn.Module):
@@ -242,23 +214,7 @@ class Interaction(nn.Module):
                 own = connection(parts[source], species, table) if self.per_element else connection(parts[source])
                 out = out + own if self.published else (out + own) * math.sqrt(0.5)
             results.append(out)
-        return self._gate(results)
-
-    def _gate(self, results: list[Tensor]) -> Tensor:
-        """SiLU of even scalars, tanh of odd ones, and the other blocks times SiLU of their gates; all of unit variance."""
-        gates: Any = iter(())
-        out = []
-        for irrep, block in zip(self.irreps_out, results, strict=True):
-            if irrep.kind == (0, 1):
-                block = UNIT_SILU * nn.functional.silu(block)
-                block, *gates = split(block, [irrep.mul, *(i.mul for i in self.irreps_out if i.l > 0)], 2)
-                gates = iter(gates)
-            elif irrep.l == 0:
-                block = UNIT_TANH * torch.tanh(block)
-            else:
-                block = block * next(gates)
-            out.append(block.flatten(1))
-        return cat(out, 1)
+        return gate(results, self.irreps_out)
 
 
 class NequIP(Network):
@@ -293,7 +249,7 @@ class NequIP(Network):
         self.layers: Any = nn.ModuleList(layers)
         published = config.variant == "published"
         self.readout = scalar_mlp(channels[0], 1, config.readout_depth, config.readout_width or channels[0], published)
-        self.basis_scale = 2 / config.cutoff**2 if published else unit_basis_scale(config)
+        self.basis_scale = 2 / config.cutoff**2 if published else unit_scale(config.num_basis, config.envelope_power, config.envelope_order)
         self.force_readout = UnitLinear(channels[1], 1) if config.direct_forces else None
         self.scales: nn.Embedding | None = None
         if config.scales == "per_element" or config.train_scales:

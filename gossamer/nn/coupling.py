@@ -14,9 +14,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from gossamer.nn.layers import Constant, cat, split, sum_by_index
+from gossamer.nn.layers import UNIT_SILU, Constant, cat, split, sum_by_index
 from gossamer.nn.products import Convolution, EdgeConvolution, Edges, Product
 from gossamer.nn.spherical import wigner_3j
+
+UNIT_TANH = 1.5937334472592695
+"""c with <(c tanh(z))²> = 1 for normal z, as e3nn estimates it"""
 
 
 class Irrep(NamedTuple):
@@ -54,29 +57,29 @@ class Path(NamedTuple):
     """degree and parity of the result"""
 
 
-def paths_between(irreps: Sequence[Irrep], l_max: int, wanted: Sequence[tuple[int, int]]) -> list[Path]:
-    """Paths from feature blocks times harmonics 0 … l_max (natural parity) to the wanted (l, p), sorted by block.
+def paths_between(irreps: Sequence[Irrep], l_max: int, wanted: Sequence[tuple[int, int]], parity: int = -1) -> list[Path]:
+    """Paths from feature blocks times harmonics 0 … l_max to the wanted (l, p), sorted by block; ``parity`` of odd harmonics: -1 is natural.
 
     Raises:
         ValueError: no path leads to one of them.
     """
-    found = [path for path in _all_paths(irreps, l_max) if path.out in wanted]
+    found = [path for path in _all_paths(irreps, l_max, parity) if path.out in wanted]
     unreached = [kind for kind in wanted if kind not in {p.out for p in found}]
     if unreached:
         raise ValueError(f"No product of {list(irreps)} with harmonics up to l = {l_max} gives (l, parity) {unreached}.")
     return found
 
 
-def reachable(irreps: Sequence[Irrep], l_max: int, wanted: Irrep) -> bool:
+def reachable(irreps: Sequence[Irrep], l_max: int, wanted: Irrep, parity: int = -1) -> bool:
     """Whether a path leads from some block to (l, p)."""
-    return any(path.out == wanted.kind for path in _all_paths(irreps, l_max))
+    return any(path.out == wanted.kind for path in _all_paths(irreps, l_max, parity))
 
 
-def _all_paths(irreps: Sequence[Irrep], l_max: int) -> Iterator[Path]:
+def _all_paths(irreps: Sequence[Irrep], l_max: int, parity: int) -> Iterator[Path]:
     for block, irrep in enumerate(irreps):
         for l_edge in range(l_max + 1):
             for l_out in range(abs(irrep.l - l_edge), irrep.l + l_edge + 1):
-                yield Path(block, l_edge, (l_out, irrep.p * (-1) ** l_edge))
+                yield Path(block, l_edge, (l_out, irrep.p * parity**l_edge))
 
 
 class Coupling(EdgeConvolution):
@@ -150,3 +153,42 @@ class Coupling(EdgeConvolution):
         parts = [part.reshape(-1, *s) for part, s in zip(split(sums, [d * m for d, m in sizes], 1), sizes, strict=True)]
         groups = [[part for part, p in zip(parts, products, strict=True) if p.out == k] for k in range(len(self.irreps_out))]
         return cat([cat(group, 2).flatten(1) for group in groups], 1)
+
+
+class FeatureNorm(nn.Module):
+    """x_l <- γ_l x_l / sqrt(mean over all channels of Σ_l |x_l|² / (2 l + 1) + ε); with ``by_degree`` the mean over degrees of their means."""
+
+    def __init__(self, irreps: Sequence[Irrep], by_degree: bool = False, epsilon: float = 1e-2) -> None:
+        super().__init__()
+        self.irreps, self.epsilon = list(irreps), epsilon
+        self.gamma = nn.ParameterList(nn.Parameter(torch.ones(i.mul)) for i in self.irreps)
+        muls = np.array([1.0 if by_degree else float(i.mul) for i in self.irreps])
+        self.shares = Constant(muls / muls.sum())
+
+    def forward(self, x: Float[Tensor, "N width"]) -> Tensor:
+        parts = blocks(x, self.irreps)
+        squares = torch.stack([(part**2).mean(dim=1).mean(dim=1) for part in parts], dim=1)
+        scale = torch.rsqrt((squares * self.shares()).sum(dim=1) + self.epsilon)  # smooth at zero: an atom without neighbours stays zero
+        return cat([(part * gamma).flatten(1) for part, gamma in zip(parts, self.gamma, strict=True)], 1) * scale[:, None]
+
+
+def gate(results: Sequence[Tensor], irreps: Sequence[Irrep]) -> Tensor:
+    """SiLU of even scalars, tanh of odd ones, and the other blocks times SiLU of their gates, which follow the even scalars; all of unit variance.
+
+    Args:
+        results: Blocks (N, 2 l + 1, mul) of ``irreps``, that of even scalars with the gates of all others.
+        irreps: Blocks of the result, even scalars first of all that have gates.
+    """
+    gates: Any = iter(())
+    out = []
+    for irrep, block in zip(irreps, results, strict=True):
+        if irrep.kind == (0, 1):
+            block = UNIT_SILU * nn.functional.silu(block)
+            block, *gates = split(block, [irrep.mul, *(i.mul for i in irreps if i.l > 0)], 2)
+            gates = iter(gates)
+        elif irrep.l == 0:
+            block = UNIT_TANH * torch.tanh(block)
+        else:
+            block = block * next(gates)
+        out.append(block.flatten(1))
+    return cat(out, 1)

@@ -148,6 +148,22 @@ class ElementLinear(nn.Module):
         return torch.einsum("et,uto->euo", table, self.weight * self.scale)
 
 
+class ElementMaps(nn.Module):
+    """o = Σ_u x[u] W_e[u] / sqrt(inputs): one linear map per element."""
+
+    def __init__(self, n_elements: int, num_in: int, num_out: int) -> None:
+        super().__init__()
+        self.shape = num_in, num_out
+        self.table = nn.Embedding(n_elements, num_in * num_out)
+
+    def forward(self, x: Float[Tensor, "N dim in"], species: Int[Tensor, " N"]) -> Float[Tensor, "N dim out"]:
+        return torch.bmm(x, self.maps().index_select(0, species))
+
+    def maps(self) -> Float[Tensor, "elements n_in n_out"]:
+        """The map of each element."""
+        return self.table.weight.reshape(-1, *self.shape) / math.sqrt(self.shape[0])
+
+
 class Constant(nn.Module):
     """A constant tensor that stays exact when the module changes its precision to and fro."""
 

@@ -19,7 +19,7 @@ from gossamer.engine.kernels.cpu import Missing
 from gossamer.engine.kernels.table import pack, tabulate
 from gossamer.nn.attention import Alignment, Attention
 from gossamer.nn.contraction import ElementPolynomial, Monomials, Polynomial
-from gossamer.nn.layers import ElementLinear
+from gossamer.nn.layers import ElementLinear, ElementMaps
 from gossamer.nn.products import Convolution, EdgeConvolution, Edges
 from gossamer.potential import Potential
 
@@ -82,6 +82,8 @@ def _kernel_for(operation: nn.Module, path: str, network: Any, exact: Any, use: 
         return FixedPolynomial(operation.polynomial, exact.get_submodule(path).coefficients().to(like))
     if isinstance(operation, Polynomial):
         return PolynomialKernel(operation.monomials, like, training=use == "training")
+    if isinstance(operation, ElementMaps) and use == "inference":
+        return FixedMaps(exact.get_submodule(path).maps().to(like))
     if isinstance(operation, Attention) and use != "training":
         return AttentionKernel(operation, like)
     if isinstance(operation, Alignment) and use != "training":
@@ -166,7 +168,7 @@ class EdgeKernel(nn.Module):
 
 
 class FixedMaps(nn.Module):
-    """An `ElementLinear` of weights that no longer change: the map of each element is kept."""
+    """An `ElementLinear` or `ElementMaps` of weights that no longer change: the map of each element is kept."""
 
     maps: Tensor
 
@@ -174,7 +176,7 @@ class FixedMaps(nn.Module):
         super().__init__()
         self.register_buffer("maps", maps.detach(), persistent=False)
 
-    def forward(self, x: Float[Tensor, "N dim in"], species: Int[Tensor, " N"], table: Tensor) -> Tensor:
+    def forward(self, x: Float[Tensor, "N dim in"], species: Int[Tensor, " N"], table: Tensor | None = None) -> Tensor:
         return torch.ops.gossamer.map_by_species(x.contiguous(), species, self.maps)
 
 
