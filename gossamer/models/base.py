@@ -75,12 +75,18 @@ class Network(nn.Module):
     """whether the potential subtracts what the network gives for a lone atom"""
     radial_kinks: tuple[float, ...] = ()
     """distances over cutoff where a second derivative of ``radial_basis`` jumps: tables have a knot there, twice"""
+    radial_pairs: int = 0
+    """kinds of pairs of elements whose radial bases differ, each with tables of its own; 0: ``radial_basis`` is that of all"""
     own_repulsion: bool = False
     """whether the potential must not add a repulsion of its own"""
 
     def radial_basis(self, x: Float[Tensor, " E"]) -> Float[Tensor, "E B"]:
         """What radial functions are made from, at distance over cutoff; only if the network has `EdgeConvolution`s."""
         raise NotImplementedError
+
+    def pair_basis(self, x: Float[Tensor, " E"], pair: int) -> Float[Tensor, "E B"]:
+        """``radial_basis`` for one kind of pair; a network with ``radial_pairs`` says so, and gives its `Edges` the kind of each."""
+        return self.radial_basis(x)
 
     def pair_cutoffs(self) -> Float[Tensor, "elements elements"] | None:
         """Å, by centre and neighbour: edges beyond carry nothing and may be left out; None: all reach the cutoff."""

@@ -196,18 +196,19 @@ class Interaction(nn.Module):
         self.mean = math.sqrt(0.5) if config.variant == "sound" else 1.0
         paths = paths_between(irreps_in, config.l_max, [i.kind for i in irreps_out], config.harmonics_parity)
         widths = [config.num_basis, *config.radial_widths, sum(irreps_in[p.block].mul for p in paths)]
-        self.convolution: Any = Coupling(irreps_in, config.l_max, paths, unit_mlp(widths))
+        coupling = Coupling(irreps_in, config.l_max, paths, unit_mlp(widths))
+        self.irreps_summed, self.convolution = coupling.irreps_out, coupling
         gates = sum(i.mul for i in irreps_out if i.l > 0)  # even scalars also carry the gates of the other blocks
         before = [Irrep(i.mul + (gates if i.kind == (0, 1) else 0), i.l, i.p) for i in irreps_out]
         self.linear_in = BlockLinear(irreps_in, irreps_in, config.bias)
-        self.linear_out = BlockLinear(self.convolution.irreps_out, before, config.bias)
+        self.linear_out = BlockLinear(self.irreps_summed, before, config.bias)
         self.self_connection = BlockLinear(irreps_in, before, n_elements=n_elements if config.self_connection == "element" else None)
         self.norm = FeatureNorm(before, by_degree=True, epsilon=1e-12) if config.layer_norm else None
 
     def forward(self, x: Float[Tensor, "N width"], species: Int[Tensor, " N"], edges: Edges) -> Float[Tensor, "N width_out"]:
         parts = blocks(x, self.irreps_in)
         mixed = cat([part.flatten(1) for part in self.linear_in(parts, species)], 1) * self.scale
-        sums = blocks(self.convolution(mixed, edges), self.convolution.irreps_out)
+        sums = blocks(self.convolution(mixed, edges), self.irreps_summed)
         pairs = zip(self.linear_out(sums, species), self.self_connection(parts, species), strict=True)
         results = [new if own is None else (new + own) * self.mean for new, own in pairs]
         if self.norm is not None:

@@ -80,6 +80,7 @@ class Edges:
         x: Float[Tensor, " E"],
         harmonics: Float[Tensor, "E S"],
         basis: Callable[[], Float[Tensor, "E B"]],
+        pair: Int[Tensor, " E"] | None = None,
     ) -> None:
         """
         Args:
@@ -87,8 +88,9 @@ class Edges:
             x: Distance over cutoff.
             harmonics: Functions of the direction from receiver to sender.
             basis: Makes what radial functions are made from; called at most once, and not at all where kernels read tables.
+            pair: Kind of the pair of elements, where the basis differs between them (`Network.radial_pairs`).
         """
-        self.index, self.x, self.harmonics = index, x, harmonics
+        self.index, self.x, self.harmonics, self.pair = index, x, harmonics, pair
         self.sender, self.receiver = index
         self._basis = basis
         self._made: dict[Hashable, Any] = {}

@@ -7,7 +7,7 @@ The network itself stays as it is.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from gossamer.engine.kernels import cpu, gpu, ops, polynomial
 from gossamer.engine.kernels.cpu import Missing
-from gossamer.engine.kernels.table import pack, tabulate
+from gossamer.engine.kernels.table import pack, passed, tabulate_all
 from gossamer.nn.attention import Alignment, Attention
 from gossamer.nn.contraction import ElementPolynomial, Monomials, Polynomial
 from gossamer.nn.layers import ElementLinear, ElementMaps
@@ -25,6 +25,8 @@ from gossamer.potential import Potential
 
 Use = Literal["inference", "validation", "training"]
 """weights stay as they are; weights change between calls; weights change, and forces are differentiated again"""
+PAIR_BYTES = 1 << 28
+"""of the tables of a layer for all pairs of elements, up to which they are all made beforehand"""
 
 
 def attach_kernels(potential: Potential, use: Use = "inference") -> Potential:
@@ -75,7 +77,9 @@ def _kernel_for(operation: nn.Module, path: str, network: Any, exact: Any, use: 
         if use != "inference":
             return EdgeKernel(operation.convolution, operation.radial, like)
         radial = exact.get_submodule(path).radial
-        return TableKernel(operation.convolution, lambda x: radial(exact.radial_basis(x)), like)
+        return TableKernel(
+            operation.convolution, lambda x, pair: radial(exact.pair_basis(x, pair)), like, network.radial_kinks, network.radial_pairs
+        )
     if isinstance(operation, ElementLinear) and use == "inference":
         return FixedMaps(exact.get_submodule(path).maps(exact.embedding.weight).to(like))
     if isinstance(operation, ElementPolynomial) and use == "inference":
@@ -120,34 +124,77 @@ def order_of(edges: Edges, nodes: Tensor) -> Order:
 
 
 class TableKernel(nn.Module):
-    """An `EdgeConvolution` of weights that no longer change: its radial functions are a table."""
+    """An `EdgeConvolution` of weights that no longer change: its radial functions are a table, or one for each kind of pair of elements."""
 
     table: Tensor
+    slots: Tensor
 
-    def __init__(self, convolution: Convolution, radial: Callable[[Tensor], Tensor], like: Tensor) -> None:
+    def __init__(
+        self,
+        convolution: Convolution,
+        radial: Callable[[Tensor, int], Tensor],
+        like: Tensor,
+        kinks: Sequence[float] = (),
+        pairs: int = 0,
+    ) -> None:
         """
         Args:
             convolution: The products.
-            radial: Their radial functions of x = distance over cutoff, (n,) -> (n, channels of all products), float64 on the CPU.
+            radial: Their radial functions of x = distance over cutoff, and kind of pair, (n,) -> (n, channels of all products), float64 on the CPU.
             like: A weight of the network, for its precision and device.
+            kinks: x where their second derivative jumps.
+            pairs: Kinds of pairs of elements that they tell apart; 0: none. Tables of all kinds are made at once where they
+                fit into `PAIR_BYTES`, else when a kind is met for the first time.
 
         Raises:
             Missing: no kernel can be built on this machine, or the radial functions cannot be tabulated.
         """
         super().__init__()
-        self.convolution = convolution
+        self.convolution, self.radial, self.kinks, self.pairs = convolution, radial, tuple(kinks), pairs
         self.key = ops.register(convolution, like.dtype, like.device.type)
-        lanes = gpu.LANES if like.device.type == "cuda" else cpu.LANES[like.dtype]
-        with torch.no_grad():
-            try:
-                packed = pack(convolution, tabulate(radial, like.dtype), lanes).to(like)
-            except ValueError as error:
-                raise Missing(str(error)) from None
-        self.register_buffer("table", packed, persistent=False)
+        self.lanes = gpu.LANES if like.device.type == "cuda" else cpu.LANES[like.dtype]
+        self.register_buffer("table", like.new_zeros(0), persistent=False)
+        self.register_buffer("slots", torch.full((pairs,), -1, device=like.device), persistent=False)
+        self.intervals = 0
+        self._add([0], like)
+        everything = self.table.numel() * self.table.element_size() * max(pairs, 1)
+        self.complete = everything <= PAIR_BYTES or pairs <= 1
+        if self.complete and pairs > 1:
+            self._add(list(range(1, pairs)), like)
+
+    @torch.no_grad()
+    def _add(self, kinds: list[int], like: Tensor) -> None:
+        """Make the tables of these kinds of pairs beside those that there are.
+
+        Raises:
+            Missing: a radial function cannot be tabulated.
+        """
+        before = [k for _, k in sorted((slot, kind) for kind, slot in enumerate(self.slots.tolist()) if slot >= 0)]
+        radials = [lambda x, kind=kind: self.radial(x, kind) for kind in (*before, *kinds)]
+        try:
+            tables = tabulate_all(radials, like.dtype, self.kinks, self.intervals)
+        except ValueError as error:
+            raise Missing(str(error)) from None
+        self.intervals = len(tables[0]) - 1 - len(self.kinks)
+        self.table = torch.cat([pack(self.convolution, t, self.lanes) for t in tables], dim=1).to(like)
+        if self.pairs:
+            self.slots[kinds] = torch.arange(len(before), len(tables), device=self.slots.device)
+
+    def first_row(self, edges: Edges) -> Int[Tensor, " E"] | None:
+        """Row of the table where the intervals of each edge begin; None: the first."""
+        row = edges.once(("passed", self.kinks), lambda: passed(edges.x, self.kinks)) if self.kinks else None
+        if self.pairs:
+            slots = self.slots.index_select(0, edges.pair)
+            if not self.complete and (slots < 0).any():
+                self._add(edges.pair[slots < 0].unique().tolist(), self.table)
+                slots = self.slots.index_select(0, edges.pair)
+            start = slots * (self.intervals + 1 + len(self.kinks))
+            row = start if row is None else start + row
+        return row
 
     def forward(self, features: Float[Tensor, "N width_in"], edges: Edges) -> Float[Tensor, "N width_out"]:
-        order = order_of(edges, features)
-        return torch.ops.gossamer.convolve(self.key, features, edges.harmonics, edges.x, self.table, *order)
+        order, row = order_of(edges, features), self.first_row(edges)
+        return torch.ops.gossamer.convolve(self.key, features, edges.harmonics, edges.x, self.table, *order, row, self.intervals)
 
 
 class EdgeKernel(nn.Module):

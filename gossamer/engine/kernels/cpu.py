@@ -252,7 +252,7 @@ def processor() -> str:
 REAL = {torch.float32: "float", torch.float64: "double"}
 # arguments of the functions: sizes first, then addresses
 SORTING = {"sort_edges": (2, 4)}
-CONVOLUTION = {"forward": (5, 8), "backward": (5, 12)}
+CONVOLUTION = {"forward": (6, 9), "backward": (6, 13)}
 ATTENTION = {"attend": (5, 12), "attend_backward": (5, 24), "perpendicular": (3, 6), "perpendicular_backward": (3, 12)}
 
 
@@ -291,9 +291,9 @@ def attention_library(degrees: int, dtype: torch.dtype) -> Any:
     return library(head + text("vectors") + text("attention"), "attention", tuple(ATTENTION.items()))
 
 
-def pointers(*tensors: Tensor) -> list[int]:
-    """Addresses; every tensor must be contiguous."""
+def pointers(*tensors: Tensor | None) -> list[int]:
+    """Addresses, 0 for None; every tensor must be contiguous."""
     for tensor in tensors:
-        if not tensor.is_contiguous():
+        if tensor is not None and not tensor.is_contiguous():
             raise ValueError("a kernel was given a tensor that is not contiguous")
-    return [tensor.data_ptr() for tensor in tensors]
+    return [0 if tensor is None else tensor.data_ptr() for tensor in tensors]

@@ -17,10 +17,13 @@ from gossamer.nn.products import Convolution
 
 _library = torch.library.Library("gossamer", "FRAGMENT")
 _EDGES = "Tensor edge_index, Tensor receiver_starts, Tensor sender_starts, Tensor by_sender"
+_ROWS = "Tensor? first_row=None, int intervals=0"
+"""row of the table where the intervals of each edge begin, and how many these are; by default all of the table"""
 for _schema in (
     "sort_edges(Tensor edge_index, Tensor nodes) -> (Tensor, Tensor, Tensor)",
-    f"convolve(str key, Tensor features, Tensor harmonics, Tensor x, Tensor table, {_EDGES}) -> Tensor",
-    f"convolve_backward(str key, Tensor gradient, Tensor features, Tensor harmonics, Tensor x, Tensor table, {_EDGES}) -> (Tensor, Tensor, Tensor)",
+    f"convolve(str key, Tensor features, Tensor harmonics, Tensor x, Tensor table, {_EDGES}, {_ROWS}) -> Tensor",
+    f"convolve_backward(str key, Tensor gradient, Tensor features, Tensor harmonics, Tensor x, Tensor table, {_EDGES}, {_ROWS})"
+    " -> (Tensor, Tensor, Tensor)",
     f"convolve_weighted(str key, Tensor features, Tensor harmonics, Tensor weights, {_EDGES}) -> Tensor",
     f"convolve_weighted_backward(str key, Tensor gradient, Tensor features, Tensor harmonics, Tensor weights, {_EDGES}) -> (Tensor, Tensor, Tensor)",
     f"attend(int heads, Tensor q, Tensor k, Tensor g, Tensor v, Tensor x, Tensor sl, Tensor f, Tensor y, {_EDGES}) -> (Tensor, Tensor)",
@@ -71,51 +74,56 @@ def _sort_edges(edge_index: Tensor, nodes: Tensor) -> tuple[Tensor, Tensor, Tens
 
 
 def _forward(
-    key: str, features: Tensor, harmonics: Tensor, values: Tensor, table: Tensor, size: int, edge_index: Tensor, receiver_starts: Tensor
-) -> Tensor:
+    key: str, features: Tensor, harmonics: Tensor, values: Tensor, table: Tensor | None, size: int, edge_index: Tensor, receiver_starts: Tensor,
+    first_row: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """``values``: distances, with a table of ``size`` intervals; or ``size`` radial functions of every edge, and no table."""
     convolution, kernel, layout = _convolutions[key]
     features, harmonics, values = features.contiguous(), harmonics.contiguous(), values.contiguous()
     out = features.new_empty(features.shape[0], convolution.width_out)
     kernel.forward(
-        features.shape[0], convolution.width_in, convolution.width_out, size, torch.get_num_threads(),
-        *cpu.pointers(layout, features, harmonics, values, table, edge_index, receiver_starts, out),
+        features.shape[0], convolution.width_in, convolution.width_out, size, 0 if table is None else table.shape[1], torch.get_num_threads(),
+        *cpu.pointers(layout, features, harmonics, values, first_row, table, edge_index, receiver_starts, out),
     )  # fmt: skip
     return out
 
 
-def _backward(key: str, gradient: Tensor, features: Tensor, harmonics: Tensor, values: Tensor, table: Tensor, size: int,
-              edge_index: Tensor, sender_starts: Tensor, by_sender: Tensor) -> tuple[Tensor, ...]:  # fmt: skip
+def _backward(key: str, gradient: Tensor, features: Tensor, harmonics: Tensor, values: Tensor, table: Tensor | None, size: int,
+              edge_index: Tensor, sender_starts: Tensor, by_sender: Tensor, first_row: Tensor | None = None) -> tuple[Tensor, ...]:  # fmt: skip
     convolution, kernel, layout = _convolutions[key]
     gradient, features, harmonics, values = (t.contiguous() for t in (gradient, features, harmonics, values))
     results = _alike(features, harmonics, values)
     kernel.backward(
-        features.shape[0], convolution.width_in, convolution.width_out, size, torch.get_num_threads(),
-        *cpu.pointers(layout, features, harmonics, values, table, edge_index[1], sender_starts, by_sender, gradient, *results),
+        features.shape[0], convolution.width_in, convolution.width_out, size, 0 if table is None else table.shape[1], torch.get_num_threads(),
+        *cpu.pointers(layout, features, harmonics, values, first_row, table, edge_index[1], sender_starts, by_sender, gradient, *results),
     )  # fmt: skip
     return results
 
 
-def _convolve(key: str, *tensors: Tensor) -> Tensor:
-    features, harmonics, x, table, edge_index, receiver_starts, _, _ = tensors
-    return _forward(key, features, harmonics, x, table, table.shape[1] - 1, edge_index, receiver_starts)
+def _convolve(
+    key: str, features: Tensor, harmonics: Tensor, x: Tensor, table: Tensor, edge_index: Tensor, receiver_starts: Tensor, sender_starts: Tensor,
+    by_sender: Tensor, first_row: Tensor | None = None, intervals: int = 0,
+) -> Tensor:  # fmt: skip
+    size = intervals or table.shape[1] - 1
+    return _forward(key, features, harmonics, x, table, size, edge_index, receiver_starts, first_row)
 
 
-def _convolve_backward(key: str, *tensors: Tensor) -> tuple[Tensor, ...]:
-    gradient, features, harmonics, x, table, edge_index, _, sender_starts, by_sender = tensors
-    return _backward(key, gradient, features, harmonics, x, table, table.shape[1] - 1, edge_index, sender_starts, by_sender)
+def _convolve_backward(
+    key: str, gradient: Tensor, features: Tensor, harmonics: Tensor, x: Tensor, table: Tensor, edge_index: Tensor, receiver_starts: Tensor,
+    sender_starts: Tensor, by_sender: Tensor, first_row: Tensor | None = None, intervals: int = 0,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    size = intervals or table.shape[1] - 1
+    return _backward(key, gradient, features, harmonics, x, table, size, edge_index, sender_starts, by_sender, first_row)
 
 
 def _weighted(key: str, *tensors: Tensor) -> Tensor:
     features, harmonics, weights, edge_index, receiver_starts, _, _ = tensors
-    return _forward(key, features, harmonics, weights, weights.new_empty(0), weights.shape[1], edge_index, receiver_starts)
+    return _forward(key, features, harmonics, weights, None, weights.shape[1], edge_index, receiver_starts)
 
 
 def _weighted_backward(key: str, *tensors: Tensor) -> tuple[Tensor, ...]:
     gradient, features, harmonics, weights, edge_index, _, sender_starts, by_sender = tensors
-    return _backward(
-        key, gradient, features, harmonics, weights, weights.new_empty(0), weights.shape[1], edge_index, sender_starts, by_sender
-    )
+    return _backward(key, gradient, features, harmonics, weights, None, weights.shape[1], edge_index, sender_starts, by_sender)
 
 
 def _degrees(y: Tensor) -> int:
@@ -291,9 +299,14 @@ def _save_all(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.save_for_backward(*inputs)
 
 
+def _save_convolve(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    ctx.key, ctx.intervals = inputs[0], inputs[10]
+    ctx.save_for_backward(*inputs[1:10])
+
+
 def _convolve_gradient(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
-    found = torch.ops.gossamer.convolve_backward(ctx.first, gradient, *ctx.saved_tensors)
-    return None, *found, None, None, None, None, None
+    found = torch.ops.gossamer.convolve_backward(ctx.key, gradient, *ctx.saved_tensors, ctx.intervals)
+    return None, *found, None, None, None, None, None, None, None
 
 
 def _weighted_gradient(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
@@ -328,7 +341,7 @@ def _map_gradient(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
     return torch.ops.gossamer.map_by_species(gradient.contiguous(), species, maps.transpose(1, 2)), None, None
 
 
-torch.library.register_autograd("gossamer::convolve", _convolve_gradient, setup_context=_save_after_first)
+torch.library.register_autograd("gossamer::convolve", _convolve_gradient, setup_context=_save_convolve)
 torch.library.register_autograd("gossamer::convolve_weighted", _weighted_gradient, setup_context=_save_after_first)
 torch.library.register_autograd("gossamer::convolve_weighted_backward", _weighted_second_gradient, setup_context=_save_after_first)
 torch.library.register_autograd("gossamer::attend", _attend_gradient, setup_context=_save_after_first)

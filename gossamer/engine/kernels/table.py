@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from fractions import Fraction
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from gossamer.nn.products import Convolution
@@ -19,6 +21,10 @@ TOLERANCE = {torch.float32: 3e-7, torch.float64: 1e-11}
 """largest error of a spline, relative to the largest value of the radial functions: in float32 1e-6 leaves PaiNN 8 times its rounding error"""
 NEAR = 9
 """points of the polynomial at zero"""
+FINEST = 4096
+"""largest denominator of a kink"""
+BETWEEN = 16
+"""intervals from one kink to the next, or to an end, at least: there a function can be steep"""
 
 
 def hermite_weights(t: Tensor) -> tuple[Tensor, ...]:
@@ -49,34 +55,75 @@ def hermite_slopes(t: Tensor) -> tuple[Tensor, ...]:
     )
 
 
-def tabulate(radial: Callable[[Tensor], Tensor], dtype: torch.dtype) -> Float[Tensor, "knots 3 values"]:
+def tabulate(
+    radial: Callable[[Tensor], Tensor], dtype: torch.dtype, kinks: Sequence[float] = (), at_least: int = 0
+) -> Float[Tensor, "rows 3 values"]:
     """Values and first two derivatives (in units of the interval) of a radial function at evenly spaced knots on [0, 1].
 
     Args:
         radial: Function of x = distance over cutoff (n,) in float64 that returns (n, values) in float64.
         dtype: Precision in which the table will be used; it decides how many knots are needed.
+        kinks: Where the second derivative jumps. There is a knot, and it has two rows: derivatives from below, and from above.
+            The interval from knot k on begins at row k + `passed` kinks.
+        at_least: Intervals.
 
     Returns:
-        float64 table.
+        float64 table, with a row for each knot and one more for each kink.
 
     Raises:
-        ValueError: no number of knots reaches the tolerance.
+        ValueError: no number of knots reaches the tolerance, or no even knots meet the kinks.
     """
-    for intervals in KNOTS:
-        x = torch.linspace(0, 1, intervals + 1, dtype=torch.float64)
-        x[-1] = math.nextafter(1.0, 0.0)  # from inside
-        inside = torch.stack([f / intervals**k for k, f in enumerate(derivatives(radial, x[1:]))], dim=1)
-        table = torch.cat([at_zero(radial, 1 / intervals)[None], inside])
+    fractions = [Fraction(kink).limit_denominator(FINEST) for kink in kinks]
+    common = math.lcm(*(f.denominator for f in fractions))
+    if common > FINEST or any(abs(f - kink) > 1e-12 for f, kink in zip(fractions, kinks, strict=True)):
+        raise ValueError(
+            f"a radial function cannot be tabulated: no even knots meet its kinks, at {', '.join(f'{k:.9g}' for k in kinks)} of the cutoff"
+        )
+    narrowest = min(b - a for a, b in itertools.pairwise([0.0, *kinks, 1.0]))
+    at_least = max(at_least, math.ceil(BETWEEN / narrowest) if kinks else 0)
+    for intervals in dict.fromkeys(-(-max(knots, at_least) // common) * common for knots in KNOTS):
+        table = _spline(radial, intervals, kinks)
         between = (torch.arange(intervals, dtype=torch.float64)[:, None] + torch.tensor([0.25, 0.5, 0.75])).flatten() / intervals
-        error = float((interpolate(table, between) - radial(between)).abs().max())
+        error = float((interpolate(table, between, kinks) - radial(between)).abs().max())
         scale = float(table[:, 0].abs().max())
         if not math.isfinite(error):
             raise ValueError("a radial function is not finite")
         if error <= TOLERANCE[dtype] * max(scale, 1e-300):
             return table
     raise ValueError(
-        f"a radial function cannot be tabulated: {KNOTS[-1]} intervals leave an error of {error / scale:.1e} of its largest value"
+        f"a radial function cannot be tabulated: {intervals} intervals leave an error of {error / scale:.1e} of its largest value"
     )
+
+
+def tabulate_all(
+    radials: Sequence[Callable[[Tensor], Tensor]], dtype: torch.dtype, kinks: Sequence[float] = (), at_least: int = 0
+) -> list[Float[Tensor, "rows 3 values"]]:
+    """Tables of several functions, all with the same knots; as `tabulate`."""
+    tables: list[Tensor] = []
+    for radial in radials:
+        tables.append(tabulate(radial, dtype, kinks, at_least))
+        at_least = len(tables[-1]) - 1 - len(kinks)
+    return [t if len(t) == len(tables[-1]) else tabulate(r, dtype, kinks, at_least) for r, t in zip(radials, tables, strict=True)]
+
+
+def passed(x: Float[Tensor, " n"], kinks: Sequence[float]) -> Int[Tensor, " n"]:
+    """How many kinks lie at or below x."""
+    return (x.detach()[:, None] >= x.new_tensor(list(kinks))).sum(dim=1)
+
+
+def _spline(radial: Callable[[Tensor], Tensor], intervals: int, kinks: Sequence[float]) -> Float[Tensor, "rows 3 values"]:
+    """The table with so many intervals."""
+    x = torch.linspace(0, 1, intervals + 1, dtype=torch.float64)
+    x[-1] = math.nextafter(1.0, 0.0)  # from inside
+    doubled = torch.tensor([round(kink * intervals) for kink in kinks], dtype=torch.int64)
+    repeats = torch.ones(intervals + 1, dtype=torch.int64)
+    repeats[doubled] = 2
+    x = x.repeat_interleave(repeats)
+    above = doubled + torch.arange(1, len(kinks) + 1)
+    x[above - 1] *= 1 - 1e-13
+    x[above] *= 1 + 1e-13
+    inside = torch.stack([f / intervals**k for k, f in enumerate(derivatives(radial, x[1:]))], dim=1)
+    return torch.cat([at_zero(radial, 1 / intervals)[None], inside])
 
 
 def at_zero(radial: Callable[[Tensor], Tensor], interval: float) -> Float[Tensor, "3 values"]:
@@ -104,13 +151,14 @@ def derivatives(f: Callable[[Tensor], Tensor], x: Tensor) -> list[Tensor]:
     return [y.detach() for y in found]
 
 
-def interpolate(table: Float[Tensor, "knots 3 values"], x: Float[Tensor, " n"]) -> Float[Tensor, "n values"]:
+def interpolate(table: Float[Tensor, "rows 3 values"], x: Float[Tensor, " n"], kinks: Sequence[float] = ()) -> Float[Tensor, "n values"]:
     """The spline at x, clamped to [0, 1]; differentiable with respect to x."""
-    intervals = table.shape[0] - 1
+    intervals = table.shape[0] - 1 - len(kinks)
     scaled = x.clamp(0, 1) * intervals
     knot = scaled.detach().floor().clamp(max=intervals - 1).to(torch.int64)
     weights = torch.stack(hermite_weights(scaled - knot), dim=1)
-    both = torch.cat([table.index_select(0, knot), table.index_select(0, knot + 1)], dim=1)
+    row = knot + passed(x, kinks)
+    both = torch.cat([table.index_select(0, row), table.index_select(0, row + 1)], dim=1)
     return torch.einsum("ek,ekw->ew", weights, both)
 
 
