@@ -52,15 +52,20 @@ MODELS = {
     "painn-direct": dict(name="painn", direct_forces=True),
     "schnet": dict(name="schnet"),
     "schnet-published": dict(name="schnet", variant="published"),
+    "sevennet": dict(name="sevennet"),
+    "sevennet-published": dict(name="sevennet", variant="published", parity="both", cutoff_on=3.6, bias=True, self_connection="element",
+                               train_bessel=True, unit_harmonics=False, scales="per_element"),
+    "sevennet-nequix": dict(name="sevennet", variant="published", layer_norm=True, train_embedding=False, embedding_features=6),
 }
 """every network that must pass the physics tests: settings on top of those in `make_potential`"""
 DIRECT = [name for name in MODELS if name.endswith("direct")]
 GLOBAL = ["sound-global", "published"]
 """networks whose energy is not a sum of local terms"""
 SMOOTH = ["sound", "sound-gaussian-painn", "nequip", "nequip-l3-pairs", "nequip-parity", "nequip-trained-bessel", "nequip-published", "geodite", "geodite-l4",
-          "geodite-published", "painn", "schnet"]  # fmt: skip
+          "geodite-published", "painn", "schnet", "sevennet", "sevennet-nequix"]  # fmt: skip
 """networks with three continuous derivatives at the cutoff"""
-OWN_ZERO = [name for name in MODELS if name not in ("published", "published-vanilla", "painn-published", "schnet-published")]
+OWN_ZERO = [name for name in MODELS if name not in ("published", "published-vanilla", "painn-published", "schnet-published", "sevennet-published",
+                                                    "sevennet-nequix")]  # fmt: skip
 """networks that give a lone atom its reference energy"""
 
 

@@ -16,7 +16,7 @@ from gossamer.potential_file import save
 from gossamer.settings import build
 
 log = logging.getLogger(__name__)
-SOURCES = ("nequip",)
+SOURCES = ("nequip", "sevennet")
 """modules of this folder, one for each package whose files are known (`gossamer.imports.contract`)"""
 
 

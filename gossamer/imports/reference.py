@@ -48,6 +48,18 @@ def evaluate(calculator: Any, frames: list[Atoms]) -> dict[str, np.ndarray]:
     return {"energy": np.array(energies), "forces": np.concatenate(forces), "stress": np.array(stresses)}
 
 
+def sevennet(what: dict[str, Any], precision: str) -> Any:
+    """The package's own calculator; it computes in float32."""
+    if precision == "float64":
+        return None
+    from sevenn.calculator import SevenNetCalculator
+
+    return SevenNetCalculator(what["path"], device="cpu", **({"modal": what["modal"]} if what["modal"] else {}))
+
+
+SOURCES["sevennet"] = ("sevenn", sevennet)
+
+
 def main() -> None:
     request, answer = sys.argv[1:3]
     data = np.load(request, allow_pickle=False)

@@ -54,7 +54,8 @@ def test_stress_is_the_strain_derivative(name: str, crystal: Atoms) -> None:
 
 @pytest.mark.parametrize("name", CONSERVATIVE)
 def test_no_work_around_a_loop(name: str, ethanol: Atoms) -> None:
-    assert loop_work(calculator(name), ethanol, radius=0.01) < 1e-8
+    kinked = name == "sevennet-published"  # its second derivative jumps, and a sum over points sees that
+    assert loop_work(calculator(name), ethanol, radius=0.01) < (1e-7 if kinked else 1e-8)
 
 
 @pytest.mark.parametrize("name", DIRECT)
@@ -93,6 +94,14 @@ def test_isolated_atom_has_its_reference_energy(name: str, element: str) -> None
     atoms.calc = calc
     assert atoms.get_potential_energy() == pytest.approx(calc.potential.statistics.reference_energies[element], abs=1e-12)
     assert np.abs(atoms.get_forces()).max() == 0.0
+
+
+def test_without_parity_the_mirror_image_has_another_energy(ethanol: Atoms) -> None:
+    """SevenNet's published weights; all else holds."""
+    potential = make_potential(ELEMENTS, name="sevennet", parity="none", num_layers=3)
+    errors = symmetry_errors(Calculator(potential, way="plain", skin=0.0), ethanol)
+    assert errors.pop("reflection")["relative"] > 1e-6
+    assert all(error["relative"] < 1e-10 for error in errors.values())
 
 
 @pytest.mark.parametrize("name", SMOOTH)
