@@ -53,8 +53,17 @@ MODELS = {
     "schnet": dict(name="schnet"),
     "schnet-published": dict(name="schnet", variant="published"),
     "sevennet": dict(name="sevennet"),
-    "sevennet-published": dict(name="sevennet", variant="published", parity="both", cutoff_on=3.6, bias=True, self_connection="element",
-                               train_bessel=True, unit_harmonics=False, scales="per_element"),
+    "sevennet-published": dict(
+        name="sevennet",
+        variant="published",
+        parity="both",
+        cutoff_on=3.6,
+        bias=True,
+        self_connection="element",
+        train_bessel=True,
+        unit_harmonics=False,
+        scales="per_element",
+    ),
     "sevennet-nequix": dict(name="sevennet", variant="published", layer_norm=True, train_embedding=False, embedding_features=6),
 }
 """every network that must pass the physics tests: settings on top of those in `make_potential`"""

@@ -28,13 +28,15 @@ from gossamer.engine import cache as engine_cache
 from gossamer.engine import engine as engine_module
 from gossamer.engine.agreement import TABLE_TOLERANCE, agree, part_of, probe, rattled
 from gossamer.engine.engine import Engine
+from gossamer.engine.kernels import attach as attach_module
 from gossamer.engine.kernels import cpu, gpu, ops
 from gossamer.engine.kernels.attach import EdgeKernel, FixedMaps, TableKernel, attach_kernels, sort_edges
 from gossamer.engine.kernels.cpu import Missing
 from gossamer.engine.kernels.table import TOLERANCE, derivatives, interpolate, pack, tabulate, unpack
 from gossamer.models import MODELS as NETWORKS
 from gossamer.nn.coupling import Coupling, Irrep, paths_between
-from gossamer.nn.products import Convolution, Product, ScalarConvolution, VectorConvolution
+from gossamer.nn.products import Convolution, Edges, Product, ScalarConvolution, VectorConvolution
+from gossamer.nn.radial import xplor_envelope
 from gossamer.runs import evaluate, train
 from gossamer.simulation.calculator import Calculator
 from gossamer.simulation.md import md
@@ -87,7 +89,23 @@ def test_derivatives_are_right() -> None:
     torch.testing.assert_close(curvature, torch.stack([-9 * torch.sin(3 * x), 12 * x**2], dim=1))
 
 
+@pytest.mark.parametrize(("dtype", "values", "slopes"), [(torch.float32, 2e-6, 2e-5), (torch.float64, 3e-11, 1e-8)])
+def test_a_kink_is_met_exactly(dtype: torch.dtype, values: float, slopes: float) -> None:
+    """XPLOR's second derivative jumps: a knot of its own for either side. Without it 4,096 intervals would not do in float64."""
+    table = tabulate(xplor, dtype, (0.9,))
+    x = torch.cat([torch.linspace(0.1, 1, 3001), torch.tensor([0.9, 0.9 - 1e-9, 0.9 + 1e-9])]).double().requires_grad_()
+    found, exact = interpolate(table, x, (0.9,)), xplor(x)
+    assert float((found - exact).detach().abs().max() / exact.detach().abs().max()) < values
+    (a,), (b,) = torch.autograd.grad(found.sum(), x), torch.autograd.grad(exact.sum(), x)
+    assert float((a - b).abs().max() / b.abs().max()) < slopes
+    if dtype == torch.float64:
+        with pytest.raises(ValueError, match="4096 intervals leave an error"):
+            tabulate(xplor, dtype)
+
+
 def test_what_cannot_be_tabulated_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"no even knots meet its kinks, at 0.707106781 of the cutoff"):
+        tabulate(xplor, torch.float32, (0.5**0.5,))
     with pytest.raises(ValueError, match="cannot be tabulated"):
         tabulate(lambda x: torch.sin(3e4 * x)[:, None], torch.float64)
     with pytest.raises(ValueError, match="not finite"):
@@ -132,6 +150,11 @@ def summed(
         sums = torch.zeros_like(out[p.out]).index_select(2, channels).index_add(0, receiver, messages)
         out[p.out] = out[p.out].index_add(2, channels, sums)
     return torch.cat([o.flatten(1) for o in out], dim=1)
+
+
+def xplor(x: torch.Tensor, width: int = 8) -> torch.Tensor:
+    n = torch.arange(1, width + 1, dtype=x.dtype) / width * 8
+    return torch.sin(torch.pi * n * x[:, None]) / x[:, None] * xplor_envelope(x, 0.9)[:, None]
 
 
 def definition(convolution: Convolution, features, harmonics, x, table, edge_index) -> torch.Tensor:
@@ -206,6 +229,32 @@ def test_gradients_of_the_kernel() -> None:
         [t.requires_grad_() for t in (features, harmonics, x)],
         fast_mode=True,
     )
+
+
+@pytest.mark.parametrize("bytes_for_pairs", [1 << 28, 1])
+def test_tables_of_pairs_with_kinks(bytes_for_pairs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Values, gradients, and tables made when a pair is met for the first time, where there is no room for all."""
+    monkeypatch.setattr(attach_module, "PAIR_BYTES", bytes_for_pairs)
+    convolution = nequip_convolution(1, False, [9, 5])
+    features, harmonics, x, _, edge_index = inputs_of(convolution, torch.float64)
+    width, scales = sum(convolution.channels), 1 + torch.arange(4) / 4
+    kinks = tuple(sorted({0.9, *(0.9 * float(s) for s in scales if 0.9 * s < 1)}))
+    kernel = TableKernel(convolution, lambda x, pair: xplor(x / float(scales[pair]), width), features, kinks, pairs=4)
+    assert (kernel.slots >= 0).sum() == (4 if bytes_for_pairs > 1 else 1)
+    for kinds in ([0, 2], [0, 2, 3]):
+        pair = torch.tensor(kinds)[torch.randint(0, len(kinds), x.shape, generator=torch.Generator().manual_seed(0))]
+        results = []
+        for quick in (True, False):
+            f, y, d = (t.clone().requires_grad_() for t in (features, harmonics, x))
+            if quick:
+                out = kernel(f, Edges(edge_index, d, y, lambda: None, pair))
+            else:
+                radial = torch.stack([xplor(d / float(s), width) for s in scales])[pair, torch.arange(len(d))]
+                out = summed(convolution, f, y, radial, edge_index)
+            results.append([out.detach(), *torch.autograd.grad(out.square().sum(), (f, y, d))])
+        for mine, wanted in zip(*results, strict=True):
+            assert float((mine - wanted).abs().max()) < 1e-8 * float(wanted.abs().max())
+    assert (kernel.slots >= 0).sum() == (4 if bytes_for_pairs > 1 else 3)
 
 
 def test_threads_change_nothing() -> None:
