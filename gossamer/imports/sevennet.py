@@ -90,7 +90,7 @@ def from_dictionary(config: Mapping[str, Any], state: Mapping[str, Tensor], opti
         elements, dict(zip(elements, shifts, strict=True)), energy_scale=scales[0] if same else 1.0,
         scales=None if same else dict(zip(elements, scales, strict=True)),
     )  # fmt: skip
-    network_config = build(SevenNetConfig, {**settings, "scales": "global" if same else "per_element"}, "model")
+    network_config: Any = build(SevenNetConfig, {**settings, "scales": "global" if same else "per_element"}, "model")
     found = Potential(network_config, statistics, PotentialConfig(zbl=False)).eval()
     found.network.double()
     _fill(found.network, weights, tuple(int(v) for v in version.split(".")[:2]) >= (0, 11), len(modals), row, uses)
@@ -250,8 +250,9 @@ def _copy_per_element(target: BlockLinear, irreps_in: Sequence[Irrep], weights: 
 
 def _copy_radial(layer: Interaction, weights: Weights, name: str, config: SevenNetConfig, last: bool, sorted_paths: bool) -> None:
     """Copy a radial network; of its last layer the columns of the paths that are read, with the sign of the file's own 3j symbols."""
-    network, parity = layer.convolution.radial, config.harmonics_parity
-    linears = [module for module in network if hasattr(module, "weight")]
+    parity = config.harmonics_parity
+    radial: Any = layer.convolution.radial
+    linears = radial[::2]
     for j, linear in enumerate(linears[:-1]):
         linear.weight.copy_(weights.take(f"{name}.weight_nn.layer{j}.weight", linear.weight.T.shape).T)
     highest = max(i.l for i in layer.irreps_out)

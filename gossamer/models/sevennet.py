@@ -242,7 +242,7 @@ class SevenNet(Network):
         denominators = config.denominators or [math.sqrt(max(facts.mean_neighbors, 1.0))] * (len(layers) - 1)
         self.layers: Any = nn.ModuleList(Interaction(config, layers[k], layers[k + 1], n_elements, d) for k, d in enumerate(denominators))
         published = config.variant == "published"
-        self.readout = unit_mlp([layers[-1][0].mul, *config.readout_widths, 1])
+        self.readout: Any = unit_mlp([layers[-1][0].mul, *config.readout_widths, 1])
         self.readout_bias = nn.Parameter(torch.zeros(1)) if config.bias else None
         self.basis_scale = 2 / config.cutoff**2 if published else unit_scale(config.num_basis, config.envelope_power, config.envelope_order)
         self.radial_kinks = () if config.cutoff_on is None else (config.cutoff_on / config.cutoff,)
