@@ -1,10 +1,14 @@
 """Our networks on a GPU: each way of running them against the plain one, time, memory and deviation, and training steps.
 
-    python benchmarks/speed/gpu.py [--device cuda] [--waters 4 8 15] [--only leignn nequip ...] [--out gpu.md]
+    python benchmarks/speed/gpu.py [--waters 4 8 15] [--only leignn nequip ...] [--modes plain kernels ...] [--seconds 300] [--out gpu.md]
 
 Water boxes of n³ molecules and a 21-atom molecule (structures.py), random weights, float32, energy and forces through the
 ASE calculator with slightly moved atoms: what a step of dynamics costs, neighbour list included. The default sizes of
 each network, NequIP's MP-L, and Geodite at its published size (192 channels, 4 layers, 6 Å).
+
+What takes long comes last, and nothing is begun after ``--seconds``: programs at the smallest and the largest box, and compiled training
+steps, of LEIGNN and NequIP alone. What does not fit into memory is a row that says so; plain ways of large networks are not tried
+where they do not (LARGEST_PLAIN).
 """
 
 from __future__ import annotations
@@ -13,6 +17,7 @@ import argparse
 import datetime
 import logging
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -38,13 +43,12 @@ MODELS: dict[str, dict[str, Any]] = {
     "geodite-published": {"name": "geodite", "num_features": 192, "num_layers": 4, "cutoff": 6.0},
     "painn": {"name": "painn"},
 }
-MODES: dict[str, dict[str, Any]] = {
-    "plain": {"way": "plain"},
-    "kernels": {"way": "auto"},
-    "program": {"way": "program"},
-    "CUDA graph": {"way": "graph"},
-}
+MODES: dict[str, Any] = {"plain": "plain", "kernels": "kernels", "CUDA graph": "graph", "program": "program"}
+LARGEST_PLAIN = {"nequip-MP-L": 4000, "geodite-published": 4000}
+"""atoms beyond which 140 GB do not suffice"""
 ELEMENTS = ["H", "C", "O"]
+COMPILED = ("leignn", "nequip")
+"""networks of which programs and compiled training steps are made"""
 
 
 def potential(model: dict[str, Any], device: str) -> Potential:
@@ -53,25 +57,24 @@ def potential(model: dict[str, Any], device: str) -> Potential:
     return made.to(device)
 
 
-def run(model: dict[str, Any], options: dict[str, Any], atoms: Any, device: str) -> tuple[float, Any, str, float]:
-    """ms of a step, forces, what ran, and MB on the GPU."""
-    torch.manual_seed(0)
+def step_of(calculator: Calculator, atoms: Any, device: str) -> tuple[float, Any, float]:
+    """ms of a step, forces of the structure itself, and MB on the GPU."""
     if device == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    calculator = Calculator(potential(model, device), **options)
     atoms = atoms.copy()
     atoms.calc = calculator
-    forces = atoms.get_forces()
     rng, start = np.random.default_rng(0), atoms.positions.copy()
 
     def step() -> None:
         atoms.positions = start + 1e-3 * rng.normal(size=start.shape)
         atoms.get_forces()
 
-    step()
-    ran = calculator.engine.way
-    return 1000 * fastest(step, 10, 10.0), forces, ran, torch.cuda.max_memory_allocated() / 1e6 if device == "cuda" else 0.0
+    for _ in range(3):
+        step()
+    ms = 1000 * fastest(step, 10, 3.0)
+    atoms.positions = start
+    return ms, atoms.get_forces(), torch.cuda.max_memory_allocated() / 1e6 if device == "cuda" else 0.0
 
 
 def training_step(model: dict[str, Any], kernels: bool, compiled: bool, batch: list[Any], device: str) -> tuple[float, float]:
@@ -93,7 +96,58 @@ def training_step(model: dict[str, Any], kernels: bool, compiled: bool, batch: l
     one_step()
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    return 1000 * fastest(one_step, 8, 10.0), torch.cuda.max_memory_allocated() / 1e6 if device == "cuda" else 0.0
+    return 1000 * fastest(one_step, 8, 3.0), torch.cuda.max_memory_allocated() / 1e6 if device == "cuda" else 0.0
+
+
+class Table:
+    """Rows that are printed and kept as they come."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.lines = path, []
+
+    def __call__(self, line: str) -> None:
+        self.lines.append(line)
+        print(line, flush=True)
+        self.path.write_text("\n".join(self.lines) + "\n")
+
+
+def inference(name: str, modes: list[str], waters: list[int], device: str, keep: Table, plain: dict[tuple[str, int], Any]) -> None:
+    """Rows of one network; a calculator serves all sizes. ``plain``: forces to compare with."""
+    for mode in modes:
+        try:
+            torch.manual_seed(0)
+            calculator = Calculator(potential(MODELS[name], device), way=MODES[mode])
+        except RuntimeError as error:
+            keep(f"| {name} | | {mode}: {str(error).splitlines()[0][:80]} | | | | |")
+            continue
+        for atoms in [structure("molecule21"), *(water(n) for n in waters)]:
+            if mode == "plain" and len(atoms) > LARGEST_PLAIN.get(name, len(atoms)):
+                continue
+            try:
+                ms, forces, memory = step_of(calculator, atoms, device)
+            except RuntimeError as error:  # out of memory
+                keep(f"| {name} | {len(atoms):,} | {mode}: {str(error).splitlines()[0][:80]} | | | | |")
+                continue
+            wanted = plain.setdefault((name, len(atoms)), forces) if mode == modes[0] else plain.get((name, len(atoms)))
+            deviation = "" if wanted is None else f"{np.abs(forces - wanted).max() / np.sqrt((wanted**2).mean()):.0e}"
+            row = [name, f"{len(atoms):,}", mode, f"{ms:.3g}", f"{1000 * ms / len(atoms):.3g}", f"{memory:.0f}", deviation]
+            keep("| " + " | ".join(row) + " |")
+        del calculator
+
+
+def training(name: str, compiled: bool, device: str, keep: Table) -> None:
+    """Rows of one network's training steps."""
+    for label, batch in (
+        ("32 x 21 atoms", [structure("molecule21", k) for k in range(32)]),
+        ("8 x 192 atoms of water", [structure("water192", k) for k in range(8)]),
+    ):
+        for kernels in (False, True):
+            how = f"{'kernels' if kernels else 'plain'}{', compiled' if compiled else ''}"
+            try:
+                ms, memory = training_step(MODELS[name], kernels, compiled, batch, device)
+                keep(f"| {name} | {label} | {how} | {ms:.3g} | {memory:.0f} |")
+            except RuntimeError as error:
+                keep(f"| {name} | {label} | {how}: {str(error).splitlines()[0][:60]} | | |")
 
 
 def main() -> None:
@@ -102,60 +156,36 @@ def main() -> None:
     parser.add_argument("--waters", type=int, nargs="+", default=[4, 8, 15], help="molecules along an edge of the box")
     parser.add_argument("--only", nargs="+", choices=[*MODELS], default=[*MODELS])
     parser.add_argument("--modes", nargs="+", choices=[*MODES], default=[*MODES])
+    parser.add_argument("--seconds", type=float, default=300.0, help="nothing is begun later")
     parser.add_argument("--out", type=Path, default=HERE / "gpu.md")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    device = arguments.device
+    device, keep, began = arguments.device, Table(arguments.out), time.perf_counter()
     on = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    lines = [f"{on}, torch {torch.__version__}, {datetime.date.today().isoformat()}; float32.", ""]
-    lines += [
-        "| network | parameters | atoms | asked for, what ran | ms a step | µs/atom | MB | largest deviation of a force / RMS |",
-        "|---|---|---|---|---|---|---|---|",
+    keep(f"{on}, torch {torch.__version__}, {datetime.date.today().isoformat()}; float32.\n")
+    for name in arguments.only:
+        keep(f"{name}: {potential(MODELS[name], 'cpu').num_parameters:,} parameters  ")
+    quick = [m for m in arguments.modes if m != "program" and (m != "CUDA graph" or device == "cuda")]
+    compiled = [name for name in COMPILED if name in arguments.only]
+    head = "\n| network | atoms | way | ms a step | µs/atom | MB | largest deviation of a force / RMS |\n|---|---|---|---|---|---|---|"
+    training_head = "\n| network | batch | training step | ms | MB |\n|---|---|---|---|---|"
+    plain: dict[tuple[str, int], Any] = {}
+    ends = sorted({min(arguments.waters), max(arguments.waters)})
+    parts: list[tuple[str, Callable[[], None]]] = [
+        *((head, lambda n=n: inference(n, quick, arguments.waters, device, keep, plain)) for n in arguments.only),
+        *((training_head, lambda n=n: training(n, False, device, keep)) for n in arguments.only),
+        *((head, lambda n=n: inference(n, ["program"], ends, device, keep, plain)) for n in compiled if "program" in arguments.modes),
+        *((training_head, lambda n=n: training(n, True, device, keep)) for n in compiled),
     ]
-
-    def keep(line: str) -> None:
-        lines.append(line)
-        print(line, flush=True)
-        arguments.out.write_text("\n".join(lines) + "\n")
-
-    for name in arguments.only:
-        count = potential(MODELS[name], "cpu").num_parameters
-        for atoms in [structure("molecule21"), *(water(n) for n in arguments.waters)]:
-            wanted = None
-            for mode in arguments.modes:
-                if mode == "CUDA graph" and device != "cuda":
-                    continue
-                try:
-                    ms, forces, ran, memory = run(MODELS[name], MODES[mode], atoms, device)
-                except RuntimeError as error:  # out of memory
-                    keep(f"| {name} | {count:,} | {len(atoms):,} | {mode}: {str(error).splitlines()[0][:80]} | | | | |")
-                    continue
-                wanted = forces if wanted is None else wanted
-                deviation = np.abs(forces - wanted).max() / np.sqrt((wanted**2).mean())
-                row = [
-                    name,
-                    f"{count:,}",
-                    f"{len(atoms):,}",
-                    f"{mode}, {ran}",
-                    f"{ms:.3g}",
-                    f"{1000 * ms / len(atoms):.3g}",
-                    f"{memory:.0f}",
-                ]
-                keep("| " + " | ".join([*row, f"{deviation:.0e}"]) + " |")
-    keep("\n| training step | batch | plain ms, MB | kernels | compiled | both |\n|---|---|---|---|---|---|")
-    for name in arguments.only:
-        for label, batch in (
-            ("32 x 21 atoms", [structure("molecule21", k) for k in range(32)]),
-            ("8 x 192 atoms of water", [structure("water192", k) for k in range(8)]),
-        ):
-            cells = []
-            for kernels, compiled in ((False, False), (True, False), (False, True), (True, True)):
-                try:
-                    ms, memory = training_step(MODELS[name], kernels, compiled, batch, device)
-                    cells.append(f"{ms:.3g}, {memory:.0f}")
-                except RuntimeError as error:
-                    cells.append(str(error).splitlines()[0][:60])
-            keep("| " + " | ".join([name, label, *cells]) + " |")
+    shown = ""
+    for title, part in parts:
+        if time.perf_counter() - began > arguments.seconds:
+            keep(f"\nNot all was done in {arguments.seconds:.0f} s.")
+            break
+        if title != shown:
+            keep(title)
+            shown = title
+        part()
 
 
 if __name__ == "__main__":
