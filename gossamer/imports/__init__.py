@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,10 @@ from gossamer.potential import Potential
 from gossamer.potential_file import save
 from gossamer.settings import build
 
+GIVEN: dict[str, tuple[str, ...]] = {"schnetpack": ("energy_unit",), "leignn": ("cutoff", "max_neighbors", "update")}
+"""what files of these sources do not say (`gossamer.imports.contract.given`)"""
 log = logging.getLogger(__name__)
-SOURCES = ("nequip", "sevennet")
+SOURCES = ("nequip", "sevennet", "schnetpack", "leignn")
 """modules of this folder, one for each package whose files are known (`gossamer.imports.contract`)"""
 
 
@@ -27,6 +29,7 @@ def import_potential(
     elements: Sequence[str] | str | None = None,
     head: str | None = None,
     reference: Path | str | None = None,
+    given: Mapping[str, str] | Sequence[str] = (),
 ) -> dict[str, Any]:
     """Bring a potential that another package trained; nothing of its file is run here (`gossamer.imports.inert`).
 
@@ -39,6 +42,7 @@ def import_potential(
         reference: Python interpreter of an environment with the other package, which loads and RUNS the file there, as the package
             does: its energies, forces and stresses are compared with ours and stored with the potential. Without it the potential is
             marked as unverified.
+        given: What the file does not say, {"energy_unit": "kcal/mol"} or ["energy_unit=kcal/mol"] (docs/import.md).
 
     Returns:
         What was brought, and how far it is from the reference.
@@ -49,7 +53,9 @@ def import_potential(
             reference.
     """
     chosen = [e.strip() for e in elements.split(",")] if isinstance(elements, str) else elements
-    options = build(ImportOptions, {"modal": modal, "elements": None if chosen is None else list(chosen), "head": head})
+    options = build(
+        ImportOptions, {"modal": modal, "elements": None if chosen is None else list(chosen), "head": head, "given": _pairs(given)}
+    )
     tree = open_tree(path)
     name, potential = read_potential(tree, options)
     known = potential.statistics.elements
@@ -85,6 +91,16 @@ def import_potential(
     }
 
 
+def _pairs(given: Mapping[str, str] | Sequence[str]) -> dict[str, str]:
+    """NAME=VALUE as a dictionary."""
+    if isinstance(given, Mapping):
+        return dict(given)
+    wrong = [text for text in given if "=" not in text]
+    if wrong:
+        raise ValueError(f"--given {wrong[0]}: expected NAME=VALUE.")
+    return dict(text.split("=", 1) for text in given)  # type: ignore[misc]
+
+
 def read_potential(tree: Tree, options: ImportOptions) -> tuple[str, Potential]:
     """(source, potential) of an opened file.
 
@@ -94,6 +110,10 @@ def read_potential(tree: Tree, options: ImportOptions) -> tuple[str, Potential]:
     for name in SOURCES:
         source = import_module(f"gossamer.imports.{name}")
         if source.recognises(tree):
+            known = GIVEN.get(name, ())
+            strange = [k for k in options.given if k not in known]
+            if strange:
+                raise ValueError(f"--given {strange[0]}: '{tree.path}' needs {', '.join(known) or 'nothing to be given'}.")
             return name, source.potential(tree, options)
     packages = ", ".join(import_module(f"gossamer.imports.{name}").PACKAGE for name in SOURCES)
     inside = ", ".join(tree.members[:8]) or repr(tree.head[:24])

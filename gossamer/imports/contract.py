@@ -16,8 +16,8 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import field, replace
 from typing import Any
 
 import numpy as np
@@ -44,6 +44,31 @@ class ImportOptions:
     """Keep only these elements: tables become smaller. By default all of the file."""
     head: str | None = None
     """Which readout, of files that have several (MACE)."""
+    given: dict[str, str] = field(default_factory=dict)
+    """What the file does not say: the unit of energies (schnetpack), the cutoff (LEIGNN)."""
+
+
+def given(options: ImportOptions, where: str, name: str, kind: Callable[[str], Any] | Mapping[str, Any], what: str) -> Any:
+    """What the file does not say and somebody gave (`--given NAME=VALUE`).
+
+    Args:
+        options: With ``given``.
+        where: The file, for messages.
+        name: Of the value.
+        kind: What makes it from text, or words and what they stand for.
+        what: The value in words.
+
+    Raises:
+        ValueError: it was not given, or is none.
+    """
+    text = options.given.get(name)
+    words = f" ({', '.join(kind)})" if isinstance(kind, Mapping) else ""
+    if text is None:
+        raise ValueError(f"{where} does not say {what}: give it with --given {name}=…{words}.")
+    try:
+        return kind[text] if isinstance(kind, Mapping) else kind(text)
+    except (KeyError, ValueError):
+        raise ValueError(f"--given {name}={text}: expected {what}{words}.") from None
 
 
 class _Left:

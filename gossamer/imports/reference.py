@@ -28,7 +28,39 @@ def nequip(what: dict[str, Any], precision: str) -> Any:
     return NequIPCalculator._from_saved_model(what["path"]) if precision == "native" else None
 
 
-SOURCES: dict[str, tuple[str, Any]] = {"nequip": ("nequip", nequip)}
+def schnetpack(what: dict[str, Any], precision: str) -> Any:
+    """A saved model, in the unit of energies that was given; in float64 its weights are those of the file."""
+    import os
+    import typing
+
+    import torch
+
+    os.environ["TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"] = "1"  # its calculator loads whole models in the old way
+    import torch.utils.data.dataloader as dataloader
+
+    if not hasattr(dataloader, "T_co"):  # schnetpack 2.1 imports a name that newer versions of torch do not have
+        dataloader.T_co = typing.TypeVar("T_co", covariant=True)
+    from schnetpack.interfaces import SpkCalculator
+    from schnetpack.transform import ASENeighborList
+
+    model = torch.load(what["path"], map_location="cpu", weights_only=False)
+    native = next(model.parameters()).dtype
+    double = precision == "float64" or native == torch.float64
+    if precision == "float64" and native == torch.float64:
+        return None
+    calculator = SpkCalculator(
+        what["path"], ASENeighborList(cutoff=float(model.representation.cutoff)), energy_unit=what["given"]["energy_unit"],
+        stress_key="stress" if any(type(m).__name__ == "Strain" for m in model.modules()) else None,
+        dtype=torch.float64 if double else native,
+    )  # fmt: skip
+    basis = calculator.model.representation.radial_basis
+    if double:  # the package makes these in float32, whatever the weights are
+        basis.offsets = torch.linspace(0, float(model.representation.cutoff), basis.n_rbf, dtype=torch.float64)
+        basis.widths = (basis.offsets[1] - basis.offsets[0]) * torch.ones_like(basis.offsets)
+    return calculator
+
+
+SOURCES: dict[str, tuple[str, Any]] = {"schnetpack": ("schnetpack", schnetpack), "nequip": ("nequip", nequip)}
 """name of the source -> (package, function)"""
 
 
@@ -42,7 +74,7 @@ def evaluate(calculator: Any, frames: list[Atoms]) -> dict[str, np.ndarray]:
         forces.append(np.array(atoms.get_forces(), dtype=np.float64))
         stress = np.full(6, np.nan)
         if atoms.pbc.all():
-            with contextlib.suppress(NotImplementedError):
+            with contextlib.suppress(Exception):  # packages say in ways of their own that they have no stress
                 stress = np.array(atoms.get_stress(voigt=True), dtype=np.float64)
         stresses.append(stress)
     return {"energy": np.array(energies), "forces": np.concatenate(forces), "stress": np.array(stresses)}

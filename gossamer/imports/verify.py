@@ -24,7 +24,9 @@ from gossamer.potential import DTYPES, Potential
 
 TOLERANCES = {"float32": (1e-6, 2e-5), "kernels": (1e-6, 3e-5), "float64": (1e-10, 1e-10)}
 """of energies (eV/atom) and of forces (eV/Å) where energies are below 10 eV/atom and forces below 10 eV/Å, beyond that in proportion;
-of stresses as of forces, times atoms over volume and one Å"""
+of stresses as of forces, times atoms over volume and one Å. Where the package answers in float64 too, and that agrees, its float32 numbers may be
+off by `NOISE` times what its own rounding is on the structure"""
+NOISE = 3.0
 SCALE = 10.0
 LATTICES = (("sc", 2.0), ("bcc", 2.0), ("fcc", 2.0), ("diamond", 2.0))
 SCRIPT = Path(__file__).with_name("reference.py")
@@ -97,7 +99,7 @@ def ask_reference(
         raise FileNotFoundError(f"There is no program '{python}'. --reference takes the Python of the other package's environment.")
     with tempfile.TemporaryDirectory() as folder:
         request, answer = Path(folder) / "request.npz", Path(folder) / "answer.npz"
-        what = {"source": source, "path": str(path.resolve()), "modal": options.modal, "head": options.head}
+        what = {"source": source, "path": str(path.resolve()), "modal": options.modal, "head": options.head, "given": options.given}
         np.savez(
             request,
             what=np.array(json.dumps(what)),
@@ -159,14 +161,16 @@ def compare(potential: Potential, check: Sequence[Structure], answer: Mapping[st
         ours = potential.predict(check, run=run, batch_atoms=1)
         theirs = predictions(answer, check, precision)
         energy, force = TOLERANCES.get(label, (1e-7, 1e-7))  # a table of radial functions in float64
+        rounding = predictions(answer, check, "float64") if precision == "native" and "float64.energy" in answer else theirs
         worst = {"energy_eV_per_atom": 0.0, "forces_eV_per_A": 0.0, "stress_eV_per_A3": 0.0}
-        for structure, a, b in zip(check, ours, theirs, strict=True):
+        for structure, a, b, exact in zip(check, ours, theirs, rounding, strict=True):
             differences = _differences(structure, a, b)
             worst = {k: max(v, differences[k]) for k, v in worst.items()}
             scale = max(1.0, float(np.abs(b["forces"]).max()) / SCALE)
             n, volume = structure.n_atoms, structure.volume or 1.0
             limits = (energy * max(1.0, abs(b["energy"]) / n / SCALE, scale), force * scale, force * scale * max(n / volume, 0.1))
-            if any(not d <= limit for d, limit in zip(differences.values(), limits, strict=True)):
+            noise = _differences(structure, b, exact)
+            if any(not d <= max(limit, NOISE * r) for d, limit, r in zip(differences.values(), limits, noise.values(), strict=True)):
                 problems.append((label, structure, differences, float(np.abs(b["forces"]).max())))
         report[label] = worst
     potential.network.to(DTYPES[native])
