@@ -8,6 +8,7 @@ relative to that. Forces are the direct ones of the published network.
 from __future__ import annotations
 
 import re
+from typing import Any
 
 from ase.data import chemical_symbols
 from torch import Tensor
@@ -61,7 +62,7 @@ def potential(tree: Tree, options: ImportOptions) -> Potential:
     layers = len({k.split(".")[1] for k in weights.found if k.startswith("message_layers.")})
     h = table.shape[1]
     update = given(options, where, "update", {"nmu": "nmu", "painn": "painn"}, "the update: nmu (LEIGNN, Vanilla + NMU) or painn (Vanilla)")
-    config = LEIGNNConfig(
+    config: Any = LEIGNNConfig(
         variant="published", num_features=h, num_layers=layers, num_basis=weights.found["message_layers.0.rbf_proj.weight"].shape[1],
         cutoff=cutoff, max_neighbors=neighbors, direct_forces=True, global_context="vn_emb.weight" in weights, update=update,
     )  # fmt: skip

@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import numpy as np
@@ -28,6 +28,14 @@ def nequip(what: dict[str, Any], precision: str) -> Any:
     return NequIPCalculator._from_saved_model(what["path"]) if precision == "native" else None
 
 
+def geodite(what: dict[str, Any], precision: str) -> Any:
+    """A checkpoint of the authors' code, one fidelity of it."""
+    from geodite.calculator import GeoditeCalculator
+
+    fidelity = {} if what["modal"] is None else {"fidelity": what["modal"]}
+    return GeoditeCalculator(what["path"], "cpu", precision="64" if precision == "float64" else "32", **fidelity)
+
+
 def schnetpack(what: dict[str, Any], precision: str) -> Any:
     """A saved model, in the unit of energies that was given; in float64 its weights are those of the file."""
     import os
@@ -36,10 +44,11 @@ def schnetpack(what: dict[str, Any], precision: str) -> Any:
     import torch
 
     os.environ["TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"] = "1"  # its calculator loads whole models in the old way
-    import torch.utils.data.dataloader as dataloader
+    import torch.utils.data.dataloader
 
-    if not hasattr(dataloader, "T_co"):  # schnetpack 2.1 imports a name that newer versions of torch do not have
-        dataloader.T_co = typing.TypeVar("T_co", covariant=True)
+    loader: Any = torch.utils.data.dataloader
+    if not hasattr(loader, "T_co"):  # schnetpack 2.1 imports a name that newer versions of torch do not have
+        loader.T_co = typing.TypeVar("T_co", covariant=True)
     from schnetpack.interfaces import SpkCalculator
     from schnetpack.transform import ASENeighborList
 
@@ -60,7 +69,11 @@ def schnetpack(what: dict[str, Any], precision: str) -> Any:
     return calculator
 
 
-SOURCES: dict[str, tuple[str, Any]] = {"schnetpack": ("schnetpack", schnetpack), "nequip": ("nequip", nequip)}
+SOURCES: dict[str, tuple[str, Any]] = {
+    "geodite": ("geodite", geodite),
+    "schnetpack": ("schnetpack", schnetpack),
+    "nequip": ("nequip", nequip),
+}
 """name of the source -> (package, function)"""
 
 
@@ -102,7 +115,11 @@ def main() -> None:
         Atoms(data["numbers"][end - n : end], data["positions"][end - n : end], cell=cell, pbc=pbc)
         for n, end, cell, pbc in zip(data["sizes"], ends, data["cells"], data["pbc"], strict=True)
     ]
-    out = {"package": np.array(package), "version": np.array(version(package))}
+    try:
+        number = version(package)
+    except PackageNotFoundError:  # a folder on PYTHONPATH
+        number = "unknown"
+    out = {"package": np.array(package), "version": np.array(number)}
     for precision in ("native", "float64"):
         calculator = make(what, precision)
         if calculator is not None:

@@ -65,7 +65,7 @@ def potential(tree: Tree, options: ImportOptions) -> Potential:
     cutoff = float(weights.take("representation.cutoff_fn.cutoff").double().flatten()[0])
     layers = len(module_state(modules["representation.interactions."])["_modules"])
     basis = int(module_state(modules["representation.radial_basis."])["n_rbf"])
-    config = settings(variant="published", num_features=table.shape[1], num_layers=layers, num_basis=basis, cutoff=cutoff)
+    config: Any = settings(variant="published", num_features=table.shape[1], num_layers=layers, num_basis=basis, cutoff=cutoff)
     weights.constant("representation.radial_basis.offsets", torch.linspace(0, cutoff, basis))
     weights.constant("representation.radial_basis.widths", torch.full((basis,), cutoff / (basis - 1)))
     statistics = foreign_statistics(
