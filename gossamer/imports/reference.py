@@ -33,7 +33,21 @@ def geodite(what: dict[str, Any], precision: str) -> Any:
     from geodite.calculator import GeoditeCalculator
 
     fidelity = {} if what["modal"] is None else {"fidelity": what["modal"]}
-    return GeoditeCalculator(what["path"], "cpu", precision="64" if precision == "float64" else "32", **fidelity)
+    calculator = GeoditeCalculator(what["path"], "cpu", precision="64" if precision == "float64" else "32", **fidelity)
+    if precision == "float64":  # constants that were made in float32
+        import torch
+        from ase.data import covalent_radii
+
+        torch.set_default_dtype(torch.float64)
+        for name, values in calculator.model.named_buffers():
+            if name.endswith("covalent_radii"):
+                values.copy_(torch.from_numpy(covalent_radii))
+            if name.endswith("balance_degree_weight"):  # 1 / (2 l + 1)
+                values.copy_(1 / (1 / values).round())
+        basis = calculator.model.encoder.radial_basis
+        basis.freqs.copy_(np.pi * torch.arange(1, basis.n_rbf + 1, dtype=torch.float64) / calculator.model.encoder.cutoff)
+        basis.prefactor.copy_(torch.tensor(2 / calculator.model.encoder.cutoff, dtype=torch.float64).sqrt())
+    return calculator
 
 
 def schnetpack(what: dict[str, Any], precision: str) -> Any:
