@@ -83,10 +83,20 @@ def schnetpack(what: dict[str, Any], precision: str) -> Any:
     return calculator
 
 
+def sevennet(what: dict[str, Any], precision: str) -> Any:
+    """The package's own calculator; it computes in float32."""
+    if precision == "float64":
+        return None
+    from sevenn.calculator import SevenNetCalculator
+
+    return SevenNetCalculator(what["path"], device="cpu", **({"modal": what["modal"]} if what["modal"] else {}))
+
+
 SOURCES: dict[str, tuple[str, Any]] = {
     "geodite": ("geodite", geodite),
     "schnetpack": ("schnetpack", schnetpack),
     "nequip": ("nequip", nequip),
+    "sevennet": ("sevenn", sevennet),
 }
 """name of the source -> (package, function)"""
 
@@ -105,18 +115,6 @@ def evaluate(calculator: Any, frames: list[Atoms]) -> dict[str, np.ndarray]:
                 stress = np.array(atoms.get_stress(voigt=True), dtype=np.float64)
         stresses.append(stress)
     return {"energy": np.array(energies), "forces": np.concatenate(forces), "stress": np.array(stresses)}
-
-
-def sevennet(what: dict[str, Any], precision: str) -> Any:
-    """The package's own calculator; it computes in float32."""
-    if precision == "float64":
-        return None
-    from sevenn.calculator import SevenNetCalculator
-
-    return SevenNetCalculator(what["path"], device="cpu", **({"modal": what["modal"]} if what["modal"] else {}))
-
-
-SOURCES["sevennet"] = ("sevenn", sevennet)
 
 
 def main() -> None:
