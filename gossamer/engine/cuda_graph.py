@@ -6,6 +6,7 @@ edges lead to their own images at just the cutoff, where every message vanishes.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -63,7 +64,8 @@ class CudaGraph:
             RuntimeError: it cannot be recorded.
         """
         self.n_atoms = graph.n_atoms
-        self.n_edges = -(-(graph.n_edges + max(SHARE, graph.n_edges // 20)) // SHARE) * SHARE
+        spare = min(graph.n_edges // 20, 8 * math.isqrt(graph.n_edges))  # they cost as much as others do, and numbers of edges vary like this
+        self.n_edges = -(-(graph.n_edges + max(SHARE, spare)) // SHARE) * SHARE
         n_extra = 2 * (1 + (self.n_edges - graph.n_edges) // SHARE)
         # recorded elsewhere than it is compared: a recording that did not read its inputs would show
         self.inputs = pad(replace(graph, positions=1.001 * graph.positions), self.n_edges, n_extra, cutoff)
