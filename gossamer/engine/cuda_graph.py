@@ -64,7 +64,7 @@ class CudaGraph:
             RuntimeError: it cannot be recorded.
         """
         self.n_atoms = graph.n_atoms
-        spare = min(graph.n_edges // 20, 8 * math.isqrt(graph.n_edges))  # they cost as much as others do, and numbers of edges vary like this
+        spare = min(graph.n_edges // 20, 8 * math.isqrt(graph.n_edges))  # as much as it varies: each costs what an edge costs
         self.n_edges = -(-(graph.n_edges + max(SHARE, spare)) // SHARE) * SHARE
         n_extra = 2 * (1 + (self.n_edges - graph.n_edges) // SHARE)
         # recorded elsewhere than it is compared: a recording that did not read its inputs would show
