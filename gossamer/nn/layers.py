@@ -89,7 +89,8 @@ class UnitLinear(nn.Linear):
             nn.init.normal_(self.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.linear(x, self.weight * self.scale)
+        rows = x.flatten(0, -2)  # features of one degree are no contiguous block: PyTorch would multiply atom by atom
+        return nn.functional.linear(rows, self.weight * self.scale).reshape(*x.shape[:-1], self.out_features)
 
 
 def unit_mlp(sizes: Sequence[int], gain: float = UNIT_SILU) -> nn.Sequential:
