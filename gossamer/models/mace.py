@@ -1,0 +1,302 @@
+"""MACE: sums over neighbours as in NequIP, and polynomials of up to four of them in every layer, so that two layers suffice.
+
+Batatia et al., NeurIPS 2022, arXiv:2206.07697; foundation potentials arXiv:2401.00096 (MP-0) and arXiv:2312.15211 (OFF23).
+`variant="published"` equals mace-torch 0.3.16 for the same settings (tests/reference). `variant="sound"` (default) mends three
+flaws: a lone atom gets its reference energy (the published self-connections of the first layer give it an energy of their own);
+energies keep three continuous derivatives at the cutoff where distances are transformed (the published envelope leaves two, since
+the Bessel functions no longer vanish there); the repulsion is the potential's (the published one is scaled by the RMS force).
+Sums are divided by the root of the mean number of neighbours, and radial functions have unit variance, so that products neither
+vanish nor grow at the start.
+
+Shapes: N atoms, E directed edges, C channels. Features are (N, S, C), S = (l + 1)² components of degrees 0 … l, channels last.
+No map has a bias.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Any, ClassVar, Literal
+
+import numpy as np
+import torch
+from ase.data import covalent_radii
+from jaxtyping import Float, Int
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from gossamer.models.base import DataFacts, FitDefaults, ModelOutput, Network
+from gossamer.nn.contraction import SymmetricContraction
+from gossamer.nn.coupling import Coupling, Irrep, blocks, paths_between
+from gossamer.nn.layers import Constant, ElementMap, UnitLinear, cat, split, sum_by_index, unit_mlp
+from gossamer.nn.products import Edges, ScalarConvolution
+from gossamer.nn.radial import polynomial_envelope
+from gossamer.nn.spherical import SphericalHarmonics
+from gossamer.settings import settings
+
+_MP = {"variant": "published", "cutoff": 6.0, "num_features": 128, "num_basis": 10, "radial_sizes": [64, 64, 64]}
+PRESETS: dict[str, dict[str, Any]] = {
+    "tiny": {"num_features": 4, "num_basis": 4, "l_max": 2, "radial_sizes": [6], "readout_width": 3},
+    "MP-small": {**_MP, "hidden_l_max": 0},
+    "MP-medium": {**_MP, "hidden_l_max": 1},
+    "MP-large": {**_MP, "hidden_l_max": 2},
+    "MPA-medium": {**_MP, "hidden_l_max": 1, "density": True, "self_connections": "later", "transform": "agnesi", "repulsion": True},
+}
+"""MP-small to MP-large: sizes of MACE-MP-0 (arXiv:2401.00096); MPA-medium: of MACE-MPA-0, MACE-OMAT-0 and MACE-MATPES"""
+
+AGNESI = (0.9183, 4.5791, 1.0805)
+"""q, p and a of the Agnesi transform (Witt et al., J. Chem. Phys. 159, 164101, 2023)"""
+SOFT_STEEPNESS = 4.0
+
+
+@settings
+class MACEConfig:
+    """Settings of the MACE network (Batatia et al., arXiv:2206.07697)."""
+
+    name: Literal["mace"] = "mace"
+    """Which network."""
+    variant: Literal["sound", "published"] = "sound"
+    """"sound": smooth at the cutoff, lone atoms at their reference energy, features of unit variance. "published": as mace-torch."""
+    cutoff: Annotated[float, Field(gt=0)] = 5.0
+    """Radius in Å within which atoms exchange messages."""
+    max_neighbors: None = None
+    """Always all neighbours within the cutoff."""
+    l_max: Annotated[int, Field(ge=0, le=4)] = 3
+    """Highest degree of the harmonics, and of the sums that are multiplied (mace-torch: max_ell)."""
+    hidden_l_max: Annotated[int, Field(ge=0, le=4)] = 1
+    """Highest degree of the features that layers hand on (mace-torch: max_L): 0 is fast, 1 accurate, 2 a little more so."""
+    num_features: Annotated[int, Field(ge=1)] = 64
+    """Channels of each degree."""
+    num_layers: Annotated[int, Field(ge=1)] = 2
+    """Interactions; the receptive field is num_layers * cutoff."""
+    correlation: Annotated[int, Field(ge=1, le=4)] = 3
+    """Most sums that are multiplied: with 3 a layer sees four bodies."""
+    self_connections: Literal["all", "later", "none"] = "later"
+    """Which layers add an element's map of the features they got (residual blocks): "all" as in MACE-MP-0, or but the first."""
+    density: bool = False
+    """Divide sums by 1 + a learned density of neighbours instead of their mean number (MACE-MPA-0, MACE-OMAT-0)."""
+    basis: Literal["bessel", "gaussian"] = "bessel"
+    """Radial functions."""
+    num_basis: Annotated[int, Field(ge=2)] = 8
+    """How many."""
+    train_bessel: bool = False
+    """Train their frequencies."""
+    transform: Literal["none", "agnesi", "soft"] = "none"
+    """Stretch short distances by the covalent radii of both elements before the radial functions (MACE-MPA-0: agnesi)."""
+    envelope_power: Annotated[int, Field(ge=2)] = 5
+    """Power p of the polynomial envelope."""
+    envelope_order: Literal[2, 3, 4] | None = None
+    """Derivatives of the envelope that vanish at the cutoff; None: 2, or 3 in the sound variant where the basis does not vanish there."""
+    radial_sizes: list[Annotated[int, Field(ge=1)]] = Field(default_factory=lambda: [64, 64, 64])
+    """Widths of the hidden layers of the radial networks."""
+    readout_width: Annotated[int, Field(ge=1)] = 16
+    """Width of the hidden layer of the last readout; the others are linear."""
+    repulsion: bool = False
+    """Published variant: the pair repulsion of mace-torch, ZBL up to the sum of the covalent radii, in units of the energy scale."""
+    direct_forces: Literal[False] = False
+    """Forces are the gradient of the energy."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> MACEConfig:
+        if self.repulsion and self.variant == "sound":
+            raise ValueError("repulsion is that of the published variant; the sound one has potential.zbl: leave it out")
+        if self.train_bessel and self.basis != "bessel":
+            raise ValueError(f"train_bessel needs basis bessel, found {self.basis}")
+        return self
+
+    @property
+    def vanishing(self) -> int:
+        """Derivatives of the envelope that vanish at the cutoff."""
+        if self.envelope_order is not None:
+            return self.envelope_order
+        sine = self.basis == "bessel" and self.transform == "none" and not self.train_bessel
+        return 3 if self.variant == "sound" and not sine else 2
+
+
+class Repulsion(nn.Module):
+    """Half the ZBL energy of every edge as mace-torch has it, with an envelope up to the sum of the covalent radii."""
+
+    def __init__(self, numbers: tuple[int, ...], power: int) -> None:
+        super().__init__()
+        self.power = power
+        self.numbers = Constant(np.array(numbers, dtype=np.float64))
+        self.radii = Constant(covalent_radii[list(numbers)])
+
+    def forward(self, species: Int[Tensor, " N"], edge_index: Int[Tensor, "2 E"], lengths: Float[Tensor, " E"]) -> Float[Tensor, " N"]:
+        sender, receiver = (species.index_select(0, k) for k in edge_index)
+        z_i, z_j = (self.numbers().index_select(0, s) for s in (receiver, sender))
+        reduced = lengths * (z_i**0.3 + z_j**0.3) / (0.4543 * 0.529)
+        screening = sum(c * torch.exp(-d * reduced) for c, d in ((0.1818, 3.2), (0.5099, 0.9423), (0.2802, 0.4028), (0.02817, 0.2016)))
+        ends = self.radii().index_select(0, receiver) + self.radii().index_select(0, sender)
+        energies = 0.5 * 14.3996 * z_i * z_j / lengths * screening * polynomial_envelope(lengths / ends, self.power)
+        return sum_by_index(energies, edge_index[1], len(species))
+
+
+class Density(nn.Sequential):
+    """tanh(f²) of a linear function f of the radial basis."""
+
+    def __init__(self, num_basis: int) -> None:
+        super().__init__(UnitLinear(num_basis, 1))
+
+    def forward(self, basis: Float[Tensor, "E B"]) -> Float[Tensor, "E 1"]:
+        return torch.tanh(super().forward(basis) ** 2)
+
+
+class DegreeLinear(nn.Module):
+    """A map of channels for each degree."""
+
+    def __init__(self, inputs: list[int], channels: int) -> None:
+        """``inputs``: channels of degree 0, 1, …; ``channels``: of each degree of the result."""
+        super().__init__()
+        self.maps: Any = nn.ModuleList(UnitLinear(n, channels) for n in inputs)
+
+    def forward(self, parts: list[Tensor]) -> list[Tensor]:
+        return [linear(part) for linear, part in zip(self.maps, parts, strict=True)]
+
+
+def degrees(x: Float[Tensor, "N S C"]) -> list[Tensor]:
+    """The components (N, 2 l + 1, C) of each degree."""
+    return list(split(x, [2 * l + 1 for l in range(math.isqrt(x.shape[1]))], 1))
+
+
+class Interaction(nn.Module):
+    """One layer: sums over neighbours of every degree, polynomials of them, linear maps, self-connection."""
+
+    def __init__(self, config: MACEConfig, l_in: int, l_out: int, facts: DataFacts, connected: bool) -> None:
+        """
+        Args:
+            config: Settings of the network.
+            l_in: Highest degree of the features.
+            l_out: Highest degree of the result.
+            facts: Elements and mean number of neighbours.
+            connected: Add an element's map of the features; without, the sums pass such a map.
+        """
+        super().__init__()
+        c, n_elements = config.num_features, len(facts.atomic_numbers)
+        published = config.variant == "published"
+        irreps = [Irrep(c, l, (-1) ** l) for l in range(l_in + 1)]
+        paths = paths_between(irreps, config.l_max, [(l, (-1) ** l) for l in range(config.l_max + 1)])
+        self.linear_in = DegreeLinear([c] * (l_in + 1), c)
+        radial = unit_mlp([config.num_basis, *config.radial_sizes, c * len(paths)])
+        coupling = Coupling(irreps, config.l_max, paths, radial)
+        self.irreps_summed = coupling.irreps_out
+        self.convolution: Any = coupling
+        self.linear_sums = DegreeLinear([i.mul for i in self.irreps_summed], c)
+        self.density: Any = ScalarConvolution(1, Density(config.num_basis)) if config.density else None
+        mean_neighbors = max(facts.mean_neighbors, 1.0) if not published else facts.mean_neighbors
+        self.scale = 1.0 if config.density else 1 / (mean_neighbors if published else math.sqrt(mean_neighbors))
+        self.contraction = SymmetricContraction(config.l_max, l_out, config.correlation, c, n_elements)
+        self.linear_products = DegreeLinear([c] * (l_out + 1), c)
+        self.connected = connected
+        scale = 1 / math.sqrt(c * n_elements if published else c)
+        n_maps = min(l_in, l_out) + 1 if connected else config.l_max + 1
+        self.element_maps: Any = nn.ModuleList(ElementMap(n_elements, c, c, scale) for _ in range(n_maps))
+
+    def forward(self, h: Float[Tensor, "N S C"], species: Int[Tensor, " N"], edges: Edges) -> Float[Tensor, "N S_out C"]:
+        own = degrees(h)
+        mixed = cat(self.linear_in(own), 1) * self.scale
+        sums = self.linear_sums(blocks(self.convolution(mixed.flatten(1), edges), self.irreps_summed))
+        if not self.connected:
+            sums = [element_map(part, species) for element_map, part in zip(self.element_maps, sums, strict=True)]
+        a = cat(sums, 1)
+        if self.density is not None:
+            a = a / (1 + self.density(torch.ones_like(h[:, 0, :1]), edges))[:, None]
+        products = self.linear_products(degrees(self.contraction(a, species)))
+        if self.connected:
+            for l, element_map in enumerate(self.element_maps):
+                products[l] = products[l] + element_map(own[l], species)
+        return cat(products, 1)
+
+
+class MACE(Network):
+    """The network: species and edge vectors in, per-atom energies out."""
+
+    fit_defaults: ClassVar = FitDefaults(learning_rate=1e-2)
+    presets: ClassVar = PRESETS
+
+    def __init__(self, config: MACEConfig, facts: DataFacts) -> None:
+        """
+        Args:
+            config: Settings.
+            facts: Elements, and the mean number of neighbours, which scales the sums.
+        """
+        super().__init__()
+        self.config = config
+        c, n, last = config.num_features, len(facts.atomic_numbers), config.num_layers - 1
+        self.subtract_isolated = config.variant == "sound" and config.self_connections == "all"
+        self.radial_by_pair = config.transform != "none"
+        self.harmonics = SphericalHarmonics(config.l_max, "component")
+        self.embedding = nn.Embedding(n, c)
+        if config.variant == "published":
+            nn.init.normal_(self.embedding.weight, std=1 / math.sqrt(n))
+        self.radii = Constant(covalent_radii[list(facts.atomic_numbers)])
+        frequencies = torch.arange(1.0, config.num_basis + 1)
+        self.frequencies = nn.Parameter(frequencies) if config.train_bessel else None
+        degree = [0, *[config.hidden_l_max] * last, 0]
+        connected = [config.self_connections == "all" or (config.self_connections == "later" and k > 0) for k in range(last + 1)]
+        self.layers: Any = nn.ModuleList(Interaction(config, degree[k], degree[k + 1], facts, connected[k]) for k in range(last + 1))
+        widths = [[c, config.readout_width, 1] if k == last and last else [c, 1] for k in range(last + 1)]
+        self.readouts: Any = nn.ModuleList(unit_mlp(sizes) for sizes in widths)
+        self.repulsion = Repulsion(facts.atomic_numbers, config.envelope_power) if config.repulsion else None
+        self.own_repulsion = config.repulsion
+        self.basis_scale = 1.0
+        if config.variant == "sound":
+            self.basis_scale = self._unit_scale()
+
+    def _unit_scale(self) -> float:
+        """Factor that gives the radial basis unit mean square over neighbours spread evenly in the outer 0.2 < x < 1."""
+        x = torch.linspace(0.2, 1, 400)
+        with torch.no_grad():
+            values = self.radial_basis(x, *(torch.zeros(400, dtype=torch.int64),) * 2)
+        return float(((values**2).mean(dim=1) * x**2).sum() / (x**2).sum()) ** -0.5
+
+    def transformed(self, lengths: Float[Tensor, " E"], centre: Int[Tensor, " E"], neighbour: Int[Tensor, " E"]) -> Float[Tensor, " E"]:
+        """What the radial functions are given instead of the distance in Å."""
+        radii = self.radii().index_select(0, centre) + self.radii().index_select(0, neighbour)
+        if self.config.transform == "agnesi":
+            q, p, a = AGNESI
+            y = lengths / (0.5 * radii)
+            return 1 / (1 + a * y**p / (1 + y ** (p - q)))
+        low, high = 0.75 * radii, 4 / 3 * radii
+        switch = 0.5 * (1 + torch.tanh(SOFT_STEEPNESS / (high - low) * (lengths - 0.5 * (low + high))))
+        return low + (lengths - low) * switch
+
+    def radial_basis(
+        self, x: Float[Tensor, " E"], centre: Int[Tensor, " E"] | None = None, neighbour: Int[Tensor, " E"] | None = None
+    ) -> Float[Tensor, "E B"]:
+        """sqrt(2 / rc) sin(n π d / rc) / d or Gaussians of the distance d, transformed or not, times the envelope of the distance."""
+        cutoff, count = self.config.cutoff, self.config.num_basis
+        d = x * cutoff if centre is None or neighbour is None else self.transformed(x * cutoff, centre, neighbour)
+        if self.config.basis == "bessel":
+            n = torch.arange(1, count + 1, dtype=x.dtype, device=x.device) if self.frequencies is None else self.frequencies
+            values = math.sqrt(2 / cutoff) * torch.sin(math.pi / cutoff * n * d[:, None]) / d[:, None]
+        else:
+            step = cutoff / (count - 1)
+            centres = torch.arange(count, dtype=x.dtype, device=x.device) * step
+            values = torch.exp(-0.5 * ((d[:, None] - centres) / step) ** 2)
+        return values * (self.basis_scale * polynomial_envelope(x, self.config.envelope_power, self.config.vanishing))[:, None]
+
+    def forward(
+        self,
+        species: Int[Tensor, " N"],
+        edge_index: Int[Tensor, "2 E"],
+        edge_vectors: Float[Tensor, "E 3"],
+        graph_index: Int[Tensor, " N"],
+        n_graphs: int,
+    ) -> ModelOutput:
+        """As `Network.forward`; the network is local and needs no structures."""
+        lengths = torch.linalg.vector_norm(edge_vectors, dim=-1)
+        x = lengths / self.config.cutoff
+        edges = Edges(edge_index, x, self.harmonics(edge_vectors / lengths[:, None]), lambda: self._basis(x, species, edge_index))
+        h = self.embedding(species)[:, None]
+        energies = 0.0 if self.repulsion is None else self.repulsion(species, edge_index, lengths)
+        for layer, readout in zip(self.layers, self.readouts, strict=True):
+            h = layer(h, species, edges)
+            energies = energies + readout(degrees(h)[0])[:, 0, 0]
+        return ModelOutput(node_energies=energies, direct_forces=None)
+
+    def _basis(self, x: Float[Tensor, " E"], species: Int[Tensor, " N"], edge_index: Int[Tensor, "2 E"]) -> Float[Tensor, "E B"]:
+        """Radial basis on every edge."""
+        if not self.radial_by_pair:
+            return self.radial_basis(x)
+        sender, receiver = edge_index
+        return self.radial_basis(x, species.index_select(0, receiver), species.index_select(0, sender))
