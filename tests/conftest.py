@@ -47,6 +47,9 @@ MODELS = {
     "geodite-l4": dict(name="geodite", l_max=4, num_layers=1),
     "geodite-published": dict(name="geodite", variant="published"),
     "geodite-direct": dict(name="geodite", direct_forces=True),
+    "mace": dict(name="mace"),
+    "mace-agnesi": dict(name="mace", transform="agnesi", density=True, self_connections="all", l_max=3, hidden_l_max=2, num_features=2),
+    "mace-published": dict(name="mace", variant="published", self_connections="all"),
     "painn": dict(name="painn"),
     "painn-published": dict(name="painn", variant="published"),
     "painn-direct": dict(name="painn", direct_forces=True),
@@ -71,9 +74,9 @@ DIRECT = [name for name in MODELS if name.endswith("direct")]
 GLOBAL = ["sound-global", "published"]
 """networks whose energy is not a sum of local terms"""
 SMOOTH = ["sound", "sound-gaussian-painn", "nequip", "nequip-l3-pairs", "nequip-parity", "nequip-trained-bessel", "nequip-published", "geodite", "geodite-l4",
-          "geodite-published", "painn", "schnet", "sevennet", "sevennet-nequix"]  # fmt: skip
+          "geodite-published", "mace", "mace-agnesi", "mace-published", "painn", "schnet", "sevennet", "sevennet-nequix"]  # fmt: skip
 """networks with three continuous derivatives at the cutoff"""
-OWN_ZERO = [name for name in MODELS if name not in ("published", "published-vanilla", "painn-published", "schnet-published", "sevennet-published",
+OWN_ZERO = [name for name in MODELS if name not in ("published", "published-vanilla", "mace-published", "painn-published", "schnet-published", "sevennet-published",
                                                     "sevennet-nequix")]  # fmt: skip
 """networks that give a lone atom its reference energy"""
 

@@ -9,6 +9,7 @@ from pydantic import Field
 from gossamer.models.base import DataFacts, ModelOutput, Network, NetworkConfig
 from gossamer.models.geodite import Geodite, GeoditeConfig
 from gossamer.models.leignn import LEIGNN, LEIGNNConfig
+from gossamer.models.mace import MACE, MACEConfig
 from gossamer.models.nequip import NequIP, NequIPConfig
 from gossamer.models.painn import PaiNN, PaiNNConfig
 from gossamer.models.schnet import SchNet, SchNetConfig
@@ -18,6 +19,7 @@ MODELS: dict[str, tuple[type[Any], type[Network]]] = {
     "leignn": (LEIGNNConfig, LEIGNN),
     "nequip": (NequIPConfig, NequIP),
     "geodite": (GeoditeConfig, Geodite),
+    "mace": (MACEConfig, MACE),
     "painn": (PaiNNConfig, PaiNN),
     "schnet": (SchNetConfig, SchNet),
     "sevennet": (SevenNetConfig, SevenNet),
@@ -34,11 +36,13 @@ else:
 __all__ = [
     "DEFAULT",
     "LEIGNN",
+    "MACE",
     "MODELS",
     "DataFacts",
     "Geodite",
     "GeoditeConfig",
     "LEIGNNConfig",
+    "MACEConfig",
     "ModelConfig",
     "ModelOutput",
     "NequIP",

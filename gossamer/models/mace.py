@@ -5,8 +5,9 @@ Batatia et al., NeurIPS 2022, arXiv:2206.07697; foundation potentials arXiv:2401
 flaws: a lone atom gets its reference energy (the published self-connections of the first layer give it an energy of their own);
 energies keep three continuous derivatives at the cutoff where distances are transformed (the published envelope leaves two, since
 the Bessel functions no longer vanish there); the repulsion is the potential's (the published one is scaled by the RMS force).
-Sums are divided by the root of the mean number of neighbours, and radial functions have unit variance, so that products neither
-vanish nor grow at the start.
+And it keeps features of unit variance: the published sums start at 1e-2 and 1e-4 (first and second layer, liquid at 5 Å), so that
+their products are lost, and grow without bound where atoms are dense. The sound ones have radial functions of unit variance, are
+divided by the root of the mean number of neighbours, and each atom's sums A by sqrt(1 + mean A²) before they are multiplied.
 
 Shapes: N atoms, E directed edges, C channels. Features are (N, S, C), S = (l + 1)² components of degrees 0 … l, channels last.
 No map has a bias.
@@ -56,7 +57,7 @@ class MACEConfig:
     """Which network."""
     variant: Literal["sound", "published"] = "sound"
     """"sound": smooth at the cutoff, lone atoms at their reference energy, features of unit variance. "published": as mace-torch."""
-    cutoff: Annotated[float, Field(gt=0)] = 5.0
+    cutoff: Annotated[float, Field(gt=0, le=100)] = 5.0
     """Radius in Å within which atoms exchange messages."""
     max_neighbors: None = None
     """Always all neighbours within the cutoff."""
@@ -64,9 +65,9 @@ class MACEConfig:
     """Highest degree of the harmonics, and of the sums that are multiplied (mace-torch: max_ell)."""
     hidden_l_max: Annotated[int, Field(ge=0, le=4)] = 1
     """Highest degree of the features that layers hand on (mace-torch: max_L): 0 is fast, 1 accurate, 2 a little more so."""
-    num_features: Annotated[int, Field(ge=1)] = 64
+    num_features: Annotated[int, Field(ge=1, le=10_000)] = 64
     """Channels of each degree."""
-    num_layers: Annotated[int, Field(ge=1)] = 2
+    num_layers: Annotated[int, Field(ge=1, le=100)] = 2
     """Interactions; the receptive field is num_layers * cutoff."""
     correlation: Annotated[int, Field(ge=1, le=4)] = 3
     """Most sums that are multiplied: with 3 a layer sees four bodies."""
@@ -76,19 +77,19 @@ class MACEConfig:
     """Divide sums by 1 + a learned density of neighbours instead of their mean number (MACE-MPA-0, MACE-OMAT-0)."""
     basis: Literal["bessel", "gaussian"] = "bessel"
     """Radial functions."""
-    num_basis: Annotated[int, Field(ge=2)] = 8
+    num_basis: Annotated[int, Field(ge=2, le=10_000)] = 8
     """How many."""
     train_bessel: bool = False
     """Train their frequencies."""
     transform: Literal["none", "agnesi", "soft"] = "none"
     """Stretch short distances by the covalent radii of both elements before the radial functions (MACE-MPA-0: agnesi)."""
-    envelope_power: Annotated[int, Field(ge=2)] = 5
+    envelope_power: Annotated[int, Field(ge=2, le=100)] = 5
     """Power p of the polynomial envelope."""
     envelope_order: Literal[2, 3, 4] | None = None
     """Derivatives of the envelope that vanish at the cutoff; None: 2, or 3 in the sound variant where the basis does not vanish there."""
-    radial_sizes: list[Annotated[int, Field(ge=1)]] = Field(default_factory=lambda: [64, 64, 64])
+    radial_sizes: list[Annotated[int, Field(ge=1, le=10_000)]] = Field(default_factory=lambda: [64, 64, 64])
     """Widths of the hidden layers of the radial networks."""
-    readout_width: Annotated[int, Field(ge=1)] = 16
+    readout_width: Annotated[int, Field(ge=1, le=10_000)] = 16
     """Width of the hidden layer of the last readout; the others are linear."""
     repulsion: bool = False
     """Published variant: the pair repulsion of mace-torch, ZBL up to the sum of the covalent radii, in units of the energy scale."""
@@ -110,6 +111,24 @@ class MACEConfig:
             return self.envelope_order
         sine = self.basis == "bessel" and self.transform == "none" and not self.train_bessel
         return 3 if self.variant == "sound" and not sine else 2
+
+
+def transformed(kind: str, lengths: Float[Tensor, " E"], bonds: Float[Tensor, " E"]) -> Float[Tensor, " E"]:
+    """What radial functions are given instead of the distance: "agnesi" 1 / (1 + a y^p / (1 + y^(p - q))), y = 2 r / bond; "soft"
+    the distance down to the bond length, and less and less below it.
+
+    Args:
+        kind: Which.
+        lengths: Å.
+        bonds: Å, sums of covalent radii.
+    """
+    if kind == "agnesi":
+        q, p, a = AGNESI
+        y = lengths / (0.5 * bonds)
+        return 1 / (1 + a * y**p / (1 + y ** (p - q)))
+    low, high = 0.75 * bonds, 4 / 3 * bonds
+    switch = 0.5 * (1 + torch.tanh(SOFT_STEEPNESS / (high - low) * (lengths - 0.5 * (low + high))))
+    return low + (lengths - low) * switch
 
 
 class Repulsion(nn.Module):
@@ -187,6 +206,7 @@ class Interaction(nn.Module):
         self.contraction = SymmetricContraction(config.l_max, l_out, config.correlation, c, n_elements)
         self.linear_products = DegreeLinear([c] * (l_out + 1), c)
         self.connected = connected
+        self.bounded = not published
         scale = 1 / math.sqrt(c * n_elements if published else c)
         n_maps = min(l_in, l_out) + 1 if connected else config.l_max + 1
         self.element_maps: Any = nn.ModuleList(ElementMap(n_elements, c, c, scale) for _ in range(n_maps))
@@ -200,6 +220,8 @@ class Interaction(nn.Module):
         a = cat(sums, 1)
         if self.density is not None:
             a = a / (1 + self.density(torch.ones_like(h[:, 0, :1]), edges))[:, None]
+        if self.bounded:
+            a = a * torch.rsqrt(1 + (a**2).mean(dim=(1, 2)))[:, None, None]
         products = self.linear_products(degrees(self.contraction(a, species)))
         if self.connected:
             for l, element_map in enumerate(self.element_maps):
@@ -239,33 +261,31 @@ class MACE(Network):
         self.repulsion = Repulsion(facts.atomic_numbers, config.envelope_power) if config.repulsion else None
         self.own_repulsion = config.repulsion
         self.basis_scale = 1.0
-        if config.variant == "sound":
-            self.basis_scale = self._unit_scale()
+        self.basis_scale = self._unit_scale() if config.variant == "sound" else 1.0
 
     def _unit_scale(self) -> float:
-        """Factor that gives the radial basis unit mean square over neighbours spread evenly in the outer 0.2 < x < 1."""
-        x = torch.linspace(0.2, 1, 400)
+        """Factor that gives the radial basis unit mean square over neighbours spread evenly in the outer 0.2 < x < 1 (bonds of 2.5 Å)."""
+        x = torch.linspace(0.2, 1, 400, dtype=torch.float64)
         with torch.no_grad():
-            values = self.radial_basis(x, *(torch.zeros(400, dtype=torch.int64),) * 2)
+            values = self._basis(x, torch.full_like(x, 2.5))
         return float(((values**2).mean(dim=1) * x**2).sum() / (x**2).sum()) ** -0.5
-
-    def transformed(self, lengths: Float[Tensor, " E"], centre: Int[Tensor, " E"], neighbour: Int[Tensor, " E"]) -> Float[Tensor, " E"]:
-        """What the radial functions are given instead of the distance in Å."""
-        radii = self.radii().index_select(0, centre) + self.radii().index_select(0, neighbour)
-        if self.config.transform == "agnesi":
-            q, p, a = AGNESI
-            y = lengths / (0.5 * radii)
-            return 1 / (1 + a * y**p / (1 + y ** (p - q)))
-        low, high = 0.75 * radii, 4 / 3 * radii
-        switch = 0.5 * (1 + torch.tanh(SOFT_STEEPNESS / (high - low) * (lengths - 0.5 * (low + high))))
-        return low + (lengths - low) * switch
 
     def radial_basis(
         self, x: Float[Tensor, " E"], centre: Int[Tensor, " E"] | None = None, neighbour: Int[Tensor, " E"] | None = None
     ) -> Float[Tensor, "E B"]:
-        """sqrt(2 / rc) sin(n π d / rc) / d or Gaussians of the distance d, transformed or not, times the envelope of the distance."""
+        """As `Network.radial_basis`: sqrt(2 / rc) sin(n π d / rc) / d, or Gaussians of d, times the envelope of the distance.
+
+        d is the distance in Å, or what its transform makes of it.
+        """
+        bonds = None
+        if centre is not None and neighbour is not None:
+            bonds = self.radii().index_select(0, centre) + self.radii().index_select(0, neighbour)
+        return self._basis(x, bonds)
+
+    def _basis(self, x: Float[Tensor, " E"], bonds: Float[Tensor, " E"] | None) -> Float[Tensor, "E B"]:
+        """Likewise; ``bonds``: Å, sum of the covalent radii."""
         cutoff, count = self.config.cutoff, self.config.num_basis
-        d = x * cutoff if centre is None or neighbour is None else self.transformed(x * cutoff, centre, neighbour)
+        d = x * cutoff if self.config.transform == "none" or bonds is None else transformed(self.config.transform, x * cutoff, bonds)
         if self.config.basis == "bessel":
             n = torch.arange(1, count + 1, dtype=x.dtype, device=x.device) if self.frequencies is None else self.frequencies
             values = math.sqrt(2 / cutoff) * torch.sin(math.pi / cutoff * n * d[:, None]) / d[:, None]
@@ -286,7 +306,7 @@ class MACE(Network):
         """As `Network.forward`; the network is local and needs no structures."""
         lengths = torch.linalg.vector_norm(edge_vectors, dim=-1)
         x = lengths / self.config.cutoff
-        edges = Edges(edge_index, x, self.harmonics(edge_vectors / lengths[:, None]), lambda: self._basis(x, species, edge_index))
+        edges = Edges(edge_index, x, self.harmonics(edge_vectors / lengths[:, None]), lambda: self._on_edges(x, species, edge_index))
         h = self.embedding(species)[:, None]
         energies = 0.0 if self.repulsion is None else self.repulsion(species, edge_index, lengths)
         for layer, readout in zip(self.layers, self.readouts, strict=True):
@@ -294,8 +314,8 @@ class MACE(Network):
             energies = energies + readout(degrees(h)[0])[:, 0, 0]
         return ModelOutput(node_energies=energies, direct_forces=None)
 
-    def _basis(self, x: Float[Tensor, " E"], species: Int[Tensor, " N"], edge_index: Int[Tensor, "2 E"]) -> Float[Tensor, "E B"]:
-        """Radial basis on every edge."""
+    def _on_edges(self, x: Float[Tensor, " E"], species: Int[Tensor, " N"], edge_index: Int[Tensor, "2 E"]) -> Float[Tensor, "E B"]:
+        """The radial basis on every edge."""
         if not self.radial_by_pair:
             return self.radial_basis(x)
         sender, receiver = edge_index
