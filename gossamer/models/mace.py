@@ -200,16 +200,17 @@ class Interaction(nn.Module):
         self.irreps_summed = coupling.irreps_out
         self.convolution: Any = coupling
         self.linear_sums = DegreeLinear([i.mul for i in self.irreps_summed], c)
-        self.density: Any = ScalarConvolution(1, Density(config.num_basis)) if config.density else None
+        self.density: Any = None
+        if config.density:
+            self.density = ScalarConvolution(1, Density(config.num_basis), (config.l_max + 1) ** 2)
         mean_neighbors = max(facts.mean_neighbors, 1.0) if not published else facts.mean_neighbors
         self.scale = 1.0 if config.density else 1 / (mean_neighbors if published else math.sqrt(mean_neighbors))
         self.contraction = SymmetricContraction(config.l_max, l_out, config.correlation, c, n_elements)
         self.linear_products = DegreeLinear([c] * (l_out + 1), c)
         self.connected = connected
         self.bounded = not published
-        scale = 1 / math.sqrt(c * n_elements if published else c)
         n_maps = min(l_in, l_out) + 1 if connected else config.l_max + 1
-        self.element_maps: Any = nn.ModuleList(ElementMap(n_elements, c, c, scale) for _ in range(n_maps))
+        self.element_maps: Any = nn.ModuleList(ElementMap(n_elements, c, c) for _ in range(n_maps))
 
     def forward(self, h: Float[Tensor, "N S C"], species: Int[Tensor, " N"], edges: Edges) -> Float[Tensor, "N S_out C"]:
         own = degrees(h)

@@ -165,7 +165,7 @@ def check_sizes(monomials: Monomials, x: Tensor, species: Tensor, coefficients: 
 
 
 @functools.cache
-def _monomials(n_in: int, degree: int) -> tuple[Monomial, ...]:
+def monomials(n_in: int, degree: int) -> tuple[Monomial, ...]:
     """All monomials of one degree."""
     return tuple(itertools.combinations_with_replacement(range(n_in), degree))
 
@@ -173,8 +173,8 @@ def _monomials(n_in: int, degree: int) -> tuple[Monomial, ...]:
 @functools.cache
 def _raised(n_in: int, degree: int) -> NDArray[np.int64]:
     """(monomials of this degree, n_in): which monomial of the next degree each becomes when a factor joins it."""
-    number = {m: k for k, m in enumerate(_monomials(n_in, degree + 1))}
-    return np.array([[number[tuple(sorted((*m, i)))] for i in range(n_in)] for m in _monomials(n_in, degree)])
+    number = {m: k for k, m in enumerate(monomials(n_in, degree + 1))}
+    return np.array([[number[tuple(sorted((*m, i)))] for i in range(n_in)] for m in monomials(n_in, degree)])
 
 
 @functools.cache
@@ -202,13 +202,13 @@ def couplings(l_max: int, l_out: int, correlation: int) -> NDArray[np.float64]:
                     wanted = kind == (l_out, (-1) ** l_out) if last else correlation < 4 or kind[1] == (-1) ** l_new
                     if wanted:
                         symbols = wigner_3j(l_new, l_left, l) * math.sqrt(2 * l_new + 1)
-                        result = np.zeros((2 * l_new + 1, len(_monomials(n_in, degree + 1))))
+                        result = np.zeros((2 * l_new + 1, len(monomials(n_in, degree + 1))))
                         for m in range(2 * l + 1):
                             result[:, raised[:, l * l + m]] += symbols[:, :, m] @ left
                         joined.append((kind, result))
         partial = sorted(joined, key=lambda item: item[0])  # stable: within a kind as they came
     found = [values for kind, values in partial if kind == (l_out, (-1) ** l_out)]
-    return np.stack(found) if found else np.zeros((0, 2 * l_out + 1, len(_monomials(n_in, correlation))))
+    return np.stack(found) if found else np.zeros((0, 2 * l_out + 1, len(monomials(n_in, correlation))))
 
 
 class SymmetricContraction(ElementPolynomial):
@@ -236,7 +236,7 @@ class SymmetricContraction(ElementPolynomial):
                 for number in np.flatnonzero(np.abs(component).max(axis=1, initial=0) > 1e-12):
                     row = np.zeros(n_paths)
                     row[first : first + len(values)] = component[number]
-                    components[l * l + m].append(_monomials(n_in, n)[number])
+                    components[l * l + m].append(monomials(n_in, n)[number])
                     rows[l * l + m].append(row)
             first += len(values)
         super().__init__(Monomials(n_in, tuple(tuple(c) for c in components)))

@@ -128,9 +128,10 @@ class EdgeConvolution(nn.Module):
 class ScalarConvolution(EdgeConvolution):
     """Messages of SchNet: scalars += Σ R a_j."""
 
-    def __init__(self, channels: int, radial: nn.Module) -> None:
+    def __init__(self, channels: int, radial: nn.Module, n_harmonics: int = 1) -> None:
+        """``n_harmonics``: how many the edges have, of which the first is 1."""
         one = Product(0, 0, 0, 0, np.ones((1, 1, 1)))
-        super().__init__(Convolution(((1, channels),), ((1, channels),), (one,), 1), radial)
+        super().__init__(Convolution(((1, channels),), ((1, channels),), (one,), n_harmonics), radial)
 
     def forward(self, features: Float[Tensor, "N H"], edges: Edges) -> Float[Tensor, "N H"]:
         messages = features.index_select(0, edges.sender) * self.radial(edges.basis)
