@@ -140,7 +140,7 @@ def assemble(tensors: Mapping[str, Tensor], kind: Mapping[str, Any], options: Im
     elements = [chemical_symbols[z] for z in numbers]
     head_name = choose("head", options.head, kind["heads"] if len(kind["heads"]) > 1 or options.head else [], where)
     head = 0 if head_name is None else kind["heads"].index(head_name)
-    config = _config(weights, kind, len(numbers))
+    config: Any = _config(weights, kind, len(numbers))
     energies = torch.atleast_2d(weights.take("atomic_energies_fn.atomic_energies").double())[head]
     scale, shift = 1.0, 0.0
     if "scale_shift.scale" in weights:
@@ -205,7 +205,8 @@ def _config(weights: Weights, kind: Mapping[str, Any], n_elements: int) -> MACEC
 
 def _layers(weights: Weights, kind: Mapping[str, Any], network: MACE) -> dict[str, Tensor]:
     """Weights of the interactions and of the products, by our names."""
-    found, c = {}, network.config.num_features
+    found: dict[str, Tensor] = {}
+    c = network.config.num_features
     for k, layer in enumerate(network.layers):
         theirs, ours = f"interactions.{k}.", f"layers.{k}."
         found |= _linears(weights.take(theirs + "linear_up.weight"), layer.linear_in, ours + "linear_in")
@@ -217,7 +218,7 @@ def _layers(weights: Weights, kind: Mapping[str, Any], network: MACE) -> dict[st
         n_elements = network.embedding.num_embeddings
         maps = weights.take(theirs + "skip_tp.weight", (len(layer.element_maps) * c * n_elements * c,)).double()
         for l, value in enumerate(maps.reshape(-1, c, n_elements, c)):
-            found[f"{ours}element_maps.{l}.weights.weight"] = value.transpose(0, 1).reshape(n_elements, -1) / math.sqrt(n_elements)
+            found[f"{ours}element_maps.{l}.table.weight"] = value.transpose(0, 1).reshape(n_elements, -1) / math.sqrt(n_elements)
         found[ours + "contraction.weights.weight"] = _contraction(weights, k, network)
         found |= _linears(weights.take(f"products.{k}.linear.weight"), layer.linear_products, ours + "linear_products")
     return found
@@ -291,7 +292,9 @@ def basis_change(theirs: Tensor, l_max: int, l_out: int, correlation: int, where
         signs = np.where((a * b).sum(axis=1) < 0, -1.0, 1.0)
         if np.abs(signs[:, None] * a - b).max(initial=0) < tolerance:
             return np.diag(signs)
-    change = np.linalg.lstsq(a.T, b.T, rcond=1e-10)[0] if len(ours) else np.zeros((0, len(b)))
+    change = np.zeros((0, len(b)))
+    if len(ours):
+        change = np.asarray(np.linalg.lstsq(a.T, b.T, rcond=1e-10)[0], dtype=np.float64)
     if np.abs(change.T @ a - b).max(initial=0) > tolerance:
         raise ValueError(f"{where} couples features in a way that this gossamer does not know. It was refused.")
     return change
@@ -338,7 +341,7 @@ def _constants(weights: Weights, config: MACEConfig, n_layers: int) -> None:
     transform = "radial_embedding.distance_transform."
     if config.transform != "none":
         weights.constant(transform + "covalent_radii", covalent_radii)
-        named = dict(zip("qpa", AGNESI, strict=True)) if config.transform == "agnesi" else {"alpha": SOFT_STEEPNESS}
+        named: dict[str, Any] = dict(zip("qpa", AGNESI, strict=True)) if config.transform == "agnesi" else {"alpha": SOFT_STEEPNESS}
         for name, value in named.items():
             weights.constant(transform + name, value)
     if config.repulsion:

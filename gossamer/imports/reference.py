@@ -92,9 +92,18 @@ def sevennet(what: dict[str, Any], precision: str) -> Any:
     return SevenNetCalculator(what["path"], device="cpu", **({"modal": what["modal"]} if what["modal"] else {}))
 
 
+def mace(what: dict[str, Any], precision: str) -> Any:
+    """mace-torch."""
+    from mace.calculators import MACECalculator
+
+    chosen = {} if what["head"] is None else {"head": what["head"]}
+    return MACECalculator(model_paths=what["path"], device="cpu", default_dtype="" if precision == "native" else precision, **chosen)
+
+
 SOURCES: dict[str, tuple[str, Any]] = {
     "geodite": ("geodite", geodite),
     "schnetpack": ("schnetpack", schnetpack),
+    "mace": ("mace-torch", mace),
     "nequip": ("nequip", nequip),
     "sevennet": ("sevenn", sevennet),
 }

@@ -80,9 +80,6 @@ class Network(nn.Module):
     own_repulsion: bool = False
     """whether the potential must not add a repulsion of its own"""
 
-    radial_by_pair: bool = False
-    """whether radial functions depend on the elements of both atoms too: ``radial_basis(x, centre, neighbour)`` then takes their species"""
-
     def radial_basis(self, x: Float[Tensor, " E"]) -> Float[Tensor, "E B"]:
         """What radial functions are made from, at distance over cutoff; only if the network has `EdgeConvolution`s."""
         raise NotImplementedError

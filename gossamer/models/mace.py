@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from gossamer.models.base import DataFacts, FitDefaults, ModelOutput, Network
 from gossamer.nn.contraction import SymmetricContraction
 from gossamer.nn.coupling import Coupling, Irrep, blocks, paths_between
-from gossamer.nn.layers import Constant, ElementMap, UnitLinear, cat, split, sum_by_index, unit_mlp
+from gossamer.nn.layers import Constant, ElementMaps, UnitLinear, cat, split, sum_by_index, unit_mlp
 from gossamer.nn.products import Edges, ScalarConvolution
 from gossamer.nn.radial import polynomial_envelope
 from gossamer.nn.spherical import SphericalHarmonics
@@ -210,7 +210,7 @@ class Interaction(nn.Module):
         self.connected = connected
         self.bounded = not published
         n_maps = min(l_in, l_out) + 1 if connected else config.l_max + 1
-        self.element_maps: Any = nn.ModuleList(ElementMap(n_elements, c, c) for _ in range(n_maps))
+        self.element_maps: Any = nn.ModuleList(ElementMaps(n_elements, c, c) for _ in range(n_maps))
 
     def forward(self, h: Float[Tensor, "N S C"], species: Int[Tensor, " N"], edges: Edges) -> Float[Tensor, "N S_out C"]:
         own = degrees(h)
@@ -246,12 +246,14 @@ class MACE(Network):
         self.config = config
         c, n, last = config.num_features, len(facts.atomic_numbers), config.num_layers - 1
         self.subtract_isolated = config.variant == "sound" and config.self_connections == "all"
-        self.radial_by_pair = config.transform != "none"
+        radii = covalent_radii[list(facts.atomic_numbers)]
+        self.bonds = Constant((radii[:, None] + radii)[np.tril_indices(n)])
+        """Å, sum of the covalent radii of each pair of elements"""
+        self.radial_pairs = n * (n + 1) // 2 if config.transform != "none" else 0
         self.harmonics = SphericalHarmonics(config.l_max, "component")
         self.embedding = nn.Embedding(n, c)
         if config.variant == "published":
             nn.init.normal_(self.embedding.weight, std=1 / math.sqrt(n))
-        self.radii = Constant(covalent_radii[list(facts.atomic_numbers)])
         frequencies = torch.arange(1.0, config.num_basis + 1)
         self.frequencies = nn.Parameter(frequencies) if config.train_bessel else None
         degree = [0, *[config.hidden_l_max] * last, 0]
@@ -268,25 +270,24 @@ class MACE(Network):
         """Factor that gives the radial basis unit mean square over neighbours spread evenly in the outer 0.2 < x < 1 (bonds of 2.5 Å)."""
         x = torch.linspace(0.2, 1, 400, dtype=torch.float64)
         with torch.no_grad():
-            values = self._basis(x, torch.full_like(x, 2.5))
+            values = self._basis(x, torch.full_like(x, 2.5) if self.radial_pairs else None)
         return float(((values**2).mean(dim=1) * x**2).sum() / (x**2).sum()) ** -0.5
 
-    def radial_basis(
-        self, x: Float[Tensor, " E"], centre: Int[Tensor, " E"] | None = None, neighbour: Int[Tensor, " E"] | None = None
-    ) -> Float[Tensor, "E B"]:
+    def radial_basis(self, x: Float[Tensor, " E"]) -> Float[Tensor, "E B"]:
         """As `Network.radial_basis`: sqrt(2 / rc) sin(n π d / rc) / d, or Gaussians of d, times the envelope of the distance.
 
         d is the distance in Å, or what its transform makes of it.
         """
-        bonds = None
-        if centre is not None and neighbour is not None:
-            bonds = self.radii().index_select(0, centre) + self.radii().index_select(0, neighbour)
-        return self._basis(x, bonds)
+        return self._basis(x, None)
+
+    def pair_basis(self, x: Float[Tensor, " E"], pair: int) -> Float[Tensor, "E B"]:
+        """As `Network.pair_basis`."""
+        return self._basis(x, self.bonds()[pair].expand(len(x)) if self.radial_pairs else None)
 
     def _basis(self, x: Float[Tensor, " E"], bonds: Float[Tensor, " E"] | None) -> Float[Tensor, "E B"]:
         """Likewise; ``bonds``: Å, sum of the covalent radii."""
         cutoff, count = self.config.cutoff, self.config.num_basis
-        d = x * cutoff if self.config.transform == "none" or bonds is None else transformed(self.config.transform, x * cutoff, bonds)
+        d = x * cutoff if bonds is None else transformed(self.config.transform, x * cutoff, bonds)
         if self.config.basis == "bessel":
             n = torch.arange(1, count + 1, dtype=x.dtype, device=x.device) if self.frequencies is None else self.frequencies
             values = math.sqrt(2 / cutoff) * torch.sin(math.pi / cutoff * n * d[:, None]) / d[:, None]
@@ -307,17 +308,18 @@ class MACE(Network):
         """As `Network.forward`; the network is local and needs no structures."""
         lengths = torch.linalg.vector_norm(edge_vectors, dim=-1)
         x = lengths / self.config.cutoff
-        edges = Edges(edge_index, x, self.harmonics(edge_vectors / lengths[:, None]), lambda: self._on_edges(x, species, edge_index))
+        pair = self._pairs(species, edge_index) if self.radial_pairs else None
+        bonds = None if pair is None else self.bonds().index_select(0, pair)
+        edges = Edges(edge_index, x, self.harmonics(edge_vectors / lengths[:, None]), lambda: self._basis(x, bonds), pair)
         h = self.embedding(species)[:, None]
-        energies = 0.0 if self.repulsion is None else self.repulsion(species, edge_index, lengths)
+        energies = h.new_zeros(len(species)) if self.repulsion is None else self.repulsion(species, edge_index, lengths)
         for layer, readout in zip(self.layers, self.readouts, strict=True):
             h = layer(h, species, edges)
             energies = energies + readout(degrees(h)[0])[:, 0, 0]
         return ModelOutput(node_energies=energies, direct_forces=None)
 
-    def _on_edges(self, x: Float[Tensor, " E"], species: Int[Tensor, " N"], edge_index: Int[Tensor, "2 E"]) -> Float[Tensor, "E B"]:
-        """The radial basis on every edge."""
-        if not self.radial_by_pair:
-            return self.radial_basis(x)
-        sender, receiver = edge_index
-        return self.radial_basis(x, species.index_select(0, receiver), species.index_select(0, sender))
+    def _pairs(self, species: Int[Tensor, " N"], edge_index: Int[Tensor, "2 E"]) -> Int[Tensor, " E"]:
+        """Number of each edge's pair of elements, whichever comes first."""
+        sender, receiver = (species.index_select(0, k) for k in edge_index)
+        high, low = torch.maximum(sender, receiver), torch.minimum(sender, receiver)
+        return high * (high + 1) // 2 + low

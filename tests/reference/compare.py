@@ -3,6 +3,7 @@
     python tests/reference/compare.py ../shared/reference/leignn.npz
     python tests/reference/compare.py ../shared/reference/geodite.npz
     python tests/reference/compare.py tests/reference/nequip.npz            # made by make_nequip.py
+    python tests/reference/compare.py tests/reference/mace.npz              # made by make_mace.py
     python tests/reference/compare.py tests/reference/schnetpack.npz        # made by make_schnetpack.py
 
 Prints the largest relative deviation of every stored output; exit status 1 if any is above 1e-10.
@@ -20,6 +21,8 @@ import torch
 from gossamer.data.statistics import Statistics
 from gossamer.engine.kernels.attach import FixedMaps
 from gossamer.graph import Graph
+from gossamer.imports import mace
+from gossamer.imports.contract import ImportOptions
 from gossamer.models import (
     LEIGNN,
     DataFacts,
@@ -224,11 +227,9 @@ def nequip_weights(data: np.lib.npyio.NpzFile, variant: str, model: NequIP) -> d
     return weights
 
 
-def compare_nequip(data: np.lib.npyio.NpzFile) -> dict[str, float]:
-    """Energy, forces and stress of every variant, through the whole potential (scales, shifts, ZBL)."""
-    deviations = {}
-    elements = data["elements"].tolist()
-    graph = Graph(
+def graph_of(data: np.lib.npyio.NpzFile) -> Graph:
+    """The stored batch."""
+    return Graph(
         atomic_numbers=torch.from_numpy(data["atomic_numbers"]).long(),
         positions=torch.from_numpy(data["positions"]),
         cell=torch.from_numpy(data["cell"]),
@@ -236,6 +237,13 @@ def compare_nequip(data: np.lib.npyio.NpzFile) -> dict[str, float]:
         edge_index=torch.from_numpy(data["edge_sender_receiver"]),
         edge_shifts=torch.from_numpy(data["edge_shifts"]),
     )
+
+
+def compare_nequip(data: np.lib.npyio.NpzFile) -> dict[str, float]:
+    """Energy, forces and stress of every variant, through the whole potential (scales, shifts, ZBL)."""
+    deviations = {}
+    elements = data["elements"].tolist()
+    graph = graph_of(data)
     for variant in data["nequip_variants"].tolist():
         settings = json.loads(str(data[f"{variant}/settings"]))
         config = NequIPConfig(
@@ -269,6 +277,28 @@ def compare_nequip(data: np.lib.npyio.NpzFile) -> dict[str, float]:
                 plain = connection(x, species, table).detach().numpy()
                 key = f"{variant}/folded self-connection"
                 deviations[key] = max(deviations.get(key, 0.0), relative_deviation(folded, plain))
+    return deviations
+
+
+# --- MACE ---------------------------------------------------------------------------------------------------------
+
+
+def compare_mace(data: np.lib.npyio.NpzFile) -> dict[str, float]:
+    """Energy, forces and stress of every variant and head, mapped as files of mace-torch are."""
+    deviations = {}
+    graph = graph_of(data)
+    for variant in data["mace_variants"].tolist():
+        prefix = f"{variant}/weights/"
+        tensors = {k.removeprefix(prefix): torch.from_numpy(data[k]) for k in data.files if k.startswith(prefix)}
+        kinds = json.loads(str(data[f"{variant}/kinds"]))
+        for head in kinds["heads"]:
+            potential = mace.assemble(tensors, kinds, ImportOptions(head=head), variant)
+            out = potential(graph, stress=True)
+            for name in ("energy", "forces", "stress"):
+                ours, theirs = getattr(out, name).detach().numpy(), data[f"{variant}/{head}/{name}"]
+                if name == "stress":
+                    ours, theirs = ours[1:], theirs[1:]  # the molecule has none
+                deviations[f"{variant}/{head}/{name}"] = relative_deviation(ours, theirs)
     return deviations
 
 
@@ -335,9 +365,11 @@ def compare(path: Path) -> dict[str, float]:
         return compare_geodite(data)
     if "nequip_variants" in data.files:
         return compare_nequip(data)
+    if "mace_variants" in data.files:
+        return compare_mace(data)
     if "settings_F_L_B_cutoff" in data.files:
         return compare_schnetpack(data)
-    raise ValueError(f"'{path}' has a layout this script does not know (none of LEIGNN's, Geodite's, NequIP's, schnetpack's).")
+    raise ValueError(f"'{path}' has a layout this script does not know (none of LEIGNN's, Geodite's, NequIP's, MACE's, schnetpack's).")
 
 
 def main() -> int:

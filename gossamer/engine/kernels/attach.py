@@ -116,6 +116,17 @@ def sort_edges(edge_index: Int[Tensor, "2 E"], nodes: Tensor) -> Order:
     return Order(edge_index, *torch.ops.gossamer.sort_edges(edge_index, nodes))
 
 
+def harmonics_of(edges: Edges, convolution: Convolution) -> Float[Tensor, "E S"]:
+    """The harmonics of the edges.
+
+    Raises:
+        ValueError: more or fewer than the kernel, which goes through memory by their number, was built for.
+    """
+    if edges.harmonics.shape[1] != convolution.n_harmonics:
+        raise ValueError(f"edges have {edges.harmonics.shape[1]} harmonics, the convolution is one of {convolution.n_harmonics}")
+    return edges.harmonics
+
+
 def order_of(edges: Edges, nodes: Tensor) -> Order:
     """Likewise, made once for all layers."""
     found: Order = edges.once("order", lambda: sort_edges(edges.index, nodes))
@@ -192,8 +203,8 @@ class TableKernel(nn.Module):
         return row
 
     def forward(self, features: Float[Tensor, "N width_in"], edges: Edges) -> Float[Tensor, "N width_out"]:
-        order, row = order_of(edges, features), self.first_row(edges)
-        return torch.ops.gossamer.convolve(self.key, features, edges.harmonics, edges.x, self.table, *order, row, self.intervals)
+        order, row, harmonics = order_of(edges, features), self.first_row(edges), harmonics_of(edges, self.convolution)
+        return torch.ops.gossamer.convolve(self.key, features, harmonics, edges.x, self.table, *order, row, self.intervals)
 
 
 class EdgeKernel(nn.Module):
@@ -210,7 +221,9 @@ class EdgeKernel(nn.Module):
 
     def forward(self, features: Float[Tensor, "N width_in"], edges: Edges) -> Float[Tensor, "N width_out"]:
         order = order_of(edges, features)
-        return torch.ops.gossamer.convolve_weighted(self.key, features, edges.harmonics, self.radial(edges.basis), *order)
+        return torch.ops.gossamer.convolve_weighted(
+            self.key, features, harmonics_of(edges, self.convolution), self.radial(edges.basis), *order
+        )
 
 
 class FixedMaps(nn.Module):
