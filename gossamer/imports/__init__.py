@@ -76,7 +76,7 @@ def import_potential(
     if reference is not None:
         answer = ask_reference(reference, name, tree.path, options, check, seconds=3600)
         potential.imported["verified"] = compare(potential, check, answer)
-        stored = predictions(answer, check)
+        stored = predictions(answer, check, "float64" if "float64.energy" in answer else "native")
     else:
         log.warning("unverified import: nobody compared it with its own package; --reference PYTHON does")
     save(potential, out, check=check, stored=stored)
