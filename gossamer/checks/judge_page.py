@@ -239,8 +239,9 @@ def _dress(axes: Any, first: Panel, panels: Sequence[tuple[str, Panel]], small: 
 
 def origin(name: str, about: dict[str, Any], results: dict[str, Result]) -> dict[str, Any]:
     """On which machine, with which packages, after which training, and how long."""
+    known = [about.get("unverified"), f"trained on {about['n_train']:,} frames" if about.get("n_train") else None]
     return {
-        "name": name, "machine": about.get("machine", ""), "training": f"trained on {about['n_train']:,} frames; " if about.get("n_train") else "",
+        "name": name, "machine": about.get("machine", ""), "training": "".join(f"{text}; " for text in known if text),
         "versions": ", ".join(f"{k} {v}" for k, v in about.get("versions", {}).items()), "seconds": f"{sum(r.seconds for r in results.values()):.0f}",
         "slow": ", ".join(f"{n} {r.seconds:.0f} s" for n, r in results.items() if r.status != "skipped"),
     }  # fmt: skip

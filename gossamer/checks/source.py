@@ -66,6 +66,8 @@ class Source:
     seen: SeenFrames | None = None
     """its training frames, if it remembers them"""
     ours: bool = False
+    unverified: str | None = None
+    """one line, where another package trained it and nobody compared the two"""
 
 
 def find_sources(
@@ -97,7 +99,7 @@ def _saved(entry: str, device: str, dtype: str | None, way: str) -> Source:
     if ":" in path and not Path(path).exists():
         raise ValueError(f"'{path}' is not a file. For a calculator write --calculator {path}.")
     from gossamer.data.fingerprint import read_seen_frames
-    from gossamer.potential_file import read_manifest
+    from gossamer.potential_file import read_manifest, unverified
 
     manifest = read_manifest(path)
     file = Path(path)
@@ -106,7 +108,7 @@ def _saved(entry: str, device: str, dtype: str | None, way: str) -> Source:
         name if equals else stem, SavedPotential(path, device, dtype, way), f"{manifest['checksum']}-{dtype}{'' if way == 'auto' else f'-{way}'}",
         elements=list(manifest["statistics"]["elements"]), cutoff=manifest["model"].get("cutoff"), conservative=bool(manifest["conservative"]),
         run=file.parent if (file.parent / "config.yaml").exists() else None, n_train=manifest["statistics"].get("n_structures") or None,
-        seen=read_seen_frames(path), ours=True,
+        seen=read_seen_frames(path), ours=True, unverified=unverified(manifest),
     )  # fmt: skip
 
 
