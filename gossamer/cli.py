@@ -179,7 +179,9 @@ def _import_parser(bring: argparse.ArgumentParser) -> None:
     bring.add_argument("--head", metavar="NAME", help="which readout, of files that have several")
     bring.add_argument("--reference", metavar="PYTHON", help="interpreter of an environment with the other package, which loads and runs the "
                        "file there, as it always does: the potential is compared with it (default: marked as unverified)")  # fmt: skip
-    bring.add_argument("--given", nargs="+", default=[], metavar="NAME=VALUE", help="what the file does not say, such as energy_unit=kcal/mol")
+    bring.add_argument(
+        "--given", nargs="+", default=[], metavar="NAME=VALUE", help="what the file does not say, such as energy_unit=kcal/mol"
+    )
     bring.add_argument("--out", default="potential.safetensors", help="potential to write (default: potential.safetensors)")
     _common(bring)
 
