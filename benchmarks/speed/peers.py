@@ -21,6 +21,7 @@ import argparse
 import datetime
 import json
 import os
+import resource
 import subprocess
 import sys
 import time
@@ -89,10 +90,22 @@ def mace(hidden: str, correlation: int, numbers: list[int]) -> tuple[Any, int]:
     return MACECalculator(models=model, device="cpu", default_dtype="float32"), sum(p.numel() for p in model.parameters())
 
 
-def sevenn() -> tuple[Any, int]:
+def imported(pattern: str, way: str) -> tuple[Any, int]:
+    """A checkpoint of sevenn's wheel (all of its 89 elements) as our potential."""
+    from gossamer.imports import read_potential
+    from gossamer.imports.contract import ImportOptions
+    from gossamer.imports.inert import open_tree
+    from gossamer.simulation.calculator import Calculator
+
+    (file,) = Path(os.environ["SEVENN"]).parents[1].glob(f"lib/python*/site-packages/sevenn/pretrained_potentials/{pattern}/*.pth")
+    _, potential = read_potential(open_tree(file), ImportOptions())
+    return Calculator(potential, way=way), potential.num_parameters
+
+
+def sevenn(name: str) -> tuple[Any, int]:
     from sevenn.calculator import SevenNetCalculator
 
-    calculator = SevenNetCalculator("7net-0", device="cpu")
+    calculator = SevenNetCalculator(name, device="cpu")
     return calculator, sum(p.numel() for p in calculator.model.parameters())
 
 
@@ -276,7 +289,13 @@ MODELS: dict[str, tuple[str, Callable[[], tuple[Any, int]]]] = {
     "allegro l2, 2 layers, AOTInductor": ("nequip", lambda: nequip(None, 5.0, allegro=True)),
     "mace 64x0e+64x1o, correlation 2": ("mace", lambda: mace("64x0e + 64x1o", 2, list(ELEMENTS))),
     "mace 128x0e+128x1o, correlation 3 (not MP-0 medium)": ("mace", lambda: mace("128x0e + 128x1o", 3, ALL)),
-    "sevennet-0": ("sevenn", sevenn),
+    "sevennet-0": ("sevenn", lambda: sevenn("7net-0")),
+    "sevennet-l3i5": ("sevenn", lambda: sevenn("7net-l3i5")),
+    **{
+        f"{name} imported, {way}": ("ours", lambda f=folder, w=way: imported(f, w))
+        for name, folder in {"sevennet-0": "SevenNet_0__11Jul2024", "sevennet-l3i5": "SevenNet_l3i5"}.items()
+        for way in ("kernels", "program")
+    },
     "chgnet 0.3.0": ("chgnet", chgnet),
     "schnetpack painn 128": ("schnetpack", lambda: schnetpack("painn", 3)),
     "schnetpack schnet 128, 6 layers": ("schnetpack", lambda: schnetpack("schnet", 6)),
@@ -314,7 +333,7 @@ def measure(name: str, threads: int, structures: list[str]) -> None:
     before = product_ms()
     calculator, parameters = MODELS[name][1]()
     torch.set_num_threads(threads)
-    rng, found = np.random.default_rng(0), {}
+    rng, found, peak = np.random.default_rng(0), {}, {}
     for which in structures:
         atoms = structure(which)
         if which == "molecule21" and MODELS[name][0] in ("chgnet", "matgl"):  # they want a cell
@@ -329,11 +348,12 @@ def measure(name: str, threads: int, structures: list[str]) -> None:
             atoms.get_forces()
             times.append(clock() - first)
         found[which] = 1000 * min(times[1:])
+        peak[which] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)  # of the process so far
     from importlib.metadata import version
 
     packages = {"ours": "gossamer", "nequip": "nequip", "mace": "mace-torch", "orb": "orb-models", "deepmd": "deepmd-kit"}
     kind = MODELS[name][0]
-    answer = {"ms": found, "parameters": parameters, "version": f"{packages.get(kind, kind)} {version(packages.get(kind, kind))}",
+    answer = {"ms": found, "peak_MiB": peak, "parameters": parameters, "version": f"{packages.get(kind, kind)} {version(packages.get(kind, kind))}",
               "product_ms": [before, product_ms()], "torch": torch.__version__, "mode": getattr(calculator, "mode", None)}  # fmt: skip
     print(json.dumps(answer), file=answers, flush=True)
 
@@ -344,17 +364,22 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", help="packages, or names of rows")
     parser.add_argument("--structures", nargs="+", choices=[*REPEATS], default=[*REPEATS])
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--record", default="peers", help="name of the files of results")
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.measure:
         measure(arguments.measure, arguments.threads, arguments.structures)
         return
     pythons = {"ours": sys.executable, **dict(text.split("=", 1) for text in arguments.python)}
-    target = HERE / f"peers-{arguments.threads}thread{'s' if arguments.threads > 1 else ''}.json"
+    target = HERE / f"{arguments.record}-{arguments.threads}thread{'s' if arguments.threads > 1 else ''}.json"
     record = json.loads(target.read_text()) if target.exists() else {}
-    environment = {**os.environ, "OMP_NUM_THREADS": str(arguments.threads), "PYTHONWARNINGS": "ignore"}
+    environment = {**os.environ, "OMP_NUM_THREADS": str(arguments.threads), "PYTHONWARNINGS": "ignore", "SEVENN": pythons.get("sevenn", "")}
     for name, (package, _) in MODELS.items():
-        if package not in pythons or (arguments.only and package not in arguments.only and name not in arguments.only):
+        if (
+            package not in pythons
+            or (" imported" in name and "sevenn" not in pythons)
+            or (arguments.only and package not in arguments.only and name not in arguments.only)
+        ):
             continue
         command = [
             pythons[package],
