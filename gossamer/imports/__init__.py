@@ -18,7 +18,7 @@ from gossamer.settings import build
 GIVEN: dict[str, tuple[str, ...]] = {"schnetpack": ("energy_unit",), "leignn": ("cutoff", "max_neighbors", "update")}
 """what files of these sources do not say (`gossamer.imports.contract.given`)"""
 log = logging.getLogger(__name__)
-SOURCES = ("mace", "nequip", "sevennet", "schnetpack", "leignn", "geodite")
+SOURCES = ("mace", "nequip", "sevennet", "nequix", "schnetpack", "leignn", "geodite")
 """modules of this folder, one for each package whose files are known (`gossamer.imports.contract`)"""
 
 

@@ -100,12 +100,22 @@ def mace(what: dict[str, Any], precision: str) -> Any:
     return MACECalculator(model_paths=what["path"], device="cpu", default_dtype="" if precision == "native" else precision, **chosen)
 
 
+def nequix(what: dict[str, Any], precision: str) -> Any:
+    """The package's own calculator; it computes in float32."""
+    if precision == "float64":
+        return None
+    from nequix.calculator import NequixCalculator
+
+    return NequixCalculator(model_path=what["path"], use_kernel=False)
+
+
 SOURCES: dict[str, tuple[str, Any]] = {
     "geodite": ("geodite", geodite),
     "schnetpack": ("schnetpack", schnetpack),
     "mace": ("mace-torch", mace),
     "nequip": ("nequip", nequip),
     "sevennet": ("sevenn", sevennet),
+    "nequix": ("nequix", nequix),
 }
 """name of the source -> (package, function)"""
 

@@ -203,7 +203,10 @@ class Interaction(nn.Module):
         self.linear_in = BlockLinear(irreps_in, irreps_in, config.bias)
         self.linear_out = BlockLinear(self.irreps_summed, before, config.bias)
         self.self_connection = BlockLinear(irreps_in, before, n_elements=n_elements if config.self_connection == "element" else None)
-        self.norm = FeatureNorm(before, by_degree=True, epsilon=1e-12) if config.layer_norm else None
+        self.norm = None
+        if config.layer_norm:  # nequix takes the mean over components and the sum over channels
+            theirs: dict[str, Any] = {"shares": [i.mul / (i.dim * len(before)) for i in before], "epsilon": 1e-12}
+            self.norm = FeatureNorm(before, **(theirs if config.variant == "published" else {}))
 
     def forward(self, x: Float[Tensor, "N width"], species: Int[Tensor, " N"], edges: Edges) -> Float[Tensor, "N width_out"]:
         parts = blocks(x, self.irreps_in)

@@ -156,14 +156,15 @@ class Coupling(EdgeConvolution):
 
 
 class FeatureNorm(nn.Module):
-    """x_l <- γ_l x_l / sqrt(mean over all channels of Σ_l |x_l|² / (2 l + 1) + ε); with ``by_degree`` the mean over degrees of their means."""
+    """x_l <- γ_l x_l / sqrt(Σ_l s_l <|x_l|² / (2 l + 1)> + ε), where <> is the mean over the channels of a block."""
 
-    def __init__(self, irreps: Sequence[Irrep], by_degree: bool = False, epsilon: float = 1e-2) -> None:
+    def __init__(self, irreps: Sequence[Irrep], shares: Sequence[float] | None = None, epsilon: float = 1e-2) -> None:
+        """``shares``: s_l of each block; by default that of its channels among all."""
         super().__init__()
         self.irreps, self.epsilon = list(irreps), epsilon
         self.gamma = nn.ParameterList(nn.Parameter(torch.ones(i.mul)) for i in self.irreps)
-        muls = np.array([1.0 if by_degree else float(i.mul) for i in self.irreps])
-        self.shares = Constant(muls / muls.sum())
+        muls = np.array([float(i.mul) for i in self.irreps])
+        self.shares = Constant(muls / muls.sum() if shares is None else np.array(shares))
 
     def forward(self, x: Float[Tensor, "N width"]) -> Tensor:
         parts = blocks(x, self.irreps)
