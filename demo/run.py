@@ -15,9 +15,12 @@ import logging
 import lzma
 import os
 import shutil
+import signal
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
@@ -35,6 +38,8 @@ from gossamer.checks.symmetry import symmetry_errors
 HERE = Path(__file__).resolve().parent
 PAIRS = (("O", "O"), ("O", "H"), ("H", "H"))
 TIMESTEP, INTERVAL = 1.25, 4  # fs, steps: as in the reference trajectory
+R_MAX = 6.0
+"""Å to which radial distribution functions are compared"""
 
 
 def read(name: str) -> list[Atoms]:
@@ -84,6 +89,139 @@ def msd(frames: list[Atoms]) -> np.ndarray:
     return liquids.mean_squared_displacement(liquids.unwrapped_positions(frames), frames[0].get_masses(), oxygen)
 
 
+@dataclass
+class Measured:
+    """What the simulation and the checks gave."""
+
+    run: dict[str, Any]
+    """answer of ``gossamer.md``"""
+    nve: dict[str, Any]
+    symmetry: float
+    """largest relative error"""
+    gradient: float
+    """eV/Å, forces against differences of the energy"""
+    rdf: tuple[np.ndarray, np.ndarray, np.ndarray]
+    """r in Å, g(r) of the simulation and of the reference, all pairs"""
+    rdf_error: float
+    """Å"""
+    curves: dict[tuple[str, str], tuple[np.ndarray, np.ndarray]]
+    """g(r) of each pair, likewise"""
+    displacements: tuple[np.ndarray, np.ndarray]
+    """Å², mean squared displacement of O in the simulation and in the reference, up to half of the shorter"""
+
+    @property
+    def moved(self) -> float:
+        """Mean squared displacement at the end, over that of the reference."""
+        return float(self.displacements[0][-1] / self.displacements[1][-1])
+
+
+def measure(model: Path, reference: list[Atoms], late: list[Atoms], folder: Path, steps: int) -> Measured:
+    """Simulate, then check the potential and compare with the reference."""
+    print(f"3. molecular dynamics at 350 K, {steps * TIMESTEP / 1000:g} ps", flush=True)
+    run, frames = simulate(model, late[0], folder / "md", steps)
+
+    print("4. energy conservation and other checks", flush=True)
+    gossamer.md(model, frames[-1], temperature=350, steps=600, timestep=0.5, ensemble="nve", out=folder / "nve", interval=INTERVAL)
+    calculator = gossamer.Calculator(gossamer.load(model, dtype="float64"))
+    r, g = liquids.rdf(frames, R_MAX, 300)
+    _, g_reference = liquids.rdf(reference, R_MAX, 300)
+    displacement, displacement_reference = msd(frames), msd(reference)
+    half = min(len(displacement), len(displacement_reference)) // 2
+    return Measured(
+        run=run,
+        nve=nve_conservation(gossamer.Calculator(model), frames[-1], timestep=0.5, picoseconds=0.4),
+        symmetry=max(e["relative"] for e in symmetry_errors(calculator, late[0]).values()),
+        gradient=force_gradient_error(calculator, late[0], step=1e-3, n_atoms=2),
+        rdf=(r, g, g_reference),
+        rdf_error=liquids.rdf_error(g, g_reference, R_MAX),
+        curves={pair: (liquids.rdf(frames, R_MAX, 150, pair)[1], liquids.rdf(reference, R_MAX, 150, pair)[1]) for pair in PAIRS},
+        displacements=(displacement[:half], displacement_reference[:half]),
+    )
+
+
+def table(errors: dict[str, Any], measured: Measured, trained_seconds: float) -> list[list[Any]]:
+    """Quantity, value, what is expected."""
+    return [
+        ["energy MAE, meV/atom", errors["energy_mae_meV_per_atom"], "-"],
+        ["force MAE, meV/Å", errors["forces_mae_meV_per_A"], "-"],
+        ["force RMSE, meV/Å", errors["forces_rmse_meV_per_A"], "-"],
+        ["RDF error, Å (integral of |g - g_ref|)", measured.rdf_error, "at most 0.5"],
+        *[[f"RDF overlap {a}-{b}", liquids.rdf_overlap(*measured.curves[a, b]), "near 1"] for a, b in PAIRS],
+        ["MSD of O over that of the reference", measured.moved, "0.5 to 2"],
+        ["mean temperature, K", measured.run["mean_temperature_K"], "near 350"],
+        ["NVE drift, meV/atom/ps", measured.nve["drift_meV_per_atom_per_ps"], "within ±1"],
+        ["NVE fluctuation ratio, 1.0 fs over 0.5 fs", measured.nve["fluctuation_ratio"], "4 ± 1"],
+        ["symmetry error, relative (float64)", measured.symmetry, "at most 1e-8"],
+        ["|force - energy gradient|, eV/Å (float64)", measured.gradient, "at most 1e-5"],
+        ["MD speed, ms/step (96 atoms)", 1000 * measured.run["seconds"] / measured.run["steps"], "-"],
+        ["training, s", trained_seconds, "-"],
+    ]
+
+
+def verdict(errors: dict[str, Any], measured: Measured) -> tuple[str, str]:
+    """passed, weak or failed, and why."""
+    run, nve, moved, rdf_error = measured.run, measured.nve, measured.moved, measured.rdf_error
+    problems = []
+    if run["broken"]:
+        problems.append(("failed", f"the simulation broke at {run['broken']}"))
+    if measured.symmetry > 1e-8 or measured.gradient > 1e-5:
+        problems.append(("failed", "the symmetry or gradient check failed"))
+    if rdf_error > 0.5:
+        problems.append(("failed" if rdf_error > 1 else "weak", f"the RDF is {rdf_error:.2f} Å from the reference"))
+    if abs(nve["drift_meV_per_atom_per_ps"]) > 1 or abs(nve["fluctuation_ratio"] - 4) > 1:
+        problems.append(("weak", "energy is not conserved as it should be"))
+    if not 0.5 < moved < 2:
+        problems.append(("weak", f"oxygen moves {moved:.2f} times as far as in the reference"))
+    if not problems:
+        force_error = errors["forces_mae_meV_per_A"]
+        return "passed", f"stable for {run['time_ps']:g} ps at 350 K, RDF error {rdf_error:.2f} Å, force error {force_error:.0f} meV/Å"
+    status = "failed" if any(s == "failed" for s, _ in problems) else "weak"
+    return status, "; ".join(text for _, text in problems)
+
+
+def write_report(
+    path: Path, folder: Path, trained: dict[str, Any], evaluation: Any, measured: Measured, rows: list[list[Any]], said: tuple[str, str]
+) -> None:
+    """The page: verdict, table, training and errors, structure and dynamics."""
+    report = Report(
+        "Liquid water with LEIGNN",
+        f"gossamer {gossamer.__version__}, PyTorch {torch.__version__}, {os.cpu_count()} cores; labels GFN1-xTB, 32 D2O; conservative forces, "
+        f"{trained['num_parameters']:,} parameters, {trained['steps']} training steps.",
+    )
+    report.verdict(*said)
+    report.table(["quantity", "potential", "expected"], rows)
+    report.note(
+        "Trained on frames of the first three quarters of the reference trajectory and 31 hot ones; errors are those of frames of its last quarter, "
+        "which were not trained on. The simulation starts from the first of these, equilibrated by the reference method at 350 K; its first sixth is dropped."
+    )
+    report.heading("Training and errors")
+    learning = (plot_learning_curve(folder / "potential" / "log.csv"), "Validation errors during training.")
+    report.figures([learning, *parity_figures(evaluation)])
+    report.heading("Structure and dynamics")
+    temperature, *_ = plot_traces(folder / "md" / "log.csv", 350.0)
+    _, conserved = plot_traces(folder / "nve" / "log.csv")
+    text = "Total energy in a constant-energy run of 0.3 ps at 0.5 fs, less its first value (whole box)."
+    report.figures([*figures(measured), temperature, (conserved[0], text)])
+    report.write(path)
+
+
+def figures(measured: Measured) -> list[tuple[str, str]]:
+    """Radial distribution functions and displacements beside the reference, with their captions."""
+
+    def beside(x: np.ndarray, y: np.ndarray, reference: np.ndarray, x_label: str, y_label: str) -> str:
+        return plot_curves(x, [(y, "potential")], x_label, y_label, (x, reference, "GFN1-xTB"))
+
+    r, g, g_reference = measured.rdf
+    found = [(beside(r, g, g_reference, "r, Å", "g(r), all pairs"), f"Radial distribution function; error {measured.rdf_error:.2f} Å.")]
+    r_pairs = (np.arange(150) + 0.5) * R_MAX / 150
+    for (a, b), curves in measured.curves.items():
+        found.append((beside(r_pairs, *curves, "r, Å", f"g(r) {a}-{b}"), f"RDF of {a}-{b}."))
+    t = np.arange(len(measured.displacements[0])) * INTERVAL * TIMESTEP / 1000
+    text = "Mean squared displacement of oxygen over all time origins, both under the same Langevin friction (1/50 fs). "
+    text += f"At the end {measured.moved:.2f} times the reference."
+    return [*found, (beside(t, *measured.displacements, "time, ps", "MSD of O, Å²"), text)]
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=1000, help="training steps")
@@ -93,112 +231,23 @@ def main() -> int:
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     began = time.perf_counter()
-    shutil.rmtree(arguments.folder, ignore_errors=True)
-    reference, late = split(arguments.folder)
+    folder = arguments.folder
+    shutil.rmtree(folder, ignore_errors=True)
+    reference, late = split(folder)
 
     print(f"1. training on GFN1-xTB water, {arguments.steps} steps", flush=True)
-    trained = gossamer.train(settings(arguments.folder, arguments.steps))
-    model = arguments.folder / "potential" / "potential.safetensors"
+    trained = gossamer.train(settings(folder, arguments.steps))
+    if "stopped" in trained:
+        return 128 + signal.SIGTERM
+    model = folder / "potential" / "potential.safetensors"
     trained_seconds = time.perf_counter() - began
 
     print("2. errors on the test frames", flush=True)
-    evaluation = gossamer.evaluate(model, arguments.folder / "test.extxyz", out=arguments.folder / "evaluation")
-
-    print(f"3. molecular dynamics at 350 K, {arguments.md_steps * TIMESTEP / 1000:g} ps", flush=True)
-    run, frames = simulate(model, late[0], arguments.folder / "md", arguments.md_steps)
-
-    print("4. energy conservation and other checks", flush=True)
-    gossamer.md(
-        model, frames[-1], temperature=350, steps=600, timestep=0.5, ensemble="nve", out=arguments.folder / "nve", interval=INTERVAL
-    )
-    calculator = gossamer.Calculator(gossamer.load(model, dtype="float64"))
-    symmetry = max(e["relative"] for e in symmetry_errors(calculator, late[0]).values())
-    gradient = force_gradient_error(calculator, late[0], step=1e-3, n_atoms=2)
-    nve = nve_conservation(gossamer.Calculator(model), frames[-1], timestep=0.5, picoseconds=0.4)
-    r_max = 6.0
-    _, g_reference = liquids.rdf(reference, r_max, 300)
-    r, g = liquids.rdf(frames, r_max, 300)
-    rdf_error = liquids.rdf_error(g, g_reference, r_max)
-    curves = {pair: (liquids.rdf(frames, r_max, 150, pair)[1], liquids.rdf(reference, r_max, 150, pair)[1]) for pair in PAIRS}
-    displacement, displacement_reference = msd(frames), msd(reference)
-    half = min(len(displacement), len(displacement_reference)) // 2
-    moved = float(displacement[half - 1] / displacement_reference[half - 1])
-
+    evaluation = gossamer.evaluate(model, folder / "test.extxyz", out=folder / "evaluation")
+    measured = measure(model, reference, late, folder, arguments.md_steps)
     errors = evaluation.summary()
-    rows = [
-        ["energy MAE, meV/atom", errors["energy_mae_meV_per_atom"], "-"],
-        ["force MAE, meV/Å", errors["forces_mae_meV_per_A"], "-"],
-        ["force RMSE, meV/Å", errors["forces_rmse_meV_per_A"], "-"],
-        ["RDF error, Å (integral of |g - g_ref|)", rdf_error, "at most 0.5"],
-        *[[f"RDF overlap {a}-{b}", liquids.rdf_overlap(*curves[a, b]), "near 1"] for a, b in PAIRS],
-        ["MSD of O over that of the reference", moved, "0.5 to 2"],
-        ["mean temperature, K", run["mean_temperature_K"], "near 350"],
-        ["NVE drift, meV/atom/ps", nve["drift_meV_per_atom_per_ps"], "within ±1"],
-        ["NVE fluctuation ratio, 1.0 fs over 0.5 fs", nve["fluctuation_ratio"], "4 ± 1"],
-        ["symmetry error, relative (float64)", symmetry, "at most 1e-8"],
-        ["|force - energy gradient|, eV/Å (float64)", gradient, "at most 1e-5"],
-        ["MD speed, ms/step (96 atoms)", 1000 * run["seconds"] / run["steps"], "-"],
-        ["training, s", trained_seconds, "-"],
-    ]
-    problems = []
-    if run["broken"]:
-        problems.append(("failed", f"the simulation broke at {run['broken']}"))
-    if symmetry > 1e-8 or gradient > 1e-5:
-        problems.append(("failed", "the symmetry or gradient check failed"))
-    if rdf_error > 0.5:
-        problems.append(("failed" if rdf_error > 1 else "weak", f"the RDF is {rdf_error:.2f} Å from the reference"))
-    if abs(nve["drift_meV_per_atom_per_ps"]) > 1 or abs(nve["fluctuation_ratio"] - 4) > 1:
-        problems.append(("weak", "energy is not conserved as it should be"))
-    if not 0.5 < moved < 2:
-        problems.append(("weak", f"oxygen moves {moved:.2f} times as far as in the reference"))
-    status = "failed" if any(s == "failed" for s, _ in problems) else "weak" if problems else "passed"
-    stable = (
-        f"stable for {run['time_ps']:g} ps at 350 K, RDF error {rdf_error:.2f} Å, force error {errors['forces_mae_meV_per_A']:.0f} meV/Å"
-    )
-    sentence = "; ".join(text for _, text in problems) if problems else stable
-
-    report = Report(
-        "Liquid water with LEIGNN",
-        f"gossamer {gossamer.__version__}, PyTorch {torch.__version__}, {os.cpu_count()} cores; labels GFN1-xTB, 32 D2O; conservative forces, "
-        f"{trained['num_parameters']:,} parameters, {trained['steps']} training steps.",
-    )
-    report.verdict(status, sentence)
-    report.table(["quantity", "potential", "expected"], rows)
-    report.note(
-        "Trained on frames of the first three quarters of the reference trajectory and 31 hot ones; errors are those of frames of its last quarter, "
-        "which were not trained on. The simulation starts from the first of these, equilibrated by the reference method at 350 K; its first sixth is dropped."
-    )
-    report.heading("Training and errors")
-    learning = (plot_learning_curve(arguments.folder / "potential" / "log.csv"), "Validation errors during training.")
-    report.figures([learning, *parity_figures(evaluation)])
-    report.heading("Structure and dynamics")
-    rdf_figure = plot_curves(r, [(g, "potential")], "r, Å", "g(r), all pairs", (r, g_reference, "GFN1-xTB"))
-    rr = (np.arange(150) + 0.5) * r_max / 150
-    pair_figures = [
-        (
-            plot_curves(rr, [(curves[p][0], "potential")], "r, Å", f"g(r) {p[0]}-{p[1]}", (rr, curves[p][1], "GFN1-xTB")),
-            f"RDF of {p[0]}-{p[1]}.",
-        )
-        for p in PAIRS
-    ]
-    t = np.arange(half) * INTERVAL * TIMESTEP / 1000
-    msd_figure = plot_curves(
-        t, [(displacement[:half], "potential")], "time, ps", "MSD of O, Å²", (t, displacement_reference[:half], "GFN1-xTB")
-    )
-    msd_text = "Mean squared displacement of oxygen over all time origins, both under the same Langevin friction (1/50 fs). "
-    msd_text += f"At the end {moved:.2f} times the reference."
-    temperature, *_ = plot_traces(arguments.folder / "md" / "log.csv", 350.0)
-    _, conserved = plot_traces(arguments.folder / "nve" / "log.csv")
-    report.figures(
-        [
-            (rdf_figure, f"Radial distribution function; error {rdf_error:.2f} Å."),
-            *pair_figures,
-            (msd_figure, msd_text),
-            temperature,
-            (conserved[0], "Total energy in a constant-energy run of 0.3 ps at 0.5 fs, less its first value (whole box)."),
-        ]
-    )
-    report.write(arguments.report)
+    rows, (status, sentence) = table(errors, measured, trained_seconds), verdict(errors, measured)
+    write_report(arguments.report, folder, trained, evaluation, measured, rows, (status, sentence))
 
     print(f"\n{'':46s}{'potential':>12s}{'expected':>14s}")
     for name, value, expected in rows:
