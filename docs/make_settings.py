@@ -6,7 +6,7 @@ from pathlib import Path
 
 from gossamer.checks.config import JudgeConfig
 from gossamer.data.dataset import DataConfig
-from gossamer.data.readers import LabelConfig
+from gossamer.data.labels import LabelConfig
 from gossamer.models import MODELS
 from gossamer.potential import PotentialConfig
 from gossamer.settings import describe

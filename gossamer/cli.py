@@ -269,24 +269,17 @@ def _way(parser: argparse.ArgumentParser) -> None:
 
 
 def _labels(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("labels", "names and units in the data")
-    for name in ("energy", "forces", "stress"):
-        group.add_argument(f"--{name}", metavar="NAME", help=f"name of the {name} (default: {name})")
-    group.add_argument("--virial", metavar="NAME", help="name of a virial to read instead of a stress (stress = -virial / volume)")
-    group.add_argument("--energy-unit", help="eV, meV, Hartree, Ry, kcal/mol, kJ/mol (of energies and virials)")
-    group.add_argument("--length-unit", help="Angstrom, Bohr, nm (of positions and cell)")
-    group.add_argument("--force-unit", help="eV/Angstrom, Hartree/Bohr, kcal/mol/Angstrom ... (default: energy unit / length unit)")
-    group.add_argument("--stress-unit", help="eV/Angstrom^3, Hartree/Bohr^3, Ry/Bohr^3, GPa, kbar, bar")
-    group.add_argument("--stress-sign", help="ase (tension positive) or vasp")
-    group.add_argument("--group", help="entry that says which frames belong together")
+    from gossamer.data.labels import LabelConfig
+    from gossamer.flags import add_flags
+
+    add_flags(parser.add_argument_group("labels", "names and units in the data"), LabelConfig, without=["extras"])
 
 
 def _label_config(arguments: argparse.Namespace) -> Any:
-    from gossamer.data.readers import LabelConfig
-    from gossamer.settings import build
+    from gossamer.data.labels import LabelConfig
+    from gossamer.flags import from_flags
 
-    names = ("energy", "forces", "stress", "virial", "energy_unit", "length_unit", "force_unit", "stress_unit", "stress_sign", "group")
-    return build(LabelConfig, {n: getattr(arguments, n) for n in names if getattr(arguments, n) is not None}, "labels")
+    return from_flags(LabelConfig, arguments)
 
 
 def _show(arguments: argparse.Namespace, answer: dict[str, Any]) -> None:

@@ -41,12 +41,12 @@ def _flag_kind(cls: type, name: str, kind: Any, default: Any) -> dict[str, Any]:
     if get_origin(kind) in (list, tuple):
         members = get_args(kind)
         fixed = get_origin(kind) is tuple and Ellipsis not in members
-        return {**_flag_kind(cls, name, members[0], ...), "nargs": len(members) if fixed else "+"}
+        return {**_flag_kind(cls, name.removesuffix("s"), members[0], ...), "nargs": len(members) if fixed else "+"}
     if get_origin(kind) is Literal:
         return {"choices": list(get_args(kind)), "type": type(get_args(kind)[0])}
     if kind not in (int, float, str, Path):
         raise TypeError(f"{cls.__name__}.{name} is a {kind}: there is no flag for it. Leave it out (without), or make it simpler.")
-    return {"type": kind, "metavar": name.upper().removesuffix("S") if kind is str else kind.__name__.upper()}
+    return {"type": kind, "metavar": name.upper() if kind is str else kind.__name__.upper()}
 
 
 def from_flags(cls: type[T], arguments: Any, **others: Any) -> T:

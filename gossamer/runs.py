@@ -18,7 +18,7 @@ from gossamer.config import Config, load_config, make_config, save_config
 from gossamer.data.dataset import Subset, load_data, open_dataset, require_labels
 from gossamer.data.fingerprint import SeenFrames, leave_out_training_frames
 from gossamer.data.inspection import inspect
-from gossamer.data.readers import LabelConfig
+from gossamer.data.labels import LabelConfig
 from gossamer.data.statistics import compute_statistics
 from gossamer.data.structure import Structure
 from gossamer.engine.engine import Engine, Way

@@ -35,8 +35,9 @@ from gossamer.data.atoms import as_atoms, read_frames
 from gossamer.data.batch import collate
 from gossamer.data.dataset import DataConfig, load_data, open_dataset, require_labels
 from gossamer.data.inspection import inspect
+from gossamer.data.labels import ForceUnit
 from gossamer.data.legacy import _tensor, read_legacy_lmdb, restricted_loads
-from gossamer.data.readers import ENERGY_UNITS, FORCE_UNITS, ForceUnit, LabelConfig, from_atoms, read_structures, suggestion
+from gossamer.data.readers import ENERGY_UNITS, FORCE_UNITS, LabelConfig, from_atoms, read_structures, suggestion
 from gossamer.data.statistics import compute_statistics
 from gossamer.data.store import Store, write_store
 from gossamer.data.structure import Structure

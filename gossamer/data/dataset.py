@@ -10,7 +10,8 @@ from typing import Annotated, Literal
 import numpy as np
 from pydantic import Field
 
-from gossamer.data.readers import LabelConfig, read_structures, suggestion
+from gossamer.data.labels import LabelConfig
+from gossamer.data.readers import read_structures, suggestion
 from gossamer.data.store import Store
 from gossamer.data.structure import Structure
 from gossamer.settings import settings

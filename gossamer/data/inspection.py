@@ -13,7 +13,8 @@ from ase.data import atomic_numbers as number_of
 from ase.data import chemical_symbols, covalent_radii
 
 from gossamer.data.dataset import identity, open_dataset
-from gossamer.data.readers import ENERGY_UNITS, STRESS_UNITS, LabelConfig, suggestion
+from gossamer.data.labels import LabelConfig
+from gossamer.data.readers import ENERGY_UNITS, STRESS_UNITS, suggestion
 from gossamer.data.structure import Structure
 from gossamer.neighbors import neighbor_list
 from gossamer.quantities import QUANTITIES

@@ -12,7 +12,7 @@ import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import ase.db
 import ase.io
@@ -20,14 +20,13 @@ import numpy as np
 from ase import Atoms, units
 from ase.constraints import FixAtoms
 from ase.stress import voigt_6_to_full_3x3_stress
-from pydantic import field_validator
 
+from gossamer.data.labels import LabelConfig
 from gossamer.data.lmdb_file import check_lmdb
 from gossamer.data.structure import Structure, label_fields
 from gossamer.data.xyz import xyz_frames
 from gossamer.files import COMPRESSIONS, most_unpacked, open_text
-from gossamer.quantities import QUANTITIES, known_extras
-from gossamer.settings import settings
+from gossamer.quantities import QUANTITIES
 
 ENERGY_UNITS = {"eV": 1.0, "meV": 1e-3, "Hartree": units.Hartree, "Ry": units.Rydberg, "kcal/mol": units.kcal / units.mol,
                 "kJ/mol": units.kJ / units.mol}  # fmt: skip
@@ -35,65 +34,19 @@ LENGTH_UNITS = {"Angstrom": 1.0, "Bohr": units.Bohr, "nm": 10.0}
 FORCE_UNITS = {"eV/Angstrom": 1.0, "meV/Angstrom": 1e-3, "Hartree/Bohr": units.Hartree / units.Bohr, "Hartree/Angstrom": units.Hartree,
                "Ry/Bohr": units.Rydberg / units.Bohr, "kcal/mol/Angstrom": units.kcal / units.mol,
                "kJ/mol/Angstrom": units.kJ / units.mol, "kJ/mol/nm": 0.1 * units.kJ / units.mol}  # fmt: skip
-ForceUnit = Literal["eV/Angstrom", "meV/Angstrom", "Hartree/Bohr", "Hartree/Angstrom", "Ry/Bohr", "kcal/mol/Angstrom", "kJ/mol/Angstrom",
-                    "kJ/mol/nm"]  # fmt: skip
 STRESS_UNITS = {"eV/Angstrom^3": 1.0, "Hartree/Bohr^3": units.Hartree / units.Bohr**3, "Ry/Bohr^3": units.Rydberg / units.Bohr**3,
                 "GPa": units.GPa, "kbar": 0.1 * units.GPa, "bar": 1e-4 * units.GPa}  # fmt: skip
 WORDS = {"energy": ("energy", "e", "etot"), "forces": ("force", "f"), "stress": ("stress", "virial")}
 """what names of labels contain, or are if they have one letter"""
 
 
-@settings
-class LabelConfig:
-    """Where the labels are and in which units; the defaults fit files written by ASE."""
-
-    energy: str = "energy"
-    """Name of the total energy in the file."""
-    forces: str = "forces"
-    """Name of the forces in the file."""
-    stress: str = "stress"
-    """Name of the stress in the file; a name that begins with "virial" is read as ``virial`` is."""
-    virial: str | None = None
-    """Name of a virial in the file, in the energy's unit, to read instead of a stress: stress = -virial / volume."""
-    energy_unit: Literal["eV", "meV", "Hartree", "Ry", "kcal/mol", "kJ/mol"] | None = None
-    """None: eV, or kcal/mol for npz files in the layout of MD17 and rMD17."""
-    length_unit: Literal["Angstrom", "Bohr", "nm"] = "Angstrom"
-    """Unit of positions and cell, and of length in forces."""
-    force_unit: ForceUnit | None = None
-    """None: energy_unit / length_unit. Hartree/Bohr, say, where positions are in Angstrom all the same."""
-    stress_unit: Literal["eV/Angstrom^3", "Hartree/Bohr^3", "Ry/Bohr^3", "GPa", "kbar", "bar"] = "eV/Angstrom^3"
-    """Unit of the stress."""
-    stress_sign: Literal["ase", "vasp"] = "ase"
-    """"ase": tension positive. "vasp": compression positive (the "in kB" line of OUTCAR)."""
-    extras: dict[str, str] | None = None
-    """Names in the file of further quantities (gossamer/quantities.py), where they differ from ours; read in the table's units."""
-    group: str | None = None
-    """Name of a per-frame entry that says which frames belong together (material or trajectory id)."""
-
-    @field_validator("extras")
-    @classmethod
-    def _known(cls, extras: dict[str, str] | None) -> dict[str, str] | None:
-        return extras and known_extras(extras)
-
-    def names(self) -> dict[str, str]:
-        """Name in the file of each quantity."""
-        return (
-            {name: name for name in QUANTITIES}
-            | {"energy": self.energy, "forces": self.forces, "stress": self.virial or self.stress}
-            | (self.extras or {})
-        )
-
-    def is_virial(self) -> bool:
-        """Whether the stress is made from a virial."""
-        return self.virial is not None or self.stress.startswith("virial")
-
-    def scales(self, default_energy: str = "eV") -> tuple[float, float, float, float]:
-        """Factors of energy, length, forces and stress (or virial) to eV, Å, eV/Å and eV/Å³ (or eV) with the sign of ASE's stress."""
-        energy = ENERGY_UNITS[self.energy_unit or default_energy]
-        length = LENGTH_UNITS[self.length_unit]
-        force = energy / length if self.force_unit is None else FORCE_UNITS[self.force_unit]
-        stress = -energy if self.is_virial() else STRESS_UNITS[self.stress_unit]
-        return energy, length, force, stress * (-1.0 if self.stress_sign == "vasp" else 1.0)
+def label_scales(labels: LabelConfig, default_energy: str = "eV") -> tuple[float, float, float, float]:
+    """Factors of energy, length, forces and stress (or virial) to eV, Å, eV/Å and eV/Å³ (or eV) with the sign of ASE's stress."""
+    energy = ENERGY_UNITS[labels.energy_unit or default_energy]
+    length = LENGTH_UNITS[labels.length_unit]
+    force = energy / length if labels.force_unit is None else FORCE_UNITS[labels.force_unit]
+    stress = -energy if labels.is_virial() else STRESS_UNITS[labels.stress_unit]
+    return energy, length, force, stress * (-1.0 if labels.stress_sign == "vasp" else 1.0)
 
 
 def read_structures(path: Path | str | Sequence[Path | str], labels: LabelConfig | None = None) -> Iterator[Structure]:
@@ -159,7 +112,7 @@ def from_atoms(atoms: Atoms, labels: LabelConfig, name: str, extra: dict[str, An
     """A structure from ASE Atoms with labels in its calculator, info or arrays (or in ``extra``)."""
     results = dict(getattr(atoms.calc, "results", {})) if atoms.calc is not None else {}
     found: dict[str, Any] = {**atoms.info, **atoms.arrays, **results, **(extra or {})}
-    length_scale = labels.scales()[1]
+    length_scale = label_scales(labels)[1]
     fixed = np.zeros(len(atoms), dtype=bool)
     for constraint in atoms.constraints:
         if isinstance(constraint, FixAtoms):
@@ -211,7 +164,7 @@ def _value(label: str, stored: Any, key: str, atoms: Atoms, labels: LabelConfig,
         value = np.asarray(stored, dtype=np.float64)
     except (TypeError, ValueError):
         raise ValueError(f"{name}: '{key}' holds {str(stored)[:40]!r}, expected numbers ({label}).") from None
-    energy_scale, length_scale, force_scale, stress_scale = labels.scales()
+    energy_scale, length_scale, force_scale, stress_scale = label_scales(labels)
     if label == "energy":
         if value.size != 1:
             raise ValueError(f"{name}: '{key}' holds {value.size} numbers, expected one total energy.")
@@ -340,7 +293,7 @@ NPZ_LAYOUTS = {
 
 def _read_npz(path: Path, labels: LabelConfig) -> Iterator[Structure]:
     arrays = _npz_arrays(path)
-    energy_scale, length_scale, force_scale, _ = labels.scales(default_energy="kcal/mol")
+    energy_scale, length_scale, force_scale, _ = label_scales(labels, "kcal/mol")
     n_frames = len(arrays["positions"])
     for name in ("energy", "forces"):
         if len(arrays[name]) != n_frames:

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from gossamer import __version__
 from gossamer.data.atoms import as_atoms
-from gossamer.data.readers import LabelConfig, from_atoms
+from gossamer.data.labels import LabelConfig
+from gossamer.data.readers import from_atoms
 from gossamer.engine import cache
 from gossamer.engine.agreement import TOLERANCE, agree, probe, rattled
 from gossamer.engine.kernels.cpu import processor

@@ -20,7 +20,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from gossamer.data.readers import LabelConfig
+from gossamer.data.labels import LabelConfig
 from gossamer.data.statistics import Statistics
 from gossamer.data.structure import Structure
 from gossamer.potential import Potential

@@ -1,0 +1,58 @@
+"""Where the labels of a data file are, and in which units. Imports nothing heavy: the command line makes its flags from it."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import field_validator
+
+from gossamer.quantities import QUANTITIES, known_extras
+from gossamer.settings import settings
+
+ForceUnit = Literal["eV/Angstrom", "meV/Angstrom", "Hartree/Bohr", "Hartree/Angstrom", "Ry/Bohr", "kcal/mol/Angstrom", "kJ/mol/Angstrom",
+                    "kJ/mol/nm"]  # fmt: skip
+
+
+@settings
+class LabelConfig:
+    """Where the labels are and in which units; the defaults fit files written by ASE."""
+
+    energy: str = "energy"
+    """Name of the total energy in the file."""
+    forces: str = "forces"
+    """Name of the forces in the file."""
+    stress: str = "stress"
+    """Name of the stress in the file; a name that begins with "virial" is read as ``virial`` is."""
+    virial: str | None = None
+    """Name of a virial in the file, in the energy's unit, to read instead of a stress: stress = -virial / volume."""
+    energy_unit: Literal["eV", "meV", "Hartree", "Ry", "kcal/mol", "kJ/mol"] | None = None
+    """None: eV, or kcal/mol for npz files in the layout of MD17 and rMD17."""
+    length_unit: Literal["Angstrom", "Bohr", "nm"] = "Angstrom"
+    """Unit of positions and cell, and of length in forces."""
+    force_unit: ForceUnit | None = None
+    """None: energy_unit / length_unit. Hartree/Bohr, say, where positions are in Angstrom all the same."""
+    stress_unit: Literal["eV/Angstrom^3", "Hartree/Bohr^3", "Ry/Bohr^3", "GPa", "kbar", "bar"] = "eV/Angstrom^3"
+    """Unit of the stress."""
+    stress_sign: Literal["ase", "vasp"] = "ase"
+    """"ase": tension positive. "vasp": compression positive (the "in kB" line of OUTCAR)."""
+    extras: dict[str, str] | None = None
+    """Names in the file of further quantities (gossamer/quantities.py), where they differ from ours; read in the table's units."""
+    group: str | None = None
+    """Name of a per-frame entry that says which frames belong together (material or trajectory id)."""
+
+    @field_validator("extras")
+    @classmethod
+    def _known(cls, extras: dict[str, str] | None) -> dict[str, str] | None:
+        return extras and known_extras(extras)
+
+    def names(self) -> dict[str, str]:
+        """Name in the file of each quantity."""
+        return (
+            {name: name for name in QUANTITIES}
+            | {"energy": self.energy, "forces": self.forces, "stress": self.virial or self.stress}
+            | (self.extras or {})
+        )
+
+    def is_virial(self) -> bool:
+        """Whether the stress is made from a virial."""
+        return self.virial is not None or self.stress.startswith("virial")
