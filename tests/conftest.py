@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import tempfile
 from pathlib import Path
 
 os.environ.setdefault("MPLBACKEND", "Agg")
@@ -22,9 +23,20 @@ from ase.build import bulk, molecule  # noqa: E402
 torch.set_num_threads(1)
 
 
-def pytest_configure() -> None:
-    """Kernels and programs of the user stay out of the tests; processes that tests start keep the cache they are given."""
+KERNELS = "GOSSAMER_TEST_KERNELS"
+"""names the folder in which tests of kernels keep them; set beforehand, it outlives the run"""
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Kernels and programs of the user stay out of the tests; processes that tests start keep the cache they are given.
+
+    Tests of kernels share a folder, which the controller makes for all its workers: each kernel is built once.
+    """
     os.environ["GOSSAMER_CACHE"] = os.devnull + "/no-cache"
+    if KERNELS not in os.environ:
+        folder = tempfile.TemporaryDirectory(prefix="gossamer-kernels-")
+        os.environ[KERNELS] = folder.name
+        config.add_cleanup(lambda: (os.environ.pop(KERNELS), folder.cleanup()))
 
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
@@ -117,6 +129,13 @@ def _kernels_end_with_their_test():
         ops._convolutions.clear()
     for cached in (cpu.library, cpu.sorting, cpu.attention_library) if cpu is not None else ():
         cached.cache_clear()
+
+
+@pytest.fixture
+def kernels(monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of the kernels built by tests, as the cache."""
+    monkeypatch.setenv("GOSSAMER_CACHE", os.environ[KERNELS])
+    return Path(os.environ[KERNELS])
 
 
 @pytest.fixture

@@ -33,7 +33,12 @@ for language, text, good in {commands!r}:
         status = main(text.split()[1:])
         assert status in good, (text, status)
 """
-SHORTER = {"--minutes 5": "--minutes 0.1", "--fmax 0.05": "--fmax 0.5", "--steps 500": "--steps 60", "--threads 1": "--threads 1 --sizes 20 40"}
+SHORTER = {
+    "--minutes 5": "--minutes 0.1",
+    "--fmax 0.05": "--fmax 0.5",
+    "--steps 500": "--steps 60",
+    "--threads 1": "--threads 1 --sizes 20 40",
+}
 """seconds instead of minutes"""
 
 

@@ -47,15 +47,9 @@ needs_compiler = pytest.mark.skipif(not any(shutil.which(c) for c in ("g++", "cl
 pytestmark = needs_compiler
 
 
-@pytest.fixture(scope="session")
-def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("kernels")
-
-
 @pytest.fixture(autouse=True)
-def cache(built: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("GOSSAMER_CACHE", str(built))
-    return built
+def cache(kernels: Path) -> Path:
+    return kernels
 
 
 # --- the spline ------------------------------------------------------------------------------------------------------
@@ -296,18 +290,17 @@ def pair(name: str, dtype: torch.dtype = torch.float64) -> tuple[Calculator, Cal
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("system", ["ethanol", "crystal", "slab"])
-def test_potential_with_kernels(name: str, system: str, request: pytest.FixtureRequest) -> None:
-    atoms = request.getfixturevalue(system)
-    found = []
+def test_potential_with_kernels(name: str, ethanol: Atoms, crystal: Atoms, slab: Atoms) -> None:
     plain, quick = pair(name)
     assert not any(type(m).__name__.endswith("Kernel") for m in plain.potential.modules())
-    for calculator in (plain, quick):
-        atoms.calc = calculator
-        stress = atoms.get_stress() if atoms.pbc.all() and plain.conservative else np.zeros(6)
-        found.append((atoms.get_potential_energy(), atoms.get_potential_energies(), atoms.get_forces(), stress))
-    for a, b in zip(*found, strict=True):
-        np.testing.assert_allclose(a, b, rtol=0, atol=1e-8 * max(1.0, np.abs(a).max()))
+    for atoms in (ethanol, crystal, slab):
+        found = []
+        for calculator in (plain, quick):
+            atoms.calc = calculator
+            stress = atoms.get_stress() if atoms.pbc.all() and plain.conservative else np.zeros(6)
+            found.append((atoms.get_potential_energy(), atoms.get_potential_energies(), atoms.get_forces(), stress))
+        for a, b in zip(*found, strict=True):
+            np.testing.assert_allclose(a, b, rtol=0, atol=1e-8 * max(1.0, np.abs(a).max()))
 
 
 OFTEN = ["sound", "sound-global", "direct", "nequip", "nequip-l3-pairs", "nequip-parity", "geodite", "painn", "schnet"]
@@ -630,7 +623,7 @@ def test_evaluation_with_kernels(caplog: pytest.LogCaptureFixture) -> None:
     assert not caplog.records
 
 
-@pytest.mark.parametrize("name", [*MODELS])
+@pytest.mark.parametrize("name", [n if n in OFTEN else pytest.param(n, marks=pytest.mark.slow) for n in NAMES])
 def test_kernels_while_weights_change(name: str, ethanol: Atoms, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     """Validation: equal with the weights of the moment, and nothing of the potential changed; wrong kernels are not used."""
     potential = make_potential(ELEMENTS, **MODELS[name]).train()

@@ -71,12 +71,11 @@ class TestTorchSim:
         return self.ts.io.atoms_to_state(structures, torch.device("cpu"), torch.float64)
 
     @pytest.mark.parametrize("way", ["plain", pytest.param("kernels", marks=needs_compiler)])
-    def test_states_are_the_calculators(self, way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_states_are_the_calculators(self, way: str, kernels: Path) -> None:
         from torch_sim.models.interface import validate_model_outputs
 
         from gossamer.simulation.torchsim import TorchSimModel
 
-        monkeypatch.setenv("GOSSAMER_CACHE", str(tmp_path))
         potential = make_potential(ELEMENTS)
         model = TorchSimModel(potential, way=way)
         validate_model_outputs(model, torch.device("cpu"), torch.float64)

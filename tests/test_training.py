@@ -103,7 +103,7 @@ def wait_for(path: Path, process: subprocess.Popen, reached: Callable[[Path], bo
 
 def test_killed_and_resumed_is_bitwise_the_same(tmp_path: Path) -> None:
     """Killed by SIGKILL, then stopped by SIGTERM (which saves and exits with 143), then finished."""
-    options = dict(steps=80, checkpoint_every=10, valid_every=20)
+    options = dict(steps=40, checkpoint_every=5, valid_every=20)
     cut, folder = start(tmp_path, "cut", **options)
     wait_for(folder / "checkpoint.safetensors", cut)
     cut.send_signal(signal.SIGKILL)
@@ -118,7 +118,7 @@ def test_killed_and_resumed_is_bitwise_the_same(tmp_path: Path) -> None:
     assert "SIGTERM: stopped at step" in out
     assert "stopped_at_step" in out
     assert "--resume" in out
-    assert train(settings(folder, **options), resume=True, progress=False)["steps"] == 80
+    assert train(settings(folder, **options), resume=True, progress=False)["steps"] == 40
     train(settings(tmp_path / "whole", **options), progress=False)
     assert same(weights(tmp_path / "whole"), weights(folder))
     assert log_rows(tmp_path / "whole") == log_rows(folder)
@@ -213,7 +213,7 @@ def test_checkpoints_of_older_versions(tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_two_processes_equal_one(tmp_path: Path) -> None:
     """The same batches shared by two processes give the same weights up to the order of sums."""
-    config = settings(tmp_path / "two", steps=6, dtype="float64", valid_every=6)
+    config = settings(tmp_path / "two", steps=3, dtype="float64", valid_every=3)
     (tmp_path / "two.yaml").write_text(json.dumps(config))
     command = [
         sys.executable,
@@ -229,7 +229,7 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
     ]
     result = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=180, check=False)
     assert result.returncode == 0, result.stderr
-    train(settings(tmp_path / "one", steps=6, dtype="float64", valid_every=6), progress=False)
+    train(settings(tmp_path / "one", steps=3, dtype="float64", valid_every=3), progress=False)
     one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
     for name in (k for k in one if k.startswith("network.")):
         torch.testing.assert_close(one[name], two[name], atol=1e-8, rtol=1e-6)
