@@ -49,39 +49,39 @@ class SevenNetConfig:
     """Which network."""
     variant: Literal["sound", "published"] = "sound"
     """"sound": smooth through the third derivative, a lone atom gets its reference energy. "published": as in sevenn."""
-    cutoff: Annotated[float, Field(gt=0)] = 5.0
+    cutoff: Annotated[float, Field(gt=0, le=100)] = 5.0
     """Radius in Å within which atoms exchange messages."""
-    cutoff_on: Annotated[float, Field(gt=0)] | None = None
+    cutoff_on: Annotated[float, Field(gt=0, le=100)] | None = None
     """Å; the XPLOR function from here to the cutoff instead of the polynomial envelope. Only published: its second derivative jumps."""
     max_neighbors: None = None
     """Always all neighbours within the cutoff."""
     l_max: Annotated[int, Field(ge=0, le=8)] = 2
     """Highest degree of the harmonics, and of features made from ``num_features``."""
-    num_features: Annotated[int, Field(ge=1)] | list[Annotated[int, Field(ge=1)]] = 32
+    num_features: Annotated[int, Field(ge=1, le=10_000)] | list[Annotated[int, Field(ge=1, le=10_000)]] = 32
     """Channels of each degree: one number, or a list of l_max + 1."""
-    num_layers: Annotated[int, Field(ge=1)] = 3
+    num_layers: Annotated[int, Field(ge=1, le=100)] = 3
     """Interactions; the receptive field is num_layers * cutoff."""
     parity: Literal["natural", "both", "none"] = "natural"
     """Features of natural parity, of both, or of degrees alone ("none": products that change sign in a mirror are mixed in)."""
     irreps: list[str] | None = None
     """Features before the first and after every layer, ["32x0e", "32x0e+16x1o", "32x0e"], instead of num_features and num_layers."""
-    embedding_features: Annotated[int, Field(ge=1)] | None = None
+    embedding_features: Annotated[int, Field(ge=1, le=10_000)] | None = None
     """Length of the element embedding; None takes the channels of l = 0."""
     train_embedding: bool = True
     """Train it; else elements are told apart by fixed unit vectors (Nequix)."""
-    num_basis: Annotated[int, Field(ge=1)] = 8
+    num_basis: Annotated[int, Field(ge=1, le=10_000)] = 8
     """Radial Bessel functions."""
     train_bessel: bool = False
     """Train their frequencies (sevenn: always). The sine then loses its zero at the cutoff: take envelope_order 3."""
-    envelope_power: Annotated[int, Field(ge=2)] = 6
+    envelope_power: Annotated[int, Field(ge=2, le=100)] = 6
     """Power p of the polynomial envelope."""
     envelope_order: Literal[2, 3, 4] = 2
     """Derivatives of the envelope that vanish at the cutoff (sevenn: 2; the fixed sine adds one)."""
-    radial_widths: list[Annotated[int, Field(ge=1)]] = Field(default_factory=lambda: [64, 64])
+    radial_widths: list[Annotated[int, Field(ge=1, le=10_000)]] = Field(default_factory=lambda: [64, 64])
     """Widths of the hidden layers of the radial networks."""
     unit_harmonics: bool = True
     """Harmonics of unit vectors; else of the vectors in Å themselves, which grow with r^l (sevenn before 0.9.2)."""
-    denominators: list[Annotated[float, Field(gt=0)]] | None = None
+    denominators: list[Annotated[float, Field(gt=0, le=1e6)]] | None = None
     """What the sums over neighbours are divided by in each layer; None: the root of the mean number of neighbours."""
     self_connection: Literal["linear", "element"] = "linear"
     """One linear map for all elements, or one for each ("nequip" in sevenn)."""
@@ -89,7 +89,7 @@ class SevenNetConfig:
     """Constants beside the linear maps of even scalars. One modal of a network of several fidelities is such constants."""
     layer_norm: bool = False
     """Scale the features of every atom to unit mean square in each layer, before the gate (Nequix)."""
-    readout_widths: list[Annotated[int, Field(ge=1)]] = Field(default_factory=list)
+    readout_widths: list[Annotated[int, Field(ge=1, le=10_000)]] = Field(default_factory=list)
     """Widths of hidden layers of the readout. sevenn's two linear maps in a row are one."""
     scales: Literal["global", "per_element"] = "global"
     """Scale the energies of each element by that element's RMS force, or all by the same."""
