@@ -4,7 +4,7 @@
 
 Water boxes of n³ molecules and a 21-atom molecule (structures.py), random weights, float32, energy and forces through the
 ASE calculator with slightly moved atoms: what a step of dynamics costs, neighbour list included. The default sizes of
-each network, NequIP's MP-L, and Geodite at its published size (192 channels, 4 layers, 6 Å).
+each network, NequIP's MP-L, Geodite at its published size (192 channels, 4 layers, 6 Å), MACE-MP-0's and SevenNet-0's sizes.
 
 What takes long comes last, and nothing is begun after ``--seconds``: programs at the smallest and the largest box, and compiled training
 steps, of LEIGNN and NequIP alone. What does not fit into memory is a row that says so; plain ways of large networks are not tried
@@ -42,9 +42,12 @@ MODELS: dict[str, dict[str, Any]] = {
     "geodite": {"name": "geodite"},
     "geodite-published": {"name": "geodite", "num_features": 192, "num_layers": 4, "cutoff": 6.0},
     "painn": {"name": "painn"},
+    "mace-MP-small": {"name": "mace", "preset": "MP-small"},
+    "mace-MP-medium": {"name": "mace", "preset": "MP-medium"},
+    "sevennet-0": {"name": "sevennet", "preset": "0", "variant": "published"},
 }
 MODES: dict[str, Any] = {"plain": "plain", "kernels": "kernels", "CUDA graph": "graph", "program": "program"}
-LARGEST_PLAIN = {"nequip-MP-L": 4000, "geodite-published": 4000}
+LARGEST_PLAIN = {"nequip-MP-L": 4000, "geodite-published": 4000, "mace-MP-small": 4000, "mace-MP-medium": 4000, "sevennet-0": 4000}
 """atoms beyond which 140 GB do not suffice"""
 ELEMENTS = ["H", "C", "O"]
 COMPILED = ("leignn", "nequip")
