@@ -81,7 +81,7 @@ def operations(convolution: Convolution) -> int:
         matrix, harmonics = nonzero.any(axis=2).sum(), nonzero.any(axis=1).sum()  # entries (m, c) and (m, s)
         rows, columns, edges = p.coefficients.shape
         forward = 6 + matrix + rows
-        backward = 12 + matrix + columns + harmonics + 2 * edges + 1
+        backward = 12 + matrix + 2 * columns + harmonics + edges + 1
         total += channels * int(forward + backward)
     return total
 
@@ -147,11 +147,11 @@ def backward_source(name: str, dim: int, products: dict[int, Product], entries: 
         for k in range(dim):
             terms = [f"job.m[{entries[p, m, k]}][e] * g{m}" for m in range(c.shape[0]) if (p, m, k) in entries]
             if terms:
-                lines.append(f"      d{k} += r * ({_sum(terms)});")
+                lines.append(f"      {{ V t = {_sum(terms)}; d{k} += r * t; w += f{k} * t; }}")
         for s in range(c.shape[2]):
             terms = [f"g{m} * p{p}_{m}_{s}" for m in range(c.shape[0]) if np.abs(c[m, :, s]).max() > 1e-12]
             if terms:
-                lines.append(f"      {{ V t = {_sum(terms)}; y{product.edge + s} += r * t; w += job.y[{product.edge + s}][e] * t; }}")
+                lines.append(f"      y{product.edge + s} += r * ({_sum(terms)});")
         lines.append(f"      GRADIENT({6 * p + 5})")
         lines.append("    }")
     lines += [f"    add<L_>(job.sums + (e * (HARMONICS + 1) + {s}) * LANES, y{s});" for s in sorted(used)]
