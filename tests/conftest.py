@@ -50,7 +50,9 @@ MODELS = {
     "published-vanilla": dict(variant="published", update="painn"),
     "direct": dict(direct_forces=True),
     "nequip": dict(name="nequip"),
-    "nequip-l3-pairs": dict(name="nequip", l_max=3, num_features=[4, 3, 3, 2], pair_cutoffs={"H": 2.5, "C": {"O": 3.0}}),
+    "nequip-l3-pairs": dict(
+        name="nequip", l_max=3, num_features=[4, 3, 3, 2], pair_cutoffs={"H": 2.5, "C": {"O": 3.0}}, element_neighbors={"H": 5.0}
+    ),
     "nequip-parity": dict(name="nequip", l_max=1, parity=True, num_layers=3, scales="per_element", train_scales=True),
     "nequip-trained-bessel": dict(name="nequip", train_bessel=True, envelope_order=3, layer_norm=False, self_connection="linear"),
     "nequip-published": dict(name="nequip", variant="published"),

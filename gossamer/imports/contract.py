@@ -229,6 +229,8 @@ def keep_elements(potential: Potential, elements: Sequence[str]) -> Potential:
     config = potential.model_config
     if isinstance(config, NequIPConfig) and config.pair_cutoffs is not None:
         config = replace(config, pair_cutoffs=_pairs_of(config.pair_cutoffs, elements))
+    if isinstance(config, NequIPConfig) and config.element_neighbors is not None:
+        config = replace(config, element_neighbors={e: n for e, n in config.element_neighbors.items() if e in elements})
     kept = Potential(config, statistics, potential.potential_config).eval()
     kept.network.to(potential.dtype)
     weights = potential.network.state_dict()

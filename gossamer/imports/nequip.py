@@ -63,7 +63,8 @@ class _Found:
     """of `NequIPConfig`"""
     tensors: dict[str, Tensor]
     """by names below FUNCTION"""
-    mean_neighbors: float
+    neighbors: list[float]
+    """mean numbers of neighbours: one, or one for each name"""
     zbl_power: int | None
     """of the envelope; None: no repulsion"""
     dtype: torch.dtype
@@ -112,16 +113,16 @@ def _package(tree: Tree, where: str) -> _Found:
     of = {prefix.removeprefix(FUNCTION): dict(module_state(m)) for prefix, m in modules.items() if prefix.startswith(FUNCTION)}
     tensors = {k.removeprefix(FUNCTION): v for k, v in tensors_of(root).items() if v.numel() and k.startswith(FUNCTION)}
     settings = _module_settings(of, tensors, where)
-    norms = {float(c) for k, v in tensors.items() if k.endswith("avg_num_neighbors_norm.norm_const") for c in v.flatten()}
+    norms = {tuple(v.double().flatten().tolist()) for k, v in tensors.items() if k.endswith("avg_num_neighbors_norm.norm_const")}
     if len(norms) != 1:
-        raise ValueError(f"{where} divides messages by {len(norms)} numbers of neighbours, one for each kind of atoms; only one is known.")
+        raise ValueError(f"{where} divides the messages of its layers by different numbers of neighbours; the same for all are known.")
     zbl = of.get("pair_potential.cutoff.", {}).get("p")
     dtype = module_state(modules[MODEL]).get("model_dtype")
     return _Found(
         names=[str(n) for n in module_state(modules[MODEL])["type_names"]],
         settings=settings,
         tensors=tensors,
-        mean_neighbors=1 / norms.pop() ** 2,
+        neighbors=[1 / c**2 for c in norms.pop()],
         zbl_power=_power(zbl, where) if "pair_potential." in of else None,
         dtype=dtype if isinstance(dtype, torch.dtype) else torch.float32,
         version=(metadata.get("versions") or {}).get("nequip"),
@@ -258,7 +259,11 @@ def _checkpoint(tree: Tree, where: str) -> _Found:
     pair = known.take("pair_potential", None)
     neighbors = known.take("avg_num_neighbors", None)
     if isinstance(neighbors, Mapping):
-        raise ValueError(f"{where} has avg_num_neighbors for each kind of atoms; one number for all is known.")
+        each = Known(neighbors, where)
+        neighbors = [float(each.take(name)) for name in names]
+        each.done()
+    else:
+        neighbors = [1.0 if neighbors is None else float(neighbors)]
     dtype = {"float32": torch.float32, "float64": torch.float64}[known.expect("model_dtype", "float32", "float64")]
     known.drop("seed", "compile_mode", "per_type_energy_scales", "per_type_energy_shifts", "per_type_energy_shifts_trainable")
     known.drop("per_edge_type_cutoff")  # each is a tensor of the state dictionary too
@@ -268,7 +273,7 @@ def _checkpoint(tree: Tree, where: str) -> _Found:
         names=names,
         settings={**settings, "cutoff": cutoff, "embedding_features": tensors["type_embed.embed_module.weight"].shape[1]},
         tensors=tensors,
-        mean_neighbors=1.0 if neighbors is None else float(neighbors),
+        neighbors=neighbors,
         zbl_power=None if pair is None else _zbl(Known(dict(pair), where), where),
         dtype=dtype,
         version=version,
@@ -353,20 +358,23 @@ def _build(found: _Found, where: str) -> Potential:
     weights = Weights(found.tensors, where)
     weights.drop("*.output_mask", "*_w3j_*", "*.norm_const")
     names, cutoff = found.names, found.settings["cutoff"]
+    if min(found.neighbors) < 1 or len(found.neighbors) not in (1, len(names)):
+        raise ValueError(
+            f"{where} has avg_num_neighbors {found.neighbors[:6]}; 1 or more is known, one number or one for each kind of atoms."
+        )
     config: Any = NequIPConfig(
-        variant="published", pair_cutoffs=_pair_cutoffs(weights, names, cutoff), scales="per_element", **found.settings
-    )
+        variant="published", pair_cutoffs=_pair_cutoffs(weights, names, cutoff), scales="per_element",
+        element_neighbors=dict(zip(names, found.neighbors, strict=True)) if len(found.neighbors) > 1 else None, **found.settings,
+    )  # fmt: skip
     scales = _per_type(weights, "scales", names, 1.0)
     shifts = _per_type(weights, "shifts", names, 0.0)
     equal = len(set(scales)) == 1 and not config.train_scales
-    if found.mean_neighbors < 1:
-        raise ValueError(f"{where} has avg_num_neighbors {found.mean_neighbors:g}; 1 or more is known.")
     surroundings = PotentialConfig(zbl=found.zbl_power is not None, zbl_radius="cutoff", zbl_power=found.zbl_power or 6, zbl_order=2)
     if found.zbl_power is not None:
         weights.constant("pair_potential.atomic_numbers", [atomic_numbers.get(n, 0) for n in names])
         weights.constant("pair_potential._qqr2exesquare", COULOMB / 2, 1e-9)
     statistics = foreign_statistics(
-        names, dict(zip(names, shifts, strict=True)), found.mean_neighbors,
+        names, dict(zip(names, shifts, strict=True)), found.neighbors[0],
         None if equal else dict(zip(names, scales, strict=True)), energy_scale=scales[0] if equal else 1.0,
     )  # fmt: skip
     made = Potential(config, statistics, surroundings).eval()

@@ -18,6 +18,7 @@ from typing import Annotated, Any, ClassVar, Literal
 import numpy as np
 import torch
 from ase.data import atomic_numbers as number_of
+from ase.data import chemical_symbols
 from jaxtyping import Float, Int
 from pydantic import Field, model_validator
 from torch import Tensor, nn
@@ -74,6 +75,9 @@ class NequIPConfig:
     """Power p of the polynomial envelope."""
     envelope_order: Literal[2, 3, 4] = 2
     """Derivatives of the envelope that vanish at the cutoff (package: 2; the fixed sine adds one)."""
+    element_neighbors: dict[str, Annotated[float, Field(ge=1, le=1e6)]] | None = None
+    """Mean numbers of neighbours by element, {H: 12.5}: what an atom of it sends is divided by the root of its number; None, and elements
+    that are missing: by that of the mean of the data."""
     pair_cutoffs: dict[str, float | dict[str, float]] | None = None
     """Smaller cutoffs by centre and neighbour, {H: 3.0, O: {H: 3.5}}: a number holds for all neighbours; what is missing is ``cutoff``."""
     embedding_features: Annotated[int, Field(ge=1, le=10_000)] | None = None
@@ -106,6 +110,9 @@ class NequIPConfig:
             raise ValueError("direct_forces needs l_max of 1 or more: forces are vectors")
         if self.pair_cutoffs is not None:
             pair_cutoff_matrix(self.pair_cutoffs, self.cutoff, [])
+        strange = [name for name in self.element_neighbors or {} if name not in number_of]
+        if strange:
+            raise ValueError(f"element_neighbors names '{strange[0]}', which is no chemical symbol")
         return self
 
     @property
@@ -140,6 +147,12 @@ def pair_cutoff_matrix(table: Mapping[str, float | Mapping[str, float]], cutoff:
     return matrix
 
 
+def senders_neighbors(config: NequIPConfig, facts: DataFacts) -> list[float]:
+    """By whose root messages are divided: one number, or one for each element."""
+    mean, table = max(facts.mean_neighbors, 1.0), config.element_neighbors
+    return [mean] if table is None else [table.get(chemical_symbols[z], mean) for z in facts.atomic_numbers]
+
+
 def scalar_mlp(num_in: int, num_out: int, depth: int, width: int, published: bool) -> nn.Sequential:
     """SiLU network; the package's gain is sqrt 2, that of the sound variant the exact one."""
     return unit_mlp([num_in, *[width] * depth, num_out], math.sqrt(2) if published else UNIT_SILU)
@@ -154,7 +167,7 @@ class Interaction(nn.Module):
         irreps_in: Sequence[Irrep],
         irreps_out: Sequence[Irrep],
         num_attributes: int,
-        mean_neighbors: float,
+        mean_neighbors: Sequence[float],
         first: bool,
     ) -> None:
         """
@@ -163,14 +176,15 @@ class Interaction(nn.Module):
             irreps_in: Blocks of the features.
             irreps_out: Blocks of the result after the gate.
             num_attributes: Length of the element embedding.
-            mean_neighbors: Messages are divided by its square root.
+            mean_neighbors: Messages are divided by its square root; one number, or one for each element.
             first: No self-connection, so that an isolated atom gives zero.
         """
         super().__init__()
         self.irreps_in, self.irreps_out = list(irreps_in), list(irreps_out)
         self.published = config.variant == "published"
         self.num_gates = sum(i.mul for i in irreps_out if i.l > 0)
-        self.scale = 1 / math.sqrt(mean_neighbors)
+        self.scale = 1 / math.sqrt(mean_neighbors[0])
+        self.scales = Constant(np.array(mean_neighbors)[:, None] ** -0.5) if len(mean_neighbors) > 1 else None
         norm = config.variant == "sound" if config.layer_norm is None else config.layer_norm
         self.norm = FeatureNorm(self.irreps_in) if norm and not first else None
         self.linear_in: Any = nn.ModuleList(UnitLinear(i.mul, i.mul) for i in self.irreps_in)
@@ -203,7 +217,8 @@ class Interaction(nn.Module):
         if self.norm is not None:
             x = self.norm(x)
         parts = blocks(x, self.irreps_in)
-        mixed = cat([linear(part).flatten(1) for linear, part in zip(self.linear_in, parts, strict=True)], 1) * self.scale
+        scale = self.scale if self.scales is None else self.scales().index_select(0, species)
+        mixed = cat([linear(part).flatten(1) for linear, part in zip(self.linear_in, parts, strict=True)], 1) * scale
         sums = blocks(self.convolution(mixed, edges), self.irreps_summed)
         connections = iter(self.self_connection)
         results = []
@@ -244,7 +259,7 @@ class NequIP(Network):
         layers, irreps = [], [Irrep(num_attributes, 0, 1)]
         for k in range(config.num_layers):
             wanted = last if k == config.num_layers - 1 else [i for i in hidden if reachable(irreps, config.l_max, i)]
-            layers.append(Interaction(config, irreps, wanted, num_attributes, max(facts.mean_neighbors, 1.0), first=k == 0))
+            layers.append(Interaction(config, irreps, wanted, num_attributes, senders_neighbors(config, facts), first=k == 0))
             irreps = wanted
         self.layers: Any = nn.ModuleList(layers)
         published = config.variant == "published"
