@@ -22,7 +22,7 @@ INTERPRETED = """
 import torch
 from test_kernels import CONVOLUTIONS, definition, summed
 from gossamer.engine.kernels import gpu, ops
-from gossamer.engine.kernels.table import pack, tabulate
+from gossamer.engine.kernels.table import interpolate, pack, passed, tabulate
 for name, dtypes in (("odd channels", [torch.float32]), ("l 1, both parities", [torch.float64])):
     convolution = CONVOLUTIONS[name]()
     generator = torch.Generator().manual_seed(0)
@@ -46,13 +46,26 @@ for name, dtypes in (("odd channels", [torch.float32]), ("l 1, both parities", [
         key = ops.register(convolution, dtype, "cuda")
         found = [ops._convolve_gpu(key, *variables, table, *edges), *ops._convolve_backward_gpu(key, gradient, *variables, table, *edges)]
         assert float(found[0][3].abs().max()) == 0  # no edges
+        # two kinds of pairs, each with a kink: 77 rows each, twice
+        def kinked(x):
+            return radial(x) * torch.where(x < 0.5, 1.0, 1 + (x - 0.5) ** 2)[:, None]
+        tables = [tabulate(f, dtype, (0.5,), 128) for f in (radial, kinked)]
+        assert len(tables[0]) == len(tables[1])
+        joined = torch.cat([pack(convolution, t, gpu.LANES) for t in tables], dim=1).to(dtype)
+        pair = torch.arange(12) % 2
+        first = pair * len(tables[0]) + passed(variables[2], (0.5,))
+        rows = torch.stack([interpolate(t.to(dtype), leaves[2], (0.5,)) for t in tables])[pair, torch.arange(12)]
+        plain = summed(convolution, leaves[0], leaves[1], rows, edge_index)
+        wanted += [plain.detach(), *torch.autograd.grad(plain, leaves, gradient)]
+        last, size = (*edges, first), len(tables[0]) - 2
+        found += [ops._convolve_gpu(key, *variables, joined, *last, size), *ops._convolve_backward_gpu(key, gradient, *variables, joined, *last, size)]
         # the radial functions of every edge as an input
         leaves[2] = torch.randn(12, width, **random).requires_grad_()
         plain = summed(convolution, *leaves, edge_index)
         wanted += [plain.detach(), *torch.autograd.grad(plain, leaves, gradient)]
         key, values = ops.register(convolution, dtype, "cuda", edge_weights=True), [v.detach() for v in leaves]
         found += [ops._weighted_gpu(key, *values, *edges), *ops._weighted_backward_gpu(key, gradient, *values, *edges)]
-        assert len(found) == len(wanted) == 8
+        assert len(found) == len(wanted) == 12
         for number, (a, b) in enumerate(zip(found, wanted)):
             assert float((a - b).abs().max()) < tolerance * float(b.abs().max()), (name, dtype, number)
 print("equal")
@@ -166,9 +179,10 @@ def test_kernels_compile_for_a_gpu(edge_weights: bool) -> None:
         function = getattr(kernels, name)
         names = function.arg_names
         constants = {**({"SIZE": 64} if edge_weights else {}), "HARMONICS": 4, "TILE": 8}
-        indices = ("sender", "receiver", "receiver_starts", "sender_starts", "by_sender")
+        indices = ("first_row", "sender", "receiver", "receiver_starts", "sender_starts", "by_sender")
         signature = {
-            n: "constexpr" if n in constants else "*i64" if n in indices else "i32" if n in ("edges", "SIZE") else "*fp32" for n in names
+            n: "constexpr" if n in constants else "*i64" if n in indices else "i32" if n in ("edges", "SIZE", "ROWS") else "*fp32"
+            for n in names
         }
         source = ASTSource(fn=function, signature=signature, constexprs={(names.index(n),): v for n, v in constants.items()})
         built = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 1, "enable_fp_fusion": True})
@@ -186,7 +200,7 @@ def test_attention_compiles_for_a_gpu(l_max: int, parts: int, real: str) -> None
     s = (l_max + 1) ** 2 - 1
     constants = {"C": 192, "H": 8, "S": s, "SP": triton.next_power_of_2(s), "PARTS": parts, "LANES": 32, "EDGES": 16, "WIDTH": 32,
                  "DEGREES": l_max, "RECEIVERS": True}  # fmt: skip
-    indices = ("sender", "receiver", "receiver_starts", "sender_starts", "by_sender", "far", "first")
+    indices = ("first_row", "sender", "receiver", "receiver_starts", "sender_starts", "by_sender", "far", "first")
     for name in ("logits", "collect", "distribute", "to_keys", "to_queries", "align", "align_gradient"):
         function = getattr(attention_gpu, name)
         names = function.arg_names

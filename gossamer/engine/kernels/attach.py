@@ -77,8 +77,9 @@ def _kernel_for(operation: nn.Module, path: str, network: Any, exact: Any, use: 
         if use != "inference":
             return EdgeKernel(operation.convolution, operation.radial, like)
         radial = exact.get_submodule(path).radial
-        kinks = network.radial_kinks if like.device.type == "cpu" else ()  # TODO
-        return TableKernel(operation.convolution, lambda x, pair: radial(exact.pair_basis(x, pair)), like, kinks, network.radial_pairs)
+        return TableKernel(
+            operation.convolution, lambda x, pair: radial(exact.pair_basis(x, pair)), like, network.radial_kinks, network.radial_pairs
+        )
     if isinstance(operation, ElementLinear) and use == "inference":
         return FixedMaps(exact.get_submodule(path).maps(exact.embedding.weight).to(like))
     if isinstance(operation, ElementPolynomial) and use == "inference":

@@ -45,6 +45,8 @@ def interval(x, SIZE):
 '''
 SPLINE = """        x = tl.load(values + edge, mask=here, other=0.0)[:, None]
         k, t = interval(x, SIZE)
+        if first_row is not None:
+            k = k + tl.load(first_row + edge, mask=here, other=0)[:, None]
         at = table + k * KNOT + lane
         t2 = t * t
         t3 = t2 * t
@@ -67,7 +69,8 @@ SLOPES = """        inside = tl.where((x >= 0) & (x <= 1), 1.0, 0.0) * SIZE
 def generate(convolution: Convolution, edge_weights: bool = False) -> str:
     """Triton source of the forward and backward pass of one layer.
 
-    With ``edge_weights``, the values of the radial functions on every edge are an input, SIZE of them, not a table of SIZE intervals.
+    With ``edge_weights``, the values of the radial functions on every edge are an input, SIZE of them, not a table of SIZE intervals in
+    ROWS rows, where those of an edge begin at its ``first_row``.
     """
     layout = np.array(table.layout(convolution, 1 if edge_weights else LANES)).reshape(-1, 6).tolist()
     pieces = [HEAD]
@@ -106,13 +109,14 @@ def warps(n_atoms: int, n_chunks: int) -> int:
 def _head(name: str, arguments: str, block: int, convolution: Convolution, loop: str, first: list[str], edge_weights: bool) -> list[str]:
     """Lines up to the loop over the edges of an atom, and in it those that say which edges these are."""
     width = tile(convolution, block, name == "backward")[1]
+    changing = ["edges", "ROWS", *([] if edge_weights else ["SIZE"])]  # or it is compiled again and again
     return [
-        '@triton.jit(do_not_specialize=["edges", "SIZE"], do_not_specialize_on_alignment=["receiver"])',  # or it is compiled again and again
-        f"def {name}_{block}({arguments}, {'SIZE: tl.constexpr' if edge_weights else 'SIZE'}, HARMONICS: tl.constexpr, TILE: tl.constexpr):",
+        f'@triton.jit(do_not_specialize={changing}, do_not_specialize_on_alignment=["receiver"])',
+        f"def {name}_{block}({arguments}, {'SIZE: tl.constexpr' if edge_weights else 'SIZE'}, ROWS, HARMONICS: tl.constexpr, TILE: tl.constexpr):",
         "    atom = tl.program_id(0).to(tl.int64)",
         f"    u = (tl.program_id(1) * {width} + tl.arange(0, {width}))[None, :]",
         f"    mask = u < {convolution.blocks_in[block][1]}",
-        f"    lane = u // {LANES} * ((SIZE + 1) * {3 * LANES}) + u % {LANES}",
+        f"    lane = u // {LANES} * (ROWS * {3 * LANES}) + u % {LANES}",
         f"    zero = tl.zeros([TILE, {width}], dtype=features.dtype.element_ty)",
         *first,
         f"    end = tl.load({loop} + atom + 1)",
@@ -143,7 +147,7 @@ def _radial(first: int, edge_weights: bool, slopes: bool = False) -> list[str]:
     """Lines that give the radial functions r of a product, and with ``slopes`` their derivatives q."""
     if edge_weights:
         return [f"        r = tl.load(values + edge[:, None] * SIZE + {first} + u, mask=both, other=0.0)"]
-    start = f"at + {first} * ((SIZE + 1) * {3 * LANES})"
+    start = f"at + {first} * (ROWS * {3 * LANES})"
     lines = [f"        t{n} = tl.load({start} + {n * LANES}, mask=mask, other=0.0)" for n in range(6)]
     lines.append("        r = " + " + ".join(f"h{n} * t{n}" for n in range(6)))
     return [*lines, "        q = rise * (t3 - t0) + s1 * t1 + s2 * t2 + s4 * t4 + s5 * t5"] if slopes else lines
@@ -153,7 +157,7 @@ def _forward(block: int, products: dict[int, Product], layout: list[list[int]], 
     _, offset, stride = layout[min(products)][:3]
     rows = [(p, m) for p, product in products.items() for m in range(product.coefficients.shape[0])]
     sums = [f"    a{p}_{m} = zero" for p, m in rows]
-    arguments = "features, harmonics, values, table, sender, receiver_starts, out"
+    arguments = "features, harmonics, values, first_row, table, sender, receiver_starts, out"
     dim = convolution.blocks_in[block][0]
     lines = [
         *_head("forward", arguments, block, convolution, "receiver_starts", sums, edge_weights),
@@ -182,9 +186,7 @@ def _backward(block: int, products: dict[int, Product], layout: list[list[int]],
     own = [f"    f = features + atom * {convolution.width_in} + {offset} + u"]
     for k in range(dim):
         own += [f"    f{k} = tl.load(f + {k * stride}, mask=mask, other=0.0)", f"    d{k} = zero"]
-    arguments = (
-        "features, harmonics, values, table, receiver, sender_starts, by_sender, gradient, to_features, to_harmonics, to_values, edges"
-    )
+    arguments = "features, harmonics, values, first_row, table, receiver, sender_starts, by_sender, gradient, to_features, to_harmonics, to_values, edges"
     lines = [
         *_head("backward", arguments, block, convolution, "sender_starts", own, edge_weights),
         "        edge = tl.load(by_sender + place, mask=here, other=0)",
@@ -268,32 +270,34 @@ def kernels(convolution: Convolution, key: str, edge_weights: bool = False) -> A
 
 
 def _launch(
-    convolution: Convolution, block: int, backward: bool, features: Tensor, harmonics: Tensor, size: int
+    convolution: Convolution, block: int, backward: bool, features: Tensor, harmonics: Tensor, size: int, rows: int
 ) -> tuple[tuple[int, int], dict[str, Any]]:
     """Programs, and what is fixed when a kernel is compiled."""
     n_atoms, n_chunks = features.shape[0], chunks(convolution, block, backward)
     n_warps = warps(n_atoms, n_chunks)
     tiled = n_warps * tile(convolution, block, backward)[0]
-    options = {"SIZE": size, "HARMONICS": harmonics.shape[1], "TILE": tiled, "num_warps": n_warps, "enable_fp_fusion": True}
+    options = {"SIZE": size, "ROWS": rows, "HARMONICS": harmonics.shape[1], "TILE": tiled, "num_warps": n_warps, "enable_fp_fusion": True}
     return (n_atoms, n_chunks), options
 
 
 def forward(
     convolution: Convolution, built: Any, features: Tensor, harmonics: Tensor, values: Tensor, table: Tensor, size: int,
-    edge_index: Tensor, receiver_starts: Tensor,
+    edge_index: Tensor, receiver_starts: Tensor, first_row: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """``values``: distances, with a table of ``size`` intervals; or ``size`` radial functions of every edge, and any table."""
+    """``values``: distances, with a table of ``size`` intervals, which begin at ``first_row``; or ``size`` radial functions of every edge, and any table."""
     features, harmonics, values = features.contiguous(), harmonics.contiguous(), values.contiguous()
     out = features.new_zeros(features.shape[0], convolution.width_out)
     for block in used_blocks(convolution):
-        grid, options = _launch(convolution, block, False, features, harmonics, size)
-        getattr(built, f"forward_{block}")[grid](features, harmonics, values, table, edge_index[0], receiver_starts, out, **options)
+        grid, options = _launch(convolution, block, False, features, harmonics, size, table.shape[1])
+        getattr(built, f"forward_{block}")[grid](
+            features, harmonics, values, first_row, table, edge_index[0], receiver_starts, out, **options
+        )
     return out
 
 
 def backward(
     convolution: Convolution, built: Any, gradient: Tensor, features: Tensor, harmonics: Tensor, values: Tensor, table: Tensor, size: int,
-    edge_index: Tensor, sender_starts: Tensor, by_sender: Tensor,
+    edge_index: Tensor, sender_starts: Tensor, by_sender: Tensor, first_row: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of features, harmonics and values; arguments as forward."""
     gradient, features, harmonics, values = (t.contiguous() for t in (gradient, features, harmonics, values))
@@ -302,9 +306,9 @@ def backward(
     to_features, to_harmonics = torch.zeros_like(features), harmonics.new_zeros(parts, *harmonics.shape)
     to_values = values.new_zeros(parts, n_edges) if values.dim() == 1 else torch.empty_like(values)
     for block in blocks:
-        grid, options = _launch(convolution, block, True, features, harmonics, size)
+        grid, options = _launch(convolution, block, True, features, harmonics, size, table.shape[1])
         getattr(built, f"backward_{block}")[grid](
-            features, harmonics, values, table, edge_index[1], sender_starts, by_sender, gradient, to_features, to_harmonics, to_values,
+            features, harmonics, values, first_row, table, edge_index[1], sender_starts, by_sender, gradient, to_features, to_harmonics, to_values,
             n_edges, **options,
         )  # fmt: skip
     return to_features, _summed(to_harmonics), _summed(to_values) if values.dim() == 1 else to_values

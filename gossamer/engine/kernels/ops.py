@@ -201,17 +201,21 @@ _library.impl("map_by_species", _map_by_species, "CPU")
 # --- on a GPU --------------------------------------------------------------------------------------------------------
 
 
-def _convolve_gpu(key: str, *tensors: Tensor) -> Tensor:
-    features, harmonics, x, table, edge_index, receiver_starts, _, _ = tensors
-    return gpu.forward(*_convolutions[key][:2], features, harmonics, x, table, table.shape[1] - 1, edge_index, receiver_starts)
+def _convolve_gpu(
+    key: str, features: Tensor, harmonics: Tensor, x: Tensor, table: Tensor, edge_index: Tensor, receiver_starts: Tensor, sender_starts: Tensor,
+    by_sender: Tensor, first_row: Tensor | None = None, intervals: int = 0,
+) -> Tensor:  # fmt: skip
+    size = intervals or table.shape[1] - 1
+    return gpu.forward(*_convolutions[key][:2], features, harmonics, x, table, size, edge_index, receiver_starts, first_row)
 
 
-def _convolve_backward_gpu(key: str, *tensors: Tensor) -> tuple[Tensor, ...]:
-    gradient, features, harmonics, x, table, edge_index, _, sender_starts, by_sender = tensors
+def _convolve_backward_gpu(
+    key: str, gradient: Tensor, features: Tensor, harmonics: Tensor, x: Tensor, table: Tensor, edge_index: Tensor, receiver_starts: Tensor,
+    sender_starts: Tensor, by_sender: Tensor, first_row: Tensor | None = None, intervals: int = 0,
+) -> tuple[Tensor, ...]:  # fmt: skip
     convolution, built, _ = _convolutions[key]
-    return gpu.backward(
-        convolution, built, gradient, features, harmonics, x, table, table.shape[1] - 1, edge_index, sender_starts, by_sender
-    )
+    size = intervals or table.shape[1] - 1
+    return gpu.backward(convolution, built, gradient, features, harmonics, x, table, size, edge_index, sender_starts, by_sender, first_row)
 
 
 def _weighted_gpu(key: str, *tensors: Tensor) -> Tensor:
