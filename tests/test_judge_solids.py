@@ -115,18 +115,27 @@ def test_phonons_beside_a_reference(tmp_path: Path) -> None:
     cell = phonons.make_phonons(EMT(), bulk("Cu", a=3.589), [3, 3, 3])
     at_x = phonons.frequencies_at(cell, np.array([[0.5, 0.0, 0.5]]))[0]
     file = tmp_path / "frequencies.json"
-    file.write_text(json.dumps({"Cu": {"X": list(at_x + 0.5), "Γ": [0.5, 0.5, 0.5]}}))
+    line = phonons.frequencies_at(cell, np.linspace([0.5, 0.0, 0.5], [0.0, 0.0, 0.0], 5)) + 0.5
+    file.write_text(json.dumps({"Cu": {"X": list(at_x + 0.5), "Γ": [0.5, 0.5, 0.5], "X-Γ": line.tolist()}}))
     result = phonons.check(candidate_of(EMT, tmp_path, phonons_reference=str(file)))
-    assert by_name(result, "mean error against the reference at X, Γ").value == pytest.approx(0.5, abs=0.05)
+    assert by_name(result, "mean error against the reference at X, Γ, X-Γ").value == pytest.approx(0.5, abs=0.05)
     drawn = [c for c in result.panels[0].curves if c.reference]
-    assert drawn
+    assert sum(c.points for c in drawn) >= 2
+    lines = [c for c in drawn if not c.points]
+    assert len(lines) == 3, "one for each band, on the part of the path from Γ to X"
+    (first, second) = result.panels[0].ticks[:2]
+    assert (first[1], second[1]) == ("Γ", "X")
+    for c in lines:
+        assert (c.x[0], c.x[-1]) == pytest.approx((first[0], second[0]))
+        assert c.y[0] == pytest.approx(0.5, abs=0.05), "the line was given from X to Γ, the path goes from Γ to X"
     assert "U|K" in dict(map(reversed, result.panels[0].ticks)) or "K|U" in dict(map(reversed, result.panels[0].ticks))
-    for wrong, message in (({"Q": [1.0]}, "no point 'Q'"), ({"X": [1.0]}, "has 1 frequencies at X; its primitive cell has 3 bands")):
+    for wrong, message in (({"Q": [[1.0]]}, "no point 'Q'"), ({"X": [[1.0]]}, "has 1 frequencies at X; its primitive cell has 3 bands")):
         with pytest.raises(ValueError, match=message):
-            phonons.beside_reference(cell, bulk("Cu", a=3.589), [], wrong, "Cu")
-    file.write_text("[1]")
-    with pytest.raises(ValueError, match="not a file of phonon frequencies"):
-        phonons.read_reference(file)
+            phonons.beside_reference(cell, bulk("Cu", a=3.589), [], {k: np.array(v) for k, v in wrong.items()}, "Cu")
+    for text in ("[1]", '{"Cu": {"X": [[1], [2]]}}', '{"Cu": {"Γ-X": [1]}}', '{"Cu": {"Γ-X": [[1], [2, 3]]}}'):
+        file.write_text(text)
+        with pytest.raises(ValueError, match="not a file of phonon frequencies"):
+            phonons.read_reference(file)
 
 
 def test_unstable_crystal_has_imaginary_modes(tmp_path: Path) -> None:

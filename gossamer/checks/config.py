@@ -35,7 +35,7 @@ class JudgeConfig:
     diatomics_reference: str | None = None
     """JSON file of reference curves of two atoms."""
     phonons_reference: str | None = None
-    """JSON file of reference frequencies at named points: {"Si": {"X": [4.49, 4.49, 12.32, ...]}} in THz."""
+    """JSON file of reference frequencies in THz at named points and along lines: {"Si": {"X": [4.49, ...], "Γ-X": [[0, ...], ...]}}."""
     references: tuple[str, ...] = ()
     """Reference trajectories of the simulated systems, in their order."""
     reference_interval: Annotated[float, Field(gt=0)] | None = None

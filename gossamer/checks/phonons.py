@@ -6,6 +6,7 @@ import json
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -95,8 +96,12 @@ def frequencies_at(phonons: Any, qpoints: Array) -> Array:
     return np.array(phonons.qpoints.frequencies)
 
 
-def read_reference(path: Path | str) -> dict[str, dict[str, list[float]]]:
-    """Reference frequencies in THz by crystal and named point of the Brillouin zone: {"Si": {"X": [4.49, 4.49, 12.32, ...]}}.
+def read_reference(path: Path | str) -> dict[str, dict[str, Array]]:
+    """Reference frequencies in THz by crystal and place: {"Si": {"X": [4.49, 4.49, 12.32, ...], "Γ-X": [[0, 0, 0, 15.5, ...], ...]}}.
+
+    Returns:
+        By crystal and place (n_points, n_bands) frequencies, sorted in each point: one point for a named place of the Brillouin
+        zone, several at even distances for a line between two.
 
     Raises:
         InputError: not such a file.
@@ -104,41 +109,62 @@ def read_reference(path: Path | str) -> dict[str, dict[str, list[float]]]:
     with open_text(Path(path)) as file:
         text = file.read()
     try:
-        return {
-            crystal: {point: sorted(float(f) for f in found) for point, found in points.items()}
-            for crystal, points in json.loads(text).items()
-        }
+        found = {c: {p: np.sort(np.atleast_2d(np.array(v, dtype=float))) for p, v in places.items()} for c, places in json.loads(text).items()}
+        if wrong := [p for places in found.values() for p, v in places.items() if v.ndim != 2 or ("-" in p) != (len(v) > 1)]:
+            raise ValueError(f"'{wrong[0]}': a point has one list, a line has several of one length")
+        return found
     except (AttributeError, TypeError, ValueError) as error:
         raise InputError(
-            f'\'{path}\' is not a file of phonon frequencies: expected {{"Si": {{"X": [4.49, ...], ...}}}}, THz at named points ({error!r}).'
+            f'\'{path}\' is not a file of phonon frequencies: expected {{"Si": {{"X": [4.49, ...], "Γ-X": [[0.0, ...], ...]}}}}, '
+            f"THz at named points and along lines between them ({error!r})."
         ) from None
 
 
 def beside_reference(
-    phonons: Any, cell: Atoms, ticks: list[tuple[float, str]], reference: dict[str, list[float]], name: str
+    phonons: Any, cell: Atoms, ticks: list[tuple[float, str]], reference: dict[str, Array], name: str
 ) -> tuple[list[Curve], list[Metric]]:
-    """Reference frequencies drawn at the named places of the band path, and the mean error there.
+    """Reference frequencies drawn on the band path, named points as points and lines as curves, and the mean error there.
+
+    Args:
+        phonons: `phonopy.Phonopy` with force constants.
+        cell: Primitive cell.
+        ticks: Places of the band path, as of ``band_path``.
+        reference: (n_points, n_bands) THz by place, as of ``read_reference``.
+        name: Of the crystal.
 
     Raises:
         InputError: a point that this lattice does not have, or another number of bands.
     """
     special = {("Γ" if label == "G" else label): q for label, q in cell.cell.bandpath().special_points.items()}
     curves, errors = [], []
-    for point, expected in reference.items():
-        label = "Γ" if point in ("G", "GAMMA") else point
-        if label not in special:
-            raise InputError(f"The lattice of {name} has no point '{point}'. It has {', '.join(special)}.")
-        ours = np.sort(frequencies_at(phonons, np.array([special[label]]))[0])
-        if len(ours) != len(expected):
+    for place, expected in reference.items():
+        ends = ["Γ" if point in ("G", "GAMMA") else point for point in place.split("-")]
+        if len(ends) > 2 or (missing := [point for point in ends if point not in special]):
+            raise InputError(f"The lattice of {name} has no point '{place if len(ends) > 2 else missing[0]}'. It has {', '.join(special)}.")
+        along = np.linspace(special[ends[0]], special[ends[-1]], len(expected))
+        ours = np.sort(frequencies_at(phonons, along))
+        if ours.shape[1] != expected.shape[1]:
             raise InputError(
-                f"The reference of {name} has {len(expected)} frequencies at {point}; its primitive cell has {len(ours)} bands."
+                f"The reference of {name} has {expected.shape[1]} frequencies at {place}; its primitive cell has {ours.shape[1]} bands."
             )
-        errors.append(np.abs(ours - np.array(expected)))
-        curves += [
-            curve([x] * len(expected), expected, "reference", reference=True, points=True) for x, tick in ticks if label in tick.split("|")
-        ]
-    metric = measured(f"{name}: mean error against the reference at {', '.join(reference)}", float(np.mean(errors)), "THz", "low")
-    return curves, [metric]
+        errors.append(np.abs(ours - expected).ravel())
+        curves += _on_path(ends, expected, ticks)
+    error = float(np.concatenate(errors).mean())
+    return curves, [measured(f"{name}: mean error against the reference at {', '.join(reference)}", error, "THz", "low")]
+
+
+def _on_path(ends: list[str], frequencies: Array, ticks: list[tuple[float, str]]) -> list[Curve]:
+    """Reference points at every place of their name, reference lines at every part of the path between their ends, in either direction."""
+    if len(ends) == 1:
+        places = [x for x, label in ticks if ends[0] in label.split("|")]
+        return [curve([x] * frequencies.shape[1], frequencies[0], "reference", reference=True, points=True) for x in places]
+    drawn = []
+    for (start, left), (stop, right) in pairwise(ticks):
+        part = [left.split("|")[-1], right.split("|")[0]]  # "U|K" ends one part at U and begins the next at K
+        if sorted(part) == sorted(ends):
+            x = np.linspace(start, stop, len(frequencies))
+            drawn += [curve(x, band, "reference", reference=True) for band in (frequencies if part == ends else frequencies[::-1]).T]
+    return drawn
 
 
 def mesh_frequencies(phonons: Any, mesh: float = 30.0) -> tuple[Array, Array]:
@@ -170,7 +196,7 @@ def check(candidate: Candidate) -> Result:
                     "No imaginary modes; the acoustic sum rule holds.")  # fmt: skip
 
 
-def _phonons(candidate: Candidate, name: str, atoms: Atoms, panels: list[Panel], reference: dict[str, list[float]]) -> list[Metric]:
+def _phonons(candidate: Candidate, name: str, atoms: Atoms, panels: list[Panel], reference: dict[str, Array]) -> list[Metric]:
     cell, _ = relaxed(candidate.calculator, atoms, fmax=0.001, steps=500)
     phonons = make_phonons(candidate.calculator, cell, bar=lambda items: candidate.bar(items, f"phonons of {name}"))
     drift = sum_rule_error(phonons)
