@@ -59,9 +59,10 @@ def headline(name: str, found: dict[str, Result], checks: dict[str, tuple[str, s
     rest = [f"{'also ' if s == status else ''}{s}: {', '.join(checks[c][0].lower() for c in groups[s] if c != first)}"
             for s in ("failed", "weak") if [c for c in groups[s] if c != first]]  # fmt: skip
     rest += [f"{len(groups[s])} {s}" for s in ("passed", "measured", "skipped") if groups[s]]
+    told = f"{'; '.join(rest)}." if rest else ""
     return {
         "name": name, "status": status, "finding": found[first].reason if first else "Nothing failed.", "consequence": found[first].consequence if first else "",
-        "link": {"id": first, "title": checks[first][0]} if first else None, "rest": "; ".join(rest)[:1].upper() + "; ".join(rest)[1:] + ".",
+        "link": {"id": first, "title": checks[first][0]} if first else None, "rest": told[:1].upper() + told[1:],
     }  # fmt: skip
 
 
@@ -86,7 +87,7 @@ def overview_row(
             continue
         metric = key_metric(result, about[2])
         has_value = metric is not None and metric.value is not None
-        cells.append({"status": result.status, "number": f"{number(metric.value)} {metric.unit}" if has_value else "", "what": metric.name if has_value else "",
+        cells.append({"status": result.status, "number": number(metric.value) if has_value else "", "unit": metric.unit if has_value else "", "what": metric.name if has_value else "",
                       "spark": thumbnail(result, colours[name])})  # fmt: skip
     return {"id": check, "title": about[0], "cells": cells}
 

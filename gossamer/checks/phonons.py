@@ -109,7 +109,9 @@ def read_reference(path: Path | str) -> dict[str, dict[str, Array]]:
     with open_text(Path(path)) as file:
         text = file.read()
     try:
-        found = {c: {p: np.sort(np.atleast_2d(np.array(v, dtype=float))) for p, v in places.items()} for c, places in json.loads(text).items()}
+        found = {
+            c: {p: np.sort(np.atleast_2d(np.array(v, dtype=float))) for p, v in places.items()} for c, places in json.loads(text).items()
+        }
         if wrong := [p for places in found.values() for p, v in places.items() if v.ndim != 2 or ("-" in p) != (len(v) > 1)]:
             raise ValueError(f"'{wrong[0]}': a point has one list, a line has several of one length")
         return found
