@@ -54,7 +54,7 @@ def test_page_in_a_browser(browser: Any, width: int, height: int, tmp_path: Path
     from selenium.webdriver.common.by import By
 
     judge(
-        calculator=["ase.calculators.emt:EMT", "long_name_of_a_potential=ase.calculators.emt:EMT"],
+        calculator=["ase.calculators.emt:EMT", "long_name_of_a_potential=ase.calculators.emt:EMT", "third=ase.calculators.emt:EMT"],
         elements=["Cu", "Al"],
         only=["symmetry", "diatomics", "errors"],
         out=tmp_path,
@@ -66,6 +66,9 @@ def test_page_in_a_browser(browser: Any, width: int, height: int, tmp_path: Path
     browser.get((tmp_path / "report.html").as_uri())
     assert not [m for m in browser.get_log("browser") if m["level"] == "SEVERE"]
     assert browser.execute_script("return document.documentElement.scrollWidth") <= width, "the page scrolls sideways"
+    assert browser.execute_script("const e = document.querySelector('.overview'); return e.scrollWidth <= e.clientWidth"), (
+        "three do not fit"
+    )
     assert browser.execute_script(
         "return new Set([...document.querySelectorAll('[id]')].map(e => e.id)).size == document.querySelectorAll('[id]').length"
     ), "an id occurs twice"
@@ -118,7 +121,7 @@ def test_failures_come_first_and_skipped_checks_are_folded(tmp_path: Path) -> No
     overview = body[body.index("overview") : body.index("</table>")]
     assert re.findall(r'href="#(\w+)"', overview) == ["three", "one", "four"]
     assert overview.count('class="spark"') == 3
-    assert re.findall(r'class="key">([^<]+)<', overview) == ["30 meV/Å", "0.1 meV", "0.1 meV"]
+    assert re.findall(r'class="key">([^<]+) <span class="unit">([^<]+)<', overview) == [("30", "meV/Å"), ("0.1", "meV"), ("0.1", "meV")]
     headline = body[: body.index("overview")]
     assert "Jump: 30 meV/Å, expected at most 1 meV/Å" in headline  # the worst finding stands above the table
     assert "It breaks." in headline
