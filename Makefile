@@ -1,5 +1,6 @@
 # make demo   train, evaluate, simulate and report on the shipped water data (a few minutes on two cores)
 # make test   the test suite (a few minutes on two cores)
+# make docs   build the site into site/, warnings as errors
 # make wheel  build the wheel, install it into an environment of its own, use it
 # All set up a virtual environment with pinned versions first.
 
@@ -9,7 +10,7 @@ BIN = $(VENV)/bin
 export OMP_WAIT_POLICY ?= passive
 export MPLBACKEND ?= Agg
 
-.PHONY: demo test lint slow wheel clean
+.PHONY: demo test lint slow docs tutorials wheel clean
 
 $(VENV)/.ready: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "gossamer needs Python 3.11 or newer; this is " + sys.version.split()[0] + ". Try: make PYTHON=python3.12")'
@@ -28,6 +29,14 @@ test: $(VENV)/.ready
 slow: $(VENV)/.ready
 	$(BIN)/python -m pytest -m slow
 
+docs: export OMP_NUM_THREADS = 1
+docs: $(VENV)/.ready
+	$(BIN)/python -m sphinx --quiet --fail-on-warning --keep-going -c docs -b html . site
+
+# runs the tutorials and writes what they print into their pages (minutes)
+tutorials: $(VENV)/.ready
+	$(BIN)/python docs/make_tutorials.py
+
 wheel: $(VENV)/.ready
 	.ci/wheel $(VENV)
 
@@ -37,4 +46,4 @@ lint: $(VENV)/.ready
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) demo/run demo/report.html
+	rm -rf $(VENV) site demo/run demo/report.html

@@ -53,6 +53,7 @@ def nequip(preset: str | None, cutoff: float, allegro: bool = False) -> tuple[An
     import nequip_package as package
 
     package.CUTOFF, package.ELEMENTS = cutoff, list(ELEMENTS.values())
+    package.OWN["l2 even"] = dict(num_layers=3, l_max=2, num_features=32, parity=False, radial_mlp_depth=1, radial_mlp_width=64)
     if not allegro:
         return package.theirs(preset, True)
     from allegro.model import AllegroModel
@@ -285,6 +286,7 @@ MODELS: dict[str, tuple[str, Callable[[], tuple[Any, int]]]] = {
     "nequip S, AOTInductor": ("nequip", lambda: nequip("S", 5.0)),
     "nequip M, AOTInductor": ("nequip", lambda: nequip("M", 5.0)),
     "nequip l2 32, both parities, 4 layers, AOTInductor": ("nequip", lambda: nequip("l2", 5.0)),
+    "nequip l2 32, 3 layers, AOTInductor": ("nequip", lambda: nequip("l2 even", 5.0)),  # as trained in ../accuracy/peers.py
     "nequip S 6 Å, AOTInductor": ("nequip", lambda: nequip("S", 6.0)),
     "allegro l2, 2 layers, AOTInductor": ("nequip", lambda: nequip(None, 5.0, allegro=True)),
     "mace 64x0e+64x1o, correlation 2": ("mace", lambda: mace("64x0e + 64x1o", 2, list(ELEMENTS))),

@@ -1,0 +1,65 @@
+"""The picture on the front page: force error after the same time of training against the time of a step of dynamics.
+
+    python benchmarks/accuracy/error_cost.py
+
+Everything is read from committed results. Errors: mlearn silicon, six minutes of training each on one thread (compare/silicon-6min*.json: ours by
+compare.py, the packages nequip and mace by peers.py, on the same frames). Time: energy and forces of 512 atoms of silicon through each ASE
+calculator, one thread, of the same networks with random weights (../speed/peers-1thread.json); ours as by default (kernels) and as a program.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+HERE = Path(__file__).resolve().parent
+OURS, THEIRS = "#1f6f8b", "#d1495b"
+PACKAGES = {
+    "nequip": ("nequip package", "nequip l2 32, 3 layers, AOTInductor"),
+    "mace": ("mace package", "mace 64x0e+64x1o, correlation 2"),
+}
+"""by file of errors: label, and row of the speed table"""
+
+
+def points() -> list[tuple[str, float, list[float], bool]]:
+    """Label, force error in meV/Å, times of a step in ms (the fastest first), and whether it is ours."""
+    speed = json.loads((HERE.parent / "speed" / "peers-1thread.json").read_text())
+    found = []
+    for row in json.loads((HERE / "compare" / "silicon-6min.json").read_text()):
+        name = {"nequip": "NequIP", "geodite": "Geodite", "leignn": "LEIGNN"}[row["name"]]
+        times = [speed[f"{row['name']} (default), {way}"]["ms"]["silicon512"] for way in ("program", "kernels")]
+        found.append((name, row["test"]["forces_mae_meV_per_A"], times, True))
+    for file, (label, key) in PACKAGES.items():
+        error = json.loads((HERE / "compare" / f"silicon-6min-{file}.json").read_text())["forces_mae_meV_per_A"]
+        found.append((label, error, [speed[key]["ms"]["silicon512"]], False))
+    return found
+
+
+def main() -> None:
+    style = {"font.size": 11, "font.family": "sans-serif", "svg.hashsalt": "gossamer", "axes.spines.top": False, "axes.spines.right": False}
+    with plt.rc_context(style):
+        figure, axes = plt.subplots(figsize=(7.2, 3.7), layout="constrained")
+        for label, error, times, own in points():
+            colour = OURS if own else THEIRS
+            axes.plot(times, [error] * len(times), "-", color=colour, lw=2, alpha=0.5)
+            axes.plot(times[:1], [error], "o", ms=9, color=colour)
+            axes.plot(times[1:], [error] * (len(times) - 1), "o", ms=9, mfc="white", mew=2, color=colour)
+            axes.annotate(label, (times[0], error), (0, 9), textcoords="offset points", ha="center", color=colour, weight="bold")
+        axes.set(xscale="log", xlim=(8, 2500), ylim=(0, 132), xlabel="ms per step of dynamics, 512 atoms of silicon, one CPU thread",
+                 ylabel="force error, meV/Å")  # fmt: skip
+        axes.set_xticks([10, 30, 100, 300, 1000], ["10", "30", "100", "300", "1,000"])
+        axes.grid(alpha=0.25, which="major")
+        axes.minorticks_off()
+        axes.text(0.985, 0.04, "● program   ○ default (kernels)", transform=axes.transAxes, ha="right", color=OURS)
+        axes.text(0.015, 0.04, "better: down and to the left", transform=axes.transAxes, color="#666")
+        figure.patch.set_facecolor("white")
+        figure.savefig(HERE / "error_cost.svg", metadata={"Date": None})
+
+
+if __name__ == "__main__":
+    main()
