@@ -16,7 +16,7 @@ OUT = "runs/water"
 # %% [markdown]
 # ## 1. Somebody's potential
 #
-# A small one, trained for 1,000 steps on the first three quarters of a trajectory at 350 K. The last quarter was kept aside.
+# A small one, trained for 600 steps on the first three quarters of a trajectory at 350 K. The last quarter was kept aside.
 
 # %%
 frames = ase.io.read("demo/data/water_liquid_350K.extxyz.xz", ":")
@@ -27,7 +27,7 @@ settings = {
     "data": {"train": f"{OUT}-train.extxyz", "valid_fraction": 0.1},
     "model": {"name": "leignn", "num_features": 48, "num_layers": 2, "cutoff": 4.5},
     "loss": {"energy": 1.0, "forces": 10.0},
-    "training": {"steps": 1000, "batch_size": 2, "learning_rate": 5e-3, "valid_every": 200},
+    "training": {"steps": 600, "batch_size": 2, "learning_rate": 5e-3, "valid_every": 100},
     "out": OUT,
 }
 gossamer.train(settings, progress=False)
@@ -37,12 +37,12 @@ potential = f"{OUT}/potential.safetensors"
 # ## 2. The judge
 #
 # One call, or `gossamer judge runs/water/potential.safetensors --data runs/water-late.extxyz --temperature 350`. Any ASE calculator can stand in
-# place of the file. Simulations are left out here, since the [first tutorial](frames_to_dynamics.md) is about one. The answer is a verdict for each check, and the worst number of each with what to expect of it; the page
+# place of the file. Simulations and the time are left out here, since the [first tutorial](frames_to_dynamics.md) is about them. The answer is a verdict for each check, and the worst number of each with what to expect of it; the page
 # `runs/water-verdict/report.html` shows the same with pictures.
 
 # %%
 verdict = gossamer.judge(
-    potential, structures=f"{OUT}-late.extxyz", data=f"{OUT}-late.extxyz", temperature=350, skip=["speed", "dynamics"],
+    potential, structures=f"{OUT}-late.extxyz", data=f"{OUT}-late.extxyz", temperature=350, skip=["conservation", "dynamics", "speed"],
     out=f"{OUT}-verdict", progress=False,
 )  # fmt: skip
 for check, found in next(iter(verdict.values())).items():
@@ -101,7 +101,7 @@ table(potential)
 tuning = settings | {
     "data": {"train": f"{OUT}-hot-new.extxyz", "valid_size": 2},
     "finetune": {"start": potential, "replay": f"{OUT}-train.extxyz", "replay_fraction": 0.5},
-    "training": {"steps": 300, "batch_size": 2, "learning_rate": 1e-3, "valid_every": 100},
+    "training": {"steps": 200, "batch_size": 2, "learning_rate": 1e-3, "valid_every": 100},
     "out": f"{OUT}-tuned",
 }
 gossamer.train(tuning, progress=False)

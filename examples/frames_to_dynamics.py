@@ -52,7 +52,7 @@ result = gossamer.train(
         "data": {"train": f"{OUT}-train.extxyz", "valid_fraction": 0.1, "split": "random"},
         "model": {"name": "leignn"},
         "loss": {"energy": 5.0, "forces": 10.0},
-        "training": {"steps": 4000, "batch_size": 8, "learning_rate": 5e-3, "valid_every": 400},
+        "training": {"steps": 1500, "batch_size": 8, "learning_rate": 5e-3, "valid_every": 300},
         "out": OUT,
     },
     progress=False,
@@ -101,12 +101,12 @@ print(
 # %% [markdown]
 # ## 6. Simulate
 #
-# Five picoseconds at the temperature of the reference (which has six). The run is written frame by frame, can be
+# Four picoseconds at the temperature of the reference (which has six). The run is written frame by frame, can be
 # continued (`resume=True`), and stops by itself when it leaves sanity: `broken` would say why.
 
 # %%
 run = gossamer.md(
-    f"{OUT}/potential.safetensors", test[0], temperature=TEMPERATURE, ensemble="langevin", timestep=0.5, steps=10_000, interval=20,
+    f"{OUT}/potential.safetensors", test[0], temperature=TEMPERATURE, ensemble="langevin", timestep=0.5, steps=8_000, interval=20,
     out=f"{OUT}/md", progress=False,
 )  # fmt: skip
 print(f"{run['time_ps']:g} ps in {run['seconds']:.0f} s, mean temperature {run['mean_temperature_K']:.0f} K, broken: {run['broken']}")
@@ -147,4 +147,4 @@ plot_curves(r, [(h, "simulation")], "r, Å", "h(r), 1/Å", (r, reference, "refer
 #   than on the test frames (`gossamer fit more.extxyz --start runs/ethanol/potential.safetensors --replay runs/ethanol-train.extxyz`);
 # - let `gossamer judge runs/ethanol/potential.safetensors --data runs/ethanol-test.extxyz` look at everything else, as the
 #   [next tutorial](fit_for_use.md) does;
-# - train longer: 4,000 steps are the beginning of the learning curve ([Training](../training.md)).
+# - train longer: 1,500 steps are the beginning of the learning curve ([Training](../training.md)).

@@ -51,13 +51,23 @@ def test_readme_runs(tmp_path: Path) -> None:
         if language == "python":
             steps.append((language, text))
         commands = [line.split("#")[0].strip() for line in text.splitlines() if line.startswith("gossamer ")]
-        steps += [("sh", c.removeprefix("gossamer ") + (" --only symmetry" if c.startswith("gossamer judge") else "")) for c in commands if language == "sh"]
+        steps += [
+            ("sh", c.removeprefix("gossamer ") + (" --only symmetry" if c.startswith("gossamer judge") else ""))
+            for c in commands
+            if language == "sh"
+        ]
     assert len(steps) >= 7
     result = subprocess.run([sys.executable, "-c", IN_ONE_PROCESS], cwd=tmp_path, env=ENVIRONMENT, input=json.dumps(steps), capture_output=True,
                             text=True, timeout=300, check=False)  # fmt: skip
     assert result.returncode == 0, result.stdout + result.stderr
     assert "symmetry" in (tmp_path / "verdict" / "report.html").read_text()
-    for made in ("judgement/judgement.json", "md/trajectory.traj", "dynamics/trajectory.traj", "relaxed.extxyz", "second/potential.safetensors"):
+    for made in (
+        "judgement/judgement.json",
+        "md/trajectory.traj",
+        "dynamics/trajectory.traj",
+        "relaxed.extxyz",
+        "second/potential.safetensors",
+    ):
         assert (tmp_path / made).exists(), made
 
 
