@@ -25,7 +25,12 @@ def run(command: list[str], folder: Path, good: tuple[int, ...] = (0,)) -> str:
     return result.stdout
 
 
-SHORT = {"minutes=5": "minutes=0.1", "--fmax 0.05": "--fmax 0.5", 'out="verdict")': 'out="verdict", only=["symmetry", "errors"])'}
+SHORT = {
+    "minutes=5": "minutes=0.1",
+    "--steps 500": "--steps 60",
+    "--fmax 0.05": "--fmax 0.5",
+    'out="verdict")': 'out="verdict", only=["symmetry", "errors"])',
+}
 """README's numbers, cut to seconds"""
 IN_ONE_PROCESS = """
 import json, sys
