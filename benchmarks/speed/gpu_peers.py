@@ -72,7 +72,13 @@ def main() -> None:
             print(f"| {arguments.model}, its package | {len(atoms):,} | {str(error).splitlines()[0][:80]} | | |", flush=True)
             continue
         memory = torch.cuda.max_memory_allocated() / 1e6 if arguments.device == "cuda" else 0.0
-        row = [f"{arguments.model}, its package", f"{len(atoms):,}", f"{min(times):.3g}", f"{1000 * min(times) / len(atoms):.3g}", f"{memory:.0f}"]
+        row = [
+            f"{arguments.model}, its package",
+            f"{len(atoms):,}",
+            f"{min(times):.3g}",
+            f"{1000 * min(times) / len(atoms):.3g}",
+            f"{memory:.0f}",
+        ]
         print("| " + " | ".join(row) + " |", flush=True)
 
 

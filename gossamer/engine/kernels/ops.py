@@ -252,10 +252,11 @@ def on_its_gpu(function: Callable[..., Any]) -> Callable[..., Any]:
 
 _library.impl("sort_edges", gpu.sort_edges, "CUDA")
 _library.impl("map_by_species", gpu.map_by_species, "CUDA")
-for _name, _function in {
+_on_gpus: dict[str, Callable[..., Any]] = {
     "convolve": _convolve_gpu, "convolve_backward": _convolve_backward_gpu, "convolve_weighted": _weighted_gpu, "convolve_weighted_backward": _weighted_backward_gpu,
     **{name: _attention_gpu(name) for name in ("attend", "attend_backward", "perpendicular", "perpendicular_backward")},
-}.items():  # fmt: skip
+}  # fmt: skip
+for _name, _function in _on_gpus.items():
     _library.impl(_name, on_its_gpu(_function), "CUDA")
 
 
