@@ -62,7 +62,7 @@ MODELS = {
     "geodite-published": dict(name="geodite", variant="published"),
     "geodite-direct": dict(name="geodite", direct_forces=True),
     "mace": dict(name="mace"),
-    "mace-agnesi": dict(name="mace", transform="agnesi", density=True, self_connections="all", l_max=3, hidden_l_max=2, num_features=2),
+    "mace-agnesi": dict(name="mace", transform="agnesi", density=True, self_connections="all", num_features=2),
     "mace-published": dict(name="mace", variant="published", self_connections="all"),
     "painn": dict(name="painn"),
     "painn-published": dict(name="painn", variant="published"),
