@@ -56,7 +56,12 @@ def potential(tree: Tree, options: ImportOptions) -> Potential:
         ValueError: a class, a setting or a tensor that is not known, a head or an element that the file lacks.
     """
     where = f"'{tree.path}'"
-    return assemble(tensors_of(tree.root), describe(tree.root, where), options, where)
+    try:
+        return assemble(tensors_of(tree.root), describe(tree.root, where), options, where)
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError) as error:
+        raise ValueError(
+            f"{where} is not built as mace-torch builds its models ({type(error).__name__}: {error}). It was refused."
+        ) from error
 
 
 # --- what kind of model it is ----------------------------------------------------------------------------------------
@@ -85,7 +90,7 @@ def describe(root: Any, where: str) -> dict[str, Any]:
     last_only = settings.expect("use_last_readout_only", True, False, default=False)
     heads = list(settings.take("heads", ["Default"]))
     settings.done()
-    n = len(modules_of(modules["interactions."])) and sum(f"interactions.{k}." in modules for k in range(len(modules)))
+    n = sum(f"interactions.{k}." in modules for k in range(len(modules)))
     states = [module_state(modules[f"interactions.{k}."]) for k in range(n)]
     for k, state in enumerate(states):
         irreps = irreps_of(state["target_irreps"])

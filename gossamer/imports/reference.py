@@ -93,11 +93,16 @@ def sevennet(what: dict[str, Any], precision: str) -> Any:
 
 
 def mace(what: dict[str, Any], precision: str) -> Any:
-    """mace-torch."""
+    """mace-torch, in the precision of the file: its couplings and 3j symbols are rounded to that."""
+    if precision == "float64":
+        return None
+    import torch
     from mace.calculators import MACECalculator
 
     chosen = {} if what["head"] is None else {"head": what["head"]}
-    return MACECalculator(model_paths=what["path"], device="cpu", default_dtype="" if precision == "native" else precision, **chosen)
+    calculator = MACECalculator(model_paths=what["path"], device="cpu", default_dtype="", **chosen)
+    torch.set_default_dtype(next(calculator.models[0].parameters()).dtype)  # in which its repulsion multiplies whole numbers
+    return calculator
 
 
 def nequix(what: dict[str, Any], precision: str) -> Any:

@@ -1,0 +1,121 @@
+"""Files of mace-torch: what is not known is refused by name, other bases are mapped. That the numbers are equal, `test_reference.py` shows."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from ase.build import molecule
+
+from gossamer.imports import mace
+from gossamer.imports.contract import ImportOptions
+from gossamer.imports.inert import Inert, Tree
+from gossamer.nn.contraction import couplings, monomials
+
+
+def stand_in(name: str, children: dict | None = None, **state: object) -> Inert:
+    """A module as the reader gives it."""
+    made = Inert(name)
+    made.state = {"_modules": children or {}, **state}
+    return made
+
+
+def irreps(*parts: tuple[int, int, int]) -> Inert:
+    return Inert(
+        "e3nn.o3._irreps.Irreps", (tuple(Inert("e3nn.o3._irreps._MulIr", ((n, Inert("Irrep", ((l, p),))),)) for n, l, p in parts),)
+    )
+
+
+def mace_module(
+    block: str = "RealAgnosticInteractionBlock", sums: tuple = ((4, 0, 1), (4, 1, -1)), cst: float = 1.6791768, **settings: object
+) -> Inert:
+    """A ScaleShiftMACE of one layer."""
+    activation = stand_in("e3nn.math._normalize_activation.normalize2mom", f=Inert("torch.nn.functional.silu"), cst=cst)
+    up, down = (stand_in("e3nn.o3._linear.Linear", irreps_out=irreps((4, 0, 1))) for _ in range(2))
+    layer = stand_in(
+        f"mace.modules.blocks.{block}", {"linear_up": up, "act": activation}, target_irreps=irreps(*sums), avg_num_neighbors=9.0
+    )
+    product = stand_in("mace.modules.blocks.EquivariantProductBasisBlock", {"linear": down})
+    parts = {
+        "radial_embedding": stand_in("mace.modules.blocks.RadialEmbeddingBlock", {"bessel_fn": stand_in("mace.modules.radial.BesselBasis")}),
+        **{name: stand_in("torch.nn.modules.container.ModuleList", {"0": part}) for name, part in
+           {"interactions": layer, "products": product, "readouts": stand_in("mace.modules.blocks.LinearReadoutBlock")}.items()},
+    }  # fmt: skip
+    return stand_in("mace.modules.models.ScaleShiftMACE", parts, training=False, heads=["Default"], **settings)
+
+
+def test_a_module_without_its_parts_is_refused(tmp_path: Path) -> None:
+    tree = Tree(tmp_path / "file.model", "torch", ())
+    tree.__dict__["root"] = stand_in("mace.modules.models.ScaleShiftMACE", {})
+    assert mace.recognises(tree)
+    with pytest.raises(ValueError, match="is not built as mace-torch builds its models"):
+        mace.potential(tree, ImportOptions())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"block": "RealAgnosticResidualNonLinearInteractionBlock"}, "interactions.0 is a RealAgnosticResidualNonLinearInteractionBlock, which"),
+        ({"sums": ((4, 0, 1), (4, 1, 1))}, "layer 0 has sums"),
+        ({"cst": 1.5}, "the activation torch.nn.functional.silu times 1.5"),
+        ({"apply_cutoff": False}, "apply_cutoff is False"),
+        ({"embedding_specs": {"charge": 1}}, "settings that this gossamer does not know: embedding_specs"),
+    ],
+)  # fmt: skip
+def test_kinds_of_mace_that_are_not_known_are_refused(change: dict, message: str) -> None:
+    found = mace.describe(mace_module(), "FILE")
+    assert found["interactions"] == ["RealAgnosticInteractionBlock"]
+    assert found["heads"] == ["Default"]
+    with pytest.raises(ValueError, match=message):
+        mace.describe(mace_module(**change), "FILE")
+
+
+def mace_tensors(variant: str) -> tuple[dict[str, torch.Tensor], dict]:
+    """Of the stored outputs."""
+    data = np.load(Path(__file__).parent / "reference" / "mace.npz")
+    prefix = f"{variant}/weights/"
+    tensors = {k.removeprefix(prefix): torch.from_numpy(data[k]) for k in data.files if k.startswith(prefix)}
+    return tensors, json.loads(str(data[f"{variant}/kinds"]))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t | {"les.weight": torch.ones(3)}, "holds tensors that this gossamer does not know: les.weight"),
+        (lambda t: {k: v for k, v in t.items() if k != "readouts.1.linear_2.weight"}, "has no tensor 'readouts.1.linear_2.weight'"),
+        (lambda t: t | {"pair_repulsion_fn.a_exp": torch.tensor(0.31)}, "'pair_repulsion_fn.a_exp' is"),
+        (
+            lambda t: {k: v + 0.1 if k.endswith("contractions.0.U_matrix_2") else v for k, v in t.items()},
+            "U_matrix_2 couples features in a way",
+        ),
+    ],
+)
+def test_tensors_of_mace_that_are_not_known_are_refused(change, message: str) -> None:
+    tensors, kinds = mace_tensors("MPA")
+    with pytest.raises(ValueError, match=message):
+        mace.assemble(change(tensors), kinds, ImportOptions(), "FILE")
+
+
+def test_couplings_in_another_basis_are_mapped() -> None:
+    """As cuEquivariance makes them: fewer, mixed."""
+    ours = couplings(2, 1, 2)
+    mix = np.random.default_rng(0).normal(size=(len(ours), 2))
+    number = {m: k for k, m in enumerate(monomials(9, 2))}
+    theirs = np.zeros((3, 9, 9, 2))
+    for i, j in np.ndindex(9, 9):
+        theirs[:, i, j] = np.einsum("po,pq->oq", ours[:, :, number[min(i, j), max(i, j)]], mix) / (1 if i == j else 2)
+    change = mace.basis_change(torch.from_numpy(theirs), 2, 1, 2, "U")
+    np.testing.assert_allclose(np.einsum("pq,pom->qom", change, ours), np.einsum("pq,pom->qom", mix, ours), atol=1e-12)
+
+
+def test_some_elements_and_one_head_of_mace() -> None:
+    tensors, kinds = mace_tensors("heads")
+    with pytest.raises(ValueError, match="holds several: choose one with --head"):
+        mace.assemble(tensors, kinds, ImportOptions(), "FILE")
+    whole, part = (mace.assemble(tensors, kinds, ImportOptions(head="new", elements=e), "FILE") for e in (None, ["O", "H"]))
+    assert part.statistics.elements == ["H", "O"]
+    water = molecule("H2O")
+    assert part.predict(water)[0]["energy"] == pytest.approx(whole.predict(water)[0]["energy"], abs=1e-12)
