@@ -218,6 +218,7 @@ def measure(job: dict[str, Any], report: Callable[[dict[str, Any]], None]) -> di
             calculator = foreign
         row = time_one(calculator, system, clock, job["seconds"])
         if own:
+            assert ceiling is not None
             row.update(details(calculator, system, clock, ceiling))
             facts.update(way=calculator.engine.way, parameters=potential.num_parameters)
         report(row)

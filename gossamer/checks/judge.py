@@ -246,7 +246,7 @@ def known_elements(source: Source, own: Candidate, wanted: Sequence[str] | None)
     """
     wrong = [e for e in wanted or () if e not in atomic_numbers or e == "X"]
     if wrong:
-        raise ValueError(f"'{wrong[0]}' is not the symbol of an element (elements={list(wanted)}). Write them like Si O.")
+        raise ValueError(f"'{wrong[0]}' is not the symbol of an element (elements={list(wanted or ())}). Write them like Si O.")
     if source.elements is not None:
         known = [e for e in source.elements if not wanted or e in wanted]
     else:

@@ -86,9 +86,10 @@ def overview_row(
             cells.append(None)
             continue
         metric = key_metric(result, about[2])
-        has_value = metric is not None and metric.value is not None
-        cells.append({"status": result.status, "number": number(metric.value) if has_value else "", "unit": metric.unit if has_value else "", "what": metric.name if has_value else "",
-                      "spark": thumbnail(result, colours[name])})  # fmt: skip
+        shown = {"number": "", "unit": "", "what": ""}
+        if metric is not None and metric.value is not None:
+            shown = {"number": number(metric.value), "unit": metric.unit, "what": metric.name}
+        cells.append({"status": result.status, **shown, "spark": thumbnail(result, colours[name])})
     return {"id": check, "title": about[0], "cells": cells}
 
 

@@ -65,6 +65,7 @@ def make_phonons(calculator: Any, atoms: Atoms, supercell: Sequence[int] | None 
     with quiet():
         phonons = Phonopy(to_phonopy(atoms), supercell_matrix=np.diag(supercell or supercell_for(atoms)), primitive_matrix="auto")
     phonons.generate_displacements(distance=displacement)
+    assert phonons.supercells_with_displacements is not None
     phonons.forces = forces_of(calculator, phonons.supercells_with_displacements, bar)
     phonons.produce_force_constants()
     return phonons

@@ -196,13 +196,14 @@ def check(candidate: Candidate) -> Result:
         return [*found, measured("distance of the largest jump", jumps[worst][1], "Å")]
 
     metrics += attempt("an atom leaving", leaving, "Gas phases, surfaces and evaporation cannot be simulated.")
-    if candidate.cutoff is not None and double:
+    cutoff = candidate.cutoff
+    if cutoff is not None and double:
         pair = Atoms([a, b], [[0, 0, 0], [2.0, 0, 0]])
         metrics += attempt(
             "order at the cutoff",
             lambda: at_least(
                 "power with which the energy vanishes at the cutoff",
-                cutoff_exponent(calculator, pair, candidate.cutoff),
+                cutoff_exponent(calculator, pair, cutoff),
                 "",
                 2.8,
                 1.8,

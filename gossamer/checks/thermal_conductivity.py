@@ -42,7 +42,8 @@ def relax_symmetric(calculator: Any, atoms: Atoms, fmax: float = 1e-4, steps: in
     out.calc = None
 
     def group(a: Atoms) -> int:
-        return int(spglib.get_symmetry_dataset((a.cell.array, a.get_scaled_positions(), a.numbers), symprec=1e-5).number)
+        found = spglib.get_symmetry_dataset((a.cell.array, a.get_scaled_positions(), a.numbers), symprec=1e-5)
+        return 1 if found is None else int(found.number)
 
     return out, bool(converged), group(out) == group(atoms)
 

@@ -166,7 +166,7 @@ def restricted_loads(data: bytes) -> Any:
     for operation, argument, position in pickletools.genops(data):
         if operation.name not in OPERATIONS:
             raise ValueError(f"the pickle's operation {operation.name} at byte {position} is not one that legacy graphs use")
-        if "PUT" in operation.name and int(argument) > len(data):
+        if "PUT" in operation.name and int(argument or 0) > len(data):
             raise ValueError(f"the pickle's memory is asked for place {argument} at byte {position}: the record is damaged")
     return RestrictedUnpickler(io.BytesIO(data)).load()
 

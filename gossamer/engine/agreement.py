@@ -114,6 +114,7 @@ def agree(plain: Prediction, other: Prediction, potential: Potential, graph: Gra
         tolerance: Largest deviation of a force relative to the root mean square force; of energies and stresses, to what such
             (for energies, at least usual) forces make of them over 0.01 Å, and over one Å.
     """
+    assert plain.forces is not None
     scale = max(_rms(plain.forces), 1e-2 * potential.energy_scale)
     atoms = graph.atoms_per_graph().to(torch.float64)
     volumes = torch.linalg.det(graph.cell).abs().clamp(min=1.0)

@@ -110,6 +110,7 @@ class Calculator(ASECalculator):
         # stress costs next to nothing beside the forces, so it always comes along
         out = self.engine(graph, stress=periodic)
         stress = out.stress if periodic else None
+        assert out.forces is not None
         energy, energies, forces, *found = _on_the_cpu(out.energy, out.node_energies, out.forces, *([] if stress is None else [stress]))
         if not np.isfinite(forces).all():
             self._explain_not_finite(graph)

@@ -523,7 +523,7 @@ class Bar:
 
     def __init__(self, state: State, config: TrainingConfig, visible: bool) -> None:
         self.timed = config.minutes is not None
-        total, unit = (round(60 * config.minutes), "s") if self.timed else (config.steps, "step")
+        total, unit = (round(60 * config.minutes), "s") if config.minutes is not None else (config.steps, "step")
         # None shows the bar on a terminal only
         self.bar = tqdm(total=total, initial=self._position(state), unit=unit, disable=None if visible else True, dynamic_ncols=True)
         self.total = total
