@@ -244,6 +244,24 @@ def test_archives_that_no_package_writes_are_refused(tmp_path: Path) -> None:
         open_tree(tmp_path / "none")
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_damaged_archives_are_refused_or_read(seed: int, tmp_path: Path) -> None:
+    """Bytes changed at random, more of them in the table of contents: a value or a ValueError."""
+    torch.save({"a": torch.randn(3, 4), "b": np.arange(3.0)}, tmp_path / "good")
+    good, rng, path = (tmp_path / "good").read_bytes(), np.random.default_rng(seed), tmp_path / "bad"
+    refused = 0
+    for _ in range(150):
+        bad = bytearray(good)
+        for place in [*rng.integers(0, len(good), 2), *rng.integers(len(good) - 600, len(good), 3)]:
+            bad[place] = rng.integers(256)
+        path.write_bytes(bad)
+        try:
+            _ = open_tree(path).root
+        except ValueError:
+            refused += 1
+    assert refused > 30
+
+
 def _written(path: Path, data: bytes) -> Path:
     path.write_bytes(data)
     return path

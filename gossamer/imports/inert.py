@@ -9,6 +9,7 @@ and the state. Members of the zip archive are read into memory, never written, a
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import io
 import math
@@ -16,6 +17,7 @@ import pickletools
 import re
 import struct
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -475,9 +477,13 @@ class Tree:
         Raises:
             ValueError: there is none of this name, it is damaged, or it grows beyond measure.
         """
+        with _archive(self.path) as (archive, prefix):
+            return self._read(archive, prefix, member)
+
+    def _read(self, archive: zipfile.ZipFile, prefix: str, member: str) -> bytes:
         if member not in self.members:
             raise ValueError(f"'{self.path}' has no '{member}' inside. It may be another kind of file, or cut: copy it again.")
-        with _archive(self.path) as (archive, prefix), _damaged(self.path):
+        with _damaged(self.path):
             return archive.read(prefix + member)
 
     def text(self, member: str) -> str:
@@ -490,6 +496,10 @@ class Tree:
         Raises:
             ValueError: as `read` and `loads`.
         """
+        with _archive(self.path) as (archive, prefix):
+            return self._pickle(archive, prefix, member)
+
+    def _pickle(self, archive: zipfile.ZipFile, prefix: str, member: str) -> Any:
         storages: dict[tuple[str, torch.dtype], Tensor] = {}
 
         def storage(key: str, dtype: torch.dtype, count: int) -> Tensor:
@@ -497,7 +507,7 @@ class Tree:
                 names = [n for n in (f"data/{key}", f".data/{key}.storage", f"constants/{key}", key) if n in self.members]
                 if not names:
                     raise ValueError(f"a tensor whose storage '{key[:100]}' is not in the archive")
-                found = bytearray(self.read(names[0]))
+                found = bytearray(self._read(archive, prefix, names[0]))
                 if len(found) % dtype.itemsize:
                     raise ValueError(f"a storage of {len(found)} bytes for numbers of {dtype}")
                 storages[key, dtype] = torch.frombuffer(found, dtype=dtype) if found else torch.zeros(0, dtype=dtype)
@@ -506,7 +516,7 @@ class Tree:
             return storages[key, dtype]
 
         try:
-            return loads(self.read(member), storage)
+            return loads(self._read(archive, prefix, member), storage)
         except ValueError as error:
             where = "" if str(self.path) in str(error) else f"'{self.path}', {member}: "
             raise ValueError(f"{where}{error}") from None
@@ -523,7 +533,9 @@ def open_tree(path: Path | str) -> Tree:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"There is no file '{path}'.")
-    if not zipfile.is_zipfile(path):
+    with _damaged(path):
+        archived = zipfile.is_zipfile(path)
+    if not archived:
         with open(path, "rb") as file:
             head = file.read(512)
         if head[:1] == b"\x80" or head[257:262] == b"ustar":
@@ -567,7 +579,20 @@ def _archive(path: Path) -> Iterator[tuple[zipfile.ZipFile, str]]:
 def _damaged(path: Path) -> Iterator[None]:
     try:
         yield
-    except (zipfile.BadZipFile, zipfile.LargeZipFile, NotImplementedError, EOFError, RuntimeError, struct.error) as error:
+    except (
+        zipfile.BadZipFile,
+        zipfile.LargeZipFile,
+        NotImplementedError,
+        EOFError,
+        OverflowError,
+        RuntimeError,
+        struct.error,
+        zlib.error,
+    ) as error:
+        raise ValueError(f"'{path}' is a damaged archive ({error}). Copy it again.") from None
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # a place before the beginning of the file
+            raise
         raise ValueError(f"'{path}' is a damaged archive ({error}). Copy it again.") from None
 
 
