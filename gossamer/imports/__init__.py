@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -61,11 +62,13 @@ def import_potential(
     known = potential.statistics.elements
     if options.elements is not None and sorted(known) != sorted(options.elements):
         raise ValueError(f"'{path}' gave a potential for {', '.join(known)}, but --elements asks for {', '.join(options.elements)}.")
+    found = potential.imported or {}
+    options = replace(options, modal=options.modal or found.get("modal"), head=options.head or found.get("head"))
     potential.imported = {
         "source": name,
         "package": import_module(f"gossamer.imports.{name}").PACKAGE,
         "version": None,
-        **(potential.imported or {}),
+        **found,
         "file": tree.path.name,
         "sha256": tree.sha256,
         **{k: getattr(options, k) for k in ("modal", "head", "elements")},

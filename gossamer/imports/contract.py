@@ -9,7 +9,7 @@ A source `gossamer/imports/NAME.py` has
 and a row in `gossamer.imports.SOURCES`. ``potential`` takes every tensor through `Weights` and every setting through `Known`, so
 that what it does not know is refused by name; it keeps ``options.elements`` only (`keep_elements` does it for networks whose element
 tables are Embeddings), and refuses a modal or a head that the file lacks (`choose`). It may set ``potential.imported`` to what it
-knows of its origin, {"version": …}. How the package itself evaluates the file stands in `reference.py`.
+knows of its origin, {"version": …}, with the modal or head that was taken where the file has only one. How the package itself evaluates the file stands in `reference.py`.
 """
 
 from __future__ import annotations

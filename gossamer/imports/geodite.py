@@ -75,7 +75,7 @@ def potential(tree: Tree, options: ImportOptions) -> Potential:
     Known({"arch": encoder["arch"]}, where).expect("arch", "Geodite")
     config = _config(Known(dict(encoder["args"]), where))
     weights = Weights({k: v for k, v in tree.root["state_dict"].items() if isinstance(v, Tensor)}, where)
-    constants = _constants(weights, options, where)
+    modal, constants = _constants(weights, options, where)
     energies = _values(constants["e0"]) + float(_values(constants["e_shift"]).ravel()[0])
     known = [chemical_symbols[z] for z in range(1, min(len(energies), 119)) if _values(constants["e0"])[z] != 0]
     elements = chosen_elements(known, options, where)
@@ -89,7 +89,7 @@ def potential(tree: Tree, options: ImportOptions) -> Potential:
     made.network.to(dtype)
     made.network.load_state_dict(_weights(weights, config, rows))
     weights.done()
-    made.imported = {"version": None}
+    made.imported = {"version": None, "modal": modal}
     return made
 
 
@@ -117,8 +117,8 @@ def _config(known: Known) -> Any:
     return config
 
 
-def _constants(weights: Weights, options: ImportOptions, where: str) -> dict[str, Any]:
-    """Energies of lone atoms, shift and scale of the fidelity: a file of torch's in a tensor of bytes, read without running it."""
+def _constants(weights: Weights, options: ImportOptions, where: str) -> tuple[str, dict[str, Any]]:
+    """The fidelity, and energies of lone atoms, shift and scale of it: a file of torch's in a tensor of bytes, read without running it."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "constants"
         path.write_bytes(weights.take("SnapshotDecoder.constants").numpy().tobytes())
@@ -129,7 +129,7 @@ def _constants(weights: Weights, options: ImportOptions, where: str) -> dict[str
     if modal is None:
         raise ValueError(f"{where} holds no energies of lone atoms (SnapshotDecoder.constants).")
     constants: dict[str, Any] = found.get(f"{modal}_", found.get(modal))
-    return constants
+    return modal, constants
 
 
 def _values(value: Any) -> np.ndarray:
