@@ -38,7 +38,7 @@ def cells(script: str) -> list[tuple[str, str]]:
 
 def shown(code: str) -> str:
     """Code as the page shows it: without marks for the linters."""
-    return re.sub(r"  # (noqa: \w+|fmt: skip)$", "", code, flags=re.M)
+    return re.sub(r"  # noqa: \w+$", "", code, flags=re.M)
 
 
 def execute(name: str) -> str:
@@ -77,7 +77,7 @@ def execute(name: str) -> str:
     where = f"{machine()}; " + ", ".join(f"{k} {v}" for k, v in made.items())
     parts.append(
         f"---\n\nEvery number and picture is the output of [examples/{name}.py](../../examples/{name}.py), run as it stands on {datetime.date.today()} "
-        f"in {minutes:.0f} minutes ({where}; the machine was shared with other jobs). `python docs/make_tutorials.py` runs it and writes this page."
+        f"in {minutes:.0f} minutes ({where}). `python docs/make_tutorials.py` runs it and writes this page."
     )
     return "\n\n".join(parts) + "\n"
 

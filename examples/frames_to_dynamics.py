@@ -106,9 +106,16 @@ print(
 
 # %%
 run = gossamer.md(
-    f"{OUT}/potential.safetensors", test[0], temperature=TEMPERATURE, ensemble="langevin", timestep=0.5, steps=8_000, interval=20,
-    out=f"{OUT}/md", progress=False,
-)  # fmt: skip
+    f"{OUT}/potential.safetensors",
+    test[0],
+    temperature=TEMPERATURE,
+    ensemble="langevin",
+    timestep=0.5,
+    steps=8_000,
+    interval=20,
+    out=f"{OUT}/md",
+    progress=False,
+)
 print(f"{run['time_ps']:g} ps in {run['seconds']:.0f} s, mean temperature {run['mean_temperature_K']:.0f} K, broken: {run['broken']}")
 
 # %% [markdown]

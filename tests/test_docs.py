@@ -98,6 +98,18 @@ def makers() -> Iterator[Any]:
         sys.path.pop(0)
 
 
+@pytest.mark.parametrize("name", ["fit_for_use"])
+def test_tutorial_pages_show_their_scripts(name: str, makers: Any) -> None:
+    """Every cell of the script stands in the page, in order; outputs are from a run, and say from which."""
+    page, place = (ROOT / "docs" / "tutorials" / f"{name}.md").read_text(), 0
+    for kind, text in makers[1].cells((ROOT / "examples" / f"{name}.py").read_text()):
+        place = page.find(makers[1].shown(text) if kind == "code" else text, place)
+        assert place >= 0, f"run python docs/make_tutorials.py {name}: the page lacks\n{text}"
+    assert re.search(r"run as it stands on \d{4}-\d\d-\d\d", page)
+    for picture in re.findall(r"!\[\w+\]\(([\w.-]+)\)", page):
+        assert (ROOT / "docs" / "tutorials" / picture).exists()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["frames_to_dynamics", "fit_for_use"])
 def test_tutorials_run(name: str, tmp_path: Path) -> None:
