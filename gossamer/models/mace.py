@@ -147,7 +147,7 @@ class Repulsion(nn.Module):
         screening = sum(c * torch.exp(-d * reduced) for c, d in ((0.1818, 3.2), (0.5099, 0.9423), (0.2802, 0.4028), (0.02817, 0.2016)))
         ends = self.radii().index_select(0, receiver) + self.radii().index_select(0, sender)
         energies = 0.5 * 14.3996 * z_i * z_j / lengths * screening * polynomial_envelope(lengths / ends, self.power)
-        return sum_by_index(energies, edge_index[1], len(species))
+        return sum_by_index(energies, edge_index[1], species.shape[0])
 
 
 class Density(nn.Sequential):
@@ -282,7 +282,7 @@ class MACE(Network):
 
     def pair_basis(self, x: Float[Tensor, " E"], pair: int) -> Float[Tensor, "E B"]:
         """As `Network.pair_basis`."""
-        return self._basis(x, self.bonds()[pair].expand(len(x)) if self.radial_pairs else None)
+        return self._basis(x, self.bonds()[pair].expand(x.shape[0]) if self.radial_pairs else None)
 
     def _basis(self, x: Float[Tensor, " E"], bonds: Float[Tensor, " E"] | None) -> Float[Tensor, "E B"]:
         """Likewise; ``bonds``: Å, sum of the covalent radii."""
@@ -312,7 +312,7 @@ class MACE(Network):
         bonds = None if pair is None else self.bonds().index_select(0, pair)
         edges = Edges(edge_index, x, self.harmonics(edge_vectors / lengths[:, None]), lambda: self._basis(x, bonds), pair)
         h = self.embedding(species)[:, None]
-        energies = h.new_zeros(len(species)) if self.repulsion is None else self.repulsion(species, edge_index, lengths)
+        energies = h.new_zeros(species.shape[0]) if self.repulsion is None else self.repulsion(species, edge_index, lengths)
         for layer, readout in zip(self.layers, self.readouts, strict=True):
             h = layer(h, species, edges)
             energies = energies + readout(degrees(h)[0])[:, 0, 0]
