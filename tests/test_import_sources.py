@@ -133,6 +133,12 @@ def assert_equal(ours: Any, theirs: np.ndarray, tolerance: float = 1e-11) -> Non
     assert np.abs(ours.detach().numpy() - theirs).max() <= tolerance * np.abs(theirs).max()
 
 
+ENDLESS: tuple = (1, 1)
+"""its text would have 2^60 numbers, its pickle has a few hundred bytes"""
+for _ in range(60):
+    ENDLESS = (ENDLESS, ENDLESS)
+
+
 # --- NequIP -------------------------------------------------------------------------------------------------------
 
 
@@ -212,6 +218,9 @@ def test_fewer_elements_are_the_same_potential(tmp_path: Path) -> None:
     [
         ({"new_setting": 3}, "new_setting = 3"),
         ({"convnet_resnet": True}, "convnet_resnet is True"),
+        ({"convnet_resnet": ENDLESS}, "convnet_resnet is a tuple"),
+        ({"type_names": ENDLESS}, "type_names are a tuple"),
+        ({"_target_": ENDLESS}, "built by a tuple"),
         ({"categorical_graph_field_embed": [{"charge": 3}]}, "categorical_graph_field_embed"),
         ({"avg_num_neighbors": {"H": 3.0}}, "no setting 'C'"),
         ({"avg_num_neighbors": 0.5}, "avg_num_neighbors"),

@@ -71,6 +71,24 @@ def given(options: ImportOptions, where: str, name: str, kind: Callable[[str], A
         raise ValueError(f"--given {name}={text}: expected {what}{words}.") from None
 
 
+def short(value: Any) -> str:
+    """A value in a message. Nested ones are not spelled out: a small file can hold one whose text has no end."""
+    if isinstance(value, list | tuple) and len(value) <= 20 and all(isinstance(v, str | int | float | None) for v in value):
+        return str(value)[:200]
+    return str(value)[:200] if isinstance(value, str | int | float | None) else f"a {type(value).__name__}"
+
+
+def texts(values: Any, where: str, what: str) -> list[str]:
+    """A list of names, as such.
+
+    Raises:
+        ValueError: something else.
+    """
+    if not isinstance(values, list | tuple) or not all(isinstance(v, str) for v in values):
+        raise ValueError(f"{where}: {what} are {short(values)}, expected a list of names.")
+    return list(values)
+
+
 class _Left:
     """Things by name, each of which must be taken or named as unneeded."""
 
@@ -169,7 +187,7 @@ class Known(_Left):
         found = self._take(name, default)
         if not any(found is a or (type(found) is type(a) and found == a) for a in allowed):
             raise ValueError(
-                f"{self.where}: {name} is {str(found)[:200]}; this gossamer knows {', '.join(map(str, allowed))} only, "
+                f"{self.where}: {name} is {short(found)}; this gossamer knows {', '.join(map(str, allowed))} only, "
                 "so the potential would be another one. It was refused."
             )
         return found

@@ -24,6 +24,8 @@ from gossamer.imports.contract import (
     chosen_elements,
     foreign_statistics,
     keep_elements,
+    short,
+    texts,
 )
 from gossamer.imports.inert import Inert, Tree, module_state, modules_of, tensors_of
 from gossamer.models import NequIP, NequIPConfig
@@ -119,7 +121,7 @@ def _package(tree: Tree, where: str) -> _Found:
     zbl = of.get("pair_potential.cutoff.", {}).get("p")
     dtype = module_state(modules[MODEL]).get("model_dtype")
     return _Found(
-        names=[str(n) for n in module_state(modules[MODEL])["type_names"]],
+        names=texts(module_state(modules[MODEL])["type_names"], where, "type_names"),
         settings=settings,
         tensors=tensors,
         neighbors=[1 / c**2 for c in norms.pop()],
@@ -234,16 +236,16 @@ def _checkpoint(tree: Tree, where: str) -> _Found:
     info = hyper.get("info_dict") or {}
     version = (info.get("versions") or {}).get("nequip")
     model = dict(hyper["model"])
-    while str(model.get("_target_", "")).endswith(".modify"):
-        modifiers = [m.get("modifier") for m in model.get("modifiers", [])]
+    while short(model.get("_target_", "")).endswith(".modify"):
+        modifiers = [short(m.get("modifier")) for m in model.get("modifiers", [])]
         if any(m not in ACCELERATORS for m in modifiers):
             raise ValueError(
                 f"{where} was built with modifiers {modifiers}; known are {', '.join(ACCELERATORS)}. Package it with nequip-package build."
             )
         model = dict(model["model"])
-    target = str(model.pop("_target_", "")).rpartition(".")[2]
+    target = short(model.pop("_target_", "")).rpartition(".")[2]
     if target == "PresetNequIPGNNModel":
-        preset = str(model.pop("preset")).upper()
+        preset = short(model.pop("preset")).upper()
         if preset not in PRESETS:
             raise ValueError(f"{where} has preset {preset}; known are {', '.join(PRESETS)}.")
         model = {**PRESETS[preset], **model}
@@ -253,7 +255,7 @@ def _checkpoint(tree: Tree, where: str) -> _Found:
             "build, which stores the model itself, and import that."
         )
     known = Known(model, where)
-    names = [str(n) for n in known.take("type_names")]
+    names = texts(known.take("type_names"), where, "type_names")
     cutoff = float(known.take("r_max"))
     settings = _checkpoint_settings(known)
     pair = known.take("pair_potential", None)
