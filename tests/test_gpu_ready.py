@@ -17,6 +17,7 @@ from gossamer.engine import engine as engine_module
 from gossamer.engine.cuda_graph import SHARE, CudaGraph, first_of, pad
 from gossamer.engine.kernels import gpu
 from gossamer.engine.kernels import ops as _  # noqa: F401  (registers the operators)
+from gossamer.engine.kernels.table import passed
 from gossamer.graph import Graph
 from gossamer.potential import Potential
 from gossamer.simulation.calculator import Calculator
@@ -46,6 +47,14 @@ def test_steps_do_not_wait_for_the_gpu(name: str, ethanol: Atoms) -> None:
         out = there(far, stress=potential.conservative, isolated=isolated)
     assert out.forces is not None
     assert out.forces.shape == (len(ethanol), 3)
+
+
+def test_rows_of_tables_with_kinks_bring_nothing_from_the_cpu() -> None:
+    x = torch.linspace(0, 1, 5)
+    assert passed(x, (0.5, 0.8)).tolist() == [0, 0, 1, 1, 2]
+    far = x.to("meta")
+    with _NothingFromTheCPU():
+        assert passed(far, (0.5, 0.8)).shape == (5,)
 
 
 def test_the_check_notices_waiting(ethanol: Atoms) -> None:

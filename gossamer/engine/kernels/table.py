@@ -107,8 +107,9 @@ def tabulate_all(
 
 
 def passed(x: Float[Tensor, " n"], kinks: Sequence[float]) -> Int[Tensor, " n"]:
-    """How many kinks lie at or below x."""
-    return (x.detach()[:, None] >= x.new_tensor(list(kinks))).sum(dim=1)
+    """How many kinks lie at or below x; on a GPU without a copy from the CPU, which CUDA graphs cannot record."""
+    x = x.detach()
+    return torch.stack([x >= kink for kink in kinks]).sum(dim=0) if kinks else x.new_zeros(x.shape, dtype=torch.int64)
 
 
 def _spline(radial: Callable[[Tensor], Tensor], intervals: int, kinks: Sequence[float]) -> Float[Tensor, "rows 3 values"]:
