@@ -292,7 +292,8 @@ def floor(engine: Any, graph: Any, ceiling: dict[str, float]) -> dict[str, float
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
-    from gossamer.engine.kernels.attach import AttentionKernel, TableKernel, attach_kernels
+    from gossamer.engine.kernels import polynomial
+    from gossamer.engine.kernels.attach import AttentionKernel, FixedPolynomial, TableKernel, attach_kernels
     from gossamer.engine.kernels.cpu import Missing, operations
     from gossamer.nn.attention import Attention
 
@@ -311,6 +312,10 @@ def floor(engine: Any, graph: Any, ceiling: dict[str, float]) -> dict[str, float
         c = layer.convolution
         macs += operations(c) * graph.n_edges
         moved += 2 * size * graph.n_atoms * (c.width_in + c.width_out) + graph.n_edges * (2 * 16 + 4 * size * (c.n_harmonics + 1))
+    for contraction in (m for m in potential.modules() if isinstance(m, FixedPolynomial)):
+        monomials, channels = contraction.monomials, contraction.kept.shape[2]
+        macs += polynomial.operations(monomials) * graph.n_atoms * channels
+        moved += 2 * size * graph.n_atoms * (monomials.n_in + monomials.n_out) * channels
     moved += 4 * size * graph.n_edges * sum(m.channels for m in potential.modules() if isinstance(m, Attention | AttentionKernel))
     return {"multiply_adds": float(macs), "bytes": float(moved), "floor_ms": 1000 * max(macs / ceiling["macs"], moved / ceiling["bytes"])}
 

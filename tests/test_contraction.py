@@ -105,6 +105,11 @@ def test_kernel_is_the_plain_polynomial(degree: int, channels: int) -> None:
         assert float((mine - theirs).detach().abs().max()) <= 1e-13 * float(theirs.detach().abs().max())
 
 
+def test_operations_are_counted() -> None:
+    """x_0 (k + x_0 k'): a leaf inside a node; forward 1 each, backward 2 and 3."""
+    assert polynomial.operations(Monomials(1, (((0,), (0, 0)),))) == (1 + 2) + (1 + 3)
+
+
 @needs_compiler
 def test_kernel_for_inference_in_float32() -> None:
     monomials = some(5, 3, 3)

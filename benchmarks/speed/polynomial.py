@@ -17,7 +17,7 @@ import torch
 
 from gossamer.engine.kernels import cpu, polynomial
 from gossamer.machine import machine
-from gossamer.nn.contraction import Monomials, Polynomial, SymmetricContraction
+from gossamer.nn.contraction import Monomials, SymmetricContraction
 from gossamer.timing import fastest
 
 CASES = {"0e": (3, 0, 3), "0e+1o": (3, 1, 3), "0e, four factors": (3, 0, 4), "0e+1o, four factors": (3, 1, 4)}
@@ -60,9 +60,7 @@ def main() -> None:
     print("|---|---|---|---|---|---|---|---|")
     for name, (l_max, l_out, correlation) in CASES.items():
         contraction = SymmetricContraction(l_max, l_out, correlation, arguments.channels, 2)
-        plain = contraction.polynomial
-        assert isinstance(plain, Polynomial)
-        monomials = plain.monomials
+        monomials, plain = contraction.monomials, contraction.polynomial
         seconds = [built(torch.float32, monomials, t) for t in (False, True)]
         keys = [polynomial.register(monomials, torch.float32, training=t) for t in (False, True)]
         for n in arguments.atoms:

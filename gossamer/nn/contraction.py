@@ -136,7 +136,7 @@ class ElementPolynomial(nn.Module):
 
     def __init__(self, monomials: Monomials) -> None:
         super().__init__()
-        self.polynomial = Polynomial(monomials)
+        self.monomials, self.polynomial = monomials, Polynomial(monomials)
 
     def coefficients(self) -> Float[Tensor, "elements monomials C"]:
         """Made from the weights."""

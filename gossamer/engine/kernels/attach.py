@@ -83,7 +83,7 @@ def _kernel_for(operation: nn.Module, path: str, network: Any, exact: Any, use: 
     if isinstance(operation, ElementLinear) and use == "inference":
         return FixedMaps(exact.get_submodule(path).maps(exact.embedding.weight).to(like))
     if isinstance(operation, ElementPolynomial) and use == "inference":
-        return FixedPolynomial(operation.polynomial, exact.get_submodule(path).coefficients().to(like))
+        return FixedPolynomial(operation, exact.get_submodule(path).coefficients().to(like))
     if isinstance(operation, Polynomial):
         return PolynomialKernel(operation.monomials, like, training=use == "training")
     if isinstance(operation, ElementMaps) and use == "inference":
@@ -245,9 +245,9 @@ class FixedPolynomial(ElementPolynomial):
 
     kept: Tensor
 
-    def __init__(self, polynomial: nn.Module, coefficients: Float[Tensor, "elements monomials C"]) -> None:
+    def __init__(self, operation: ElementPolynomial, coefficients: Float[Tensor, "elements monomials C"]) -> None:
         nn.Module.__init__(self)
-        self.polynomial = polynomial
+        self.monomials, self.polynomial = operation.monomials, operation.polynomial
         self.register_buffer("kept", coefficients.detach(), persistent=False)
 
     def coefficients(self) -> Float[Tensor, "elements monomials C"]:

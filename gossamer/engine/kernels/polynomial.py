@@ -81,6 +81,12 @@ def pieces(monomials: Monomials) -> list[list[Step]]:
     return found
 
 
+def operations(monomials: Monomials) -> int:
+    """Multiply-adds of a node and channel, forward and backward, as they are written here."""
+    steps = [step.kind for piece in pieces(monomials) for step in piece]
+    return (1 + 2) * steps.count("leaf") + (1 + 3) * steps.count("shut")
+
+
 def generate(monomials: Monomials, training: bool = False) -> str:
     """C++ source of value and gradient; with ``training`` the gradients of the coefficients and the second derivatives too."""
     parts = ["#define TRAINING"] if training else []
