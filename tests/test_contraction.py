@@ -10,8 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from ase import Atoms
+from conftest import make_potential
 
+from gossamer.data.readers import LabelConfig, from_atoms
 from gossamer.engine.kernels import polynomial
+from gossamer.engine.kernels.attach import PolynomialKernel, attach_kernels
 from gossamer.nn.contraction import Monomial, Monomials, Polynomial
 
 needs_compiler = pytest.mark.skipif(not any(shutil.which(c) for c in ("g++", "clang++", "c++")), reason="needs a C++ compiler")
@@ -152,3 +156,19 @@ def test_threads_change_nothing() -> None:
         results.append(derivatives(lambda *t: torch.ops.gossamer.polynomial(key, *t), x, species, k))
     torch.set_num_threads(1)
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@needs_compiler
+def test_training_step_of_mace(ethanol: Atoms) -> None:
+    """Gradients of a loss with forces: those of the plain network."""
+    potential = make_potential(["H", "C", "O"], name="mace", l_max=1, correlation=2).train()
+    graph = potential.collate([from_atoms(ethanol, LabelConfig(), "")])
+    gradients = []
+    for used in (potential, attach_kernels(potential, "training")):
+        potential.zero_grad()
+        prediction = used(graph)
+        ((prediction.forces**2).sum() + prediction.energy.sum()).backward()
+        gradients.append([p.grad.clone() for p in potential.parameters() if p.grad is not None])
+    assert any(isinstance(m, PolynomialKernel) for m in used.modules())
+    for mine, plain in zip(*gradients, strict=True):
+        assert float((mine - plain).abs().max()) <= 1e-12 * float(plain.abs().max())
