@@ -98,7 +98,7 @@ def makers() -> Iterator[Any]:
         sys.path.pop(0)
 
 
-@pytest.mark.parametrize("name", ["fit_for_use"])
+@pytest.mark.parametrize("name", ["frames_to_dynamics", "fit_for_use"])
 def test_tutorial_pages_show_their_scripts(name: str, makers: Any) -> None:
     """Every cell of the script stands in the page, in order; outputs are from a run, and say from which."""
     page, place = (ROOT / "docs" / "tutorials" / f"{name}.md").read_text(), 0
