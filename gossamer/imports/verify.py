@@ -165,7 +165,9 @@ def compare(potential: Potential, check: Sequence[Structure], answer: Mapping[st
         ours = potential.predict(check, run=run, batch_atoms=1)
         theirs = predictions(answer, check, precision)
         energy, force = TOLERANCES.get(label, (1e-7, 1e-7))  # a table of radial functions in float64
-        if label in ("float32", "kernels") and "float64.energy" not in answer:  # its rounding is not known: SevenNet-0 has up to 2.4e-6 and 3.6e-5
+        if (
+            label in ("float32", "kernels") and "float64.energy" not in answer
+        ):  # its rounding is not known: SevenNet-0 has up to 2.4e-6 and 3.6e-5
             energy, force = NOISE * energy, NOISE * force
         rounding = predictions(answer, check, "float64") if precision == "native" and "float64.energy" in answer else theirs
         calm = [native != "float32" or float(np.abs(b["forces"]).max()) <= LARGEST for b in theirs]
