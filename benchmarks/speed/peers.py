@@ -36,13 +36,15 @@ ELEMENTS = {1: "H", 6: "C", 8: "O", 14: "Si", 29: "Cu"}
 ALL = list(range(1, 90))
 
 
-def ours(model: dict[str, Any], way: str) -> tuple[Any, int]:
+def ours(model: dict[str, Any], way: str, numbers: list[int] = [*ELEMENTS]) -> tuple[Any, int]:  # noqa: B006
+    from ase.data import chemical_symbols
+
     from gossamer.config import make_config
     from gossamer.data.statistics import Statistics
     from gossamer.potential import Potential
     from gossamer.simulation.calculator import Calculator
 
-    symbols = list(ELEMENTS.values())
+    symbols = [chemical_symbols[z] for z in numbers]
     config = make_config({"data": {"train": "-"}, "model": model}).model
     potential = Potential(config, Statistics(elements=symbols, reference_energies=dict.fromkeys(symbols, 0.0), mean_neighbors=30.0))
     return Calculator(potential, way=way), potential.num_parameters
@@ -72,7 +74,8 @@ def nequip(preset: str | None, cutoff: float, allegro: bool = False) -> tuple[An
     return package.theirs("M", True, build)
 
 
-def mace(hidden: str, correlation: int, numbers: list[int]) -> tuple[Any, int]:
+def mace(hidden: str, correlation: int, numbers: list[int], mp: bool = False) -> tuple[Any, int]:
+    """Random weights; ``mp``: with the cutoff and the residual first layer of MACE-MP-0."""
     import torch
     from mace.calculators import MACECalculator  # isort: skip  (it sets a variable that e3nn 0.4 needs)
     import numpy as np
@@ -81,10 +84,11 @@ def mace(hidden: str, correlation: int, numbers: list[int]) -> tuple[Any, int]:
 
     torch.manual_seed(0)
     torch.set_default_dtype(torch.float32)
+    residual = "RealAgnosticResidualInteractionBlock"
     model = modules.ScaleShiftMACE(
-        r_max=5.0, num_bessel=10, num_polynomial_cutoff=5, max_ell=3, num_interactions=2, num_elements=len(numbers), hidden_irreps=o3.Irreps(hidden),
-        interaction_cls=modules.interaction_classes["RealAgnosticResidualInteractionBlock"], correlation=correlation,
-        interaction_cls_first=modules.interaction_classes["RealAgnosticInteractionBlock"], MLP_irreps=o3.Irreps("16x0e"),
+        r_max=6.0 if mp else 5.0, num_bessel=10, num_polynomial_cutoff=5, max_ell=3, num_interactions=2, num_elements=len(numbers), hidden_irreps=o3.Irreps(hidden),
+        interaction_cls=modules.interaction_classes[residual], correlation=correlation,
+        interaction_cls_first=modules.interaction_classes[residual if mp else "RealAgnosticInteractionBlock"], MLP_irreps=o3.Irreps("16x0e"),
         atomic_energies=np.zeros((1, len(numbers))), avg_num_neighbors=30.0, atomic_numbers=numbers, gate=torch.nn.functional.silu,
         radial_MLP=[64, 64, 64], atomic_inter_scale=1.0, atomic_inter_shift=0.0,
     )  # fmt: skip
@@ -291,6 +295,13 @@ MODELS: dict[str, tuple[str, Callable[[], tuple[Any, int]]]] = {
     "allegro l2, 2 layers, AOTInductor": ("nequip", lambda: nequip(None, 5.0, allegro=True)),
     "mace 64x0e+64x1o, correlation 2": ("mace", lambda: mace("64x0e + 64x1o", 2, list(ELEMENTS))),
     "mace 128x0e+128x1o, correlation 3 (not MP-0 medium)": ("mace", lambda: mace("128x0e + 128x1o", 3, ALL)),
+    "mace MP-0 small": ("mace", lambda: mace("128x0e", 3, ALL, mp=True)),
+    "mace MP-0 medium": ("mace", lambda: mace("128x0e + 128x1o", 3, ALL, mp=True)),
+    **{
+        f"our mace MP-0 {size}, {way}": ("ours", lambda m={"name": "mace", "preset": f"MP-{size}"}, w=way: ours(m, w, ALL))
+        for size in ("small", "medium")
+        for way in ("kernels", "program")
+    },
     "sevennet-0": ("sevenn", lambda: sevenn("7net-0")),
     "sevennet-l3i5": ("sevenn", lambda: sevenn("7net-l3i5")),
     **{
