@@ -376,10 +376,18 @@ def choose_settings(
     )
 
 
+WORTHWHILE = 1.25
+"""times as many steps as without, from which compiling is worth its risk"""
+
+
 def compile_pays(name: str, minutes: float) -> bool:
-    """Whether more steps fit into the time if the first part of it goes into compiling them."""
+    """Whether clearly more steps fit into the time if the first part of it goes into compiling them: compiling cannot be cut short.
+
+    A busy machine compiles several times as slowly, so what pays by a few percent on a free one can cost the whole time there.
+    """
     defaults = MODELS[name][1].fit_defaults
-    return 60 * minutes * (1 - defaults.compiled_share) > defaults.compile_seconds
+    seconds = 60 * minutes
+    return (seconds - defaults.compile_seconds) / defaults.compiled_share > WORTHWHILE * seconds
 
 
 def _as_config(config: Config | Path | str | Mapping[str, Any], overrides: Sequence[str]) -> Config:

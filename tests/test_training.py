@@ -30,7 +30,7 @@ from gossamer.evaluation import evaluate_potential
 from gossamer.files import locked
 from gossamer.models import MODELS
 from gossamer.potential_file import load
-from gossamer.runs import evaluate, fit, train
+from gossamer.runs import compile_pays, evaluate, fit, train
 from gossamer.training import loop
 from gossamer.training.checkpoint import read_checkpoint
 from gossamer.training.losses import LossConfig, conditional_deltas, loss_sums, penalty
@@ -460,6 +460,13 @@ def test_fit_needs_no_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert evaluation.forces.mae == pytest.approx(results["valid"]["forces_mae_meV_per_A"], rel=1e-3)
     assert (evaluation.n_training_frames, evaluation.n_validation_frames) == (0, 30)
     assert "30 chose the best weights" in evaluation.notes[0]
+
+
+@pytest.mark.parametrize("name", [*MODELS])
+def test_fit_compiles_only_where_it_clearly_pays(name: str) -> None:
+    """Compiling takes several times as long on a busy machine, and nothing can stop it: five minutes were lost to it."""
+    assert not compile_pays(name, 5)
+    assert compile_pays(name, 60)
 
 
 def test_fit_of_one_frame(tmp_path: Path) -> None:
