@@ -19,6 +19,7 @@ from ase.calculators.singlepoint import SinglePointCalculator
 from conftest import DEMO, make_potential
 
 from gossamer.cli import build_parser, main
+from gossamer.models import MODELS
 from gossamer.potential_file import save
 from gossamer.signals import Stopped
 
@@ -406,3 +407,10 @@ def test_completion(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPat
         status, out, _ = run("completion", shell, capsys=capsys)
         assert status == 0
         assert "temperature-end" in out, shell
+
+
+def test_fit_names_every_network() -> None:
+    """Its help imports no network, so the names stand there by hand."""
+    done = subprocess.run([sys.executable, "-m", "gossamer.cli", "fit", "--help"], capture_output=True, text=True, check=True)
+    listed = " ".join(done.stdout.split()).split("--model MODEL network: ")[1].split(", or a preset")[0]
+    assert sorted(listed.split(", ")) == sorted(MODELS)
