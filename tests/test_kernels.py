@@ -34,9 +34,9 @@ from gossamer.engine.kernels.attach import EdgeKernel, FixedMaps, TableKernel, a
 from gossamer.engine.kernels.cpu import Missing
 from gossamer.engine.kernels.table import TOLERANCE, derivatives, interpolate, pack, tabulate, unpack
 from gossamer.models import MODELS as NETWORKS
+from gossamer.models.sevennet import xplor_envelope
 from gossamer.nn.coupling import Coupling, Irrep, paths_between
 from gossamer.nn.products import Convolution, Edges, Product, ScalarConvolution, VectorConvolution
-from gossamer.nn.radial import xplor_envelope
 from gossamer.runs import evaluate, train
 from gossamer.simulation.calculator import Calculator
 from gossamer.simulation.md import md

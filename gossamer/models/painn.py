@@ -18,9 +18,10 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from gossamer.models.base import DataFacts, FitDefaults, ModelOutput, Network, distances
-from gossamer.nn.layers import RadialLinear, cat, linear, smooth_length, split
+from gossamer.nn.filters import RadialLinear, cosine_cutoff, smooth_length
+from gossamer.nn.layers import cat, linear, split
 from gossamer.nn.products import Edges, VectorConvolution
-from gossamer.nn.radial import bessel_basis, cosine_cutoff, gaussian_basis, polynomial_envelope
+from gossamer.nn.radial import bessel_basis, gaussian_basis, polynomial_envelope
 from gossamer.settings import settings
 
 

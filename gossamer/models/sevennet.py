@@ -25,7 +25,7 @@ from gossamer.models.base import DataFacts, FitDefaults, ModelOutput, Network
 from gossamer.nn.coupling import Coupling, FeatureNorm, Irrep, blocks, gate, paths_between, reachable
 from gossamer.nn.layers import ElementMaps, UnitLinear, cat, unit_mlp
 from gossamer.nn.products import Edges
-from gossamer.nn.radial import polynomial_envelope, unit_scale, xplor_envelope
+from gossamer.nn.radial import polynomial_envelope, unit_scale
 from gossamer.nn.spherical import SphericalHarmonics
 from gossamer.settings import settings
 
@@ -217,6 +217,13 @@ class Interaction(nn.Module):
         if self.norm is not None:
             results = blocks(self.norm(cat([part.flatten(1) for part in results], 1)), self.norm.irreps)
         return gate(results, self.irreps_out)
+
+
+def xplor_envelope(x: Float[Tensor, " n"], on: float) -> Float[Tensor, " n"]:
+    """1 for x < on, else (1 - x²)² (1 + 2 x² - 3 on²) / (1 - on²)³, 0 for x > 1: its second derivative jumps at both ends (HOOMD-blue, "xplor")."""
+    squares = x.clamp(max=1.0) ** 2
+    outer = (1 - squares) ** 2 * (1 + 2 * squares - 3 * on**2) / (1 - on**2) ** 3
+    return torch.where(x < on, torch.ones_like(x), outer)
 
 
 class SevenNet(Network):

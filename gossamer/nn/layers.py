@@ -55,15 +55,6 @@ def split(x: Tensor, sizes: Sequence[int], dim: int) -> tuple[Tensor, ...]:
     return (x,) if len(sizes) == 1 else _Split.apply(x, list(sizes), dim)
 
 
-SMOOTH_LENGTH = 0.1
-"""ε of the smooth length"""
-
-
-def smooth_length(v: Float[Tensor, "n 3 c"]) -> Float[Tensor, "n c"]:
-    """sqrt(|v|² + ε²) - ε along the middle axis, with bounded derivatives at zero."""
-    return torch.sqrt((v**2).sum(dim=1) + SMOOTH_LENGTH**2) - SMOOTH_LENGTH
-
-
 def linear(num_in: int, num_out: int, bias: bool = True) -> nn.Linear:
     """A linear layer with Xavier uniform weights and zero bias."""
     layer = nn.Linear(num_in, num_out, bias=bias)
@@ -99,30 +90,6 @@ def unit_mlp(sizes: Sequence[int], gain: float = UNIT_SILU) -> nn.Sequential:
     for k in range(len(sizes) - 1):
         layers += [*([nn.SiLU()] if k else []), UnitLinear(sizes[k], sizes[k + 1], uniform=True, gain=gain if k else 1.0)]
     return nn.Sequential(*layers)
-
-
-class RadialLinear(nn.Linear):
-    """Radial functions that are linear in a basis: columns @ [W, b]ᵀ, rows taken and scaled in parts.
-
-    The last of the columns is what the bias multiplies, an envelope or ones: the whole is one matrix product.
-    """
-
-    def __init__(self, num_basis: int, num_out: int, n_parts: int, parts: Sequence[tuple[int, float]]) -> None:
-        """
-        Args:
-            num_basis: Columns less the last one.
-            num_out: Rows of W.
-            n_parts: Into how many equal parts the rows fall.
-            parts: (number, factor) of those that are used, in the order of the result.
-        """
-        super().__init__(num_basis, num_out)
-        nn.init.xavier_uniform_(self.weight)
-        nn.init.zeros_(self.bias)
-        self.n_parts, self.parts = n_parts, list(parts)
-
-    def forward(self, columns: Float[Tensor, "E columns"]) -> Float[Tensor, "E values"]:
-        rows = split(cat([self.weight, self.bias[:, None]], 1), [self.out_features // self.n_parts] * self.n_parts, 0)
-        return columns @ cat([rows[k] * factor for k, factor in self.parts], 0).T
 
 
 class ElementLinear(nn.Module):

@@ -51,18 +51,6 @@ def bessel_basis(x: Float[Tensor, " n"], num_basis: int) -> Float[Tensor, "n num
     return math.sqrt(2) * torch.sin(math.pi * n * x[:, None]) / x[:, None]
 
 
-def cosine_cutoff(x: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
-    """½ (cos(π x) + 1) for x < 1, else 0; its second derivative jumps at 1 (Behler, J. Chem. Phys. 134, 074106, 2011)."""
-    return torch.where(x < 1, 0.5 * (torch.cos(math.pi * x) + 1), torch.zeros_like(x))
-
-
-def xplor_envelope(x: Float[Tensor, " n"], on: float) -> Float[Tensor, " n"]:
-    """1 for x < on, else (1 - x²)² (1 + 2 x² - 3 on²) / (1 - on²)³, 0 for x > 1: its second derivative jumps at both ends (HOOMD-blue, "xplor")."""
-    squares = x.clamp(max=1.0) ** 2
-    outer = (1 - squares) ** 2 * (1 + 2 * squares - 3 * on**2) / (1 - on**2) ** 3
-    return torch.where(x < on, torch.ones_like(x), outer)
-
-
 def unit_scale(num_basis: int, p: int, k: int) -> float:
     """Factor that gives sin(n π x) / x · f_p,k(x) unit mean square over n and over neighbours spread evenly in the outer 0.2 < x < 1."""
     x = torch.linspace(0.2, 1, 400, dtype=torch.float64)
