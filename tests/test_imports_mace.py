@@ -13,6 +13,8 @@ from ase.build import molecule
 from gossamer.imports import mace
 from gossamer.imports.contract import ImportOptions
 from gossamer.imports.inert import Inert, Tree
+from gossamer.models.base import DataFacts
+from gossamer.models.mace import MACE, MACEConfig
 from gossamer.nn.contraction import couplings, monomials
 
 
@@ -119,3 +121,11 @@ def test_some_elements_and_one_head_of_mace() -> None:
     assert part.statistics.elements == ["H", "O"]
     water = molecule("H2O")
     assert part.predict(water)[0]["energy"] == pytest.approx(whole.predict(water)[0]["energy"], abs=1e-12)
+
+
+@pytest.mark.parametrize("preset, parameters", [("MP-small", 3_847_696), ("MP-medium", 4_688_656), ("MP-large", 5_725_072)])
+def test_presets_have_the_published_sizes(preset: str, parameters: int) -> None:
+    """Of 89 elements, as mace-torch counts them for the settings of MACE-MP-0."""
+    config = MACEConfig(**MACE.presets[preset])
+    network = MACE(config, DataFacts(atomic_numbers=tuple(range(1, 90))))
+    assert sum(p.numel() for p in network.parameters()) == parameters

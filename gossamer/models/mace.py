@@ -34,7 +34,7 @@ from gossamer.nn.radial import polynomial_envelope
 from gossamer.nn.spherical import SphericalHarmonics
 from gossamer.settings import settings
 
-_MP = {"variant": "published", "cutoff": 6.0, "num_features": 128, "num_basis": 10, "radial_sizes": [64, 64, 64]}
+_MP = {"variant": "published", "cutoff": 6.0, "num_features": 128, "num_basis": 10, "radial_sizes": [64, 64, 64], "self_connections": "all"}
 PRESETS: dict[str, dict[str, Any]] = {
     "tiny": {"num_features": 4, "num_basis": 4, "l_max": 2, "radial_sizes": [6], "readout_width": 3},
     "MP-small": {**_MP, "hidden_l_max": 0},
