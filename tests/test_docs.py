@@ -190,3 +190,13 @@ def test_demo_in_miniature(tmp_path: Path) -> None:
     assert result.returncode in (0, 1), result.stderr  # sixty steps train no potential worth a verdict
     assert "verdict" in result.stdout
     assert (tmp_path / "report.html").stat().st_size > 100_000
+
+
+def test_no_page_holds_the_marks_of_a_merge() -> None:
+    for page in [
+        *ROOT.glob("*.md"),
+        *(ROOT / "docs").rglob("*.md"),
+        *(ROOT / "benchmarks").rglob("*.md"),
+        *(ROOT / "recipes").rglob("*.md"),
+    ]:
+        assert not [line for line in page.read_text().splitlines() if line.startswith(("<<<<<<< ", ">>>>>>> "))], page

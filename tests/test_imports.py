@@ -9,6 +9,7 @@ import operator
 import os
 import pickle
 import pickletools
+import sys
 import zipfile
 from pathlib import Path
 
@@ -17,7 +18,9 @@ import pytest
 import torch
 from torch import nn
 
+from gossamer.imports.contract import ImportOptions
 from gossamer.imports.inert import Inert, Tree, loads, modules_of, open_tree, tensors_of
+from gossamer.imports.verify import ask_reference
 
 
 class Ours(nn.Module):
@@ -287,3 +290,8 @@ def test_every_operation_of_pickles_is_known_or_refused() -> None:
     known = {*inert._VALUES, *inert._STEPS, "PROTO", "FRAME", "STOP"}
     refused = {o.name for o in pickletools.opcodes} - known
     assert refused == {"PERSID", "EXT1", "EXT2", "EXT4", "NEXT_BUFFER", "READONLY_BUFFER"}
+
+
+def test_a_package_without_a_calculator_is_no_reference(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="leignn.* has no ASE calculator. Leave --reference out"):
+        ask_reference(sys.executable, "leignn", tmp_path / "model.pt", ImportOptions(), [], seconds=1)

@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import DEMO, make_potential
+from conftest import MODELS as VARIANTS
 from safetensors.torch import load_file, save_file
 
 from gossamer.cli import main
@@ -651,9 +652,9 @@ def test_no_decay_of_tables_and_biases() -> None:
     assert {tuple(p.shape) for p in groups[1]["params"]} == {(3, 2), (2,)}
 
 
-@pytest.mark.parametrize("name", [*MODELS])
+@pytest.mark.parametrize("name", [*MODELS, "mace-agnesi"])
 def test_muon_takes_the_matrices_of_every_network(name: str) -> None:
-    network = make_potential(["H", "O"], name=name).network
+    network = make_potential(["H", "O"], **VARIANTS.get(name, {"name": name})).network
     optimizer = make_optimizer(network, "muon", 1e-2, 0.0, True)
     found = weight_matrices(network)
     assert found

@@ -16,11 +16,12 @@ from gossamer.potential import Potential
 from gossamer.potential_file import save
 from gossamer.settings import build
 
-GIVEN: dict[str, tuple[str, ...]] = {"schnetpack": ("energy_unit",), "leignn": ("cutoff", "max_neighbors", "update")}
-"""what files of these sources do not say (`gossamer.imports.contract.given`)"""
 log = logging.getLogger(__name__)
-SOURCES = ("mace", "nequip", "sevennet", "nequix", "schnetpack", "leignn", "geodite")
-"""modules of this folder, one for each package whose files are known (`gossamer.imports.contract`)"""
+SOURCES: dict[str, tuple[str, ...]] = {
+    "mace": (), "nequip": (), "sevennet": (), "nequix": (), "schnetpack": ("energy_unit",), "leignn": ("cutoff", "max_neighbors", "update"),
+    "geodite": (),
+}  # fmt: skip
+"""modules of this folder, one for each package whose files are known (`gossamer.imports.contract`); what their files do not say"""
 
 
 def import_potential(
@@ -110,10 +111,9 @@ def read_potential(tree: Tree, options: ImportOptions) -> tuple[str, Potential]:
     Raises:
         ValueError: no source knows it, or as the source's ``potential``.
     """
-    for name in SOURCES:
+    for name, known in SOURCES.items():
         source = import_module(f"gossamer.imports.{name}")
         if source.recognises(tree):
-            known = GIVEN.get(name, ())
             strange = [k for k in options.given if k not in known]
             if strange:
                 raise ValueError(f"--given {strange[0]}: '{tree.path}' needs {', '.join(known) or 'nothing to be given'}.")

@@ -20,6 +20,7 @@ from ase.data import atomic_numbers, covalent_radii
 from gossamer.data.structure import Structure, as_structure
 from gossamer.engine.engine import Engine
 from gossamer.imports.contract import ImportOptions
+from gossamer.imports.reference import SOURCES as REFERENCES
 from gossamer.potential import DTYPES, Potential
 
 TOLERANCES = {"float32": (1e-6, 2e-5), "kernels": (1e-6, 3e-5), "float64": (1e-10, 1e-10)}
@@ -96,8 +97,10 @@ def ask_reference(
 
     Raises:
         FileNotFoundError: no such interpreter.
-        ValueError: the script failed, or its answer is not one.
+        ValueError: the package has no calculator, the script failed, or its answer is not one.
     """
+    if source not in REFERENCES:
+        raise ValueError(f"'{path}' cannot be compared: its package ({source}) has no ASE calculator. Leave --reference out.")
     command = shutil.which(os.fspath(python))
     if command is None:
         raise FileNotFoundError(f"There is no program '{python}'. --reference takes the Python of the other package's environment.")

@@ -3,7 +3,8 @@
     M <- μ M + (1 - μ) G,    W <- W - η 0.2 sqrt(max(m, n)) U Vᵀ    for the singular vectors U, V of (1 - μ) G + μ M
 
 The factor gives the entries of a step the size that Adam's have, so that learning rates carry over. What is no matrix (biases,
-element tables, norms, maps to one number) goes by AdamW.
+element tables, norms, maps to one number) goes by AdamW, and so do maps of single elements (`ElementMaps`): a step of Muon is as
+large for an element that the batch lacks as for one that fills it.
 """
 
 from __future__ import annotations
@@ -49,9 +50,9 @@ def weight_matrices(network: nn.Module) -> dict[nn.Parameter, Matrices]:
             found |= {p: _whole for p in module.parameters(recurse=False) if p.dim() == 2 and min(p.shape) > 1}
     for module in network.modules():
         if isinstance(module, EdgeConvolution):
-            *_, last = (p for p in module.radial.parameters() if p in found)
-            if sum(module.convolution.channels) == len(last):
-                found[last] = partial(_by_rows, module.convolution.channels)
+            last = [p for p in module.radial.parameters() if p in found][-1:]  # none where it gives one number (MACE's density)
+            if last and sum(module.convolution.channels) == len(last[0]):
+                found[last[0]] = partial(_by_rows, module.convolution.channels)
     return {p: matrices for p, matrices in found.items() if p.requires_grad}
 
 
