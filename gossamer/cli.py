@@ -108,7 +108,8 @@ def _train_parser(train: argparse.ArgumentParser) -> None:
 def _fit_parser(fit: argparse.ArgumentParser) -> None:
     fit.add_argument("data", help="labelled structures")
     fit.add_argument(
-        "--model", help="network: leignn, nequip, geodite, mace, painn, schnet, sevennet, or a preset such as nequip/M (default: leignn)"
+        "--model",
+        help="network: leignn, nequip, geodite, mace, painn, schnet, sevennet, weft, or a preset such as nequip/M (default: leignn)",
     )
     fit.add_argument("--out", default="fit", help="folder of the run (default: fit)")
     fit.add_argument("--minutes", type=float, default=30.0, help="how long to train (default: 30)")

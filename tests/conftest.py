@@ -82,13 +82,15 @@ MODELS = {
         scales="per_element",
     ),
     "sevennet-nequix": dict(name="sevennet", variant="published", layer_norm=True, train_embedding=False, embedding_features=6),
+    "weft": dict(name="weft"),
+    "weft-l3": dict(name="weft", l_max=3, num_features=3, num_layers=3),
 }
 """every network that must pass the physics tests: settings on top of those in `make_potential`"""
 DIRECT = [name for name in MODELS if name.endswith("direct")]
 GLOBAL = ["sound-global", "published"]
 """networks whose energy is not a sum of local terms"""
 SMOOTH = ["sound", "sound-gaussian-painn", "nequip", "nequip-l3-pairs", "nequip-parity", "nequip-trained-bessel", "nequip-published", "geodite", "geodite-l4",
-          "geodite-published", "mace", "mace-agnesi", "mace-published", "painn", "schnet", "sevennet", "sevennet-nequix"]  # fmt: skip
+          "geodite-published", "mace", "mace-agnesi", "mace-published", "painn", "schnet", "sevennet", "sevennet-nequix", "weft", "weft-l3"]  # fmt: skip
 """networks with three continuous derivatives at the cutoff"""
 OWN_ZERO = [name for name in MODELS if name not in ("published", "published-vanilla", "mace-published", "painn-published", "schnet-published", "sevennet-published",
                                                     "sevennet-nequix")]  # fmt: skip

@@ -142,7 +142,7 @@ def test_the_whole_path(tmp_path: Path, capsys: pytest.CaptureFixture, monkeypat
         (dict(), ["training.steps=many"], "training.steps: Input should be a valid integer"),
         (dict(), ["training.steps=-5"], "training.steps: Input should be greater than 0 (found -5)"),
         (dict(), ["model.cutoff=0"], "model.cutoff: Input should be greater than 0"),
-        (dict(), ["model.name=leinn"], "model.name: found 'leinn', expected one of leignn, nequip, geodite, mace, painn, schnet, sevennet. Did you mean leignn"),
+        (dict(), ["model.name=leinn"], "model.name: found 'leinn', expected one of leignn, nequip, geodite, mace, painn, schnet, sevennet, weft. Did you mean leignn"),
         (dict(), ["model.variant=published", "model.radial_basis=bessel"], "model: Value error, the published variant has Gaussians"),
         (dict(), ["loss.kind=l2"], "loss.kind: Input should be 'l1', 'mse', 'huber' or 'conditional_huber'"),
         (dict(), ["loss.forces=-1"], "loss.forces: Input should be greater than or equal to 0"),

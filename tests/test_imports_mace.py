@@ -14,8 +14,7 @@ from gossamer.imports import mace
 from gossamer.imports.contract import ImportOptions
 from gossamer.imports.inert import Inert, Tree
 from gossamer.models.base import DataFacts
-from gossamer.models.mace import MACE, MACEConfig
-from gossamer.nn.contraction import couplings, monomials
+from gossamer.models.mace import MACE, MACEConfig, couplings, monomials
 
 
 def stand_in(name: str, children: dict | None = None, **state: object) -> Inert:

@@ -17,9 +17,9 @@ from gossamer.data.structure import Structure
 from gossamer.models import DataFacts, Geodite, GeoditeConfig, NequIP, NequIPConfig
 from gossamer.models.leignn import mean_by_index
 from gossamer.nn.coupling import Coupling, Irrep, blocks, paths_between
-from gossamer.nn.layers import Constant, cat, split, sum_by_index
+from gossamer.nn.filters import bessel_basis, gaussian_basis
+from gossamer.nn.layers import Constant, cat, polynomial_envelope, split, sum_by_index
 from gossamer.nn.products import Edges
-from gossamer.nn.radial import bessel_basis, gaussian_basis, polynomial_envelope
 from gossamer.nn.spherical import SphericalHarmonics, wigner_3j
 from gossamer.nn.zbl import ZBL, zbl_energy
 

@@ -67,7 +67,7 @@ def test_lone_atom_table_is_the_same_as_lone_atoms_riding_along(crystal: Atoms) 
 
 def test_compiled_shapes_are_checked() -> None:
     """jaxtyping is on while testing: a wrong shape fails at the call, naming the argument."""
-    from gossamer.nn.radial import bessel_basis
+    from gossamer.nn.filters import bessel_basis
 
     with pytest.raises(Exception, match="x"):
         bessel_basis(torch.zeros(3, 2), 4)

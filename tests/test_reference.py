@@ -25,15 +25,17 @@ def test_published_outputs(name: str, count: int) -> None:
     assert max(deviations.values()) < TOLERANCE
 
 
-@pytest.mark.parametrize(("name", "count"), [("nequip", 40), ("mace", 33), ("schnetpack", 7)])
+@pytest.mark.parametrize(("name", "count"), [("nequip", 40), ("mace", 33), ("schnetpack", 7), ("weft", 6)])
 def test_outputs_of_packages(name: str, count: int) -> None:
-    """Stored in the repository with the scripts that made them (make_nequip.py, make_mace.py, make_schnetpack.py)."""
+    """Stored in the repository with the scripts that made them (make_nequip.py, make_mace.py, make_schnetpack.py); Weft, ours: make_weft.py."""
     deviations = compare(HERE / f"{name}.npz")
     assert len(deviations) == count
     assert max(deviations.values()) < 1e-12
 
 
-@pytest.mark.parametrize(("name", "key"), [("nequip", "l2/forces"), ("mace", "MPA/Default/forces"), ("schnetpack", "painn/energy")])
+@pytest.mark.parametrize(
+    ("name", "key"), [("nequip", "l2/forces"), ("mace", "MPA/Default/forces"), ("schnetpack", "painn/energy"), ("weft", "stress")]
+)
 def test_the_script_fails_on_altered_outputs(name: str, key: str, tmp_path: Path) -> None:
     data = dict(np.load(HERE / f"{name}.npz"))
     data[key] = data[key] * (1 + 1e-8)

@@ -272,7 +272,7 @@ from gossamer.potential import Potential
 from gossamer.training.compiled import CompiledForward
 torch.manual_seed(0)
 structures = list(read_structures({ETHANOL!r}))[:7]
-config = make_config(dict(data=dict(train="x"), model=dict(name={name!r}, preset="tiny", num_layers=1, cutoff=3.5)))
+config = make_config(dict(data=dict(train="x"), model=dict(name={name!r}, preset="tiny", num_layers={2 if name == "weft" else 1}, cutoff=3.5)))
 potential = Potential(config.model, compute_statistics(structures, 3.5)).double().train()
 forward = CompiledForward(potential, forces=True, stress=False)
 forward.compiled = forward.unroll(potential.collate(structures[:3]))

@@ -12,8 +12,8 @@ import torch
 
 pytest.importorskip("triton", reason="needs triton")
 
-from test_contraction import some
 from test_kernels import nequip_convolution, vector_convolution
+from test_polynomial import some
 
 from gossamer.engine.kernels import gpu, ops, polynomial
 from gossamer.engine.kernels.cpu import Missing
@@ -126,9 +126,9 @@ print("equal")
 
 POLYNOMIAL = """
 import torch
-from test_contraction import inputs_of, some
+from test_polynomial import inputs_of, some
 from gossamer.engine.kernels import polynomial
-from gossamer.nn.contraction import Polynomial
+from gossamer.nn.polynomial import Polynomial
 polynomial.PIECE = 7
 for degree, channels in ((3, 33),):
     monomials = some(4, 2, degree)

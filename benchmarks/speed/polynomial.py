@@ -17,7 +17,8 @@ import torch
 
 from gossamer.engine.kernels import cpu, polynomial
 from gossamer.machine import machine
-from gossamer.nn.contraction import Monomials, SymmetricContraction
+from gossamer.models.mace import SymmetricContraction
+from gossamer.nn.polynomial import Monomials
 from gossamer.timing import fastest
 
 CASES = {"0e": (3, 0, 3), "0e+1o": (3, 1, 3), "0e, four factors": (3, 0, 4), "0e+1o, four factors": (3, 1, 4)}

@@ -19,8 +19,7 @@ from torch import Tensor
 
 from gossamer.imports.contract import ImportOptions, Known, Weights, choose, chosen_elements, foreign_statistics, keep_elements
 from gossamer.imports.inert import Inert, Tree, module_state, modules_of, tensors_of
-from gossamer.models.mace import AGNESI, MACE, SOFT_STEEPNESS, MACEConfig
-from gossamer.nn.contraction import couplings, monomials
+from gossamer.models.mace import AGNESI, MACE, SOFT_STEEPNESS, MACEConfig, couplings, monomials
 from gossamer.nn.layers import UNIT_SILU
 from gossamer.potential import Potential, PotentialConfig
 

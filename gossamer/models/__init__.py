@@ -14,6 +14,7 @@ from gossamer.models.nequip import NequIP, NequIPConfig
 from gossamer.models.painn import PaiNN, PaiNNConfig
 from gossamer.models.schnet import SchNet, SchNetConfig
 from gossamer.models.sevennet import SevenNet, SevenNetConfig
+from gossamer.models.weft import Weft, WeftConfig
 
 MODELS: dict[str, tuple[type[Any], type[Network]]] = {
     "leignn": (LEIGNNConfig, LEIGNN),
@@ -23,6 +24,7 @@ MODELS: dict[str, tuple[type[Any], type[Network]]] = {
     "painn": (PaiNNConfig, PaiNN),
     "schnet": (SchNetConfig, SchNet),
     "sevennet": (SevenNetConfig, SevenNet),
+    "weft": (WeftConfig, Weft),
 }
 DEFAULT = "leignn"
 """the network where none is named"""
@@ -54,4 +56,6 @@ __all__ = [
     "SchNetConfig",
     "SevenNet",
     "SevenNetConfig",
+    "Weft",
+    "WeftConfig",
 ]  # fmt: skip

@@ -29,9 +29,8 @@ from torch.nn.functional import silu, softplus
 
 from gossamer.models.base import DataFacts, FitDefaults, ModelOutput, Network
 from gossamer.nn.attention import Alignment, Attention
-from gossamer.nn.layers import Constant, cat, linear, split, sum_by_index
+from gossamer.nn.layers import Constant, cat, linear, polynomial_envelope, split, sum_by_index
 from gossamer.nn.products import Edges
-from gossamer.nn.radial import polynomial_envelope
 from gossamer.nn.spherical import SphericalHarmonics
 from gossamer.settings import settings
 

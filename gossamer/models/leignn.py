@@ -20,10 +20,9 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from gossamer.models.base import DataFacts, FitDefaults, ModelOutput, Network, distances
-from gossamer.nn.filters import RadialLinear, smooth_length
-from gossamer.nn.layers import cat, linear, split, sum_by_index
+from gossamer.nn.filters import RadialLinear, bessel_basis, gaussian_basis, smooth_length
+from gossamer.nn.layers import cat, linear, polynomial_envelope, split, sum_by_index
 from gossamer.nn.products import Edges, VectorConvolution
-from gossamer.nn.radial import bessel_basis, gaussian_basis, polynomial_envelope
 from gossamer.settings import settings
 
 

@@ -18,10 +18,9 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from gossamer.models.base import DataFacts, FitDefaults, ModelOutput, Network, distances
-from gossamer.nn.filters import RadialLinear, cosine_cutoff, smooth_length
-from gossamer.nn.layers import cat, linear, split
+from gossamer.nn.filters import RadialLinear, bessel_basis, cosine_cutoff, gaussian_basis, smooth_length
+from gossamer.nn.layers import cat, linear, polynomial_envelope, split
 from gossamer.nn.products import Edges, VectorConvolution
-from gossamer.nn.radial import bessel_basis, gaussian_basis, polynomial_envelope
 from gossamer.settings import settings
 
 

@@ -18,10 +18,9 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from gossamer.models.base import DataFacts, FitDefaults, ModelOutput, Network, distances
-from gossamer.nn.filters import cosine_cutoff
-from gossamer.nn.layers import cat, linear, split
+from gossamer.nn.filters import cosine_cutoff, gaussian_basis
+from gossamer.nn.layers import cat, linear, polynomial_envelope, split
 from gossamer.nn.products import Edges, ScalarConvolution
-from gossamer.nn.radial import gaussian_basis, polynomial_envelope
 from gossamer.settings import settings
 
 

@@ -23,9 +23,8 @@ from torch import Tensor, nn
 
 from gossamer.models.base import DataFacts, FitDefaults, ModelOutput, Network
 from gossamer.nn.coupling import Coupling, FeatureNorm, Irrep, blocks, gate, paths_between, reachable
-from gossamer.nn.layers import ElementMaps, UnitLinear, cat, unit_mlp
+from gossamer.nn.layers import ElementMaps, UnitLinear, cat, polynomial_envelope, unit_mlp, unit_scale
 from gossamer.nn.products import Edges
-from gossamer.nn.radial import polynomial_envelope, unit_scale
 from gossamer.nn.spherical import SphericalHarmonics
 from gossamer.settings import settings
 

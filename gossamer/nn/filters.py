@@ -1,4 +1,4 @@
-"""What networks with scalars and vectors share: radial filters, a cutoff, a smooth length."""
+"""What networks with scalars and vectors share: bases of the distance, radial filters, a cutoff, a smooth length."""
 
 from __future__ import annotations
 
@@ -18,6 +18,28 @@ SMOOTH_LENGTH = 0.1
 def smooth_length(v: Float[Tensor, "n 3 c"]) -> Float[Tensor, "n c"]:
     """sqrt(|v|² + ε²) - ε along the middle axis, with bounded derivatives at zero."""
     return torch.sqrt((v**2).sum(dim=1) + SMOOTH_LENGTH**2) - SMOOTH_LENGTH
+
+
+def gaussian_basis(x: Float[Tensor, " n"], num_basis: int) -> Float[Tensor, "n num_basis"]:
+    """Gaussians with centres evenly on [0, 1] and width equal to their spacing.
+
+        b_n(x) = exp(-(x - c_n)² / (2 w²)),    c_n = n / (num_basis - 1),  w = 1 / (num_basis - 1)
+
+    Schütt et al., NeurIPS 2017 (arXiv:1706.08566), Eq. 3, on scaled distances. They do not vanish at the cutoff.
+    """
+    centres = torch.linspace(0, 1, num_basis, dtype=x.dtype, device=x.device)
+    return torch.exp(-0.5 * ((x[:, None] - centres) * (num_basis - 1)) ** 2)
+
+
+def bessel_basis(x: Float[Tensor, " n"], num_basis: int) -> Float[Tensor, "n num_basis"]:
+    """Radial Bessel functions of the scaled distance x = r / cutoff, which vanish at x = 1 (their slope does not).
+
+        b_n(x) = sqrt(2) sin(n pi x) / x,    n = 1 … num_basis
+
+    Gasteiger et al., ICLR 2020 (arXiv:2003.03123), Eq. 7, times cutoff^(3/2), so without a unit. x must be positive.
+    """
+    n = torch.arange(1, num_basis + 1, dtype=x.dtype, device=x.device)
+    return math.sqrt(2) * torch.sin(math.pi * n * x[:, None]) / x[:, None]
 
 
 class RadialLinear(nn.Linear):

@@ -132,6 +132,34 @@ class ElementMaps(nn.Module):
         return self.table.weight.reshape(-1, *self.shape) / math.sqrt(self.shape[0])
 
 
+def polynomial_envelope(x: Float[Tensor, " n"], p: int, k: int = 2) -> Float[Tensor, " n"]:
+    """Smooth step from 1 at x = 0 to 0 at x = 1, with ``k`` vanishing derivatives at x = 1.
+
+        f_{p,k}(x) = 1 - x^p sum_{j=0..k} binom(p + j - 1, j) (1 - x)^j        for x < 1, else 0
+
+    f vanishes as (1 - x)^(k + 1). k = 2 is the envelope of Gasteiger et al., ICLR 2020 (arXiv:2003.03123), Eq. 8,
+    whose third derivative jumps at the cutoff; k = 3 is continuous through the third.
+
+    Args:
+        x: Distance over cutoff, not negative.
+        p: Power of the leading term at small x.
+        k: Number of derivatives that vanish at x = 1.
+    """
+    x = x.clamp(max=1.0)
+    series = torch.zeros_like(x)
+    for j in range(k, -1, -1):  # Horner in (1 - x)
+        series = series * (1 - x) + math.comb(p + j - 1, j)
+    return 1 - x**p * series
+
+
+def unit_scale(num_basis: int, p: int, k: int) -> float:
+    """Factor that gives sin(n π x) / x · f_p,k(x) unit mean square over n and over neighbours spread evenly in the outer 0.2 < x < 1."""
+    x = torch.linspace(0.2, 1, 400, dtype=torch.float64)
+    n = torch.arange(1, num_basis + 1, dtype=torch.float64)
+    values = torch.sin(math.pi * n * x[:, None]) * (polynomial_envelope(x, p, k) / x)[:, None]
+    return float(((values**2).mean(dim=1) * x**2).sum() / (x**2).sum()) ** -0.5
+
+
 class Constant(nn.Module):
     """A constant tensor that stays exact when the module changes its precision to and fro."""
 

@@ -7,7 +7,7 @@ from ase.data import covalent_radii
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from gossamer.nn.radial import polynomial_envelope
+from gossamer.nn.layers import polynomial_envelope
 
 COULOMB = 14.399645
 """e² / (4 pi eps_0) in eV Å"""

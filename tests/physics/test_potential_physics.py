@@ -16,7 +16,7 @@ from gossamer.checks.symmetry import net_force, separation_error, supercell_erro
 from gossamer.data.batch import collate
 from gossamer.data.structure import Structure
 from gossamer.graph import Graph
-from gossamer.nn.radial import polynomial_envelope
+from gossamer.nn.layers import polynomial_envelope
 from gossamer.nn.zbl import zbl_energy
 from gossamer.potential import Potential, PotentialConfig
 from gossamer.simulation.calculator import Calculator

@@ -5,6 +5,7 @@
     python tests/reference/compare.py tests/reference/nequip.npz            # made by make_nequip.py
     python tests/reference/compare.py tests/reference/mace.npz              # made by make_mace.py
     python tests/reference/compare.py tests/reference/schnetpack.npz        # made by make_schnetpack.py
+    python tests/reference/compare.py tests/reference/weft.npz              # made by make_weft.py, from the equations of our own network
 
 Prints the largest relative deviation of every stored output; exit status 1 if any is above 1e-10.
 """
@@ -17,9 +18,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from ase.data import chemical_symbols
 
 from gossamer.data.statistics import Statistics
-from gossamer.engine.kernels.attach import FixedMaps
+from gossamer.data.structure import Structure
+from gossamer.engine.kernels.attach import FixedMaps, attach_kernels
 from gossamer.graph import Graph
 from gossamer.imports import mace
 from gossamer.imports.contract import ImportOptions
@@ -35,6 +38,7 @@ from gossamer.models import (
     PaiNNConfig,
     SchNet,
     SchNetConfig,
+    WeftConfig,
 )
 from gossamer.nn.layers import sum_by_index
 from gossamer.potential import Potential, PotentialConfig
@@ -356,6 +360,29 @@ def compare_schnetpack(data: np.lib.npyio.NpzFile) -> dict[str, float]:
     return deviations
 
 
+# --- Weft ---------------------------------------------------------------------------------------------------------
+
+
+def compare_weft(data: np.lib.npyio.NpzFile) -> dict[str, float]:
+    """Energy, forces and stress of our own network, plain and with kernels, against its equations written out path by path."""
+    config, elements = WeftConfig(**json.loads(str(data["settings"]))), [chemical_symbols[z] for z in data["elements"]]
+    statistics = Statistics(
+        elements=elements, reference_energies=dict.fromkeys(elements, 0.0), mean_neighbors=float(data["mean_neighbors"])
+    )
+    potential = Potential(config, statistics, PotentialConfig(zbl=False)).double().eval()
+    potential.network.load_state_dict(
+        {k.removeprefix("weights/"): torch.from_numpy(data[k]) for k in data.files if k.startswith("weights/")}
+    )
+    structure = Structure(atomic_numbers=data["numbers"], positions=data["positions"], cell=data["cell"], pbc=np.ones(3, bool))
+    deviations = {}
+    for way, used in (("plain", potential), ("kernels", attach_kernels(potential, "validation"))):
+        out = used(used.collate([structure]), stress=True)
+        for name, value in (("energy", out.energy), ("forces", out.forces), ("stress", out.stress[0])):
+            ours, theirs = value.detach().numpy(), data[name]
+            deviations[f"weft/{way}/{name}"] = relative_deviation(ours.reshape(theirs.shape), theirs)
+    return deviations
+
+
 def compare(path: Path) -> dict[str, float]:
     """Deviations of every output stored in a reference file of a known layout."""
     data = np.load(path, allow_pickle=False)
@@ -369,7 +396,11 @@ def compare(path: Path) -> dict[str, float]:
         return compare_mace(data)
     if "settings_F_L_B_cutoff" in data.files:
         return compare_schnetpack(data)
-    raise ValueError(f"'{path}' has a layout this script does not know (none of LEIGNN's, Geodite's, NequIP's, MACE's, schnetpack's).")
+    if "mean_neighbors" in data.files:
+        return compare_weft(data)
+    raise ValueError(
+        f"'{path}' has a layout this script does not know (none of LEIGNN's, Geodite's, NequIP's, MACE's, schnetpack's, Weft's)."
+    )
 
 
 def main() -> int:

@@ -18,8 +18,8 @@ from gossamer.engine.kernels import cpu, gpu, ops, polynomial
 from gossamer.engine.kernels.cpu import Missing
 from gossamer.engine.kernels.table import pack, passed, tabulate_all
 from gossamer.nn.attention import Alignment, Attention
-from gossamer.nn.contraction import ElementPolynomial, Monomials, Polynomial
 from gossamer.nn.layers import ElementLinear, ElementMaps
+from gossamer.nn.polynomial import ElementPolynomial, Monomials, Polynomial
 from gossamer.nn.products import Convolution, EdgeConvolution, Edges
 from gossamer.potential import Potential
 

@@ -1,4 +1,4 @@
-"""Polynomials in the features of a node (`gossamer.nn.contraction`) as generated code, and their PyTorch operators.
+"""Polynomials in the features of a node (`gossamer.nn.polynomial`) as generated code, and their PyTorch operators.
 
 The tree of monomials is written out, in C++ and in Triton; elements, channels and precision stay open. Coefficients of the elements
 present are gone through element by element, so that they stay in the nearest cache. Gradients are collected on the way through the
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from gossamer.engine.kernels import cpu, gpu
 from gossamer.engine.kernels.ops import on_its_gpu
-from gossamer.nn.contraction import Monomial, Monomials, check_sizes
+from gossamer.nn.polynomial import Monomial, Monomials, check_sizes
 
 PIECE = 400
 """nodes of the tree in one function; compilers take far more than twice the time for twice the length"""

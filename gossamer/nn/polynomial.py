@@ -1,4 +1,4 @@
-"""Polynomials in the features of a node: what MACE multiplies the sums over its neighbours with.
+"""Polynomials in the features of a node: what MACE and Weft multiply the sums over neighbours with.
 
     y_o[c] = Σ_m k[z, m, c] Π_{i in m} x_i[c]        for each monomial m of component o; z: element of the node, c: channel
 
@@ -8,21 +8,13 @@ as Horner does, t(m) = k(m) + Σ_{children} x_{last(child)} t(child), so that no
 
 from __future__ import annotations
 
-import functools
-import itertools
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-import numpy as np
 import torch
 from jaxtyping import Float, Int
-from numpy.typing import NDArray
 from torch import Tensor, nn
-
-from gossamer.nn.layers import Constant
-from gossamer.nn.spherical import wigner_3j
 
 Monomial = tuple[int, ...]
 """the factors, sorted: (0, 0, 3) is x_0² x_3"""
@@ -159,95 +151,3 @@ def check_sizes(monomials: Monomials, x: Tensor, species: Tensor, coefficients: 
     for name, tensor, shape in expected:
         if tuple(tensor.shape) != shape:
             raise ValueError(f"{name} of a polynomial must have shape {shape}, found {tuple(tensor.shape)}")
-
-
-# --- the products of MACE -----------------------------------------------------------------------------------------------
-
-
-@functools.cache
-def monomials(n_in: int, degree: int) -> tuple[Monomial, ...]:
-    """All monomials of one degree."""
-    return tuple(itertools.combinations_with_replacement(range(n_in), degree))
-
-
-@functools.cache
-def _raised(n_in: int, degree: int) -> NDArray[np.int64]:
-    """(monomials of this degree, n_in): which monomial of the next degree each becomes when a factor joins it."""
-    number = {m: k for k, m in enumerate(monomials(n_in, degree + 1))}
-    return np.array([[number[tuple(sorted((*m, i)))] for i in range(n_in)] for m in monomials(n_in, degree)])
-
-
-@functools.cache
-def couplings(l_max: int, l_out: int, correlation: int) -> NDArray[np.float64]:
-    """All ways to couple so many copies of one feature, of degrees 0 … l_max and natural parity, to degree l_out.
-
-    Factors join one after another, each by 3j symbols times sqrt(2 l + 1) of the degree that results (Batatia et al.,
-    arXiv:2206.07697, Eq. 10 and 11); degrees between may have either parity, for four factors natural parity only. Order and length
-    are those of mace-torch, so that its weights are ours, but for the sign of couplings by way of unnatural parity, which e3nn 0.4.4
-    has otherwise. As the factors are copies, some couplings depend on others.
-
-    Returns:
-        (couplings, 2 l_out + 1, monomials of this degree)
-    """
-    n_in = (l_max + 1) ** 2
-    partial = [((l, (-1) ** l), np.eye(n_in)[l * l : (l + 1) ** 2]) for l in range(l_max + 1)]
-    for degree in range(1, correlation):
-        raised, joined = _raised(n_in, degree), []
-        last = degree == correlation - 1
-        reach = l_out + l_max * (correlation - degree - 1)
-        for (l_left, p_left), left in partial:
-            for l in range(l_max + 1):
-                for l_new in range(abs(l_left - l), min(l_left + l, reach) + 1):
-                    kind = l_new, p_left * (-1) ** l
-                    wanted = kind == (l_out, (-1) ** l_out) if last else correlation < 4 or kind[1] == (-1) ** l_new
-                    if wanted:
-                        symbols = wigner_3j(l_new, l_left, l) * math.sqrt(2 * l_new + 1)
-                        result = np.zeros((2 * l_new + 1, len(monomials(n_in, degree + 1))))
-                        for m in range(2 * l + 1):
-                            result[:, raised[:, l * l + m]] += symbols[:, :, m] @ left
-                        joined.append((kind, result))
-        partial = sorted(joined, key=lambda item: item[0])  # stable: within a kind as they came
-    found = [values for kind, values in partial if kind == (l_out, (-1) ** l_out)]
-    return np.stack(found) if found else np.zeros((0, 2 * l_out + 1, len(monomials(n_in, correlation))))
-
-
-class SymmetricContraction(ElementPolynomial):
-    """B = Σ over ν ≤ correlation and over couplings of w[z, coupling] times the coupled product of ν factors A, for each degree of the result.
-
-    Batatia et al., arXiv:2206.07697, Eq. 10 and 11, as a polynomial in the components of A: its coefficients are linear in the weights.
-    """
-
-    def __init__(self, l_max: int, hidden_l_max: int, correlation: int, channels: int, n_elements: int) -> None:
-        """
-        Args:
-            l_max: Highest degree of A.
-            hidden_l_max: Highest degree of the result.
-            correlation: Most factors.
-            channels: Each has its own weights, and channels do not mix.
-            n_elements: Each has its own weights.
-        """
-        n_in = (l_max + 1) ** 2
-        parts = [(l, n, couplings(l_max, l, n)) for l in range(hidden_l_max + 1) for n in range(1, correlation + 1)]
-        components: list[list[Monomial]] = [[] for _ in range((hidden_l_max + 1) ** 2)]
-        rows: list[list[NDArray[np.float64]]] = [[] for _ in components]
-        n_paths, first = sum(len(values) for *_, values in parts), 0
-        for l, n, values in parts:
-            for m, component in enumerate(values.transpose(1, 2, 0)):  # (monomials, couplings)
-                for number in np.flatnonzero(np.abs(component).max(axis=1, initial=0) > 1e-12):
-                    row = np.zeros(n_paths)
-                    row[first : first + len(values)] = component[number]
-                    components[l * l + m].append(monomials(n_in, n)[number])
-                    rows[l * l + m].append(row)
-            first += len(values)
-        super().__init__(Monomials(n_in, tuple(tuple(c) for c in components)))
-        self.sizes = [len(values) for *_, values in parts]
-        """couplings of each degree of the result and number of factors, in the order of the weights"""
-        self.channels = channels
-        self.basis = Constant(np.stack([row for component in rows for row in component]))
-        self.weights = nn.Embedding(n_elements, n_paths * channels)
-        spread = torch.cat([torch.full((size * channels,), 1.0 / size) for size in self.sizes if size])
-        self.weights.weight = nn.Parameter(torch.randn(n_elements, n_paths * channels) * spread)
-
-    def coefficients(self) -> Float[Tensor, "elements monomials C"]:
-        weights = self.weights.weight.reshape(self.weights.num_embeddings, -1, self.channels)
-        return torch.matmul(self.basis(), weights)

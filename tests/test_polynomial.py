@@ -16,7 +16,7 @@ from conftest import make_potential
 from gossamer.data.readers import LabelConfig, from_atoms
 from gossamer.engine.kernels import polynomial
 from gossamer.engine.kernels.attach import PolynomialKernel, attach_kernels
-from gossamer.nn.contraction import Monomial, Monomials, Polynomial
+from gossamer.nn.polynomial import Monomial, Monomials, Polynomial
 
 needs_compiler = pytest.mark.skipif(not any(shutil.which(c) for c in ("g++", "clang++", "c++")), reason="needs a C++ compiler")
 
