@@ -22,6 +22,7 @@ from gossamer.data.structure import Structure, as_structure
 from gossamer.graph import Graph
 from gossamer.models import MODELS, DataFacts, ModelConfig
 from gossamer.nn.layers import sum_by_index
+from gossamer.nn.products import Ends
 from gossamer.nn.zbl import ZBL
 from gossamer.quantities import QUANTITIES
 from gossamer.settings import settings
@@ -109,6 +110,7 @@ class Potential(nn.Module):
         )
         network: Any = MODELS[model.name][1]
         self.network = network(model, facts)
+        self.ends = Ends()
         self.zbl = make_zbl(self.potential_config, model.cutoff) if self.potential_config.zbl else None
         self.terms: Any = nn.ModuleList()
         """further energies of atoms, (graph, positions, cell) -> (n_atoms,) in eV, from positions and cells: long range, say"""
@@ -178,9 +180,8 @@ class Potential(nn.Module):
         table = self.network.pair_cutoffs()
         if table is None:
             return None
-        sender, receiver = graph.edge_index
-        species = self.species_of[graph.atomic_numbers]
-        return table.to(torch.float64)[species[receiver], species[sender]]
+        neighbour, centre = self.ends(self.species_of[graph.atomic_numbers], graph.edge_index)
+        return table.to(torch.float64)[centre, neighbour]
 
     def isolated_outputs(self) -> Float[Tensor, " n_elements"]:
         """Output of the network for a lone atom of each element in the table."""

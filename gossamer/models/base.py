@@ -77,8 +77,15 @@ class Network(nn.Module):
     """distances over cutoff where a second derivative of ``radial_basis`` jumps: tables have a knot there, twice"""
     radial_pairs: int = 0
     """kinds of pairs of elements whose radial bases differ, each with tables of its own; 0: ``radial_basis`` is that of all"""
+    local: bool = True
+    """whether an atom's energy depends on nothing beyond ``num_hops`` edges from it"""
     own_repulsion: bool = False
     """whether the potential must not add a repulsion of its own"""
+
+    @property
+    def num_hops(self) -> int:
+        """Edges from an atom to the farthest that its energy depends on; the receptive field is num_hops * cutoff."""
+        return int(self.config.num_layers)
 
     def radial_basis(self, x: Float[Tensor, " E"]) -> Float[Tensor, "E B"]:
         """What radial functions are made from, at distance over cutoff; only if the network has `EdgeConvolution`s."""

@@ -30,7 +30,7 @@ from torch.nn.functional import silu, softplus
 from gossamer.models.base import DataFacts, FitDefaults, ModelOutput, Network
 from gossamer.nn.attention import Alignment, Attention
 from gossamer.nn.layers import Constant, cat, linear, polynomial_envelope, split, sum_by_index
-from gossamer.nn.products import Edges
+from gossamer.nn.products import Edges, Ends
 from gossamer.nn.spherical import SphericalHarmonics
 from gossamer.settings import settings
 
@@ -129,10 +129,11 @@ class NodeStart(nn.Module):
         self.W_d = linear(2 * num_features, num_features, bias=False)
         self.W_u = linear(num_features, num_features, bias=False)
         self.density = Density(num_basis, divide=False)
+        self.ends = Ends()
 
     def forward(self, species: Tensor, basis: Tensor, edge_index: Tensor) -> Float[Tensor, "N C"]:
-        sender, receiver = edge_index
-        messages = self.A_nbr(species).index_select(0, sender) * self.W_ndp(basis)
+        receiver = edge_index[1]
+        messages = self.A_nbr(self.ends(species, edge_index)[0]) * self.W_ndp(basis)
         m = sum_by_index(messages, receiver, species.shape[0]) * self.density(basis, receiver, species.shape[0])
         return self.W_u(silu(self.W_d(cat([self.A_na(species), m], 1))))
 
@@ -229,16 +230,16 @@ class Repulsion(nn.Module):
         self.d = nn.Parameter(torch.full((4,), 0.0354))
         self.numbers = Constant(np.array(atomic_numbers, dtype=np.float64))
         self.radii = Constant(covalent_radii[np.array(atomic_numbers)])
+        self.ends = Ends()
 
     def forward(self, species: Int[Tensor, " N"], edge_index: Int[Tensor, "2 E"], lengths: Float[Tensor, " E"]) -> Float[Tensor, " N"]:
         """½ Σ_j V_ij of each atom."""
-        sender, receiver = edge_index
-        z, radius = self.numbers()[species], self.radii()[species]
-        z_i, z_j = z.index_select(0, receiver), z.index_select(0, sender)
+        neighbour, centre = self.ends(species, edge_index)
+        z_i, z_j = self.numbers()[centre], self.numbers()[neighbour]
         reduced = lengths * (z_i**self.beta + z_j**self.beta) / (0.529 * self.a_0)
         screening = (self.c * torch.exp(-self.d * reduced[:, None])).sum(dim=1)
-        envelope = polynomial_envelope(lengths / (radius.index_select(0, receiver) + radius.index_select(0, sender)), p=5)
-        return sum_by_index(0.5 * 14.3996 * z_i * z_j / lengths * screening * envelope, receiver, species.shape[0])
+        envelope = polynomial_envelope(lengths / (self.radii()[centre] + self.radii()[neighbour]), p=5)
+        return sum_by_index(0.5 * 14.3996 * z_i * z_j / lengths * screening * envelope, edge_index[1], species.shape[0])
 
 
 class Geodite(Network):
@@ -258,6 +259,7 @@ class Geodite(Network):
         super().__init__()
         c = config.num_features
         self.config = config
+        self.ends = Ends()
         self.harmonics = SphericalHarmonics(config.l_max, "norm")
         self.radial = RadialFeatures(config, facts.atomic_numbers)
         self.node_start = NodeStart(c, config.num_basis, len(facts.atomic_numbers))
@@ -270,16 +272,22 @@ class Geodite(Network):
         self.own_repulsion = self.repulsion is not None
         """whether the potential must not add a repulsion of its own"""
 
+    @property
+    def num_hops(self) -> int:
+        """As `Network.num_hops`: scalars already start from the elements around, and edges from the scalars at both ends."""
+        return int(self.config.num_layers) + 1
+
     def embed(
         self, species: Tensor, edge_index: Tensor, edge_vectors: Tensor, lengths: Tensor
     ) -> tuple[list[Float[Tensor, "N C"]], Float[Tensor, "N S C"]]:
         """Scalars after every layer, and the last steerables."""
-        sender, receiver = edge_index
         harmonics = split(self.harmonics(edge_vectors / lengths[:, None]), [1, (self.config.l_max + 1) ** 2 - 1], 1)[1]
-        basis = self.radial(lengths, species.index_select(0, receiver), species.index_select(0, sender))
+        neighbour, centre = self.ends(species, edge_index)
+        basis = self.radial(lengths, centre, neighbour)
         edges = Edges(edge_index, lengths / self.config.cutoff, harmonics, lambda: basis)
         h, x = self.node_start(species, basis, edge_index), None
-        t = (h.index_select(0, receiver) + h.index_select(0, sender)) * self.W_erp(basis)
+        h_j, h_i = self.ends(h, edge_index)
+        t = (h_i + h_j) * self.W_erp(basis)
         states = []
         for layer in self.layers:
             h, x, t = layer(h, x, t, edges)

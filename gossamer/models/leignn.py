@@ -166,7 +166,7 @@ class LEIGNN(Network):
         super().__init__()
         h = config.num_features
         self.config = config
-        self.subtract_isolated = config.variant == "sound"
+        self.subtract_isolated, self.local = config.variant == "sound", not config.global_context
         self.embedding = nn.Embedding(len(facts.atomic_numbers), h)
         nn.init.uniform_(self.embedding.weight, -math.sqrt(3), math.sqrt(3))
         self.global_scalar = nn.Parameter(torch.zeros(1, h)) if config.global_context else None

@@ -32,7 +32,7 @@ from gossamer.models.base import DataFacts, FitDefaults, ModelOutput, Network
 from gossamer.nn.coupling import Coupling, Irrep, blocks, paths_between
 from gossamer.nn.layers import Constant, ElementMaps, UnitLinear, cat, polynomial_envelope, split, sum_by_index, unit_mlp
 from gossamer.nn.polynomial import ElementPolynomial, Monomial, Monomials
-from gossamer.nn.products import Edges, ScalarConvolution
+from gossamer.nn.products import Edges, Ends, ScalarConvolution
 from gossamer.nn.spherical import SphericalHarmonics, wigner_3j
 from gossamer.settings import settings
 
@@ -138,12 +138,12 @@ class Repulsion(nn.Module):
 
     def __init__(self, numbers: tuple[int, ...], power: int) -> None:
         super().__init__()
-        self.power = power
+        self.power, self.ends = power, Ends()
         self.numbers = Constant(np.array(numbers, dtype=np.float64))
         self.radii = Constant(covalent_radii[list(numbers)])
 
     def forward(self, species: Int[Tensor, " N"], edge_index: Int[Tensor, "2 E"], lengths: Float[Tensor, " E"]) -> Float[Tensor, " N"]:
-        sender, receiver = (species.index_select(0, k) for k in edge_index)
+        sender, receiver = self.ends(species, edge_index)
         z_i, z_j = (self.numbers().index_select(0, s) for s in (receiver, sender))
         reduced = lengths * (z_i**0.3 + z_j**0.3) / (0.4543 * 0.529)
         screening = sum(c * torch.exp(-d * reduced) for c, d in ((0.1818, 3.2), (0.5099, 0.9423), (0.2802, 0.4028), (0.02817, 0.2016)))
@@ -341,6 +341,7 @@ class MACE(Network):
         self.bonds = Constant((radii[:, None] + radii)[np.tril_indices(n)])
         """Å, sum of the covalent radii of each pair of elements"""
         self.radial_pairs = n * (n + 1) // 2 if config.transform != "none" else 0
+        self.ends = Ends()
         self.harmonics = SphericalHarmonics(config.l_max, "component")
         self.embedding = nn.Embedding(n, c)
         if config.variant == "published":
@@ -411,6 +412,6 @@ class MACE(Network):
 
     def _pairs(self, species: Int[Tensor, " N"], edge_index: Int[Tensor, "2 E"]) -> Int[Tensor, " E"]:
         """Number of each edge's pair of elements, whichever comes first."""
-        sender, receiver = (species.index_select(0, k) for k in edge_index)
+        sender, receiver = self.ends(species, edge_index)
         high, low = torch.maximum(sender, receiver), torch.minimum(sender, receiver)
         return high * (high + 1) // 2 + low

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from gossamer.models.base import DataFacts, FitDefaults, ModelOutput, Network
 from gossamer.nn.coupling import Coupling, FeatureNorm, Irrep, blocks, gate, paths_between, reachable
 from gossamer.nn.layers import UNIT_SILU, Constant, ElementLinear, UnitLinear, cat, polynomial_envelope, unit_mlp, unit_scale
-from gossamer.nn.products import Edges
+from gossamer.nn.products import Edges, Ends
 from gossamer.nn.spherical import SphericalHarmonics
 from gossamer.settings import settings
 
@@ -247,6 +247,7 @@ class NequIP(Network):
         num_attributes = config.embedding_features or channels[0]
         self.harmonics = SphericalHarmonics(config.l_max, "component")
         self.embedding = nn.Embedding(len(facts.atomic_numbers), num_attributes)
+        self.ends = Ends()
         self.pair_table: Constant | None = None
         if config.pair_cutoffs is not None:
             self.pair_table = Constant(pair_cutoff_matrix(config.pair_cutoffs, config.cutoff, facts.atomic_numbers))
@@ -294,7 +295,7 @@ class NequIP(Network):
         table = self.pair_cutoffs()
         if table is None:
             return lengths / self.config.cutoff
-        neighbour, centre = species.index_select(0, edge_index[0]), species.index_select(0, edge_index[1])
+        neighbour, centre = self.ends(species, edge_index)
         return lengths / table.flatten().index_select(0, centre * len(table) + neighbour)
 
     def radial_basis(self, x: Float[Tensor, " E"]) -> Float[Tensor, "E B"]:

@@ -260,6 +260,11 @@ class SevenNet(Network):
             values = facts.scales if facts.scales is not None else [1.0] * n_elements
             self.scales = nn.Embedding.from_pretrained(torch.tensor(values)[:, None], freeze=True)
 
+    @property
+    def num_hops(self) -> int:
+        """As `Network.num_hops`."""
+        return len(self.layers)
+
     def radial_basis(self, x: Float[Tensor, " E"]) -> Float[Tensor, "E B"]:
         """b_n = s · sin(n π x) / x · f(x),  x = r / rc; s = 2 / rc² in the package."""
         c = self.config

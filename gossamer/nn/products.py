@@ -110,6 +110,15 @@ class Edges:
 # --- operations ------------------------------------------------------------------------------------------------------
 
 
+class Ends(nn.Module):
+    """What atoms hold, at both ends of every edge: the operation by which networks look at neighbours, where no sum follows at once."""
+
+    def forward(self, values: Tensor, edge_index: Int[Tensor, "2 E"]) -> tuple[Tensor, Tensor]:
+        """(N, ...) values to those of the senders and those of the receivers, each (E, ...)."""
+        sender, receiver = edge_index
+        return values.index_select(0, sender), values.index_select(0, receiver)
+
+
 class EdgeConvolution(nn.Module):
     """A sum over neighbours, (N, width_in) features and edges to (N, width_out); abstract."""
 

@@ -8,6 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from gossamer.nn.layers import polynomial_envelope
+from gossamer.nn.products import Ends
 
 COULOMB = 14.399645
 """e² / (4 pi eps_0) in eV Å"""
@@ -56,6 +57,7 @@ class ZBL(nn.Module):
         """
         super().__init__()
         self.radius_factor, self.cutoff, self.power, self.order = radius_factor, cutoff, power, order
+        self.ends_of_edges = Ends()
         self.register_buffer("covalent_radii", torch.tensor(covalent_radii, dtype=torch.float64), persistent=False)
 
     def forward(
@@ -69,8 +71,7 @@ class ZBL(nn.Module):
 
         ``pair_cutoffs``: Å, cutoff of each edge where pairs have their own; a repulsion that ends at the cutoff ends there.
         """
-        sender, receiver = edge_index
-        z_i, z_j = atomic_numbers[receiver], atomic_numbers[sender]
+        z_j, z_i = self.ends_of_edges(atomic_numbers, edge_index)
         x = edge_lengths / self.ends(z_i, z_j, pair_cutoffs).to(edge_lengths)
         envelope = polynomial_envelope(x, self.power, self.order)
         return 0.5 * envelope * zbl_energy(edge_lengths, z_i.to(edge_lengths), z_j.to(edge_lengths))

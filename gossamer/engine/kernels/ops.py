@@ -80,9 +80,10 @@ def _forward(
     """``values``: distances, with a table of ``size`` intervals; or ``size`` radial functions of every edge, and no table."""
     convolution, kernel, layout = _convolutions[key]
     features, harmonics, values = features.contiguous(), harmonics.contiguous(), values.contiguous()
-    out = features.new_empty(features.shape[0], convolution.width_out)
+    n_receivers = receiver_starts.shape[0] - 1  # fewer than there are features where other processes have the last of them
+    out = features.new_empty(n_receivers, convolution.width_out)
     kernel.forward(
-        features.shape[0], convolution.width_in, convolution.width_out, size, 0 if table is None else table.shape[1], torch.get_num_threads(),
+        n_receivers, convolution.width_in, convolution.width_out, size, 0 if table is None else table.shape[1], torch.get_num_threads(),
         *cpu.pointers(layout, features, harmonics, values, first_row, table, edge_index, receiver_starts, out),
     )  # fmt: skip
     return out
@@ -272,6 +273,11 @@ def _fake_convolve(key: str, features: Tensor, *others: Tensor) -> Tensor:
     return features.new_empty(features.shape[0], _convolutions[key][0].width_out)
 
 
+def _fake_table_convolve(key: str, features: Tensor, harmonics: Tensor, x: Tensor, table: Tensor, edge_index: Tensor,
+                         receiver_starts: Tensor, *others: Any) -> Tensor:  # fmt: skip
+    return features.new_empty(receiver_starts.shape[0] - 1, _convolutions[key][0].width_out)
+
+
 def _fake_attend(heads: int, q: Tensor, *others: Tensor) -> tuple[Tensor, Tensor]:
     return torch.empty_like(q), q.new_empty(q.shape[0], others[6].shape[1], q.shape[1])
 
@@ -281,7 +287,7 @@ def _alike(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 torch.library.register_fake("gossamer::sort_edges", _fake_sort)
-torch.library.register_fake("gossamer::convolve", _fake_convolve)
+torch.library.register_fake("gossamer::convolve", _fake_table_convolve)
 torch.library.register_fake("gossamer::convolve_backward", lambda key, gradient, *t: _alike(*t[:3]))
 torch.library.register_fake("gossamer::convolve_weighted", _fake_convolve)
 torch.library.register_fake("gossamer::convolve_weighted_backward", lambda key, gradient, *t: _alike(*t[:3]))
