@@ -102,6 +102,6 @@ def test_floor_counts_what_must_be_done() -> None:
     assert large["multiply_adds"] == pytest.approx(8 * small["multiply_adds"], rel=0.02)
     twice = floor(calculator.engine, calculator.graph(bulk("Si", cubic=True)), {k: 2 * v for k, v in rates.items()})
     assert twice["floor_ms"] == pytest.approx(small["floor_ms"] / 2)
-    # one product of scalars: spline 6, coefficient 1, sum 1; backward: spline and slope 12, coefficient 1, features and slope 2, harmonic 1 + 1, slope 1
-    assert operations(scalar_convolution(1)) == (6 + 1 + 1) + (12 + 1 + 2 + 1 + 1 + 1)
+    # one product of scalars: spline 5, coefficient 1, sum 1; backward: spline and slope 9, coefficient 1, features and slope 2, harmonic 1 + 1, slope 1
+    assert operations(scalar_convolution(1)) == (5 + 1 + 1) + (9 + 1 + 2 + 1 + 1 + 1)
     assert operations(vector_convolution(10, True)) == 10 * operations(vector_convolution(1, True))

@@ -32,7 +32,7 @@ from gossamer.engine.kernels import attach as attach_module
 from gossamer.engine.kernels import cpu, gpu, ops
 from gossamer.engine.kernels.attach import EdgeKernel, FixedMaps, TableKernel, attach_kernels, sort_edges
 from gossamer.engine.kernels.cpu import Missing
-from gossamer.engine.kernels.table import TOLERANCE, derivatives, interpolate, pack, tabulate, unpack
+from gossamer.engine.kernels.table import TOLERANCE, derivatives, interpolate, tabulate
 from gossamer.models import MODELS as NETWORKS
 from gossamer.models.sevennet import xplor_envelope
 from gossamer.nn.coupling import Coupling, Irrep, paths_between
@@ -153,7 +153,7 @@ def xplor(x: torch.Tensor, width: int = 8) -> torch.Tensor:
 
 def definition(convolution: Convolution, features, harmonics, x, table, edge_index) -> torch.Tensor:
     """What a kernel with a table computes, in PyTorch."""
-    return summed(convolution, features, harmonics, interpolate(unpack(convolution, table), x), edge_index)
+    return summed(convolution, features, harmonics, interpolate(table, x), edge_index)
 
 
 MANY = [Product(0, 0, 0, 3 * k, np.random.default_rng(k).normal(size=(5, 5, 3))) for k in range(4)] + [
@@ -183,7 +183,7 @@ def inputs_of(convolution: Convolution, dtype: torch.dtype, n: int = 9, edges: i
     def radial(x: torch.Tensor) -> torch.Tensor:
         return torch.sin(x[:, None] * torch.arange(1, width + 1, dtype=x.dtype) / width * 20) * (1 - x[:, None]) ** 3
 
-    table = pack(convolution, tabulate(radial, dtype), cpu.LANES[dtype]).to(dtype)
+    table = tabulate(radial, dtype).to(dtype)
     random = {"dtype": dtype, "generator": generator}
     features = torch.randn(n, convolution.width_in, **random)  # type: ignore[call-overload]
     harmonics = torch.randn(edges, convolution.n_harmonics, **random)  # type: ignore[call-overload]
@@ -193,7 +193,8 @@ def inputs_of(convolution: Convolution, dtype: torch.dtype, n: int = 9, edges: i
 
 def run(convolution: Convolution, features, harmonics, x, table, edge_index) -> torch.Tensor:
     key = ops.register(convolution, features.dtype)
-    return torch.ops.gossamer.convolve(key, features, harmonics, x, table, *sort_edges(edge_index, features))
+    packed = cpu.pack(convolution, table.double(), cpu.lanes(table.dtype)).to(table)
+    return torch.ops.gossamer.convolve(key, features, harmonics, x, packed, *sort_edges(edge_index, features))
 
 
 @pytest.mark.parametrize(

@@ -163,7 +163,6 @@ class TableKernel(nn.Module):
         super().__init__()
         self.convolution, self.radial, self.kinks, self.pairs = convolution, radial, tuple(kinks), pairs
         self.key = ops.register(convolution, like.dtype, like.device.type)
-        self.lanes = gpu.LANES if like.device.type == "cuda" else cpu.LANES[like.dtype]
         self.register_buffer("table", like.new_zeros(0), persistent=False)
         self.register_buffer("slots", torch.full((pairs,), -1, device=like.device), persistent=False)
         self.intervals = 0
@@ -187,7 +186,10 @@ class TableKernel(nn.Module):
         except ValueError as error:
             raise Missing(str(error)) from None
         self.intervals = len(tables[0]) - 1 - len(self.kinks)
-        self.table = torch.cat([pack(self.convolution, t, self.lanes) for t in tables], dim=1).to(like)
+        rows = torch.cat(tables)
+        on_gpu = like.device.type == "cuda"
+        packed = pack(self.convolution, rows, gpu.LANES) if on_gpu else cpu.pack(self.convolution, rows, cpu.lanes(like.dtype))
+        self.table = packed.to(like)
         if self.pairs:
             self.slots[kinds] = torch.arange(len(before), len(tables), device=self.slots.device)
 

@@ -1,45 +1,115 @@
-// The work of one atom and some of its edges. Included in generated source, after T, HARMONICS, ENTRIES and vectors.hpp.
-#define STRIDE 64  // neighbours that are gone through at once
+// What the generated functions of a convolution work with. Included in generated source, after T, HARMONICS, ENTRIES and vectors.hpp.
+//
+// Each atom goes through its edges, and from each reads features (backward: gradients) of the atom at the other end and radial functions.
+// LANES channels of a part of the products are gone through for a tile of atoms before the next: what is read again and again, rows
+// of features and of the table, then stays in the second-level cache, and what the next edge needs is fetched ahead.
 
-struct Job {  // one atom and up to STRIDE of its edges
-  int n;
-  const T *f[STRIDE], *g[STRIDE];        // features of the sender; gradient at the receiver
-  T y[HARMONICS][STRIDE], m[ENTRIES][STRIDE], h[6][STRIDE], d[6][STRIDE];
-  int64_t knot[STRIDE], chunk;           // where its interval starts in a chunk of the table; size of a chunk
-  const T *table;
-  const T *w[STRIDE];                    // radial functions of each edge, where they are given
-  T *dw[STRIDE], *out, *sums;
+typedef vec<LANES> V;
+
+struct Tile {                        // the edges of some atoms, one atom after the other
+  std::vector<int64_t> edge, other;  // its number, and the atom at the other end
+  std::vector<int64_t> row;          // where its radial functions begin
+  Buffer t, m, sums;                 // place in its interval of the table; entries of its matrices, (edges / LANES, ENTRIES, LANES); ROOM sums
 };
 
-#ifdef EDGE_WEIGHTS
-template <int N> static inline vec<N> radial(const Job &job, int64_t first, int64_t u, int e) { return load<N>(job.w[e] + first + u); }
-template <int N> static inline void radial_and_slope(const Job &job, int64_t first, int64_t u, int e, vec<N> &r, vec<N> &) { r = load<N>(job.w[e] + first + u); }
-#define GRADIENT(place) store<L_>(job.dw[e] + layout[place] + u, w);
-#else
-#define GRADIENT(place) slope += q * w;
+struct Place {                       // LANES channels of a part
+  const T *other, *radial;           // (atoms, rows, LANES) features or gradients; radial functions of the first product
+  T *to_radial;
+  int64_t step, channels;            // from the radial functions of one product to the next; channels: LANES, or in the last place fewer
+};
 
-template <int N> static inline vec<N> radial(const Job &job, int64_t first, int64_t u, int e) {
-  const T *t = job.table + (first + u / CHUNK) * job.chunk + job.knot[e] + u % CHUNK;
-  return job.h[0][e] * load<N>(t) + job.h[1][e] * load<N>(t + CHUNK) + job.h[2][e] * load<N>(t + 2 * CHUNK) +
-         job.h[3][e] * load<N>(t + 3 * CHUNK) + job.h[4][e] * load<N>(t + 4 * CHUNK) + job.h[5][e] * load<N>(t + 5 * CHUNK);
-}
-template <int N> static inline void radial_and_slope(const Job &job, int64_t first, int64_t u, int e, vec<N> &r, vec<N> &q) {
-  const T *t = job.table + (first + u / CHUNK) * job.chunk + job.knot[e] + u % CHUNK;
-  vec<N> t0 = load<N>(t), t1 = load<N>(t + CHUNK), t2 = load<N>(t + 2 * CHUNK), t3 = load<N>(t + 3 * CHUNK),
-         t4 = load<N>(t + 4 * CHUNK), t5 = load<N>(t + 5 * CHUNK);
-  r = job.h[0][e] * t0 + job.h[1][e] * t1 + job.h[2][e] * t2 + job.h[3][e] * t3 + job.h[4][e] * t4 + job.h[5][e] * t5;
-  q = job.d[0][e] * t0 + job.d[1][e] * t1 + job.d[2][e] * t2 + job.d[3][e] * t3 + job.d[4][e] * t4 + job.d[5][e] * t5;
-}
+struct Part {                        // products of one block of the features
+  int dim, rows, products;           // components of the block; of all results
+  void (*forward)(const Tile &, int64_t first, int64_t last, const Place &, V *out), (*forward_some)(const Tile &, int64_t, int64_t, const Place &, V *);
+  void (*backward)(const Tile &, int64_t first, int64_t last, const Place &, const V *f, V *d), (*backward_some)(const Tile &, int64_t, int64_t, const Place &, const V *, V *);
+};
 
+// n numbers, at most LANES; zeros beyond
+static inline V get(const T *p, int64_t n) {
+  if (n == LANES) return load<LANES>(p);
+  V v = {};
+  std::memcpy(&v, p, n * sizeof(T));
+  return v;
+}
+static inline void put(T *p, V v, int64_t n) {
+  if (n == LANES) store<LANES>(p, v);
+  else std::memcpy(p, &v, n * sizeof(T));
+}
+static inline void add_some(T *p, V v, int64_t n) { put(p, get(p, n) + v, n); }
+
+// --- the edges of an atom, each with the rows at its other end, and with the radial functions of a product -----------------------------------------
+
+#define FETCH(p, n) if ((n) * sizeof(V) % 64 == 0) __builtin_prefetch((p) + (n) * LANES)
+#define EDGES(rows)                                                                                                                  \
+  for (int64_t e = first; e < last; e++) {                                                                                           \
+    const T *other = place.other + tile.other[e] * ((rows) * LANES), *next_other = place.other + tile.other[e + 1] * ((rows) * LANES); \
+    const T *radial = place.radial + tile.row[e], *next_radial = place.radial + tile.row[e + 1];                                     \
+    const T *m = tile.m.data + e / LANES * LANES * ENTRIES + e % LANES, t = tile.t.data[e];                                          \
+    (void)next_radial, (void)t;
+#define OTHER(v, n) const V v = load<LANES>(other + (n) * LANES); FETCH(next_other, n);
+
+#ifdef EDGE_WEIGHTS  // numbers of every edge
+#define TILE 64  // edges of a tile
+#define WHOLE_ONLY false
+#define RADIAL(r, p) const V r = get(radial + (p) * place.step, WHOLE ? LANES : place.channels);
+#define RADIAL_AND_SLOPE(r, q, p) RADIAL(r, p)
+#define GRADIENT(w, q, p) put(place.to_radial + tile.row[e] + (p) * place.step, w, WHOLE ? LANES : place.channels);
+#else  // a table: for each interval the coefficients of a polynomial of degree 5, highest power first
+#define TILE 512
+#define WHOLE_ONLY true
+#define COEFFICIENT(p, n) load<LANES>(radial + (p) * place.step + (n) * LANES); FETCH(next_radial + (p) * place.step, n)
+#define HIGHER(r, p, n) r = r * t + COEFFICIENT(p, n);
+#define RADIAL(r, p) V r = COEFFICIENT(p, 0); HIGHER(r, p, 1) HIGHER(r, p, 2) HIGHER(r, p, 3) HIGHER(r, p, 4) HIGHER(r, p, 5)
+#define HIGHER_BOTH(r, q, p, n) q = q * t + r; HIGHER(r, p, n)
+#define RADIAL_AND_SLOPE(r, q, p)                                                                                                    \
+  V r = COEFFICIENT(p, 0); V q = r;                                                                                                  \
+  HIGHER(r, p, 1) HIGHER_BOTH(r, q, p, 2) HIGHER_BOTH(r, q, p, 3) HIGHER_BOTH(r, q, p, 4) HIGHER_BOTH(r, q, p, 5)
+#define GRADIENT(w, q, p) slope += q * w;
 #endif
 
-// every channel: whole vectors, then smaller ones
-#define SWEEP(function, channels)                                              \
-  {                                                                            \
-    int64_t u = 0, c = channels;                                               \
-    for (; u + LANES <= c; u += LANES) function<LANES>(job, layout, u);        \
-    if (LANES > 8 && c - u >= 8) { function<8>(job, layout, u); u += 8; }      \
-    if (LANES > 4 && c - u >= 4) { function<4>(job, layout, u); u += 4; }      \
-    if (LANES > 2 && c - u >= 2) { function<2>(job, layout, u); u += 2; }      \
-    if (c - u >= 1) function<1>(job, layout, u);                               \
+// --- sums over channels ------------------------------------------------------------------------------------------------------------------------
+
+// of a and b by turns the even, or odd, ones of their blocks of S numbers
+template <int S, bool ODD, size_t... L> static inline V halves(V a, V b, std::index_sequence<L...>) {
+#ifdef __clang__
+  return __builtin_shufflevector(a, b, (L / S % 2 * LANES + L / (2 * S) * 2 * S + ODD * S + L % S)...);
+#else
+  typedef std::conditional_t<sizeof(T) == 4, int32_t, int64_t> I __attribute__((vector_size(sizeof(V))));
+  return __builtin_shuffle(a, b, I{(L / S % 2 * LANES + L / (2 * S) * 2 * S + ODD * S + L % S)...});
+#endif
+}
+template <int S> static inline V half_sums(V a, V b) {
+  return halves<S, false>(a, b, std::make_index_sequence<LANES>()) + halves<S, true>(a, b, std::make_index_sequence<LANES>());
+}
+// the total of each of LANES vectors
+template <int S = 1> static inline V totals(const V *v) {
+  if constexpr (S < LANES) return half_sums<S>(totals<2 * S>(v), totals<2 * S>(v + S));
+  else return *v;
+}
+template <int S = LANES / 2> static inline T total(V v) {
+  if constexpr (S > 0) return total<S / 2>(half_sums<S>(v, v));
+  else return v[0];
+}
+template <int N> static inline void add_totals(const V *v, T *to) {
+  if constexpr (N >= LANES) {
+    add<LANES>(to, totals(v));
+    add_totals<N - LANES>(v + LANES, to + LANES);
+  } else if constexpr (N > 2) {
+    V filled[LANES] = {};
+    for (int n = 0; n < N; n++) filled[n] = v[n];
+    add<LANES>(to, totals(filled));
+  } else if constexpr (N > 0) {
+    *to += total(*v);
+    add_totals<N - 1>(v + 1, to + 1);
+  }
+}
+
+// What an edge sums up: gradients of its harmonics, and of its place in the interval. Few are kept as vectors until the end.
+#define WIDTH (HARMONICS > 8 ? 1 : LANES)
+#define ROOM (HARMONICS * WIDTH + LANES)
+#define SUMS(low, n, ...) {                                                                                                          \
+    T *to = tile.sums.data + e * ROOM;                                                                                               \
+    const V v[] = {__VA_ARGS__};                                                                                                     \
+    if constexpr (WIDTH == 1) { add_totals<n>(v, to + (low)); to[HARMONICS] += total(slope); }                                       \
+    else { for (int s = 0; s < n; s++) add<LANES>(to + (s + (low)) * LANES, v[s]); add<LANES>(to + HARMONICS * LANES, slope); }      \
   }

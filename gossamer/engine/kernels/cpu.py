@@ -21,17 +21,17 @@ from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from gossamer.engine import cache
+from gossamer.engine.kernels.table import powers
 from gossamer.files import cache_folder
 from gossamer.nn.products import Convolution, Product
 
 log = logging.getLogger(__name__)
-LANES = {torch.float32: 16, torch.float64: 8}
-"""channels in a chunk of the table: 64 bytes"""
-ACCUMULATORS = 20
-"""sums that may be under way at once; a block with more is gone through again"""
+ROWS = 32
+"""components of results that are summed at once; a block with more is gone through again"""
 HERE = Path(__file__).parent
 
 
@@ -45,31 +45,27 @@ def generate(convolution: Convolution, edge_weights: bool = False) -> str:
     With ``edge_weights``, the values of the radial functions on every edge are an input, not a table.
     """
     entries: dict[tuple[int, int, int], int] = {}
-    lines = []
+    matrices = []
     for p, product in enumerate(convolution.products):
         c = product.coefficients
         for m, k in np.argwhere(np.abs(c).max(axis=2) > 1e-12).tolist():
             entries[p, m, k] = len(entries)
-            terms = [f"T({float(c[m, k, s])!r}) * y[{product.edge + s}][e]" for s in np.flatnonzero(np.abs(c[m, k]) > 1e-12).tolist()]
-            lines.append(f"m[{entries[p, m, k]}][e] = {' + '.join(terms)};")
-    loops = "\n".join(f"  for (int e = 0; e < n; e++) {line}" for line in lines)
+            terms = [f"T({float(c[m, k, s])!r}) * load<LANES>(y + {product.edge + s} * LANES)" for s in np.flatnonzero(np.abs(c[m, k]) > 1e-12).tolist()]
+            matrices.append(f"  store<LANES>(m + {entries[p, m, k]} * LANES, {_sum(terms)});")
     pieces = ["#define EDGE_WEIGHTS"] if edge_weights else []
     pieces += [f"#define HARMONICS {convolution.n_harmonics}", f"#define ENTRIES {len(entries)}", text("vectors"), text("convolution")]
-    pieces.append(f"static void matrices(int n, T (*__restrict y)[STRIDE], T (*__restrict m)[STRIDE]) {{\n{loops}\n}}")
-    forward, backward = [], []
-    for block, (dim, _) in enumerate(convolution.blocks_in):
-        mine = [p for p, product in enumerate(convolution.products) if product.block == block]
-        for number, group in enumerate(groups([convolution.products[p].coefficients.shape[0] for p in mine])):
-            name = f"{block}_{number}"
-            products = {mine[k]: convolution.products[mine[k]] for k in group}
-            pieces.append(forward_source(name, dim, products, entries))
-            forward.append(f"  SWEEP(forward_{name}, layout[{6 * min(products)}])")
-        if mine:
-            products = {p: convolution.products[p] for p in mine}
-            pieces.append(backward_source(str(block), dim, products, entries))
-            backward.append(f"  SWEEP(backward_{block}, layout[{6 * min(products)}])")
-    pieces.append("static void forward_all(const Job& job, const int64_t* layout) {\n" + "\n".join(forward) + "\n}")
-    pieces.append("static void backward_all(const Job& job, const int64_t* layout) {\n" + "\n".join(backward) + "\n}")
+    pieces.append("static void matrices(const T *y, T *m) {\n" + "\n".join(matrices) + "\n}")
+    names, most = [], [0, 0]
+    for number, part in enumerate(parts(convolution)):
+        products = [convolution.products[p] for p in part]
+        dim, rows = products[0].coefficients.shape[1], sum(product.coefficients.shape[0] for product in products)
+        mine = {(n, m, k): entry for (p, m, k), entry in entries.items() for n in range(len(part)) if part[n] == p}
+        pieces += [forward_source(number, products, mine), backward_source(number, products, mine)]
+        functions = ", ".join(f"{way}_{number}<{whole}>" for way in ("forward", "backward") for whole in ("true", "WHOLE_ONLY"))
+        names.append(f"  {{{dim}, {rows}, {len(part)}, {functions}}},")
+        most = [max(most[0], dim), max(most[1], rows)]
+    pieces.append(f"#define MOST_DIM {most[0]}\n#define MOST_ROWS {most[1]}")
+    pieces.append("static const Part PARTS[] = {\n" + "\n".join(names) + "\n};")
     return "\n".join([*pieces, text("drivers")])
 
 
@@ -80,22 +76,23 @@ def operations(convolution: Convolution) -> int:
         nonzero = np.abs(p.coefficients) > 1e-12
         matrix, harmonics = nonzero.any(axis=2).sum(), nonzero.any(axis=1).sum()  # entries (m, c) and (m, s)
         rows, columns, edges = p.coefficients.shape
-        forward = 6 + matrix + rows
-        backward = 12 + matrix + 2 * columns + harmonics + edges + 1
+        forward = 5 + matrix + rows
+        backward = 9 + matrix + 2 * columns + harmonics + edges + 1
         total += channels * int(forward + backward)
     return total
 
 
-def groups(rows: list[int]) -> list[list[int]]:
-    """Split products into groups with at most ACCUMULATORS rows together."""
+def parts(convolution: Convolution) -> list[list[int]]:
+    """Successive products of one block with at most ROWS components of results together: what is gone through at once."""
     found: list[list[int]] = []
-    used = ACCUMULATORS
-    for k, n in enumerate(rows):
-        if used + n > ACCUMULATORS:
+    used, block = 0, -1
+    for number, product in enumerate(convolution.products):
+        rows = product.coefficients.shape[0]
+        if product.block != block or used + rows > ROWS:
             found.append([])
-            used = 0
-        found[-1].append(k)
-        used += n
+            used, block = 0, product.block
+        found[-1].append(number)
+        used += rows
     return found
 
 
@@ -103,63 +100,93 @@ def _sum(terms: list[str]) -> str:
     return " + ".join(terms)
 
 
-def forward_source(name: str, dim: int, products: dict[int, Product], entries: dict[tuple[int, int, int], int]) -> str:
-    """Sums of some products of one block for the channels from u on."""
-    rows = [(p, m) for p, product in products.items() for m in range(product.coefficients.shape[0])]
-    lines = [f"  const int64_t *L = layout + {6 * min(products)};", *(f"  V a{p}_{m} = {{}};" for p, m in rows)]
-    lines += ["  for (int e = 0; e < job.n; e++) {", "    const T *f = job.f[e] + L[1] + u;"]
-    lines += [f"    V f{k} = load<L_>(f + {k} * L[2]);" for k in range(dim)]
-    for p, product in products.items():
-        lines.append(f"    V r{p} = radial<L_>(job, layout[{6 * p + 5}], u, e);")
+def forward_source(name: int, products: list[Product], entries: dict[tuple[int, int, int], int]) -> str:
+    """Sums over the edges of an atom."""
+    dim = products[0].coefficients.shape[1]
+    rows = [(p, m) for p, product in enumerate(products) for m in range(product.coefficients.shape[0])]
+    lines = [*(f"  V a{p}_{m} = {{}};" for p, m in rows), f"  EDGES({dim})", *(f"    OTHER(f{k}, {k})" for k in range(dim))]
+    for p, product in enumerate(products):
+        lines.append(f"    RADIAL(r{p}, {p})")
         for m in range(product.coefficients.shape[0]):
-            terms = [f"job.m[{entries[p, m, k]}][e] * f{k}" for k in range(dim) if (p, m, k) in entries]
-            lines.append(f"    a{p}_{m} += r{p} * ({_sum(terms)});")
-    lines.append("  }")
-    lines += [f"  add<L_>(job.out + layout[{6 * p + 3}] + {m} * layout[{6 * p + 4}] + u, a{p}_{m});" for p, m in rows]
-    body = "\n".join(lines)
-    return f"template <int L_> static void forward_{name}(const Job& job, const int64_t* layout, int64_t u) {{\n  typedef vec<L_> V;\n{body}\n}}"
+            terms = [f"m[{entries[p, m, k]} * LANES] * f{k}" for k in range(dim) if (p, m, k) in entries]
+            if terms:
+                lines.append(f"    a{p}_{m} += r{p} * ({_sum(terms)});")
+    lines += ["  }", *(f"  out[{row}] = a{p}_{m};" for row, (p, m) in enumerate(rows))]
+    return _function(f"forward_{name}", "V *out", lines)
 
 
-def backward_source(name: str, dim: int, products: dict[int, Product], entries: dict[tuple[int, int, int], int]) -> str:
-    """Gradients of one block, of harmonics and of distances, for the channels from u on."""
-    lines = [f"  const int64_t *L = layout + {6 * min(products)};", "  const T *f = job.f[0] + L[1] + u;"]
-    for k in range(dim):
-        lines += [f"  V f{k} = load<L_>(f + {k} * L[2]), d{k} = {{}};"]
+def backward_source(name: int, products: list[Product], entries: dict[tuple[int, int, int], int]) -> str:
+    """Gradients of an atom's features, and of harmonics and distances of the edges on which it sends them."""
+    dim, rows = products[0].coefficients.shape[1], sum(product.coefficients.shape[0] for product in products)
+    lines = [f"  V f{k} = f[{k}], d{k} = {{}};" for k in range(dim)]
     used: set[int] = set()
-    for p, product in products.items():
+    for p, product in enumerate(products):
         c = product.coefficients
-        for m in range(c.shape[0]):
-            for s in range(c.shape[2]):
-                terms = [f"T({float(c[m, k, s])!r}) * f{k}" for k in range(dim) if abs(c[m, k, s]) > 1e-12]
-                if terms:
-                    lines.append(f"  V p{p}_{m}_{s} = {_sum(terms)};")
-                    used.add(product.edge + s)
-    lines.append("  for (int e = 0; e < job.n; e++) {")
-    lines.append("    V slope = {};")
-    lines += [f"    V y{s} = {{}};" for s in sorted(used)]
-    for p, product in products.items():
+        for m, s in np.argwhere(np.abs(c).max(axis=1) > 1e-12).tolist():
+            terms = [f"T({float(c[m, k, s])!r}) * f{k}" for k in range(dim) if abs(c[m, k, s]) > 1e-12]
+            lines.append(f"  V p{p}_{m}_{s} = {_sum(terms)};")
+            used.add(product.edge + s)
+    lines += [f"  EDGES({rows})", "    V slope = {};", *(f"    V y{s} = {{}};" for s in sorted(used))]
+    row = 0
+    for p, product in enumerate(products):
         c = product.coefficients
-        lines.append("    {")
-        lines.append(f"      const T *g = job.g[e] + layout[{6 * p + 3}] + u;")
-        lines += [f"      V g{m} = load<L_>(g + {m} * layout[{6 * p + 4}]);" for m in range(c.shape[0])]
-        lines.append(f"      V r, q = {{}}; radial_and_slope<L_>(job, layout[{6 * p + 5}], u, e, r, q);")
-        lines.append("      V w = {};")
+        lines += ["    {", *(f"      OTHER(g{m}, {row + m})" for m in range(c.shape[0]))]
+        row += c.shape[0]
+        lines += [f"      RADIAL_AND_SLOPE(r, q, {p})", "      V w = {};"]
         for k in range(dim):
-            terms = [f"job.m[{entries[p, m, k]}][e] * g{m}" for m in range(c.shape[0]) if (p, m, k) in entries]
+            terms = [f"m[{entries[p, m, k]} * LANES] * g{m}" for m in range(c.shape[0]) if (p, m, k) in entries]
             if terms:
                 lines.append(f"      {{ V t = {_sum(terms)}; d{k} += r * t; w += f{k} * t; }}")
         for s in range(c.shape[2]):
             terms = [f"g{m} * p{p}_{m}_{s}" for m in range(c.shape[0]) if np.abs(c[m, :, s]).max() > 1e-12]
             if terms:
                 lines.append(f"      y{product.edge + s} += r * ({_sum(terms)});")
-        lines.append(f"      GRADIENT({6 * p + 5})")
-        lines.append("    }")
-    lines += [f"    add<L_>(job.sums + (e * (HARMONICS + 1) + {s}) * LANES, y{s});" for s in sorted(used)]
-    lines.append("    add<L_>(job.sums + (e * (HARMONICS + 1) + HARMONICS) * LANES, slope);")
-    lines.append("  }")
-    lines += [f"  store<L_>(job.out + L[1] + {k} * L[2] + u, d{k});" for k in range(dim)]
-    body = "\n".join(lines)
-    return f"template <int L_> static void backward_{name}(const Job& job, const int64_t* layout, int64_t u) {{\n  typedef vec<L_> V;\n{body}\n}}"
+        lines += [f"      GRADIENT(w, q, {p})", "    }"]
+    low, n = min(used), max(used) + 1 - min(used)
+    lines.append(f"    SUMS({low}, {n}, {', '.join(f'y{s}' if s in used else 'V{}' for s in range(low, low + n))})")
+    lines += ["  }", *(f"  d[{k}] = d{k};" for k in range(dim))]
+    return _function(f"backward_{name}", "const V *f, V *d", lines)
+
+
+def _function(name: str, arguments: str, lines: list[str]) -> str:
+    head = f"template <bool WHOLE> static void {name}(const Tile &tile, int64_t first, int64_t last, const Place &place, {arguments})"
+    return "\n".join([head + " {", *lines, "}"])
+
+
+def lanes(dtype: torch.dtype) -> int:
+    """Numbers of a vector on this machine."""
+    size = torch.zeros(1, dtype=torch.int64)
+    sorting().vector_bytes(*pointers(size))
+    return int(size) // dtype.itemsize
+
+
+def layout(convolution: Convolution) -> list[int]:
+    """For each part its channels, and where the rows of its block and of its results begin."""
+    starts = np.cumsum([0, *(d * m for d, m in convolution.blocks_in)]).tolist()
+    outs = np.cumsum([0, *(d * m for d, m in convolution.blocks_out)]).tolist()
+    numbers = []
+    for part in parts(convolution):
+        products = [convolution.products[p] for p in part]
+        dim, channels = convolution.blocks_in[products[0].block]
+        numbers += [channels, *(starts[products[0].block] + k * channels for k in range(dim))]
+        for p in products:
+            numbers += [outs[p.out] + p.channel + m * convolution.blocks_out[p.out][1] for m in range(p.coefficients.shape[0])]
+    return numbers
+
+
+def pack(convolution: Convolution, table: Float[Tensor, "rows 3 values"], lanes: int) -> Float[Tensor, "chunks rows 6 lanes"]:
+    """Polynomials of the intervals from every row to the next: for each part and chunk of its channels those of its products.
+
+    The last chunk of channels is filled up with zeros, and so is the last row, where no interval begins.
+    """
+    filled = powers(table)
+    packed = []
+    for part in parts(convolution):
+        channels = convolution.channels[part[0]]
+        own, filled = filled[:, :, : len(part) * channels], filled[:, :, len(part) * channels :]
+        own = torch.nn.functional.pad(own.unflatten(2, (len(part), channels)), (0, -channels % lanes))
+        packed.append(own.unflatten(3, (-1, lanes)).permute(3, 2, 0, 1, 4).flatten(0, 1))
+    return torch.cat(packed)
 
 
 # --- building ----------------------------------------------------------------------------------------------------
@@ -251,7 +278,7 @@ def processor() -> str:
 
 REAL = {torch.float32: "float", torch.float64: "double"}
 # arguments of the functions: sizes first, then addresses
-SORTING = {"sort_edges": (2, 4)}
+SORTING = {"sort_edges": (2, 4), "vector_bytes": (0, 1)}
 CONVOLUTION = {"forward": (6, 9), "backward": (6, 13)}
 ATTENTION = {"attend": (5, 12), "attend_backward": (5, 24), "perpendicular": (3, 6), "perpendicular_backward": (3, 12)}
 

@@ -1,38 +1,89 @@
-// Loops over atoms; included after the generated functions.
+// Loops over tiles; included after the generated functions and PARTS.
 
+struct Share {                // where the numbers of a part lie
+  int64_t channels, first;    // first: of its radial functions on an edge
+  const int64_t *in, *out;    // rows of its features and of its results
+  int64_t chunks() const { return (channels + LANES - 1) / LANES; }
+};
+
+// layout: for each part its channels, and where its rows of the features and of the results begin
+static std::vector<Share> shares(const int64_t *layout) {
+  std::vector<Share> found;
+  int64_t first = 0;
+  for (const Part &part : PARTS) {
+    found.push_back({layout[0], first, layout + 1, layout + 1 + part.dim});
+    first += part.products * layout[0];
+    layout += 1 + part.dim + part.rows;
+  }
+  return found;
+}
+
+// first atom of each tile, and the number of atoms
+static std::vector<int64_t> tiles(int64_t atoms, const int64_t *starts, int64_t threads) {
+  std::vector<int64_t> found(1, 0);
+  const int64_t most = threads > 1 ? std::min<int64_t>(TILE, starts[atoms] / (4 * threads) + 1) : TILE;
+  for (int64_t i = 1; i < atoms; i++)
+    if (starts[i + 1] - starts[found.back()] > most) found.push_back(i);
+  found.push_back(atoms);
+  return found;
+}
+
+// Features (or, backward, gradients of results) of every atom by parts and chunks of channels, (atoms, rows, LANES) each. All threads take part.
+template <bool BACKWARD> static void collect(const std::vector<Share> &all, int64_t atoms, const T *x, int64_t width, T *to) {
+  for (size_t p = 0; p < all.size(); p++) {
+    const int64_t rows = BACKWARD ? PARTS[p].rows : PARTS[p].dim, *places = BACKWARD ? all[p].out : all[p].in;
+#pragma omp for schedule(static)
+    for (int64_t i = 0; i < atoms; i++)
+      for (int64_t u = 0; u < all[p].channels; u += LANES)
+        for (int64_t k = 0; k < rows; k++)
+          store<LANES>(to + ((u / LANES * atoms + i) * rows + k) * LANES, get(x + i * width + places[k] + u, std::min<int64_t>(LANES, all[p].channels - u)));
+    to += all[p].chunks() * atoms * rows * LANES;
+  }
+}
+template <bool BACKWARD> static int64_t collected(const std::vector<Share> &all, int64_t atoms) {
+  int64_t size = 0;
+  for (size_t p = 0; p < all.size(); p++) size += all[p].chunks() * atoms * (BACKWARD ? PARTS[p].rows : PARTS[p].dim) * LANES;
+  return size;
+}
+
+// work(part, share, place, first channel) for every part and chunk of channels
+template <bool BACKWARD, class Work> static void each_place(const std::vector<Share> &all, int64_t atoms, const T *other, int64_t rows, const T *radial, T *to_radial, Work work) {
+  for (size_t p = 0; p < all.size(); p++)
+    for (int64_t u = 0; u < all[p].channels; u += LANES) {
+      const int64_t channels = std::min<int64_t>(LANES, all[p].channels - u);
 #ifdef EDGE_WEIGHTS
-static void prepare(Job &job, int e, int64_t edge, const T *values, int64_t width, const int64_t *, T *gradient, bool) {
-  job.w[e] = values + edge * width;
-  job.dw[e] = gradient + edge * width;
-}
+      work(PARTS[p], all[p], Place{other, radial + all[p].first + u, to_radial + all[p].first + u, all[p].channels, channels}, u);
 #else
-// weights of the quintic Hermite spline (gossamer/engine/kernels/table.py) and, if asked, their derivatives with respect to x
-static void interval(Job &job, int e, T x, int64_t intervals, int64_t first, bool slopes) {
-  T scaled = (x > 0 ? (x < 1 ? x : T(1)) : T(0)) * intervals;  // NaN becomes 0: harmonics carry it on
-  int64_t k = std::min((int64_t)scaled, intervals - 1);
-  T t = scaled - k, t2 = t * t, t3 = t2 * t;
-  job.knot[e] = (first + k) * 3 * CHUNK;
-  T late = t3 * (10 - 15 * t + 6 * t2);
-  job.h[0][e] = 1 - late;
-  job.h[1][e] = t - t3 * (6 - 8 * t + 3 * t2);
-  job.h[2][e] = T(0.5) * t2 - t3 * (T(1.5) - T(1.5) * t + T(0.5) * t2);
-  job.h[3][e] = late;
-  job.h[4][e] = t3 * (-4 + 7 * t - 3 * t2);
-  job.h[5][e] = t3 * (T(0.5) - t + T(0.5) * t2);
-  if (!slopes) return;
-  T s = (x < 0 || x > 1) ? 0 : intervals, l = 30 * t2 * (1 - t) * (1 - t);
-  job.d[0][e] = -s * l;
-  job.d[1][e] = s * (1 - t2 * (18 - 32 * t + 15 * t2));
-  job.d[2][e] = s * (t - t2 * (T(4.5) - 6 * t + T(2.5) * t2));
-  job.d[3][e] = s * l;
-  job.d[4][e] = s * t2 * (-12 + 28 * t - 15 * t2);
-  job.d[5][e] = s * t2 * (T(1.5) - 4 * t + T(2.5) * t2);
+      work(PARTS[p], all[p], Place{other, radial, nullptr, rows * 6 * LANES, channels}, u);
+      radial += PARTS[p].products * rows * 6 * LANES;
+#endif
+      other += atoms * (BACKWARD ? PARTS[p].rows : PARTS[p].dim) * LANES;
+    }
 }
 
-static void prepare(Job &job, int e, int64_t edge, const T *x, int64_t intervals, const int64_t *first_row, T *, bool slopes) {
-  interval(job, e, x[edge], intervals, first_row ? first_row[edge] : 0, slopes);
-}
+// the edges of a tile, whose numbers it has
+static void prepare(Tile &tile, const int64_t *other, const T *harmonics, const T *values, int64_t size, const int64_t *first_row) {
+  const int64_t n = tile.edge.size();
+  tile.other.resize(n + 1); tile.row.resize(n + 1); tile.t.resize(n);
+  tile.m.resize((n + LANES) * ENTRIES);
+  for (int64_t first = 0; first < n; first += LANES) {
+    T y[HARMONICS * LANES] = {};
+    for (int64_t e = first; e < std::min(n, first + LANES); e++) {
+      const int64_t edge = tile.edge[e];
+      tile.other[e] = other[edge];
+      for (int s = 0; s < HARMONICS; s++) y[s * LANES + e - first] = harmonics[edge * HARMONICS + s];
+#ifdef EDGE_WEIGHTS
+      tile.row[e] = edge * size;
+#else
+      const T x = values[edge], scaled = (x > 0 ? (x < 1 ? x : T(1)) : T(0)) * size;  // NaN becomes 0: harmonics carry it on
+      const int64_t knot = std::min((int64_t)scaled, size - 1);
+      tile.t.data[e] = scaled - knot;
+      tile.row[e] = (knot + (first_row ? first_row[edge] : 0)) * 6 * LANES;
 #endif
+    }
+    matrices(y, tile.m.data + first * ENTRIES);
+  }
+}
 
 // values: distance over cutoff of every edge, and size intervals of a table of so many rows; first_row: where the intervals of each edge begin in
 // it, null: at its first row; or, with EDGE_WEIGHTS, size radial functions of every edge, and no table
@@ -40,27 +91,28 @@ extern "C" {
 
 void forward(int64_t atoms, int64_t width_in, int64_t width_out, int64_t size, int64_t rows, int64_t threads, const int64_t *layout,
              const T *features, const T *harmonics, const T *values, const int64_t *first_row, const T *table, const int64_t *sender, const int64_t *receiver_starts, T *out) {
+  const std::vector<Share> all = shares(layout);
+  const std::vector<int64_t> first_atom = tiles(atoms, receiver_starts, threads);
+  Buffer collection;
+  collection.resize(collected<false>(all, atoms));
 #pragma omp parallel num_threads(threads) if (threads > 1 && receiver_starts[atoms] * width_in > SMALL)
   {
-    static thread_local std::unique_ptr<Job> owner;  // too large for the stack of a thread at high l
-    if (!owner) owner.reset(new Job);
-    Job &job = *owner;
-    job.table = table;
-    job.chunk = rows * 3 * CHUNK;
-#pragma omp for schedule(dynamic, 4)
-    for (int64_t i = 0; i < atoms; i++) {
-      job.out = out + i * width_out;
-      std::fill(job.out, job.out + width_out, T(0));
-      for (int64_t first = receiver_starts[i]; first < receiver_starts[i + 1]; first += STRIDE) {
-        job.n = (int)std::min<int64_t>(STRIDE, receiver_starts[i + 1] - first);
-        for (int e = 0; e < job.n; e++) {
-          prepare(job, e, first + e, values, size, first_row, nullptr, false);
-          job.f[e] = features + sender[first + e] * width_in;
-          for (int s = 0; s < HARMONICS; s++) job.y[s][e] = harmonics[(first + e) * HARMONICS + s];
+    collect<false>(all, atoms, features, width_in, collection.data);
+    static thread_local Tile tile;
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t number = 0; number < (int64_t)first_atom.size() - 1; number++) {
+      const int64_t begin = first_atom[number], end = first_atom[number + 1], before = receiver_starts[begin];
+      tile.edge.resize(receiver_starts[end] - before);
+      std::iota(tile.edge.begin(), tile.edge.end(), before);
+      prepare(tile, sender, harmonics, values, size, first_row);
+      std::fill(out + begin * width_out, out + end * width_out, T(0));
+      each_place<false>(all, atoms, collection.data, rows, table ? table : values, nullptr, [&](const Part &part, const Share &share, const Place &place, int64_t u) {
+        for (int64_t i = begin; i < end; i++) {
+          V results[MOST_ROWS];
+          (place.channels == LANES ? part.forward : part.forward_some)(tile, receiver_starts[i] - before, receiver_starts[i + 1] - before, place, results);
+          for (int k = 0; k < part.rows; k++) add_some(out + i * width_out + share.out[k] + u, results[k], place.channels);
         }
-        matrices(job.n, job.y, job.m);
-        forward_all(job, layout);
-      }
+      });
     }
   }
 }
@@ -68,45 +120,38 @@ void forward(int64_t atoms, int64_t width_in, int64_t width_out, int64_t size, i
 void backward(int64_t atoms, int64_t width_in, int64_t width_out, int64_t size, int64_t rows, int64_t threads, const int64_t *layout,
               const T *features, const T *harmonics, const T *values, const int64_t *first_row, const T *table, const int64_t *receiver, const int64_t *sender_starts,
               const int64_t *by_sender, const T *gradient, T *to_features, T *to_harmonics, T *to_values) {
+  const std::vector<Share> all = shares(layout);
+  const std::vector<int64_t> first_atom = tiles(atoms, sender_starts, threads);
+  Buffer collection;
+  collection.resize(collected<true>(all, atoms));
 #pragma omp parallel num_threads(threads) if (threads > 1 && sender_starts[atoms] * width_in > SMALL)
   {
-    static thread_local std::unique_ptr<Job> owner;  // too large for the stack of a thread at high l
-    if (!owner) owner.reset(new Job);
-    Job &job = *owner;
-    job.table = table;
-    job.chunk = rows * 3 * CHUNK;
-    std::vector<T> sums(STRIDE * (HARMONICS + 1) * LANES), own(width_in);
-    job.sums = sums.data();
-    job.out = own.data();
-#pragma omp for schedule(dynamic, 4)
-    for (int64_t j = 0; j < atoms; j++) {
-      T *total = to_features + j * width_in;
-      std::fill(total, total + width_in, T(0));
-      job.f[0] = features + j * width_in;
-      for (int64_t first = sender_starts[j]; first < sender_starts[j + 1]; first += STRIDE) {
-        job.n = (int)std::min<int64_t>(STRIDE, sender_starts[j + 1] - first);
-        for (int e = 0; e < job.n; e++) {
-          int64_t edge = by_sender[first + e];
-          prepare(job, e, edge, values, size, first_row, to_values, true);
-          job.g[e] = gradient + receiver[edge] * width_out;
-          for (int s = 0; s < HARMONICS; s++) job.y[s][e] = harmonics[edge * HARMONICS + s];
+    collect<true>(all, atoms, gradient, width_out, collection.data);
+    static thread_local Tile tile;
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t number = 0; number < (int64_t)first_atom.size() - 1; number++) {
+      const int64_t begin = first_atom[number], end = first_atom[number + 1], before = sender_starts[begin], n = sender_starts[end] - before;
+      tile.edge.assign(by_sender + before, by_sender + before + n);
+      prepare(tile, receiver, harmonics, values, size, first_row);
+      tile.sums.resize(n * ROOM);
+      std::fill(tile.sums.data, tile.sums.data + n * ROOM, T(0));
+      std::fill(to_features + begin * width_in, to_features + end * width_in, T(0));
+      each_place<true>(all, atoms, collection.data, rows, table ? table : values, to_values, [&](const Part &part, const Share &share, const Place &place, int64_t u) {
+        for (int64_t j = begin; j < end; j++) {
+          V f[MOST_DIM], d[MOST_DIM];
+          for (int k = 0; k < part.dim; k++) f[k] = get(features + j * width_in + share.in[k] + u, place.channels);
+          (place.channels == LANES ? part.backward : part.backward_some)(tile, sender_starts[j] - before, sender_starts[j + 1] - before, place, f, d);
+          for (int k = 0; k < part.dim; k++) add_some(to_features + j * width_in + share.in[k] + u, d[k], place.channels);
         }
-        matrices(job.n, job.y, job.m);
-        std::fill(sums.begin(), sums.begin() + job.n * (HARMONICS + 1) * LANES, T(0));
-        std::fill(own.begin(), own.end(), T(0));
-        backward_all(job, layout);
-        for (int64_t k = 0; k < width_in; k++) total[k] += own[k];
-        for (int e = 0; e < job.n; e++) {
-          const T *row = job.sums + e * (HARMONICS + 1) * LANES;
-          int64_t edge = by_sender[first + e];
-          for (int s = 0; s <= HARMONICS; s++) {
-            T sum = 0;
-            for (int l = 0; l < LANES; l++) sum += row[s * LANES + l];
-            if (s < HARMONICS) to_harmonics[edge * HARMONICS + s] = sum;
+      });
+      for (int64_t e = 0; e < n; e++) {
+        const int64_t edge = tile.edge[e];
+        for (int s = 0; s <= HARMONICS; s++) {
+          const T *each = tile.sums.data + e * ROOM + s * WIDTH, sum = std::accumulate(each, each + WIDTH, T(0));
+          if (s < HARMONICS) to_harmonics[edge * HARMONICS + s] = sum;
 #ifndef EDGE_WEIGHTS
-            else to_values[edge] = sum;
+          else to_values[edge] = values[edge] < 0 || values[edge] > 1 ? 0 : sum * size;
 #endif
-          }
         }
       }
     }

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from gossamer.engine.kernels import cpu, gpu
-from gossamer.engine.kernels.table import layout, structure_key
+from gossamer.engine.kernels.table import structure_key
 from gossamer.nn.products import Convolution
 
 _library = torch.library.Library("gossamer", "FRAGMENT")
@@ -59,7 +59,7 @@ def register(convolution: Convolution, dtype: torch.dtype, device: str = "cpu", 
         _convolutions[key] = (
             convolution,
             cpu.convolution_library(convolution, dtype, edge_weights),
-            torch.tensor(layout(convolution, 1 if edge_weights else cpu.LANES[dtype])),
+            torch.tensor(cpu.layout(convolution)),
         )
     return key
 

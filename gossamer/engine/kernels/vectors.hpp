@@ -1,12 +1,16 @@
 // Vectors along channels; included after T.
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 #include <cmath>
 #include <memory>
+#include <new>
 #include <vector>
 #include <algorithm>
+#include <numeric>
+#include <type_traits>
+#include <utility>
 
-#define CHUNK (64 / (int)sizeof(T))  // channels in a chunk of the table
 #if defined(__AVX512F__)
 #define LANES (64 / (int)sizeof(T))
 #elif defined(__AVX__)
@@ -24,8 +28,23 @@ template <int N> static inline vec<N> load(const T *p) { vec<N> v; std::memcpy(&
 template <int N> static inline void store(T *p, vec<N> v) { std::memcpy(p, &v, sizeof v); }
 template <int N> static inline void add(T *p, vec<N> v) { store<N>(p, load<N>(p) + v); }
 
+struct Buffer {  // numbers from the beginning of a line of the cache on
+  T *data = nullptr;
+  int64_t size = 0;
+  void resize(int64_t n) {  // what was there is lost
+    if (n <= size) return;
+    std::free(data);
+    data = (T *)std::aligned_alloc(64, (n * sizeof(T) + 127) / 64 * 64);
+    if (!data) throw std::bad_alloc();
+    size = n;
+  }
+  ~Buffer() { std::free(data); }
+};
+
 
 extern "C" {
+void vector_bytes(int64_t *bytes) { *bytes = LANES * sizeof(T); }
+
 // receiver_starts: first edge of each receiver (edges are sorted by it); by_sender: edges sorted by sender; sender_starts: first of each sender there
 void sort_edges(int64_t atoms, int64_t edges, const int64_t *index, int64_t *receiver_starts, int64_t *sender_starts, int64_t *by_sender) {
   const int64_t *sender = index, *receiver = index + edges;
