@@ -39,13 +39,14 @@ static inline void add_some(T *p, V v, int64_t n) { put(p, get(p, n) + v, n); }
 
 // --- the edges of an atom, each with the rows at its other end, and with the radial functions of a product -----------------------------------------
 
-#define FETCH(p, n) if ((n) * sizeof(V) % 64 == 0) __builtin_prefetch((p) + (n) * LANES)
-#define EDGES(rows)                                                                                                                  \
+#define FETCH(p, n) if (AHEAD && (n) * sizeof(V) % 64 == 0) __builtin_prefetch((p) + (n) * LANES)
+#define EDGES(rows, ahead)                                                                                                           \
   for (int64_t e = first; e < last; e++) {                                                                                           \
+    constexpr bool AHEAD = ahead;                                                                                                    \
     const T *other = place.other + tile.other[e] * ((rows) * LANES), *next_other = place.other + tile.other[e + 1] * ((rows) * LANES); \
     const T *radial = place.radial + tile.row[e], *next_radial = place.radial + tile.row[e + 1];                                     \
     const T *m = tile.m.data + e / LANES * LANES * ENTRIES + e % LANES, t = tile.t.data[e];                                          \
-    (void)next_radial, (void)t;
+    (void)next_other, (void)next_radial, (void)t;
 #define OTHER(v, n) const V v = load<LANES>(other + (n) * LANES); FETCH(next_other, n);
 
 #ifdef EDGE_WEIGHTS  // numbers of every edge
@@ -104,8 +105,7 @@ template <int N> static inline void add_totals(const V *v, T *to) {
   }
 }
 
-// What an edge sums up: gradients of its harmonics, and of its place in the interval. Few are kept as vectors until the end.
-#define WIDTH (HARMONICS > 8 ? 1 : LANES)
+// What an edge sums up: gradients of its harmonics, and of its place in the interval, WIDTH numbers of each.
 #define ROOM (HARMONICS * WIDTH + LANES)
 #define SUMS(low, n, ...) {                                                                                                          \
     T *to = tile.sums.data + e * ROOM;                                                                                               \

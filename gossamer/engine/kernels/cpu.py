@@ -50,9 +50,14 @@ def generate(convolution: Convolution, edge_weights: bool = False) -> str:
         c = product.coefficients
         for m, k in np.argwhere(np.abs(c).max(axis=2) > 1e-12).tolist():
             entries[p, m, k] = len(entries)
-            terms = [f"T({float(c[m, k, s])!r}) * load<LANES>(y + {product.edge + s} * LANES)" for s in np.flatnonzero(np.abs(c[m, k]) > 1e-12).tolist()]
+            terms = [
+                f"T({float(c[m, k, s])!r}) * load<LANES>(y + {product.edge + s} * LANES)"
+                for s in np.flatnonzero(np.abs(c[m, k]) > 1e-12).tolist()
+            ]
             matrices.append(f"  store<LANES>(m + {entries[p, m, k]} * LANES, {_sum(terms)});")
     pieces = ["#define EDGE_WEIGHTS"] if edge_weights else []
+    few = all(sum(convolution.products[p].coefficients.shape[2] for p in part) <= 8 for part in parts(convolution))
+    pieces.append(f"#define WIDTH {'LANES' if few else 1}  // few sums of an edge are kept as vectors until the end")
     pieces += [f"#define HARMONICS {convolution.n_harmonics}", f"#define ENTRIES {len(entries)}", text("vectors"), text("convolution")]
     pieces.append("static void matrices(const T *y, T *m) {\n" + "\n".join(matrices) + "\n}")
     names, most = [], [0, 0]
@@ -104,7 +109,7 @@ def forward_source(name: int, products: list[Product], entries: dict[tuple[int, 
     """Sums over the edges of an atom."""
     dim = products[0].coefficients.shape[1]
     rows = [(p, m) for p, product in enumerate(products) for m in range(product.coefficients.shape[0])]
-    lines = [*(f"  V a{p}_{m} = {{}};" for p, m in rows), f"  EDGES({dim})", *(f"    OTHER(f{k}, {k})" for k in range(dim))]
+    lines = [*(f"  V a{p}_{m} = {{}};" for p, m in rows), f"  EDGES({dim}, {_ahead(products)})", *(f"    OTHER(f{k}, {k})" for k in range(dim))]
     for p, product in enumerate(products):
         lines.append(f"    RADIAL(r{p}, {p})")
         for m in range(product.coefficients.shape[0]):
@@ -126,7 +131,7 @@ def backward_source(name: int, products: list[Product], entries: dict[tuple[int,
             terms = [f"T({float(c[m, k, s])!r}) * f{k}" for k in range(dim) if abs(c[m, k, s]) > 1e-12]
             lines.append(f"  V p{p}_{m}_{s} = {_sum(terms)};")
             used.add(product.edge + s)
-    lines += [f"  EDGES({rows})", "    V slope = {};", *(f"    V y{s} = {{}};" for s in sorted(used))]
+    lines += [f"  EDGES({rows}, {_ahead(products)})", "    V slope = {};", *(f"    V y{s} = {{}};" for s in sorted(used))]
     row = 0
     for p, product in enumerate(products):
         c = product.coefficients
@@ -146,6 +151,11 @@ def backward_source(name: int, products: list[Product], entries: dict[tuple[int,
     lines.append(f"    SUMS({low}, {n}, {', '.join(f'y{s}' if s in used else 'V{}' for s in range(low, low + n))})")
     lines += ["  }", *(f"  d[{k}] = d{k};" for k in range(dim))]
     return _function(f"backward_{name}", "const V *f, V *d", lines)
+
+
+def _ahead(products: list[Product]) -> str:
+    """Whether to fetch what the next edge needs: the processor itself looks no further than past one product."""
+    return str(len(products) > 1).lower()
 
 
 def _function(name: str, arguments: str, lines: list[str]) -> str:

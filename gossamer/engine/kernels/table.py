@@ -166,7 +166,9 @@ def interpolate(table: Float[Tensor, "rows 3 values"], x: Float[Tensor, " n"], k
 def powers(table: Float[Tensor, "rows 3 values"]) -> Float[Tensor, "rows 6 values"]:
     """The spline from each row to the next as a polynomial in t, the place between them: coefficients of t^5 … 1; zeros for the last row."""
     t = torch.linspace(0, 1, 6, dtype=table.dtype)
-    weights = torch.linalg.solve(t[:, None] ** torch.arange(5, -1, -1), torch.stack(hermite_weights(t), dim=1))  # of (f, f', f'') at both rows
+    weights = torch.linalg.solve(
+        t[:, None] ** torch.arange(5, -1, -1), torch.stack(hermite_weights(t), dim=1)
+    )  # of (f, f', f'') at both rows
     both = torch.cat([table[:-1], table[1:]], dim=1)
     return torch.cat([torch.einsum("nk,rkv->rnv", weights.round(decimals=6), both), torch.zeros_like(table[:1]).repeat(1, 2, 1)])
 
