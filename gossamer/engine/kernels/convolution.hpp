@@ -42,22 +42,22 @@ static inline void add_some(T *p, V v, int64_t n) { put(p, get(p, n) + v, n); }
 #define FETCH(p, n) if (AHEAD && (n) * sizeof(V) % 64 == 0) __builtin_prefetch((p) + (n) * LANES)
 #define EDGES(rows, ahead)                                                                                                           \
   for (int64_t e = first; e < last; e++) {                                                                                           \
-    constexpr bool AHEAD = ahead;                                                                                                    \
+    constexpr bool AHEAD = ALWAYS || ahead;                                                                                                 \
     const T *other = place.other + tile.other[e] * ((rows) * LANES), *next_other = place.other + tile.other[e + 1] * ((rows) * LANES); \
     const T *radial = place.radial + tile.row[e], *next_radial = place.radial + tile.row[e + 1];                                     \
-    const T *m = tile.m.data + e / LANES * LANES * ENTRIES + e % LANES, t = tile.t.data[e];                                          \
+    const T *m = tile.m.data + (e & -LANES) * ENTRIES + (e & (LANES - 1)), t = tile.t.data[e];                                      \
     (void)next_other, (void)next_radial, (void)t;
 #define OTHER(v, n) const V v = load<LANES>(other + (n) * LANES); FETCH(next_other, n);
 
 #ifdef EDGE_WEIGHTS  // numbers of every edge
-#define TILE 64  // edges of a tile
 #define WHOLE_ONLY false
-#define RADIAL(r, p) const V r = get(radial + (p) * place.step, WHOLE ? LANES : place.channels);
+#define ALWAYS true
+#define RADIAL(r, p) const V r = get(radial + (p) * place.step, WHOLE ? LANES : place.channels); FETCH(next_radial + (p) * place.step, 0);
 #define RADIAL_AND_SLOPE(r, q, p) RADIAL(r, p)
 #define GRADIENT(w, q, p) put(place.to_radial + tile.row[e] + (p) * place.step, w, WHOLE ? LANES : place.channels);
 #else  // a table: for each interval the coefficients of a polynomial of degree 5, highest power first
-#define TILE 512
 #define WHOLE_ONLY true
+#define ALWAYS false
 #define COEFFICIENT(p, n) load<LANES>(radial + (p) * place.step + (n) * LANES); FETCH(next_radial + (p) * place.step, n)
 #define HIGHER(r, p, n) r = r * t + COEFFICIENT(p, n);
 #define RADIAL(r, p) V r = COEFFICIENT(p, 0); HIGHER(r, p, 1) HIGHER(r, p, 2) HIGHER(r, p, 3) HIGHER(r, p, 4) HIGHER(r, p, 5)

@@ -109,7 +109,11 @@ def forward_source(name: int, products: list[Product], entries: dict[tuple[int, 
     """Sums over the edges of an atom."""
     dim = products[0].coefficients.shape[1]
     rows = [(p, m) for p, product in enumerate(products) for m in range(product.coefficients.shape[0])]
-    lines = [*(f"  V a{p}_{m} = {{}};" for p, m in rows), f"  EDGES({dim}, {_ahead(products)})", *(f"    OTHER(f{k}, {k})" for k in range(dim))]
+    lines = [
+        *(f"  V a{p}_{m} = {{}};" for p, m in rows),
+        f"  EDGES({dim}, {_ahead(products)})",
+        *(f"    OTHER(f{k}, {k})" for k in range(dim)),
+    ]
     for p, product in enumerate(products):
         lines.append(f"    RADIAL(r{p}, {p})")
         for m in range(product.coefficients.shape[0]):
@@ -163,6 +167,7 @@ def _function(name: str, arguments: str, lines: list[str]) -> str:
     return "\n".join([head + " {", *lines, "}"])
 
 
+@functools.cache
 def lanes(dtype: torch.dtype) -> int:
     """Numbers of a vector on this machine."""
     size = torch.zeros(1, dtype=torch.int64)

@@ -18,14 +18,36 @@ static std::vector<Share> shares(const int64_t *layout) {
   return found;
 }
 
+// edges of a tile, at most: what they read shall stay in the second-level cache
+static int64_t most_edges(int64_t size) {
+#ifdef EDGE_WEIGHTS
+  return std::max<int64_t>(16, 32768 / size);
+#else
+  return 512;
+#endif
+}
+
 // first atom of each tile, and the number of atoms
-static std::vector<int64_t> tiles(int64_t atoms, const int64_t *starts, int64_t threads) {
+static std::vector<int64_t> tiles(int64_t atoms, const int64_t *starts, int64_t most, int64_t threads) {
   std::vector<int64_t> found(1, 0);
-  const int64_t most = threads > 1 ? std::min<int64_t>(TILE, starts[atoms] / (4 * threads) + 1) : TILE;
+  if (threads > 1) most = std::min(most, starts[atoms] / (4 * threads) + 1);
   for (int64_t i = 1; i < atoms; i++)
     if (starts[i + 1] - starts[found.back()] > most) found.push_back(i);
   found.push_back(atoms);
   return found;
+}
+
+// work(first edge, how many) for the edges of some atoms, at most so many at once
+template <class Work> static void each_tile(const int64_t *starts, int64_t begin, int64_t end, int64_t most, Work work) {
+  for (int64_t before = starts[begin]; before < starts[end]; before += most) work(before, std::min(most, starts[end] - before));
+}
+
+// work(atom, first, last) for the atoms whose edges are in a tile
+template <class Work> static void each_atom(const int64_t *starts, int64_t begin, int64_t end, int64_t before, int64_t n, Work work) {
+  for (int64_t i = begin; i < end; i++) {
+    const int64_t first = std::max(starts[i] - before, (int64_t)0), last = std::min(starts[i + 1] - before, n);
+    if (first < last) work(i, first, last);
+  }
 }
 
 // Features (or, backward, gradients of results) of every atom by parts and chunks of channels, (atoms, rows, LANES) each. All threads take part.
@@ -92,7 +114,7 @@ extern "C" {
 void forward(int64_t atoms, int64_t width_in, int64_t width_out, int64_t size, int64_t rows, int64_t threads, const int64_t *layout,
              const T *features, const T *harmonics, const T *values, const int64_t *first_row, const T *table, const int64_t *sender, const int64_t *receiver_starts, T *out) {
   const std::vector<Share> all = shares(layout);
-  const std::vector<int64_t> first_atom = tiles(atoms, receiver_starts, threads);
+  const std::vector<int64_t> first_atom = tiles(atoms, receiver_starts, most_edges(size), threads);
   Buffer collection;
   collection.resize(collected<false>(all, atoms));
 #pragma omp parallel num_threads(threads) if (threads > 1 && receiver_starts[atoms] * width_in > SMALL)
@@ -101,17 +123,19 @@ void forward(int64_t atoms, int64_t width_in, int64_t width_out, int64_t size, i
     static thread_local Tile tile;
 #pragma omp for schedule(dynamic, 1)
     for (int64_t number = 0; number < (int64_t)first_atom.size() - 1; number++) {
-      const int64_t begin = first_atom[number], end = first_atom[number + 1], before = receiver_starts[begin];
-      tile.edge.resize(receiver_starts[end] - before);
-      std::iota(tile.edge.begin(), tile.edge.end(), before);
-      prepare(tile, sender, harmonics, values, size, first_row);
+      const int64_t begin = first_atom[number], end = first_atom[number + 1];
       std::fill(out + begin * width_out, out + end * width_out, T(0));
-      each_place<false>(all, atoms, collection.data, rows, table ? table : values, nullptr, [&](const Part &part, const Share &share, const Place &place, int64_t u) {
-        for (int64_t i = begin; i < end; i++) {
-          V results[MOST_ROWS];
-          (place.channels == LANES ? part.forward : part.forward_some)(tile, receiver_starts[i] - before, receiver_starts[i + 1] - before, place, results);
-          for (int k = 0; k < part.rows; k++) add_some(out + i * width_out + share.out[k] + u, results[k], place.channels);
-        }
+      each_tile(receiver_starts, begin, end, most_edges(size), [&](int64_t before, int64_t n) {
+        tile.edge.resize(n);
+        std::iota(tile.edge.begin(), tile.edge.end(), before);
+        prepare(tile, sender, harmonics, values, size, first_row);
+        each_place<false>(all, atoms, collection.data, rows, table ? table : values, nullptr, [&](const Part &part, const Share &share, const Place &place, int64_t u) {
+          each_atom(receiver_starts, begin, end, before, n, [&](int64_t i, int64_t first, int64_t last) {
+            V results[MOST_ROWS];
+            (place.channels == LANES ? part.forward : part.forward_some)(tile, first, last, place, results);
+            for (int k = 0; k < part.rows; k++) add_some(out + i * width_out + share.out[k] + u, results[k], place.channels);
+          });
+        });
       });
     }
   }
@@ -121,7 +145,7 @@ void backward(int64_t atoms, int64_t width_in, int64_t width_out, int64_t size, 
               const T *features, const T *harmonics, const T *values, const int64_t *first_row, const T *table, const int64_t *receiver, const int64_t *sender_starts,
               const int64_t *by_sender, const T *gradient, T *to_features, T *to_harmonics, T *to_values) {
   const std::vector<Share> all = shares(layout);
-  const std::vector<int64_t> first_atom = tiles(atoms, sender_starts, threads);
+  const std::vector<int64_t> first_atom = tiles(atoms, sender_starts, most_edges(size), threads);
   Buffer collection;
   collection.resize(collected<true>(all, atoms));
 #pragma omp parallel num_threads(threads) if (threads > 1 && sender_starts[atoms] * width_in > SMALL)
@@ -130,30 +154,32 @@ void backward(int64_t atoms, int64_t width_in, int64_t width_out, int64_t size, 
     static thread_local Tile tile;
 #pragma omp for schedule(dynamic, 1)
     for (int64_t number = 0; number < (int64_t)first_atom.size() - 1; number++) {
-      const int64_t begin = first_atom[number], end = first_atom[number + 1], before = sender_starts[begin], n = sender_starts[end] - before;
-      tile.edge.assign(by_sender + before, by_sender + before + n);
-      prepare(tile, receiver, harmonics, values, size, first_row);
-      tile.sums.resize(n * ROOM);
-      std::fill(tile.sums.data, tile.sums.data + n * ROOM, T(0));
+      const int64_t begin = first_atom[number], end = first_atom[number + 1];
       std::fill(to_features + begin * width_in, to_features + end * width_in, T(0));
-      each_place<true>(all, atoms, collection.data, rows, table ? table : values, to_values, [&](const Part &part, const Share &share, const Place &place, int64_t u) {
-        for (int64_t j = begin; j < end; j++) {
-          V f[MOST_DIM], d[MOST_DIM];
-          for (int k = 0; k < part.dim; k++) f[k] = get(features + j * width_in + share.in[k] + u, place.channels);
-          (place.channels == LANES ? part.backward : part.backward_some)(tile, sender_starts[j] - before, sender_starts[j + 1] - before, place, f, d);
-          for (int k = 0; k < part.dim; k++) add_some(to_features + j * width_in + share.in[k] + u, d[k], place.channels);
+      each_tile(sender_starts, begin, end, most_edges(size), [&](int64_t before, int64_t n) {
+        tile.edge.assign(by_sender + before, by_sender + before + n);
+        prepare(tile, receiver, harmonics, values, size, first_row);
+        tile.sums.resize(n * ROOM);
+        std::fill(tile.sums.data, tile.sums.data + n * ROOM, T(0));
+        each_place<true>(all, atoms, collection.data, rows, table ? table : values, to_values, [&](const Part &part, const Share &share, const Place &place, int64_t u) {
+          each_atom(sender_starts, begin, end, before, n, [&](int64_t j, int64_t first, int64_t last) {
+            V f[MOST_DIM], d[MOST_DIM];
+            for (int k = 0; k < part.dim; k++) f[k] = get(features + j * width_in + share.in[k] + u, place.channels);
+            (place.channels == LANES ? part.backward : part.backward_some)(tile, first, last, place, f, d);
+            for (int k = 0; k < part.dim; k++) add_some(to_features + j * width_in + share.in[k] + u, d[k], place.channels);
+          });
+        });
+        for (int64_t e = 0; e < n; e++) {
+          const int64_t edge = tile.edge[e];
+          for (int s = 0; s <= HARMONICS; s++) {
+            const T *each = tile.sums.data + e * ROOM + s * WIDTH, sum = std::accumulate(each, each + WIDTH, T(0));
+            if (s < HARMONICS) to_harmonics[edge * HARMONICS + s] = sum;
+#ifndef EDGE_WEIGHTS
+            else to_values[edge] = values[edge] < 0 || values[edge] > 1 ? 0 : sum * size;
+#endif
+          }
         }
       });
-      for (int64_t e = 0; e < n; e++) {
-        const int64_t edge = tile.edge[e];
-        for (int s = 0; s <= HARMONICS; s++) {
-          const T *each = tile.sums.data + e * ROOM + s * WIDTH, sum = std::accumulate(each, each + WIDTH, T(0));
-          if (s < HARMONICS) to_harmonics[edge * HARMONICS + s] = sum;
-#ifndef EDGE_WEIGHTS
-          else to_values[edge] = values[edge] < 0 || values[edge] > 1 ? 0 : sum * size;
-#endif
-        }
-      }
     }
   }
 }

@@ -101,20 +101,33 @@ def _backward(key: str, gradient: Tensor, features: Tensor, harmonics: Tensor, v
     return results
 
 
+def _intervals(table: Tensor, intervals: int) -> int:
+    """How many; by default all of the table.
+
+    Raises:
+        ValueError: the table was made on another kind of machine.
+    """
+    if table.shape[3] != cpu.lanes(table.dtype):
+        raise ValueError(
+            f"a kernel got a table for vectors of {table.shape[3]} numbers, this processor's have {cpu.lanes(table.dtype)}: make the program here"
+        )
+    return intervals or table.shape[1] - 1
+
+
 def _convolve(
     key: str, features: Tensor, harmonics: Tensor, x: Tensor, table: Tensor, edge_index: Tensor, receiver_starts: Tensor, sender_starts: Tensor,
     by_sender: Tensor, first_row: Tensor | None = None, intervals: int = 0,
 ) -> Tensor:  # fmt: skip
-    size = intervals or table.shape[1] - 1
-    return _forward(key, features, harmonics, x, table, size, edge_index, receiver_starts, first_row)
+    return _forward(key, features, harmonics, x, table, _intervals(table, intervals), edge_index, receiver_starts, first_row)
 
 
 def _convolve_backward(
     key: str, gradient: Tensor, features: Tensor, harmonics: Tensor, x: Tensor, table: Tensor, edge_index: Tensor, receiver_starts: Tensor,
     sender_starts: Tensor, by_sender: Tensor, first_row: Tensor | None = None, intervals: int = 0,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    size = intervals or table.shape[1] - 1
-    return _backward(key, gradient, features, harmonics, x, table, size, edge_index, sender_starts, by_sender, first_row)
+    return _backward(
+        key, gradient, features, harmonics, x, table, _intervals(table, intervals), edge_index, sender_starts, by_sender, first_row
+    )
 
 
 def _weighted(key: str, *tensors: Tensor) -> Tensor:
