@@ -202,12 +202,3 @@ def pack(convolution: Convolution, table: Float[Tensor, "knots 3 values"], lanes
         filled = torch.nn.functional.pad(part, (0, missing))
         parts.append(filled.reshape(*filled.shape[:2], -1, lanes).permute(2, 0, 1, 3))
     return torch.cat(parts).contiguous()
-
-
-def unpack(convolution: Convolution, packed: Float[Tensor, "chunks knots 3 lanes"]) -> Float[Tensor, "knots 3 values"]:
-    lanes, first, parts = packed.shape[3], 0, []
-    for channels in convolution.channels:
-        chunks = -(-channels // lanes)
-        parts.append(packed[first : first + chunks].permute(1, 2, 0, 3).flatten(2)[:, :, :channels])
-        first += chunks
-    return torch.cat(parts, dim=2)
