@@ -16,11 +16,18 @@ periodic may have any (or no) vector.
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 Edges = tuple[NDArray[np.int64], NDArray[np.int64]]
+
+
+def company(x: Any) -> Any:
+    """How much of a neighbour one at x = distance / cutoff is, (1 - x⁴)⁴ and nothing beyond 1; arrays or tensors."""
+    squared = x * x
+    return ((1 - squared * squared).clip(0) ** 2) ** 2
 
 
 def neighbor_list(

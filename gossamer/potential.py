@@ -11,7 +11,7 @@ import torch
 from ase import Atoms
 from ase.data import atomic_numbers as number_of
 from ase.data import chemical_symbols
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -22,11 +22,14 @@ from gossamer.data.structure import Structure, as_structure
 from gossamer.graph import Graph
 from gossamer.models import MODELS, DataFacts, ModelConfig
 from gossamer.nn.layers import sum_by_index
+from gossamer.nn.limits import Limits, stretch
 from gossamer.nn.products import Ends
 from gossamer.nn.zbl import ZBL
 from gossamer.quantities import QUANTITIES
 from gossamer.settings import settings
 
+BONDED = 0.8
+"""of the sum of the covalent radii: where the repulsion ends for pairs that the training data lacks"""
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
 
@@ -36,8 +39,10 @@ class PotentialConfig:
 
     zbl: bool = True
     """Add screened nuclear repulsion (universal ZBL), so that atoms cannot collapse where there is no data."""
-    zbl_radius: Annotated[float, Field(gt=0, le=10)] | Literal["cutoff"] = 0.8
-    """End of the repulsion as a fraction of the sum of the covalent radii, or "cutoff": that of the network (as nequip's package)."""
+    zbl_radius: Annotated[float, Field(gt=0, le=10)] | Literal["data", "cutoff"] = "data"
+    """End of the repulsion. "data": for each pair of elements its shortest distance in the training data; nearer than that, and of atoms
+    with fewer neighbours than any in the data, the network is not asked (docs/models.md). A number: a fraction of the sum of the covalent
+    radii (0.8 for pairs that the data lacks). "cutoff": that of the network (as nequip's package)."""
     zbl_power: Annotated[int, Field(ge=2, le=100)] = 5
     """Power p of its envelope (nequip: 6)."""
     zbl_order: Literal[2, 3, 4] = 4
@@ -66,10 +71,10 @@ class Prediction:
         return {name: value for name, value in named.items() if value is not None}
 
 
-def make_zbl(config: PotentialConfig, cutoff: float) -> ZBL:
-    """The repulsion that the settings describe."""
-    radius = None if config.zbl_radius == "cutoff" else config.zbl_radius
-    return ZBL(radius, cutoff, config.zbl_power, config.zbl_order)
+def make_zbl(config: PotentialConfig, cutoff: float, shortest: Mapping[str, float] | None = None) -> ZBL:
+    """The repulsion that the settings describe; ``shortest``: Å at which it ends for pairs of elements that the data holds."""
+    radius = None if config.zbl_radius == "cutoff" else BONDED if config.zbl_radius == "data" else config.zbl_radius
+    return ZBL(radius, cutoff, config.zbl_power, config.zbl_order, shortest)
 
 
 class Potential(nn.Module):
@@ -92,6 +97,8 @@ class Potential(nn.Module):
         self.statistics = statistics
         self.seen: SeenFrames | None = None
         """fingerprints of the frames it was trained on; None if it does not know"""
+        self.fixed_sizes = False
+        """whether it is being traced: then the size of no tensor may depend on values"""
         self.imported: dict[str, Any] | None = None
         """where it comes from if another package trained it: package, version, file, sha256, and what it was verified with"""
         table = torch.tensor([number_of[e] for e in statistics.elements])
@@ -111,13 +118,31 @@ class Potential(nn.Module):
         network: Any = MODELS[model.name][1]
         self.network = network(model, facts)
         self.ends = Ends()
-        self.zbl = make_zbl(self.potential_config, model.cutoff) if self.potential_config.zbl else None
+        self.zbl: ZBL | None = None
+        self.limits: Limits | None = None
+        """where the network is not asked; None: it is asked everywhere"""
+        self.set_statistics(statistics)
         self.terms: Any = nn.ModuleList()
         """further energies of atoms, (graph, positions, cell) -> (n_atoms,) in eV, from positions and cells: long range, say"""
         if self.zbl is not None and self.network.own_repulsion:
             raise ValueError(
                 f"The published {model.name} has a repulsion of its own: set potential.zbl to false, or model.variant to sound."
             )
+
+    @property
+    def needs_limits(self) -> bool:
+        """Whether the settings ask for repulsion and network to know where the training data ends."""
+        return self.potential_config.zbl and self.potential_config.zbl_radius == "data"
+
+    def set_statistics(self, statistics: Statistics) -> None:
+        """Take over what is known of the data, and with it where the repulsion ends and the network begins."""
+        self.statistics = statistics
+        if self.potential_config.zbl:
+            known = self.needs_limits and statistics.fewest_neighbors is not None
+            device = self.reference_energies.device
+            shortest = statistics.shortest_distances if known else None
+            self.zbl = make_zbl(self.potential_config, self.model_config.cutoff, shortest).to(device)
+            self.limits = Limits(statistics.fewest_neighbors or {}).to(device) if known else None
 
     @property
     def cutoff(self) -> float:
@@ -249,22 +274,68 @@ class Potential(nn.Module):
             nodes = torch.cat([species, extra])
             graphs = torch.cat([graph.graph_index, extra + n_graphs])
             total = n_graphs + len(self.table)
-        output = self.network(nodes, graph.edge_index, vectors.to(self.dtype), graphs, total)
-        energies = output.node_energies
+        pair_cutoffs = self._pair_cutoffs(graph)
+        repulsion, shown = self._repulsion(graph, vectors, pair_cutoffs)
+        output = self.network(nodes, graph.edge_index, shown.to(self.dtype), graphs, total)
+        energies, direct = output.node_energies, output.direct_forces
         if subtract:
             lone = energies[n:] if isolated is None else isolated
             energies = energies[:n] - lone[species]
-        result = energies.to(torch.float64) * self.energy_scale + self.reference_energies[species]
-        if self.zbl is not None:
-            lengths = torch.linalg.vector_norm(vectors, dim=-1)
-            pairs = self.zbl(graph.atomic_numbers, graph.edge_index, lengths, self._pair_cutoffs(graph))
-            result = result + sum_by_index(pairs, graph.edge_index[1], n)
+        energies = energies.to(torch.float64) * self.energy_scale
+        direct = None if direct is None else direct[:n].to(torch.float64) * self.energy_scale
+        trust = self._trust(graph, vectors, pair_cutoffs)
+        if trust is not None:
+            energies = energies * trust
+            direct = None if direct is None else direct * trust[:, None]
+        result = energies + self.reference_energies[species]
+        if repulsion is not None:
+            result = result + repulsion
         for term in self.terms:
             _, positions, strain = leaves
             moved = positions + torch.einsum("nx,nxy->ny", positions, strain[graph.graph_index])
             result = result + term(graph, moved, graph.cell + graph.cell @ strain)
-        direct = output.direct_forces
-        return result, None if direct is None else direct[:n].to(torch.float64) * self.energy_scale
+        return result, direct
+
+    def _repulsion(
+        self, graph: Graph, vectors: Tensor, pair_cutoffs: Float[Tensor, " n_edges"] | None
+    ) -> tuple[Float[Tensor, " n_atoms"] | None, Float[Tensor, "n_edges 3"]]:
+        """Repulsion of each atom in eV, and the vectors that the network is shown: no pair nearer than any in the training data."""
+        if self.zbl is None:
+            return None, vectors
+        receiver = graph.edge_index[1]
+        z_j, z_i = self.ends(graph.atomic_numbers, graph.edge_index)
+        ends = self.zbl.ends(z_i, z_j, pair_cutoffs)
+        near = self._where(torch.linalg.vector_norm(vectors.detach(), dim=-1) < ends)
+        close = vectors
+        if near is not None:
+            receiver, z_i, z_j, ends, close = (x.index_select(0, near) for x in (receiver, z_i, z_j, ends, close))
+        lengths = torch.linalg.vector_norm(close, dim=-1)
+        energies = sum_by_index(self.zbl(z_i, z_j, lengths, ends), receiver, graph.n_atoms)
+        if self.limits is None:
+            return energies, vectors
+        moves = close * stretch(lengths, ends)[:, None]
+        return energies, vectors + moves if near is None else vectors.index_add(0, near, moves)
+
+    def _trust(self, graph: Graph, vectors: Tensor, pair_cutoffs: Float[Tensor, " n_edges"] | None) -> Float[Tensor, " n_atoms"] | None:
+        """Factor of each atom's energy: less than one with fewer neighbours than any in the training data; None: all are one."""
+        if self.limits is None:
+            return None
+        receiver, numbers, n = graph.edge_index[1], graph.atomic_numbers, graph.n_atoms
+        reaches = vectors.new_full((1,), self.cutoff).expand(graph.n_edges) if pair_cutoffs is None else pair_cutoffs
+        lonely = (
+            self.limits.trust(self.limits.count(torch.linalg.vector_norm(vectors.detach(), dim=-1) / reaches, receiver, n), numbers) < 1
+        )
+        edges = self._where(lonely[receiver])
+        if edges is not None:
+            if not bool(lonely.any()):
+                return None
+            receiver, reaches, vectors = (x.index_select(0, edges) for x in (receiver, reaches, vectors))
+        count = self.limits.count(torch.linalg.vector_norm(vectors, dim=-1) / reaches, receiver, n)
+        return torch.where(lonely, self.limits.trust(count, numbers), 1.0)
+
+    def _where(self, chosen: Bool[Tensor, " n_edges"]) -> Int[Tensor, " k"] | None:
+        """Which edges are chosen, mostly few; None (take them all) where sizes must not depend on values."""
+        return None if self.fixed_sizes or chosen.device.type != "cpu" else chosen.nonzero()[:, 0]
 
     def _stress(self, graph: Graph, vectors: Tensor, slopes: Sequence[Tensor]) -> Tensor:
         """(1/V) sum over edges of dE/d(vector) ⊗ vector, symmetrised: ASE sign, NaN without a volume."""

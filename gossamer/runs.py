@@ -19,7 +19,7 @@ from gossamer.data.dataset import Subset, load_data, open_dataset, require_label
 from gossamer.data.fingerprint import SeenFrames, leave_out_training_frames
 from gossamer.data.inspection import inspect
 from gossamer.data.labels import LabelConfig
-from gossamer.data.statistics import compute_statistics
+from gossamer.data.statistics import compute_statistics, find_limits, widened
 from gossamer.data.structure import Structure
 from gossamer.engine.engine import Engine, Way
 from gossamer.evaluation import Evaluation, evaluate_potential
@@ -148,6 +148,8 @@ def prepare_potential(config: Config, frames: Frames, group: ProcessGroup) -> tu
             frames.train, config.model.cutoff, config.data.reference_energies, config.data.elements, config.model.max_neighbors
         )
         potential = Potential(config.model, statistics, config.potential)
+        if potential.needs_limits:
+            potential.set_statistics(widened(statistics, *limits_of(potential, frames.train)))
         potential.seen = seen
     else:
         potential, frames, tuning = start_finetuning(config, frames)
@@ -165,6 +167,13 @@ def prepare_potential(config: Config, frames: Frames, group: ProcessGroup) -> tu
     for structure in frames.valid:
         potential.check_elements(structure.atomic_numbers, structure.name)
     return potential, frames, tuning
+
+
+def limits_of(potential: Potential, structures: Sequence[Structure]) -> tuple[dict[str, float], dict[str, float]]:
+    """Where structures end for a potential, as `find_limits` says it."""
+    table, numbers = potential.network.pair_cutoffs(), potential.table.tolist()
+    reaches = None if table is None else {(a, b): float(table[i, j]) for i, a in enumerate(numbers) for j, b in enumerate(numbers)}
+    return find_limits(structures, potential.cutoff, potential.max_neighbors, reaches)
 
 
 def start_finetuning(config: Config, frames: Frames) -> tuple[Potential, Frames, dict[str, Any]]:
@@ -192,6 +201,8 @@ def start_finetuning(config: Config, frames: Frames) -> tuple[Potential, Frames,
     if given != "auto":
         statistics = replace(statistics, reference_energies={**statistics.reference_energies, **fresh.reference_energies})
     potential = Potential(config.model, statistics, config.potential)
+    if potential.limits is not None:  # those of the start, and of the new frames
+        potential.set_statistics(widened(statistics, *limits_of(potential, frames.train)))
     potential.network.to(start.dtype)
     potential.seen = start.seen if used is None else SeenFrames.of(used, ()) | start.seen
     transferred = transfer_weights(start, potential)

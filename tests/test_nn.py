@@ -75,12 +75,12 @@ def test_zbl_agrees_with_lammps() -> None:
 
 def test_zbl_ends_below_bond_length_and_counts_pairs_once() -> None:
     zbl = ZBL()
-    numbers, edges = torch.tensor([6, 6]), torch.tensor([[0, 1], [1, 0]])
+    carbon = torch.tensor([6, 6])
     near = torch.full((2,), 0.5, dtype=torch.float64)
-    inside = zbl(numbers, edges, near).sum()
+    inside = zbl(carbon, carbon, near).sum()
     envelope = polynomial_envelope(near[:1] / (0.8 * 1.52), 5, 4)
     assert float(inside) == pytest.approx(float((zbl_energy(near, *[torch.full((2,), 6.0).double()] * 2)[:1] * envelope).sum()))
-    assert float(zbl(numbers, edges, torch.full((2,), 1.3, dtype=torch.float64)).sum()) == 0.0
+    assert float(zbl(carbon, carbon, torch.full((2,), 1.3, dtype=torch.float64)).sum()) == 0.0
 
 
 # --- harmonics, 3j symbols, products ------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Literal
 
 import numpy as np
@@ -12,11 +13,13 @@ from ase.data import atomic_numbers as number_of
 from ase.data import chemical_symbols
 
 from gossamer.data.structure import Structure
-from gossamer.neighbors import neighbor_list
+from gossamer.neighbors import company, neighbor_list
 from gossamer.quantities import QUANTITIES
 from gossamer.settings import settings
 
 log = logging.getLogger(__name__)
+MOST = 20_000
+"""structures whose neighbours are looked at for the limits of the data"""
 ReferenceEnergies = Literal["auto", "isolated", "least_squares"] | Mapping[str, float]
 
 
@@ -35,6 +38,10 @@ class Statistics:
     """RMS force of each element over that of all"""
     spreads: dict[str, float] | None = None
     """spread of the labels: energy per atom less the reference energies (eV), force components (eV/Å), stress components (eV/Å³)"""
+    shortest_distances: dict[str, float] | None = None
+    """Å, of each pair of elements ("H-O") within the cutoff, where `potential.zbl_radius` is "data"; None: not known"""
+    fewest_neighbors: dict[str, float] | None = None
+    """likewise the smallest number of neighbours of an atom of each element, counted by `gossamer.neighbors.company`"""
     n_structures: int = 0
     fingerprint: str = ""
     """sha256 over atoms, cells and labels of the training structures"""
@@ -114,6 +121,56 @@ def compute_statistics(
         spreads=_spreads(references, table, np.array(composition_rows), np.array(energies), force_rms, further),
         n_structures=len(structures),
         fingerprint=digest.hexdigest(),
+    )
+
+
+def find_limits(
+    structures: Sequence[Structure],
+    cutoff: float,
+    max_neighbors: int | None = None,
+    pair_cutoffs: Mapping[tuple[int, int], float] | None = None,
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Where training structures end: ``shortest_distances`` and ``fewest_neighbors`` of `Statistics`.
+
+    Lone atoms do not count: what a potential says of them is known. Of more than `MOST` structures so many are taken, spread evenly.
+
+    Args:
+        structures: Training structures.
+        cutoff: Å.
+        max_neighbors: Cap of the neighbour list, if the model has one.
+        pair_cutoffs: Å, smaller cutoffs by atomic numbers of centre and neighbour.
+    """
+    distances = np.full((119, 119), np.inf)
+    fewest = np.full(119, np.inf)
+    reaches = np.full((119, 119), cutoff)
+    for pair, reach in (pair_cutoffs or {}).items():
+        reaches[pair] = reach
+    for index in np.unique(np.linspace(0, len(structures) - 1, min(MOST, len(structures))).astype(int)).tolist():
+        structure = structures[index]
+        numbers = structure.atomic_numbers
+        (sender, receiver), shifts = neighbor_list(structure.positions, structure.cell, structure.pbc, cutoff, max_neighbors)
+        vectors = structure.positions[sender] + shifts @ structure.cell - structure.positions[receiver]
+        lengths = np.linalg.norm(vectors, axis=1)
+        centre, neighbour = numbers[receiver], numbers[sender]
+        np.minimum.at(distances, (centre, neighbour), lengths)
+        count = np.bincount(receiver, company(lengths / reaches[centre, neighbour]), len(numbers))
+        np.minimum.at(fewest, numbers[count > 0], count[count > 0])
+    found = [(a, b) for a, b in np.argwhere(np.isfinite(distances)).tolist() if a <= b]
+    pairs = {f"{chemical_symbols[a]}-{chemical_symbols[b]}": float(min(distances[a, b], distances[b, a])) for a, b in found}
+    return pairs, {chemical_symbols[z]: float(fewest[z]) for z in np.flatnonzero(np.isfinite(fewest)).tolist()}
+
+
+def widened(statistics: Statistics, shortest: Mapping[str, float], fewest: Mapping[str, float]) -> Statistics:
+    """The statistics with limits that hold for more structures, whose own (as from `find_limits`) these are: the smaller of both."""
+
+    def smaller(before: Mapping[str, float] | None, found: Mapping[str, float]) -> dict[str, float]:
+        both = [before or {}, found]
+        return {key: min(values[key] for values in both if key in values) for key in sorted({k for values in both for k in values})}
+
+    return replace(
+        statistics,
+        shortest_distances=smaller(statistics.shortest_distances, shortest),
+        fewest_neighbors=smaller(statistics.fewest_neighbors, fewest),
     )
 
 

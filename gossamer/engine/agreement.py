@@ -32,18 +32,20 @@ def probe(potential: Potential, n_atoms: int = 24, n_structures: int = 1) -> Gra
     """
     elements = potential.statistics.elements
     numbers = np.array([atomic_numbers[e] for e in elements])
+    nearest = covalent_radii[:, None] + covalent_radii
+    if potential.zbl is not None and potential.limits is not None:  # nearer than in its data only the repulsion would be compared
+        nearest = np.maximum(nearest, potential.zbl.pair_ends.cpu().numpy().reshape(nearest.shape))
     structures = []
     for seed in range(n_structures):
         rng = np.random.default_rng(seed)
         kinds = rng.permutation(np.resize(numbers, max(n_atoms, len(numbers)) + seed))
-        radii = covalent_radii[kinds]
-        # random sequential addition; spheres of 1.1 covalent radii fill a quarter of the cell
-        edge = (np.sum(4 / 3 * np.pi * (1.1 * radii) ** 3) / 0.25) ** (1 / 3)
+        # random sequential addition; spheres of 1.1 covalent radii (half the distances of like atoms) fill a quarter of the cell
+        edge = (np.sum(4 / 3 * np.pi * (0.55 * nearest[kinds, kinds]) ** 3) / 0.25) ** (1 / 3)
         placed: list[np.ndarray] = []
         for k in range(len(kinds)):
             best, widest = np.zeros(3), -np.inf
             for point in rng.uniform(0, edge, (100, 3)):
-                gap = _gap(point, placed, radii[:k] + radii[k], edge)
+                gap = _gap(point, placed, nearest[kinds[:k], kinds[k]], edge)
                 if gap > widest:
                     best, widest = point, gap
                 if gap > 1.0:

@@ -216,6 +216,7 @@ class Domain(nn.Module):
         super().__init__()
         check_local(potential)
         self.potential = attach_kernels(potential)
+        self.potential.fixed_sizes = True
         with torch.no_grad():
             self.isolated = potential.isolated_outputs() if potential.network.subtract_isolated else None
         self.rows = _Rows()

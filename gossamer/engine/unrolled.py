@@ -70,6 +70,7 @@ def unroll(
         raise RuntimeError(f"a compiled graph returns {', '.join(names)}, and this potential also predicts {', '.join(extras)}")
     # a copy: tracing puts stand-ins in place of its tensors, and another thread may be collating with the potential's own
     potential = sharing_copy(potential, differentiable=True)
+    potential.fixed_sizes = True
     inputs = state if isolated is None else {**state, "isolated": isolated}
 
     def outputs(values: dict[str, Tensor], *tensors: Tensor) -> tuple[Tensor, ...]:

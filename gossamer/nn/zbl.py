@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
+from ase.data import atomic_numbers as number_of
 from ase.data import covalent_radii
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from gossamer.nn.layers import polynomial_envelope
-from gossamer.nn.products import Ends
 
 COULOMB = 14.399645
 """e² / (4 pi eps_0) in eV Å"""
@@ -40,44 +42,57 @@ def zbl_energy(
 class ZBL(nn.Module):
     """Half the ZBL energy of every directed edge, times an envelope f_{p,k}.
 
-    By default f_{5,4} ends at a fraction of the bond length: no bonded pair feels it, and with four vanishing derivatives
-    third-order force constants see no kink. NequIP's package ends f_{6,2} at the model's cutoff instead: the repulsion
-    then acts on all bonds, and the network learns the difference.
+    f_{5,4} ends where the training data begins, or at a fraction of the bond length: no pair in the data feels it, and with
+    four vanishing derivatives third-order force constants see no kink. NequIP's package ends f_{6,2} at the model's cutoff
+    instead: the repulsion then acts on all bonds, and the network learns the difference.
     """
 
-    covalent_radii: Tensor
+    pair_ends: Tensor
 
-    def __init__(self, radius_factor: float | None = 0.8, cutoff: float = 5.0, power: int = 5, order: int = 4) -> None:
+    def __init__(
+        self,
+        radius_factor: float | None = 0.8,
+        cutoff: float = 5.0,
+        power: int = 5,
+        order: int = 4,
+        shortest: Mapping[str, float] | None = None,
+    ) -> None:
         """
         Args:
             radius_factor: End of the repulsion as a fraction of the sum of the two covalent radii; None: at ``cutoff``.
             cutoff: Å; used if ``radius_factor`` is None.
             power: Power p of the envelope.
             order: Number k of its derivatives that vanish at the end.
+            shortest: Å at which it ends instead, for pairs of elements ("H-O").
         """
         super().__init__()
         self.radius_factor, self.cutoff, self.power, self.order = radius_factor, cutoff, power, order
-        self.ends_of_edges = Ends()
-        self.register_buffer("covalent_radii", torch.tensor(covalent_radii, dtype=torch.float64), persistent=False)
+        radii = torch.tensor(covalent_radii, dtype=torch.float64)
+        ends = (radii[:, None] + radii) * (0.8 if radius_factor is None else radius_factor)
+        for pair, distance in (shortest or {}).items():
+            first, second = (number_of[symbol] for symbol in pair.split("-"))
+            ends[first, second] = ends[second, first] = distance
+        self.register_buffer("pair_ends", ends.flatten(), persistent=False)
 
     def forward(
         self,
-        atomic_numbers: Int[Tensor, " n_atoms"],
-        edge_index: Int[Tensor, "2 n_edges"],
+        z_i: Int[Tensor, " n_edges"],
+        z_j: Int[Tensor, " n_edges"],
         edge_lengths: Float[Tensor, " n_edges"],
-        pair_cutoffs: Float[Tensor, " n_edges"] | None = None,
+        ends: Float[Tensor, " n_edges"] | None = None,
     ) -> Float[Tensor, " n_edges"]:
-        """Energy in eV of each directed edge (half of the pair's), in the dtype of the lengths.
+        """Energy in eV of each directed edge (half of the pair's), in the dtype of the lengths; ``ends``: Å, as from `ends`."""
+        ends = self.ends(z_i, z_j) if ends is None else ends
+        envelope = polynomial_envelope(edge_lengths / ends.to(edge_lengths), self.power, self.order)
+        return 0.5 * envelope * zbl_energy(edge_lengths, z_i.to(edge_lengths), z_j.to(edge_lengths))
+
+    def ends(
+        self, z_i: Int[Tensor, " n_edges"], z_j: Int[Tensor, " n_edges"], pair_cutoffs: Float[Tensor, " n_edges"] | None = None
+    ) -> Float[Tensor, " n_edges"]:
+        """Å at which the repulsion of each pair ends.
 
         ``pair_cutoffs``: Å, cutoff of each edge where pairs have their own; a repulsion that ends at the cutoff ends there.
         """
-        z_j, z_i = self.ends_of_edges(atomic_numbers, edge_index)
-        x = edge_lengths / self.ends(z_i, z_j, pair_cutoffs).to(edge_lengths)
-        envelope = polynomial_envelope(x, self.power, self.order)
-        return 0.5 * envelope * zbl_energy(edge_lengths, z_i.to(edge_lengths), z_j.to(edge_lengths))
-
-    def ends(self, z_i: Int[Tensor, " n"], z_j: Int[Tensor, " n"], pair_cutoffs: Float[Tensor, " n"] | None) -> Float[Tensor, " n"]:
-        """Å at which the repulsion of each pair ends."""
         if self.radius_factor is not None:
-            return (self.covalent_radii[z_i] + self.covalent_radii[z_j]) * self.radius_factor
-        return self.covalent_radii.new_full(z_i.shape, self.cutoff) if pair_cutoffs is None else pair_cutoffs
+            return self.pair_ends.index_select(0, z_i * len(covalent_radii) + z_j)
+        return self.pair_ends.new_full(z_i.shape, self.cutoff) if pair_cutoffs is None else pair_cutoffs

@@ -302,6 +302,7 @@ def with_defaults(identity: dict[str, Any]) -> dict[str, Any]:
     """Settings of a checkpoint, completed by the defaults of those that came later."""
     classes = {"training": TrainingConfig, "loss": LossConfig, "potential": PotentialConfig, "model": MODELS[identity["model"]["name"]][0]}
     identity = {**identity, "training": {"optimizer": "adamw", **identity["training"]}}  # before there was a choice
+    identity["potential"] = {"zbl_radius": 0.8, **identity["potential"]}
     return {k: to_dict(build(classes[k], v, k)) if k in classes else v for k, v in identity.items()}
 
 
