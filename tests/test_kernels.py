@@ -36,7 +36,8 @@ from gossamer.engine.kernels.table import TOLERANCE, derivatives, interpolate, t
 from gossamer.models import MODELS as NETWORKS
 from gossamer.models.sevennet import xplor_envelope
 from gossamer.nn.coupling import Coupling, Irrep, paths_between
-from gossamer.nn.products import Convolution, Edges, Product, ScalarConvolution, VectorConvolution
+from gossamer.nn.filters import VectorConvolution
+from gossamer.nn.products import Convolution, Edges, Product, ScalarConvolution
 from gossamer.runs import evaluate, train
 from gossamer.simulation.calculator import Calculator
 from gossamer.simulation.md import md

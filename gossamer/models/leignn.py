@@ -20,9 +20,9 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from gossamer.models.base import DataFacts, FitDefaults, ModelOutput, Network, distances
-from gossamer.nn.filters import RadialLinear, bessel_basis, gaussian_basis, smooth_length
+from gossamer.nn.filters import RadialLinear, VectorConvolution, bessel_basis, gaussian_basis, smooth_length
 from gossamer.nn.layers import cat, linear, polynomial_envelope, split, sum_by_index
-from gossamer.nn.products import Edges, VectorConvolution
+from gossamer.nn.products import Edges
 from gossamer.settings import settings
 
 

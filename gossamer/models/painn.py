@@ -18,9 +18,9 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from gossamer.models.base import DataFacts, FitDefaults, ModelOutput, Network, distances
-from gossamer.nn.filters import RadialLinear, bessel_basis, cosine_cutoff, gaussian_basis, smooth_length
+from gossamer.nn.filters import RadialLinear, VectorConvolution, bessel_basis, cosine_cutoff, gaussian_basis, smooth_length
 from gossamer.nn.layers import cat, linear, polynomial_envelope, split
-from gossamer.nn.products import Edges, VectorConvolution
+from gossamer.nn.products import Edges
 from gossamer.settings import settings
 
 

@@ -19,7 +19,7 @@ from jaxtyping import Float, Int
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from gossamer.nn.layers import cat, split, sum_by_index
+from gossamer.nn.layers import sum_by_index
 
 # --- which products --------------------------------------------------------------------------------------------------
 
@@ -145,28 +145,3 @@ class ScalarConvolution(EdgeConvolution):
     def forward(self, features: Float[Tensor, "N H"], edges: Edges) -> Float[Tensor, "N H"]:
         messages = features.index_select(0, edges.sender) * self.radial(edges.basis)
         return sum_by_index(messages, edges.receiver, features.shape[0])
-
-
-class VectorConvolution(EdgeConvolution):
-    """Messages of PaiNN and LEIGNN from node features (scalars a, scalars b, and with ``relay`` vectors v):
-
-    scalars += Σ R_1 a_j,    vectors += Σ R_2 b_j u_ij + R_3 v_j,    harmonics (1, u_x, u_y, u_z)
-    """
-
-    def __init__(self, channels: int, relay: bool, radial: nn.Module) -> None:
-        one, three = np.ones((1, 1, 1)), np.eye(3)
-        products = [Product(0, 0, 0, 0, one), Product(1, 1, 1, 0, three[:, None, :])]
-        if relay:
-            products.append(Product(2, 0, 1, 0, three[:, :, None]))
-        blocks_in = ((1, channels), (1, channels), *(((3, channels),) if relay else ()))
-        super().__init__(Convolution(blocks_in, ((1, channels), (3, channels)), tuple(products), 4), radial)
-        self.channels, self.relay = channels, relay
-
-    def forward(self, features: Float[Tensor, "N width_in"], edges: Edges) -> Float[Tensor, "N width_out"]:
-        h, n = self.channels, features.shape[0]
-        a, b, *v = split(features.index_select(0, edges.sender), [h, h, 3 * h] if self.relay else [h, h], 1)
-        r_a, r_b, *r_v = split(self.radial(edges.basis), self.convolution.channels, 1)
-        vectors = (b * r_b)[:, None] * edges.harmonics[:, 1:, None]  # (E, 3, H)
-        if self.relay:
-            vectors = vectors + r_v[0][:, None] * v[0].reshape(-1, 3, h)
-        return cat([sum_by_index(a * r_a, edges.receiver, n), sum_by_index(vectors, edges.receiver, n).flatten(1)], 1)
