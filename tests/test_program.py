@@ -106,7 +106,7 @@ for structures in (frames, frames[:2] * 2):
 
 
 @pytest.mark.parametrize("name", ["schnet", *(pytest.param(n, marks=pytest.mark.slow) for n in (
-    "sound", "published", "direct", "nequip", "nequip-l3-pairs", "nequip-parity", "nequip-published", "geodite", "geodite-published", "painn"))])  # fmt: skip
+    "sound", "published", "direct", "nequip", "nequip-l3-pairs", "nequip-parity", "nequip-published", "geodite", "geodite-published", "painn", "weft"))])  # fmt: skip
 def test_program_is_the_potential(name: str, cache: Path) -> None:
     """Energies, forces and stress to 1e-10 in float64 for other sizes than it was traced with; derivatives and symmetries by itself."""
     assert "worst" in run_without_hook(CHECK.format(name=name), cache.parent)
