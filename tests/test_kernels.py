@@ -277,6 +277,13 @@ def test_distances_beyond_the_cutoff_and_without_value() -> None:
     assert not out.isnan().all()
 
 
+def test_a_table_of_another_processor_is_refused() -> None:
+    features, harmonics, x, _, edge_index = inputs_of(scalar_convolution(4), torch.float32)
+    key = ops.register(scalar_convolution(4), torch.float32)
+    with pytest.raises(ValueError, match="make the program again"):
+        torch.ops.gossamer.convolve(key, features, harmonics, x, torch.zeros(1, 9, 6, 2), *sort_edges(edge_index, features))
+
+
 def test_memory_layout_is_checked() -> None:
     with pytest.raises(ValueError, match="not contiguous"):
         cpu.pointers(torch.zeros(4, 4).T)

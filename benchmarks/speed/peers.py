@@ -10,8 +10,8 @@ pyrootutils scikit-learn pandas`; nequix: `nequix` without dependencies (they br
 jraph matscipy ase ase-db-backends optax h5py tqdm pyyaml cloudpickle wandb wandb-osh`.
 
 Every model runs as its users run it, through its ASE calculator (neighbour list included), in float32. Random weights
-unless a package bundles some; SevenNet's and CHGNet's own. One thread: CPU time, fastest of several calls with
-slightly moved atoms. Each candidate is a process of its own; before and after, it times a matrix product, so that a
+unless a package bundles some; SevenNet's and CHGNet's own. One thread: CPU time, fastest of several calls (at least
+five seconds of them) with slightly moved atoms. Each candidate is a process of its own; before and after, it times a matrix product, so that a
 slower machine shows.
 """
 
@@ -355,7 +355,7 @@ def measure(name: str, threads: int, structures: list[str]) -> None:
         atoms.calc = calculator
         start, times = atoms.positions.copy(), []
         began = time.perf_counter()
-        while len(times) < REPEATS[which] + 1 and (len(times) < 2 or time.perf_counter() - began < 60):
+        while len(times) < 2 or time.perf_counter() - began < (60 if len(times) < REPEATS[which] + 1 else 5):
             atoms.positions = start + 1e-3 * rng.standard_normal(start.shape)
             first = clock()
             atoms.get_forces()

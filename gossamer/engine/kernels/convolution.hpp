@@ -18,7 +18,9 @@ struct Place {                       // LANES channels of a part
   int64_t step, channels;            // from the radial functions of one product to the next; channels: LANES, or in the last place fewer
 };
 
-struct Part {                        // products of one block of the features
+// Products of one block of the features. forward, backward: for the edges from first to last, which are of one atom; out: its sums; f, d: its
+// features and their gradient. forward_some, backward_some: for fewer than LANES channels.
+struct Part {
   int dim, rows, products;           // components of the block; of all results
   void (*forward)(const Tile &, int64_t first, int64_t last, const Place &, V *out), (*forward_some)(const Tile &, int64_t, int64_t, const Place &, V *);
   void (*backward)(const Tile &, int64_t first, int64_t last, const Place &, const V *f, V *d), (*backward_some)(const Tile &, int64_t, int64_t, const Place &, const V *, V *);
@@ -40,12 +42,12 @@ static inline void add_some(T *p, V v, int64_t n) { put(p, get(p, n) + v, n); }
 // --- the edges of an atom, each with the rows at its other end, and with the radial functions of a product -----------------------------------------
 
 #define FETCH(p, n) if (AHEAD && (n) * sizeof(V) % 64 == 0) __builtin_prefetch((p) + (n) * LANES)
-#define EDGES(rows, ahead)                                                                                                           \
-  for (int64_t e = first; e < last; e++) {                                                                                           \
-    constexpr bool AHEAD = ALWAYS || ahead;                                                                                                 \
-    const T *other = place.other + tile.other[e] * ((rows) * LANES), *next_other = place.other + tile.other[e + 1] * ((rows) * LANES); \
-    const T *radial = place.radial + tile.row[e], *next_radial = place.radial + tile.row[e + 1];                                     \
-    const T *m = tile.m.data + (e & -LANES) * ENTRIES + (e & (LANES - 1)), t = tile.t.data[e];                                      \
+#define EDGES(rows, ahead)                                                                                                                     \
+  for (int64_t e = first; e < last; e++) {                                                                                                     \
+    constexpr bool AHEAD = ALWAYS || ahead;                                                                                                    \
+    const T *other = place.other + tile.other[e] * ((rows) * LANES), *next_other = place.other + tile.other[e + 1] * ((rows) * LANES);         \
+    const T *radial = place.radial + tile.row[e], *next_radial = place.radial + tile.row[e + 1];                                               \
+    const T *m = tile.m.data + (e & -LANES) * ENTRIES + (e & (LANES - 1)), t = tile.t.data[e];                                                 \
     (void)next_other, (void)next_radial, (void)t;
 #define OTHER(v, n) const V v = load<LANES>(other + (n) * LANES); FETCH(next_other, n);
 
@@ -62,8 +64,8 @@ static inline void add_some(T *p, V v, int64_t n) { put(p, get(p, n) + v, n); }
 #define HIGHER(r, p, n) r = r * t + COEFFICIENT(p, n);
 #define RADIAL(r, p) V r = COEFFICIENT(p, 0); HIGHER(r, p, 1) HIGHER(r, p, 2) HIGHER(r, p, 3) HIGHER(r, p, 4) HIGHER(r, p, 5)
 #define HIGHER_BOTH(r, q, p, n) q = q * t + r; HIGHER(r, p, n)
-#define RADIAL_AND_SLOPE(r, q, p)                                                                                                    \
-  V r = COEFFICIENT(p, 0); V q = r;                                                                                                  \
+#define RADIAL_AND_SLOPE(r, q, p)                                                                                                              \
+  V r = COEFFICIENT(p, 0); V q = r;                                                                                                            \
   HIGHER(r, p, 1) HIGHER_BOTH(r, q, p, 2) HIGHER_BOTH(r, q, p, 3) HIGHER_BOTH(r, q, p, 4) HIGHER_BOTH(r, q, p, 5)
 #define GRADIENT(w, q, p) slope += q * w;
 #endif
@@ -107,9 +109,9 @@ template <int N> static inline void add_totals(const V *v, T *to) {
 
 // What an edge sums up: gradients of its harmonics, and of its place in the interval, WIDTH numbers of each.
 #define ROOM (HARMONICS * WIDTH + LANES)
-#define SUMS(low, n, ...) {                                                                                                          \
-    T *to = tile.sums.data + e * ROOM;                                                                                               \
-    const V v[] = {__VA_ARGS__};                                                                                                     \
-    if constexpr (WIDTH == 1) { add_totals<n>(v, to + (low)); to[HARMONICS] += total(slope); }                                       \
-    else { for (int s = 0; s < n; s++) add<LANES>(to + (s + (low)) * LANES, v[s]); add<LANES>(to + HARMONICS * LANES, slope); }      \
+#define SUMS(low, n, ...) {                                                                                                                    \
+    T *to = tile.sums.data + e * ROOM;                                                                                                         \
+    const V v[] = {__VA_ARGS__};                                                                                                               \
+    if constexpr (WIDTH == 1) { add_totals<n>(v, to + (low)); to[HARMONICS] += total(slope); }                                                 \
+    else { for (int s = 0; s < n; s++) add<LANES>(to + (s + (low)) * LANES, v[s]); add<LANES>(to + HARMONICS * LANES, slope); }                \
   }

@@ -105,11 +105,12 @@ def _intervals(table: Tensor, intervals: int) -> int:
     """How many; by default all of the table.
 
     Raises:
-        ValueError: the table was made on another kind of machine.
+        ValueError: the table is of another kind of processor, or of an older gossamer.
     """
-    if table.shape[3] != cpu.lanes(table.dtype):
+    form = 6, cpu.lanes(table.dtype)
+    if table.shape[2:] != form:
         raise ValueError(
-            f"a kernel got a table for vectors of {table.shape[3]} numbers, this processor's have {cpu.lanes(table.dtype)}: make the program here"
+            f"a kernel got a table of {tuple(table.shape[2:])} numbers an interval, here they are {form}: make the program again"
         )
     return intervals or table.shape[1] - 1
 
