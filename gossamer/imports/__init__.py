@@ -11,7 +11,7 @@ from typing import Any
 
 from gossamer.imports.contract import ImportOptions
 from gossamer.imports.inert import Tree, open_tree
-from gossamer.imports.verify import ask_reference, compare, predictions, structures
+from gossamer.imports.verify import ask_reference, calmest, compare, predictions, structures
 from gossamer.potential import Potential
 from gossamer.potential_file import save
 from gossamer.settings import build
@@ -83,7 +83,8 @@ def import_potential(
         stored = predictions(answer, check, "float64" if "float64.energy" in answer else "native")
     else:
         log.warning("unverified import: nobody compared it with its own package; --reference PYTHON does")
-    save(potential, out, check=check if reference is not None else check[::4], stored=stored)
+    kept, stored = calmest(check, stored or potential.predict(check, batch_atoms=1), None if reference is not None else 3)
+    save(potential, out, check=kept, stored=stored)
     return {
         "network": potential.model_config.name,
         "parameters": potential.num_parameters,

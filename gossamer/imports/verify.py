@@ -63,6 +63,19 @@ def structures(elements: Sequence[str], cutoff: float, seed: int = 0) -> list[St
     return found
 
 
+def calmest(
+    check: Sequence[Structure], predicted: Sequence[Mapping[str, Any]], n: int | None = None
+) -> tuple[list[Structure], list[Mapping[str, Any]]]:
+    """The ``n`` structures with the smallest forces and their predictions; None: all whose forces are at most `LARGEST`, at least `FEWEST`.
+
+    Of a few light elements some of the structures are so dense that energies are of 10^6 eV: there float32 is not the same twice.
+    """
+    largest = [float(np.abs(p["forces"]).max()) for p in predicted]
+    order = sorted(range(len(check)), key=lambda k: largest[k])
+    count = n or max(FEWEST, sum(f <= LARGEST for f in largest))
+    return [check[k] for k in sorted(order[:count])], [predicted[k] for k in sorted(order[:count])]
+
+
 def spaced(atoms: Atoms, closest: float) -> Atoms:
     """The structure scaled so that the closest pair is at so many times the sum of its covalent radii."""
     wide = atoms.repeat(3) if atoms.pbc.all() else atoms

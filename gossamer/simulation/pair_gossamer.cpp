@@ -108,8 +108,7 @@ typedef const int64_t *Index;
 typedef const void *In;
 typedef void *Out;
 struct Kernel {
-  void *library;
-  string kind;
+  void *library = nullptr;
   std::vector<int64_t> sizes;  // convolution: widths in and out, then the layout; polynomial: components out
   template <class F> F function(const char *name) const {
     F found = (F)dlsym(library, name);
@@ -117,10 +116,12 @@ struct Kernel {
     return found;
   }
 };
-static std::map<string, Kernel> kernels;
+typedef std::map<string, Kernel> Kernels;
+static const Kernels *kernels = nullptr;  // of the package whose program runs
 static const Kernel &kernel(const string &key) {
-  auto found = kernels.find(key);
-  TORCH_CHECK(found != kernels.end(), "gossamer: the package has no kernel ", key);
+  TORCH_CHECK(kernels, "gossamer: a kernel is called outside a program");
+  auto found = kernels->find(key);
+  TORCH_CHECK(found != kernels->end(), "gossamer: the package has no kernel ", key);
   return found->second;
 }
 static Index index_of(const Tensor &t) { return t.data_ptr<int64_t>(); }
@@ -271,6 +272,7 @@ struct Package {
   int hops = 0;
   std::map<string, int64_t> elements;
   std::map<string, double> masses;
+  Kernels own_kernels;
   std::unique_ptr<torch::inductor::AOTIModelPackageLoader> program;
 
   explicit Package(const string &folder) {
@@ -324,12 +326,13 @@ struct Package {
     for (int64_t size; words >> size;) k.sizes.push_back(size);
     k.library = dlopen((folder + "/" + file).c_str(), RTLD_NOW | RTLD_LOCAL);
     if (!k.library) throw std::runtime_error("a kernel of '" + folder + "' cannot be loaded (" + dlerror() + ")");
-    kernels[name] = k;
+    own_kernels[name] = k;
   }
 
   std::vector<Tensor> run(const Tensor &numbers, const Tensor &edges, const Tensor &vectors, const Tensor &weights, Exchange *exchange) {
     c10::InferenceMode guard;
     current = exchange;
+    kernels = &own_kernels;
     auto out = program->run({numbers, edges, vectors, weights});
     current = nullptr;
     return {out.at(0).contiguous(), out.at(1).contiguous()};
@@ -394,11 +397,18 @@ class PairGossamer : public Pair {
     if (narg != 3 + n || strcmp(arg[0], "*") != 0 || strcmp(arg[1], "*") != 0)
       error->all(FLERR, "pair_coeff of gossamer is: pair_coeff * * PACKAGE and one element for each of the {} atom types", n);
     at::set_num_threads(comm->nthreads);
+    string problem;
     try {
       package = std::make_unique<Package>(arg[2]);
     } catch (const std::exception &e) {
-      error->all(FLERR, "gossamer: {}", first_line(e));
+      problem = first_line(e);
     }
+    int mine = !problem.empty(), all, any;
+    MPI_Allreduce(&mine, &all, 1, MPI_INT, MPI_MIN, world);
+    MPI_Allreduce(&mine, &any, 1, MPI_INT, MPI_MAX, world);
+    if (all) error->all(FLERR, "gossamer: {}", problem);
+    if (mine) error->one(FLERR, "gossamer: {}", problem);
+    if (any) MPI_Barrier(world);  // until the process that found it ends all
     if (!allocated) {
       allocated = 1;
       memory->create(setflag, n + 1, n + 1, "pair:setflag");
