@@ -76,7 +76,7 @@ def import_potential(
         "verified": None,
     }
     check = structures(known, potential.cutoff)
-    stored = None
+    stored: Any = None
     if reference is not None:
         answer = ask_reference(reference, name, tree.path, options, check, seconds=3600)
         potential.imported["verified"] = compare(potential, check, answer)

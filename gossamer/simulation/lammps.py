@@ -40,7 +40,8 @@ from gossamer.potential import Potential
 from gossamer.potential_file import load
 
 log = logging.getLogger(__name__)
-FORMAT = 1
+FORMAT = f"1-{hashlib.sha1(repr((cpu.SORTING, cpu.CONVOLUTION, cpu.ATTENTION, polynomial.FUNCTIONS)).encode()).hexdigest()[:8]}"
+"""of packages, and how their kernels are called: both must be known to the plugin"""
 TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}
 """of the numbers that the plugin recomputes, relative to the root mean square gradient; rounding and tables are a tenth of it"""
 INSTRUCTIONS = re.compile(r"^(avx|sse|fma|bmi|f16c|asimd|sve|amx)")
@@ -222,7 +223,11 @@ def build_plugin(lammps: Path | str | None = None, mpi: Path | str | None = None
         log.info("compiling the plugin for LAMMPS %s, about a minute, once", found.version)
         with cache.keeping(path) as temporary:
             result = subprocess.run(
-                [*command, str(SOURCE), "-o", str(temporary), *_libraries()], capture_output=True, text=True, check=False
+                [*command, SOURCE.name, "-o", str(temporary.resolve()), *_libraries()],
+                cwd=SOURCE.parent,
+                capture_output=True,
+                text=True,
+                check=False,
             )
             if result.returncode:
                 first = next((line for line in result.stderr.splitlines() if "error" in line), result.stderr.strip()[:200])
@@ -342,7 +347,7 @@ def compile_command(found: Installation) -> list[str]:
 
     return [
         cpu.compiler()[0], "-std=c++20", "-O2", "-fPIC", "-shared", f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",
-        f"-DLAMMPS_{found.sizes}", f'-DBUILT_FOR_VERSION="{found.version}"', f'-DBUILT_FOR_SOURCE="{found.source}"',
+        f"-DLAMMPS_{found.sizes}", f'-DBUILT_FOR_VERSION="{found.version}"', f'-DBUILT_FOR_SOURCE="{found.source}"', f'-DFORMAT="{FORMAT}"',
         *(f"-I{p}" for p in (found.mpi_headers, found.headers, found.headers / "lammps", *include_paths())),
     ]  # fmt: skip
 

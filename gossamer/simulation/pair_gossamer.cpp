@@ -145,8 +145,8 @@ static Tensor convolve(string key, const Tensor &f_, const Tensor &y_, const Ten
   const Kernel &k = kernel(key);
   Tensor f = f_.contiguous(), y = y_.contiguous(), x = x_.contiguous(), table = table_.contiguous(), edges = edges_.contiguous(), out = at::empty({receivers.size(0) - 1, k.sizes[1]}, f.options());
   Tensor row = first ? first->contiguous() : Tensor();
-  k.function<void (*)(I, I, I, I, I, I, Index, In, In, In, Index, In, Index, Index, Out)>("forward")(
-      receivers.size(0) - 1, k.sizes[0], k.sizes[1], intervals ? intervals : table.size(1) - 1, table.size(1), at::get_num_threads(), k.sizes.data() + 2, f.data_ptr(),
+  k.function<void (*)(I, I, I, I, I, I, I, Index, In, In, In, Index, In, Index, Index, Out)>("forward")(
+      receivers.size(0) - 1, f.size(0), k.sizes[0], k.sizes[1], intervals ? intervals : table.size(1) - 1, table.size(1), at::get_num_threads(), k.sizes.data() + 2, f.data_ptr(),
       y.data_ptr(), x.data_ptr(), first ? index_of(row) : nullptr, table.data_ptr(), index_of(edges), index_of(receivers), out.data_ptr());
   return out;
 }
@@ -156,8 +156,8 @@ static std::tuple<Tensor, Tensor, Tensor> convolve_backward(string key, const Te
   const Kernel &k = kernel(key);
   Tensor g = g_.contiguous(), f = f_.contiguous(), y = y_.contiguous(), x = x_.contiguous(), table = table_.contiguous(), edges = edges_.contiguous();
   Tensor row = first ? first->contiguous() : Tensor(), df = at::empty_like(f), dy = at::empty_like(y), dx = at::empty_like(x);
-  k.function<void (*)(I, I, I, I, I, I, Index, In, In, In, Index, In, Index, Index, Index, In, Out, Out, Out)>("backward")(
-      f.size(0), k.sizes[0], k.sizes[1], intervals ? intervals : table.size(1) - 1, table.size(1), at::get_num_threads(), k.sizes.data() + 2, f.data_ptr(), y.data_ptr(),
+  k.function<void (*)(I, I, I, I, I, I, I, Index, In, In, In, Index, In, Index, Index, Index, In, Out, Out, Out)>("backward")(
+      f.size(0), g.size(0), k.sizes[0], k.sizes[1], intervals ? intervals : table.size(1) - 1, table.size(1), at::get_num_threads(), k.sizes.data() + 2, f.data_ptr(), y.data_ptr(),
       x.data_ptr(), first ? index_of(row) : nullptr, table.data_ptr(), index_of(edges) + edges.size(1), index_of(senders), index_of(order), g.data_ptr(), df.data_ptr(),
       dy.data_ptr(), dx.data_ptr());
   return {df, dy, dx};
@@ -279,7 +279,7 @@ struct Package {
     const string path = folder + "/manifest.txt", text = read(path);
     const size_t end = text.rfind("checksum ");
     if (text.rfind("gossamer-lammps ", 0) || end == string::npos) throw std::runtime_error("'" + path + "' is not of gossamer export --to lammps");
-    if (text.rfind("gossamer-lammps 1\n", 0)) throw std::runtime_error("'" + folder + "' is of a format that this plugin does not know: build the plugin with the gossamer that wrote it");
+    if (text.rfind("gossamer-lammps " FORMAT "\n", 0)) throw std::runtime_error("'" + folder + "' is of a format that this plugin does not know: build the plugin with the gossamer that wrote it");
     if (text.substr(end) != "checksum " + c10::sha1(text.substr(0, end)).str() + "\n") throw std::runtime_error("'" + path + "' was damaged or altered: export again");
     std::istringstream lines(text);
     string line, key;

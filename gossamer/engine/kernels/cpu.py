@@ -294,7 +294,7 @@ def processor() -> str:
 REAL = {torch.float32: "float", torch.float64: "double"}
 # arguments of the functions: sizes first, then addresses
 SORTING = {"sort_edges": (2, 4), "vector_bytes": (0, 1)}
-CONVOLUTION = {"forward": (6, 9), "backward": (6, 13)}
+CONVOLUTION = {"forward": (7, 9), "backward": (7, 13)}
 ATTENTION = {"attend": (5, 12), "attend_backward": (5, 24), "perpendicular": (3, 6), "perpendicular_backward": (3, 12)}
 
 

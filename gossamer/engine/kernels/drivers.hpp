@@ -109,17 +109,18 @@ static void prepare(Tile &tile, const int64_t *other, const T *harmonics, const 
 
 // values: distance over cutoff of every edge, and size intervals of a table of so many rows; first_row: where the intervals of each edge begin in
 // it, null: at its first row; or, with EDGE_WEIGHTS, size radial functions of every edge, and no table
+// atoms: those that collect (forward, receivers; backward, senders); others: rows of what is collected, features or gradient
 extern "C" {
 
-void forward(int64_t atoms, int64_t width_in, int64_t width_out, int64_t size, int64_t rows, int64_t threads, const int64_t *layout,
+void forward(int64_t atoms, int64_t others, int64_t width_in, int64_t width_out, int64_t size, int64_t rows, int64_t threads, const int64_t *layout,
              const T *features, const T *harmonics, const T *values, const int64_t *first_row, const T *table, const int64_t *sender, const int64_t *receiver_starts, T *out) {
   const std::vector<Share> all = shares(layout);
   const std::vector<int64_t> first_atom = tiles(atoms, receiver_starts, most_edges(size), threads);
   Buffer collection;
-  collection.resize(collected<false>(all, atoms));
+  collection.resize(collected<false>(all, others));
 #pragma omp parallel num_threads(threads) if (threads > 1 && receiver_starts[atoms] * width_in > SMALL)
   {
-    collect<false>(all, atoms, features, width_in, collection.data);
+    collect<false>(all, others, features, width_in, collection.data);
     static thread_local Tile tile;
 #pragma omp for schedule(dynamic, 1)
     for (int64_t number = 0; number < (int64_t)first_atom.size() - 1; number++) {
@@ -129,7 +130,7 @@ void forward(int64_t atoms, int64_t width_in, int64_t width_out, int64_t size, i
         tile.edge.resize(n);
         std::iota(tile.edge.begin(), tile.edge.end(), before);
         prepare(tile, sender, harmonics, values, size, first_row);
-        each_place<false>(all, atoms, collection.data, rows, table ? table : values, nullptr, [&](const Part &part, const Share &share, const Place &place, int64_t u) {
+        each_place<false>(all, others, collection.data, rows, table ? table : values, nullptr, [&](const Part &part, const Share &share, const Place &place, int64_t u) {
           each_atom(receiver_starts, begin, end, before, n, [&](int64_t i, int64_t first, int64_t last) {
             V results[MOST_ROWS];
             (place.channels == LANES ? part.forward : part.forward_some)(tile, first, last, place, results);
@@ -141,16 +142,16 @@ void forward(int64_t atoms, int64_t width_in, int64_t width_out, int64_t size, i
   }
 }
 
-void backward(int64_t atoms, int64_t width_in, int64_t width_out, int64_t size, int64_t rows, int64_t threads, const int64_t *layout,
+void backward(int64_t atoms, int64_t others, int64_t width_in, int64_t width_out, int64_t size, int64_t rows, int64_t threads, const int64_t *layout,
               const T *features, const T *harmonics, const T *values, const int64_t *first_row, const T *table, const int64_t *receiver, const int64_t *sender_starts,
               const int64_t *by_sender, const T *gradient, T *to_features, T *to_harmonics, T *to_values) {
   const std::vector<Share> all = shares(layout);
   const std::vector<int64_t> first_atom = tiles(atoms, sender_starts, most_edges(size), threads);
   Buffer collection;
-  collection.resize(collected<true>(all, atoms));
+  collection.resize(collected<true>(all, others));
 #pragma omp parallel num_threads(threads) if (threads > 1 && sender_starts[atoms] * width_in > SMALL)
   {
-    collect<true>(all, atoms, gradient, width_out, collection.data);
+    collect<true>(all, others, gradient, width_out, collection.data);
     static thread_local Tile tile;
 #pragma omp for schedule(dynamic, 1)
     for (int64_t number = 0; number < (int64_t)first_atom.size() - 1; number++) {
@@ -161,7 +162,7 @@ void backward(int64_t atoms, int64_t width_in, int64_t width_out, int64_t size, 
         prepare(tile, receiver, harmonics, values, size, first_row);
         tile.sums.resize(n * ROOM);
         std::fill(tile.sums.data, tile.sums.data + n * ROOM, T(0));
-        each_place<true>(all, atoms, collection.data, rows, table ? table : values, to_values, [&](const Part &part, const Share &share, const Place &place, int64_t u) {
+        each_place<true>(all, others, collection.data, rows, table ? table : values, to_values, [&](const Part &part, const Share &share, const Place &place, int64_t u) {
           each_atom(sender_starts, begin, end, before, n, [&](int64_t j, int64_t first, int64_t last) {
             V f[MOST_DIM], d[MOST_DIM];
             for (int k = 0; k < part.dim; k++) f[k] = get(features + j * width_in + share.in[k] + u, place.channels);

@@ -83,7 +83,8 @@ def _forward(
     n_receivers = receiver_starts.shape[0] - 1  # fewer than there are features where other processes have the last of them
     out = features.new_empty(n_receivers, convolution.width_out)
     kernel.forward(
-        n_receivers, convolution.width_in, convolution.width_out, size, 0 if table is None else table.shape[1], torch.get_num_threads(),
+        n_receivers, features.shape[0], convolution.width_in, convolution.width_out, size, 0 if table is None else table.shape[1],
+        torch.get_num_threads(),
         *cpu.pointers(layout, features, harmonics, values, first_row, table, edge_index, receiver_starts, out),
     )  # fmt: skip
     return out
@@ -95,7 +96,8 @@ def _backward(key: str, gradient: Tensor, features: Tensor, harmonics: Tensor, v
     gradient, features, harmonics, values = (t.contiguous() for t in (gradient, features, harmonics, values))
     results = _alike(features, harmonics, values)
     kernel.backward(
-        features.shape[0], convolution.width_in, convolution.width_out, size, 0 if table is None else table.shape[1], torch.get_num_threads(),
+        features.shape[0], gradient.shape[0], convolution.width_in, convolution.width_out, size, 0 if table is None else table.shape[1],
+        torch.get_num_threads(),
         *cpu.pointers(layout, features, harmonics, values, first_row, table, edge_index[1], sender_starts, by_sender, gradient, *results),
     )  # fmt: skip
     return results
