@@ -318,20 +318,24 @@ class Potential(nn.Module):
 
     def _trust(self, graph: Graph, vectors: Tensor, pair_cutoffs: Float[Tensor, " n_edges"] | None) -> Float[Tensor, " n_atoms"] | None:
         """Factor of each atom's energy: less than one with fewer neighbours than any in the training data; None: all are one."""
-        if self.limits is None:
+        limits, receiver, numbers = self.limits, graph.edge_index[1], graph.atomic_numbers
+        if limits is None:
             return None
-        receiver, numbers, n = graph.edge_index[1], graph.atomic_numbers, graph.n_atoms
         reaches = vectors.new_full((1,), self.cutoff).expand(graph.n_edges) if pair_cutoffs is None else pair_cutoffs
-        lonely = (
-            self.limits.trust(self.limits.count(torch.linalg.vector_norm(vectors.detach(), dim=-1) / reaches, receiver, n), numbers) < 1
-        )
+
+        def trust(
+            vectors: Tensor, receiver: Tensor, reaches: Tensor
+        ) -> Tensor:  # in the precision of the network, whose energies it multiplies
+            x = (torch.linalg.vector_norm(vectors, dim=-1) / reaches).to(self.dtype)
+            return limits.trust(limits.count(x, receiver, graph.n_atoms), numbers)
+
+        lonely = trust(vectors.detach(), receiver, reaches) < 1
         edges = self._where(lonely[receiver])
         if edges is not None:
             if not bool(lonely.any()):
                 return None
             receiver, reaches, vectors = (x.index_select(0, edges) for x in (receiver, reaches, vectors))
-        count = self.limits.count(torch.linalg.vector_norm(vectors, dim=-1) / reaches, receiver, n)
-        return torch.where(lonely, self.limits.trust(count, numbers), 1.0)
+        return torch.where(lonely, trust(vectors, receiver, reaches), 1.0)
 
     def _where(self, chosen: Bool[Tensor, " n_edges"]) -> Int[Tensor, " k"] | None:
         """Which edges are chosen, mostly few; None (take them all) where sizes must not depend on values."""

@@ -70,5 +70,5 @@ class Limits(nn.Module):
 
     def trust(self, count: Float[Tensor, " n_atoms"], atomic_numbers: Int[Tensor, " n_atoms"]) -> Float[Tensor, " n_atoms"]:
         """Factor of each atom's energy."""
-        share = count / self.least[atomic_numbers]
+        share = count / self.least[atomic_numbers].to(count)
         return 1 - polynomial_envelope(((share - 1 / ENOUGH) / (1 - 1 / ENOUGH)).clamp(min=0.0), p=4, k=3)
