@@ -100,7 +100,8 @@ class Potential(nn.Module):
         self.fixed_sizes = False
         """whether it is being traced: then the size of no tensor may depend on values"""
         self.imported: dict[str, Any] | None = None
-        """where it comes from if another package trained it: package, version, file, sha256, and what it was verified with"""
+        """where it comes from if another package trained it: package, version, file, sha256, what it was verified with, and
+        ``fine_tuned`` if its weights were trained further here"""
         table = torch.tensor([number_of[e] for e in statistics.elements])
         species_of = torch.full((119,), -1)
         species_of[table] = torch.arange(len(table))

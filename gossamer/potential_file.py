@@ -104,7 +104,8 @@ def unverified(manifest: Mapping[str, Any]) -> str | None:
     origin = manifest.get("imported")
     if not isinstance(origin, dict) or origin.get("verified"):
         return None
-    return f"unverified import from {origin.get('package')} (gossamer import --reference compares it with its own package)"
+    what = "fine-tuned from an unverified import" if origin.get("fine_tuned") else "unverified import"
+    return f"{what} from {origin.get('package')} (gossamer import --reference compares it with its own package)"
 
 
 def weight_shapes(path: Path | str) -> dict[str, list[int]]:

@@ -205,6 +205,7 @@ def start_finetuning(config: Config, frames: Frames) -> tuple[Potential, Frames,
         potential.set_statistics(widened(statistics, *limits_of(potential, frames.train)))
     potential.network.to(start.dtype)
     potential.seen = start.seen if used is None else SeenFrames.of(used, ()) | start.seen
+    potential.imported = None if start.imported is None else {**start.imported, "fine_tuned": True}
     transferred = transfer_weights(start, potential)
     weights = choose_weights(potential.network, tune, transferred)
     train_set = frames.train if used is None else Concatenated(frames.train, used)

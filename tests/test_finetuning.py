@@ -19,7 +19,7 @@ from gossamer.config import make_config
 from gossamer.data.readers import read_structures
 from gossamer.data.statistics import compute_statistics
 from gossamer.potential import Potential
-from gossamer.potential_file import load, save
+from gossamer.potential_file import load, read_manifest, save, unverified
 from gossamer.runs import fit, train
 from gossamer.training.finetune import FineTuneConfig, adapt_statistics, choose_weights, merge_adapters, transfer_weights
 
@@ -77,6 +77,19 @@ def test_from_conservative_to_direct_needs_the_head_trained(start: Path, tmp_pat
     again = {"start": str(tmp_path / "a" / "potential.safetensors"), "train": ["layers.0.*"]}
     with pytest.raises(ValueError, match=r"leaves .* frozen at untrained values, but a head that the start lacks needs them"):
         train(settings(tmp_path / "b", finetune=again, model={"direct_forces": True}), progress=False)
+
+
+@pytest.mark.parametrize("low_rank", [None, 2])
+def test_what_another_package_trained_is_said(low_rank: int | None, tmp_path: Path) -> None:
+    potential = make_potential(["H", "C", "O"], name="painn")
+    potential.imported = {"package": "mace-torch", "version": "0.3.16", "file": "a.model", "verified": None}
+    save(potential, tmp_path / "imported.safetensors")
+    tune = {"start": str(tmp_path / "imported.safetensors"), **({} if low_rank is None else {"low_rank": low_rank})}
+    train(settings(tmp_path / "run", finetune=tune, training={"steps": 1, "batch_size": 2}), progress=False)
+    manifest = read_manifest(tmp_path / "run" / "potential.safetensors")
+    assert manifest["imported"] == {**potential.imported, "fine_tuned": True}
+    assert (unverified(manifest) or "").startswith("fine-tuned from an unverified import from mace-torch")
+    assert unverified({"imported": {**manifest["imported"], "verified": {"structures": 12}}}) is None
 
 
 def test_frozen_weights_do_not_move(start: Path, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from gossamer.imports.contract import ImportOptions
 from gossamer.imports.inert import Tree, open_tree
-from gossamer.imports.verify import ask_reference, calmest, compare, predictions, structures
+from gossamer.imports.verify import ask_reference, calmed, compare, predictions, structures
 from gossamer.potential import Potential
 from gossamer.potential_file import save
 from gossamer.settings import build
@@ -75,16 +75,15 @@ def import_potential(
         **{k: getattr(options, k) for k in ("modal", "head", "elements")},
         "verified": None,
     }
-    check = structures(known, potential.cutoff)
-    stored: Any = None
+    check = calmed(potential, structures(known, potential.cutoff))
+    stored = None
     if reference is not None:
         answer = ask_reference(reference, name, tree.path, options, check, seconds=3600)
         potential.imported["verified"] = compare(potential, check, answer)
         stored = predictions(answer, check, "float64" if "float64.energy" in answer else "native")
     else:
         log.warning("unverified import: nobody compared it with its own package; --reference PYTHON does")
-    kept, stored = calmest(check, stored or potential.predict(check, batch_atoms=1), None if reference is not None else 3)
-    save(potential, out, check=kept, stored=stored)
+    save(potential, out, check=check if reference is not None else check[::4], stored=stored)
     return {
         "network": potential.model_config.name,
         "parameters": potential.num_parameters,

@@ -262,7 +262,7 @@ def merge_adapters(potential: Potential) -> Potential:
         state |= {f"{name}.weight": potential.network.get_submodule(name).weight.clone() for name in adapted}
     # a new one: removing parametrizations from a copy would remove them from the original, whose class it shares
     merged = Potential(potential.model_config, potential.statistics, potential.potential_config)
-    merged.seen = potential.seen
+    merged.seen, merged.imported = potential.seen, potential.imported
     merged.network.to(potential.dtype)
     merged.network.load_state_dict(state)
     return merged.to(potential.device).train(potential.training)
