@@ -27,7 +27,9 @@ _PUBLIC = {
     "judge": "gossamer.checks.judge",
     "export": "gossamer.engine.program",
     "md": "gossamer.simulation.md",
+    "parity": "gossamer.ways",
     "relax": "gossamer.simulation.relax",
+    "relax_files": "gossamer.simulation.relax",
     "inspect": "gossamer.data.inspection",
 }
 __all__ = sorted([*_PUBLIC, "__version__"])

@@ -91,9 +91,10 @@ def build_parser() -> argparse.ArgumentParser:
             "export",
             _export_parser,
             _export,
-            "Compile a potential into a program that runs without gossamer (.pt2), or into a package for LAMMPS.",
+            "Compile a potential into a program that runs without gossamer (.pt2), or a package for LAMMPS.",
         ),
         ("lammps", _lammps_parser, _data_help, "Build the plugin that brings pair_style gossamer to LAMMPS."),
+        ("parity", _parity_parser, _parity, "One potential by every way of running it: the same numbers? Exit status 1 if not."),
         ("info", _info_parser, _info, "The manifest of a saved potential."),
         ("data", _data_parser, _data_help, "Look at data, convert data."),
         ("completion", _completion_parser, _completion, "Completion of commands and options for your shell."),
@@ -211,6 +212,23 @@ def _import_parser(bring: argparse.ArgumentParser) -> None:
     )
     bring.add_argument("--out", default="potential.safetensors", help="potential to write (default: potential.safetensors)")
     _common(bring)
+
+
+def _parity_parser(parity: argparse.ArgumentParser) -> None:
+    parity.add_argument("model", help="saved potential")
+    parity.add_argument("structures", nargs="*", help="structure files (default: the structures kept in the potential's file)")
+    parity.add_argument(
+        "--ways", nargs="+", metavar="WAY", help="among plain, kernels, program, graph, batch and torchsim (default: all that run here)"
+    )
+    parity.add_argument("--exported", metavar="FILE", help="program made by gossamer export from this potential")
+    parity.add_argument("--count", type=int, default=5, help="frames of each file, spread evenly (default: 5)")
+    parity.add_argument(
+        "--tolerance", type=float, help="largest difference of a force over the root mean square force (default: 1e-4, in float64 1e-7)"
+    )
+    parity.add_argument("--device", default="cpu", help="(default: cpu)")
+    parity.add_argument("--dtype", choices=["float32", "float64"], help="default: as saved")
+    parity.add_argument("--out", help="JSON file to write")
+    _common(parity)
 
 
 def _info_parser(info: argparse.ArgumentParser) -> None:
@@ -466,7 +484,7 @@ def _relax(arguments: argparse.Namespace) -> int:
     from gossamer.simulation.options import RelaxConfig
     from gossamer.simulation.relax import relax, relax_files
 
-    several = len(arguments.structure) > 1
+    several = len(arguments.structure) > 1 or arguments.all_frames or arguments.engine != "ase"
     out = arguments.out or Path("relaxed" if several else "relaxed.extxyz")
     config = from_flags(RelaxConfig, arguments, out=out)
     if not several:
@@ -479,7 +497,8 @@ def _relax(arguments: argparse.Namespace) -> int:
         print(json.dumps(answers))
     else:
         for found in answers:
-            said = found.get("error") or (f"{'converged' if found['converged'] else 'NOT converged'} in {found['steps']} steps, "
+            steps = f" in {found['steps']} steps" if "steps" in found else ""
+            said = found.get("error") or (f"{'converged' if found['converged'] else 'NOT converged'}{steps}, "
                                           f"{found['energy_eV']:.6g} eV, largest force {found['max_force_eV_per_A']:.3g} eV/Å")  # fmt: skip
             print(f"{found['structure']}: {said}")
         print(f"everything is in '{out}'")
@@ -529,6 +548,14 @@ def _import(arguments: argparse.Namespace) -> int:
             answer[f"verified: {name}"] = said
     _show(arguments, answer)
     return 0
+
+
+def _parity(arguments: argparse.Namespace) -> int:
+    from gossamer.ways import parity, table
+
+    rows = parity(**{k: v for k, v in vars(arguments).items() if k not in ("command", "run", "json")})
+    print(json.dumps(rows) if arguments.json else table(rows), end="\n" if arguments.json else "")
+    return int(any(row["agrees"] is False for row in rows))
 
 
 def _info(arguments: argparse.Namespace) -> int:

@@ -241,23 +241,27 @@ def _checksum(tensors: Mapping[str, Tensor], manifest: Mapping[str, Any]) -> str
     return digest.hexdigest()
 
 
+def deviates(predicted: Mapping[str, Any], stored: Mapping[str, Any], n_atoms: int, precision: torch.dtype) -> str | None:
+    """What of a prediction is not as it was stored, beyond what machines differ by in this precision; None if nothing."""
+    energy_tolerance, relative = TOLERANCES[precision]
+    error = abs(predicted["energy"] - float(stored["energy"])) / n_atoms
+    if not error <= energy_tolerance:
+        return f"another energy here than when it was saved ({error:.1e} eV/atom, {energy_tolerance:.0e} allowed)"
+    for name in set(stored) - {"energy"}:
+        reference = stored[name]
+        error = float(np.abs(predicted[name] - reference).max()) if reference.size else 0.0
+        if not error <= relative * max(float(np.abs(reference).max(initial=0.0)), 1e-2):
+            return f"other {name} here than when it was saved (up to {error:.1e})"
+    return None
+
+
 def _verify(potential: Potential, tensors: Mapping[str, Tensor], n_check: int, precision: torch.dtype, path: Path) -> None:
     """Refuse a potential that does not reproduce its stored predictions here."""
-    energy_tolerance, relative = TOLERANCES[precision]
     for k in range(n_check):
         structure = _stored(tensors, k)
-        predicted = potential.predict([structure])[0]
         stored = {name: tensors[f"check.{k}.{name}"].numpy() for name in QUANTITIES if f"check.{k}.{name}" in tensors}
-        deviation = abs(predicted["energy"] - float(stored.pop("energy"))) / structure.n_atoms
-        if not deviation <= energy_tolerance:
+        problem = deviates(potential.predict([structure])[0], stored, structure.n_atoms, precision)
+        if problem is not None:
             raise ValueError(
-                f"'{path}' gives another energy here than when it was saved ({deviation:.1e} eV/atom on {structure.name}, "
-                f"{energy_tolerance:.0e} allowed on {potential.device} in {potential.dtype}). Do not use it on this machine."
+                f"'{path}' gives {problem} on {structure.name}, on {potential.device} in {potential.dtype}. Do not use it on this machine."
             )
-        for name, reference in stored.items():
-            error = float(np.abs(predicted[name] - reference).max()) if reference.size else 0.0
-            if not error <= relative * max(float(np.abs(reference).max()), 1e-2):
-                raise ValueError(
-                    f"'{path}' gives other {name} here than when it was saved (up to {error:.1e} on {structure.name}, "
-                    f"on {potential.device} in {potential.dtype}). Do not use it on this machine."
-                )

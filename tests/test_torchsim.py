@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from ase import Atoms
-from ase.build import bulk
+from ase.build import bulk, molecule
+from ase.calculators.emt import EMT
+from ase.io import read, write
 from conftest import make_potential
 from test_kernels import needs_compiler
 
+from gossamer.cli import main
+from gossamer.data.structure import as_structure
 from gossamer.neighbors import neighbor_list
+from gossamer.potential_file import save
 from gossamer.simulation.calculator import Calculator
+from gossamer.simulation.options import RelaxConfig
+from gossamer.simulation.relax import relax, relax_files
 from gossamer.simulation.verlet import BatchVerletList
 
 ELEMENTS = ["H", "C", "O", "Si", "Fe"]
@@ -124,3 +132,51 @@ class TestTorchSim:
         out = model(final)
         torch.testing.assert_close(out["energy"], final.energy, rtol=0, atol=1e-9)
         torch.testing.assert_close(out["forces"], final.forces, rtol=0, atol=1e-8)
+
+    @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # TorchSim's imports
+    @pytest.mark.parametrize("cell", [False, True])
+    def test_many_structures_relax_at_once(self, cell: bool, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+        potential = make_potential(ELEMENTS, name="schnet")
+        save(potential, tmp_path / "p.safetensors", check=[as_structure(bulk("Si"))])
+        frames = [*crystals(), bulk("Au"), *([] if cell else [molecule("CH3OH")])]
+        write(tmp_path / "a.extxyz", frames)
+        write(tmp_path / "b.extxyz", crystals()[0])
+        command = ["relax", str(tmp_path / "p.safetensors"), *(str(tmp_path / f"{n}.extxyz") for n in "ab"), "--all-frames", "--fmax", "0.002",
+                   "--engine", "torchsim", "--out", str(tmp_path / "out"), "--json", *(["--cell"] if cell else [])]  # fmt: skip
+        assert main([*command, "--steps", "3"]) == 1  # nothing converges, and gold is not known
+        answers = {Path(a.get("out", "gold")).stem: a for a in json.loads(capsys.readouterr().out)}
+        assert set(answers) == {"gold", "a-0", "a-1", "a-2", "b-0", *([] if cell else ["a-4"])}
+        assert "Au" in answers["gold"]["error"]
+        assert not any(a["converged"] for a in answers.values())
+        for path in (tmp_path / "out").glob("a-*.extxyz"):
+            path.unlink()
+        assert main([*command, "--steps", "2000", "--resume"]) == 1
+        answers = {Path(a.get("out", "gold")).stem: a for a in json.loads(capsys.readouterr().out)}
+        assert set(answers) == {"gold", "a-0", "a-1", "a-2", *([] if cell else ["a-4"])}  # the other lay in the folder
+        for k, name in enumerate(n for n in sorted(answers) if n != "gold"):
+            relaxed, start = read(tmp_path / "out" / f"{name}.extxyz"), frames[min(k + k // 3, 4)].copy()
+            stored = relaxed.get_potential_energy()
+            relaxed.calc = start.calc = Calculator(potential, way="plain")
+            assert answers[name]["converged"]
+            assert np.linalg.norm(relaxed.get_forces(), axis=1).max() <= 0.002 + 1e-6
+            assert abs(relaxed.get_potential_energy() - stored) < 1e-6
+            assert relaxed.get_potential_energy() < start.get_potential_energy()
+            if cell:
+                assert np.linalg.norm(relaxed.get_stress(voigt=False), axis=1).max() * relaxed.get_volume() / len(relaxed) <= 0.002 + 1e-6
+            else:
+                assert np.array_equal(relaxed.cell, start.cell)
+
+    @pytest.mark.filterwarnings("ignore::DeprecationWarning")
+    def test_what_torchsim_does_not_relax(self, tmp_path: Path) -> None:
+        write(tmp_path / "a.extxyz", molecule("CH3OH"))
+        options = {"out": tmp_path / "out", "engine": "torchsim"}
+        potential = make_potential(ELEMENTS, name="schnet")
+        for model, change, message in (
+            (EMT(), {}, "found a calculator"), (potential, {"optimizer": "lbfgs"}, "FIRE, not by lbfgs"), (potential, {"frame": 1, "all_frames": True}, "one of them"),
+        ):  # fmt: skip
+            with pytest.raises(ValueError, match=message):
+                relax_files(model, [tmp_path / "a.extxyz"], RelaxConfig(**options, **change))
+        (answer,) = relax_files(potential, [tmp_path / "a.extxyz"], RelaxConfig(**options, cell=True))
+        assert "periodicity" in answer["error"]
+        with pytest.raises(ValueError, match="several structures"):
+            relax(potential, molecule("CH3OH"), engine="torchsim")

@@ -73,6 +73,10 @@ class RelaxConfig:
     """Relax the cell too (FrechetCellFilter; needs stress)."""
     optimizer: Literal["fire", "lbfgs"] = "fire"
     """Algorithm."""
+    engine: Literal["ase", "torchsim"] = "ase"
+    """Of several structures: one after the other on ASE, or many at once on TorchSim (FIRE; `pip install 'gossamer[torchsim]'`)."""
+    all_frames: bool = False
+    """Relax every frame of each structure file; the names of the relaxed ones get the frame's number."""
     out: Path | None = None
     """File of the relaxed structure, in the format of its name; the path (.traj) and the optimiser's memory (.state.npz) lie beside it.
     Of several structures: folder of the relaxed ones. The command line writes relaxed.extxyz by default, or the folder relaxed."""

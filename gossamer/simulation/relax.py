@@ -18,8 +18,10 @@ from ase.io.formats import ioformats as FORMATS
 from ase.io.trajectory import Trajectory
 from ase.optimize import FIRE, LBFGS
 
-from gossamer.data.atoms import as_atoms
+from gossamer.data.atoms import as_atoms, read_frames
 from gossamer.files import atomic_path, explain, locked
+from gossamer.potential import Potential
+from gossamer.potential_file import load
 from gossamer.settings import configured
 from gossamer.signals import StopRequested
 from gossamer.simulation.md import as_calculator, has_direct_forces
@@ -53,6 +55,8 @@ def relax(model: Any, structure: Atoms | Path | str, config: RelaxConfig | None 
         RuntimeError: another process writes the same file.
     """
     config = configured(RelaxConfig, config, options)
+    if config.engine != "ase" or config.all_frames:
+        raise ValueError("engine and all_frames are for several structures: gossamer.relax_files, or the command line.")
     atoms = as_atoms(structure, config.frame, config.supercell)
     atoms.calc = as_calculator(model, config.device, config.dtype, config.way)
     if config.cell and not atoms.pbc.all():
@@ -83,19 +87,21 @@ def relax(model: Any, structure: Atoms | Path | str, config: RelaxConfig | None 
 
 
 def relax_files(model: Any, structures: Sequence[Path | str], config: RelaxConfig) -> list[dict[str, Any]]:
-    """Relax several files with one calculator, each into the folder ``config.out``; one that fails does not stop the others.
+    """Relax several structures with one calculator, each into the folder ``config.out``; one that fails does not stop the others.
 
     Args:
-        model: Saved potential, potential, or any ASE calculator.
-        structures: Files; the relaxed ones have their names, with the ending .extxyz.
-        config: Options of each.
+        model: Saved potential, potential, or (with ASE) any ASE calculator.
+        structures: Files; the relaxed ones have their names, with ``config.all_frames`` and the frame's number, and the ending .extxyz.
+        config: Options of each. With TorchSim ``resume`` leaves out what is in the folder already.
 
     Returns:
-        For each file "structure" and either the answer of ``relax`` without the atoms, with "out", or "error". SIGTERM ends the list.
+        For each structure "structure" and either the answer of ``relax`` without the atoms (TorchSim tells no steps), with "out", or
+        "error". SIGTERM ends the list.
 
     Raises:
-        ValueError: two files of one name, or no folder.
+        ValueError: two files of one name, no folder, or options that TorchSim does not have.
         FileExistsError: ``config.out`` is a file.
+        ImportError: TorchSim is not installed.
     """
     folder = config.out
     if folder is None:
@@ -106,21 +112,87 @@ def relax_files(model: Any, structures: Sequence[Path | str], config: RelaxConfi
     twice = sorted({n for n in names if names.count(n) > 1})
     if twice:
         raise ValueError(f"Several structures are called {', '.join(twice)}, and would be written over each other. Relax them one by one.")
+    if config.all_frames and config.frame != 0:
+        raise ValueError(f"all_frames relaxes every frame, and frame {config.frame} one: give one of them.")
+    jobs: list[_Job] = []
+    answers: list[dict[str, Any]] = []
+    for name, path in zip(names, structures, strict=True):
+        try:
+            n = len(read_frames(path)) if config.all_frames else 1
+            digits = len(str(n - 1))
+            jobs += [(str(path), k if config.all_frames else config.frame,
+                      folder / (f"{name}-{k:0{digits}d}.extxyz" if config.all_frames else f"{name}.extxyz")) for k in range(n)]  # fmt: skip
+        except (ValueError, OSError) as error:
+            answers.append(_failed(str(path), error))
+    run = _on_torchsim if config.engine == "torchsim" else _on_ase
+    return answers + run(model, jobs, config)
+
+
+_Job = tuple[str, int, Path]
+"""structure file, frame, relaxed file"""
+
+
+def _failed(structure: str, error: Exception) -> dict[str, Any]:
+    message = explain(error) if isinstance(error, OSError) else str(error)
+    log.error("%s: %s", structure, message)
+    return {"structure": structure, "converged": False, "error": message}
+
+
+def _on_ase(model: Any, jobs: Sequence[_Job], config: RelaxConfig) -> list[dict[str, Any]]:
+    """One structure after the other."""
     calculator = as_calculator(model, config.device, config.dtype, config.way)
     answers = []
-    for name, structure in zip(names, structures, strict=True):
-        out = folder / f"{name}.extxyz"
+    for structure, frame, out in jobs:
         resume = config.resume and out.with_suffix(".state.npz").exists()
-        one = replace(config, out=out, resume=resume, way="auto", dtype=None)  # the calculator is made
+        one = replace(config, out=out, frame=frame, all_frames=False, resume=resume, way="auto", dtype=None)  # the calculator is made
+        named = structure if not config.all_frames else f"{structure}, frame {frame}"
         try:
             answer = relax(calculator, structure, one)
-            answers.append({"structure": str(structure), **{k: v for k, v in answer.items() if k != "atoms"}, "out": str(out)})
+            answers.append({"structure": named, **{k: v for k, v in answer.items() if k != "atoms"}, "out": str(out)})
             if answer["stopped"]:
                 break
         except (ValueError, RuntimeError, OSError) as error:
-            message = explain(error) if isinstance(error, OSError) else str(error)
-            log.error("%s: %s", structure, message)
-            answers.append({"structure": str(structure), "converged": False, "error": message})
+            answers.append(_failed(named, error))
+    return answers
+
+
+def _on_torchsim(model: Any, jobs: Sequence[_Job], config: RelaxConfig) -> list[dict[str, Any]]:
+    """Many at once."""
+    from gossamer.simulation.batched import relax_batched
+
+    potential = load(model, config.device, config.dtype) if isinstance(model, str | Path) else model
+    if not isinstance(potential, Potential):
+        raise ValueError(f"TorchSim runs potentials, found a calculator ({type(model).__name__}). Choose engine ase.")
+    if config.optimizer != "fire":
+        raise ValueError(f"TorchSim relaxes by FIRE, not by {config.optimizer}. Leave optimizer out, or choose engine ase.")
+    if config.cell and not potential.conservative:
+        raise ValueError("Relaxing the cell needs stress, which a potential with direct forces does not have.")
+    answers: list[dict[str, Any]] = []
+    chosen: list[tuple[Atoms, Path]] = []
+    named: dict[Path, str] = {}
+    for structure, frame, out in jobs:
+        named[out] = structure if not config.all_frames else f"{structure}, frame {frame}"
+        if config.resume and out.exists():
+            log.info("%s: done before, in '%s'", named[out], out)
+            continue
+        try:
+            atoms = as_atoms(structure, frame, config.supercell)
+            potential.check_elements(atoms.numbers)
+            if config.cell and not atoms.pbc.all():
+                raise ValueError(f"Relaxing the cell needs periodicity along all axes, found pbc {atoms.pbc.tolist()}.")
+            if not np.isfinite(atoms.positions).all():
+                raise ValueError("Positions are not finite.")
+            if atoms.constraints:
+                raise ValueError("Constraints are not known to TorchSim. Choose engine ase, or remove them.")
+            chosen.append((atoms, out))
+        except (ValueError, OSError) as error:
+            answers.append(_failed(named[out], error))
+    assert config.out is not None
+    if chosen:
+        config.out.mkdir(parents=True, exist_ok=True)
+        with locked(config.out, "relax"):
+            for out, answer in relax_batched(potential, chosen, config, _bare):
+                answers.append({"structure": named[out], **answer, **({} if "error" in answer else {"out": str(out)})})
     return answers
 
 

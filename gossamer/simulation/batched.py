@@ -1,0 +1,121 @@
+"""Relaxation of many structures at once on TorchSim's FIRE: finished ones leave a batch, others take their places."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import ase.io
+import numpy as np
+import torch_sim
+from ase import Atoms
+from ase.calculators.singlepoint import SinglePointCalculator
+from ase.stress import full_3x3_to_voigt_6_stress
+from tqdm import tqdm
+
+from gossamer.files import atomic_path
+from gossamer.potential import Potential
+from gossamer.signals import StopRequested
+from gossamer.simulation.options import RelaxConfig
+from gossamer.simulation.torchsim import TorchSimModel
+
+try:
+    from torch_sim import CellFilter, Optimizer  # from 0.4 on
+
+    ATOMS: dict[str, Any] = {"optimizer": Optimizer.fire}
+    CELL: dict[str, Any] = {"optimizer": Optimizer.fire, "init_kwargs": {"cell_filter": CellFilter.frechet}}
+except ImportError:
+    from torch_sim.optimizers import fire, frechet_cell_fire
+
+    ATOMS, CELL = {"optimizer": fire}, {"optimizer": frechet_cell_fire}
+
+log = logging.getLogger(__name__)
+BATCH_ATOMS = 2048
+"""atoms evaluated at once"""
+BLOCK = 200
+"""structures that are written together when all are done: what a crash can lose"""
+BETWEEN = 5
+"""steps between two looks at which structures are finished"""
+
+
+def relax_batched(
+    potential: Potential, structures: Sequence[tuple[Atoms, Path]], config: RelaxConfig, bare: Any
+) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """Relax structures in batches, and write each when its block is done.
+
+    Args:
+        potential: With conservative forces where the cell is relaxed.
+        structures: Atoms and the file that each is written to.
+        config: Options; fmax, steps, cell and way are used.
+        bare: What is kept of relaxed atoms, ``(atoms) -> atoms``.
+
+    Yields:
+        The file, and "converged", "energy_eV", "max_force_eV_per_A", "volume_A3", or "error". SIGTERM ends the list after a block, with
+        "stopped" in the last.
+    """
+    model = TorchSimModel(potential, config.way, compute_stress=config.cell)
+    kinds = sorted({tuple(a.pbc.tolist()) for a, _ in structures})  # TorchSim's states have one periodicity
+    blocks = [part[k : k + BLOCK] for kind in kinds for part in [[s for s in structures if tuple(s[0].pbc.tolist()) == kind]]
+              for k in range(0, len(part), BLOCK)]  # fmt: skip
+    with StopRequested() as stop, tqdm(total=len(structures), unit="structure", disable=None) as bar:
+        for number, block in enumerate(blocks):
+            relaxed = _relaxed(model, [atoms for atoms, _ in block], config)
+            stopped = stop.signal.name if stop.signal is not None and number + 1 < len(blocks) else None
+            for (_, out), atoms in zip(block, relaxed, strict=True):
+                answer = _judged(model, atoms, config)
+                if "error" not in answer:
+                    with atomic_path(out) as temporary:
+                        ase.io.write(temporary, bare(atoms), format="extxyz")
+                bar.update()
+                yield out, {**answer, "stopped": stopped}
+            if stopped is not None:
+                log.warning("%s: stopped after %d of %d structures; --resume goes on", stopped, bar.n, len(structures))
+                return
+
+
+def _relaxed(model: TorchSimModel, structures: Sequence[Atoms], config: RelaxConfig) -> list[Atoms]:
+    """The structures where FIRE left them."""
+    criterion = torch_sim.generate_force_convergence_fn(force_tol=config.fmax, include_cell_forces=config.cell)
+    batcher = torch_sim.InFlightAutoBatcher(model, memory_scales_with="n_atoms", max_memory_scaler=max(BATCH_ATOMS, *map(len, structures)))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*max steps.*")  # "not converged" is in the answer
+        final = torch_sim.optimize(
+            system=[_plain(a) for a in structures], model=model, convergence_fn=criterion, autobatcher=batcher, max_steps=config.steps,
+            steps_between_swaps=min(BETWEEN, config.steps), **(CELL if config.cell else ATOMS),
+        )  # fmt: skip
+    positions, cells = final.positions.cpu().numpy(), final.cell.transpose(1, 2).cpu().numpy()
+    parts = np.split(positions, np.cumsum([len(a) for a in structures])[:-1])
+    found = [a.copy() for a in structures]
+    for atoms, where, cell in zip(found, parts, cells, strict=True):
+        atoms.set_constraint()
+        if config.cell:
+            atoms.set_cell(cell)
+        atoms.positions = where
+    return found
+
+
+def _plain(atoms: Atoms) -> Atoms:
+    """Elements, positions and cell alone."""
+    return Atoms(atoms.numbers, atoms.positions, cell=atoms.cell, pbc=atoms.pbc)
+
+
+def _judged(model: TorchSimModel, atoms: Atoms, config: RelaxConfig) -> dict[str, Any]:
+    """What became of a structure, by forces of its own; they become its calculator's results."""
+    if not np.isfinite(atoms.positions).all():
+        return {"converged": False, "error": "its forces are not finite: atoms lie on one another"}
+    (found,) = model.potential.predict(atoms, stress=model.potential.conservative, run=model.engine)
+    largest = float(np.linalg.norm(found["forces"], axis=1).max())
+    worst = largest
+    if config.cell:  # as ASE's FrechetCellFilter counts them
+        worst = max(worst, float(np.linalg.norm(found["stress"], axis=1).max() * atoms.get_volume() / len(atoms)))
+    results = {"energy": found["energy"], "forces": found["forces"]}
+    if found["stress"] is not None:
+        results["stress"] = full_3x3_to_voigt_6_stress(found["stress"])
+    atoms.calc = SinglePointCalculator(atoms, **results)
+    return {
+        "converged": worst <= config.fmax, "energy_eV": found["energy"], "max_force_eV_per_A": largest,
+        "volume_A3": float(atoms.get_volume()) if atoms.pbc.all() else None,
+    }  # fmt: skip

@@ -1,0 +1,244 @@
+"""One potential in every way that it can run on this machine: do they all say the same, and how fast is each?
+
+Every way evaluates the same structures; what it says is compared with the plain network in float64.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from ase import Atoms, units
+
+from gossamer.data.atoms import read_frames
+from gossamer.data.structure import as_structure
+from gossamer.engine.agreement import TABLE_TOLERANCE
+from gossamer.engine.engine import Engine
+from gossamer.engine.program import Program, fits
+from gossamer.files import write_json
+from gossamer.machine import versions
+from gossamer.potential import Potential
+from gossamer.potential_file import load, stored_structures
+from gossamer.simulation.calculator import Calculator
+from gossamer.timing import fastest
+
+log = logging.getLogger(__name__)
+Answers = list[dict[str, Any]]
+"""for each structure "energy" in eV, "forces" (n_atoms, 3) in eV/Å, "stress" (3, 3) in eV/Å³ or None"""
+Run = Callable[[], Answers]
+Make = Callable[[Potential, Sequence[Atoms]], Run]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One way beside the reference: the largest differences over all structures."""
+
+    way: str
+    energy_meV_per_atom: float | None = None
+    forces_eV_per_A: float | None = None
+    stress_GPa: float | None = None
+    """None where no structure has a stress"""
+    relative: float | None = None
+    """the largest of the three in the unit of the tolerance"""
+    ms: float | None = None
+    """per structure, the fastest of a few evaluations of all of them"""
+    agrees: bool | None = None
+    """None if it did not run"""
+    reason: str = ""
+    """why it did not run"""
+
+
+def parity(
+    model: Path | str,
+    structures: Sequence[Path | str] = (),
+    ways: Sequence[str] | None = None,
+    exported: Path | str | None = None,
+    count: int = 5,
+    tolerance: float | None = None,
+    device: str = "cpu",
+    dtype: str | None = None,
+    out: Path | str | None = None,
+) -> list[dict[str, Any]]:
+    """Energies, forces and stresses of a potential by all ways of running it, beside the plain network in float64.
+
+        parity("potential.safetensors", ["water.extxyz"])
+
+    Args:
+        model: Saved potential.
+        structures: Files; of each at most ``count`` frames, spread evenly. By default the structures kept in the potential's file.
+        ways: Which (`WAYS`); by default all. A way asked for by name that cannot be had here does not agree.
+        exported: Program made by `gossamer export` from this potential, in this precision.
+        count: Frames of each file.
+        tolerance: Largest difference of a force relative to the root mean square force of its structure (at least a tenth of the
+            potential's force scale); of an energy, to what forces of that scale make over 0.01 Å on each atom; of a stress, over 1 Å.
+            By default 1e-4 in float32, 1e-7 in float64.
+        device: Where the potential runs.
+        dtype: "float32" or "float64"; by default as saved.
+        out: JSON file to write.
+
+    Returns:
+        A `Row` for each way, as a dictionary.
+
+    Raises:
+        ValueError: an unknown way, no structures, or a setting that cannot be.
+        FileNotFoundError: no such file.
+    """
+    wrong = sorted(set(ways or ()) - set(WAYS))
+    if wrong:
+        raise ValueError(f"ways: {', '.join(wrong)} are unknown. Choose among {', '.join(WAYS)}.")
+    if count < 1 or (tolerance is not None and not tolerance > 0):
+        raise ValueError(f"count and tolerance must be positive, found {count} and {tolerance}.")
+    potential = load(model, device, dtype)
+    frames = [a for path in structures for a in _spread(read_frames(path), count)] or [s.to_ase() for s in stored_structures(model)]
+    if not frames:
+        raise ValueError(f"'{model}' keeps no structures. Give some to compare on.")
+    for k, atoms in enumerate(frames):
+        atoms.calc = None
+        potential.check_elements(atoms.numbers, f"Structure {k}")
+    limit = tolerance or TABLE_TOLERANCE[potential.dtype]
+    exact = load(model, device, "float64").predict(frames, batch_atoms=1)
+    makers = {way: make for way, make in WAYS.items() if ways is None or way in ways}
+    if exported is not None:
+        makers["exported"] = _exported(Path(exported))
+    rows = []
+    for way, make in makers.items():
+        try:
+            run = make(potential, frames)
+            answers = run()
+        except (RuntimeError, ValueError, ImportError, OSError) as error:
+            asked = ways is not None or way == "exported"
+            rows.append(Row(way, agrees=False if asked else None, reason=str(error).splitlines()[0]))
+            log.info("%s: %s", way, rows[-1].reason)
+            continue
+        seconds = fastest(run, 3, seconds=20.0)
+        rows.append(_compared(way, frames, answers, exact, potential.energy_scale, limit, 1000 * seconds / len(frames)))
+        log.info("%s: largest difference %.1e (relative)", way, rows[-1].relative)
+    found = [asdict(row) for row in rows]
+    if out is not None:
+        told = {"model": str(model), "dtype": str(potential.dtype), "structures": len(frames), "tolerance": limit}
+        write_json(out, {**told, "versions": versions(), "ways": found})
+    return found
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """The answer of ``parity`` as text."""
+    lines = [f"{'way':12s}{'energy meV/atom':>17s}{'forces eV/Å':>13s}{'stress GPa':>12s}{'relative':>10s}{'ms':>9s}"]
+    for row in rows:
+        if row["ms"] is None:
+            lines.append(f"{row['way']:12s}not run: {row['reason']}")
+            continue
+        numbers = (row["energy_meV_per_atom"], row["forces_eV_per_A"], row["stress_GPa"], row["relative"])
+        texts = ["-" if v is None else f"{v:.1e}" for v in numbers]
+        said = "" if row["agrees"] else "  DIFFERS"
+        lines.append(f"{row['way']:12s}{texts[0]:>17s}{texts[1]:>13s}{texts[2]:>12s}{texts[3]:>10s}{row['ms']:9.3g}{said}")
+    return "\n".join(lines) + "\n"
+
+
+def _spread(frames: list[Atoms], count: int) -> list[Atoms]:
+    chosen = np.unique(np.linspace(0, len(frames) - 1, min(count, len(frames))).astype(int))
+    return [frames[k] for k in chosen]
+
+
+def _compared(way: str, frames: Sequence[Atoms], answers: Answers, exact: Answers, usual: float, limit: float, ms: float) -> Row:
+    """The row of one way; numbers that are not finite differ by infinity."""
+    energy = forces = relative = 0.0
+    stress = None
+    for atoms, a, b in zip(frames, answers, exact, strict=True):
+        scale, n = max(float(np.sqrt(np.mean(b["forces"] ** 2))), 0.1 * usual), len(atoms)
+        de, df = abs(a["energy"] - b["energy"]) / n, _distance(a["forces"], b["forces"])
+        energy, forces, relative = max(energy, de), max(forces, df), max(relative, df / scale, de / (1e-2 * max(scale, usual)))
+        if b["stress"] is not None:
+            ds = _distance(a["stress"], b["stress"])
+            stress, relative = max(stress or 0.0, ds), max(relative, ds / (scale * n / atoms.get_volume()))
+    relative = relative if np.isfinite([energy, forces, stress or 0.0]).all() else float("inf")
+    return Row(way, 1000 * energy, forces, None if stress is None else stress / units.GPa, relative, ms, relative <= limit)
+
+
+def _distance(a: np.ndarray | None, b: np.ndarray) -> float:
+    """Largest difference; infinite where one is missing or not a number."""
+    return float("inf") if a is None or not np.isfinite(a).all() else float(np.abs(a - b).max(initial=0.0))
+
+
+# --- the ways ------------------------------------------------------------------------------------------------------
+
+
+def _ase(way: Any) -> Make:
+    """One structure after the other through the ASE calculator, as `gossamer md` and `relax` do."""
+
+    def make(potential: Potential, frames: Sequence[Atoms]) -> Run:
+        calculator = Calculator(potential, way=way)
+
+        def run() -> Answers:
+            found = []
+            for atoms in frames:
+                calculator.calculate(atoms, ["energy"])
+                results = calculator.results
+                stress = results.get("stress")
+                full = None if stress is None else stress[[0, 5, 4, 5, 1, 3, 4, 3, 2]].reshape(3, 3)
+                found.append({"energy": results["energy"], "forces": results["forces"], "stress": full})
+            return found
+
+        return run
+
+    return make
+
+
+def _batch(potential: Potential, frames: Sequence[Atoms]) -> Run:
+    """All structures at once, through `Potential.predict`."""
+    engine = Engine(potential, "kernels")
+    return lambda: potential.predict(frames, run=engine)
+
+
+def _torchsim(potential: Potential, frames: Sequence[Atoms]) -> Run:
+    """All structures at once, through TorchSim; molecules and crystals in states of their own."""
+    import torch_sim
+
+    from gossamer.simulation.torchsim import TorchSimModel
+
+    model = TorchSimModel(potential, compute_stress=potential.conservative)
+    kinds = sorted({tuple(a.pbc.tolist()) for a in frames})
+    parts = [[k for k, a in enumerate(frames) if tuple(a.pbc.tolist()) == kind] for kind in kinds]
+    states = [torch_sim.initialize_state([frames[k] for k in part], device=potential.device, dtype=torch.float64) for part in parts]
+
+    def run() -> Answers:
+        found: Answers = [{} for _ in frames]
+        for part, state in zip(parts, states, strict=True):
+            out = {name: value.cpu().numpy() for name, value in model(state).items()}
+            forces = np.split(out["forces"], np.cumsum([len(frames[k]) for k in part])[:-1])
+            for place, k in enumerate(part):
+                stress = out["stress"][place] if potential.conservative and frames[k].pbc.all() else None
+                found[k] = {"energy": float(out["energy"][place]), "forces": forces[place], "stress": stress}
+        return found
+
+    return run
+
+
+def _exported(path: Path) -> Make:
+    """The program in a file."""
+
+    def make(potential: Potential, frames: Sequence[Atoms]) -> Run:
+        if not path.exists():
+            raise FileNotFoundError(f"There is no program '{path}'.")
+        program = Program(path, potential)
+        small = [k for k, atoms in enumerate(frames) if not fits(potential.collate([as_structure(atoms)]))]
+        if small:
+            raise ValueError(f"structures {small} have fewer than two atoms or edges, which no program takes")
+        return lambda: potential.predict(frames, run=lambda graph, stress: program(graph), batch_atoms=1)
+
+    return make
+
+
+WAYS: dict[str, Make] = {
+    "plain": _ase("plain"),
+    "kernels": _ase("kernels"),
+    "program": _ase("program"),
+    "graph": _ase("graph"),
+    "batch": _batch,
+    "torchsim": _torchsim,
+}
+"""by ASE's calculator plain, with kernels, as a compiled program, as a CUDA graph; many structures at once; by TorchSim"""

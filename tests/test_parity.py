@@ -1,0 +1,86 @@
+"""`gossamer parity`: every way of running beside the plain network in float64, and what it says when one differs."""
+
+from __future__ import annotations
+
+import json
+from importlib.util import find_spec
+from pathlib import Path
+
+import ase.io
+import numpy as np
+import pytest
+import torch
+from ase import Atoms
+from ase.build import bulk, molecule
+from conftest import make_potential
+from test_kernels import needs_compiler
+
+import gossamer
+from gossamer import ways as module
+from gossamer.cli import main
+from gossamer.data.structure import as_structure
+from gossamer.potential_file import save
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    """A small potential, its stored structures, and a file of others."""
+    frames = [bulk("Si", cubic=True), molecule("CH3CH2OH")]
+    for k, atoms in enumerate(frames):
+        atoms.rattle(0.1, seed=k)
+    potential = make_potential(["H", "C", "O", "Si"], name="painn", dtype=torch.float32)
+    save(potential, tmp_path / "p.safetensors", check=[as_structure(a) for a in frames])
+    ase.io.write(tmp_path / "crystals.extxyz", [frames[0].repeat((k, 1, 1)) for k in (1, 2, 3)])
+    return tmp_path / "p.safetensors"
+
+
+@needs_compiler
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # TorchSim's imports
+def test_all_ways_say_the_same(model: Path, kernels: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    asked = ["plain", "kernels", "batch", *(["torchsim"] if find_spec("torch_sim") else [])]
+    assert main(["parity", str(model), "--ways", *asked, "--out", str(tmp_path / "parity.json")]) == 0
+    said = capsys.readouterr().out
+    assert [line.split()[0] for line in said.splitlines()] == ["way", *asked]
+    told = json.loads((tmp_path / "parity.json").read_text())
+    assert (told["structures"], told["tolerance"]) == (2, 1e-4)
+    for row in told["ways"]:
+        assert row["agrees"]
+        assert 0 < row["forces_eV_per_A"] < 1e-4  # float32 beside float64: not nothing
+        assert row["stress_GPa"] > 0
+    rows = gossamer.parity(model, [tmp_path / "crystals.extxyz"], ways=["kernels"], count=2, dtype="float64")
+    assert rows[0]["relative"] < 1e-7
+
+
+def test_a_way_that_differs_is_told(model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    right = module._ase("plain")
+
+    def wrong(potential, frames):
+        run = right(potential, frames)
+        return lambda: [{**a, "stress": None if a["stress"] is None else -a["stress"]} for a in run()]
+
+    def broken(potential, frames):
+        return lambda: [{**a, "forces": np.full_like(a["forces"], np.nan)} for a in right(potential, frames)()]
+
+    monkeypatch.setitem(module.WAYS, "kernels", wrong)
+    monkeypatch.setitem(module.WAYS, "batch", broken)
+    assert main(["parity", str(model), "--ways", "plain", "kernels", "batch"]) == 1
+    plain, *others = capsys.readouterr().out.splitlines()[1:]
+    assert not plain.endswith("DIFFERS")
+    assert all(line.endswith("DIFFERS") for line in others)
+
+
+def test_what_cannot_be_had(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    rows = {r["way"]: r for r in gossamer.parity(model, ways=["graph"], exported=tmp_path / "none.pt2")}
+    assert {r["agrees"] for r in rows.values()} == {False}  # asked for by name
+    assert "needs a potential on a GPU" in rows["graph"]["reason"]
+    assert "There is no program" in rows["exported"]["reason"]
+    for change, message in (
+        ({"ways": ["fast"]}, "fast are unknown"),
+        ({"count": 0}, "must be positive"),
+        ({"tolerance": -1.0}, "positive"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            gossamer.parity(model, **change)
+    ase.io.write(tmp_path / "gold.xyz", Atoms("Au"))
+    with pytest.raises(ValueError, match="Au"):
+        gossamer.parity(model, [tmp_path / "gold.xyz"])
