@@ -218,7 +218,10 @@ def _parity_parser(parity: argparse.ArgumentParser) -> None:
     parity.add_argument("model", help="saved potential")
     parity.add_argument("structures", nargs="*", help="structure files (default: the structures kept in the potential's file)")
     parity.add_argument(
-        "--ways", nargs="+", metavar="WAY", help="among plain, kernels, program, graph, batch and torchsim (default: all that run here)"
+        "--ways",
+        nargs="+",
+        metavar="WAY",
+        help="among plain, kernels, program, graph, batch, torchsim, lammps and lammps-2 (default: all that run here)",
     )
     parity.add_argument("--exported", metavar="FILE", help="program made by gossamer export from this potential")
     parity.add_argument("--count", type=int, default=5, help="frames of each file, spread evenly (default: 5)")
@@ -484,7 +487,7 @@ def _relax(arguments: argparse.Namespace) -> int:
     from gossamer.simulation.options import RelaxConfig
     from gossamer.simulation.relax import relax, relax_files
 
-    several = len(arguments.structure) > 1 or arguments.all_frames or arguments.engine != "ase"
+    several = len(arguments.structure) > 1 or bool(arguments.all_frames) or arguments.engine == "torchsim"
     out = arguments.out or Path("relaxed" if several else "relaxed.extxyz")
     config = from_flags(RelaxConfig, arguments, out=out)
     if not several:

