@@ -36,10 +36,11 @@ for name, dtypes in (("odd channels", [torch.float32]), ("l 1, both parities", [
         width = sum(convolution.channels)
         def radial(x):
             return torch.sin(x[:, None] * torch.arange(1, width + 1) / width * 9) * (1 - x[:, None]) ** 3
-        table = pack(convolution, tabulate(radial, dtype), gpu.LANES).to(dtype)
+        knots = tabulate(radial, dtype)
+        table = pack(convolution, knots, gpu.LANES).to(dtype)
         receiver_starts, sender_starts, by_sender = gpu.sort_edges(edge_index, variables[0])
         leaves = [v.clone().requires_grad_() for v in variables]
-        plain = definition(convolution, *leaves, table, edge_index)
+        plain = definition(convolution, *leaves, knots.to(dtype), edge_index)
         gradient = torch.randn(plain.shape, **random)
         wanted = [plain.detach(), *torch.autograd.grad(plain, leaves, gradient)]
         edges = edge_index, receiver_starts, sender_starts, by_sender
