@@ -1,5 +1,5 @@
 # make demo   train, evaluate, simulate and report on the shipped water data (a few minutes on two cores)
-# make test   the test suite (five to nine minutes on two cores)
+# make test   the test suite (eight to fourteen minutes on two cores)
 # make docs   build the site into site/, warnings as errors
 # make wheel  build the wheel, install it into an environment of its own, use it
 # All set up a virtual environment with pinned versions first.

@@ -693,7 +693,10 @@ def test_edge_kernel_has_right_second_derivatives(name: str) -> None:
         assert float((a - b).detach().abs().max()) < 1e-12 * max(1.0, float(b.detach().abs().max()))
 
 
-@pytest.mark.parametrize("name", ["leignn", "nequip", "painn", "schnet", "mace", "sevennet"])
+@pytest.mark.parametrize(
+    "name",
+    ["leignn", "nequip", "painn", "schnet", pytest.param("mace", marks=pytest.mark.slow), pytest.param("sevennet", marks=pytest.mark.slow)],
+)
 def test_training_with_kernels_is_plain_training(name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     for kernels in (True, False):
