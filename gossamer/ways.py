@@ -22,6 +22,7 @@ import torch
 from ase import Atoms, units
 from ase.calculators.lammps import Prism
 from ase.io.lammpsdata import write_lammps_data
+from ase.stress import voigt_6_to_full_3x3_stress
 
 from gossamer.data.atoms import read_frames
 from gossamer.data.structure import as_structure
@@ -191,7 +192,7 @@ def _ase(way: Any) -> Make:
                 calculator.calculate(atoms, ["energy"])
                 results = calculator.results
                 stress = results.get("stress")
-                full = None if stress is None else stress[[0, 5, 4, 5, 1, 3, 4, 3, 2]].reshape(3, 3)
+                full = None if stress is None else voigt_6_to_full_3x3_stress(stress)
                 found.append({"energy": results["energy"], "forces": results["forces"], "stress": full})
             return found
 

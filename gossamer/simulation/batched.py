@@ -1,4 +1,4 @@
-"""Relaxation of many structures at once on TorchSim's FIRE: finished ones leave a batch, others take their places."""
+"""Relaxation of many structures at once on TorchSim's FIRE, in batches that finished structures leave."""
 
 from __future__ import annotations
 
@@ -34,9 +34,8 @@ except ImportError:
 
 log = logging.getLogger(__name__)
 BATCH_ATOMS = 2048
-"""atoms evaluated at once"""
-BLOCK = 200
-"""structures that are written together when all are done: what a crash can lose"""
+"""atoms evaluated at once. A batch is written when it is done; none of it is swapped for others, as TorchSim counts steps from the start of
+all, and late ones would get fewer"""
 BETWEEN = 5
 """steps between two looks at which structures are finished"""
 
@@ -44,7 +43,7 @@ BETWEEN = 5
 def relax_batched(
     potential: Potential, structures: Sequence[tuple[Atoms, Path]], config: RelaxConfig, bare: Any
 ) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """Relax structures in batches, and write each when its block is done.
+    """Relax structures in batches, and write each when its batch is done.
 
     Args:
         potential: With conservative forces where the cell is relaxed.
@@ -53,13 +52,20 @@ def relax_batched(
         bare: What is kept of relaxed atoms, ``(atoms) -> atoms``.
 
     Yields:
-        The file, and "converged", "energy_eV", "max_force_eV_per_A", "volume_A3", or "error". SIGTERM ends the list after a block, with
+        The file, and "converged", "energy_eV", "max_force_eV_per_A", "volume_A3", or "error". SIGTERM ends the list after a batch, with
         "stopped" in the last.
     """
     model = TorchSimModel(potential, config.way, compute_stress=config.cell)
     kinds = sorted({tuple(a.pbc.tolist()) for a, _ in structures})  # TorchSim's states have one periodicity
-    blocks = [part[k : k + BLOCK] for kind in kinds for part in [[s for s in structures if tuple(s[0].pbc.tolist()) == kind]]
-              for k in range(0, len(part), BLOCK)]  # fmt: skip
+    blocks: list[list[tuple[Atoms, Path]]] = []
+    for kind in kinds:
+        atoms_in = BATCH_ATOMS
+        for atoms, out in (s for s in structures if tuple(s[0].pbc.tolist()) == kind):
+            if atoms_in + len(atoms) > BATCH_ATOMS:
+                blocks.append([])
+                atoms_in = 0
+            blocks[-1].append((atoms, out))
+            atoms_in += len(atoms)
     with StopRequested() as stop, tqdm(total=len(structures), unit="structure", disable=None) as bar:
         for number, block in enumerate(blocks):
             relaxed = _relaxed(model, [atoms for atoms, _ in block], config)
@@ -79,7 +85,7 @@ def relax_batched(
 def _relaxed(model: TorchSimModel, structures: Sequence[Atoms], config: RelaxConfig) -> list[Atoms]:
     """The structures where FIRE left them."""
     criterion = torch_sim.generate_force_convergence_fn(force_tol=config.fmax, include_cell_forces=config.cell)
-    batcher = torch_sim.InFlightAutoBatcher(model, memory_scales_with="n_atoms", max_memory_scaler=max(BATCH_ATOMS, *map(len, structures)))
+    batcher = torch_sim.InFlightAutoBatcher(model, memory_scales_with="n_atoms", max_memory_scaler=sum(map(len, structures)))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*max steps.*")  # "not converged" is in the answer
         final = torch_sim.optimize(
