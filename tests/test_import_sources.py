@@ -22,7 +22,7 @@ import torch
 from ase import Atoms
 from ase.build import bulk, molecule
 from ase.calculators.emt import EMT
-from conftest import DEMO, SHARED
+from conftest import DEMO, SHARED, make_potential
 
 import gossamer
 from gossamer.cli import main
@@ -549,6 +549,24 @@ def test_a_reference_is_asked_about_turned_structures() -> None:
     assert np.abs(turned["forces"] - plain["forces"]).max() > 1e-2
     for name, value in reference.turned_back(turned, rotation).items():
         np.testing.assert_allclose(value, plain[name], atol=1e-10)
+
+
+@pytest.mark.parametrize("error", [0.0, 1e-7])
+def test_rounding_in_float32_excuses_nothing_in_float64(error: float) -> None:
+    potential = make_potential(["H", "C"], name="painn", dtype=torch.float32)
+    check = verify.structures(["H", "C"], potential.cutoff)[:4]
+    answer: dict[str, Any] = {"package": "other", "version": "1"}
+    for precision, dtype, off in (("native", torch.float32, 0.0), ("float64", torch.float64, error)):
+        potential.network.to(dtype)
+        said = potential.predict(check)
+        answer |= {f"{precision}.energy": np.array([p["energy"] for p in said]), f"{precision}.stress": np.full((4, 6), np.nan),
+                   f"{precision}.forces": np.concatenate([p["forces"] for p in said]) + off}  # fmt: skip
+    potential.network.to(torch.float32)
+    if error:
+        with pytest.raises(ValueError, match="nothing was written"):
+            verify.compare(potential, check, answer)
+    else:
+        assert verify.compare(potential, check, answer)["float64"]["forces_eV_per_A"] < 1e-12
 
 
 def test_references_that_cannot_be_had(tmp_path: Path) -> None:
