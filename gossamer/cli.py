@@ -138,6 +138,7 @@ def _evaluate_parser(evaluate: argparse.ArgumentParser) -> None:
     evaluate.add_argument("--worst", type=int, default=20, help="frames with the largest errors to write (default: 20)")
     evaluate.add_argument("--device", default="cpu", help="default: cpu")
     _way(evaluate)
+    evaluate.add_argument("--dispersion", metavar="FUNCTIONAL", help="functional whose D3 is added to the predictions: pbe, r2scan ...")
     evaluate.add_argument("--include-training", action="store_true", help="count the frames that the potential was trained on, too")
     _labels(evaluate)
     _common(evaluate)
@@ -254,6 +255,11 @@ def _data_parser(data: argparse.ArgumentParser) -> None:
     convert.add_argument("--out", required=True, help="folder to make")
     convert.add_argument(
         "--legacy-lmdb", action="store_true", help="the files are LMDBs of pickled graphs (read with a restricted unpickler)"
+    )
+    convert.add_argument(
+        "--subtract-dispersion",
+        metavar="FUNCTIONAL",
+        help="take D3 of this functional (pbe, pbe/zero ...) off energies, forces and stresses",
     )
     _labels(convert)
     _common(convert)
@@ -407,7 +413,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     out = arguments.out or str(Path(arguments.model).parent / "evaluation")
     evaluation = evaluate(
         arguments.model, arguments.data, _label_config(arguments), out, arguments.worst, arguments.device, arguments.way,
-        arguments.include_training,
+        arguments.include_training, arguments.dispersion,
     )  # fmt: skip
     if arguments.json:
         print(json.dumps({**evaluation.summary(), "out": out}))
@@ -576,6 +582,11 @@ def _info(arguments: argparse.Namespace) -> int:
         print("# forces are predicted directly: they are NOT the gradient of the energy")
     if unverified(manifest):
         print(f"# {unverified(manifest)}")
+    known = manifest["statistics"]
+    if known.get("dispersion"):
+        print(
+            f"# trained {'with' if known['dispersion'] == 'included' else 'without'} dispersion, functional {known.get('functional') or 'unknown'}"
+        )
     print(yaml.safe_dump(manifest, sort_keys=False, allow_unicode=True), end="")
     return 0
 
@@ -610,8 +621,14 @@ def _convert(arguments: argparse.Namespace) -> int:
         from gossamer.data.readers import read_structures
 
         structures = read_structures(arguments.data, _label_config(arguments))
+    answer = {}
+    if arguments.subtract_dispersion is not None:
+        from gossamer.dispersion import subtract_dispersion
+
+        structures = subtract_dispersion(structures, arguments.subtract_dispersion)
+        answer = {"train with": f"data.dispersion=none data.functional={arguments.subtract_dispersion.partition('/')[0]}"}
     count = write_store(structures, arguments.out)
-    _show(arguments, {"structures": count, "out": arguments.out})
+    _show(arguments, {"structures": count, "out": arguments.out, **answer})
     return 0
 
 

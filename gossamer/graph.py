@@ -35,6 +35,8 @@ class Graph:
     """(sender, receiver), sorted by receiver"""
     edge_shifts: Float[Tensor, "n_edges 3"]
     """whole cell vectors crossed on the way from receiver to sender"""
+    pbc: Bool[Tensor, "n_graphs 3"] | None = None
+    """which axes are periodic; None: those with a cell vector"""
     energy: Float[Tensor, " n_graphs"] | None = None
     """eV"""
     forces: Float[Tensor, "n_atoms 3"] | None = None
@@ -65,6 +67,11 @@ class Graph:
     @property
     def n_edges(self) -> int:
         return self.edge_index.shape[1]
+
+    @property
+    def periodic(self) -> Bool[Tensor, "n_graphs 3"]:
+        """Which axes are periodic."""
+        return self.cell.abs().sum(dim=2) > 0 if self.pbc is None else self.pbc
 
     def atoms_per_graph(self) -> Float[Tensor, " n_graphs"]:
         ones = torch.ones_like(self.graph_index, dtype=self.cell.dtype)

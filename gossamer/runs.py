@@ -154,6 +154,10 @@ def prepare_potential(config: Config, frames: Frames, group: ProcessGroup) -> tu
     else:
         potential, frames, tuning = start_finetuning(config, frames)
         potential.seen = seen | potential.seen
+    said: dict[str, Any] = {
+        k: v for k, v in (("functional", config.data.functional), ("dispersion", config.data.dispersion)) if v is not None
+    }
+    potential.statistics = replace(potential.statistics, **said)
     if config.loss.normalize:
         spreads = potential.statistics.spreads or {}
         absent = [label for label in config.loss.needed() if label not in spreads]
@@ -448,6 +452,7 @@ def evaluate(
     device: str = "cpu",
     way: Way = "auto",
     include_training: bool = False,
+    dispersion: str | None = None,
 ) -> Evaluation:
     """Errors of a potential on labelled data; frames that it was trained on are left out, if there are others.
 
@@ -460,6 +465,7 @@ def evaluate(
         device: Where to compute, if ``model`` is a file.
         way: How to evaluate (`gossamer.engine.engine`).
         include_training: Count the frames that it was trained on, too.
+        dispersion: Functional whose D3 is added to the predictions (`gossamer.dispersion.D3`).
 
     Returns:
         Errors, with the frames' positions in ``data`` as indices; ``notes`` says what was left out, ``training_error``
@@ -468,7 +474,8 @@ def evaluate(
     potential = model if isinstance(model, Potential) else load(model, device)
     structures = open_dataset(data, labels) if isinstance(data, str | Path) else data
     chosen = leave_out_training_frames(potential.seen, structures, include_training)
-    evaluation = evaluate_potential(potential, Subset(structures, chosen.used), run=Engine(potential, way))
+    engine = Engine(potential, way, dispersion=dispersion)
+    evaluation = evaluate_potential(potential, Subset(structures, chosen.used), run=engine)
     for frame in evaluation.frames:
         frame["index"] = chosen.used[frame["index"]]
     evaluation.n_training_frames, evaluation.n_validation_frames = chosen.n_train, chosen.n_valid
@@ -477,17 +484,17 @@ def evaluate(
         folder = Path(out)
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "errors.json", evaluation.summary())
-        write_worst(potential, structures, evaluation, folder / "worst.extxyz", worst)
+        write_worst(engine, structures, evaluation, folder / "worst.extxyz", worst)
     return evaluation
 
 
-def write_worst(potential: Potential, structures: Sequence[Structure], evaluation: Evaluation, path: Path, n: int) -> None:
+def write_worst(engine: Engine, structures: Sequence[Structure], evaluation: Evaluation, path: Path, n: int) -> None:
     """The frames with the largest errors: labels as energy and forces, predictions under names of their own."""
     frames = []
     by_index = {f["index"]: f for f in evaluation.frames}
     for index in evaluation.worst(n):
         atoms = structures[index].to_ase()
-        predicted = potential.predict([structures[index]])[0]
+        predicted = engine.potential.predict([structures[index]], run=engine)[0]
         atoms.info |= {k: v for k, v in by_index[index].items() if k != "name"} | {"predicted_energy": predicted["energy"]}
         atoms.info["source"] = structures[index].name.replace("'", "")
         atoms.arrays["predicted_forces"] = predicted["forces"]

@@ -72,6 +72,8 @@ class JudgeConfig:
     """Of saved potentials; by default as saved."""
     way: Literal["auto", "plain", "kernels", "program", "graph"] = "auto"
     """How saved potentials are evaluated."""
+    dispersion: str | None = None
+    """Functional whose D3 is added to all that are judged, as simple-dftd3 names it: pbe, r2scan ... (pbe/zero: zero damping)."""
 
     @field_validator("data", "diatomics_reference", "phonons_reference", "conductivity_crystals", "conductivity_reference", "discovery",
                      "discovery_table", "discovery_relaxed", mode="before")  # fmt: skip

@@ -129,7 +129,7 @@ def judge(
     n_systems = len(inputs.systems) or len(inputs.structures)
     if len(config.references) > max(1, n_systems):
         raise ValueError(f"{len(config.references)} references for {n_systems} systems: give one for each, in the same order.")
-    sources = find_sources(_listed(models), _listed(calculator), config.device, config.dtype, config.way)
+    sources = find_sources(_listed(models), _listed(calculator), config.device, config.dtype, config.way, config.dispersion)
     folder = Path(out)
     results: dict[str, dict[str, Result]] = {}
     for source in sources:

@@ -32,11 +32,12 @@ class SavedPotential:
     device: str = "cpu"
     dtype: str | None = None
     way: Any = "auto"
+    dispersion: str | None = None
 
     def __call__(self) -> Any:
         from gossamer.simulation.calculator import Calculator
 
-        return Calculator(self.path, device=self.device, dtype=self.dtype, way=self.way)
+        return Calculator(self.path, device=self.device, dtype=self.dtype, way=self.way, dispersion=self.dispersion)
 
 
 @dataclass(frozen=True)
@@ -44,9 +45,15 @@ class AnyCalculator:
     """Makes a calculator from module:factory; can be sent to other processes."""
 
     text: str
+    dispersion: str | None = None
 
     def __call__(self) -> Any:
-        return parse_calculator(self.text)[1]()
+        calculator = parse_calculator(self.text)[1]()
+        if self.dispersion is None:
+            return calculator
+        from gossamer.simulation.dispersion import with_dispersion
+
+        return with_dispersion(calculator, self.dispersion)
 
 
 @dataclass
@@ -71,7 +78,12 @@ class Source:
 
 
 def find_sources(
-    models: Sequence[Path | str], calculators: Sequence[str], device: str = "cpu", dtype: str | None = None, way: str = "auto"
+    models: Sequence[Path | str],
+    calculators: Sequence[str],
+    device: str = "cpu",
+    dtype: str | None = None,
+    way: str = "auto",
+    dispersion: str | None = None,
 ) -> list[Source]:
     """Saved potentials ("[name=]FILE") and calculators ("[name=]module:factory").
 
@@ -79,10 +91,11 @@ def find_sources(
         ValueError: nothing to judge, two of one name, or a calculator that is not one.
         FileNotFoundError: no such potential.
     """
-    found = [_saved(str(entry), device, dtype, way) for entry in models]
+    found = [_saved(str(entry), device, dtype, way, dispersion) for entry in models]
     for text in calculators:
         name, _ = parse_calculator(text)
-        found.append(Source(name, AnyCalculator(text), text.rpartition("=")[2] if "(" not in text else text))
+        fingerprint = text.rpartition("=")[2] if "(" not in text else text
+        found.append(Source(name, AnyCalculator(text, dispersion), fingerprint + _also(dispersion)))
     if not found:
         raise ValueError("There is nothing to judge: give a saved potential, or --calculator module:factory.")
     for source in found:
@@ -92,7 +105,12 @@ def find_sources(
     return found
 
 
-def _saved(entry: str, device: str, dtype: str | None, way: str) -> Source:
+def _also(dispersion: str | None) -> str:
+    """What dispersion adds to the fingerprint of what is judged."""
+    return "" if dispersion is None else f" with D3 of {dispersion}"
+
+
+def _saved(entry: str, device: str, dtype: str | None, way: str, dispersion: str | None) -> Source:
     """A saved potential from "[name=]FILE"."""
     name, equals, path = entry.partition("=")
     path = path if equals else entry
@@ -105,7 +123,8 @@ def _saved(entry: str, device: str, dtype: str | None, way: str) -> Source:
     file = Path(path)
     stem = file.parent.resolve().name if file.stem == "potential" else file.stem
     return Source(
-        name if equals else stem, SavedPotential(path, device, dtype, way), f"{manifest['checksum']}-{dtype}{'' if way == 'auto' else f'-{way}'}",
+        name if equals else stem, SavedPotential(path, device, dtype, way, dispersion),
+        f"{manifest['checksum']}-{dtype}{'' if way == 'auto' else f'-{way}'}{_also(dispersion)}",
         elements=list(manifest["statistics"]["elements"]), cutoff=manifest["model"].get("cutoff"), conservative=bool(manifest["conservative"]),
         run=file.parent if (file.parent / "config.yaml").exists() else None, n_train=manifest["statistics"].get("n_structures") or None,
         seen=read_seen_frames(path), ours=True, unverified=unverified(manifest),

@@ -35,6 +35,7 @@ def collate(structures: Sequence[Structure], cutoff: float, max_neighbors: int |
         graph_index=torch.from_numpy(np.repeat(np.arange(len(structures)), sizes)),
         edge_index=torch.from_numpy(edge_index),
         edge_shifts=torch.from_numpy(edge_shifts.astype(np.float64)),
+        pbc=torch.from_numpy(np.stack([s.pbc for s in structures])),
         **label_fields({name: _joined(quantity, structures) for name, quantity in QUANTITIES.items()}),
         free=torch.from_numpy(np.concatenate([s.free for s in structures])),
         names=tuple(s.name for s in structures),

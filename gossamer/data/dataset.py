@@ -39,6 +39,11 @@ class DataConfig:
     """Seed of the split."""
     labels: LabelConfig = LabelConfig()
     """Names and units of the labels."""
+    functional: str | None = None
+    """Functional of the labels as simple-dftd3 names it (pbe, r2scan ...), kept with the potential for its users and for ``--dispersion``."""
+    dispersion: Literal["none", "included"] | None = None
+    """Whether the labels hold a dispersion correction: then ``--dispersion`` is refused for the potential. None: not known
+    (``--dispersion`` warns). `gossamer data convert --subtract-dispersion` takes it off."""
     elements: list[str] | None = None
     """Element table; by default the elements of the training structures."""
     reference_energies: Literal["auto", "isolated", "least_squares"] | dict[str, float] = "auto"

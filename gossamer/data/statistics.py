@@ -42,6 +42,10 @@ class Statistics:
     """Å, of each pair of elements ("H-O") within the cutoff, where `potential.zbl_radius` is "data"; None: not known"""
     fewest_neighbors: dict[str, float] | None = None
     """likewise the smallest number of neighbours of an atom of each element, counted by `gossamer.neighbors.company`"""
+    functional: str | None = None
+    """of the labels, where the settings say it (data.functional)"""
+    dispersion: Literal["none", "included"] | None = None
+    """whether the labels hold dispersion, where the settings say it (data.dispersion)"""
     n_structures: int = 0
     fingerprint: str = ""
     """sha256 over atoms, cells and labels of the training structures"""

@@ -16,10 +16,14 @@ with one line of the log; a way that was asked for by name and cannot be had is 
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from typing import Any, Literal, get_args
 
+import numpy as np
 import torch
+from torch import Tensor
 
+from gossamer.dispersion import D3, checked
 from gossamer.engine.agreement import TABLE_TOLERANCE, TOLERANCE, agree, probe, rattled
 from gossamer.engine.cuda_graph import CudaGraph
 from gossamer.engine.kernels.attach import attach_kernels, sharing_copy
@@ -42,16 +46,19 @@ MOST_EDGES = 1 << 21
 class Engine:
     """Evaluates one potential in one way."""
 
-    def __init__(self, potential: Potential, way: Way = "auto", weights_change: bool = False) -> None:
+    def __init__(self, potential: Potential, way: Way = "auto", weights_change: bool = False, dispersion: str | None = None) -> None:
         """
         Args:
             potential: Left as it is. Its weights must not change later, unless ``weights_change``, and then in place.
             way: How to evaluate; see above.
             weights_change: Kernels that hold nothing of the weights (validation during training); plain and kernels only.
+            dispersion: Functional whose D3 is added to energies, forces and stress, but not to the energies of atoms
+                (`gossamer.dispersion.D3`).
 
         Raises:
-            ValueError: no such way, or one that this device or ``weights_change`` rules out.
+            ValueError: no such way, one that this device or ``weights_change`` rules out, or dispersion that the potential has already.
             RuntimeError: a way asked for by name that cannot be had here, and why.
+            ImportError: dispersion without its package.
         """
         if way not in get_args(Way):
             raise ValueError(f"way '{way}' is unknown. Choose one of {', '.join(get_args(Way))}.")
@@ -59,6 +66,9 @@ class Engine:
             raise ValueError(f"way 'graph' records a CUDA graph and needs a potential on a GPU, found {potential.device}.")
         if weights_change and way in ("program", "graph"):
             raise ValueError(f"way '{way}' holds the weights of a potential, and these are to change. Choose kernels or plain.")
+        known = potential.statistics
+        self.dispersion: D3 | None = None if dispersion is None else checked(dispersion, known.functional, known.dispersion)
+        """what is added to every prediction"""
         self.potential = sharing_copy(potential, differentiable=False).eval()
         self.asked, self.weights_change = way, weights_change
         self.quick: Potential | None = None
@@ -91,6 +101,11 @@ class Engine:
 
         Programs and CUDA graphs leave to the kernels what they cannot take: lone atoms, or batches of which there is no program.
         """
+        out = self._predict(graph, stress)
+        return out if self.dispersion is None else self._dispersed(self.dispersion, out, graph)
+
+    def _predict(self, graph: Graph, stress: bool) -> Prediction:
+        """The potential's own."""
         if self._records and graph.n_graphs == 1 and fits(graph) and self._worth_recording(graph):
             recorded = self._recorded(graph)
             if recorded is not None:
@@ -122,10 +137,29 @@ class Engine:
         return self.way
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Engine, (self.potential, self.asked, self.weights_change)
+        return Engine, (self.potential, self.asked, self.weights_change, None if self.dispersion is None else str(self.dispersion))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Engine:
         return self  # nothing of it belongs to one user
+
+    def _dispersed(self, d3: D3, out: Prediction, graph: Graph) -> Prediction:
+        """A prediction with the dispersion of each structure."""
+        numbers, positions, index, cells, pbc = (
+            t.cpu().numpy() for t in (graph.atomic_numbers, graph.positions, graph.graph_index, graph.cell, graph.periodic)
+        )
+        found = [d3(numbers[index == k], positions[index == k], cells[k], pbc[k]) for k in range(graph.n_graphs)]
+        volumes = np.abs(np.linalg.det(cells))
+        stresses = [d.virial / v if v > 1e-9 else np.full((3, 3), np.nan) for d, v in zip(found, volumes, strict=True)]
+
+        def there(values: Any) -> Tensor:
+            return torch.from_numpy(np.asarray(values)).to(out.energy)
+
+        return replace(
+            out,
+            energy=out.energy + there([d.energy for d in found]),
+            forces=None if out.forces is None else out.forces + there(np.concatenate([d.forces for d in found])),
+            stress=None if out.stress is None else out.stress + there(np.array(stresses)),
+        )
 
     # --- how each way is made ----------------------------------------------------------------------------------------
 

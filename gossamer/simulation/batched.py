@@ -55,7 +55,7 @@ def relax_batched(
         The file, and "converged", "energy_eV", "max_force_eV_per_A", "volume_A3", or "error". SIGTERM ends the list after a batch, with
         "stopped" in the last.
     """
-    model = TorchSimModel(potential, config.way, compute_stress=config.cell)
+    model = TorchSimModel(potential, config.way, compute_stress=config.cell, dispersion=config.dispersion)
     kinds = sorted({tuple(a.pbc.tolist()) for a, _ in structures})  # TorchSim's states have one periodicity
     blocks: list[list[tuple[Atoms, Path]]] = []
     for kind in kinds:

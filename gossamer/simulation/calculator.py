@@ -38,6 +38,7 @@ class Calculator(ASECalculator):
         skin: float = 0.5,
         way: Way = "auto",
         reuse_memory: bool = True,
+        dispersion: str | None = None,
         **kwargs: Any,
     ) -> None:
         """
@@ -49,10 +50,12 @@ class Calculator(ASECalculator):
             way: How to evaluate (`gossamer.engine.engine`): "auto", "plain", "kernels", "program" or "graph".
             reuse_memory: Let this process keep large blocks of memory that it frees, which saves up to a third of the time on
                 Linux; concerns the whole process (`gossamer.engine.memory`).
+            dispersion: D3 of this functional is added (`gossamer.dispersion.D3`); energies and stresses of atoms are then not given.
 
         Raises:
-            ValueError: an unknown way, or a CUDA graph without a GPU.
+            ValueError: an unknown way, a CUDA graph without a GPU, or dispersion that the labels held already.
             RuntimeError: a way asked for by name that cannot be had here.
+            ImportError: dispersion without its package.
         """
         super().__init__(**kwargs)
         if reuse_memory:
@@ -68,7 +71,7 @@ class Calculator(ASECalculator):
         self.conservative = self.potential.conservative
         if self.potential.max_neighbors is not None:
             log.warning("this potential keeps %d neighbours: energy and forces jump when ranks change", self.potential.max_neighbors)
-        self.engine = Engine(self.potential, way)
+        self.engine = Engine(self.potential, way, dispersion=dispersion)
         self._checked: bytes = b""
         self._numbers = torch.zeros(0, dtype=torch.int64, device=self.potential.device)
         self._lock = threading.RLock()
@@ -100,6 +103,8 @@ class Calculator(ASECalculator):
         wanted = properties or ["energy"]
         periodic = bool(self.atoms.pbc.all())
         stress_wanted = "stress" in wanted or "stresses" in wanted
+        if self.engine.dispersion is not None and {"energies", "stresses"} & set(wanted):
+            raise PropertyNotImplementedError("Energies and stresses of atoms are not known with dispersion, which belongs to pairs.")
         if stress_wanted and not self.conservative:
             raise PropertyNotImplementedError(
                 "This potential predicts forces directly: it has no stress. Train one with direct_forces: false."
@@ -115,6 +120,8 @@ class Calculator(ASECalculator):
         if not np.isfinite(forces).all():
             self._explain_not_finite(graph)
         self.results = {"energy": float(energy[0]), "free_energy": float(energy[0]), "energies": energies, "forces": forces}
+        if self.engine.dispersion is not None:
+            del self.results["energies"]
         if found:
             self.results["stress"] = full_3x3_to_voigt_6_stress(found[0][0])
         if "stresses" in wanted:
@@ -152,6 +159,7 @@ class Calculator(ASECalculator):
             graph_index=torch.zeros(len(atoms), dtype=torch.int64, device=device),
             edge_index=edge_index,
             edge_shifts=edge_shifts,
+            pbc=torch.from_numpy(atoms.pbc[None]).to(device),
         )
         return self.potential.prune(graph)
 

@@ -31,6 +31,7 @@ from gossamer.files import atomic_path, locked
 from gossamer.neighbors import neighbor_list
 from gossamer.settings import configured
 from gossamer.signals import StopRequested
+from gossamer.simulation.dispersion import with_dispersion
 from gossamer.simulation.options import MDConfig, Way
 from gossamer.simulation.state import numbers_of, put_back
 
@@ -116,7 +117,12 @@ def temperature_of(atoms: Atoms, ensemble: str) -> float:
 
 
 def as_calculator(
-    model: Any, device: str = "cpu", dtype: str | None = None, way: Way = "auto", expect: tuple[int, Atoms] | None = None
+    model: Any,
+    device: str = "cpu",
+    dtype: str | None = None,
+    way: Way = "auto",
+    expect: tuple[int, Atoms] | None = None,
+    dispersion: str | None = None,
 ) -> BaseCalculator:
     """A calculator from an ASE calculator, a potential, or the file of one.
 
@@ -126,22 +132,23 @@ def as_calculator(
         dtype: Of a potential read from a file.
         way: How a potential runs.
         expect: About how many evaluations of which atoms will come, from which a calculator made here may choose to compile.
+        dispersion: Functional whose D3 is added.
 
     Raises:
-        ValueError: ``way`` or ``dtype`` for a calculator, which runs as it was made.
+        ValueError: ``way`` or ``dtype`` for a calculator, which runs as it was made; dispersion that the potential's labels held already.
     """
     if not isinstance(model, str | Path | BaseCalculator):
         from gossamer.potential import Potential
 
-        if not isinstance(model, Potential):
-            return model  # calculators that are none of ASE's classes
+        if not isinstance(model, Potential):  # calculators that are none of ASE's classes
+            return model if dispersion is None else with_dispersion(model, dispersion)
     if isinstance(model, BaseCalculator):
         if way != "auto" or dtype is not None:
             raise ValueError("way and dtype are for potentials: a calculator runs as it was made. Give them where the calculator is made.")
-        return model
+        return model if dispersion is None else with_dispersion(model, dispersion)
     from gossamer.simulation.calculator import Calculator
 
-    calculator = Calculator(model, device=device, dtype=dtype, way=way)
+    calculator = Calculator(model, device=device, dtype=dtype, way=way, dispersion=dispersion)
     if expect is not None:
         calculator.expect(*expect)
     return calculator
@@ -246,7 +253,7 @@ def _prepare(model: Any, structure: Atoms | Path | str, config: MDConfig) -> _Ru
 def _set_calculator(atoms: Atoms, model: Any, config: MDConfig, before: dict[str, Any] | None) -> None:
     """Give the atoms their calculator; a resumed run goes on in the way it began."""
     way = config.way if before is None or config.way != "auto" or isinstance(model, BaseCalculator) else before["way"]
-    atoms.calc = as_calculator(model, config.device, config.dtype, way, (config.steps, atoms))
+    atoms.calc = as_calculator(model, config.device, config.dtype, way, (config.steps, atoms), config.dispersion)
     direct = has_direct_forces(atoms.calc)
     if config.ensemble in NPT and (not atoms.pbc.all() or direct):
         raise ValueError(
@@ -291,7 +298,8 @@ class SimulationBroken(RuntimeError):
 
 def _settings(config: MDConfig, way: str) -> dict[str, Any]:
     """What a resumed run must share with the one before."""
-    names = ("ensemble", "timestep", "temperature", "temperature_end", "pressure", "thermostat_time", "barostat_time", "interval")
+    names = ("ensemble", "timestep", "temperature", "temperature_end", "pressure", "thermostat_time", "barostat_time", "interval",
+             "dispersion")  # fmt: skip
     ramp = config.steps if config.temperature_end is not None else None
     return {**{name: getattr(config, name) for name in names}, "ramp_steps": ramp, "way": way}
 
@@ -345,7 +353,7 @@ def _stored_settings(path: Path) -> dict[str, Any]:
     if "way" not in settings:  # until 0.1.0: the words of today, and before kernels a yes or no
         compiled = settings.pop("compiled", False)
         settings["way"] = compiled if isinstance(compiled, str) else "program" if compiled else "plain"
-    return {"temperature_end": None, "ramp_steps": None, **settings}
+    return {"temperature_end": None, "ramp_steps": None, "dispersion": None, **settings}
 
 
 def _read_state(path: Path, before: dict[str, Any], settings: dict[str, Any], atoms: Atoms) -> dict[str, Any]:

@@ -59,6 +59,9 @@ class MDConfig:
     way: Way = "auto"
     """How the potential runs: plain, kernels, a compiled program, or a CUDA graph; by default the fastest that has shown its numbers right
     and pays in a run this long. A resumed run goes on as it began."""
+    dispersion: str | None = None
+    """Functional whose D3 is added, as simple-dftd3 names it: pbe, r2scan ... (Becke-Johnson damping; pbe/zero: zero damping). Refused where
+    the potential's labels held dispersion already."""
 
 
 @settings
@@ -92,3 +95,6 @@ class RelaxConfig:
     """Of a potential read from a file; by default as saved."""
     way: Way = "auto"
     """How the potential runs: plain, kernels, a compiled program, or a CUDA graph; by default the fastest that has shown its numbers right."""
+    dispersion: str | None = None
+    """Functional whose D3 is added, as simple-dftd3 names it: pbe, r2scan ... (Becke-Johnson damping; pbe/zero: zero damping). Refused where
+    the potential's labels held dispersion already."""

@@ -58,7 +58,7 @@ def relax(model: Any, structure: Atoms | Path | str, config: RelaxConfig | None 
     if config.engine != "ase" or config.all_frames:
         raise ValueError("engine and all_frames are for several structures: gossamer.relax_files, or the command line.")
     atoms = as_atoms(structure, config.frame, config.supercell)
-    atoms.calc = as_calculator(model, config.device, config.dtype, config.way)
+    atoms.calc = as_calculator(model, config.device, config.dtype, config.way, dispersion=config.dispersion)
     if config.cell and not atoms.pbc.all():
         raise ValueError(f"Relaxing the cell needs periodicity along all axes, found pbc {atoms.pbc.tolist()}.")
     if config.cell and has_direct_forces(atoms.calc):
@@ -140,11 +140,12 @@ def _failed(structure: str, error: Exception) -> dict[str, Any]:
 
 def _on_ase(model: Any, jobs: Sequence[_Job], config: RelaxConfig) -> list[dict[str, Any]]:
     """One structure after the other."""
-    calculator = as_calculator(model, config.device, config.dtype, config.way)
+    # made once, with all that concerns it
+    calculator = as_calculator(model, config.device, config.dtype, config.way, dispersion=config.dispersion)
     answers = []
     for structure, frame, out in jobs:
         resume = config.resume and out.with_suffix(".state.npz").exists()
-        one = replace(config, out=out, frame=frame, all_frames=False, resume=resume, way="auto", dtype=None)  # the calculator is made
+        one = replace(config, out=out, frame=frame, all_frames=False, resume=resume, way="auto", dtype=None, dispersion=None)
         named = structure if not config.all_frames else f"{structure}, frame {frame}"
         try:
             answer = relax(calculator, structure, one)
@@ -204,7 +205,7 @@ def _algorithm(atoms: Atoms, config: RelaxConfig) -> Any:
 def _relax_to_disk(atoms: Atoms, config: RelaxConfig, out: Path) -> tuple[bool, str | None, Any]:
     """Relax with the path and the optimiser's memory beside ``out``; whether it converged, the signal that ended it, the optimiser."""
     path, memory = out.with_suffix(".traj"), out.with_suffix(".state.npz")
-    kind = [config.optimizer, str(config.cell)]
+    kind = [config.optimizer, str(config.cell), *([] if config.dispersion is None else [config.dispersion])]
     algorithm = _algorithm(atoms, config)  # from the original cell also when resuming: the filter measures strain from there
     stored = _go_back(atoms, path, memory, kind) if config.resume else {}
     put_back(algorithm, stored)
@@ -266,7 +267,7 @@ def _go_back(atoms: Atoms, path: Path, memory: Path, kind: list[str]) -> dict[st
         raise ValueError(f"'{memory}' belongs to other atoms than this structure. Resume with the same structure, or choose another --out.")
     if stored["kind"].tolist() != kind:
         raise ValueError(
-            f"'{memory}' was made with optimizer and cell {stored['kind'].tolist()}, now {kind}. Resume with the same options."
+            f"'{memory}' was made with optimizer, cell and dispersion {stored['kind'].tolist()}, now {kind}. Resume with the same options."
         )
     atoms.set_cell(stored["cell"])
     atoms.set_positions(stored["positions"])

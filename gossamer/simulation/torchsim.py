@@ -40,6 +40,7 @@ class TorchSimModel(ModelInterface):
         compute_forces: bool = True,
         compute_stress: bool = True,
         skin: float = 0.5,
+        dispersion: str | None = None,
     ) -> None:
         """
         Args:
@@ -51,6 +52,7 @@ class TorchSimModel(ModelInterface):
             compute_forces: Give forces.
             compute_stress: Give stress.
             skin: Å beyond the cutoff that neighbour lists reach, so that they are rebuilt rarely.
+            dispersion: D3 of this functional is added (`gossamer.dispersion.D3`).
 
         Raises:
             ValueError: stress of a potential with direct forces, or an unknown way.
@@ -61,7 +63,7 @@ class TorchSimModel(ModelInterface):
             raise ValueError("way 'graph' records one structure. For batches choose auto, kernels, program or plain.")
         self.potential = potential if isinstance(potential, Potential) else load(potential, device)
         self.potential.eval().requires_grad_(False)
-        self.engine = Engine(self.potential, way)
+        self.engine = Engine(self.potential, way, dispersion=dispersion)
         self.neighbors = BatchVerletList(self.potential.cutoff, skin, self.potential.max_neighbors)
         self._checked: bytes = b""
         self._device, self._dtype = self.potential.device, dtype
@@ -129,7 +131,8 @@ class TorchSimModel(ModelInterface):
             for k, part in enumerate(np.split(numbers, np.cumsum(counts)[:-1])):
                 self.potential.check_elements(part, f"Structure {k}")
             self._checked = numbers.tobytes()
-        edges, shifts = self.neighbors(positions, cells, np.broadcast_to(on_cpu("pbc", bool), (len(cells), 3)), counts)
+        pbc = np.broadcast_to(on_cpu("pbc", bool), (len(cells), 3))
+        edges, shifts = self.neighbors(positions, cells, pbc, counts)
 
         def there(array: Any) -> Tensor:
             return torch.from_numpy(array).to(self.potential.device)
@@ -141,5 +144,6 @@ class TorchSimModel(ModelInterface):
             graph_index=there(index),
             edge_index=there(edges),
             edge_shifts=there(shifts.astype(np.float64)),
+            pbc=there(pbc.copy()),
         )
         return self.potential.prune(graph)
