@@ -172,6 +172,33 @@ def test_conductivity_references_are_read() -> None:
     assert table[mgo.info["mp_id"]]["kappa"] == pytest.approx(47.9, abs=0.1)
 
 
+@pytest.mark.parametrize("compact", [True, False])
+def test_transport_is_that_of_phono3py(compact: bool) -> None:
+    """Third-order force constants of no symmetry between two unlike atoms, in a supercell with several images at equal distance.
+
+    The cell is triclinic: where symmetry makes frequencies equal, rounding decides whether a tetrahedron encloses them.
+    """
+    phono3py = pytest.importorskip("phono3py")
+    cell = bulk("Cu", "hcp", a=2.6, c=4.2)
+    cell.symbols = "CuAu"
+    cell.set_cell(cell.cell.array @ [[1.02, 0.05, 0.03], [0, 0.97, 0.04], [0, 0, 1.01]], scale_atoms=True)
+    doubled = {"supercell_matrix": [2, 2, 1], "phonon_supercell_matrix": [2, 2, 1], "primitive_matrix": np.eye(3)}
+    solver = phono3py.Phono3py(phonons.to_phonopy(cell), **doubled)
+    solver.mesh_numbers = [5, 5, 4]
+    solver.generate_fc2_displacements(distance=0.03)
+    solver.phonon_forces = phonons.forces_of(EMT(), solver.phonon_supercells_with_displacements)
+    solver.produce_fc2()
+    solver.fc3 = np.random.default_rng(0).normal(scale=10, size=(2 if compact else 8, 8, 8, 3, 3, 3))
+    solver.init_phph_interaction(symmetrize_fc3q=False)
+    ours = thermal_conductivity.transport(solver.phph_interaction, 300.0)
+    solver.run_thermal_conductivity(temperatures=[300.0], is_isotope=True, transport_type="SMM19", boundary_mfp=1e6)
+    theirs = solver.thermal_conductivity
+    assert ours.gamma.max() > ours.gamma_isotope.max() > 0
+    for name in ("gamma", "gamma_isotope", "mode_kappa_matrix"):
+        expected = getattr(theirs, name)
+        np.testing.assert_allclose(getattr(ours, name), expected, rtol=1e-8, atol=1e-10 * np.abs(expected).max(), err_msg=name)
+
+
 def test_conductivity_of_copper_by_emt(tmp_path: Path) -> None:
     pytest.importorskip("phono3py")
     cu = bulk("Cu", cubic=True)

@@ -56,12 +56,12 @@ def main() -> None:
             continue
         if time.perf_counter() - began > 60 * arguments.minutes:
             break
-        start = time.perf_counter()
+        start = time.process_time()
         result = conductivity(calculator, atoms)
         errors = relative_errors(result, references[key])
         found["crystals"][key] = {
             "name": str(atoms.info.get("name")), "space_group": int(atoms.info["symm.no"]), "kappa": float(result["kappa"]),
-            "lowest_THz": round(float(result["lowest_frequency"]), 3), "same_symmetry": bool(result["same_symmetry"]), "reference": references[key]["kappa"], **{k: round(v, 4) for k, v in errors.items()}, "seconds": round(time.perf_counter() - start, 1),
+            "lowest_THz": round(float(result["lowest_frequency"]), 3), "same_symmetry": bool(result["same_symmetry"]), "reference": references[key]["kappa"], **{k: round(v, 4) for k, v in errors.items()}, "cpu_seconds": round(time.process_time() - start, 1),
         }  # fmt: skip
         values = [c["srme"] for c in found["crystals"].values()]
         found["mean_srme"], found["n"] = round(float(np.mean(values)), 4), len(values)

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from gossamer.checks.candidate import Candidate
 from gossamer.checks.phonons import forces_of, quiet, supercell_for, to_phonopy
 from gossamer.checks.result import InputError, Metric, Panel, Result, at_most, attempt, conclude, curve, measured, plain, skipped
+from gossamer.checks.scattering import isotope_linewidths, linewidths
 from gossamer.data.atoms import read_frames
 from gossamer.files import open_text, write_json
 
@@ -105,8 +106,23 @@ def conductivity(
     solver.symmetrize_fc3()
     solver.symmetrize_fc2()
     solver.init_phph_interaction(symmetrize_fc3q=False)
-    solver.run_thermal_conductivity(temperatures=[temperature], is_isotope=True, transport_type="SMM19", boundary_mfp=1e6)
-    return {**out, **_read(solver.thermal_conductivity)}
+    return {**out, **_read(transport(solver.phph_interaction, temperature))}
+
+
+def transport(interaction: Any, temperature: float) -> Any:
+    """phono3py's conductivity (Wigner, relaxation-time approximation, isotopes of natural abundance) with linewidths of `scattering`.
+
+    Args:
+        interaction: phono3py's, with force constants.
+        temperature: K.
+    """
+    from phono3py.conductivity.factory import conductivity_calculator
+
+    found = conductivity_calculator(interaction, np.array([temperature]), [None], method="SMM19-rta", is_isotope=True, boundary_mfp=1e6)
+    found.gamma = linewidths(interaction, found.grid_points, temperature)[None, None]
+    found.gamma_isotope = isotope_linewidths(interaction, found.grid_points)[None]
+    found.run()
+    return found
 
 
 def _matrix(given: Any, cell: Atoms, length: float) -> Any:
