@@ -49,6 +49,8 @@ class Graph:
     """False for atoms that were held fixed when the labels were made"""
     names: tuple[str, ...] = ()
     """where each structure came from, for error messages"""
+    n_padding: int = 0
+    """structures at the end that only fill the batch up: they have nothing to learn from"""
 
     @property
     def labels(self) -> dict[str, Tensor]:

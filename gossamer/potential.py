@@ -184,11 +184,11 @@ class Potential(nn.Module):
                 "Train with data that holds them, or choose another potential."
             )
 
-    def collate(self, structures: Sequence[Structure]) -> Graph:
-        """A graph of these structures with this potential's neighbour lists, on its device."""
+    def collate(self, structures: Sequence[Structure], lists: Sequence[tuple[np.ndarray, np.ndarray]] | None = None) -> Graph:
+        """A graph of these structures with this potential's neighbour lists (made now if not given), on its device."""
         for structure in structures:
             self.check_elements(structure.atomic_numbers, structure.name)
-        return self.prune(collate(structures, self.cutoff, self.max_neighbors).to(self.device))
+        return self.prune(collate(structures, self.cutoff, self.max_neighbors, lists).to(self.device))
 
     def prune(self, graph: Graph) -> Graph:
         """The graph without edges that carry nothing, being longer than the cutoff of their pair and than the repulsion reaches."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,14 +14,21 @@ from ase.build import bulk
 from conftest import MODELS, make_potential
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from gossamer.data.structure import Structure
 from gossamer.engine import engine as engine_module
 from gossamer.engine.cuda_graph import SHARE, CudaGraph, first_of, pad
 from gossamer.engine.kernels import gpu
 from gossamer.engine.kernels import ops as _  # noqa: F401  (registers the operators)
 from gossamer.engine.kernels.table import passed
 from gossamer.graph import Graph
+from gossamer.nn.attention import Attention
 from gossamer.potential import Potential
 from gossamer.simulation.calculator import Calculator
+from gossamer.training import recorded
+from gossamer.training.loop import TrainingConfig, gradients, make_state, train_step
+from gossamer.training.losses import LossConfig, loss_counts
+from gossamer.training.process_group import start_process_group
+from gossamer.training.recorded import flat
 
 ELEMENTS = ["H", "C", "O", "Si"]
 
@@ -95,7 +103,7 @@ def padding_changes_nothing(potential: Potential, atoms: Atoms) -> None:
     stress = potential.conservative
     plain = potential(graph, stress=stress)
     for missing, extra in ((0, 1), (1, 3), (200, 1 + 200 // SHARE)):
-        batch = pad(graph, graph.n_edges + missing, extra, potential.cutoff)
+        batch = pad(graph, graph.n_atoms + extra, graph.n_edges + missing, potential.cutoff)
         assert batch.n_edges == graph.n_edges + missing
         assert batch.n_graphs == 2
         assert bool((batch.edge_index[1].diff() >= 0).all())  # sorted by receiver
@@ -106,6 +114,132 @@ def padding_changes_nothing(potential: Potential, atoms: Atoms) -> None:
         torch.testing.assert_close(found.forces, plain.forces, rtol=0, atol=1e-11)
         if stress and atoms.pbc.all():
             torch.testing.assert_close(found.stress, plain.stress, rtol=0, atol=1e-12)
+
+
+def labelled(ethanol: Atoms, n_structures: int, seed: int = 0) -> list[Structure]:
+    """Rattled molecules and parts of them, with invented labels."""
+    rng, found = np.random.default_rng(seed), []
+    for k in range(n_structures):
+        atoms = ethanol[: len(ethanol) - k % 2]
+        atoms.rattle(0.05, seed=seed + k)
+        forces = rng.normal(size=(len(atoms), 3))
+        found.append(Structure(atomic_numbers=atoms.numbers, positions=atoms.positions, energy=rng.normal(), forces=forces))
+    return found
+
+
+def without_dropout(name: str) -> Potential:
+    """In training mode."""
+    potential = make_potential(ELEMENTS, **MODELS[name]).train()
+    for module in potential.modules():
+        if isinstance(module, Attention):
+            module.dropout = 0.0
+    return potential
+
+
+def step_of(potential: Potential, loss: LossConfig) -> Any:
+    parameters = [p for p in potential.parameters() if p.requires_grad]
+    return lambda graph, counts: gradients(potential(graph, forces=True), graph, counts, loss, None, parameters)
+
+
+def counts_of(graph: Graph, loss: LossConfig) -> torch.Tensor:
+    return torch.tensor(list(loss_counts(graph, loss).values())).double()
+
+
+@pytest.mark.parametrize("name", [*MODELS])
+def test_padding_changes_no_gradient(name: str, ethanol: Atoms) -> None:
+    """Loss and gradients of the weights of a batch are those of the batch with lone atoms; and on the meta device nothing needs a value."""
+    potential, loss = without_dropout(name), LossConfig()
+    graph = potential.collate(labelled(ethanol, 3))
+    run, counts = step_of(potential, loss), counts_of(graph, loss)
+    plain = run(graph, counts)
+    batch = pad(graph, graph.n_atoms + 3, graph.n_edges + 100, potential.cutoff)
+    padded = run(batch, counts)
+    torch.testing.assert_close(padded.sums, plain.sums, rtol=1e-10, atol=0)
+    torch.testing.assert_close(flat(padded.gradients), flat(plain.gradients), rtol=1e-8, atol=1e-10 * float(flat(plain.gradients).norm()))
+    there, far, n = copy.deepcopy(potential).to("meta"), batch.to("meta"), counts.to("meta")
+    with _NothingFromTheCPU():
+        found = step_of(there, loss)(far, n)
+    assert found.loss.shape == ()
+
+
+class _Replay:
+    """A CUDA graph without a GPU: what it gives it writes where its first answer lies."""
+
+    def __init__(self, run: Any) -> None:
+        self.run, self.outputs = run, run()
+
+    def replay(self) -> None:
+        for a, b in zip(*(torch.utils._pytree.tree_leaves(x) for x in (self.outputs, self.run())), strict=True):
+            a.copy_(b)
+
+
+def test_recorded_gradients_are_those_of_every_batch(ethanol: Atoms, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Batches of changing sizes in turn: recorded from the second of each number of structures, again where one does not fit."""
+    made: list[int] = []
+
+    def fake(run: Any, warm_ups: int = 3) -> Any:
+        replay = _Replay(run)
+        made.append(len(replay.outputs.gradients))
+        return replay, replay.outputs
+
+    monkeypatch.setattr(recorded, "record", fake)
+    potential, loss = make_potential(ELEMENTS).train(), LossConfig()
+    run = step_of(potential, loss)
+    recorder = recorded.RecordedGradients([run], potential.cutoff, torch.float64)
+    for step, (n_structures, n_made) in enumerate([(3, 0), (3, 1), (2, 1), (3, 1), (2, 2), (3, 2), (2, 2)]):
+        graph = potential.collate(labelled(ethanol, n_structures, seed=10 * step))
+        counts = counts_of(graph, loss)
+        found, wanted = recorder(graph, counts), run(graph, counts)
+        torch.testing.assert_close(flat(found.gradients), flat(wanted.gradients), rtol=1e-8, atol=1e-9)
+        torch.testing.assert_close(found.loss, wanted.loss)
+        assert len(made) == n_made
+    crowd = bulk("Si", cubic=True).repeat(2)
+    many = [Structure(atomic_numbers=crowd.numbers, positions=crowd.positions, energy=0.0, forces=0.0 * crowd.positions)] * 3
+    graph = potential.collate(many)
+    counts = counts_of(graph, loss)
+    before = len(made)
+    torch.testing.assert_close(flat(recorder(graph, counts).gradients), flat(run(graph, counts).gradients), rtol=1e-8, atol=1e-9)
+    assert len(made) == before + 1
+
+
+def test_a_recording_that_differs_is_not_used(ethanol: Atoms, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    def wrong(run: Any, warm_ups: int = 3) -> Any:
+        found = run()
+        found.gradients[0].mul_(1.01)
+        return SimpleNamespace(replay=lambda: None), found
+
+    monkeypatch.setattr(recorded, "record", wrong)
+    potential, loss = make_potential(ELEMENTS).train(), LossConfig()
+    run = step_of(potential, loss)
+    recorder = recorded.RecordedGradients([run], potential.cutoff, torch.float64)
+    graph = potential.collate(labelled(ethanol, 3))
+    for _step in range(3):
+        found = recorder(graph, counts_of(graph, loss))
+        torch.testing.assert_close(flat(found.gradients), flat(run(graph, counts_of(graph, loss)).gradients))
+    assert (
+        len([r for r in caplog.records if "training runs without CUDA graphs: gradients of the recorded step differ" in r.getMessage()])
+        == 1
+    )
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("name", [*MODELS])
+def test_recorded_training_is_plain_training(name: str, ethanol: Atoms) -> None:
+    """Some steps in float64 with batches of different sizes, with and without CUDA graphs: the same weights."""
+    weights, states = [], []
+    for graphs in (False, True):
+        potential, loss = without_dropout(name).to("cuda"), LossConfig()
+        config = TrainingConfig(cuda_graphs=graphs, kernels=graphs, dtype="float64", device="cuda", batch_size=3, steps=12)
+        state, group = make_state(potential, config, loss), start_process_group("cuda")
+        for step in range(12):
+            graph = potential.collate(labelled(ethanol, 2 + step % 2, seed=step))
+            train_step(state, graph, loss, config, group)
+        weights.append(flat([p.detach() for p in potential.network.parameters()]))
+        states.append(state)
+    assert len(states[1].differentiate.recordings) == 2
+    assert states[1].update.recording is not None
+    torch.testing.assert_close(weights[1], weights[0], rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize("n_elements", [5, 2])  # 2: all results are fewer numbers than one matrix
@@ -134,6 +268,9 @@ def test_auto_records_what_comes_again(monkeypatch: pytest.MonkeyPatch, caplog: 
         def __init__(self, run: Any, graph: Graph, cutoff: float) -> None:
             self.n_atoms, self.n_edges, self.run = graph.n_atoms, graph.n_edges + 5, run
             made.append(graph.n_atoms)
+
+        def fits(self, graph: Graph) -> bool:
+            return graph.n_atoms == self.n_atoms and graph.n_edges <= self.n_edges
 
         def __call__(self, graph: Graph) -> Any:
             return self.run(graph)

@@ -557,8 +557,8 @@ def test_normalised_residuals() -> None:
     config = LossConfig(normalize=True, kind="mse")
     plain = loss_sums(out, graph, LossConfig(kind="mse"))
     scaled = loss_sums(out, graph, config, {"energy": 2.0, "forces": 0.5})
-    assert float(scaled["energy"][0]) == pytest.approx(float(plain["energy"][0]) / 4)
-    assert float(scaled["forces"][0]) == pytest.approx(float(plain["forces"][0]) * 4)
+    assert float(scaled["energy"]) == pytest.approx(float(plain["energy"]) / 4)
+    assert float(scaled["forces"]) == pytest.approx(float(plain["forces"]) * 4)
 
 
 def test_spreads_of_labels() -> None:

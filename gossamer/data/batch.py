@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from gossamer.data.structure import Structure, label_fields
@@ -14,15 +15,22 @@ from gossamer.neighbors import neighbor_list
 from gossamer.quantities import QUANTITIES, Quantity
 
 
-def collate(structures: Sequence[Structure], cutoff: float, max_neighbors: int | None = None) -> Graph:
+def collate(
+    structures: Sequence[Structure],
+    cutoff: float,
+    max_neighbors: int | None = None,
+    lists: Sequence[tuple[NDArray[np.integer], NDArray[np.integer]]] | None = None,
+) -> Graph:
     """Join structures into one graph, building each neighbour list.
 
     Args:
         structures: At least one structure.
         cutoff: Å.
         max_neighbors: Keep only this many nearest neighbours of each atom (the energy then jumps when ranks change).
+        lists: Their neighbour lists, as ``neighbor_list`` gives them, where these are known.
     """
-    lists = [neighbor_list(s.positions, s.cell, s.pbc, cutoff, max_neighbors) for s in structures]
+    if lists is None:
+        lists = [neighbor_list(s.positions, s.cell, s.pbc, cutoff, max_neighbors) for s in structures]
     sizes = [s.n_atoms for s in structures]
     first = np.cumsum(sizes) - sizes
     edge_index = np.concatenate([edges + start for (edges, _), start in zip(lists, first, strict=True)], axis=1)
@@ -33,7 +41,7 @@ def collate(structures: Sequence[Structure], cutoff: float, max_neighbors: int |
         positions=torch.from_numpy(np.concatenate([s.positions for s in structures])),
         cell=torch.from_numpy(np.stack([s.cell for s in structures])),
         graph_index=torch.from_numpy(np.repeat(np.arange(len(structures)), sizes)),
-        edge_index=torch.from_numpy(edge_index),
+        edge_index=torch.from_numpy(edge_index.astype(np.int64, copy=False)),
         edge_shifts=torch.from_numpy(edge_shifts.astype(np.float64)),
         pbc=torch.from_numpy(np.stack([s.pbc for s in structures])),
         **label_fields({name: _joined(quantity, structures) for name, quantity in QUANTITIES.items()}),

@@ -35,18 +35,21 @@ COMPARED = 5_000
 class CompiledForward:
     """Stands in for ``potential(graph, forces=…, stress=…)`` in training: with kernels, compiled, or as it is where neither is right."""
 
-    def __init__(self, potential: Potential, forces: bool, stress: bool, compile: bool = True, kernels: bool = False) -> None:
+    def __init__(
+        self, potential: Potential, forces: bool, stress: bool, compile: bool = True, kernels: bool = False, timed: bool = False
+    ) -> None:
         """
         Args:
             potential: In training mode.
             forces: Predict forces.
             stress: Predict stress.
             compile: Compile the step.
-            kernels: Pass messages by kernels (`gossamer.engine.kernels`); on a GPU only if they are faster.
+            kernels: Pass messages by kernels (`gossamer.engine.kernels`).
+            timed: And only if they are faster than without on the first batch.
         """
         self.potential, self.forces, self.stress = potential, forces, stress
         self.names = ["energy", "node_energies", *(["forces"] if forces else []), *(["stress"] if stress else [])]
-        self.compile, self.kernels = compile, kernels
+        self.compile, self.kernels, self.timed = compile, kernels, timed
         """what is still to be done on the first batch"""
         self.quick = potential
         """the potential, or with kernels on the same weights"""
@@ -85,7 +88,7 @@ class CompiledForward:
                 return quick(graph, forces=self.forces, stress=self.stress)
 
             self._agree(self._results(self.plain, graph), self._results(accelerated, graph), "accelerated")
-            if self.potential.device.type == "cuda":  # where they are not always faster
+            if self.timed:
                 timed = part_of(graph, LARGEST)
                 if fastest(lambda: self._results(self.plain, timed)) < fastest(lambda: self._results(accelerated, timed)):
                     return

@@ -45,18 +45,59 @@ def edge_counts(structures: Sequence[Structure], cutoff: float, max_neighbors: i
     return np.array(counts, dtype=np.int64)
 
 
-def graphs(potential: Potential, structures: Sequence[Structure], batches: Sequence[Sequence[int]], prefetch: int = 2) -> Iterator[Graph]:
-    """Collated batches, prepared by one thread ahead of their use."""
+class NeighborLists:
+    """Neighbour lists of structures that come again in every epoch: kept as long as there is room."""
+
+    ROOM = 1 << 29
+    """bytes"""
+
+    def __init__(self, potential: Potential) -> None:
+        self.potential = potential
+        self.kept: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        self.room = self.ROOM
+
+    def of(self, index: int, structure: Structure) -> tuple[np.ndarray, np.ndarray]:
+        """Edges and shifts of a structure, as ``neighbor_list`` gives them, in fewer bytes."""
+        found = self.kept.get(index)
+        if found is None:
+            s = structure
+            edges, shifts = neighbor_list(s.positions, s.cell, s.pbc, self.potential.cutoff, self.potential.max_neighbors)
+            small = np.abs(shifts).max(initial=0) < 128
+            found = edges.astype(np.int32), shifts.astype(np.int8 if small else np.int32)
+            size = found[0].nbytes + found[1].nbytes
+            if size <= self.room:
+                self.kept[index], self.room = found, self.room - size
+        return found
+
+
+def graphs(
+    potential: Potential,
+    structures: Sequence[Structure],
+    batches: Sequence[Sequence[int]],
+    prefetch: int = 2,
+    lists: NeighborLists | None = None,
+) -> Iterator[Graph]:
+    """Collated batches, prepared by one thread ahead of their use.
+
+    Args:
+        potential: Gives cutoff and device.
+        structures: All of them.
+        batches: Indices of the structures of each batch.
+        prefetch: Batches prepared ahead.
+        lists: Of these structures, from one epoch to the next.
+    """
     if not batches:
         return
+    kept = lists or NeighborLists(potential)
+
+    def collated(batch: Sequence[int]) -> Graph:
+        chosen = [structures[k] for k in batch]
+        return potential.collate(chosen, [kept.of(k, s) for k, s in zip(batch, chosen, strict=True)])
+
     with ThreadPoolExecutor(max_workers=1) as executor:
-        pending = [executor.submit(_collate, potential, structures, b) for b in batches[:prefetch]]
+        pending = [executor.submit(collated, b) for b in batches[:prefetch]]
         for k in range(len(batches)):
             graph = pending.pop(0).result()
             if k + prefetch < len(batches):
-                pending.append(executor.submit(_collate, potential, structures, batches[k + prefetch]))
+                pending.append(executor.submit(collated, batches[k + prefetch]))
             yield graph
-
-
-def _collate(potential: Potential, structures: Sequence[Structure], indices: Sequence[int]) -> Graph:
-    return potential.collate([structures[k] for k in indices])

@@ -11,7 +11,7 @@ import io
 import logging
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,16 +30,17 @@ from gossamer.evaluation import Evaluation, evaluate_potential
 from gossamer.files import write_text
 from gossamer.graph import Graph
 from gossamer.models import MODELS
-from gossamer.potential import Potential, PotentialConfig
+from gossamer.potential import Potential, PotentialConfig, Prediction
 from gossamer.quantities import QUANTITIES
 from gossamer.settings import build, settings, to_dict
 from gossamer.signals import StopRequested
 from gossamer.training.checkpoint import load_optimizer, optimizer_tensors, read_checkpoint, save_checkpoint
 from gossamer.training.compiled import CompiledForward
-from gossamer.training.loader import edge_counts, epoch_batches, graphs
-from gossamer.training.losses import LossConfig, loss_sums
-from gossamer.training.optim import EMA, Clipper, Schedule, ScheduleConfig, make_optimizer
+from gossamer.training.loader import NeighborLists, edge_counts, epoch_batches, graphs
+from gossamer.training.losses import LossConfig, loss_counts, loss_sums
+from gossamer.training.optim import EMA, Clipper, Schedule, ScheduleConfig, make_optimizer, set_rate
 from gossamer.training.process_group import ProcessGroup
+from gossamer.training.recorded import Gradients, RecordedGradients, RecordedUpdate
 
 log = logging.getLogger(__name__)
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
@@ -99,6 +100,8 @@ class TrainingConfig:
     kernels: bool = True
     """Pass messages by kernels, on CPUs with a C++ compiler (built once, in seconds), on GPUs where faster; checked against the plain
     step."""
+    cuda_graphs: bool = True
+    """Record steps of small batches as CUDA graphs where there is a GPU; checked against the plain step."""
     reuse_memory: bool = True
     """Let this process keep large blocks of memory that it frees (a third of the time on Linux); concerns the whole process, as
     ``Calculator(reuse_memory=...)`` does."""
@@ -119,6 +122,10 @@ class State:
     clipper: Clipper
     forward: CompiledForward
     """energies, forces and stress of a batch: plain, with kernels, or compiled"""
+    differentiate: Callable[[Graph, Tensor], Gradients]
+    """loss and gradients of a batch by it, or recorded"""
+    update: Callable[[], None]
+    """the optimiser's step"""
     averaged: Engine
     """evaluates the averaged weights"""
     step: int = 0
@@ -167,8 +174,8 @@ def make_state(potential: Potential, config: TrainingConfig, loss: LossConfig) -
         keep_freed_memory()
     optimizer = make_optimizer(potential.network, config.optimizer, config.learning_rate, config.weight_decay, config.amsgrad)
     schedule = Schedule(config.schedule, config.learning_rate, config.steps)
-    forward = CompiledForward(potential, loss.forces > 0, loss.stress > 0, compile=config.compile, kernels=config.kernels)
     ema = EMA(potential, config.ema_decay)
+    forward, differentiate, update = make_steps(potential, optimizer, config, loss)
     return State(
         potential=potential,
         ema=ema,
@@ -177,7 +184,47 @@ def make_state(potential: Potential, config: TrainingConfig, loss: LossConfig) -
         schedule=schedule,
         clipper=Clipper(config.clip_norm, config.zclip),
         forward=forward,
+        differentiate=differentiate,
+        update=update,
     )
+
+
+def make_steps(
+    potential: Potential, optimizer: torch.optim.Optimizer, config: TrainingConfig, loss: LossConfig
+) -> tuple[CompiledForward, Callable[[Graph, Tensor], Gradients], Callable[[], None]]:
+    """How predictions of a batch come about, loss and gradients, and the optimiser's step."""
+    parameters = [p for p in potential.network.parameters() if p.requires_grad]
+    on_gpu = potential.device.type == "cuda"
+    recorded = config.cuda_graphs and on_gpu and not loss.extras and not loss.free_atoms_only
+    forward = CompiledForward(
+        potential, loss.forces > 0, loss.stress > 0, compile=config.compile, kernels=config.kernels, timed=on_gpu and not recorded
+    )
+
+    def way(predict: Callable[[Graph], Prediction]) -> Callable[[Graph, Tensor], Gradients]:
+        return lambda graph, counts: gradients(predict(graph), graph, counts, loss, potential.statistics.spreads, parameters)
+
+    if not recorded:
+        return forward, way(forward), optimizer.step
+    differentiate = RecordedGradients([way(forward), way(forward.plain)], potential.cutoff, potential.dtype)
+    return forward, differentiate, RecordedUpdate(optimizer, parameters, potential.dtype)
+
+
+def gradients(
+    prediction: Prediction, graph: Graph, counts: Tensor, loss: LossConfig, spreads: Mapping[str, float] | None, parameters: list[Tensor]
+) -> Gradients:
+    """The loss of a batch, this process's share of it, and how it changes with the weights.
+
+    Args:
+        prediction: Of the batch.
+        graph: With labels.
+        counts: (n_quantities,) terms in each sum of penalties, over all processes.
+        loss: Weights and penalties.
+        spreads: As for ``loss_sums``.
+        parameters: What is differentiated by.
+    """
+    sums = torch.stack(list(loss_sums(prediction, graph, loss, spreads).values()))
+    total = torch.stack([weight * value for weight, value in zip(loss.weights().values(), sums / counts.clamp(min=1), strict=True)]).sum()
+    return Gradients(total.detach(), sums.detach(), list(torch.autograd.grad(total, parameters, allow_unused=True)))
 
 
 def train_step(state: State, graph: Graph, loss: LossConfig, config: TrainingConfig, group: ProcessGroup) -> float:
@@ -190,29 +237,27 @@ def train_step(state: State, graph: Graph, loss: LossConfig, config: TrainingCon
     if not potential.training:
         potential.train()
     progress = time_progress(state, config)
-    for parameter_group in state.optimizer.param_groups:
-        parameter_group["lr"] = state.schedule.rate(state.step, progress)
-    prediction = state.forward(graph)
-    sums = loss_sums(prediction, graph, loss, potential.statistics.spreads)
-    counts = group.sum(torch.tensor([float(n) for _, n in sums.values()], dtype=torch.float64, device=potential.device))
-    weights = loss.weights()
-    parts = [weights[name] * value / count.clamp(min=1) for (name, (value, _)), count in zip(sums.items(), counts, strict=True)]
-    total = torch.stack(parts).sum()
-    state.optimizer.zero_grad(set_to_none=True)
+    set_rate(state.optimizer, state.schedule.rate(state.step, progress))
+    own = list(loss_counts(graph, loss).values())
+    counts = group.sum(torch.tensor(own, dtype=torch.float64, device=potential.device))
+    found = state.differentiate(graph, counts)
     parameters: list[Tensor] = [p for p in potential.network.parameters() if p.requires_grad]
-    total.backward(inputs=parameters)  # and not into the edge vectors
+    for p, gradient in zip(parameters, found.gradients, strict=True):
+        p.grad = gradient
     group.sum_gradients(parameters)
     norm = state.clipper.clip(parameters)
-    value = float(group.sum(total.detach().clone()))
-    if not (math.isfinite(value) and math.isfinite(float(norm))):
-        raise FloatingPointError(f"loss {value}, gradient norm {float(norm)}")
-    state.optimizer.step()
+    sums = group.sum(torch.cat([found.loss[None], found.sums]))
+    value, size, *penalties = torch.cat([sums[:1], norm.to(sums)[None], sums[1:]]).tolist()  # the one time that a GPU is waited for
+    if not (math.isfinite(value) and math.isfinite(size)):
+        raise FloatingPointError(f"loss {value}, gradient norm {size}")
+    state.update()
     state.ema.update(progress)
-    for (name, (penalties, _)), count in zip(sums.items(), counts.tolist(), strict=True):
+    everywhere = own if group.world == 1 else counts.tolist()
+    for name, penalty, count in zip(loss.weights(), penalties, everywhere, strict=True):
         totals = state.totals.setdefault(name, [0.0, 0.0])
-        totals[0] += float(group.sum(penalties.detach().clone()))
+        totals[0] += penalty
         totals[1] += count
-    return value
+    return float(value)
 
 
 # --- how far the run is ---------------------------------------------------------------------------------------------
@@ -402,7 +447,7 @@ def run_training(
     """
     checkpoint = folder / "checkpoint.safetensors"
     began = CLOCKS[config.clock]() - state.seconds
-    limits = batch_limits(state.potential, train, config)
+    limits, lists = batch_limits(state.potential, train, config), NeighborLists(state.potential)
     logger = Log(folder, config, state.step) if group.rank == 0 else None
     first, saved_at, done = state.step, state.seconds, finished(state, config)
 
@@ -413,7 +458,7 @@ def run_training(
     with StopRequested() as stop, closing(logger) if logger else nullcontext(), Bar(state, config, progress and group.rank == 0) as bar:
         while not done:
             batches = shared_batches(len(train), state.epoch, config, group, limits)
-            for graph in graphs(state.potential, train, batches[state.batch :]):
+            for graph in graphs(state.potential, train, batches[state.batch :], lists=lists):
                 before = elapsed()
                 checked_step(state, graph, loss, config, group, checkpoint)
                 state.step, state.batch, state.seconds = state.step + 1, state.batch + 1, elapsed()
@@ -495,7 +540,7 @@ def validate(
     save_best: Callable[[Potential], None],
 ) -> dict[str, Any]:
     """Errors of the averaged weights; saves them if they are the best so far; returns a row of the log."""
-    row: dict[str, Any] = {"step": state.step, "epoch": state.epoch, "learning_rate": state.optimizer.param_groups[0]["lr"]}
+    row: dict[str, Any] = {"step": state.step, "epoch": state.epoch, "learning_rate": float(state.optimizer.param_groups[0]["lr"])}
     metric = math.inf
     if group.rank == 0:
         evaluation = evaluate_potential(state.ema.module, valid, keep=0, run=state.averaged)

@@ -69,7 +69,7 @@ def penalty(residual: Tensor, config: LossConfig, delta: float | Tensor | None =
         return residual.abs()
     if config.kind == "mse":
         return residual**2
-    limit = residual.new_tensor(config.huber_delta) if delta is None else torch.as_tensor(delta).to(residual)
+    limit = config.huber_delta if delta is None else delta
     size = residual.abs()
     return torch.where(size <= limit, 0.5 * residual**2, limit * (size - 0.5 * limit)) / config.huber_delta
 
@@ -77,17 +77,27 @@ def penalty(residual: Tensor, config: LossConfig, delta: float | Tensor | None =
 def conditional_deltas(forces: Tensor, delta: float) -> Tensor:
     """Delta of each atom's force components by the size of the labelled force in eV/Å: (n, 1)."""
     size = torch.linalg.vector_norm(forces, dim=1, keepdim=True)
-    factors = torch.tensor([1.0, 0.7, 0.4, 0.1], dtype=forces.dtype, device=forces.device)
-    return delta * factors[torch.bucketize(size, torch.tensor([100.0, 200.0, 300.0], dtype=forces.dtype, device=forces.device), right=True)]
+    factor = torch.ones_like(size)
+    for limit, value in ((100.0, 0.7), (200.0, 0.4), (300.0, 0.1)):
+        factor = torch.where(size >= limit, value, factor)
+    return delta * factor
 
 
-def loss_sums(
-    prediction: Prediction, graph: Graph, config: LossConfig, spreads: Mapping[str, float] | None = None
-) -> dict[str, tuple[Tensor, int]]:
-    """Sum of penalties and number of terms of each label with a weight; the caller divides (over all ranks, say).
+def loss_counts(graph: Graph, config: LossConfig) -> dict[str, int]:
+    """Number of terms in the sum of penalties of each label with a weight."""
+    labels = graph.labels
+    counts = {name: labels[name].numel() for name in config.weights()}
+    if "forces" in counts and config.free_atoms_only:
+        assert graph.free is not None
+        counts["forces"] = 3 * int(graph.free.sum())
+    return counts
+
+
+def loss_sums(prediction: Prediction, graph: Graph, config: LossConfig, spreads: Mapping[str, float] | None = None) -> dict[str, Tensor]:
+    """Sum of penalties of each label with a weight; the caller divides (by the counts of all ranks, say).
 
     Args:
-        prediction: Of the batch.
+        prediction: Of the batch; lone atoms that pad it count nothing.
         graph: With labels.
         config: Weights and penalties.
         spreads: Spread of each label in the training data; used if ``config.normalize``.
@@ -107,5 +117,7 @@ def loss_sums(
             delta = config.stress_huber_delta
         elif QUANTITIES[name].error_per_atom and (name != "energy" or config.energy_per_atom):
             residual = residual / graph.atoms_per_graph().reshape(-1, *[1] * (residual.ndim - 1))
-        out[name] = (penalty(residual / unit.get(name, 1.0), config, delta).sum(), residual.numel())
+        if QUANTITIES[name].per == "structure" and graph.n_padding:
+            residual = residual[: -graph.n_padding]
+        out[name] = penalty(residual / unit.get(name, 1.0), config, delta).sum()
     return out

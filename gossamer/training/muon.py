@@ -83,7 +83,16 @@ class Muon(torch.optim.Optimizer):
             {"params": list(self.matrices), "weight_decay": weight_decay, "orthogonal": True},
             {"params": rest, "weight_decay": 0.0, "orthogonal": False},
         ]
-        super().__init__([g for g in groups if g["params"]], {"lr": lr, "amsgrad": amsgrad})
+        super().__init__([g for g in groups if g["params"]], {"lr": lr, "amsgrad": amsgrad, "capturable": False})
+
+    def allow_recording(self) -> None:
+        """From now on ``lr`` is a tensor on the GPU and no number is needed from there, so that a step can be recorded as a CUDA graph."""
+        for group in self.param_groups:
+            device = group["params"][0].device
+            group["lr"], group["capturable"] = torch.tensor(float(group["lr"]), device=device), True
+            for p in group["params"]:
+                if "step" in self.state[p]:
+                    self.state[p]["step"] = self.state[p]["step"].to(device)
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -110,16 +119,18 @@ class Muon(torch.optim.Optimizer):
             torch._foreach_mul_([p.data for p in parameters], 1 - group["lr"] * group["weight_decay"])
         for shape, pairs in by_shape.items():
             steps = orthogonalized(torch.stack([part for _, part in pairs]))
-            torch._foreach_add_([w for w, _ in pairs], list(steps), alpha=-group["lr"] * 0.2 * math.sqrt(max(shape)))
+            torch._foreach_add_([w for w, _ in pairs], list(steps * (-0.2 * math.sqrt(max(shape)) * group["lr"])))
 
     def _adam_step(self, parameters: list[nn.Parameter], group: dict[str, Any]) -> None:
         names = ["exp_avg", "exp_avg_sq", *(["max_exp_avg_sq"] if group["amsgrad"] else [])]
         for p in parameters:
             if not self.state[p]:
-                self.state[p] = {"step": torch.tensor(0.0), **{name: torch.zeros_like(p) for name in names}}
+                step = torch.zeros((), device=p.device if group["capturable"] else "cpu")
+                self.state[p] = {"step": step, **{name: torch.zeros_like(p) for name in names}}
         averages = {name: [self.state[p][name] for p in parameters] for name in names}
         adamw(
             list(parameters), [p.grad for p in parameters], averages["exp_avg"], averages["exp_avg_sq"],
             averages.get("max_exp_avg_sq", []), [self.state[p]["step"] for p in parameters], foreach=True, amsgrad=group["amsgrad"],
+            capturable=group["capturable"],
             beta1=BETAS[0], beta2=BETAS[1], lr=group["lr"], weight_decay=0.0, eps=EPSILON, maximize=False,
         )  # fmt: skip

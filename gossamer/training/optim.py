@@ -117,6 +117,15 @@ def make_optimizer(
     return torch.optim.AdamW([g for g in groups if g["params"]], lr=learning_rate, amsgrad=amsgrad, foreach=True)
 
 
+def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Set the learning rate; where it is a tensor, of a recorded step, in place."""
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
+
+
 class Clipper:
     """Limits the norm of the gradient: to a fixed value, and to what is usual (ZClip, Kumar et al., arXiv:2504.02507).
 
