@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import itertools
 import logging
 import sys
 import time
@@ -45,8 +46,15 @@ MODELS: dict[str, dict[str, Any]] = {
     "mace-MP-small": {"name": "mace", "preset": "MP-small"},
     "mace-MP-medium": {"name": "mace", "preset": "MP-medium"},
     "sevennet-0": {"name": "sevennet", "preset": "0", "variant": "published"},
+    "weft": {"name": "weft"},
+    "leignn, limits": {"name": "leignn", "limits": True},
 }
 MODES: dict[str, Any] = {"plain": "plain", "kernels": "kernels", "CUDA graph": "graph", "program": "program"}
+TRAINING: dict[str, dict[str, bool]] = {
+    "plain": {"kernels": False, "cuda_graphs": False},
+    "kernels": {"kernels": True, "cuda_graphs": False},
+    "CUDA graphs": {"kernels": True, "cuda_graphs": True},
+}
 LARGEST_PLAIN = {"nequip-MP-L": 4000, "geodite-published": 4000, "mace-MP-small": 4000, "mace-MP-medium": 4000, "sevennet-0": 4000}
 """atoms beyond which 140 GB do not suffice"""
 ELEMENTS = ["H", "C", "O"]
@@ -55,8 +63,12 @@ COMPILED = ("leignn", "nequip")
 
 
 def potential(model: dict[str, Any], device: str) -> Potential:
-    config = make_config({"data": {"train": "-"}, "model": model}).model
-    made = Potential(config, Statistics(elements=ELEMENTS, reference_energies=dict.fromkeys(ELEMENTS, 0.0), mean_neighbors=50.0))
+    config = make_config({"data": {"train": "-"}, "model": {k: v for k, v in model.items() if k != "limits"}}).model
+    limits: dict[str, Any] = {}
+    if model.get("limits"):  # as every trained potential knows them
+        pairs = itertools.combinations_with_replacement(sorted(ELEMENTS), 2)
+        limits = {"shortest_distances": {f"{a}-{b}": 0.8 for a, b in pairs}, "fewest_neighbors": dict.fromkeys(ELEMENTS, 4.0)}
+    made = Potential(config, Statistics(elements=ELEMENTS, reference_energies=dict.fromkeys(ELEMENTS, 0.0), mean_neighbors=50.0, **limits))
     return made.to(device)
 
 
@@ -80,8 +92,8 @@ def step_of(calculator: Calculator, atoms: Any, device: str) -> tuple[float, Any
     return ms, atoms.get_forces(), torch.cuda.max_memory_allocated() / 1e6 if device == "cuda" else 0.0
 
 
-def training_step(model: dict[str, Any], kernels: bool, compiled: bool, batch: list[Any], device: str) -> tuple[float, float]:
-    """ms of a training step, and MB."""
+def training_step(model: dict[str, Any], ways: dict[str, bool], batch: list[Any], device: str) -> tuple[float, float, str]:
+    """ms of a training step, MB, and what was recorded."""
     from gossamer.data.structure import Structure
     from gossamer.training.loop import LossConfig, TrainingConfig, make_state, train_step
     from gossamer.training.process_group import start_process_group
@@ -93,13 +105,16 @@ def training_step(model: dict[str, Any], kernels: bool, compiled: bool, batch: l
     torch.manual_seed(0)
     if device == "cuda":
         torch.cuda.empty_cache()
-    one, training = potential(model, device), TrainingConfig(compile=compiled, kernels=kernels, device=device)
+    one, training = potential(model, device), TrainingConfig(**ways, device=device)
     state, graph, workers = make_state(one, training, LossConfig()), one.collate(frames), start_process_group(device)
     one_step: Callable[[], Any] = lambda: train_step(state, graph, LossConfig(), training, workers)  # noqa: E731
-    one_step()
+    for _ in range(3):  # the second and the third are recorded
+        one_step()
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    return 1000 * fastest(one_step, 8, 3.0), torch.cuda.max_memory_allocated() / 1e6 if device == "cuda" else 0.0
+    ms = 1000 * fastest(one_step, 10, 3.0)
+    recorded = [name for name in ("differentiate", "update") if getattr(getattr(state, name), "on", False)]
+    return ms, torch.cuda.max_memory_reserved() / 1e6 if device == "cuda" else 0.0, " and ".join(recorded)
 
 
 class Table:
@@ -144,13 +159,13 @@ def training(name: str, compiled: bool, device: str, keep: Table) -> None:
         ("32 x 21 atoms", [structure("molecule21", k) for k in range(32)]),
         ("8 x 192 atoms of water", [structure("water192", k) for k in range(8)]),
     ):
-        for kernels in (False, True):
-            how = f"{'kernels' if kernels else 'plain'}{', compiled' if compiled else ''}"
+        for how, ways in TRAINING.items():
+            ways = {**ways, "compile": compiled}
             try:
-                ms, memory = training_step(MODELS[name], kernels, compiled, batch, device)
-                keep(f"| {name} | {label} | {how} | {ms:.3g} | {memory:.0f} |")
+                ms, memory, recorded = training_step(MODELS[name], ways, batch, device)
+                keep(f"| {name} | {label} | {how}{', compiled' if compiled else ''} | {ms:.3g} | {memory:.0f} | {recorded} |")
             except RuntimeError as error:
-                keep(f"| {name} | {label} | {how}: {str(error).splitlines()[0][:60]} | | |")
+                keep(f"| {name} | {label} | {how}: {str(error).splitlines()[0][:60]} | | | |")
 
 
 def main() -> None:
@@ -159,6 +174,7 @@ def main() -> None:
     parser.add_argument("--waters", type=int, nargs="+", default=[4, 8, 15], help="molecules along an edge of the box")
     parser.add_argument("--only", nargs="+", choices=[*MODELS], default=[*MODELS])
     parser.add_argument("--modes", nargs="+", choices=[*MODES], default=[*MODES])
+    parser.add_argument("--training-only", action="store_true", help="no evaluations, no compiled steps")
     parser.add_argument("--seconds", type=float, default=300.0, help="nothing is begun later")
     parser.add_argument("--out", type=Path, default=HERE / "gpu.md")
     arguments = parser.parse_args()
@@ -171,7 +187,7 @@ def main() -> None:
     quick = [m for m in arguments.modes if m != "program" and (m != "CUDA graph" or device == "cuda")]
     compiled = [name for name in COMPILED if name in arguments.only]
     head = "\n| network | atoms | way | ms a step | µs/atom | MB | largest deviation of a force / RMS |\n|---|---|---|---|---|---|---|"
-    training_head = "\n| network | batch | training step | ms | MB |\n|---|---|---|---|---|"
+    training_head = "\n| network | batch | training step | ms | MB reserved | recorded |\n|---|---|---|---|---|---|"
     plain: dict[tuple[str, int], Any] = {}
     ends = sorted({min(arguments.waters), max(arguments.waters)})
     parts: list[tuple[str, Callable[[], None]]] = [
@@ -180,6 +196,8 @@ def main() -> None:
         *((head, lambda n=n: inference(n, ["program"], ends, device, keep, plain)) for n in compiled if "program" in arguments.modes),
         *((training_head, lambda n=n: training(n, True, device, keep)) for n in compiled),
     ]
+    if arguments.training_only:
+        parts = [(training_head, lambda n=n: training(n, False, device, keep)) for n in arguments.only]
     shown = ""
     for title, part in parts:
         if time.perf_counter() - began > arguments.seconds:

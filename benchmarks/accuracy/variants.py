@@ -1,0 +1,86 @@
+"""Changes to a recipe beside each other at equal time, side by side on one thread each: what ends lower after so many minutes?
+
+    python benchmarks/accuracy/variants.py --data FOLDER --minutes 5 "ethanol weft" "ethanol weft training.weight_decay=0.1" ...
+
+A job is a data set, a network and settings that differ from the recipe's. FOLDER holds the training and test files. Plain steps with
+kernels; seeds are settings too. Rows are printed as they come and kept in --out (those that are there stay).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+SETS = {
+    "ethanol": ("rmd17", "rmd17_ethanol"),
+    "aspirin": ("rmd17", "rmd17_aspirin"),
+    "silicon": ("mlearn", "mlearn_Si"),
+    "water": ("water", "water_pbe0ts"),
+}
+
+
+def command(job: str, minutes: float, data: Path, folder: Path) -> list[str]:
+    which, network, *changes = job.split()
+    recipe, name = SETS[which]
+    settings = {
+        "data.train": next(data.rglob(f"{name}_train.extxyz.xz")),
+        "data.test": next(data.rglob(f"{name}_test.extxyz.xz")),
+        "training.minutes": minutes,
+        "training.compile": "false",
+        "out": folder,
+    }
+    path = HERE.parents[1] / "recipes" / f"{recipe}-{network}.yaml"
+    return [sys.executable, "-m", "gossamer.cli", "train", str(path), *(f"{k}={v}" for k, v in settings.items()), *changes]
+
+
+def row(job: str, folder: Path) -> dict[str, Any]:
+    results = folder / "results.json"
+    if not results.exists():
+        return {"job": job, "failed": Path(f"{folder}.log").read_text().strip().splitlines()[-1:]}
+    r = json.loads(results.read_text())
+    errors = {
+        f"{part}_{k}": round(r[part][k], 3) for part in ("valid", "test") for k in ("forces_mae_meV_per_A", "energy_mae_meV_per_atom")
+    }
+    return {"job": job, **errors, "steps": r["steps"], "step_ms": round(r["step_ms"], 1), "seconds": r["seconds"]}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("jobs", nargs="+", help='"DATA NETWORK [setting=value ...]"')
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--minutes", type=float, default=5.0)
+    parser.add_argument("--at-once", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--gpu", action="store_true", help="let them see the GPU")
+    parser.add_argument("--out", type=Path, default=HERE / "variants.json")
+    arguments = parser.parse_args()
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
+    if not arguments.gpu:
+        environment["CUDA_VISIBLE_DEVICES"] = ""
+    jobs, running = list(enumerate(arguments.jobs)), []  # type: ignore[var-annotated]
+    rows = json.loads(arguments.out.read_text()) if arguments.out.exists() else []
+    with tempfile.TemporaryDirectory() as work:
+        while jobs or running:
+            while jobs and len(running) < arguments.at_once:
+                number, job = jobs.pop(0)
+                folder = Path(work) / str(number)
+                with open(f"{folder}.log", "w") as log:
+                    run = command(job, arguments.minutes, arguments.data, folder)
+                    running.append((job, folder, subprocess.Popen(run, env=environment, stdout=log, stderr=subprocess.STDOUT)))
+            for item in [i for i in running if i[2].poll() is not None]:
+                running.remove(item)
+                rows.append({**row(*item[:2]), "minutes": arguments.minutes})
+                print(json.dumps(rows[-1]), flush=True)
+                arguments.out.write_text(json.dumps(rows, indent=1) + "\n")
+            time.sleep(0.2)
+
+
+if __name__ == "__main__":
+    main()
