@@ -32,6 +32,7 @@ _PUBLIC = {
     "relax": "gossamer.simulation.relax",
     "relax_files": "gossamer.simulation.relax",
     "inspect": "gossamer.data.inspection",
+    "screen": "gossamer.screening.screen",
 }
 __all__ = sorted([*_PUBLIC, "__version__"])
 

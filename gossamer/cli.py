@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 
 from gossamer import __version__
 from gossamer.files import explain
+from gossamer.screening import command as screening
 from gossamer.signals import Stopped
 
 STOPPED = 128 + signal.SIGTERM
@@ -37,7 +38,7 @@ def main(argv: list[str] | None = None) -> int:
     written; 130 interrupted (SIGINT); 143 training, a simulation or a relaxation was stopped by SIGTERM, its state saved. With --json an
     error is JSON on standard output too: {"error": ..., "command": ..., "status": ...}.
     """
-    argv = sys.argv[1:] if argv is None else argv
+    argv = screening.spelled_out(sys.argv[1:] if argv is None else argv)
     parser = build_parser()
     try:
         arguments = parser.parse_args(argv)
@@ -86,6 +87,7 @@ def build_parser() -> argparse.ArgumentParser:
         ("judge", _judge_parser, _judge, "Is a potential, ours or anyone's, fit for use? One report; exit status 1 if a check failed."),
         ("md", _md_parser, _md, "Molecular dynamics."),
         ("relax", _relax_parser, _relax, "Relax positions, and the cell with --cell, of one structure or several."),
+        ("screen", screening.add_options, _data_help, "One task on thousands of structures, on this machine or on Slurm; restartable."),
         ("import", _import_parser, _import, "Bring a potential that another package trained; nothing in its file is run."),
         (
             "export",

@@ -56,16 +56,7 @@ def relax_batched(
         "stopped" in the last.
     """
     model = TorchSimModel(potential, config.way, compute_stress=config.cell, dispersion=config.dispersion)
-    kinds = sorted({tuple(a.pbc.tolist()) for a, _ in structures})  # TorchSim's states have one periodicity
-    blocks: list[list[tuple[Atoms, Path]]] = []
-    for kind in kinds:
-        atoms_in = BATCH_ATOMS
-        for atoms, out in (s for s in structures if tuple(s[0].pbc.tolist()) == kind):
-            if atoms_in + len(atoms) > BATCH_ATOMS:
-                blocks.append([])
-                atoms_in = 0
-            blocks[-1].append((atoms, out))
-            atoms_in += len(atoms)
+    blocks = [[structures[k] for k in batch] for batch in batches([atoms for atoms, _ in structures])]
     with StopRequested() as stop, tqdm(total=len(structures), unit="structure", disable=None) as bar:
         for number, block in enumerate(blocks):
             relaxed = _relaxed(model, [atoms for atoms, _ in block], config)
@@ -80,6 +71,40 @@ def relax_batched(
             if stopped is not None:
                 log.warning("%s: stopped after %d of %d structures; --resume goes on", stopped, bar.n, len(structures))
                 return
+
+
+def batches(structures: Sequence[Atoms]) -> list[list[int]]:
+    """Indices of structures that go together: of one periodicity, as TorchSim's states have, and at most ``BATCH_ATOMS`` atoms."""
+    found: list[list[int]] = []
+    for kind in sorted({tuple(a.pbc.tolist()) for a in structures}):
+        atoms_in = BATCH_ATOMS
+        for k, atoms in enumerate(structures):
+            if tuple(atoms.pbc.tolist()) != kind:
+                continue
+            if atoms_in + len(atoms) > BATCH_ATOMS:
+                found.append([])
+                atoms_in = 0
+            found[-1].append(k)
+            atoms_in += len(atoms)
+    return found
+
+
+def relax_together(model: TorchSimModel, structures: Sequence[Atoms], config: RelaxConfig) -> list[tuple[Atoms, dict[str, Any]]]:
+    """Relax structures in batches, in memory.
+
+    Args:
+        model: Its potential conservative where the cell is relaxed.
+        structures: Without constraints, of elements that the potential knows, positions finite.
+        config: Options; fmax, steps and cell are used.
+
+    Returns:
+        For each, in their order, relaxed atoms with their results, and what ``relax_batched`` yields of it.
+    """
+    found: dict[int, tuple[Atoms, dict[str, Any]]] = {}
+    for batch in batches(structures):
+        for k, atoms in zip(batch, _relaxed(model, [structures[k] for k in batch], config), strict=True):
+            found[k] = (atoms, _judged(model, atoms, config))
+    return [found[k] for k in range(len(structures))]
 
 
 def _relaxed(model: TorchSimModel, structures: Sequence[Atoms], config: RelaxConfig) -> list[Atoms]:

@@ -1,0 +1,106 @@
+"""Energy above the convex hull of reference structures."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ase.formula import Formula
+from numpy.typing import NDArray
+from scipy.optimize import linprog
+
+from gossamer.data.atoms import read_frames
+from gossamer.files import InputError
+from gossamer.screening.database import Results
+
+Composition = dict[str, float]
+"""fraction of each element"""
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A phase that structures may decompose into."""
+
+    composition: Composition
+    energy: float
+    """eV per atom"""
+
+
+def energy_above_hull(composition: Composition, energy: float, references: Sequence[Reference]) -> float | None:
+    """Energy in eV per atom above the cheapest mixture of references of the same composition; negative below all of them.
+
+        E_hull(x) = min Σ λ_k e_k   with   Σ λ_k x_k = x,   λ_k >= 0
+
+    The lower convex hull of (x, e), as a linear program; Ong et al., Chem. Mater. 20, 1798 (2008), sec. 2.
+
+    Args:
+        composition: Of the structure.
+        energy: eV per atom.
+        references: Of the same method and zero of energy.
+
+    Returns:
+        None where the references cannot make up the composition.
+    """
+    elements = sorted(composition)
+    inside = [r for r in references if set(r.composition) <= set(elements)]
+    if not inside:
+        return None
+    fractions: NDArray[np.float64] = np.array([[r.composition.get(e, 0.0) for r in inside] for e in elements])
+    found = linprog([r.energy for r in inside], A_eq=fractions, b_eq=[composition[e] for e in elements], bounds=(0, None))
+    return energy - float(found.fun) if found.status == 0 else None
+
+
+def fractions_of(formula: str) -> Composition:
+    """Fraction of each element in a chemical formula."""
+    counts = Formula(formula).count()
+    total = sum(counts.values())
+    return {element: n / total for element, n in counts.items()}
+
+
+def read_references(path: Path | str) -> list[Reference]:
+    """Phases of a file: structures with energies (any file ASE reads), or results of a screening.
+
+    Raises:
+        FileNotFoundError: no such file.
+        InputError: it cannot be read, or a frame has no energy.
+    """
+    path = Path(path)
+    if path.exists() and path.read_bytes()[:15] == b"SQLite format 3":
+        with Results(path) as results:
+            rows = [r for r in results.rows() if r["energy_per_atom"] is not None and r["status"] != "not converged"]
+        return [Reference(fractions_of(r["formula"]), r["energy_per_atom"]) for r in rows]
+    found = []
+    for k, atoms in enumerate(read_frames(path)):
+        energy = None if atoms.calc is None else atoms.calc.results.get("energy")
+        if energy is None:
+            raise InputError(f"'{path}', frame {k}: no energy. Every reference needs one, of the method of the screened structures.")
+        found.append(Reference(fractions_of(atoms.get_chemical_formula()), float(energy) / len(atoms)))
+    return found
+
+
+def add_hull(results: Path | str, reference: Path | str) -> dict[str, Any]:
+    """Write the energy above the hull of every structure that has an energy.
+
+    Returns:
+        "references", "placed", "not_placed": structures without an energy, or of elements that the references lack.
+
+    Raises:
+        FileNotFoundError: no such file.
+        InputError: of ``read_references``.
+    """
+    references = read_references(reference)
+    content = hashlib.sha256(Path(reference).read_bytes()).hexdigest()[:16]
+    with Results(results) as open_:
+        energies = {
+            r["id"]: None
+            if r["energy_per_atom"] is None
+            else energy_above_hull(fractions_of(r["formula"]), r["energy_per_atom"], references)
+            for r in open_.rows()
+        }
+        open_.set_hull(energies, f"{reference} ({content})")
+    placed = sum(e is not None for e in energies.values())
+    return {"references": len(references), "placed": placed, "not_placed": len(energies) - placed}

@@ -1,0 +1,259 @@
+"""A screening: what is not in the results yet goes out in blocks, what comes back is written; whatever dies is done again."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter, deque
+from collections.abc import Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from dataclasses import asdict, replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from gossamer.checks.source import find_sources
+from gossamer.files import locked
+from gossamer.screening.config import MachineConfig, ScreenConfig, load_machine
+from gossamer.screening.database import Results, Row
+from gossamer.screening.executor import BadStateException, ManagerLost, WorkerLost, Workers, end_processes
+from gossamer.screening.structures import Item, read_items
+from gossamer.screening.tasks import Asked, run_block
+from gossamer.settings import configured
+from gossamer.signals import StopRequested
+
+log = logging.getLogger(__name__)
+AHEAD = 3
+"""blocks for each worker that are handed out before they are needed"""
+TRIES = 3
+"""deaths of workers over one structure alone after which it is said to kill them"""
+SETBACKS = 30
+"""deaths of workers in a row, without an answer in between, that end the screening"""
+REPORT = 20.0
+"""s between lines of the log, where there is no terminal for a bar"""
+
+
+def screen(
+    structures: Sequence[Path | str] | Path | str,
+    model: Path | str | None = None,
+    calculator: str | None = None,
+    machine: MachineConfig | Path | str | None = None,
+    workers: int | None = None,
+    progress: bool = True,
+    config: ScreenConfig | None = None,
+    **options: Any,
+) -> dict[str, Any]:
+    """One task on every frame of structure files, into one SQLite file; the same call goes on where an earlier one ended, however it ended.
+
+        screen("crystals.extxyz", "potential.safetensors", task="relax", cell=True, out="relaxed.sqlite")
+
+    Args:
+        structures: Files; a file that cannot be read is one failed row.
+        model: Saved potential.
+        calculator: In its place any ASE calculator, "module:factory" as `gossamer judge` takes them.
+        machine: YAML file of `MachineConfig`, or one; by default this machine.
+        workers: Processes on each node, in place of the machine's.
+        progress: Show a bar, or lines in the log.
+        config: What is asked, as an object.
+        options: Fields of `ScreenConfig` that replace those of ``config``.
+
+    Returns:
+        "structures", "done_before", "done", "seconds", "per_second" (of this call), "statuses" (of all rows), "out", and "stopped": the
+        name of the signal that ended it early, or None.
+
+    Raises:
+        ValueError: unknown options, nothing to ask, results of another question, or a potential that the workers cannot load.
+        FileNotFoundError: no such file.
+        RuntimeError: another process writes the results, or workers die without ever giving an answer.
+        ImportError: Parsl is not installed.
+    """
+    config = configured(ScreenConfig, config, options)
+    if not isinstance(machine, MachineConfig):
+        machine = load_machine(machine, workers)
+    elif workers is not None:
+        machine = replace(machine, workers=workers)
+    asked = make_question(model, calculator, config)
+    paths = [structures] if isinstance(structures, str | Path) else list(structures)
+    items = {item.id: item for item in read_items(paths)}
+    out = config.out
+    with locked(out.parent, out.name), Results(out, stored_question(asked)) as results:
+        known = results.known()
+        repeated = ("failed", "not converged") if config.again else ()
+        todo = [item for item in items.values() if item.id not in known or known[item.id] in repeated]
+        gone = len(known.keys() - items.keys())
+        if gone:
+            log.info("'%s' also holds %d structures that are not among these; they stay", out, gone)
+        screening = Screening(results, items, replace(asked, n_expected=len(todo)), config.block, len(items) - len(todo), progress)
+        mark, left = results.begin()
+        ended = end_processes(left)
+        if ended:
+            log.warning("ended %d processes that an earlier screening, killed, had left", len(ended))
+        workers_ = Workers(machine, out.with_name(f".{out.name}.parsl").resolve(), mark)
+        try:
+            stopped = screening.run(todo, workers_)
+        finally:
+            workers_.close()
+            results.end([mark, *left])
+        return screening.summary(stopped)
+
+
+def make_question(model: Path | str | None, calculator: str | None, config: ScreenConfig) -> Asked:
+    """What is asked, with the potential's fingerprint, and "auto" replaced by the engine that it is.
+
+    Raises:
+        ValueError: no potential or two, or an engine that cannot do the task.
+        FileNotFoundError: no such potential.
+    """
+    if (model is None) == (calculator is None):
+        raise ValueError("Give a saved potential (--model FILE), or --calculator module:factory; one of them.")
+    model = None if model is None else str(Path(model).resolve())
+    (source,) = find_sources(
+        [f"model={model}"] if model else [], [calculator] if calculator else [], config.device, config.dtype, config.way
+    )
+    fits = config.task == "relax" and model is not None
+    if config.engine == "torchsim" and not fits:
+        raise ValueError("engine torchsim relaxes (--task relax), with a saved potential (--model). Choose --engine ase.")
+    question = config.question()
+    if config.engine == "auto":
+        question["engine"] = "torchsim" if fits and config.way != "graph" and find_spec("torch_sim") is not None else "ase"
+    if source.unverified:
+        log.warning("%s", source.unverified)
+    if question["cell"] and source.conservative is False:
+        raise ValueError("Relaxing the cell needs stress, which a potential with direct forces does not have.")
+    return Asked(model, calculator, source.fingerprint, **question)
+
+
+def stored_question(asked: Asked) -> dict[str, Any]:
+    """What must be the same when a screening goes on: all but where the potential lies."""
+    return {k: v for k, v in asdict(asked).items() if k not in ("model", "n_expected")}
+
+
+class Screening:
+    """The submitter's loop: it alone writes."""
+
+    def __init__(self, results: Results, items: dict[str, Item], asked: Asked, block: int, n_before: int, progress: bool) -> None:
+        self.results, self.items, self.asked, self.block = results, items, asked, block
+        self.n_before, self.n_done = n_before, 0
+        self.deaths: Counter[str] = Counter()
+        """of workers, by the structure that was alone with them"""
+        self.setbacks = 0
+        self.waiting: deque[list[str]] = deque()
+        """blocks of ids"""
+        self.running: dict[Future[list[Row]], list[str]] = {}
+        self.began = time.monotonic()
+        self.said = self.began
+        self.counts: Counter[str] = Counter()
+        self.progress = progress
+
+    def run(self, todo: Sequence[Item], workers: Workers) -> str | None:
+        """Until all is done; returns the signal that ended it early.
+
+        Raises:
+            RuntimeError: workers die again and again without an answer.
+            ValueError, OSError, ImportError: the workers cannot load the potential.
+        """
+        self._write([Row(i.id, "failed", i.problem) for i in todo if i.atoms is None])
+        names = [item.id for item in todo if item.atoms is not None]
+        size = max(1, min(self.block, -(-len(names) // workers.slots)))  # every worker gets a share
+        self.waiting.extend(names[k : k + size] for k in range(0, len(names), size))
+        bar = tqdm(total=len(self.items), initial=self.n_before + self.n_done, unit="structure", disable=None if self.progress else True,
+                   smoothing=0.05, dynamic_ncols=True)  # fmt: skip
+        with StopRequested() as stop, bar:
+            if self.waiting:
+                workers.start()
+            while self.waiting or self.running:
+                while self.waiting and len(self.running) < AHEAD * workers.slots:
+                    self._submit(workers, self.waiting.popleft())
+                finished, _ = wait(self.running, timeout=1.0, return_when=FIRST_COMPLETED)
+                for future in finished:
+                    self._settle(future)
+                self._tell(bar)
+                if stop.requested:
+                    return stop.signal.name if stop.signal else None
+                if not workers.alive():
+                    self._start_again(workers)
+        return None
+
+    def _submit(self, workers: Workers, names: list[str]) -> None:
+        block = [(name, self.items[name].atoms) for name in names]
+        self.running[workers.submit(run_block, self.asked, block)] = names
+
+    def _settle(self, future: Future[list[Row]]) -> None:
+        """Write what came back; what died waits again."""
+        names = self.running.pop(future)
+        try:
+            rows = future.result()
+        except WorkerLost:
+            self._worker_died(names)
+        except (ManagerLost, BadStateException) as error:  # the node has gone, or its time is over: nothing to do with these structures
+            self._setback(error)
+            self.waiting.appendleft(names)
+        else:
+            self.setbacks = 0
+            self._write(rows)
+
+    def _worker_died(self, names: list[str]) -> None:
+        """A block whose worker died is done again one by one; a structure that kills workers when it is alone has failed."""
+        if len(names) > 1:
+            self.waiting.extendleft([name] for name in reversed(names))
+        else:
+            (name,) = names
+            self.deaths[name] += 1
+            if self.deaths[name] < TRIES:
+                self.waiting.append(names)
+            else:
+                reason = f"the worker's process died {TRIES} times while it had this structure alone (a crash of the calculator, or too little memory)"
+                self._write([Row(name, "failed", reason, *self._facts(name))])
+        self._setback(RuntimeError("a worker's process died"))
+
+    def _facts(self, name: str) -> tuple[str | None, int | None]:
+        atoms = self.items[name].atoms
+        return (None, None) if atoms is None else (atoms.get_chemical_formula(), len(atoms))
+
+    def _setback(self, error: Exception) -> None:
+        self.setbacks += 1
+        log.debug("%s", error)
+        if self.setbacks >= SETBACKS:
+            raise RuntimeError(
+                f"Workers died {SETBACKS} times in a row without an answer; the last time: {error}. Try fewer workers (memory), "
+                "the potential on one structure (gossamer relax), and the lines of setup."
+            )
+
+    def _start_again(self, workers: Workers) -> None:
+        """Parsl's own processes died: all that was handed out waits again."""
+        self.setbacks += 9  # three in a row are a machine on which nothing starts
+        for future in [f for f in self.running if f.done()]:
+            self._settle(future)
+        self._setback(RuntimeError("Parsl's processes ended by themselves, or its jobs failed one after the other"))
+        log.warning("the workers were lost; starting them again")
+        self.waiting.extendleft(reversed(list(self.running.values())))
+        self.running.clear()
+        workers.close()
+        workers.start()
+
+    def _write(self, rows: Sequence[Row]) -> None:
+        if rows:
+            self.results.write([row.columns(self.items[row.id].source, self.items[row.id].frame, self.asked.fingerprint) for row in rows])
+            self.counts.update(row.status for row in rows)
+            self.n_done += len(rows)
+
+    def _tell(self, bar: Any) -> None:
+        """Throughput and time left: a bar on a terminal, else now and then a line."""
+        bar.update(self.n_before + self.n_done - bar.n)
+        bar.set_postfix({k: n for k, n in self.counts.items() if k in ("failed", "not converged")}, refresh=False)
+        now = time.monotonic()
+        if self.progress and bar.disable and now - self.said > REPORT and self.n_done:
+            self.said = now
+            rate = self.n_done / (now - self.began)
+            left = tqdm.format_interval((len(self.items) - self.n_before - self.n_done) / rate)
+            log.info("%d of %d structures, %.3g per second, %s left", self.n_before + self.n_done, len(self.items), rate, left)
+
+    def summary(self, stopped: str | None) -> dict[str, Any]:
+        """What this call did."""
+        seconds = time.monotonic() - self.began
+        return {
+            "structures": len(self.items), "done_before": self.n_before, "done": self.n_done, "seconds": round(seconds, 2),
+            "per_second": round(self.n_done / seconds, 3), "statuses": self.results.counts(), "out": str(self.results.path), "stopped": stopped,
+        }  # fmt: skip

@@ -1,0 +1,95 @@
+"""What is screened: frames of files, each with an id that says where it comes from and what it is."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from ase import Atoms
+from ase.neighborlist import neighbor_list
+
+from gossamer.data.atoms import read_frames
+from gossamer.files import InputError
+
+KEPT = ("numbers", "positions", "tags", "initial_charges", "initial_magmoms")
+CLOSEST = 0.4
+"""Å: no two atoms of any molecule or crystal are nearer (H2 has 0.74)"""
+
+
+@dataclass(frozen=True)
+class Item:
+    """A structure to be screened."""
+
+    source: str
+    """its file, as given"""
+    frame: int
+    digest: str
+    """of elements, positions, cell, periodicity and constraints; of the file where it cannot be read"""
+    atoms: Atoms | None
+    """without labels; None where the file cannot be read"""
+    problem: str = ""
+    """why it cannot be read"""
+
+    @property
+    def id(self) -> str:
+        """File, frame and content: a changed structure is another one."""
+        return f"{self.source}#{self.frame}@{self.digest}"
+
+
+def read_items(paths: Sequence[Path | str]) -> Iterator[Item]:
+    """Every frame of every file; a file that cannot be read is one item that says why.
+
+    Raises:
+        FileNotFoundError: no such file.
+    """
+    for path in paths:
+        source = os.path.normpath(path)
+        try:
+            frames = read_frames(source)
+        except InputError as error:
+            content = Path(source).read_bytes() if Path(source).is_file() else b""
+            yield Item(source, 0, hashlib.sha256(content).hexdigest()[:16], None, str(error))
+            continue
+        for frame, atoms in enumerate(frames):
+            yield Item(source, frame, digest_of(atoms), bare(atoms))
+
+
+def bare(atoms: Atoms) -> Atoms:
+    """Elements, positions, cell, charges, constraints and name, without labels and velocities."""
+    copy = atoms.copy()
+    for name in set(copy.arrays) - set(KEPT):
+        del copy.arrays[name]
+    copy.info = {k: v for k, v in copy.info.items() if k in ("charge", "spin", "name", "material_id")}
+    return copy
+
+
+def digest_of(atoms: Atoms) -> str:
+    """Sixteen letters of what a calculator sees."""
+    found = hashlib.sha256()
+    also = [atoms.arrays[name] for name in ("initial_charges", "initial_magmoms") if name in atoms.arrays]
+    for array in (atoms.numbers.astype(np.int64), atoms.positions, atoms.cell.array, np.asarray(atoms.pbc), *also):
+        found.update(np.ascontiguousarray(array).tobytes())
+    for constraint in atoms.constraints:
+        found.update(repr(constraint.todict()).encode())
+    return found.hexdigest()[:16]
+
+
+def check_structure(atoms: Atoms) -> None:
+    """Refuse what no calculator can say anything about.
+
+    Raises:
+        ValueError: numbers that are not finite, a periodic cell without a volume, or two atoms on (nearly) one spot; says which.
+    """
+    if not (np.isfinite(atoms.positions).all() and np.isfinite(atoms.cell.array).all()):
+        bad = np.flatnonzero(~np.isfinite(atoms.positions).all(axis=1))
+        raise ValueError(f"The position of atom {bad[0]} is not finite." if len(bad) else "The cell is not finite.")
+    if atoms.pbc.any() and np.linalg.matrix_rank(atoms.cell.array[atoms.pbc], tol=1e-6) < atoms.pbc.sum():
+        raise ValueError(f"Periodic along {np.flatnonzero(atoms.pbc).tolist()}, but the cell has no volume there.")
+    first, second, distances = neighbor_list("ijd", atoms, CLOSEST)
+    if len(distances):
+        k = int(distances.argmin())
+        raise ValueError(f"Atoms {first[k]} and {second[k]} are {distances[k]:.3f} Å apart: separate overlapping atoms.")

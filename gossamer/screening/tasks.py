@@ -1,0 +1,309 @@
+"""What workers do: a block of structures in, a row for each out. Whatever happens to one structure stays with it."""
+
+from __future__ import annotations
+
+import io
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import ase.io
+import numpy as np
+from ase import Atoms
+from ase.calculators.calculator import PropertyNotImplementedError
+from ase.calculators.singlepoint import SinglePointCalculator
+from ase.filters import FrechetCellFilter
+from ase.optimize import FIRE
+
+from gossamer.checks.source import Source, find_sources
+from gossamer.screening.database import Row
+from gossamer.screening.structures import check_structure
+
+Block = Sequence[tuple[str, Atoms]]
+"""ids and structures"""
+CHECKS = ("symmetry", "conservation", "smoothness")
+"""of the judge, on each structure (task judge)"""
+EVALUATIONS = {"relax": 60, "elastic": 200, "phonons": 150, "judge": 1500, "single-point": 1}
+"""of a typical structure: decides whether compiling the potential pays"""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A question in full, as it travels to the workers."""
+
+    model: str | None
+    """file of a saved potential"""
+    calculator: str | None
+    """module:factory, in its place"""
+    fingerprint: str
+    task: str
+    engine: str
+    """ase or torchsim"""
+    fmax: float | None
+    steps: int | None
+    cell: bool
+    device: str
+    dtype: str | None
+    way: str
+    n_expected: int = 1
+    """structures that a worker will see, about"""
+
+    @property
+    def source(self) -> Source:
+        """The potential.
+
+        Raises:
+            ValueError: the file is not the potential that was asked for.
+        """
+        models, calculators = [self.model] if self.model else [], [self.calculator] if self.calculator else []
+        (found,) = find_sources(models, calculators, self.device, self.dtype, self.way)
+        if found.fingerprint != self.fingerprint:
+            raise ValueError(f"'{self.model}' is not the potential that the screening began with: it has changed meanwhile.")
+        return found
+
+
+def run_block(asked: Asked, block: Block) -> list[Row]:
+    """Rows of a block, in its order; the potential is loaded once in a process.
+
+    Raises:
+        Exception: the potential cannot be had. Nothing that concerns one structure is raised.
+    """
+    rows: dict[str, Row] = {}
+    sound: list[tuple[str, Atoms]] = []
+    for name, atoms in block:
+        try:
+            check_structure(atoms)
+            _can_be_asked(asked, atoms)
+            sound.append((name, atoms))
+        except Exception as error:
+            rows[name] = _failed(name, atoms, error)
+    if asked.engine == "torchsim" or (asked.task == "single-point" and asked.model):
+        rows |= _together(asked, sound)
+    else:
+        _get_ready(asked, sound)
+        for name, atoms in sound:
+            rows[name] = _alone(name, atoms, lambda a: TASKS[asked.task](_calculator(asked), a, asked))
+    return [rows[name] for name, _ in block]
+
+
+def _can_be_asked(asked: Asked, atoms: Atoms) -> None:
+    if asked.cell and not atoms.pbc.all():
+        raise ValueError(f"Relaxing the cell needs periodicity along all axes, found pbc {atoms.pbc.tolist()}.")
+    if atoms.constraints and (asked.engine == "torchsim" or asked.task in ("elastic", "phonons")):
+        raise ValueError("Constraints are known to task relax on ASE only: --engine ase, or remove them.")
+
+
+@lru_cache(maxsize=1)
+def _calculator(asked: Asked) -> Any:
+    return asked.source.make()
+
+
+@lru_cache(maxsize=1)
+def _torchsim_model(asked: Asked) -> Any:
+    from gossamer.simulation.torchsim import TorchSimModel
+
+    return TorchSimModel(_calculator(asked).potential, asked.way, compute_stress=asked.cell)  # type: ignore[arg-type]
+
+
+def _get_ready(asked: Asked, block: Block) -> None:
+    """Compile a potential of ours where that pays; load any, so that one that cannot be had ends the screening and not every structure."""
+    calculator = _calculator(asked)
+    if asked.model:
+        for _, atoms in block:
+            try:
+                calculator.expect(asked.n_expected * EVALUATIONS[asked.task], atoms)
+                return
+            except ValueError:  # of unknown elements: another one, then
+                continue
+
+
+# --- rows -----------------------------------------------------------------------------------------------------------
+
+
+def _failed(name: str, atoms: Atoms, error: BaseException | str, seconds: float | None = None) -> Row:
+    text = error if isinstance(error, str) else " ".join(str(error).split()) or type(error).__name__
+    if not isinstance(error, str | ValueError | ArithmeticError):
+        text = f"{type(error).__name__}: {text}"
+    return Row(name, "failed", text[:500], atoms.get_chemical_formula(), len(atoms), seconds=seconds)
+
+
+def _alone(name: str, atoms: Atoms, work: Callable[[Atoms], Row]) -> Row:
+    """One structure; an error is a row."""
+    began = time.perf_counter()
+    try:
+        row = work(atoms)
+        row.id = name
+    except Exception as error:  # a calculator may raise anything; the others still count
+        row = _failed(name, atoms, error)
+    row.seconds = time.perf_counter() - began
+    return row
+
+
+def _row(atoms: Atoms, status: str, reason: str = "", steps: int | None = None, **numbers: Any) -> Row:
+    """Of atoms with a calculator."""
+    energy, forces = float(atoms.get_potential_energy()), atoms.get_forces()
+    if not (np.isfinite(energy) and np.isfinite(forces).all()):
+        raise ValueError("Energy or forces are not finite.")
+    try:
+        stress = atoms.get_stress(voigt=True).tolist() if atoms.pbc.all() else None
+    except (PropertyNotImplementedError, NotImplementedError):
+        stress = None
+    return Row(
+        "", status, reason, atoms.get_chemical_formula(), len(atoms), energy, float(np.linalg.norm(forces, axis=1).max()), stress,
+        float(atoms.get_volume()) if atoms.pbc.all() else None, steps, structure=_text(atoms, energy, forces, stress), numbers=numbers,
+    )  # fmt: skip
+
+
+def _text(atoms: Atoms, energy: float, forces: Any, stress: Any) -> str:
+    """Extended XYZ."""
+    copy = atoms.copy()
+    copy.calc = SinglePointCalculator(copy, energy=energy, forces=forces, **({} if stress is None else {"stress": np.array(stress)}))
+    text = io.StringIO()
+    ase.io.write(text, copy, format="extxyz")
+    return text.getvalue()
+
+
+# --- one after the other ----------------------------------------------------------------------------------------------
+
+
+def _with(calculator: Any, atoms: Atoms, asked: Asked) -> Atoms:
+    """A copy with the calculator; ours keeps nothing of the structure before, not even the order of neighbours: no answer hangs on it."""
+    if asked.model:
+        calculator.reset()
+        calculator.neighbors.builds = 0
+    work = atoms.copy()
+    work.calc = calculator
+    return work
+
+
+def _minimised(calculator: Any, atoms: Atoms, asked: Asked) -> tuple[Atoms, bool, int]:
+    """Relaxed copy with the calculator, whether it converged, and steps."""
+    work = _with(calculator, atoms, asked)
+    algorithm = FIRE(FrechetCellFilter(work) if asked.cell else work, logfile=None)
+    converged = algorithm.run(fmax=asked.fmax, steps=asked.steps)
+    return work, bool(converged), algorithm.nsteps
+
+
+def _single_point(calculator: Any, atoms: Atoms, asked: Asked) -> Row:
+    return _row(_with(calculator, atoms, asked), "done")
+
+
+def _relax(calculator: Any, atoms: Atoms, asked: Asked) -> Row:
+    work, converged, steps = _minimised(calculator, atoms, asked)
+    return _row(work, *_said(converged, asked), steps)
+
+
+def _said(converged: bool, asked: Asked) -> tuple[str, str]:
+    """Status and reason."""
+    return ("converged", "") if converged else ("not converged", f"forces above {asked.fmax} eV/Å after {asked.steps} steps")
+
+
+def _elastic(calculator: Any, atoms: Atoms, asked: Asked) -> Row:
+    """Elastic constants by the judge's check; of a structure that relaxed."""
+    from gossamer.checks.crystals import elastic_constants, voigt_averages
+
+    work, converged, steps = _minimised(calculator, atoms, asked)
+    row = _row(work, *_said(converged, asked), steps)
+    if converged:
+        stiffness = elastic_constants(calculator, work)
+        bulk, shear = voigt_averages(stiffness)
+        row.numbers = {"bulk_modulus": bulk, "shear_modulus": shear, "softest": float(np.linalg.eigvalsh(stiffness)[0]),
+                       "stiffness": stiffness.tolist()}  # fmt: skip
+    return row
+
+
+def _phonons(calculator: Any, atoms: Atoms, asked: Asked) -> Row:
+    """Lowest and highest frequency and heat capacity by the judge's check; of a structure that relaxed."""
+    from gossamer.checks.phonons import make_phonons, mesh_frequencies, quiet
+
+    work, converged, steps = _minimised(calculator, atoms, asked)
+    row = _row(work, *_said(converged, asked), steps)
+    if converged:
+        phonons = make_phonons(calculator, work)
+        phonons.symmetrize_force_constants()
+        frequencies, _ = mesh_frequencies(phonons)
+        with quiet():
+            phonons.run_thermal_properties(t_min=300, t_max=300, t_step=1)
+        heat = float(phonons.thermal_properties.heat_capacity[0]) / len(phonons.primitive)
+        row.numbers = {"lowest_frequency": float(frequencies.min()), "highest_frequency": float(frequencies.max()), "heat_capacity": heat}
+    return row
+
+
+def _judge(calculator: Any, atoms: Atoms, asked: Asked) -> Row:
+    """The potential on this structure: verdicts and reasons of the judge's checks."""
+    from gossamer.checks.candidate import Candidate
+    from gossamer.checks.judge import CHECKS as JUDGE
+    from gossamer.checks.judge import worst
+
+    source = asked.source
+    row = _single_point(calculator, atoms, asked)
+    with tempfile.TemporaryDirectory() as folder:
+        candidate = Candidate(source.name, lambda: calculator, sorted(set(atoms.get_chemical_symbols())), [atoms], {}, {}, Path(folder),
+                              conservative=source.conservative, cutoff=source.cutoff, progress=False)  # fmt: skip
+        results = {name: JUDGE[name].run(candidate) for name in CHECKS}
+    row.numbers = {"verdict": worst(r.status for r in results.values()), **{name: r.status for name, r in results.items()}}
+    row.reason = " ".join(r.reason for r in results.values() if r.status in ("failed", "weak"))[:500]
+    return row
+
+
+TASKS: dict[str, Callable[[Any, Atoms, Asked], Row]] = {
+    "single-point": _single_point, "relax": _relax, "elastic": _elastic, "phonons": _phonons, "judge": _judge,
+}  # fmt: skip
+
+
+# --- a block at once --------------------------------------------------------------------------------------------------
+
+
+def _together(asked: Asked, block: Block) -> dict[str, Row]:
+    """Structures of a block at once, and each alone where that fails."""
+    potential = _calculator(asked).potential
+    rows: dict[str, Row] = {}
+    known: list[tuple[str, Atoms]] = []
+    for name, atoms in block:
+        try:
+            potential.check_elements(atoms.numbers)
+            known.append((name, atoms))
+        except ValueError as error:
+            rows[name] = _failed(name, atoms, error)
+    work = _relax_batch if asked.task == "relax" else _evaluate_batch
+    began = time.perf_counter()
+    try:
+        found = work(asked, [atoms for _, atoms in known])
+        each = (time.perf_counter() - began) / max(1, len(known))
+        for (name, _), row in zip(known, found, strict=True):
+            row.id, row.seconds = name, each
+            rows[name] = row
+    except Exception:
+        for name, atoms in known:
+            rows[name] = _alone(name, atoms, lambda a: work(asked, [a])[0])
+    return rows
+
+
+def _relax_batch(asked: Asked, structures: Sequence[Atoms]) -> list[Row]:
+    from gossamer.simulation.batched import relax_together
+    from gossamer.simulation.options import RelaxConfig
+
+    config = RelaxConfig(fmax=asked.fmax, steps=asked.steps, cell=asked.cell)  # type: ignore[arg-type]
+    rows = []
+    for given, (atoms, answer) in zip(structures, relax_together(_torchsim_model(asked), structures, config), strict=True):
+        error = answer.get("error")
+        rows.append(_failed("", given, error) if error else _row(atoms, *_said(answer["converged"], asked)))
+    return rows
+
+
+def _evaluate_batch(asked: Asked, structures: Sequence[Atoms]) -> list[Row]:
+    """Energies and forces of many at once; a structure whose answer is not finite fails alone."""
+    from ase.stress import full_3x3_to_voigt_6_stress
+
+    calculator = _calculator(asked)
+    rows = []
+    for given, found in zip(structures, calculator.potential.predict(list(structures), run=calculator.engine), strict=True):
+        atoms = given.copy()
+        stress = {} if found["stress"] is None else {"stress": full_3x3_to_voigt_6_stress(found["stress"])}
+        atoms.calc = SinglePointCalculator(atoms, energy=found["energy"], forces=found["forces"], **stress)
+        rows.append(_alone("", atoms, lambda a: _row(a, "done")))
+    return rows

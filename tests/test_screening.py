@@ -1,0 +1,511 @@
+"""Screening: whatever happens to one structure stays with it, the file is written once, kills lose nothing, the block is no part of the answer."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import ase.io
+import numpy as np
+import pytest
+from ase import Atoms
+from ase.build import bulk
+from ase.constraints import FixAtoms
+from conftest import make_potential
+
+from gossamer.checks.source import find_sources
+from gossamer.cli import main
+from gossamer.files import InputError
+from gossamer.potential_file import save
+from gossamer.screening.config import FMAX, MachineConfig, ScreenConfig, load_machine
+from gossamer.screening.database import APPLICATION, COLUMNS, Results, Row, export
+from gossamer.screening.hull import Reference, add_hull, energy_above_hull, fractions_of, read_references
+from gossamer.screening.structures import check_structure, digest_of, read_items
+from gossamer.screening.tasks import Asked, run_block
+from gossamer.settings import to_dict
+
+ROOT = Path(__file__).resolve().parents[1]
+EMT = "ase.calculators.emt:EMT"
+
+
+def alloys(n: int, seed: int = 0) -> list[Atoms]:
+    """Rattled fcc alloys."""
+    generator = np.random.default_rng(seed)
+    found = []
+    for k in range(n):
+        atoms = bulk("Cu", a=3.6 + 0.4 * generator.random(), cubic=True)
+        atoms.symbols = generator.choice(["Ni", "Cu", "Pd", "Ag"], size=4)
+        atoms.rattle(0.1, seed=k)
+        found.append(atoms)
+    return found
+
+
+def ask(model: Path | None = None, task: str = "relax", **options: Any) -> Asked:
+    """A question, with EMT where no potential is given."""
+    calculator = None if model else EMT
+    (source,) = find_sources(
+        [model] if model else [], [EMT] if calculator else [], dtype=options.get("dtype"), way=options.get("way", "auto")
+    )
+    config = ScreenConfig(task=task, **{"engine": "ase", **options})  # type: ignore[arg-type]
+    return Asked(None if model is None else str(model), calculator, source.fingerprint, **config.question())
+
+
+def blocks(asked: Asked, structures: list[Atoms], size: int) -> dict[str, Row]:
+    """Rows by number, computed in blocks of this size."""
+    named = [(str(k), atoms) for k, atoms in enumerate(structures)]
+    return {row.id: row for k in range(0, len(named), size) for row in run_block(asked, named[k : k + size])}
+
+
+@pytest.fixture
+def potential(tmp_path: Path) -> Path:
+    path = tmp_path / "p.safetensors"
+    save(make_potential(["Ni", "Cu", "Pd", "Ag"]), path)
+    return path
+
+
+# --- one block --------------------------------------------------------------------------------------------------------
+
+
+def broken() -> dict[str, Atoms]:
+    """Structures by what their row must say."""
+    lost, near, unknown, flat = (bulk("Cu", cubic=True) for _ in range(4))
+    lost.positions[2, 1] = np.nan
+    near.positions[1] = near.positions[0] + [0.1, 0, 0]
+    unknown.symbols[3] = "U"
+    flat.set_cell([3.6, 3.6, 0.0])
+    return {"position of atom 2 is not finite": lost, "0.100 Å apart": near, "U": unknown, "no volume": flat}
+
+
+@pytest.mark.parametrize("kind", ["calculator", "potential", "torchsim"])
+@pytest.mark.parametrize("task", ["single-point", "relax"])
+def test_a_bad_structure_stays_alone(task: str, kind: str, potential: Path) -> None:
+    """Its row says why; the others of its block are what they are without it."""
+    if kind == "torchsim":
+        pytest.importorskip("torch_sim")
+    if (task, kind) == ("single-point", "torchsim"):
+        pytest.skip("evaluations of a block need no TorchSim")
+    asked = ask(None if kind == "calculator" else potential, task, steps=5, **({"engine": "torchsim"} if kind == "torchsim" else {}))
+    good, bad = alloys(3), broken()
+    alone = blocks(asked, good, 3)
+    mixed = run_block(asked, [("a", good[0]), *bad.items(), ("b", good[1]), ("c", good[2])])
+    assert [row.id for row in mixed] == ["a", *bad, "b", "c"]
+    for row, number in zip([mixed[0], *mixed[-2:]], "012", strict=True):
+        assert row.status == alone[number].status
+        assert row.energy == pytest.approx(alone[number].energy, abs=1e-9)
+        assert np.isfinite(row.max_force)
+        assert len(ase.io.read(StringIO(row.structure), format="extxyz").get_forces()) == 4
+    for row in mixed[1:-2]:
+        assert row.status == "failed", row
+        assert row.id in row.reason, row.reason
+        assert row.energy is None
+
+
+def test_not_converged_is_a_status_of_its_own() -> None:
+    short, long = (blocks(ask(steps=steps), alloys(2), 2) for steps in (2, 200))
+    assert [r.status for r in short.values()] == ["not converged"] * 2
+    assert short["0"].reason == "forces above 0.05 eV/Å after 2 steps"
+    assert [r.status for r in long.values()] == ["converged"] * 2
+    assert long["0"].max_force <= FMAX["relax"]
+    assert long["0"].energy < short["0"].energy
+    assert 2 < long["0"].steps < 200
+
+
+@pytest.mark.parametrize("engine", ["ase", "torchsim"])
+def test_the_ranking_is_the_same_for_any_block(engine: str, potential: Path) -> None:
+    """One after the other the last bit is the same; in batches, whose products have other sizes, rounding differs."""
+    if engine == "torchsim":
+        pytest.importorskip("torch_sim")
+    structures = alloys(5)
+    asked = ask(potential, engine=engine, steps=6, way="plain")
+    energies = [np.array([row.energy / row.n_atoms for row in blocks(asked, structures, size).values()]) for size in (1, 2, 5)]
+    for other in energies[1:]:
+        np.testing.assert_allclose(other, energies[0], rtol=0, atol=0 if engine == "ase" else 1e-9)
+        assert np.array_equal(np.argsort(other), np.argsort(energies[0]))
+
+
+def test_elastic_constants_and_phonons_are_the_judges() -> None:
+    """Of copper by EMT; a structure that does not relax has none."""
+    pytest.importorskip("phonopy")
+    copper = bulk("Cu", a=3.7, cubic=True)
+    (elastic,) = blocks(ask(task="elastic"), [copper], 1).values()
+    assert elastic.status == "converged"
+    assert elastic.numbers["bulk_modulus"] == pytest.approx(134, rel=0.03)  # GPa; EMT was made to have that of copper
+    assert np.array(elastic.numbers["stiffness"]).shape == (6, 6)
+    (phonons,) = blocks(ask(task="phonons"), [bulk("Cu", a=3.7)], 1).values()
+    assert phonons.numbers["lowest_frequency"] > -0.1
+    assert 5 < phonons.numbers["highest_frequency"] < 10
+    assert phonons.numbers["heat_capacity"] == pytest.approx(23.4, abs=0.5)  # J/K/mol, below 3R = 24.9
+    (short,) = blocks(ask(task="phonons", steps=1), [copper], 1).values()
+    assert short.status == "not converged"
+    assert not short.numbers
+
+
+def test_the_judge_says_what_it_thinks_of_the_potential_on_each_structure(monkeypatch: pytest.MonkeyPatch) -> None:
+    from gossamer.screening import tasks
+
+    monkeypatch.setattr(tasks, "CHECKS", ("symmetry",))  # the others take seconds
+    (row,) = blocks(ask(task="judge"), [bulk("Cu", cubic=True)], 1).values()
+    assert row.status == "done", row.reason
+    assert row.numbers.keys() == {"verdict", "symmetry"}
+    assert row.numbers["symmetry"] == "passed"
+
+
+def test_constraints_hold_on_ase_and_are_refused_elsewhere(potential: Path) -> None:
+    atoms = alloys(1)[0]
+    atoms.set_constraint(FixAtoms([0]))
+    (row,) = blocks(ask(steps=20), [atoms], 1).values()
+    relaxed = ase.io.read(StringIO(row.structure), format="extxyz")
+    np.testing.assert_allclose(relaxed.positions[0], atoms.positions[0], atol=1e-7)
+    (refused,) = blocks(ask(task="elastic"), [atoms], 1).values()
+    assert "Constraints" in refused.reason
+
+
+def test_a_potential_that_changed_meanwhile_is_refused(potential: Path) -> None:
+    asked = ask(potential, "single-point")
+    save(make_potential(["Ni", "Cu", "Pd", "Ag"], seed=1), potential)
+    from gossamer.screening import tasks
+
+    tasks._calculator.cache_clear()
+    with pytest.raises(ValueError, match="has changed meanwhile"):
+        run_block(asked, [("0", alloys(1)[0])])
+
+
+# --- structures and their ids -----------------------------------------------------------------------------------------
+
+
+def test_ids_say_file_frame_and_content(tmp_path: Path) -> None:
+    ase.io.write(tmp_path / "a.extxyz", alloys(3))
+    (tmp_path / "b.cif").write_text("no crystal")
+    items = list(read_items([tmp_path / "a.extxyz", tmp_path / "b.cif"]))
+    assert [i.frame for i in items] == [0, 1, 2, 0]
+    assert len({i.id for i in items}) == 4
+    assert items[-1].atoms is None
+    assert "cannot be read" in items[-1].problem
+    moved = items[0].atoms.copy()
+    moved.positions[0, 0] += 1e-6
+    assert digest_of(moved) != items[0].digest
+    assert digest_of(items[0].atoms) == items[0].digest
+    with pytest.raises(FileNotFoundError):
+        list(read_items([tmp_path / "c.cif"]))
+
+
+def test_near_atoms_are_found_across_the_cell() -> None:
+    check_structure(Atoms("H2", [[0, 0, 0], [0.74, 0, 0]]))
+    with pytest.raises(ValueError, match=r"Atoms \d and \d are 0\.200 Å apart"):
+        check_structure(Atoms("H2", [[0.1, 0, 0], [4.9, 0, 0]], cell=[5, 5, 5], pbc=True))
+
+
+# --- the file ---------------------------------------------------------------------------------------------------------
+
+
+def written(path: Path, energies: list[float | None], **question: Any) -> Path:
+    """Results of copper and gold, by hand."""
+    with Results(path, {"task": "relax", **question}) as results:
+        rows = [Row(str(k), "failed" if e is None else "converged", "", "CuAu" if k % 2 else "Cu2", 2, e and 2 * e, numbers={"hardness": -k})
+                for k, e in enumerate(energies)]  # fmt: skip
+        results.write([row.columns("a.xyz", k, "potential") for k, row in enumerate(rows)])
+    return path
+
+
+def test_results_are_sorted_and_exported(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    path = written(tmp_path / "r.sqlite", [-1.0, None, -3.0, -2.0])
+    with Results(path) as results:
+        assert [r["id"] for r in results.rows("energy_per_atom")] == ["2", "3", "0", "1"]
+        assert [r["id"] for r in results.rows("hardness", top=2, descending=True)] == ["0", "1"]
+        assert results.counts() == {"converged": 3, "failed": 1}
+        with pytest.raises(ValueError, match="There is no 'hardnes'.*hardness"):
+            results.rows("hardnes")
+    assert main(["screen", "show", str(path), "--sort", "energy_per_atom", "--top", "1"]) == 0
+    shown = capsys.readouterr().out
+    assert "-3" in shown
+    assert "3 converged, 1 failed" in shown
+    for name in ("r.csv", "r.json"):
+        assert export(path, tmp_path / name) == 4
+    assert len(json.loads((tmp_path / "r.json").read_text())) == 4
+    assert (tmp_path / "r.csv").read_text().count("\n") == 5
+    with pytest.raises(ValueError, match="parquet"):
+        export(path, tmp_path / "r.doc")
+
+
+def test_parquet_or_which_package_writes_it(tmp_path: Path) -> None:
+    path = written(tmp_path / "r.sqlite", [-1.0, None])
+    try:
+        from pyarrow import parquet
+    except ImportError:
+        with pytest.raises(ImportError, match="pip install pyarrow"):
+            export(path, tmp_path / "r.parquet")
+        return
+    export(path, tmp_path / "r.parquet")
+    assert parquet.read_table(tmp_path / "r.parquet").column("energy").to_pylist() == [-2.0, None]
+
+
+def test_a_row_is_replaced_and_never_doubled(tmp_path: Path) -> None:
+    path = written(tmp_path / "r.sqlite", [-1.0, None])
+    written(path, [-1.0, -2.0])
+    with Results(path) as results:
+        assert results.counts() == {"converged": 2}
+        assert results.connection.execute("pragma journal_mode").fetchone()[0] == "wal"
+        with pytest.raises(sqlite3.IntegrityError):
+            results.write([Row("x", "converged").columns("a", 0, "p"), {**Row("y", "perhaps").columns("a", 1, "p")}])
+        assert len(results.rows()) == 2, "a transaction is all or nothing"
+
+
+@pytest.mark.parametrize("kind", ["question", "text", "foreign", "newer", "missing"])
+def test_files_that_are_not_these_results(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / "r.sqlite"
+    expected: type[Exception] = InputError
+    if kind == "question":
+        written(path, [-1.0], fmax=0.05)
+        message = r"fmax 0\.05 \(now 0\.01\).*choose another --out"
+    elif kind == "text":
+        path.write_text("once upon a time " * 50)
+        message = "not a file of results"
+    elif kind == "missing":
+        expected, message = FileNotFoundError, "There are no results"
+    else:
+        with sqlite3.connect(path) as connection:
+            connection.execute("create table other (x)")
+            if kind == "newer":
+                connection.execute(f"pragma application_id={APPLICATION}")
+                connection.execute("pragma user_version=99")
+        connection.close()
+        message = "version 99" if kind == "newer" else "not of gossamer's results"
+    with pytest.raises(expected, match=message):
+        Results(path, None if kind == "missing" else {"task": "relax", "fmax": 0.01})
+
+
+def test_the_table_has_a_column_for_each_value() -> None:
+    assert set(Row("a", "done").columns("s", 0, "p")) == set(COLUMNS)
+
+
+# --- energy above hull ------------------------------------------------------------------------------------------------
+
+
+def test_energies_above_the_hull() -> None:
+    """Of a binary: the tie line between its neighbours; of a ternary against pymatgen, where that is installed."""
+    binary = [Reference(fractions_of(f), e) for f, e in (("Cu", -1.0), ("Au", -2.0), ("CuAu", -2.5), ("Cu3Au", -1.2))]
+    assert energy_above_hull(fractions_of("CuAu"), -2.4, binary) == pytest.approx(0.1)
+    assert energy_above_hull(fractions_of("Cu3Au"), -1.2, binary) == pytest.approx(-1.2 + 0.5 * (1.0 + 2.5))  # itself above the tie line
+    assert energy_above_hull(fractions_of("CuAu"), -2.6, binary) == pytest.approx(-0.1)
+    assert energy_above_hull(fractions_of("CuAg"), -2.6, binary) is None
+
+
+def test_the_hull_is_pymatgens() -> None:
+    diagrams = pytest.importorskip("pymatgen.analysis.phase_diagram")
+    from pymatgen.core import Composition
+
+    generator = np.random.default_rng(0)
+    formulas = ["Li", "P", "S", *(f"Li{a}P{b}S{c}" for a, b, c in generator.integers(1, 6, size=(20, 3)))]
+    energies = generator.normal(size=len(formulas))
+    references = [Reference(fractions_of(f), e) for f, e in zip(formulas, energies, strict=True)]
+    entries = [diagrams.PDEntry(Composition(f), e * Composition(f).num_atoms) for f, e in zip(formulas, energies, strict=True)]
+    diagram = diagrams.PhaseDiagram(entries)
+    for entry, formula, energy in zip(entries, formulas, energies, strict=True):
+        assert energy_above_hull(fractions_of(formula), energy, references) == pytest.approx(diagram.get_e_above_hull(entry), abs=1e-9)
+
+
+def test_the_hull_goes_into_the_results(tmp_path: Path) -> None:
+    path = written(tmp_path / "r.sqlite", [-1.0, -2.0, None, -1.5])
+    frames = [bulk("Cu"), bulk("Au")]
+    for atoms in frames:
+        from ase.calculators.singlepoint import SinglePointCalculator
+
+        atoms.calc = SinglePointCalculator(atoms, energy=-1.2)
+    ase.io.write(tmp_path / "reference.extxyz", frames)
+    assert add_hull(path, tmp_path / "reference.extxyz") == {"references": 2, "placed": 3, "not_placed": 1}
+    with Results(path) as results:
+        found = {r["id"]: r["energy_above_hull"] for r in results.rows("energy_above_hull")}
+    assert list(found) == ["1", "3", "0", "2"]
+    assert found["1"] == pytest.approx(-0.8)
+    assert len(read_references(path)) == 3
+    ase.io.write(tmp_path / "none.extxyz", [bulk("Cu")])
+    with pytest.raises(InputError, match="frame 0: no energy"):
+        read_references(tmp_path / "none.extxyz")
+
+
+# --- the machine ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("workrs: 2", "workrs: unknown setting. Did you mean workers?"),
+        ("walltime: 90", "walltime"),
+        ("walltime: '01:99:00'", "walltime"),
+        ("scheduler: pbs", "scheduler"),
+        ("- 1", "holds a list"),
+        ("{", "not YAML"),
+        ("options: [gres=1]", "options"),
+    ],
+)
+def test_wrong_machines(text: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "m.yaml").write_text(text)
+    with pytest.raises(ValueError, match=message) as caught:
+        load_machine(tmp_path / "m.yaml")
+    assert "m.yaml" in str(caught.value)
+
+
+def test_workers_are_counted() -> None:
+    assert load_machine(None, 3).workers_per_node() == 3
+    assert MachineConfig().workers_per_node() == len(os.sched_getaffinity(0))
+    assert MachineConfig(scheduler="slurm", cores=64, threads=4).workers_per_node() == 16
+    assert MachineConfig(gpus=4).workers_per_node() == 4
+    with pytest.raises(ValueError, match="workers: say how many"):
+        MachineConfig(scheduler="slurm").workers_per_node()
+
+
+SLURM = """
+scheduler: slurm
+workers: 32
+threads: 2
+nodes: 4
+jobs: 3
+cores: 64
+memory: 200
+partition: standard
+account: chem
+address: 10.0.0.1
+walltime: "04:00:00"
+options: [--mail-type=END, --reservation=night]
+setup: |
+  module load gcc
+  source env/bin/activate
+"""
+
+
+def test_the_script_of_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is submitted, as text."""
+    pytest.importorskip("parsl")
+    from gossamer.screening.executor import parsl_config
+
+    (tmp_path / "sbatch").write_text("#!/bin/sh\necho Submitted batch job 42\n")
+    (tmp_path / "sbatch").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    (tmp_path / "m.yaml").write_text(SLURM)
+    (executor,) = parsl_config(load_machine(tmp_path / "m.yaml"), tmp_path / "parsl", "abc").executors
+    executor.provider.script_dir = str(tmp_path)
+    assert executor.provider.submit("the workers' command", 1, "it") == "42"
+    (script,) = (p.read_text() for p in tmp_path.glob("it.*"))
+    for line in ("--nodes=4", "--time=240", "--partition=standard", "--account=chem", "--mem=200g", "--cpus-per-task=64",
+                 "--mail-type=END", "--reservation=night", "--ntasks-per-node=1"):  # fmt: skip
+        assert f"#SBATCH {line}\n" in script, script
+    assert "--exclusive" not in script
+    assert script.index("module load gcc\nsource env/bin/activate") < script.index("export GOSSAMER_SCREENING=abc") < script.index("srun")
+    assert "OMP_NUM_THREADS=2" in script
+    assert (executor.provider.init_blocks, executor.provider.max_blocks) == (3, 3)
+    assert executor.max_workers_per_node == 32
+    assert executor.drain_period == 4 * 3600 * 0.9
+    assert executor.encrypted
+
+
+def test_slurm_needs_sbatch(tmp_path: Path) -> None:
+    pytest.importorskip("parsl")
+    from gossamer.screening.executor import Workers
+
+    if any(Path(p, "sbatch").exists() for p in os.environ["PATH"].split(":")):
+        pytest.skip("there is a Slurm here")
+    with pytest.raises(RuntimeError, match="no sbatch on this machine"):
+        Workers(MachineConfig(scheduler="slurm", workers=1), tmp_path, "abc").start()
+
+
+# --- the whole ----------------------------------------------------------------------------------------------------------
+
+
+def left_over() -> list[int]:
+    """Processes of screenings."""
+    psutil = pytest.importorskip("psutil")
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if "GOSSAMER_SCREENING" in process.environ() and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process.pid)
+        except (psutil.Error, OSError):
+            continue
+    return found
+
+
+def rows_of(path: Path) -> dict[str, tuple[Any, ...]]:
+    """Rows by id; none while there is no file."""
+    try:
+        with sqlite3.connect(f"file:{path}?mode=ro", uri=True) as connection:
+            found = {r[0]: r for r in connection.execute("select id, status, energy, seconds, finished, reason from result")}
+        connection.close()
+    except sqlite3.OperationalError:
+        return {}
+    return found
+
+
+def test_one_kill_loses_and_repeats_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    """The submitter is killed; the same command ends what it left, goes on, and a structure that crashes its worker is a failed row."""
+    pytest.importorskip("parsl")
+    from gossamer.screening import screen as loop
+
+    monkeypatch.setattr(loop, "TRIES", 1)
+    monkeypatch.setenv("PYTHONPATH", f"{ROOT}:{ROOT / 'tests'}")
+    monkeypatch.chdir(tmp_path)
+    frames = alloys(24)
+    frames[20].symbols[0] = "Au"  # kills its worker
+    ase.io.write("alloys.extxyz", frames)
+    command = ["screen", "alloys.extxyz", "--calculator", "fragile:Fragile", "--block", "2", "--workers", "1"]
+    process = subprocess.Popen([sys.executable, "-m", "gossamer.cli", *command], stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not rows_of(tmp_path / "results.sqlite") and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    before = rows_of(tmp_path / "results.sqlite")
+    assert 0 < len(before) < 24
+    assert left_over(), "there is something to clean up"
+    sys.path.insert(0, str(ROOT / "tests"))
+    try:
+        assert main([*command, "--json"]) == 0
+    finally:
+        sys.path.pop(0)
+    answer = json.loads(capsys.readouterr().out)
+    after = rows_of(tmp_path / "results.sqlite")
+    assert answer["done_before"] == len(before)
+    assert answer["done"] == 24 - len(before)
+    assert len(after) == 24
+    assert {k: after[k] for k in before} == before, "nothing is done twice"
+    failed = [row for row in after.values() if row[1] == "failed"]
+    assert len(failed) == 1
+    assert "#20@" in failed[0][0]
+    assert "process died" in failed[0][-1]
+    assert not left_over()
+    assert main([*command, "--fmax", "0.2"]) == 2
+    assert "fmax 0.05 (now 0.2)" in capsys.readouterr().err
+    assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
+
+
+@pytest.mark.slow
+def test_twenty_kills_lose_and_repeat_nothing(tmp_path: Path) -> None:
+    """Of submitter, interchange, pool and workers at random (minutes)."""
+    pytest.importorskip("parsl")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, str(ROOT / "benchmarks" / "screening" / "kills.py"), "--folder", str(tmp_path), "--structures", "200"]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    answer = json.loads(result.stdout.splitlines()[-1])
+    assert sum(answer["killed"].values()) >= 10
+    assert answer["agree"]
+
+
+def test_flags_are_the_settings() -> None:
+    from gossamer.cli import build_parser
+    from gossamer.flags import from_flags
+    from gossamer.screening.command import spelled_out
+
+    assert spelled_out(["screen", "a.cif", "--model", "m"]) == ["screen", "run", "a.cif", "--model", "m"]
+    assert spelled_out(["screen", "show", "r.sqlite"]) == ["screen", "show", "r.sqlite"]
+    given = build_parser().parse_args(["screen", "run", "a.cif", "--model", "m", "--task", "phonons", "--steps", "7"])
+    config = from_flags(ScreenConfig, given)
+    assert (config.task, config.steps) == ("phonons", 7)
+    assert to_dict(config)["block"] == ScreenConfig().block
