@@ -12,6 +12,7 @@ from gossamer.data.dataset import DataConfig
 from gossamer.data.labels import LabelConfig
 from gossamer.models import MODELS
 from gossamer.potential import PotentialConfig
+from gossamer.screening.config import MachineConfig, ScreenConfig
 from gossamer.settings import describe
 from gossamer.simulation.options import MDConfig, RelaxConfig
 from gossamer.training.finetune import FineTuneConfig
@@ -31,6 +32,8 @@ SECTIONS = {
     "judge (options of gossamer judge)": JudgeConfig,
     "md (options of gossamer md)": MDConfig,
     "relax (options of gossamer relax)": RelaxConfig,
+    "screen (options of gossamer screen)": ScreenConfig,
+    "machine (file of gossamer screen --machine)": MachineConfig,
 }
 
 

@@ -60,7 +60,8 @@ def main(argv: list[str] | None = None) -> int:
         message = explain(error) if isinstance(error, OSError) else str(error)
         status = 2
     except KeyboardInterrupt:
-        message = "interrupted" + (". The same command with --resume goes on." if "resume" in vars(arguments) else "")
+        again = " with --resume" if "resume" in vars(arguments) else ""
+        message = "interrupted" + (f". The same command{again} goes on." if again or arguments.command == "screen" else "")
         status = 130
     print(f"gossamer {arguments.command}: {message}", file=sys.stderr)
     return _failed(argv, arguments.command, message, status)

@@ -416,6 +416,34 @@ def test_slurm_needs_sbatch(tmp_path: Path) -> None:
         Workers(MachineConfig(scheduler="slurm", workers=1), tmp_path, "abc").start()
 
 
+STAND_IN = {
+    "sbatch": "SLURM_CPUS_ON_NODE=2 SLURM_JOB_NUM_NODES=1 SLURM_JOB_NAME=it setsid bash $1 > $1.stdout 2> $1.stderr & echo Submitted batch job $!",
+    "sacct": 'for job in $(echo "$*" | grep -o "[0-9]*$"); do kill -0 $job 2>/dev/null && echo $job RUNNING || echo $job COMPLETED; done',
+    "scancel": "kill -- -$1",
+    "srun": 'echo "$@" > $0.called; while [ $1 != bash ]; do shift; done; exec "$@"',
+}
+"""Slurm for one node: each command as a line of shell"""
+
+
+@pytest.mark.slow
+def test_jobs_of_a_stand_in_for_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The whole path but for Slurm itself: submitted, started by srun, answered, cancelled."""
+    pytest.importorskip("parsl")
+    from gossamer.screening.screen import screen
+
+    for name, line in STAND_IN.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{line}\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    ase.io.write(tmp_path / "alloys.extxyz", alloys(6))
+    machine = MachineConfig(scheduler="slurm", workers=2, address="127.0.0.1", options=("--mail-type=END",))
+    answer = screen(tmp_path / "alloys.extxyz", calculator=EMT, machine=machine, block=2, out=tmp_path / "results.sqlite")
+    assert answer["statuses"] == {"converged": 6}
+    assert "--cpus-per-task=2" in (tmp_path / "srun.called").read_text()
+    assert not left_over()
+
+
 # --- the whole ----------------------------------------------------------------------------------------------------------
 
 

@@ -6,6 +6,7 @@ import logging
 import os
 import shutil
 import sys
+import threading
 from collections.abc import Callable, Collection
 from concurrent.futures import Future
 from pathlib import Path
@@ -34,6 +35,8 @@ MARK = "GOSSAMER_SCREENING"
 """environment variable by which every process of a screening is known"""
 HEARTBEAT, LOST = {"none": 2, "slurm": 15}, {"none": 20, "slurm": 120}
 """s between signs of life, and without one until a node is given up"""
+CLEANUP = 20.0
+"""s that Parsl may take to end; its processes are ended then in any case"""
 POOL = "parsl.executors.high_throughput.process_worker_pool"
 INTERCHANGE = "parsl.executors.high_throughput.interchange"
 
@@ -128,14 +131,26 @@ class Workers:
 
     def close(self) -> None:
         """End all processes, and remove Parsl's files."""
-        kernel, self._kernel = self._kernel, None
-        if kernel is not None:
-            try:
-                kernel.cleanup()
-            except Exception as error:  # of a Parsl whose parts were killed
-                log.debug("Parsl: %s", error)
+        if self._kernel is not None:
+            thread = threading.Thread(target=self._clean_up, args=(self._kernel, self.alive()), daemon=True)
+            thread.start()
+            thread.join(CLEANUP)
+            self._kernel = None
         end_processes([self.mark])
         shutil.rmtree(self.folder, ignore_errors=True)
+
+
+    def _clean_up(self, kernel: DataFlowKernel, alive: bool) -> None:
+        """Parsl's own end; what died is not asked for anything, which would wait for ever."""
+        executor: Any = kernel.executors["screening"]
+        try:
+            if not alive:
+                executor.set_bad_state_and_fail_all(RuntimeError("the interchange died"))
+                if self.machine.scheduler == "slurm":
+                    executor.provider.cancel(list(executor.job_ids_to_block))
+            kernel.cleanup()
+        except Exception as error:  # of a Parsl whose parts were killed
+            log.debug("Parsl: %s", error)
 
 
 def end_processes(marks: Collection[str]) -> list[int]:
