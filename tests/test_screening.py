@@ -9,6 +9,7 @@ import sqlite3
 import subprocess
 import sys
 import time
+from contextlib import closing
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -441,19 +442,29 @@ def test_jobs_of_a_stand_in_for_slurm(tmp_path: Path, monkeypatch: pytest.Monkey
     answer = screen(tmp_path / "alloys.extxyz", calculator=EMT, machine=machine, block=2, out=tmp_path / "results.sqlite")
     assert answer["statuses"] == {"converged": 6}
     assert "--cpus-per-task=2" in (tmp_path / "srun.called").read_text()
-    assert not left_over()
+    assert not left_over(tmp_path / "results.sqlite")
 
 
 # --- the whole ----------------------------------------------------------------------------------------------------------
 
 
-def left_over() -> list[int]:
-    """Processes of screenings."""
-    psutil = pytest.importorskip("psutil")
-    found = []
+def read(path: Path, question: str) -> list[tuple[Any, ...]]:
+    """Rows of a file of results; none while it is not there."""
+    try:
+        with closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as connection:
+            return connection.execute(question).fetchall()
+    except sqlite3.OperationalError:
+        return []
+
+
+def left_over(path: Path) -> list[int]:
+    """Processes of the screenings that wrote a file."""
+    import psutil
+
+    marks, found = {mark for (mark,) in read(path, "select mark from run")}, []
     for process in psutil.process_iter():
         try:
-            if "GOSSAMER_SCREENING" in process.environ() and process.status() != psutil.STATUS_ZOMBIE:
+            if process.environ().get("GOSSAMER_SCREENING") in marks and process.status() != psutil.STATUS_ZOMBIE:
                 found.append(process.pid)
         except (psutil.Error, OSError):
             continue
@@ -461,14 +472,7 @@ def left_over() -> list[int]:
 
 
 def rows_of(path: Path) -> dict[str, tuple[Any, ...]]:
-    """Rows by id; none while there is no file."""
-    try:
-        with sqlite3.connect(f"file:{path}?mode=ro", uri=True) as connection:
-            found = {r[0]: r for r in connection.execute("select id, status, energy, seconds, finished, reason from result")}
-        connection.close()
-    except sqlite3.OperationalError:
-        return {}
-    return found
+    return {row[0]: row for row in read(path, "select id, status, energy, seconds, finished, reason from result")}
 
 
 def test_one_kill_loses_and_repeats_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
@@ -491,7 +495,7 @@ def test_one_kill_loses_and_repeats_nothing(tmp_path: Path, monkeypatch: pytest.
     process.wait()
     before = rows_of(tmp_path / "results.sqlite")
     assert 0 < len(before) < 24
-    assert left_over(), "there is something to clean up"
+    assert left_over(tmp_path / "results.sqlite"), "there is something to clean up"
     sys.path.insert(0, str(ROOT / "tests"))
     try:
         assert main([*command, "--json"]) == 0
@@ -507,7 +511,7 @@ def test_one_kill_loses_and_repeats_nothing(tmp_path: Path, monkeypatch: pytest.
     assert len(failed) == 1
     assert "#20@" in failed[0][0]
     assert "process died" in failed[0][-1]
-    assert not left_over()
+    assert not left_over(tmp_path / "results.sqlite")
     assert main([*command, "--fmax", "0.2"]) == 2
     assert "fmax 0.05 (now 0.2)" in capsys.readouterr().err
     assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]

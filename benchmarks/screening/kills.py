@@ -43,23 +43,36 @@ def alloys(n: int, seed: int = 0) -> list[Any]:
     return found
 
 
-def marked() -> list[psutil.Process]:
-    """Processes of a screening."""
+def read(path: Path, question: str) -> list[tuple[Any, ...]]:
+    """Rows of the results; none while there is no file."""
+    try:
+        connection = sqlite3.connect(f"file:{path}?mode=ro", uri=True)
+        try:
+            return connection.execute(question).fetchall()
+        finally:
+            connection.close()
+    except sqlite3.OperationalError:
+        return []
+
+
+def marked(path: Path) -> list[psutil.Process]:
+    """Processes of the screenings that wrote these results."""
+    marks = {mark for (mark,) in read(path, "select mark from run")}
     found = []
     for process in psutil.process_iter():
         try:
-            if MARK in process.environ() and process.status() != psutil.STATUS_ZOMBIE:
+            if process.environ().get(MARK) in marks and process.status() != psutil.STATUS_ZOMBIE:
                 found.append(process)
         except (psutil.Error, OSError):
             continue
     return found
 
 
-def victims() -> dict[str, list[psutil.Process]]:
+def victims(path: Path) -> dict[str, list[psutil.Process]]:
     """Processes by what they do. Of the pool's children the oldest only keeps its books."""
     kinds: dict[str, list[psutil.Process]] = {"interchange": [], "pool": [], "worker": []}
     children = []
-    for process in marked():
+    for process in marked(path):
         try:
             line = " ".join(process.cmdline())
         except psutil.Error:
@@ -75,15 +88,8 @@ def victims() -> dict[str, list[psutil.Process]]:
 
 
 def snapshot(path: Path) -> Snapshot:
-    """Rows by id; empty while there is no file."""
-    try:
-        connection = sqlite3.connect(f"file:{path}?mode=ro", uri=True)
-        try:
-            return {r[0]: r for r in connection.execute("select id, status, energy, steps, seconds, finished from result")}
-        finally:
-            connection.close()
-    except sqlite3.OperationalError:
-        return {}
+    """Rows by id."""
+    return {row[0]: row for row in read(path, "select id, status, energy, steps, seconds, finished from result")}
 
 
 def start(arguments: list[str], out: Path, workers: int) -> subprocess.Popen[bytes]:
@@ -111,7 +117,7 @@ def disturbed(arguments: list[str], out: Path, kills: int, workers: int, longest
                 return {"killed": killed, "rows": len(after)}
             process = start(arguments, out, workers)
         elif sum(killed.values()) < kills:
-            kinds = {"submitter": [psutil.Process(process.pid)], **victims()}
+            kinds = {"submitter": [psutil.Process(process.pid)], **victims(out)}
             kind = dice.choice([k for k, found in kinds.items() if found])
             try:
                 dice.choice(kinds[kind]).send_signal(signal.SIGKILL)
@@ -143,7 +149,7 @@ def main() -> None:
     began = time.time()
     assert start(arguments, calm, given.workers).wait() == 0
     answer["seconds_undisturbed"] = round(time.time() - began, 1)
-    left, first, second = marked(), snapshot(out), snapshot(calm)
+    left, first, second = [*marked(out), *marked(calm)], snapshot(out), snapshot(calm)
     assert not left, f"processes are left: {left}"
     assert first.keys() == second.keys(), "structures are missing"
     assert len(first) == given.structures

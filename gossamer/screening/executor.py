@@ -139,7 +139,6 @@ class Workers:
         end_processes([self.mark])
         shutil.rmtree(self.folder, ignore_errors=True)
 
-
     def _clean_up(self, kernel: DataFlowKernel, alive: bool) -> None:
         """Parsl's own end; what died is not asked for anything, which would wait for ever."""
         executor: Any = kernel.executors["screening"]
