@@ -22,7 +22,6 @@ from ase.build import bulk
 from ase.constraints import FixAtoms
 from conftest import make_potential
 
-from gossamer.checks.source import find_sources
 from gossamer.cli import main
 from gossamer.files import InputError
 from gossamer.potential_file import save
@@ -30,7 +29,7 @@ from gossamer.screening.config import FMAX, MachineConfig, ScreenConfig, load_ma
 from gossamer.screening.database import APPLICATION, COLUMNS, Results, Row, export
 from gossamer.screening.hull import Reference, add_hull, energy_above_hull, fractions_of, read_references
 from gossamer.screening.structures import check_structure, digest_of, read_items
-from gossamer.screening.tasks import Asked, run_block
+from gossamer.screening.tasks import Asked, make_question, run_block
 from gossamer.settings import to_dict
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -51,12 +50,8 @@ def alloys(n: int, seed: int = 0) -> list[Atoms]:
 
 def ask(model: Path | None = None, task: str = "relax", **options: Any) -> Asked:
     """A question, with EMT where no potential is given."""
-    calculator = None if model else EMT
-    (source,) = find_sources(
-        [model] if model else [], [EMT] if calculator else [], dtype=options.get("dtype"), way=options.get("way", "auto")
-    )
     config = ScreenConfig(task=task, **{"engine": "ase", **options})  # type: ignore[arg-type]
-    return Asked(None if model is None else str(model), calculator, source.fingerprint, **config.question())
+    return make_question(model, None if model else EMT, config)
 
 
 def blocks(asked: Asked, structures: list[Atoms], size: int) -> dict[str, Row]:

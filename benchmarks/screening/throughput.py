@@ -19,9 +19,9 @@ from gossamer.machine import machine, versions
 from gossamer.screening.config import MachineConfig, ScreenConfig
 from gossamer.screening.database import Results
 from gossamer.screening.executor import Workers
-from gossamer.screening.screen import make_question, screen
+from gossamer.screening.screen import screen
 from gossamer.screening.structures import read_items
-from gossamer.screening.tasks import run_block
+from gossamer.screening.tasks import make_question, run_block
 
 
 def in_process(model: str, named: list[Any], engine: str, block: int, steps: int) -> dict[str, Any]:

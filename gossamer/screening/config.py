@@ -45,6 +45,8 @@ class ScreenConfig:
     """Of a saved potential; by default as saved."""
     way: Literal["auto", "plain", "kernels", "program", "graph"] = "auto"
     """How a saved potential is evaluated."""
+    dispersion: str | None = None
+    """Functional whose D3 is added, as simple-dftd3 names it: pbe, r2scan ... Refused where the potential's labels held dispersion already."""
 
     def question(self) -> dict[str, Any]:
         """What the answers depend on beside potential and structure."""
@@ -58,6 +60,7 @@ class ScreenConfig:
             "device": self.device,
             "dtype": self.dtype,
             "way": self.way,
+            "dispersion": self.dispersion,
         }
 
 

@@ -7,20 +7,18 @@ import time
 from collections import Counter, deque
 from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
-from dataclasses import asdict, replace
-from importlib.util import find_spec
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from gossamer.checks.source import find_sources
 from gossamer.files import locked
 from gossamer.screening.config import MachineConfig, ScreenConfig, load_machine
 from gossamer.screening.database import Results, Row
 from gossamer.screening.executor import BadStateException, ManagerLost, WorkerLost, Workers, end_processes
 from gossamer.screening.structures import Item, read_items
-from gossamer.screening.tasks import Asked, run_block
+from gossamer.screening.tasks import Asked, make_question, run_block, stored_question
 from gossamer.settings import configured
 from gossamer.signals import StopRequested
 
@@ -97,37 +95,6 @@ def screen(
             workers_.close()
             results.end([mark, *left])
         return screening.summary(stopped)
-
-
-def make_question(model: Path | str | None, calculator: str | None, config: ScreenConfig) -> Asked:
-    """What is asked, with the potential's fingerprint, and "auto" replaced by the engine that it is.
-
-    Raises:
-        ValueError: no potential or two, or an engine that cannot do the task.
-        FileNotFoundError: no such potential.
-    """
-    if (model is None) == (calculator is None):
-        raise ValueError("Give a saved potential (--model FILE), or --calculator module:factory; one of them.")
-    model = None if model is None else str(Path(model).resolve())
-    (source,) = find_sources(
-        [f"model={model}"] if model else [], [calculator] if calculator else [], config.device, config.dtype, config.way
-    )
-    fits = config.task == "relax" and model is not None
-    if config.engine == "torchsim" and not fits:
-        raise ValueError("engine torchsim relaxes (--task relax), with a saved potential (--model). Choose --engine ase.")
-    question = config.question()
-    if config.engine == "auto":
-        question["engine"] = "torchsim" if fits and config.way != "graph" and find_spec("torch_sim") is not None else "ase"
-    if source.unverified:
-        log.warning("%s", source.unverified)
-    if question["cell"] and source.conservative is False:
-        raise ValueError("Relaxing the cell needs stress, which a potential with direct forces does not have.")
-    return Asked(model, calculator, source.fingerprint, **question)
-
-
-def stored_question(asked: Asked) -> dict[str, Any]:
-    """What must be the same when a screening goes on: all but where the potential lies."""
-    return {k: v for k, v in asdict(asked).items() if k not in ("model", "n_expected")}
 
 
 class Screening:

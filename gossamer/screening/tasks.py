@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import io
+import logging
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import lru_cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +22,11 @@ from ase.filters import FrechetCellFilter
 from ase.optimize import FIRE
 
 from gossamer.checks.source import Source, find_sources
+from gossamer.screening.config import ScreenConfig
 from gossamer.screening.database import Row
 from gossamer.screening.structures import check_structure
 
+log = logging.getLogger(__name__)
 Block = Sequence[tuple[str, Atoms]]
 """ids and structures"""
 CHECKS = ("symmetry", "conservation", "smoothness")
@@ -49,6 +53,7 @@ class Asked:
     device: str
     dtype: str | None
     way: str
+    dispersion: str | None = None
     n_expected: int = 1
     """structures that a worker will see, about"""
 
@@ -60,10 +65,40 @@ class Asked:
             ValueError: the file is not the potential that was asked for.
         """
         models, calculators = [self.model] if self.model else [], [self.calculator] if self.calculator else []
-        (found,) = find_sources(models, calculators, self.device, self.dtype, self.way)
+        (found,) = find_sources(models, calculators, self.device, self.dtype, self.way, self.dispersion)
         if found.fingerprint != self.fingerprint:
             raise ValueError(f"'{self.model}' is not the potential that the screening began with: it has changed meanwhile.")
         return found
+
+
+def make_question(model: Path | str | None, calculator: str | None, config: ScreenConfig) -> Asked:
+    """What is asked, with the potential's fingerprint, and "auto" replaced by the engine that it is.
+
+    Raises:
+        ValueError: no potential or two, or an engine that cannot do the task.
+        FileNotFoundError: no such potential.
+    """
+    if (model is None) == (calculator is None):
+        raise ValueError("Give a saved potential (--model FILE), or --calculator module:factory; one of them.")
+    model = None if model is None else str(Path(model).resolve())
+    models, calculators = [f"model={model}"] if model else [], [calculator] if calculator else []
+    (source,) = find_sources(models, calculators, config.device, config.dtype, config.way, config.dispersion)
+    fits = config.task == "relax" and model is not None
+    if config.engine == "torchsim" and not fits:
+        raise ValueError("engine torchsim relaxes (--task relax), with a saved potential (--model). Choose --engine ase.")
+    question = config.question()
+    if config.engine == "auto":
+        question["engine"] = "torchsim" if fits and config.way != "graph" and find_spec("torch_sim") is not None else "ase"
+    if source.unverified:
+        log.warning("%s", source.unverified)
+    if question["cell"] and source.conservative is False:
+        raise ValueError("Relaxing the cell needs stress, which a potential with direct forces does not have.")
+    return Asked(model, calculator, source.fingerprint, **question)
+
+
+def stored_question(asked: Asked) -> dict[str, Any]:
+    """What must be the same when a screening goes on: all but where the potential lies."""
+    return {k: v for k, v in asdict(asked).items() if k not in ("model", "n_expected")}
 
 
 def run_block(asked: Asked, block: Block) -> list[Row]:
@@ -106,7 +141,12 @@ def _calculator(asked: Asked) -> Any:
 def _torchsim_model(asked: Asked) -> Any:
     from gossamer.simulation.torchsim import TorchSimModel
 
-    return TorchSimModel(_calculator(asked).potential, asked.way, compute_stress=asked.cell)  # type: ignore[arg-type]
+    return TorchSimModel(
+        _calculator(asked).potential,
+        asked.way,  # type: ignore[arg-type]
+        compute_stress=asked.cell,
+        dispersion=asked.dispersion,
+    )
 
 
 def _get_ready(asked: Asked, block: Block) -> None:
