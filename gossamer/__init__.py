@@ -22,6 +22,7 @@ _PUBLIC = {
     "train": "gossamer.runs",
     "fit": "gossamer.runs",
     "evaluate": "gossamer.runs",
+    "calibrate": "gossamer.runs",
     "with_dispersion": "gossamer.simulation.dispersion",
     "compare": "gossamer.comparison",
     "import_potential": "gossamer.imports",

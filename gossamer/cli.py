@@ -98,6 +98,7 @@ def build_parser() -> argparse.ArgumentParser:
         ),
         ("lammps", _lammps_parser, _data_help, "Build the plugin that brings pair_style gossamer to LAMMPS."),
         ("parity", _parity_parser, _parity, "One potential by every way of running it: the same numbers? Exit status 1 if not."),
+        ("calibrate", _calibrate_parser, _calibrate, "Measure how wrong a potential may be; its file then gives uncertainties."),
         ("info", _info_parser, _info, "The manifest of a saved potential."),
         ("data", _data_parser, _data_help, "Look at data, convert data."),
         ("completion", _completion_parser, _completion, "Completion of commands and options for your shell."),
@@ -137,7 +138,7 @@ def _fit_parser(fit: argparse.ArgumentParser) -> None:
 def _evaluate_parser(evaluate: argparse.ArgumentParser) -> None:
     evaluate.add_argument("model", help="saved potential")
     evaluate.add_argument("data", help="labelled structures")
-    evaluate.add_argument("--out", help="folder for errors.json and worst.extxyz (default: beside the potential)")
+    evaluate.add_argument("--out", help="folder for errors.json, worst.extxyz and uncertainty.png (default: beside the potential)")
     evaluate.add_argument("--worst", type=int, default=20, help="frames with the largest errors to write (default: 20)")
     evaluate.add_argument("--device", default="cpu", help="default: cpu")
     _way(evaluate)
@@ -236,6 +237,15 @@ def _parity_parser(parity: argparse.ArgumentParser) -> None:
     parity.add_argument("--dtype", choices=["float32", "float64"], help="default: as saved")
     parity.add_argument("--out", help="JSON file to write")
     _common(parity)
+
+
+def _calibrate_parser(calibrate: argparse.ArgumentParser) -> None:
+    calibrate.add_argument("model", help="saved potential")
+    calibrate.add_argument("data", nargs="+", help="labelled structures: frames that it was trained on, and others")
+    calibrate.add_argument("--out", help="file to write (default: the potential itself)")
+    calibrate.add_argument("--device", default="cpu", help="default: cpu")
+    _labels(calibrate)
+    _common(calibrate)
 
 
 def _info_parser(info: argparse.ArgumentParser) -> None:
@@ -393,6 +403,10 @@ def print_errors(summary: dict[str, Any]) -> None:
         mae, rmse = (summary.get(f"{label}_{kind}_{quantity.error_key}") for kind in ("mae", "rmse"))
         if mae is not None:
             print(f"  {label:16s}{mae:10.3f}{rmse:10.3f}  {quantity.error_unit}")
+    for label, worth in summary.get("uncertainty", {}).items():
+        if worth["ratio"] is not None:
+            rank = "" if worth["rank"] is None else f", rank correlation {worth['rank']:.2f}"
+            print(f"  {label + ' uncertainty':22s}errors are {worth['ratio']:.2f} times what was expected{rank}")
     if "energy_offset" in summary:
         offset = summary["energy_offset"]
         print(
@@ -568,6 +582,13 @@ def _parity(arguments: argparse.Namespace) -> int:
     rows = parity(**{k: v for k, v in vars(arguments).items() if k not in ("command", "run", "json")})
     print(json.dumps(rows) if arguments.json else table(rows), end="\n" if arguments.json else "")
     return int(any(row["agrees"] is False for row in rows))
+
+
+def _calibrate(arguments: argparse.Namespace) -> int:
+    from gossamer.runs import calibrate
+
+    _show(arguments, calibrate(arguments.model, arguments.data, _label_config(arguments), arguments.out, arguments.device))
+    return 0
 
 
 def _info(arguments: argparse.Namespace) -> int:

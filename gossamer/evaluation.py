@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from ase.data import chemical_symbols
 
+from gossamer.calibration import honesty
 from gossamer.data.batch import batches_by_atoms
 from gossamer.data.structure import Structure
 from gossamer.graph import Graph
@@ -56,6 +57,9 @@ class Evaluation:
     """(prediction less label in eV, number of atoms of each atomic number), to find constant offsets"""
     components: list[np.ndarray] = field(default_factory=list)
     """(2, n) labels and predictions of force components in eV/Å"""
+    expected: dict[str, list[np.ndarray]] = field(default_factory=dict)
+    """of a potential with an uncertainty: (2, n) errors and expected errors of energies (eV/atom) and of forces (eV/Å, root mean square of
+    the three components)"""
     conservative: bool = True
     n_training_frames: int = 0
     """frames that the potential was trained on, as far as it knows; left out, unless there were no others or they were asked for"""
@@ -90,9 +94,31 @@ class Evaluation:
                 out[f"{name}_mae_{unit}"], out[f"{name}_rmse_{unit}"] = errors.mae, errors.rmse
         if self.energy_offset() is not None:
             out["energy_offset"] = self.energy_offset()
+        if self.expected:
+            out["uncertainty"] = self.honesty()
         elements = sorted(self.per_element, key=chemical_symbols.index)
         out["forces_per_element_meV_per_A"] = {e: {"mae": self.per_element[e].mae, "rmse": self.per_element[e].rmse} for e in elements}
         return out
+
+    def honesty(self) -> dict[str, dict[str, Any]]:
+        """What the uncertainties of energy and forces are worth, by `gossamer.calibration.honesty`."""
+        return {name: honesty(*np.concatenate(parts, axis=1)) for name, parts in self.expected.items()}
+
+    def expect(self, structure: Structure, predicted: Mapping[str, Any]) -> dict[str, float]:
+        """Add one structure's uncertainties; returns the entries of its frame, in meV/atom and meV/Å (root mean square of its atoms)."""
+        entries, n = {}, structure.n_atoms
+        if "energy_uncertainty" in predicted:
+            sigma = float(predicted["energy_uncertainty"]) / n
+            entries["energy_uncertainty"] = 1000 * sigma
+            if structure.energy is not None:
+                self.expected.setdefault("energy", []).append(np.array([[(predicted["energy"] - structure.energy) / n], [sigma]]))
+        if "forces_uncertainty" in predicted:
+            sigmas = predicted["forces_uncertainty"]
+            entries["forces_uncertainty"] = 1000 * float(np.sqrt((sigmas**2).mean()))
+            if structure.forces is not None:
+                errors = np.sqrt(((predicted["forces"] - structure.forces) ** 2).mean(axis=1))
+                self.expected.setdefault("forces", []).append(np.stack([errors, sigmas]))
+        return entries
 
     def energy_offset(self) -> dict[str, float] | None:
         """Mean energy error per atom, and what is left of the error without it, where a constant makes most of the error.
@@ -149,7 +175,8 @@ def evaluate_potential(
     kept = 0
     for start, batch in batches_by_atoms(structures, batch_atoms):
         wants_stress = potential.conservative and any(s.stress is not None for s in batch)
-        for offset, (s, p) in enumerate(zip(batch, potential.predict(batch, wants_stress, run), strict=True)):
+        predictions = potential.predict(batch, wants_stress, run, uncertainty=potential.uncertainty is not None)
+        for offset, (s, p) in enumerate(zip(batch, predictions, strict=True)):
             frame: dict[str, Any] = {"index": start + offset, "name": s.name}
             for name, quantity in QUANTITIES.items():
                 if name in s.labels and p.get(name) is not None:
@@ -167,7 +194,7 @@ def evaluate_potential(
                 if kept < keep:
                     out.components.append(np.stack([s.forces.ravel(), p["forces"].ravel()]))
                     kept += s.forces.size
-            out.frames.append(frame)
+            out.frames.append(frame | out.expect(s, p))
     if not any(errors.count for errors in out.errors.values()):
         raise ValueError("None of the structures has a label (energy, forces or stress), so there is nothing to compare with.")
     return out

@@ -24,10 +24,15 @@ from gossamer.models import MODELS, DataFacts, ModelConfig
 from gossamer.nn.layers import sum_by_index
 from gossamer.nn.limits import Limits, stretch
 from gossamer.nn.products import Ends
+from gossamer.nn.uncertainty import Uncertainty
 from gossamer.nn.zbl import ZBL
 from gossamer.quantities import QUANTITIES
 from gossamer.settings import settings
 
+NO_UNCERTAINTY = (
+    "This potential has no uncertainty: it was trained without (training.uncertainty), or by an older gossamer. "
+    "Measure it with gossamer calibrate POTENTIAL FRAMES."
+)
 BONDED = 0.8
 """of the sum of the covalent radii: where the repulsion ends for pairs that the training data lacks"""
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
@@ -63,6 +68,8 @@ class Prediction:
     """eV/Å³, tension positive; None if not asked for or not defined; NaN for structures without a volume"""
     extras: Mapping[str, Tensor] = field(default_factory=dict)
     """further quantities (gossamer/quantities.py), where the network has heads for them"""
+    features: Float[Tensor, "n_atoms M"] | None = None
+    """last features of the atoms, from which `Potential.uncertainties` follow; None in training, and of a compiled potential without them"""
 
     @property
     def values(self) -> dict[str, Tensor]:
@@ -97,6 +104,8 @@ class Potential(nn.Module):
         self.statistics = statistics
         self.seen: SeenFrames | None = None
         """fingerprints of the frames it was trained on; None if it does not know"""
+        self.uncertainty: Uncertainty | None = None
+        """how wrong it may be; None: nobody measured"""
         self.fixed_sizes = False
         """whether it is being traced: then the size of no tensor may depend on values"""
         self.imported: dict[str, Any] | None = None
@@ -231,7 +240,7 @@ class Potential(nn.Module):
         need_gradient = self.conservative and (forces or stress)
         with torch.set_grad_enabled(torch.is_grad_enabled() or need_gradient):
             leaves = self._leaves(graph, need_gradient)
-            node_energies, direct = self._node_energies(graph, leaves, isolated)
+            node_energies, direct, features = self._node_energies(graph, leaves, isolated)
             energy = sum_by_index(node_energies, graph.graph_index, graph.n_graphs)
             force_values = stress_values = None
             if need_gradient:
@@ -243,7 +252,30 @@ class Potential(nn.Module):
                 force_values = direct
         if not self.training:
             energy, node_energies = energy.detach(), node_energies.detach()
-        return Prediction(energy=energy, node_energies=node_energies, forces=force_values if forces else None, stress=stress_values)
+        return Prediction(
+            energy=energy,
+            node_energies=node_energies,
+            forces=force_values if forces else None,
+            stress=stress_values,
+            features=None if self.training else features.detach(),
+        )
+
+    def uncertainties(self, prediction: Prediction, graph: Graph) -> dict[str, Tensor]:
+        """Expected errors of a prediction, as far as they were measured: "energy_uncertainty" (n_graphs,) in eV, the standard deviation of
+        the energy's error, and "forces_uncertainty" (n_atoms,) in eV/Å, that of each component of the force.
+
+        Args:
+            prediction: Of this potential in evaluation mode, by any engine.
+            graph: What was predicted.
+
+        Raises:
+            ValueError: the potential has no uncertainty.
+        """
+        if self.uncertainty is None or prediction.features is None:
+            raise ValueError(NO_UNCERTAINTY)
+        energy, forces = self.uncertainty(prediction.features, self.species_of[graph.atomic_numbers], graph.graph_index, graph.n_graphs)
+        found = {"energy": energy, "forces": forces}
+        return {f"{name}_uncertainty": found[name] for name in self.uncertainty.known}
 
     def _leaves(self, graph: Graph, need_gradient: bool) -> tuple[Tensor, ...]:
         """What energies are differentiated by: edge vectors; for terms that see positions and cells, also positions and strains.
@@ -262,8 +294,8 @@ class Potential(nn.Module):
         forces = sum_by_index(slope, receiver, graph.n_atoms) - sum_by_index(slope, sender, graph.n_atoms)
         return forces - slopes[1] if len(slopes) > 1 else forces
 
-    def _node_energies(self, graph: Graph, leaves: Sequence[Tensor], isolated: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Energies of the atoms in eV (float64), and direct forces in eV/Å if the network has them."""
+    def _node_energies(self, graph: Graph, leaves: Sequence[Tensor], isolated: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Energies of the atoms in eV (float64), direct forces in eV/Å if the network has them, and last features."""
         vectors = leaves[0]
         species = self.species_of[graph.atomic_numbers]
         n, n_graphs = graph.n_atoms, graph.n_graphs
@@ -295,7 +327,7 @@ class Potential(nn.Module):
             _, positions, strain = leaves
             moved = positions + torch.einsum("nx,nxy->ny", positions, strain[graph.graph_index])
             result = result + term(graph, moved, graph.cell + graph.cell @ strain)
-        return result, direct
+        return result, direct, output.features[:n]
 
     def _repulsion(
         self, graph: Graph, vectors: Tensor, pair_cutoffs: Float[Tensor, " n_edges"] | None
@@ -366,7 +398,7 @@ class Potential(nn.Module):
             raise ValueError(f"A potential that {what} has no virials of atoms.")
         with torch.enable_grad():
             (vectors,) = self._leaves(graph, need_gradient=True)
-            node_energies, _ = self._node_energies(graph, (vectors,), None)
+            node_energies, *_ = self._node_energies(graph, (vectors,), None)
             (slopes,) = torch.autograd.grad(node_energies.sum(), (vectors,))
         outer = 0.25 * slopes[:, :, None] * vectors.detach()[:, None, :]
         outer = outer + outer.transpose(1, 2)
@@ -379,6 +411,7 @@ class Potential(nn.Module):
         stress: bool = True,
         run: Callable[[Graph, bool], Prediction] | None = None,
         batch_atoms: int = 2048,
+        uncertainty: bool = False,
     ) -> list[dict[str, Any]]:
         """Energy (eV), forces (eV/Å) and stress (eV/Å³; None without a volume) of each structure as numpy arrays, in evaluation mode.
 
@@ -387,21 +420,24 @@ class Potential(nn.Module):
             stress: Whether to compute it.
             run: An engine of this potential that evaluates in its place.
             batch_atoms: Atoms evaluated at once.
+            uncertainty: Also `uncertainties`.
 
         Raises:
-            ValueError: an element that is not in the table, or a periodic structure without a cell.
+            ValueError: an element that is not in the table, a periodic structure without a cell, or no uncertainty where it is asked for.
         """
         given = [structures] if isinstance(structures, Structure | Atoms) else structures
         chosen = [as_structure(s, f"structure {k}") for k, s in enumerate(given)]
         was_training = self.training
         self.eval()
         try:
-            return [answer for _, batch in batches_by_atoms(chosen, batch_atoms) for answer in self._predict(batch, stress, run)]
+            return [
+                answer for _, batch in batches_by_atoms(chosen, batch_atoms) for answer in self._predict(batch, stress, run, uncertainty)
+            ]
         finally:
             self.train(was_training)
 
     def _predict(
-        self, structures: Sequence[Structure], stress: bool, run: Callable[[Graph, bool], Prediction] | None
+        self, structures: Sequence[Structure], stress: bool, run: Callable[[Graph, bool], Prediction] | None, uncertainty: bool
     ) -> list[dict[str, Any]]:
         """The same for one batch."""
         graph = self.collate(structures)
@@ -410,6 +446,9 @@ class Potential(nn.Module):
         sizes = [s.n_atoms for s in structures]
         values = {name: value.detach().cpu() for name, value in out.values.items()}
         parts = {name: torch.split(v, sizes) if QUANTITIES[name].per == "atom" else v for name, v in values.items()}
+        if uncertainty:
+            expected = self.uncertainties(out, graph)
+            parts |= {name: torch.split(v.cpu(), sizes) if name.startswith("forces") else v.cpu() for name, v in expected.items()}
         answers: list[dict[str, Any]] = [{name: part[k].numpy() for name, part in parts.items()} for k in range(len(structures))]
         for structure, answer in zip(structures, answers, strict=True):
             answer["energy"] = float(answer["energy"])

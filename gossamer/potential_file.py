@@ -26,6 +26,7 @@ from gossamer.data.statistics import Statistics
 from gossamer.data.structure import Structure
 from gossamer.files import write_bytes
 from gossamer.models import MODELS, Network
+from gossamer.nn.uncertainty import Uncertainty
 from gossamer.potential import DTYPES, Potential, PotentialConfig
 from gossamer.quantities import QUANTITIES
 from gossamer.settings import build, to_dict
@@ -35,6 +36,8 @@ FORMAT = 2
 """1: radial networks lay beside the convolutions that own them now (`Network.renamed`)"""
 UNITS = {"energy": "eV", "length": "Angstrom", "stress": "eV/Angstrom^3 (ASE sign)"}
 # allowed deviation of recomputed predictions: energy in eV/atom, forces and stress relative to their largest value
+UNCERTAINTY = 1
+"""version of the tables of `gossamer.nn.uncertainty`"""
 TOLERANCES = {torch.float32: (2e-5, 2e-3), torch.float64: (1e-9, 1e-7)}
 
 
@@ -84,10 +87,20 @@ def save(
         "n_check": len(check),
         "training": dict(training or {}),
     }
+    if potential.uncertainty is not None:
+        tensors |= {f"uncertainty.{k}": v.detach().cpu().contiguous() for k, v in potential.uncertainty.state_dict().items()}
+        manifest["uncertainty"] = {"version": UNCERTAINTY, "known": list(potential.uncertainty.known), **potential.uncertainty.record}
     if potential.imported is not None:
         manifest["imported"] = potential.imported
     manifest["checksum"] = _checksum(tensors, manifest)
     write_bytes(path, safetensors.torch.save(tensors, {"gossamer": json.dumps(manifest)}))
+
+
+def save_again(potential: Potential, source: Path | str, path: Path | str) -> None:
+    """Write what was loaded from ``source``, with the stored structures, predictions and record of training that lie there."""
+    manifest, tensors = _open(Path(source))
+    numbers = range(manifest["n_check"])
+    save(potential, path, [_stored(tensors, k) for k in numbers], manifest["training"], [_stored_prediction(tensors, k) for k in numbers])
 
 
 def read_manifest(path: Path | str) -> dict[str, Any]:
@@ -149,6 +162,7 @@ def load(path: Path | str, device: str | torch.device = "cpu", dtype: str | torc
     potential = Potential(model, statistics, build(PotentialConfig, manifest["potential"], "potential"))
     potential.seen = SeenFrames.from_arrays({k: v.numpy() for k, v in tensors.items() if k.startswith("seen.")})
     potential.imported = manifest.get("imported")
+    potential.uncertainty = _uncertainty(manifest, tensors, len(statistics.elements), path)
     if unverified(manifest):
         log.warning("'%s': %s", path, unverified(manifest))
     saved = DTYPES[manifest["dtype"]]
@@ -204,6 +218,34 @@ def _manifest(text: str, path: Path) -> dict[str, Any]:
     return manifest
 
 
+def _uncertainty(manifest: Mapping[str, Any], tensors: Mapping[str, Tensor], n_elements: int, path: Path) -> Uncertainty | None:
+    """The uncertainty in a file; None if it has none, or one of a newer version.
+
+    Raises:
+        ValueError: tables that do not belong to it.
+    """
+    record = manifest.get("uncertainty")
+    if record is None:
+        return None
+    if record["version"] > UNCERTAINTY:
+        log.warning(
+            "'%s' has an uncertainty of version %d, this gossamer %s knows %d: it goes without",
+            path,
+            record["version"],
+            __version__,
+            UNCERTAINTY,
+        )
+        return None
+    tables = {k.removeprefix("uncertainty."): v for k, v in tensors.items() if k.startswith("uncertainty.")}
+    try:
+        uncertainty = Uncertainty(n_elements, tables["centres"].shape[1])
+        uncertainty.load_state_dict(tables)
+    except (KeyError, IndexError, RuntimeError) as error:
+        raise ValueError(f"'{path}' holds tables that are not those of its uncertainty ({error}). Use another copy.") from None
+    uncertainty.record = {k: v for k, v in record.items() if k not in ("version", "known")}
+    return uncertainty
+
+
 def _check_sizes(model: Mapping[str, Any], tensors: Mapping[str, Tensor], path: Path) -> None:
     """Refuse settings of a network that is larger than its weights in the file, before it is made.
 
@@ -233,6 +275,10 @@ def _stored(tensors: Mapping[str, Tensor], k: int) -> Structure:
     return Structure(**values, name=f"stored structure {k}")
 
 
+def _stored_prediction(tensors: Mapping[str, Tensor], k: int) -> dict[str, Any]:
+    return {name: tensors[f"check.{k}.{name}"].numpy() for name in QUANTITIES if f"check.{k}.{name}" in tensors}
+
+
 def _checksum(tensors: Mapping[str, Tensor], manifest: Mapping[str, Any]) -> str:
     digest = hashlib.sha256(json.dumps({k: v for k, v in manifest.items() if k != "checksum"}, sort_keys=True).encode())
     for name in sorted(tensors):
@@ -259,7 +305,7 @@ def _verify(potential: Potential, tensors: Mapping[str, Tensor], n_check: int, p
     """Refuse a potential that does not reproduce its stored predictions here."""
     for k in range(n_check):
         structure = _stored(tensors, k)
-        stored = {name: tensors[f"check.{k}.{name}"].numpy() for name in QUANTITIES if f"check.{k}.{name}" in tensors}
+        stored = _stored_prediction(tensors, k)
         problem = deviates(potential.predict([structure])[0], stored, structure.n_atoms, precision)
         if problem is not None:
             raise ValueError(

@@ -14,6 +14,7 @@ import ase.io
 import numpy as np
 import torch
 
+from gossamer.calibration import measure_uncertainty, plot_honesty
 from gossamer.config import Config, load_config, make_config, save_config
 from gossamer.data.dataset import Subset, load_data, open_dataset, require_labels
 from gossamer.data.fingerprint import SeenFrames, leave_out_training_frames
@@ -26,7 +27,7 @@ from gossamer.evaluation import Evaluation, evaluate_potential
 from gossamer.files import atomic_path, locked, write_json
 from gossamer.models import DEFAULT, MODELS
 from gossamer.potential import DTYPES, Potential
-from gossamer.potential_file import load, read_manifest, save
+from gossamer.potential_file import load, read_manifest, save, save_again
 from gossamer.quantities import QUANTITIES
 from gossamer.settings import to_dict
 from gossamer.training.finetune import Concatenated, adapt_statistics, choose_replay, choose_weights, merge_adapters, transfer_weights
@@ -98,6 +99,8 @@ def train(
             return {"stopped": "SIGTERM", "stopped_at_step": state.step, "out": str(folder)}
         results: dict[str, Any] = {"steps": state.step, "seconds": round(state.seconds, 1), "out": str(folder)}
         if group.rank == 0:
+            if config.training.uncertainty:
+                add_uncertainty(folder / POTENTIAL, frames.train, frames.valid, group.device)
             results |= step_times(state) | final_errors(folder, frames, tuning, group.device)
             write_json(folder / "results.json", results)
         return results
@@ -259,6 +262,13 @@ def step_times(state: State) -> dict[str, Any]:
     return {
         "step_ms": 1000 * step, "first_step_seconds": round(state.first_seconds, 1), "compiled": state.forward.compiled is not None,
     }  # fmt: skip
+
+
+def add_uncertainty(path: Path, train_set: Sequence[Structure], valid_set: Sequence[Structure], device: torch.device) -> None:
+    """Measure how wrong a saved potential may be, and keep that in its file."""
+    potential = load(path, device)
+    measure_uncertainty(potential, train_set, valid_set)
+    save_again(potential, path, path)
 
 
 def final_errors(folder: Path, frames: Frames, tuning: dict[str, Any], device: torch.device) -> dict[str, Any]:
@@ -440,6 +450,60 @@ def check_structures(structures: Sequence[Structure], n: int = 3) -> list[Struct
     return chosen + [structures[k] for k in order if structures[k] not in chosen][: n - len(chosen)]
 
 
+# --- uncertainty ----------------------------------------------------------------------------------------------------
+
+
+def calibrate(
+    model: Path | str,
+    data: Path | str | Sequence[Path | str],
+    labels: LabelConfig | None = None,
+    out: Path | str | None = None,
+    device: str = "cpu",
+) -> dict[str, Any]:
+    """Measure how wrong a saved potential may be, and write that into its file (docs/uncertainty.md).
+
+        calibrate("potential.safetensors", ["train.extxyz", "valid.extxyz"])
+
+    The potential tells training frames by their fingerprints: their features say what it knows, the errors on all others what its
+    uncertainties are worth. Of one that remembers none of these frames (imported, say) a random half does each.
+
+    Args:
+        model: Saved potential.
+        data: Labelled structures, training frames and others.
+        labels: Names and units of the labels.
+        out: File to write; by default ``model``.
+        device: Where to compute.
+
+    Returns:
+        "out", numbers of frames and labels, and for energy and forces the rank correlation of uncertainty and error (``honesty``).
+
+    Raises:
+        ValueError: no labels, or no frames that it was not trained on.
+    """
+    paths = [data] if isinstance(data, str | Path) else list(data)
+    structures = [s for path in paths for s in open_dataset(path, labels)]
+    potential = load(model, device)
+    trained = [potential.seen is not None and potential.seen.where(s) == "train" for s in structures]
+    halves = not any(trained)
+    if halves:
+        log.warning(
+            "the potential was trained on none of these frames, as far as it knows: half of them say what it knows, half what it errs"
+        )
+        trained = np.random.default_rng(0).permutation(np.arange(len(structures)) % 2 == 0).tolist()
+    if all(trained):
+        raise ValueError(
+            f"The potential was trained on all {len(structures)} frames: errors on them are too small. Give also frames kept aside."
+        )
+    known, new = ([s for s, t in zip(structures, trained, strict=True) if t == wanted] for wanted in (True, False))
+    measure_uncertainty(potential, known, new)
+    target = Path(model if out is None else out)
+    save_again(potential, model, target)
+    assert potential.uncertainty is not None
+    worth = evaluate_potential(potential, new, keep=0).honesty()
+    ranks = {f"{name}_rank_correlation": numbers["rank"] for name, numbers in worth.items()}
+    return {"out": str(target), **potential.uncertainty.record, **ranks}
+
+
 # --- errors ---------------------------------------------------------------------------------------------------------
 
 
@@ -460,7 +524,8 @@ def evaluate(
         model: Potential, or file of one.
         data: Structures, or where they are.
         labels: Names and units of the labels.
-        out: Folder for errors.json and worst.extxyz (the frames with the largest errors, labels and predictions).
+        out: Folder for errors.json, worst.extxyz (the frames with the largest errors, labels and predictions) and, of a potential with an
+            uncertainty, uncertainty.png (errors found against errors expected).
         worst: How many of those.
         device: Where to compute, if ``model`` is a file.
         way: How to evaluate (`gossamer.engine.engine`).
@@ -484,6 +549,8 @@ def evaluate(
         folder = Path(out)
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "errors.json", evaluation.summary())
+        if evaluation.expected:
+            plot_honesty(evaluation.honesty(), folder / "uncertainty.png")
         write_worst(engine, structures, evaluation, folder / "worst.extxyz", worst)
     return evaluation
 

@@ -173,5 +173,6 @@ def first_of(prediction: Prediction, n_atoms: int) -> Prediction:
         node_energies=prediction.node_energies[:n_atoms].clone(),
         forces=prediction.forces[:n_atoms].clone(),
         stress=None if prediction.stress is None else prediction.stress[:1].clone(),
+        features=None if prediction.features is None else prediction.features[:n_atoms].clone(),
         extras={k: v[: n_atoms if QUANTITIES[k].per == "atom" else 1].clone() for k, v in prediction.extras.items()},
     )

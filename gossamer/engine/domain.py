@@ -257,7 +257,7 @@ class Domain(nn.Module):
                 atomic_numbers=own, positions=weights[:, None].expand(-1, 3), cell=vectors.new_zeros(1, 3, 3),
                 graph_index=torch.zeros_like(own), edge_index=edge_index, edge_shifts=vectors,
             )  # fmt: skip
-            energies, _ = self.potential._node_energies(graph, (vectors,), isolated)
+            energies, *_ = self.potential._node_energies(graph, (vectors,), isolated)
             (slopes,) = torch.autograd.grad((energies * weights).sum(), (vectors,))
         return energies.detach(), slopes
 
@@ -331,7 +331,7 @@ def compare(run: Any, potential: Potential, graph: Graph) -> tuple[Tensor, Tenso
         graph: A disordered structure.
     """
     vectors = graph.edge_vectors().requires_grad_()
-    energies, _ = potential._node_energies(graph, (vectors,), None)
+    energies, *_ = potential._node_energies(graph, (vectors,), None)
     (slopes,) = torch.autograd.grad(energies.sum(), (vectors,))
     energies, tolerance = energies.detach(), TABLE_TOLERANCE[potential.dtype]
     scale = float(slopes.pow(2).mean().sqrt())

@@ -83,8 +83,8 @@ def fits(graph: Graph) -> bool:
 
 
 def names_of(potential: Potential) -> list[str]:
-    """Parts of the prediction in the order of the program's outputs; no stress of direct forces."""
-    return NAMES if potential.conservative else NAMES[:3]
+    """Parts of the prediction in the order of the program's outputs; no stress of direct forces, features only for uncertainties."""
+    return [*(NAMES if potential.conservative else NAMES[:3]), *([] if potential.uncertainty is None else ["features"])]
 
 
 def identity(potential: Potential, batch: bool = False) -> dict[str, str]:
@@ -215,7 +215,7 @@ def export(model: Path | str, out: Path | str, structure: Any = None, device: st
     The program takes ``atomic_numbers`` (n,) int64, ``positions`` (n, 3) float64 in Å, ``cell`` (1, 3, 3) float64 with
     lattice vectors as rows, ``graph_index`` (n,) zeros, ``edge_index`` (2, n_edges) int64 (sender, receiver; sorted by
     receiver) and ``edge_shifts`` (n_edges, 3) float64, and returns energy (1,) in eV, energies of the atoms (n,), forces
-    (n, 3) in eV/Å and stress (1, 3, 3) in eV/Å³ (ASE's sign; NaN without a volume; none for direct forces).
+    (n, 3) in eV/Å and stress (1, 3, 3) in eV/Å³ (ASE's sign; NaN without a volume; none for direct forces); of a potential with an uncertainty also the last features of the atoms.
 
     Args:
         model: Saved potential.

@@ -58,7 +58,7 @@ def unroll(
         potential: In the mode (training or not) that the graph is for.
         state: As from ``state_of``; its tensors become inputs.
         graph: Example batch.
-        names: Of "energy", "node_energies", "forces", "stress".
+        names: Of "energy", "node_energies", "forces", "stress", "features".
         opaque: Keep gathers and sums away from the compiler's fusion; see ``rewrite``.
         isolated: As for ``Potential.forward``; becomes the input "isolated" of the state.
 

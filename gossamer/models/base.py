@@ -40,6 +40,9 @@ class ModelOutput(NamedTuple):
     """(n_atoms,)"""
     direct_forces: Tensor | None
     """(n_atoms, 3), not the gradient of the energy; None for a network without that head"""
+    features: Tensor
+    """(n_atoms, M), what the last linear map of the readout takes: node energies are linear in it, up to a constant of the element
+    and a repulsion"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,6 +126,12 @@ class Network(nn.Module):
             n_graphs: Number of structures.
         """
         raise NotImplementedError
+
+
+def read_out(readout: nn.Sequential, x: Float[Tensor, "N C"]) -> tuple[Float[Tensor, " N"], Float[Tensor, "N M"]]:
+    """What a readout gives, and what its last layer, a linear map, takes."""
+    features = readout[:-1](x)
+    return readout[-1](features)[:, 0], features
 
 
 def distances(edge_vectors: Float[Tensor, "E 3"], cutoff: float) -> tuple[Float[Tensor, "E 3"], Float[Tensor, " E"]]:

@@ -310,4 +310,4 @@ class Geodite(Network):
         if self.repulsion is not None:
             energies = energies + self.repulsion(species, edge_index, lengths)
         forces = self.force_readout(x[:, :3])[:, :, 0] if self.force_readout is not None else None
-        return ModelOutput(node_energies=energies, direct_forces=forces)
+        return ModelOutput(node_energies=energies, direct_forces=forces, features=cat(states, 1))

@@ -19,7 +19,7 @@ from jaxtyping import Float, Int
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from gossamer.models.base import DataFacts, FitDefaults, ModelOutput, Network, distances
+from gossamer.models.base import DataFacts, FitDefaults, ModelOutput, Network, distances, read_out
 from gossamer.nn.filters import RadialLinear, VectorConvolution, bessel_basis, gaussian_basis, smooth_length
 from gossamer.nn.layers import cat, linear, polynomial_envelope, split, sum_by_index
 from gossamer.nn.products import Edges
@@ -213,4 +213,5 @@ class LEIGNN(Network):
                 s, g = s + ds, g + dg
         assert v is not None
         forces = self.W_F(v)[:, :, 0] if self.W_F is not None else None
-        return ModelOutput(node_energies=self.MLP_E(x)[:, 0], direct_forces=forces)
+        energies, features = read_out(self.MLP_E, x)
+        return ModelOutput(node_energies=energies, direct_forces=forces, features=features)

@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from gossamer.models.base import DataFacts, FitDefaults, ModelOutput, Network
+from gossamer.models.base import DataFacts, FitDefaults, ModelOutput, Network, read_out
 from gossamer.nn.coupling import Coupling, Irrep, blocks, paths_between
 from gossamer.nn.layers import Constant, ElementMaps, UnitLinear, cat, polynomial_envelope, split, sum_by_index, unit_mlp
 from gossamer.nn.polynomial import ElementPolynomial, Monomial, Monomials
@@ -405,10 +405,13 @@ class MACE(Network):
         edges = Edges(edge_index, x, self.harmonics(edge_vectors / lengths[:, None]), lambda: self._basis(x, bonds), pair)
         h = self.embedding(species)[:, None]
         energies = h.new_zeros(species.shape[0]) if self.repulsion is None else self.repulsion(species, edge_index, lengths)
+        features = []
         for layer, readout in zip(self.layers, self.readouts, strict=True):
             h = layer(h, species, edges)
-            energies = energies + readout(degrees(h)[0])[:, 0, 0]
-        return ModelOutput(node_energies=energies, direct_forces=None)
+            own, taken = read_out(readout, degrees(h)[0][:, 0])
+            energies = energies + own
+            features.append(taken)
+        return ModelOutput(node_energies=energies, direct_forces=None, features=cat(features, 1))
 
     def _pairs(self, species: Int[Tensor, " N"], edge_index: Int[Tensor, "2 E"]) -> Int[Tensor, " E"]:
         """Number of each edge's pair of elements, whichever comes first."""

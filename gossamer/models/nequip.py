@@ -23,7 +23,7 @@ from jaxtyping import Float, Int
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from gossamer.models.base import DataFacts, FitDefaults, ModelOutput, Network
+from gossamer.models.base import DataFacts, FitDefaults, ModelOutput, Network, read_out
 from gossamer.nn.coupling import Coupling, FeatureNorm, Irrep, blocks, gate, paths_between, reachable
 from gossamer.nn.layers import UNIT_SILU, Constant, ElementLinear, UnitLinear, cat, polynomial_envelope, unit_mlp, unit_scale
 from gossamer.nn.products import Edges, Ends
@@ -320,8 +320,9 @@ class NequIP(Network):
         for layer in self.layers:
             x = layer(x, species, self.embedding.weight, edges)
         scalars, *vectors = blocks(x, self.layers[-1].irreps_out)
-        energies = self.readout(scalars[:, 0])[:, 0]
+        energies, features = read_out(self.readout, scalars[:, 0])
         if self.scales is not None:
-            energies = energies * self.scales(species)[:, 0]
+            scale = self.scales(species)
+            energies, features = energies * scale[:, 0], features * scale
         forces = self.force_readout(vectors[0])[:, :, 0] if self.force_readout is not None else None
-        return ModelOutput(node_energies=energies, direct_forces=forces)
+        return ModelOutput(node_energies=energies, direct_forces=forces, features=features)

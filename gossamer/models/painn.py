@@ -17,7 +17,7 @@ from jaxtyping import Float, Int
 from pydantic import Field
 from torch import Tensor, nn
 
-from gossamer.models.base import DataFacts, FitDefaults, ModelOutput, Network, distances
+from gossamer.models.base import DataFacts, FitDefaults, ModelOutput, Network, distances, read_out
 from gossamer.nn.filters import RadialLinear, VectorConvolution, bessel_basis, cosine_cutoff, gaussian_basis, smooth_length
 from gossamer.nn.layers import cat, linear, polynomial_envelope, split
 from gossamer.nn.products import Edges
@@ -143,9 +143,9 @@ class PaiNN(Network):
         q, mu = self.embedding(species), None
         for layer in self.layers:
             q, mu = layer(q, mu, edges)
-        energies = self.readout(q)[:, 0]
+        energies, features = read_out(self.readout, q)
         if self.force_blocks is None:
-            return ModelOutput(node_energies=energies, direct_forces=None)
+            return ModelOutput(node_energies=energies, direct_forces=None, features=features)
         for block in self.force_blocks:
             q, mu = block(q, mu)
-        return ModelOutput(node_energies=energies, direct_forces=mu[:, :, 0])
+        return ModelOutput(node_energies=energies, direct_forces=mu[:, :, 0], features=features)

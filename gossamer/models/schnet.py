@@ -17,7 +17,7 @@ from jaxtyping import Float, Int
 from pydantic import Field
 from torch import Tensor, nn
 
-from gossamer.models.base import DataFacts, FitDefaults, ModelOutput, Network, distances
+from gossamer.models.base import DataFacts, FitDefaults, ModelOutput, Network, distances, read_out
 from gossamer.nn.filters import cosine_cutoff, gaussian_basis
 from gossamer.nn.layers import cat, linear, polynomial_envelope, split
 from gossamer.nn.products import Edges, ScalarConvolution
@@ -121,4 +121,5 @@ class SchNet(Network):
         h = self.embedding(species)
         for layer in self.layers:
             h = layer(h, edges)
-        return ModelOutput(node_energies=self.readout(h)[:, 0], direct_forces=None)
+        energies, features = read_out(self.readout, h)
+        return ModelOutput(node_energies=energies, direct_forces=None, features=features)

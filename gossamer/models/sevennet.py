@@ -21,7 +21,7 @@ from jaxtyping import Float, Int
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from gossamer.models.base import DataFacts, FitDefaults, ModelOutput, Network
+from gossamer.models.base import DataFacts, FitDefaults, ModelOutput, Network, read_out
 from gossamer.nn.coupling import Coupling, FeatureNorm, Irrep, blocks, gate, paths_between, reachable
 from gossamer.nn.layers import ElementMaps, UnitLinear, cat, polynomial_envelope, unit_mlp, unit_scale
 from gossamer.nn.products import Edges
@@ -285,18 +285,19 @@ class SevenNet(Network):
     ) -> ModelOutput:
         """As `Network.forward`; the network is local and needs no structures."""
         lengths = torch.linalg.vector_norm(edge_vectors, dim=-1)
-        x = lengths / self.config.cutoff
+        distance = lengths / self.config.cutoff
         harmonics = self.harmonics(edge_vectors / lengths[:, None])
         if self.degrees is not None:
             powers = [lengths[:, None].expand(-1, n) ** l for l, n in enumerate(self.degrees)]
             harmonics = harmonics * cat(powers, 1)
-        edges = Edges(edge_index, x, harmonics, lambda: self.radial_basis(x))
-        features = self.embedding(species)
+        edges = Edges(edge_index, distance, harmonics, lambda: self.radial_basis(distance))
+        x = self.embedding(species)
         for layer in self.layers:
-            features = layer(features, species, edges)
-        energies = self.readout(features)[:, 0]
+            x = layer(x, species, edges)
+        energies, features = read_out(self.readout, x)
         if self.readout_bias is not None:
             energies = energies + self.readout_bias
         if self.scales is not None:
-            energies = energies * self.scales(species)[:, 0]
-        return ModelOutput(node_energies=energies, direct_forces=None)
+            scale = self.scales(species)
+            energies, features = energies * scale[:, 0], features * scale
+        return ModelOutput(node_energies=energies, direct_forces=None, features=features)

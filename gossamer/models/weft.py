@@ -186,4 +186,5 @@ class Weft(Network):
         features = self.embedding(species)[:, None]
         for layer in self.layers:
             features = layer(features, species, edges)
-        return ModelOutput(node_energies=self.readout(features[:, 0])[:, 0], direct_forces=None)
+        scalars = features[:, 0]
+        return ModelOutput(node_energies=self.readout(scalars)[:, 0], direct_forces=None, features=scalars)

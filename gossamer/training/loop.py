@@ -105,6 +105,8 @@ class TrainingConfig:
     reuse_memory: bool = True
     """Let this process keep large blocks of memory that it frees (a third of the time on Linux); concerns the whole process, as
     ``Calculator(reuse_memory=...)`` does."""
+    uncertainty: bool = True
+    """At the end measure how wrong the potential may be (docs/uncertainty.md), on training and validation frames: seconds."""
     tensorboard: bool = False
     """Also log to TensorBoard (needs the package tensorboard)."""
     wandb: bool = False
