@@ -374,6 +374,8 @@ def _fit(arguments: argparse.Namespace) -> int:
 
 
 def _trained(arguments: argparse.Namespace, answer: dict[str, Any]) -> int:
+    if not answer.keys() & {"stopped", "valid"}:  # the first process of the run says it
+        return 0
     if arguments.json or "stopped" in answer:
         _show(arguments, answer)
         return STOPPED if "stopped" in answer else 0

@@ -32,7 +32,7 @@ from gossamer.quantities import QUANTITIES
 from gossamer.settings import to_dict
 from gossamer.training.finetune import Concatenated, adapt_statistics, choose_replay, choose_weights, merge_adapters, transfer_weights
 from gossamer.training.loop import State, finished, load_state, make_state, run_training
-from gossamer.training.process_group import ProcessGroup, start_process_group
+from gossamer.training.process_group import ProcessGroup, log_of_rank, restarted, start_process_group
 
 log = logging.getLogger(__name__)
 POTENTIAL = "potential.safetensors"
@@ -53,7 +53,7 @@ def train(
     Args:
         config: Settings, or where they are.
         overrides: ``path.to.key=value``.
-        resume: Continue from the folder's checkpoint (if there is one).
+        resume: Continue from the folder's checkpoint (if there is one). So does a process that torchrun started anew.
         progress: Show a progress bar.
 
     Returns:
@@ -68,12 +68,13 @@ def train(
     config = _as_config(config, overrides)
     folder = Path(config.out)
     checkpoint = folder / "checkpoint.safetensors"
+    resume = resume or restarted()
     if not resume and ((folder / POTENTIAL).exists() or checkpoint.exists()):
         raise FileExistsError(f"'{folder}' holds a run already. Go on with it (--resume), or choose another folder (out=...).")
     check_loss(config)
     frames = read_frames(config)
-    group = start_process_group(config.training.device)
-    with closing(group), locked(folder) if group.rank == 0 else nullcontext():
+    group = start_process_group(config.training.device, config.training.timeout)
+    with closing(group), locked(folder) if group.rank == 0 else nullcontext(), log_of_rank(folder, group):
         torch.manual_seed(config.training.seed)
         potential, frames, tuning = prepare_potential(config, frames, group)
         state = make_state(potential, config.training, config.loss)

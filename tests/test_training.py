@@ -37,6 +37,7 @@ from gossamer.training.checkpoint import read_checkpoint
 from gossamer.training.losses import LossConfig, conditional_deltas, loss_sums, penalty
 from gossamer.training.muon import orthogonalized, weight_matrices
 from gossamer.training.optim import EMA, Clipper, Schedule, ScheduleConfig, make_optimizer
+from gossamer.training.process_group import shares
 
 ETHANOL = str(DEMO / "ethanol_500K.extxyz.xz")
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -212,28 +213,93 @@ def test_checkpoints_of_older_versions(tmp_path: Path, monkeypatch: pytest.Monke
         train(config, resume=True, progress=False)
 
 
-def test_two_processes_equal_one(tmp_path: Path) -> None:
-    """The same batches shared by two processes give the same weights up to the order of sums."""
-    config = settings(tmp_path / "two", steps=3, dtype="float64", valid_every=3)
-    (tmp_path / "two.yaml").write_text(json.dumps(config))
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        "-m",
-        "gossamer.cli",
-        "train",
-        str(tmp_path / "two.yaml"),
-    ]
-    result = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=180, check=False)
-    assert result.returncode == 0, result.stderr
-    train(settings(tmp_path / "one", steps=3, dtype="float64", valid_every=3), progress=False)
+def torchrun(tmp_path: Path, config: dict, *options: str) -> subprocess.Popen:
+    """A training on two processes."""
+    path = tmp_path / "two.yaml"
+    path.write_text(json.dumps(config))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *options]
+    return subprocess.Popen(
+        [*command, "-m", "gossamer.cli", "train", str(path)], env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def process_of(log: Path, at_least: int = 1, timeout: float = 120.0) -> int:
+    """The process that a rank's log names, after it has started so many times."""
+    for _ in range(int(10 * timeout)):
+        found = re.findall(r"process (\d+) on", log.read_text()) if log.exists() else []
+        if len(found) >= at_least:
+            return int(found[-1])
+        time.sleep(0.1)
+    raise TimeoutError(f"'{log}' names no process")
+
+
+@pytest.mark.parametrize("steps", [3, pytest.param(50, marks=pytest.mark.slow)])
+def test_two_processes_equal_one(tmp_path: Path, steps: int) -> None:
+    """The same batches shared by two processes give the same weights up to the order of sums, and the same errors."""
+    process = torchrun(tmp_path, settings(tmp_path / "two", steps=steps, dtype="float64", valid_every=steps))
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    train(settings(tmp_path / "one", steps=steps, dtype="float64", valid_every=steps), progress=False)
     one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
     for name in (k for k in one if k.startswith("network.")):
-        torch.testing.assert_close(one[name], two[name], atol=1e-8, rtol=1e-6)
+        torch.testing.assert_close(one[name], two[name], atol=1e-9, rtol=1e-7)
+    rows = [list(csv.DictReader((tmp_path / run / "log.csv").read_text().splitlines()))[-1] for run in ("one", "two")]
+    assert float(rows[1]["valid_forces_mae"]) == pytest.approx(float(rows[0]["valid_forces_mae"]), rel=1e-7)
+    assert "rank 1 of 2" in (tmp_path / "two" / "rank-1.log").read_text()
+
+
+def test_work_is_shared_out_evenly() -> None:
+    rng = np.random.default_rng(0)
+    for n in (1, 2, 3, 8):
+        work = rng.lognormal(size=40).tolist()
+        parts = shares(work, n)
+        assert sorted(k for part in parts for k in part) == list(range(40))
+        loads = [sum(work[k] for k in part) for part in parts]
+        assert max(loads) <= max(1.1 * sum(work) / n, max(work))
+    assert shares([0.0, 0.0, 0.0], 3) == [[0], [1], [2]]  # nobody is left without
+    assert [len(part) for part in shares([1.0] * 7, 2)] == [4, 3]
+
+
+@pytest.mark.slow
+def test_killed_processes_start_again_and_nothing_is_lost(tmp_path: Path) -> None:
+    """torchrun --max-restarts: a rank killed at any moment, twice; the run goes on from its checkpoint to the same weights."""
+    options = dict(steps=120, valid_every=10, checkpoint_every=10, dtype="float64")
+    whole = torchrun(tmp_path, settings(tmp_path / "whole", **options))
+    output, _ = whole.communicate(timeout=300)
+    assert whole.returncode == 0, output
+    process = torchrun(tmp_path, settings(tmp_path / "run", **options), "--max-restarts", "3")
+    for start in (1, 2):
+        victim = process_of(tmp_path / "run" / f"rank-{start % 2}.log", at_least=start)
+        wait_for_step(tmp_path / "run" / "log.csv", 40 * start)
+        os.kill(victim, signal.SIGKILL)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    assert len(re.findall("process", (tmp_path / "run" / "rank-0.log").read_text())) == 3
+    for name, value in weights(tmp_path / "whole").items():
+        torch.testing.assert_close(weights(tmp_path / "run")[name], value, rtol=0, atol=0)
+
+
+def wait_for_step(log: Path, step: int, timeout: float = 120.0) -> None:
+    for _ in range(int(20 * timeout)):
+        rows = log.read_text().splitlines()[1:] if log.exists() else []
+        if rows and int(rows[-1].split(",")[0]) >= step:
+            return
+        time.sleep(0.05)
+    raise TimeoutError(f"'{log}' does not reach step {step}")
+
+
+@pytest.mark.slow
+def test_a_process_that_hangs_ends_the_run(tmp_path: Path) -> None:
+    """The others give up after training.timeout, and torchrun ends them all."""
+    process = torchrun(tmp_path, settings(tmp_path / "run", steps=100_000, timeout=0.1))
+    victim = process_of(tmp_path / "run" / "rank-1.log")
+    wait_for_step(tmp_path / "run" / "log.csv", 1)
+    os.kill(victim, signal.SIGSTOP)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert "rank 0 ends: RuntimeError" in (tmp_path / "run" / "rank-0.log").read_text(), output
+    with pytest.raises(ProcessLookupError):
+        os.kill(victim, 0)
 
 
 def test_nan_stops_with_the_frame_and_the_checkpoint(tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from pydantic import Field
 from torch import Tensor
 from tqdm import tqdm
 
+from gossamer.data.dataset import Subset
 from gossamer.data.structure import Structure
 from gossamer.engine.engine import Engine
 from gossamer.engine.memory import keep_freed_memory
@@ -39,7 +40,7 @@ from gossamer.training.compiled import CompiledForward
 from gossamer.training.loader import NeighborLists, edge_counts, epoch_batches, graphs
 from gossamer.training.losses import LossConfig, loss_counts, loss_sums
 from gossamer.training.optim import EMA, Clipper, Schedule, ScheduleConfig, make_optimizer, set_rate
-from gossamer.training.process_group import ProcessGroup
+from gossamer.training.process_group import ProcessGroup, shares
 from gossamer.training.recorded import Gradients, RecordedGradients, RecordedUpdate
 
 log = logging.getLogger(__name__)
@@ -107,6 +108,8 @@ class TrainingConfig:
     ``Calculator(reuse_memory=...)`` does."""
     uncertainty: bool = True
     """At the end measure how wrong the potential may be (docs/uncertainty.md), on training and validation frames: seconds."""
+    timeout: Annotated[float, Field(gt=0)] = 30.0
+    """Minutes after which processes under torchrun give up waiting for one that hangs."""
     tensorboard: bool = False
     """Also log to TensorBoard (needs the package tensorboard)."""
     wandb: bool = False
@@ -449,7 +452,9 @@ def run_training(
     """
     checkpoint = folder / "checkpoint.safetensors"
     began = CLOCKS[config.clock]() - state.seconds
-    limits, lists = batch_limits(state.potential, train, config), NeighborLists(state.potential)
+    lists = NeighborLists(state.potential)
+    work = None if group.world == 1 and config.batch_edges is None else count_edges(state.potential, train, group)
+    limits = batch_limits(train, config, work)
     logger = Log(folder, config, state.step) if group.rank == 0 else None
     first, saved_at, done = state.step, state.seconds, finished(state, config)
 
@@ -459,7 +464,7 @@ def run_training(
 
     with StopRequested() as stop, closing(logger) if logger else nullcontext(), Bar(state, config, progress and group.rank == 0) as bar:
         while not done:
-            batches = shared_batches(len(train), state.epoch, config, group, limits)
+            batches = shared_batches(len(train), state.epoch, config, group, limits, work)
             for graph in graphs(state.potential, train, batches[state.batch :], lists=lists):
                 before = elapsed()
                 checked_step(state, graph, loss, config, group, checkpoint)
@@ -478,6 +483,8 @@ def run_training(
                     if logger is not None:
                         logger.write(row)
                         bar.report(row)
+                    elif group.world > 1:
+                        log.info("step %d after %.1f s", state.step, state.seconds)
                 stopping = stop.requested if group.world == 1 else group.any(stop.requested)
                 if validated or stopping or checkpoint_due(state, config, saved_at):
                     saved_at = state.seconds
@@ -493,32 +500,47 @@ def run_training(
     return state
 
 
-def batch_limits(potential: Potential, train: Sequence[Structure], config: TrainingConfig) -> list[tuple[np.ndarray, int]]:
-    """For each limit of the settings: the sizes of all structures, and the largest sum of a batch."""
+def count_edges(potential: Potential, train: Sequence[Structure], group: ProcessGroup) -> np.ndarray:
+    """Edges of every structure, each process counting some: what decides time and memory."""
+    counts = np.zeros(len(train))
+    mine = Subset(train, range(group.rank, len(train), group.world))
+    counts[group.rank :: group.world] = edge_counts(mine, potential.cutoff, potential.max_neighbors)
+    return np.array(group.add_up(counts.tolist())) if group.world > 1 else counts
+
+
+def batch_limits(train: Sequence[Structure], config: TrainingConfig, work: np.ndarray | None) -> list[tuple[np.ndarray, int]]:
+    """For each limit of the settings: the sizes of all structures, and the largest sum of a batch; ``work``: their edges."""
     limits = []
     if config.batch_atoms is not None:
         limits.append((np.array([train[k].n_atoms for k in range(len(train))]), config.batch_atoms))
     if config.batch_edges is not None:
-        limits.append((edge_counts(train, potential.cutoff, potential.max_neighbors), config.batch_edges))
+        assert work is not None
+        limits.append((work, config.batch_edges))
     return limits
 
 
 def shared_batches(
-    n_train: int, epoch: int, config: TrainingConfig, group: ProcessGroup, limits: Sequence[tuple[np.ndarray, int]]
+    n_train: int,
+    epoch: int,
+    config: TrainingConfig,
+    group: ProcessGroup,
+    limits: Sequence[tuple[np.ndarray, int]],
+    work: np.ndarray | None = None,
 ) -> list[list[int]]:
-    """This process's share of each batch of an epoch.
+    """This process's share of each batch of an epoch, about as much ``work`` (edges of each structure) as any other's.
 
     Raises:
         ValueError: no batch has a structure for every process.
     """
-    batches = epoch_batches(n_train, config.batch_size, config.seed, epoch, limits)
-    mine = [b[group.rank :: group.world] for b in batches if len(b) >= group.world]
-    if not mine:
+    batches = [b for b in epoch_batches(n_train, config.batch_size, config.seed, epoch, limits) if len(b) >= group.world]
+    if not batches:
         raise ValueError(
             f"training.batch_size is {config.batch_size} for {group.world} processes and {n_train} training frames: "
             "no batch has a frame for every process. Raise training.batch_size, or start fewer processes."
         )
-    return mine
+    if group.world == 1:
+        return batches
+    return [[b[k] for k in shares([1.0 if work is None else float(work[i]) for i in b], group.world)[group.rank]] for b in batches]
 
 
 def checked_step(state: State, graph: Graph, loss: LossConfig, config: TrainingConfig, group: ProcessGroup, checkpoint: Path) -> None:
@@ -543,16 +565,13 @@ def validate(
 ) -> dict[str, Any]:
     """Errors of the averaged weights; saves them if they are the best so far; returns a row of the log."""
     row: dict[str, Any] = {"step": state.step, "epoch": state.epoch, "learning_rate": float(state.optimizer.param_groups[0]["lr"])}
-    metric = math.inf
-    if group.rank == 0:
-        evaluation = evaluate_potential(state.ema.module, valid, keep=0, run=state.averaged)
-        metric = validation_loss(evaluation, loss)
-        row |= {
-            f"valid_{name}_{kind}": value if errors.count else ""
-            for name, errors in evaluation.errors.items()
-            for kind, value in (("mae", errors.mae), ("rmse", errors.rmse))
-        }
-    metric = group.broadcast(metric)
+    evaluation = shared_evaluation(state, valid, group)
+    metric = group.broadcast(validation_loss(evaluation, loss))
+    row |= {
+        f"valid_{name}_{kind}": value if errors.count else ""
+        for name, errors in evaluation.errors.items()
+        for kind, value in (("mae", errors.mae), ("rmse", errors.rmse))
+    }
     state.schedule.observe(metric)
     if metric < state.best:
         state.best, state.stale = metric, 0
@@ -564,6 +583,18 @@ def validate(
     state.totals = {k: [0.0, 0.0] for k in QUANTITIES}
     row |= {"seconds": round(state.seconds, 3), "train_loss": train_loss, "valid_loss": metric}
     return row
+
+
+def shared_evaluation(state: State, valid: Sequence[Structure], group: ProcessGroup) -> Evaluation:
+    """Errors of the averaged weights on validation structures, of which each process takes some."""
+    alone = group.world == 1 or len(valid) < group.world
+    part = valid if alone else Subset(valid, range(group.rank, len(valid), group.world))
+    evaluation = evaluate_potential(state.ema.module, part, keep=0, run=state.averaged)
+    if not alone:
+        for errors in evaluation.errors.values():
+            errors.absolute, errors.squared, count = group.add_up([errors.absolute, errors.squared, errors.count])
+            errors.count = int(count)
+    return evaluation
 
 
 class Bar:

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import datetime
+import logging
 import os
+import platform
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -34,6 +42,10 @@ class ProcessGroup:
         for p, g in zip(parameters, torch.split(flat, [g.numel() for g in gradients]), strict=True):
             p.grad = g.reshape(p.shape).clone()
 
+    def add_up(self, values: Sequence[float]) -> list[float]:
+        """Sums of plain numbers over all ranks."""
+        return self.sum(torch.tensor(values, dtype=torch.float64, device=self.device)).tolist()
+
     def any(self, flag: bool) -> bool:
         """Whether the flag is set on any rank."""
         return bool(self.sum(torch.tensor(float(flag), device=self.device)).item() > 0)
@@ -50,8 +62,41 @@ class ProcessGroup:
             dist.destroy_process_group()
 
 
-def start_process_group(device: str = "auto") -> ProcessGroup:
+def shares(work: Sequence[float], n: int) -> list[list[int]]:
+    """Positions of what is to be done, shared out so that every one of ``n`` has about as much work: the largest piece first, to who has least."""
+    loads, found = [0.0] * n, [[] for _ in range(n)]  # type: ignore[var-annotated]
+    for k in sorted(range(len(work)), key=lambda k: -work[k]):
+        least = loads.index(min(loads))
+        loads[least] += max(work[k], 1e-9)
+        found[least].append(k)
+    return [sorted(part) for part in found]
+
+
+def restarted() -> bool:
+    """Whether torchrun started this process anew after one had failed (``--max-restarts``)."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+
+
+def store_after_restart(timeout: datetime.timedelta) -> dist.Store | None:
+    """Where processes that torchrun started anew on one machine find each other; None: where PyTorch says.
+
+    Since PyTorch 2.4 they all share the launcher's store, in which the addresses of the processes before still stand
+    (pytorch/pytorch issue 135712): each start gets names of its own here. On several machines the launchers count restarts
+    differently; there TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 must be set for torchrun (docs/training.md).
+    """
+    one_machine = os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE")
+    if not (restarted() and one_machine and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"):
+        return None
+    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=timeout)
+    return dist.PrefixStore(f"start {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+
+
+def start_process_group(device: str = "auto", timeout: float = 30.0) -> ProcessGroup:
     """Join the process group if torchrun started this process, and choose the device.
+
+    Args:
+        device: As ``training.device``.
+        timeout: Minutes after which waiting for another process is an error.
 
     Raises:
         ValueError: the device is not there.
@@ -66,5 +111,32 @@ def start_process_group(device: str = "auto") -> ProcessGroup:
             device = f"cuda:{local}"
             torch.cuda.set_device(local)
     if world > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+        limit = datetime.timedelta(minutes=timeout)
+        backend, store = "nccl" if device.startswith("cuda") else "gloo", store_after_restart(limit)
+        if store is None:
+            dist.init_process_group(backend, timeout=limit)
+        else:
+            dist.init_process_group(backend, timeout=limit, store=store, rank=rank, world_size=world)
     return ProcessGroup(rank, world, torch.device(device))
+
+
+@contextmanager
+def log_of_rank(folder: Path, group: ProcessGroup) -> Iterator[None]:
+    """Where there are several processes, what each of them says also goes to ``folder``/rank-K.log, starting with where it runs."""
+    if group.world == 1:
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(folder / f"rank-{group.rank}.log")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s: %(message)s"))
+    package = logging.getLogger("gossamer")
+    package.addHandler(handler)
+    try:
+        log.info("rank %d of %d: process %d on %s, %s", group.rank, group.world, os.getpid(), platform.node(), group.device)
+        yield
+    except BaseException as error:
+        log.error("rank %d ends: %s: %s", group.rank, type(error).__name__, error)
+        raise
+    finally:
+        package.removeHandler(handler)
+        handler.close()
