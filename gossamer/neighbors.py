@@ -54,6 +54,19 @@ def neighbor_list(
     return edges if max_neighbors is None else nearest(edges, positions, cell, max_neighbors)
 
 
+def pairs_within(
+    positions: NDArray[np.float64], cell: NDArray[np.float64], cutoff: float
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+    """Each pair of a periodic cell once, in no order: first (n_pairs,), second, and whole cell vectors (n_pairs, 3) from first to second."""
+    import vesin
+
+    wrapped, crossed = wrap(positions, cell, np.ones(3, dtype=bool))
+    calculator = vesin.NeighborList(cutoff=float(cutoff), full_list=False)
+    first, second, shifts = calculator.compute(points=wrapped, box=cell, periodic=True, quantities="ijS")
+    first, second = first.astype(np.int64), second.astype(np.int64)
+    return first, second, shifts.astype(np.int64) - crossed[second] + crossed[first]
+
+
 def wrap(
     positions: NDArray[np.float64], cell: NDArray[np.float64], pbc: NDArray[np.bool_]
 ) -> tuple[NDArray[np.float64], NDArray[np.int64]]:

@@ -21,6 +21,7 @@ from gossamer.data.statistics import Statistics
 from gossamer.data.structure import Structure, as_structure
 from gossamer.graph import Graph
 from gossamer.models import MODELS, DataFacts, ModelConfig
+from gossamer.nn.electrostatics import LatentCharges, coulomb_energies, neutralised
 from gossamer.nn.layers import sum_by_index
 from gossamer.nn.limits import Limits, stretch
 from gossamer.nn.products import Ends
@@ -52,6 +53,14 @@ class PotentialConfig:
     """Power p of its envelope (nequip: 6)."""
     zbl_order: Literal[2, 3, 4] = 4
     """Derivatives of its envelope that vanish at its end (nequip: 2)."""
+    long_range: Literal["latent_charges"] | None = None
+    """Electrostatics beyond the cutoff: charges that the network predicts, summed by Ewald in crystals and liquids, pair by pair in molecules
+    (docs/long_range.md)."""
+    charge_smearing: Annotated[float, Field(gt=0, le=5)] = 1.0
+    """Å, σ in erf(r / (sqrt 2 σ)) / r: nearer than this two charges hardly see one another."""
+    net_charge: Literal["neutralise", "keep", "refuse"] = "neutralise"
+    """What becomes of charges that do not sum to zero. "neutralise": the rest is taken off all atoms alike. "keep": as they are; a crystal
+    then has a uniform background. "refuse": likewise, but the calculator refuses a crystal of more than 0.1 e."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +75,8 @@ class Prediction:
     """eV/Å"""
     stress: Float[Tensor, "n_graphs 3 3"] | None
     """eV/Å³, tension positive; None if not asked for or not defined; NaN for structures without a volume"""
+    charges: Float[Tensor, " n_atoms"] | None = None
+    """latent charges in e, where the potential has them"""
     extras: Mapping[str, Tensor] = field(default_factory=dict)
     """further quantities (gossamer/quantities.py), where the network has heads for them"""
     features: Float[Tensor, "n_atoms M"] | None = None
@@ -127,6 +138,8 @@ class Potential(nn.Module):
         )
         network: Any = MODELS[model.name][1]
         self.network = network(model, facts)
+        if self.potential_config.long_range is not None:
+            self.add_charges()
         self.ends = Ends()
         self.zbl: ZBL | None = None
         self.limits: Limits | None = None
@@ -138,6 +151,24 @@ class Potential(nn.Module):
             raise ValueError(
                 f"The published {model.name} has a repulsion of its own: set potential.zbl to false, or model.variant to sound."
             )
+
+    def add_charges(self) -> None:
+        """Give the network a head for latent charges.
+
+        Raises:
+            ValueError: a network that predicts forces directly.
+        """
+        if not self.conservative:
+            raise ValueError("potential.long_range needs forces that are the gradient of the energy: set model.direct_forces to false.")
+        with torch.no_grad():  # how many features does it have?
+            species, none = self.table.new_zeros(1), self.table.new_zeros((2, 0))
+            features = self.network(species, none, torch.zeros((0, 3), dtype=self.dtype), species, 1).features
+        self.network.charges = LatentCharges(features.shape[1], len(self.table)).to(self.dtype)
+
+    @property
+    def long_ranged(self) -> bool:
+        """Whether its energies see positions and cells, and not the edges alone: then some ways of running it are closed."""
+        return self.network.charges is not None or len(self.terms) > 0
 
     @property
     def needs_limits(self) -> bool:
@@ -240,7 +271,7 @@ class Potential(nn.Module):
         need_gradient = self.conservative and (forces or stress)
         with torch.set_grad_enabled(torch.is_grad_enabled() or need_gradient):
             leaves = self._leaves(graph, need_gradient)
-            node_energies, direct, features = self._node_energies(graph, leaves, isolated)
+            node_energies, direct, features, charges = self._node_energies(graph, leaves, isolated)
             energy = sum_by_index(node_energies, graph.graph_index, graph.n_graphs)
             force_values = stress_values = None
             if need_gradient:
@@ -258,6 +289,7 @@ class Potential(nn.Module):
             forces=force_values if forces else None,
             stress=stress_values,
             features=None if self.training else features.detach(),
+            charges=None if charges is None else charges.detach(),
         )
 
     def uncertainties(self, prediction: Prediction, graph: Graph) -> dict[str, Tensor]:
@@ -283,7 +315,7 @@ class Potential(nn.Module):
         dE/d(edge vector) holds both forces and stress: each edge pulls its two atoms, and its outer product is the virial.
         """
         leaves = [graph.edge_vectors()]
-        if len(self.terms):
+        if self.long_ranged:
             leaves += [graph.positions, torch.zeros_like(graph.cell)]
         return tuple(x.detach().requires_grad_() for x in leaves) if need_gradient else tuple(leaves)
 
@@ -294,8 +326,10 @@ class Potential(nn.Module):
         forces = sum_by_index(slope, receiver, graph.n_atoms) - sum_by_index(slope, sender, graph.n_atoms)
         return forces - slopes[1] if len(slopes) > 1 else forces
 
-    def _node_energies(self, graph: Graph, leaves: Sequence[Tensor], isolated: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor]:
-        """Energies of the atoms in eV (float64), direct forces in eV/Å if the network has them, and last features."""
+    def _node_energies(
+        self, graph: Graph, leaves: Sequence[Tensor], isolated: Tensor | None
+    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
+        """Energies of the atoms in eV (float64), direct forces in eV/Å if the network has them, last features, and charges in e if it has them."""
         vectors = leaves[0]
         species = self.species_of[graph.atomic_numbers]
         n, n_graphs = graph.n_atoms, graph.n_graphs
@@ -323,11 +357,25 @@ class Potential(nn.Module):
         result = energies + self.reference_energies[species]
         if repulsion is not None:
             result = result + repulsion
-        for term in self.terms:
+        charges = None
+        if self.long_ranged:
             _, positions, strain = leaves
             moved = positions + torch.einsum("nx,nxy->ny", positions, strain[graph.graph_index])
-            result = result + term(graph, moved, graph.cell + graph.cell @ strain)
-        return result, direct, output.features[:n]
+            cell = graph.cell + graph.cell @ strain
+            for term in self.terms:
+                result = result + term(graph, moved, cell)
+            if self.network.charges is not None:
+                charges = self._charges(output.features[:n], species, graph)
+                smearing = self.potential_config.charge_smearing
+                result = result + coulomb_energies(charges, moved, cell, graph.periodic, graph.graph_index, smearing)
+        return result, direct, output.features[:n], charges
+
+    def _charges(self, features: Tensor, species: Tensor, graph: Graph) -> Float[Tensor, " n_atoms"]:
+        """Latent charges in e (float64)."""
+        assert self.network.charges is not None
+        charges = self.network.charges(features, species).to(torch.float64)
+        neutralise = self.potential_config.net_charge == "neutralise"
+        return neutralised(charges, graph.graph_index, graph.n_graphs) if neutralise else charges
 
     def _repulsion(
         self, graph: Graph, vectors: Tensor, pair_cutoffs: Float[Tensor, " n_edges"] | None
@@ -382,8 +430,10 @@ class Potential(nn.Module):
             virial = virial + slopes[2]
         a, b, c = graph.cell.unbind(dim=1)
         volume = (a * torch.linalg.cross(b, c)).sum(dim=-1).abs()
-        volume = torch.where(volume > 1e-9, volume, torch.full_like(volume, torch.nan))
-        return 0.5 * (virial + virial.transpose(1, 2)) / volume[:, None, None]
+        there = (volume > 1e-9)[:, None, None]
+        # NaN is put in last: divided by, it would reach the weights through gradients of zero
+        stress = 0.5 * (virial + virial.transpose(1, 2)) / torch.where(there, volume[:, None, None], 1.0)
+        return torch.where(there, stress, torch.nan)
 
     def virials(self, graph: Graph) -> Float[Tensor, "n_atoms 3 3"]:
         """Each atom's share of the virial in eV, dE/d(strain): half of dE/d(vector) ⊗ vector of its edges, symmetrised.
@@ -393,7 +443,7 @@ class Potential(nn.Module):
         Raises:
             ValueError: forces that are no gradient, or terms whose virial belongs to no edge.
         """
-        if not self.conservative or len(self.terms):
+        if not self.conservative or self.long_ranged:
             what = "has terms of positions and cells" if self.conservative else "predicts forces directly"
             raise ValueError(f"A potential that {what} has no virials of atoms.")
         with torch.enable_grad():

@@ -102,6 +102,7 @@ def part_of(graph: Graph, n_edges: int) -> Graph:
         graph_index=graph.graph_index.index_select(0, atoms),
         edge_index=(kept.cumsum(0) - 1)[graph.edge_index.index_select(1, inside)],
         edge_shifts=graph.edge_shifts.index_select(0, inside),
+        pbc=None if graph.pbc is None else graph.pbc[:n_graphs],
     )
 
 

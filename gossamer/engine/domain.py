@@ -194,7 +194,7 @@ def check_local(potential: Potential) -> None:
         "its forces are predicted directly: they are not the gradient of the energy": not potential.conservative,
         "it keeps only the nearest max_neighbors of each atom: the energy jumps where these change": potential.max_neighbors is not None,
         "its global context couples all atoms of a structure": not network.local,
-        "it has terms of positions and cells, such as long range": len(potential.terms) > 0,
+        "its charges (potential.long_range) act on all atoms of a structure": potential.long_ranged,
     }
     for reason, true in reasons.items():
         if true:

@@ -76,7 +76,10 @@ class Engine:
         self.program: Program | None = None
         self.batch_program: Program | None = None
         """likewise for two structures or more"""
-        self._records = way == "graph" or (way == "auto" and potential.device.type == "cuda" and not weights_change)
+        if potential.long_ranged and way in ("program", "graph"):
+            raise RuntimeError(f"way '{way}' cannot be had: the sums over charges (potential.long_range) differ in size from step to step.")
+        recordable = not weights_change and not potential.long_ranged
+        self._records = way == "graph" or (way == "auto" and potential.device.type == "cuda" and recordable)
         self._recording: CudaGraph | None = None
         self._atoms, self._in_a_row = 0, 0
         self._isolated: Any = None
@@ -86,7 +89,7 @@ class Engine:
             self.quick = self._with_kernels()
         if way == "program":
             self.program = self._program(make=True)
-        elif way == "auto" and not weights_change and not self._records:
+        elif way == "auto" and not weights_change and not self._records and not potential.long_ranged:
             self.program = self._program(make=False)
 
     @property
@@ -121,7 +124,13 @@ class Engine:
         With "auto" the potential is compiled if that saves more time than it takes. "program" gets one for batches, if this is one.
         """
         batch = graph.n_graphs > 1
-        if self.asked in ("plain", "kernels", "graph") or self.weights_change or not fits(graph) or (self._records and not batch):
+        if (
+            self.asked in ("plain", "kernels", "graph")
+            or self.weights_change
+            or self.potential.long_ranged
+            or not fits(graph)
+            or (self._records and not batch)
+        ):
             return self.way
         if (self.batch_program if batch else self.program) is not None:
             return self.way

@@ -63,8 +63,10 @@ def unroll(
         isolated: As for ``Potential.forward``; becomes the input "isolated" of the state.
 
     Raises:
-        RuntimeError: the potential predicts further quantities, which such a graph would lose.
+        RuntimeError: the potential predicts further quantities, which such a graph would lose, or is not local.
     """
+    if potential.long_ranged:
+        raise RuntimeError("sums over all charges of a structure (potential.long_range) have sizes that no compiled graph can know")
     extras = sharing_copy(potential, differentiable=False).eval()(graph, forces=False).extras
     if extras:
         raise RuntimeError(f"a compiled graph returns {', '.join(names)}, and this potential also predicts {', '.join(extras)}")

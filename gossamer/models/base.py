@@ -10,6 +10,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from gossamer.nn.electrostatics import LatentCharges
+
 
 class NetworkConfig(Protocol):
     """Settings that every network has; each has a settings class of its own with these and more."""
@@ -82,8 +84,15 @@ class Network(nn.Module):
     """kinds of pairs of elements whose radial bases differ, each with tables of its own; 0: ``radial_basis`` is that of all"""
     local: bool = True
     """whether an atom's energy depends on nothing beyond ``num_hops`` edges from it"""
+    charges: LatentCharges | None
+    """charges of atoms from the last features, if the potential has them (`Potential.add_charges`): its weights, like all others, are the
+    network's"""
     own_repulsion: bool = False
     """whether the potential must not add a repulsion of its own"""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.charges = None
 
     @property
     def num_hops(self) -> int:

@@ -33,7 +33,7 @@ class Calculator(ASECalculator):
     ``get_property("forces_uncertainty", atoms)`` (n_atoms,) in eV/Å cost next to nothing after an evaluation.
     """
 
-    implemented_properties = ["energy", "free_energy", "energies", "forces", "stress", "stresses"]  # noqa: RUF012 - ASE's own convention
+    implemented_properties = ["energy", "free_energy", "energies", "forces", "stress", "stresses", "charges"]  # noqa: RUF012 - ASE's own convention
 
     def __init__(
         self,
@@ -150,6 +150,9 @@ class Calculator(ASECalculator):
             del self.results["energies"]
         if found:
             self.results["stress"] = full_3x3_to_voigt_6_stress(found[0][0])
+        if out.charges is not None:
+            self.results["charges"] = out.charges.cpu().numpy()
+            self._check_charge(self.results["charges"])
         if "stresses" in wanted:
             try:
                 virials = self.potential.virials(graph).cpu().numpy()
@@ -195,6 +198,16 @@ class Calculator(ASECalculator):
             pbc=torch.from_numpy(atoms.pbc[None]).to(device),
         )
         return self.potential.prune(graph)
+
+    def _check_charge(self, charges: NDArray[np.float64], most: float = 0.1) -> None:
+        """Refuse a crystal whose charges do not sum to zero, if the potential's settings ask for it."""
+        assert self.atoms is not None
+        net = float(charges.sum())
+        if self.potential.potential_config.net_charge == "refuse" and self.atoms.pbc.all() and abs(net) > most:
+            raise ValueError(
+                f"The latent charges of this cell sum to {net:+.2f} e, and the potential refuses more than {most} (potential.net_charge): "
+                "the structure is unlike the training data, or charged. Train with net_charge neutralise or keep to have it all the same."
+            )
 
     def _explain_not_finite(self, graph: Graph) -> None:
         lengths = graph.edge_vectors().norm(dim=1)
