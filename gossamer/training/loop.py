@@ -200,7 +200,7 @@ def make_steps(
     """How predictions of a batch come about, loss and gradients, and the optimiser's step."""
     parameters = [p for p in potential.network.parameters() if p.requires_grad]
     on_gpu = potential.device.type == "cuda"
-    recorded = config.cuda_graphs and on_gpu and not loss.extras and not loss.free_atoms_only
+    recorded = config.cuda_graphs and on_gpu and not (loss.extras or loss.free_atoms_only or potential.long_ranged)
     forward = CompiledForward(
         potential, loss.forces > 0, loss.stress > 0, compile=config.compile, kernels=config.kernels, timed=on_gpu and not recorded
     )
