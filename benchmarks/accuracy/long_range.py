@@ -149,7 +149,10 @@ def run(out: Path, case: str, network: str, long_range: bool, steps: int) -> dic
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Errors in meV/atom and meV/Å."""
-    lines = ["| | charges | pairs, 6-12 Å | pairs, 12-15 Å | charge of the cation, e | gas | charge of an ion, e |", "|---|---|---|---|---|---|---|"]
+    lines = [
+        "| | charges | pairs, 6-12 Å | pairs, 12-15 Å | charge of the cation, e | gas | charge of an ion, e |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for network in dict.fromkeys(r["network"] for r in rows):
         for long_range in (False, True):
             found = {r["case"]: r for r in rows if r["network"] == network and r["long_range"] == long_range}
