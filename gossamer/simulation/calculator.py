@@ -30,10 +30,11 @@ class Calculator(ASECalculator):
     """ASE calculator of a potential: energy, free_energy, energies, forces, and stress and stresses where they are defined.
 
     Of a potential whose errors were measured (`Potential.uncertainties`), ``get_property("energy_uncertainty", atoms)`` in eV and
-    ``get_property("forces_uncertainty", atoms)`` (n_atoms,) in eV/Å cost next to nothing after an evaluation.
+    ``get_property("forces_uncertainty", atoms)`` (n_atoms,) in eV/Å cost next to nothing after an evaluation. Of one with latent charges
+    (`potential.long_range`) "charges" (n_atoms,) in e are among the results.
     """
 
-    implemented_properties = ["energy", "free_energy", "energies", "forces", "stress", "stresses", "charges"]  # noqa: RUF012 - ASE's own convention
+    implemented_properties = ["energy", "free_energy", "energies", "forces", "stress", "stresses"]  # noqa: RUF012 - ASE's own convention
 
     def __init__(
         self,
@@ -82,9 +83,10 @@ class Calculator(ASECalculator):
         self.engine = Engine(self.potential, way, dispersion=dispersion)
         if uncertainty and self.potential.uncertainty is None:
             raise ValueError(NO_UNCERTAINTY)
+        further = [] if self.potential.network.charges is None else ["charges"]
         if self.potential.uncertainty is not None:
-            known = [f"{name}_uncertainty" for name in self.potential.uncertainty.known]
-            self.implemented_properties = [*type(self).implemented_properties, *known]
+            further += [f"{name}_uncertainty" for name in self.potential.uncertainty.known]
+        self.implemented_properties = [*type(self).implemented_properties, *further]
         self.uncertainty = uncertainty
         self._last: tuple[Prediction, Graph] | None = None
         self._checked: bytes = b""
