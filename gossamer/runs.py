@@ -21,7 +21,7 @@ from gossamer.data.fingerprint import SeenFrames, leave_out_training_frames
 from gossamer.data.inspection import inspect
 from gossamer.data.labels import LabelConfig
 from gossamer.data.statistics import compute_statistics, find_limits, widened
-from gossamer.data.structure import Structure
+from gossamer.data.structure import Structure, spread
 from gossamer.engine.engine import Engine, Way
 from gossamer.evaluation import Evaluation, evaluate_potential
 from gossamer.files import atomic_path, locked, write_json
@@ -250,7 +250,7 @@ def write_start(config: Config, folder: Path, frames: Frames, potential: Potenti
 def write_frames(structures: Sequence[Structure], path: Path) -> None:
     """Structures with their labels in eV and Å as extended XYZ, at most ``MOST_VALID`` of them, spread evenly."""
     n = len(structures)
-    chosen = np.unique(np.linspace(0, n - 1, min(n, MOST_VALID)).astype(int)).tolist()
+    chosen = spread(n, MOST_VALID)
     if n > MOST_VALID:
         log.info("'%s' holds %d of the %d validation frames", path, len(chosen), n)
     with atomic_path(path) as temporary:

@@ -25,7 +25,7 @@ from ase.io.lammpsdata import write_lammps_data
 from ase.stress import voigt_6_to_full_3x3_stress
 
 from gossamer.data.atoms import read_frames
-from gossamer.data.structure import as_structure
+from gossamer.data.structure import as_structure, spread
 from gossamer.engine.agreement import TABLE_TOLERANCE
 from gossamer.engine.engine import Engine
 from gossamer.engine.program import Program, fits
@@ -105,7 +105,8 @@ def parity(
     if count < 1 or (tolerance is not None and not tolerance > 0):
         raise ValueError(f"count and tolerance must be positive, found {count} and {tolerance}.")
     potential = load(model, device, dtype)
-    frames = [a for path in structures for a in _spread(read_frames(path), count)] or [s.to_ase() for s in stored_structures(model)]
+    frames = [found[k] for found in map(read_frames, structures) for k in spread(len(found), count)]
+    frames = frames or [s.to_ase() for s in stored_structures(model)]
     if not frames:
         raise ValueError(f"'{model}' keeps no structures. Give some to compare on.")
     for k, atoms in enumerate(frames):
@@ -150,11 +151,6 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         said = "" if row["agrees"] else "  DIFFERS"
         lines.append(f"{row['way']:12s}{texts[0]:>17s}{texts[1]:>13s}{texts[2]:>12s}{texts[3]:>10s}{row['ms']:9.3g}{said}")
     return "\n".join(lines) + "\n"
-
-
-def _spread(frames: list[Atoms], count: int) -> list[Atoms]:
-    chosen = np.unique(np.linspace(0, len(frames) - 1, min(count, len(frames))).astype(int))
-    return [frames[k] for k in chosen]
 
 
 def _compared(way: str, frames: Sequence[Atoms], answers: Answers, exact: Answers, usual: float, limit: float, ms: float) -> Row:

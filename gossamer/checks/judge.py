@@ -38,6 +38,7 @@ from gossamer.checks.judge_page import write_page
 from gossamer.checks.result import ORDER, Result, skipped
 from gossamer.checks.source import Source, find_sources, supported_elements
 from gossamer.data.atoms import read_frames
+from gossamer.data.structure import spread
 from gossamer.files import InputError, write_json
 from gossamer.machine import machine, versions
 from gossamer.settings import build, to_dict
@@ -182,11 +183,6 @@ def read_all(entries: Any, n: int | None = None) -> list[Atoms]:
             frames[k].info["origin"] = f"frame {k} of '{Path(entry).name}'"
             out.append(frames[k])
     return out
-
-
-def spread(n_all: int, n: int | None) -> list[int]:
-    """Indices of ``n`` of so many frames, evenly spread; of all if ``n`` is None."""
-    return list(range(n_all)) if n is None else np.unique(np.linspace(0, n_all - 1, min(n, n_all)).astype(int)).tolist()
 
 
 def tested_structures(run: Path, n: int) -> tuple[list[Atoms], str]:

@@ -12,7 +12,7 @@ import numpy as np
 from ase.data import atomic_numbers as number_of
 from ase.data import chemical_symbols
 
-from gossamer.data.structure import Structure
+from gossamer.data.structure import Structure, spread
 from gossamer.neighbors import company, neighbor_list
 from gossamer.quantities import QUANTITIES
 from gossamer.settings import settings
@@ -149,7 +149,7 @@ def find_limits(
     reaches = np.full((119, 119), cutoff)
     for pair, reach in (pair_cutoffs or {}).items():
         reaches[pair] = reach
-    for index in np.unique(np.linspace(0, len(structures) - 1, min(MOST, len(structures))).astype(int)).tolist():
+    for index in spread(len(structures), MOST):
         structure = structures[index]
         numbers = structure.atomic_numbers
         (sender, receiver), shifts = neighbor_list(structure.positions, structure.cell, structure.pbc, cutoff, max_neighbors)

@@ -125,3 +125,8 @@ def as_structure(atoms: Atoms | Structure, name: str = "structure") -> Structure
         pbc=np.array(atoms.pbc, dtype=bool),
         name=name,
     ).validate()
+
+
+def spread(n_all: int, n: int | None) -> list[int]:
+    """Indices of ``n`` of so many frames, evenly spread; of all if there are no more, or if ``n`` is None."""
+    return list(range(n_all)) if n is None or n >= n_all else np.unique(np.linspace(0, n_all - 1, n).astype(int)).tolist()

@@ -22,7 +22,7 @@ from torch.nn.utils import parametrize
 
 from gossamer.data.labels import LabelConfig
 from gossamer.data.statistics import Statistics
-from gossamer.data.structure import Structure
+from gossamer.data.structure import Structure, spread
 from gossamer.potential import Potential
 from gossamer.settings import settings
 
@@ -126,7 +126,7 @@ def adapt_statistics(start: Potential, fresh: Statistics, structures: Sequence[S
     elements = sorted({*before.elements, *fresh.elements}, key=number_of.__getitem__)
     known = {number_of[e] for e in before.elements}
     base = {e: before.reference_energies.get(e, 0.0) for e in elements}
-    chosen = [part[k] for part in (structures, old) for k in np.linspace(0, len(part) - 1, min(500, len(part))).astype(int)]
+    chosen = [part[k] for part in (structures, old) for k in spread(len(part), 500)]
     chosen = [s for s in chosen if s.energy is not None]
     if chosen:
         # the start cannot say anything about frames with new elements but the sum of reference energies
