@@ -259,6 +259,8 @@ thermo_style custom step pe pxx pyy pzz pyz pxz pxy
 thermo_modify format float %.16g
 run {steps}
 """
+BARS = 1.6021765e6
+"""bar in an eV/Å³, as LAMMPS has it in metal units (update.cpp, nktv2p): to seven digits, which large stresses would show"""
 STEPS = 5
 """evaluations by LAMMPS, all of the same positions; the first is not in the time"""
 
@@ -300,7 +302,7 @@ def _lammps(ranks: int) -> Make:
             row = next(line.split() for line in reversed(done.stdout.splitlines()) if re.match(rf"\s*{STEPS}\s", line))
             dump = (work / "dump").read_text().split("ITEM: ATOMS")[-1]
             forces = np.array([line.split() for line in dump.splitlines()[1:]], dtype=float)[:, 1:]
-            xx, yy, zz, yz, xz, xy = (-float(v) * units.bar for v in row[2:])
+            xx, yy, zz, yz, xz, xy = (-float(v) / BARS for v in row[2:])
             stress = prism.tensor2_to_ase(np.array([[xx, xy, xz], [xy, yy, yz], [xz, yz, zz]]))
             return {"energy": float(row[1]), "forces": prism.vector_to_ase(forces), "stress": stress if given.pbc.all() else None,
                     "seconds": float(time[1]) / STEPS}  # fmt: skip

@@ -27,12 +27,12 @@ from gossamer.potential_file import save
 
 
 @pytest.fixture
-def model(tmp_path: Path) -> Path:
-    """A small potential, its stored structures, and a file of others."""
+def model(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
+    """A small potential (PaiNN, or what the test asks for), its stored structures, and a file of others."""
     frames = [bulk("Si", cubic=True), molecule("CH3CH2OH")]
     for k, atoms in enumerate(frames):
         atoms.rattle(0.1, seed=k)
-    potential = make_potential(["H", "C", "O", "Si"], name="painn", dtype=torch.float32)
+    potential = make_potential(["H", "C", "O", "Si"], dtype=torch.float32, **getattr(request, "param", {"name": "painn"}))
     save(potential, tmp_path / "p.safetensors", check=[as_structure(a) for a in frames])
     ase.io.write(tmp_path / "crystals.extxyz", [frames[0].repeat((k, 1, 1)) for k in (1, 2, 3)])
     return tmp_path / "p.safetensors"
@@ -90,9 +90,14 @@ def test_what_cannot_be_had(model: Path, tmp_path: Path, capsys: pytest.CaptureF
         gossamer.parity(model, [tmp_path / "gold.xyz"])
 
 
+AS_IMPORTED = {"name": "mace", "variant": "published", "density": True, "transform": "agnesi", "repulsion": True, "zbl": False}
+"""what `gossamer import` makes of a file of MACE-MP-0b's kind"""
+
+
 @pytest.mark.slow
 @needs_compiler
 @needs_lammps
+@pytest.mark.parametrize("model", [{"name": "painn"}, AS_IMPORTED], ids=lambda options: options["name"], indirect=True)
 def test_lammps_on_skewed_crystals_and_molecules(model: Path, tmp_path: Path) -> None:
     """In a process of its own: the shape checks of the tests do not compile."""
     crystal = bulk("Si").repeat((2, 1, 1))  # a cell that LAMMPS turns

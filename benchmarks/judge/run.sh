@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Reports of our trained potentials and of other people's, made with one command each; see README.md.
 #   OURS    python with gossamer, tblite and matscipy        THEIRS  python with gossamer, chgnet and sevenn
-#   PUBLISHED  folder of sevenn's own potentials (pretrained_potentials of the installed package), for `imported`
+#   PUBLISHED  folder of sevenn's own potentials (pretrained_potentials of the installed package), for `imported`, and with it
+#   POTENTIALS, SYSTEMS, PICOSECONDS  which of them, on which of Si, Cu, NaCl and water, and how long, if not all three for 1 ps
 #   RUNS    folder of `benchmarks/accuracy/compare.py`       DATA    folder of the reference data        OUT  where reports go
 set -euo pipefail
 HERE=$(cd "$(dirname "$0")" && pwd)
@@ -36,22 +37,31 @@ conductivity() {
 }
 imported() {
     : "${PUBLISHED:?}"
-    local zero=$OUT/SevenNet-0.safetensors l3i5=$OUT/SevenNet-l3i5.safetensors multi=$OUT/SevenNet-MF-0.safetensors
-    bring() { test -e "$2" || "$OURS" -m gossamer.cli import "$PUBLISHED/$1" --out "$2" --reference "$THEIRS" "${@:3}"; }
-    bring SevenNet_0__11Jul2024/checkpoint_sevennet_0.pth "$zero" --elements Na,Cl,Si,Cu,H,O
-    bring SevenNet_l3i5/checkpoint_l3i5.pth "$l3i5" --elements Na,Cl,Si,Cu,H,O
-    bring SevenNet_MF_0/checkpoint_sevennet_mf_0.pth "$multi" --elements Na,Cl,Si,Cu,H,O --modal PBE
+    local files=() name what
+    bring() { test -e "$2" || "$OURS" -m gossamer.cli import "$PUBLISHED/$1" --out "$2" --reference "$THEIRS" --elements Na,Cl,Si,Cu,H,O "${@:3}"; }
+    for name in ${POTENTIALS:-SevenNet-0 SevenNet-l3i5 SevenNet-MF-0}; do
+        case $name in
+            SevenNet-0) bring SevenNet_0__11Jul2024/checkpoint_sevennet_0.pth "$OUT/$name.safetensors" ;;
+            SevenNet-l3i5) bring SevenNet_l3i5/checkpoint_l3i5.pth "$OUT/$name.safetensors" ;;
+            SevenNet-MF-0) bring SevenNet_MF_0/checkpoint_sevennet_mf_0.pth "$OUT/$name.safetensors" --modal PBE ;;
+        esac
+        files+=("$name=$OUT/$name.safetensors")
+    done
     "$OURS" -c "
 from ase.build import bulk
 for name, atoms in {'Si': bulk('Si', cubic=True), 'Cu': bulk('Cu', cubic=True), 'NaCl': bulk('NaCl', 'rocksalt', a=5.64, cubic=True)}.items():
     atoms.write(f'$OUT/{name}.extxyz'); atoms.repeat(2).write(f'$OUT/{name}-2.extxyz')"
-    for what in Si Cu NaCl; do
-        local on=(--out "$OUT/imported-$what" --structures "$OUT/$what.extxyz" --crystals "$OUT/$what.extxyz" --systems "$OUT/$what-2.extxyz" --timestep 1 --picoseconds 1)
-        test "$what" = NaCl && on+=(--elements Na Cl --all-pairs) || on+=(--elements "$what" --data "$DATA/mlearn/mlearn_${what}_test.extxyz.xz")
-        judge "$OURS" "SevenNet-0=$zero" "SevenNet-l3i5=$l3i5" "SevenNet-MF-0=$multi" "${on[@]}"
+    for what in ${SYSTEMS:-Si Cu NaCl water}; do
+        local on=(--out "$OUT/imported-$what" --way kernels --picoseconds "${PICOSECONDS:-1}")
+        case $what in
+            water)
+                on+=(--elements H O --structures "$DATA/water_pbe0ts_330K/water_pbe0ts_test.extxyz.xz" --data "$DATA/water_pbe0ts_330K/water_pbe0ts_test.extxyz.xz"
+                    --protocol water --temperature 330 --references "$DATA/water_pbe0ts_330K/water_pbe0ts_train.extxyz.xz" --all-pairs) ;;
+            *) on+=(--structures "$OUT/$what.extxyz" --crystals "$OUT/$what.extxyz" --systems "$OUT/$what-2.extxyz" --timestep 1) ;;&
+            NaCl) on+=(--elements Na Cl --all-pairs) ;;
+            Si | Cu) on+=(--elements "$what" --data "$DATA/mlearn/mlearn_${what}_test.extxyz.xz") ;;
+        esac
+        judge "$OURS" "${files[@]}" "${on[@]}"
     done
-    judge "$OURS" "SevenNet-0=$zero" --elements H O --out "$OUT/imported-water" --structures "$DATA/water_pbe0ts_330K/water_pbe0ts_test.extxyz.xz" \
-        --data "$DATA/water_pbe0ts_330K/water_pbe0ts_test.extxyz.xz" --protocol water --temperature 330 \
-        --references "$DATA/water_pbe0ts_330K/water_pbe0ts_train.extxyz.xz" --picoseconds 0.5 --all-pairs
 }
 for what in "${@:-silicon}"; do "$what"; done
