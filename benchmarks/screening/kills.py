@@ -69,9 +69,8 @@ def marked(path: Path) -> list[psutil.Process]:
 
 
 def victims(path: Path) -> dict[str, list[psutil.Process]]:
-    """Processes by what they do. Of the pool's children the oldest only keeps its books."""
+    """Processes by what they do; those that keep a pool's books are among the workers."""
     kinds: dict[str, list[psutil.Process]] = {"interchange": [], "pool": [], "worker": []}
-    children = []
     for process in marked(path):
         try:
             line = " ".join(process.cmdline())
@@ -79,11 +78,10 @@ def victims(path: Path) -> dict[str, list[psutil.Process]]:
             continue
         if "interchange" in line:
             kinds["interchange"].append(process)
-        elif "process_worker_pool" in line:
+        elif "gossamer.screening.pool" in line:
             kinds["pool"].append(process)
         elif "spawn_main" in line:
-            children.append(process)
-    kinds["worker"] = sorted(children, key=lambda p: p.pid)[1:]
+            kinds["worker"].append(process)
     return kinds
 
 

@@ -37,7 +37,7 @@ HEARTBEAT, LOST = {"none": 2, "slurm": 15}, {"none": 20, "slurm": 120}
 """s between signs of life, and without one until a node is given up"""
 CLEANUP = 20.0
 """s that Parsl may take to end; its processes are ended then in any case"""
-POOL = "parsl.executors.high_throughput.process_worker_pool"
+POOL = "gossamer.screening.pool"
 INTERCHANGE = "parsl.executors.high_throughput.interchange"
 
 __all__ = ["BadStateException", "ManagerLost", "WorkerLost", "Workers", "end_processes", "parsl_config"]
