@@ -15,6 +15,8 @@ Count = Annotated[int, Field(gt=0)]
 Task = Literal["relax", "elastic", "phonons", "judge", "single-point"]
 FMAX = {"relax": 0.05, "elastic": 0.01, "phonons": 0.001}
 """eV/Å to which a task relaxes, where the user does not say"""
+BLOCK = {"relax": 32, "single-point": 32}
+"""structures that a worker takes at once, likewise; one for tasks that take long"""
 
 
 @settings
@@ -35,8 +37,9 @@ class ScreenConfig:
     engine: Literal["auto", "ase", "torchsim"] = "auto"
     """Of relaxation: one structure after the other on ASE, or a block at once on TorchSim; by default TorchSim, where it is installed, the
     task is relax and the potential is one of ours."""
-    block: Count = 32
-    """Structures that a worker takes at once. It changes no result; a block of a killed worker is done again."""
+    block: Count | None = None
+    """Structures that a worker takes at once; by default 32, for elastic constants, phonons and the judge one. It changes no result; what a
+    killed worker had in hand is done again."""
     again: bool = False
     """Do structures that failed, or did not converge, once more."""
     device: str = "cpu"

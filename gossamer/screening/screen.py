@@ -14,7 +14,7 @@ from typing import Any
 from tqdm import tqdm
 
 from gossamer.files import locked
-from gossamer.screening.config import MachineConfig, ScreenConfig, load_machine
+from gossamer.screening.config import BLOCK, MachineConfig, ScreenConfig, load_machine
 from gossamer.screening.database import Results, Row
 from gossamer.screening.executor import BadStateException, ManagerLost, WorkerLost, Workers, end_processes
 from gossamer.screening.structures import Item, read_items
@@ -83,7 +83,14 @@ def screen(
         gone = len(known.keys() - items.keys())
         if gone:
             log.info("'%s' also holds %d structures that are not among these; they stay", out, gone)
-        screening = Screening(results, items, replace(asked, n_expected=len(todo)), config.block, len(items) - len(todo), progress)
+        screening = Screening(
+            results,
+            items,
+            replace(asked, n_expected=len(todo)),
+            config.block or BLOCK.get(config.task, 1),
+            len(items) - len(todo),
+            progress,
+        )
         mark, left = results.begin()
         ended = end_processes(left)
         if ended:
