@@ -502,7 +502,7 @@ def _md(arguments: argparse.Namespace) -> int:
 
     answer = md(arguments.model, arguments.structure, from_flags(MDConfig, arguments))
     _show(arguments, answer)
-    return STOPPED if answer["stopped"] else 1 if answer["broken"] else 0
+    return STOPPED if answer["stopped"] else 1 if answer["broken"] or answer["uncertain"] else 0
 
 
 def _relax(arguments: argparse.Namespace) -> int:

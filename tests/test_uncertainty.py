@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import torch
 from ase import Atoms
 from ase.build import molecule
 from ase.calculators.calculator import PropertyNotImplementedError
-from ase.io import write
+from ase.io import read, write
 from conftest import MODELS, make_potential
 
 from gossamer.calibration import honesty, measure_uncertainty, sample
@@ -22,6 +23,7 @@ from gossamer.evaluation import evaluate_potential
 from gossamer.potential import Potential
 from gossamer.potential_file import load, read_manifest, save
 from gossamer.simulation.calculator import Calculator
+from gossamer.simulation.md import md
 
 NETWORKS = ["sound", "nequip", "geodite", "mace", "painn", "schnet", "sevennet", "weft"]
 
@@ -271,3 +273,54 @@ def test_honesty() -> None:
     assert 0.3 < worth["rank"] < 0.5
     np.testing.assert_allclose([found / e for e, found in worth["curve"]], 2.0, rtol=0.1)
     assert honesty(np.zeros(1), np.ones(1)) == {"rank": None, "ratio": None, "curve": []}
+
+
+# --- dynamics --------------------------------------------------------------------------------------------------------
+
+
+def run(potential: Potential, out: Path, **options) -> dict:
+    """Dynamics of ethanol from rest."""
+    return md(potential, molecule("CH3CH2OH"), out=out, temperature=300.0, progress=False, interval=2, way="plain", **options)
+
+
+def test_dynamics_stop_where_the_potential_is_uncertain(tmp_path: Path) -> None:
+    """The state is kept: with a larger limit the run goes on as if it had never been watched."""
+    potential = measured("sound")
+    free = run(potential, tmp_path / "free", steps=20)
+    with open(tmp_path / "free" / "log.csv", newline="") as file:
+        seen = [float(row["max_forces_uncertainty_eV_per_A"]) for row in csv.DictReader(file)]
+    limit = sorted(seen)[-3]
+    first = 2 * next(k for k, s in enumerate(seen) if s > limit)
+    cut = run(potential, tmp_path / "cut", steps=20, max_uncertainty=limit)
+    assert (cut["steps"], cut["broken"]) == (first, None)
+    assert f"step {first} " in cut["uncertain"]
+    assert "uncertain by" in cut["uncertain"]
+    again = run(potential, tmp_path / "cut", steps=20, max_uncertainty=2 * max(seen), resume=True)
+    assert (again["steps"], again["uncertain"]) == (20, None)
+    assert (tmp_path / "cut" / "log.csv").read_bytes() == (tmp_path / "free" / "log.csv").read_bytes()
+    assert free["uncertain"] is None
+
+
+def test_dynamics_collect_what_the_potential_is_uncertain_of(tmp_path: Path) -> None:
+    """Frames lie apart in time, hold no predictions as labels, and are dropped where a resumed run goes back."""
+    potential, file = measured("sound"), tmp_path / "uncertain.extxyz"
+    options = dict(max_uncertainty=1e-6, collect=file, collect_spacing=4.0)
+    answer = run(potential, tmp_path / "run", steps=20, **options)
+    frames = read(file, ":")
+    assert [f.info["step"] for f in frames] == [0, 8, 16]
+    assert (answer["collected"], answer["steps"], answer["uncertain"]) == (3, 20, None)
+    assert all(f.calc is None and len(f.arrays["forces_uncertainty"]) == len(f) for f in frames)
+    with pytest.raises(FileExistsError, match="--collect"):
+        run(potential, tmp_path / "other", steps=20, **options)
+    frames[-1].info["step"] = 1000
+    write(file, frames)
+    run(potential, tmp_path / "run", steps=24, resume=True, **options)
+    assert [f.info["step"] for f in read(file, ":")] == [0, 8, 22]
+
+
+def test_dynamics_need_a_potential_that_knows(tmp_path: Path) -> None:
+    potential = make_potential(["H", "C", "O"], zbl=False)
+    with pytest.raises(ValueError, match="gossamer calibrate"):
+        run(potential, tmp_path / "a", steps=4, max_uncertainty=0.1)
+    with pytest.raises(ValueError, match="give both"):
+        run(potential, tmp_path / "b", steps=4, collect=tmp_path / "c.extxyz")

@@ -34,10 +34,12 @@ from gossamer.signals import StopRequested
 from gossamer.simulation.dispersion import with_dispersion
 from gossamer.simulation.options import MDConfig, Way
 from gossamer.simulation.state import numbers_of, put_back
+from gossamer.simulation.uncertain import UncertainError, Watch
 
 log = logging.getLogger(__name__)
 NPT = ("npt", "npt-anisotropic")
-COLUMNS = ["step", "time_fs", "temperature_K", "potential_energy_eV", "total_energy_eV", "conserved_energy_eV", "pressure_GPa", "volume_A3"]
+COLUMNS = ["step", "time_fs", "temperature_K", "potential_energy_eV", "total_energy_eV", "conserved_energy_eV", "pressure_GPa", "volume_A3",
+           "max_forces_uncertainty_eV_per_A"]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -188,8 +190,9 @@ def md(
         options: Options by name; they replace those of ``config``.
 
     Returns:
-        out, steps, time_ps, seconds, mean_temperature_K, "broken": None or what stopped the run (the frame is in broken.extxyz), and
-        "stopped": None or the signal that ended it early.
+        out, steps, time_ps, seconds, mean_temperature_K, "broken": None or what stopped the run (the frame is in broken.extxyz),
+        "uncertain": None or where ``max_uncertainty`` stopped it (a resume with a larger one goes on), "collected": number of frames
+        beyond it that were written, and "stopped": None or the signal that ended it early.
 
     Raises:
         FileExistsError: the folder holds a run and ``resume`` is False.
@@ -201,7 +204,7 @@ def md(
         run = _prepare(model, structure, config)
         began = time.perf_counter()
         try:
-            broken, stopped = _advance(run, config, progress)
+            broken, uncertain, stopped = _advance(run, config, progress)
         finally:
             run.recorder.close()
     if stopped is not None:
@@ -213,6 +216,8 @@ def md(
         "seconds": round(time.perf_counter() - began, 2),
         "mean_temperature_K": run.recorder.mean_temperature(),
         "broken": broken,
+        "uncertain": uncertain,
+        "collected": len(run.recorder.watch.frames),
         "stopped": stopped,
     }
 
@@ -265,8 +270,8 @@ def _set_calculator(atoms: Atoms, model: Any, config: MDConfig, before: dict[str
         raise ValueError("temperature_end needs a thermostat, and nve has none. Choose another ensemble.")
 
 
-def _advance(run: _Run, config: MDConfig, progress: bool) -> tuple[str | None, str | None]:
-    """Take the steps; what broke the run, and the signal that stopped it."""
+def _advance(run: _Run, config: MDConfig, progress: bool) -> tuple[str | None, str | None, str | None]:
+    """Take the steps; what broke the run, where it became too uncertain, and the signal that stopped it."""
     dynamics = run.dynamics
     bar = tqdm(total=config.steps, initial=dynamics.nsteps, unit="step", disable=None if progress else True, dynamic_ncols=True)
     with bar, StopRequested() as stop:
@@ -276,10 +281,14 @@ def _advance(run: _Run, config: MDConfig, progress: bool) -> tuple[str | None, s
                 bar.set_postfix_str(run.recorder.brief, refresh=False)
                 if stop.signal is not None and dynamics.nsteps < config.steps:
                     run.recorder.save_state()
-                    return None, stop.signal.name
+                    return None, None, stop.signal.name
                 if config.temperature_end is not None:
                     reached = dynamics.nsteps / config.steps
                     _set_temperature(dynamics, config, config.temperature + reached * (config.temperature_end - config.temperature))
+        except UncertainError as error:
+            where = f"step {dynamics.nsteps} ({dynamics.nsteps * config.timestep / 1000:.3f} ps): {error}"
+            log.warning("stopped at %s; the state is saved, resume with a larger max_uncertainty goes on", where)
+            return None, where, None
         except (SimulationBroken, ValueError) as error:
             if not isinstance(error, SimulationBroken) and "finite" not in str(error):
                 raise
@@ -288,8 +297,8 @@ def _advance(run: _Run, config: MDConfig, progress: bool) -> tuple[str | None, s
                 ase.io.write(temporary, run.atoms.copy(), format="extxyz")
             broken = f"step {dynamics.nsteps} ({dynamics.nsteps * config.timestep / 1000:.3f} ps): {error}"
             log.error("stopped at %s; the frame is in '%s'", broken, frame)
-            return broken, None
-    return None, None
+            return broken, None, None
+    return None, None, None
 
 
 class SimulationBroken(RuntimeError):
@@ -382,6 +391,7 @@ class _Recorder:
         self.config, self.atoms, self.dynamics, self.settings, self.guard = config, atoms, dynamics, settings, guard
         self.temperatures: list[float] = []
         self.brief = ""
+        self.watch = Watch(config.max_uncertainty, config.collect, config.collect_spacing, dynamics.nsteps if resumed else None)
         trajectory, table = config.out / "trajectory.traj", config.out / "log.csv"
         rows: list[list[str]] = []
         if resumed:
@@ -405,7 +415,9 @@ class _Recorder:
             volume = atoms.get_volume()
             if "stress" in atoms.calc.results:
                 pressure = -np.trace(atoms.get_stress(voigt=False, include_ideal_gas=True)) / 3 / units.GPa
-        row = [dynamics.nsteps, dynamics.nsteps * self.config.timestep, temperature, potential, total, conserved, pressure, volume]
+        time = dynamics.nsteps * self.config.timestep
+        largest, doubt = self.watch(atoms, dynamics.nsteps, time)
+        row = [dynamics.nsteps, time, temperature, potential, total, conserved, pressure, volume, largest]
         csv.writer(self.table).writerow([repr(float(x)) if isinstance(x, float) else x for x in row])
         self.table.flush()
         self.trajectory.write(self._frame())
@@ -415,6 +427,8 @@ class _Recorder:
         if problem is not None:
             raise SimulationBroken(problem)
         self.save_state()
+        if doubt is not None:
+            raise UncertainError(doubt)
 
     def _conserved(self, total: float) -> float:
         """The integrator's conserved quantity in eV.
@@ -462,7 +476,7 @@ class _Recorder:
 def _cut_back(trajectory: Path, table: Path, kept: int) -> list[list[str]]:
     """Drop the frames and the rows of the log after the first ``kept``; returns the rows that stay."""
     with open(table, newline="") as file:
-        rows = list(csv.reader(file))[1 : kept + 1]
+        rows = [row + ["nan"] * (len(COLUMNS) - len(row)) for row in list(csv.reader(file))[1 : kept + 1]]  # older logs have fewer columns
     with Trajectory(trajectory) as reader:
         frames = [reader[k] for k in range(min(kept, len(reader)))]
     with atomic_path(trajectory) as temporary, Trajectory(temporary, "w") as writer:

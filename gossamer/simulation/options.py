@@ -52,6 +52,13 @@ class MDConfig:
     """K at which the run stops; by default 5 times the temperature + 500."""
     max_bond_stretch: Positive | None = None
     """Å by which a bond of the first frame may change before the run stops; by default not watched."""
+    max_uncertainty: Positive | None = None
+    """eV/Å: the run stops, its state saved, where a logged frame has a force more uncertain than this (docs/uncertainty.md); by default
+    not watched."""
+    collect: Path | None = None
+    """File (extended XYZ) to which frames beyond max_uncertainty are written, to be labelled, instead of stopping."""
+    collect_spacing: Positive = 100.0
+    """fs between two collected frames, so that they are not all of one event."""
     device: str = "cpu"
     """Of a potential read from a file."""
     dtype: Literal["float32", "float64"] | None = None
