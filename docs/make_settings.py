@@ -14,7 +14,7 @@ from gossamer.models import MODELS
 from gossamer.potential import PotentialConfig
 from gossamer.screening.config import MachineConfig, ScreenConfig
 from gossamer.settings import describe
-from gossamer.simulation.options import MDConfig, RelaxConfig
+from gossamer.simulation.options import LearnConfig, MDConfig, RelaxConfig
 from gossamer.training.finetune import FineTuneConfig
 from gossamer.training.loop import TrainingConfig
 from gossamer.training.losses import LossConfig
@@ -32,6 +32,7 @@ SECTIONS = {
     "judge (options of gossamer judge)": JudgeConfig,
     "md (options of gossamer md)": MDConfig,
     "relax (options of gossamer relax)": RelaxConfig,
+    "learn (options of gossamer learn)": LearnConfig,
     "screen (options of gossamer screen)": ScreenConfig,
     "machine (file of gossamer screen --machine)": MachineConfig,
 }

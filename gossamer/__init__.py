@@ -25,6 +25,7 @@ _PUBLIC = {
     "calibrate": "gossamer.runs",
     "with_dispersion": "gossamer.simulation.dispersion",
     "compare": "gossamer.comparison",
+    "learn": "gossamer.learning",
     "import_potential": "gossamer.imports",
     "judge": "gossamer.checks.judge",
     "export": "gossamer.engine.program",

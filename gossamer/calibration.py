@@ -115,7 +115,12 @@ def _calibrate(potential: Potential, uncertainty: Uncertainty, structures: Seque
     known = np.array([pair for pair in energies if np.isfinite(pair).all()]).reshape(-1, 2)
     uncertainty.energy_scale.fill_(float(np.sqrt((known[:, 0] ** 2).mean() / (known[:, 1] ** 2).mean())) if len(known) else np.nan)
     elements = [chemical_symbols[z] for z in potential.table.tolist()]
-    return {"n_energies": len(known), "n_forces": {e: int(n) for e, n in zip(elements, counts.tolist(), strict=True) if n}}
+    rms = float(torch.sqrt(errors.sum() / counts.sum())) if counts.any() else None
+    return {
+        "forces_rmse_eV_per_A": rms,
+        "n_energies": len(known),
+        "n_forces": {e: int(n) for e, n in zip(elements, counts.tolist(), strict=True) if n},
+    }
 
 
 def _force_scales(errors: Tensor, squares: Tensor, counts: Tensor) -> Tensor:

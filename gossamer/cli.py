@@ -98,6 +98,7 @@ def build_parser() -> argparse.ArgumentParser:
         ),
         ("lammps", _lammps_parser, _data_help, "Build the plugin that brings pair_style gossamer to LAMMPS."),
         ("parity", _parity_parser, _parity, "One potential by every way of running it: the same numbers? Exit status 1 if not."),
+        ("learn", _learn_parser, _learn, "Active learning: walk, label what is uncertain, fine-tune, again. Exit status 1 if not enough."),
         ("calibrate", _calibrate_parser, _calibrate, "Measure how wrong a potential may be; its file then gives uncertainties."),
         ("info", _info_parser, _info, "The manifest of a saved potential."),
         ("data", _data_parser, _data_help, "Look at data, convert data."),
@@ -237,6 +238,18 @@ def _parity_parser(parity: argparse.ArgumentParser) -> None:
     parity.add_argument("--dtype", choices=["float32", "float64"], help="default: as saved")
     parity.add_argument("--out", help="JSON file to write")
     _common(parity)
+
+
+def _learn_parser(learn: argparse.ArgumentParser) -> None:
+    from gossamer.flags import add_flags
+    from gossamer.simulation.options import LearnConfig
+
+    learn.add_argument("start", help="saved potential with an uncertainty")
+    learn.add_argument("structures", nargs="+", help="structure files from whose first frames walks start")
+    learn.add_argument("--label", required=True, metavar="MODULE:FACTORY", help="ASE calculator that labels, as gossamer judge takes them")
+    learn.add_argument("--data", help="labelled frames that the start was trained on, by the same method")
+    add_flags(learn, LearnConfig)
+    _common(learn)
 
 
 def _calibrate_parser(calibrate: argparse.ArgumentParser) -> None:
@@ -584,6 +597,16 @@ def _parity(arguments: argparse.Namespace) -> int:
     rows = parity(**{k: v for k, v in vars(arguments).items() if k not in ("command", "run", "json")})
     print(json.dumps(rows) if arguments.json else table(rows), end="\n" if arguments.json else "")
     return int(any(row["agrees"] is False for row in rows))
+
+
+def _learn(arguments: argparse.Namespace) -> int:
+    from gossamer.flags import from_flags
+    from gossamer.learning import learn
+    from gossamer.simulation.options import LearnConfig
+
+    answer = learn(arguments.start, arguments.structures, arguments.label, arguments.data, from_flags(LearnConfig, arguments))
+    _show(arguments, answer)
+    return 0 if answer["held"] else 1
 
 
 def _calibrate(arguments: argparse.Namespace) -> int:

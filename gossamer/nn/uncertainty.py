@@ -75,12 +75,17 @@ class Uncertainty(nn.Module):
 
     def distances(self, features: Float[Tensor, "N M"], species: Int[Tensor, " N"]) -> tuple[Float[Tensor, "N K"], Float[Tensor, " N"]]:
         """Deviations along the axes, and the distance d of each atom."""
+        scores, scaled = self.deviations(features, species)
+        return scores, torch.linalg.vector_norm(scaled, dim=1)
+
+    def deviations(self, features: Float[Tensor, "N M"], species: Int[Tensor, " N"]) -> tuple[Float[Tensor, "N K"], Float[Tensor, "N K"]]:
+        """Deviations along the axes, and those of length d."""
         scores = (features.to(torch.float64) - self.centres.index_select(0, species)) @ self.axes
         n, k, n_elements = len(scores), scores.shape[1], len(self.roots)
         # by the map of every element, of which one is taken: moves less memory than a map for each atom
         mapped = (scores @ self.roots.transpose(0, 1).reshape(k, -1)).reshape(-1, k)
         rows = torch.arange(n, device=species.device) * n_elements + species
-        return scores, torch.linalg.vector_norm(mapped.index_select(0, rows), dim=1)
+        return scores, mapped.index_select(0, rows)
 
     @torch.no_grad()
     def fit(self, features: Float[Tensor, "N M"], species: Int[Tensor, " N"], graph_index: Int[Tensor, " N"]) -> None:

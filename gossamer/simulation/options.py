@@ -105,3 +105,33 @@ class RelaxConfig:
     dispersion: str | None = None
     """Functional whose D3 is added, as simple-dftd3 names it: pbe, r2scan ... (Becke-Johnson damping; pbe/zero: zero damping). Refused where
     the potential's labels held dispersion already."""
+
+
+@settings
+class LearnConfig:
+    """Options of active learning (`gossamer learn`)."""
+
+    out: Path = Path("learn")
+    """Folder of everything; the same command goes on with what it holds."""
+    rounds: Annotated[int, Field(gt=0)] = 5
+    """Most rounds of exploring, labelling and fine-tuning."""
+    frames: Annotated[int, Field(gt=0)] = 10
+    """Most frames labelled in a round."""
+    temperatures: list[Positive] = Field(default_factory=lambda: [300.0, 500.0])
+    """K; every structure walks at each."""
+    steps: Annotated[int, Field(gt=0)] = 2000
+    """Steps of each walk (Langevin)."""
+    timestep: Positive = 0.5
+    """fs."""
+    spacing: Positive = 20.0
+    """fs between two uncertain frames of a walk."""
+    max_uncertainty: Positive | None = None
+    """eV/Å from which a force is uncertain; by default three times the error of forces on the validation frames of the potential at hand."""
+    minutes: Positive = 2.0
+    """How long each fine-tuning lasts."""
+    train_steps: Annotated[int, Field(gt=0)] | None = None
+    """Steps of each fine-tuning instead of ``minutes``: runs are then equal bit by bit."""
+    seed: int = 0
+    """Of the walks, another for each."""
+    device: str = "cpu"
+    """Of the potential."""

@@ -1,0 +1,285 @@
+"""Active learning: walk until the potential does not know, label that, fine-tune, and again, until it knows.
+
+A round explores by dynamics at several temperatures, chooses frames that the potential is uncertain of and that differ from each other,
+labels them with an ASE calculator, and fine-tunes on everything labelled. Each stage writes files and is skipped or gone on with where
+they exist: a run killed anywhere continues with the same command, and no frame is labelled twice.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import ase.io
+import numpy as np
+import torch
+from ase import Atoms
+from ase.calculators.calculator import PropertyNotImplementedError
+from ase.calculators.singlepoint import SinglePointCalculator
+from numpy.typing import NDArray
+
+from gossamer.checks.run_page import Report, plot_curves
+from gossamer.checks.source import find_sources
+from gossamer.config import make_config
+from gossamer.data.atoms import read_frames
+from gossamer.data.dataset import open_dataset
+from gossamer.data.labels import LabelConfig
+from gossamer.data.structure import Structure, as_structure
+from gossamer.evaluation import evaluate_potential
+from gossamer.files import atomic_path, locked, write_bytes, write_json
+from gossamer.potential import NO_UNCERTAINTY, Potential
+from gossamer.potential_file import load
+from gossamer.runs import POTENTIAL, choose_settings, train
+from gossamer.settings import configured, to_dict
+from gossamer.signals import Stopped
+from gossamer.simulation.calculator import Calculator
+from gossamer.simulation.md import md
+from gossamer.simulation.options import LearnConfig
+
+log = logging.getLogger(__name__)
+OUTSIDE = 3.0
+"""times the root mean square error of forces on validation frames, from which a force is uncertain"""
+LOST = 10.0
+"""times that limit, beyond which a frame is no longer worth a label: the walk had left sanity"""
+HELD = 0.01
+"""share of uncertain frames below which the potential knows where it walks"""
+VALID_EVERY = 5
+"""of the labelled frames one in so many validates"""
+
+
+def learn(
+    start: Path | str,
+    structures: Sequence[Path | str | Atoms],
+    label: str,
+    data: Path | str | None = None,
+    config: LearnConfig | None = None,
+    **options: Any,
+) -> dict[str, Any]:
+    """Improve a potential where its own dynamics lead it astray.
+
+        learn("start.safetensors", ["ethanol.xyz"], "tblite.ase:TBLite(method='GFN2-xTB', verbosity=0)", data="20_frames.extxyz")
+
+    Args:
+        start: Saved potential with an uncertainty.
+        structures: From which walks start: files (their first frames) or Atoms.
+        label: ASE calculator as `gossamer judge` takes them, "module:factory" or "module:factory(...)".
+        data: Labelled frames that the start was trained on, to be trained on again; labels must be those of the calculator.
+        config: Options as an object; ``LearnConfig`` says which there are.
+        options: Options by name; they replace those of ``config``.
+
+    Returns:
+        "out", "held" (whether the last walks met hardly anything uncertain), "rounds", "n_labelled"; potential.safetensors, report.html
+        and learning.json are in the folder.
+
+    Raises:
+        ValueError: a potential without uncertainty, or unknown options.
+        Stopped: SIGTERM; the same command goes on.
+    """
+    config = configured(LearnConfig, config, options)
+    (source,) = find_sources([], [label])
+    walkers = [s if isinstance(s, Atoms) else read_frames(s)[0] for s in structures]
+    old = [] if data is None else list(open_dataset(data))
+    current, curve, held = Path(start), [], False
+    with locked(config.out):
+        for number in range(1, config.rounds + 1):
+            folder = config.out / f"round-{number:02d}"
+            done = folder / "round.json"
+            if not done.exists():
+                write_json(done, _round(current, walkers, source.make, old, config, folder, number))
+            curve.append(json.loads(done.read_text()))
+            held = curve[-1]["held"]
+            if held:
+                break
+            current = folder / "fit" / POTENTIAL
+        write_bytes(config.out / POTENTIAL, current.read_bytes())
+        write_json(config.out / "learning.json", curve)
+        _report(curve, held, config.out / "report.html")
+    return {"out": str(config.out), "held": held, "rounds": len(curve), "n_labelled": sum(r["n_labelled"] for r in curve)}
+
+
+def _round(
+    current: Path, walkers: Sequence[Atoms], make: Any, old: Sequence[Structure], config: LearnConfig, folder: Path, number: int
+) -> dict[str, Any]:
+    """One round; what is known of it at its end."""
+    potential = load(current, config.device)
+    if potential.uncertainty is None:
+        raise ValueError(NO_UNCERTAINTY)
+    rmse: float | None = potential.uncertainty.record.get("forces_rmse_eV_per_A")
+    if rmse is None:
+        raise ValueError("The potential's uncertainty was measured without labels of forces. Calibrate it with some (gossamer calibrate).")
+    limit = config.max_uncertainty or OUTSIDE * rmse
+    found = _explore(potential, walkers, limit, config, folder / "walks", number)
+    result = {"round": number, "limit_eV_per_A": limit, "n_labelled": 0, **found}
+    result["held"] = found["broken"] == 0 and found["uncertain_share"] < HELD
+    if result["held"]:
+        return result
+    chosen = _chosen(potential, limit, config.frames, folder)
+    if not chosen:
+        raise RuntimeError(
+            f"All uncertain frames of round {number} are far from sane ('{folder}/walks'): start with more labelled frames, or walk colder."
+        )
+    labelled = _labelled(chosen, make, folder)
+    if not labelled:
+        raise RuntimeError(f"The calculator labelled none of the {len(chosen)} frames; why is in '{folder}/failed.json'.")
+    before = evaluate_potential(potential, open_dataset(folder / "labelled.extxyz"), keep=0)
+    result |= {
+        "n_labelled": len(labelled),
+        "new_forces_rmse_meV_per_A": before.forces.rmse,
+        "new_energy_mae_meV_per_atom": before.energy.mae,
+    }
+    fitted = _fit(current, potential, old, config, folder)
+    return result | {"valid_forces_rmse_meV_per_A": fitted["valid"]["forces_rmse_meV_per_A"], "n_train": fitted["n_train"]}
+
+
+# --- the stages ------------------------------------------------------------------------------------------------------
+
+
+def _explore(
+    potential: Potential, walkers: Sequence[Atoms], limit: float, config: LearnConfig, folder: Path, number: int
+) -> dict[str, Any]:
+    """Walk from every structure at every temperature; what the walks met."""
+    calculator = Calculator(potential)
+    broken, largest = 0, []
+    for k, (atoms, temperature) in enumerate((a, t) for a in walkers for t in config.temperatures):
+        out = folder / f"{k:02d}-{temperature:.0f}K"
+        walk = md(
+            calculator, atoms.copy(), out=out, temperature=temperature, steps=config.steps, timestep=config.timestep, resume=True,
+            seed=config.seed + 1000 * number + k, interval=max(1, round(config.spacing / config.timestep / 4)), max_uncertainty=limit,
+            collect=out / "uncertain.extxyz", collect_spacing=config.spacing, progress=False,
+        )  # fmt: skip
+        if walk["stopped"]:
+            raise Stopped(f"stopped by {walk['stopped']} while walking; the same command goes on")
+        broken += walk["broken"] is not None
+        with open(out / "log.csv", newline="") as file:
+            largest += [float(row["max_forces_uncertainty_eV_per_A"]) for row in csv.DictReader(file)]
+    share = float(np.mean(np.array(largest) > limit))
+    log.info("round %d: %.1f %% of the frames are uncertain, %d walks broke", number, 100 * share, broken)
+    return {"broken": broken, "uncertain_share": share, "median_uncertainty_eV_per_A": float(np.median(largest))}
+
+
+def _chosen(potential: Potential, limit: float, n: int, folder: Path) -> list[Atoms]:
+    """The most uncertain frame, and then again and again the one that is farthest from those chosen."""
+    file = folder / "chosen.extxyz"
+    if not file.exists():
+        paths = sorted((folder / "walks").glob("*/uncertain.extxyz"))
+        frames = [f for path in paths for f in ase.io.read(path, ":", format="extxyz")]
+        frames = [f for f in frames if f.info["max_forces_uncertainty"] < LOST * limit]
+        if not frames:
+            return []
+        order = farthest(_worst_deviations(potential, frames), int(np.argmax([f.info["max_forces_uncertainty"] for f in frames])), n)
+        with atomic_path(file) as temporary:
+            ase.io.write(temporary, [frames[k] for k in order], format="extxyz")
+    chosen: Any = ase.io.read(file, ":", format="extxyz")
+    return list(chosen)
+
+
+def _worst_deviations(potential: Potential, frames: Sequence[Atoms]) -> NDArray[np.float64]:
+    """Deviations (n, K) of the last features of the most uncertain atom of each frame."""
+    assert potential.uncertainty is not None
+    found = []
+    for atoms in frames:
+        graph = potential.collate([as_structure(atoms)])
+        features = potential(graph, forces=False).features
+        assert features is not None
+        with torch.no_grad():
+            scaled = potential.uncertainty.deviations(features, potential.species_of[graph.atomic_numbers])[1].cpu().numpy()
+        found.append(scaled[int(np.argmax(atoms.arrays["forces_uncertainty"]))])
+    return np.array(found)
+
+
+def farthest(points: NDArray[np.float64], first: int, n: int) -> list[int]:
+    """Indices of at most ``n`` of the points (m, K), each the farthest from those before it; none that is there already."""
+    chosen = [first]
+    distances = np.linalg.norm(points - points[first], axis=1)
+    while len(chosen) < min(n, len(points)) and distances.max() > 0:
+        chosen.append(int(distances.argmax()))
+        distances = np.minimum(distances, np.linalg.norm(points - points[chosen[-1]], axis=1))
+    return chosen
+
+
+def _labelled(chosen: Sequence[Atoms], make: Any, folder: Path) -> list[Atoms]:
+    """The chosen frames with labels, each written as soon as it has them; those that the calculator cannot label are left out."""
+    file, failures = folder / "labelled.extxyz", folder / "failed.json"
+    found: Any = list(ase.io.read(file, ":", format="extxyz")) if file.exists() else []
+    failed: dict[str, str] = json.loads(failures.read_text()) if failures.exists() else {}
+    done = {int(a.info["candidate"]) for a in found} | {int(k) for k in failed}
+    calculator = None
+    for k in sorted(set(range(len(chosen))) - done):
+        calculator = make() if calculator is None else calculator
+        atoms = Atoms(chosen[k].numbers, chosen[k].positions, cell=chosen[k].cell, pbc=chosen[k].pbc)
+        atoms.info = {"candidate": k}
+        work = atoms.copy()
+        work.calc = calculator
+        try:
+            values = {"energy": work.get_potential_energy(), "forces": work.get_forces()}
+            if atoms.pbc.all():
+                values["stress"] = work.get_stress()
+        except PropertyNotImplementedError:  # of the stress
+            pass
+        except Exception as error:  # a calculator may raise anything; the other frames still count
+            failed[str(k)] = f"{type(error).__name__}: {error}"
+            write_json(failures, failed)
+            continue
+        atoms.calc = SinglePointCalculator(atoms, **values)
+        found.append(atoms)
+        with atomic_path(file) as temporary:
+            ase.io.write(temporary, found, format="extxyz")
+    return list(found)
+
+
+def _fit(current: Path, potential: Potential, old: Sequence[Structure], config: LearnConfig, folder: Path) -> dict[str, Any]:
+    """Fine-tune on all frames labelled so far; a frame that validated once does so for ever."""
+    sides: dict[str, list[Atoms]] = {"train": [], "valid": []}
+    kinds = ["new" if potential.seen is None else potential.seen.where(s) for s in old]
+    for k, (structure, kind) in enumerate(zip(old, kinds, strict=True)):
+        valid = kind == "valid" if "valid" in kinds else k % VALID_EVERY == VALID_EVERY - 1
+        sides["valid" if valid else "train"].append(structure.to_ase())
+    number = 0
+    for path in sorted(config.out.glob("round-*/labelled.extxyz")):
+        for atoms in ase.io.read(path, ":", format="extxyz"):
+            number += 1
+            sides["valid" if number % VALID_EVERY == 2 else "train"].append(atoms)
+    for side, frames in sides.items():
+        with atomic_path(folder / f"{side}.extxyz") as temporary:
+            ase.io.write(temporary, frames, format="extxyz")
+    if not sides["train"] or not sides["valid"]:
+        raise RuntimeError(f"{number} labelled frames are too few to train and to validate: raise frames, or give data.")
+    labelled = open_dataset(folder / "train.extxyz")
+    chosen = choose_settings(
+        labelled, str(folder / "train.extxyz"), None, str(folder / "fit"), config.minutes, LabelConfig(), {"start": str(current)}
+    )
+    values = to_dict(chosen)
+    values["data"] |= {"valid": str(folder / "valid.extxyz"), "split": "random"}
+    values["training"] |= {"device": config.device} | ({"minutes": None, "steps": config.train_steps} if config.train_steps else {})
+    answer = train(make_config(values), resume=True, progress=False)
+    if "stopped" in answer:
+        raise Stopped(f"stopped by {answer['stopped']} while fine-tuning; the same command goes on")
+    return answer | {"n_train": len(sides["train"])}
+
+
+def _report(curve: Sequence[dict[str, Any]], held: bool, path: Path) -> None:
+    """One page: what each round met, and the learning curve."""
+    report = Report("Active learning", f"{sum(r['n_labelled'] for r in curve)} frames labelled in {len(curve)} rounds")
+    last = curve[-1]
+    sentence = f"{100 * last['uncertain_share']:.1f} % of the frames of the last walks were uncertain, {last['broken']} walks broke."
+    report.verdict("passed" if held else "weak", sentence)
+    columns = {
+        "round": "round", "n_labelled": "labelled", "n_train": "trained on", "uncertain_share": "share of uncertain frames", "broken": "broken walks",
+        "new_forces_rmse_meV_per_A": "force error on new frames before, meV/Å", "valid_forces_rmse_meV_per_A": "on validation frames after, meV/Å",
+    }  # fmt: skip
+    report.table(list(columns.values()), [[r.get(key, "–") for key in columns] for r in curve])
+    labels = np.cumsum([0, *(r["n_labelled"] for r in curve[:-1])]).astype(float)
+    shares = np.array([100 * r["uncertain_share"] for r in curve])
+    errors = np.array([r["new_forces_rmse_meV_per_A"] for r in curve if "new_forces_rmse_meV_per_A" in r])
+    figures = [
+        (plot_curves(labels, [(shares, "uncertain frames")], "frames labelled before", "%"), "Frames of the walks beyond the limit.")
+    ]
+    if len(errors):
+        figures.append((plot_curves(labels, [(errors, "new frames")], "frames labelled before", "force error, meV/Å"),
+                        "Errors on frames that were labelled because they were uncertain, before training on them."))  # fmt: skip
+    report.figures(figures)
+    report.write(path)

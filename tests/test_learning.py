@@ -1,0 +1,119 @@
+"""Active learning: it labels what the potential does not know, once, and goes on where it was cut."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from ase import Atoms
+from ase.build import bulk
+from ase.calculators.emt import EMT
+from ase.io import read, write
+from conftest import make_potential
+
+from gossamer.calibration import measure_uncertainty
+from gossamer.data.readers import read_structures
+from gossamer.learning import farthest, learn
+from gossamer.potential_file import load, save
+
+
+class Counting(EMT):
+    """EMT that counts, fails on the frame it is told to, and may be cut off."""
+
+    calls = 0
+    fails_at: int | None = None
+    cut_at: int | None = None
+
+    def calculate(self, *arguments: Any, **keywords: Any) -> None:
+        if Counting.calls == Counting.cut_at:
+            raise KeyboardInterrupt
+        Counting.calls += 1
+        if Counting.calls - 1 == Counting.fails_at:
+            raise RuntimeError("no convergence")
+        super().calculate(*arguments, **keywords)
+
+
+def copper(size: float, seed: int) -> Atoms:
+    atoms = bulk("Cu", cubic=True)
+    atoms.rattle(size, seed=seed)
+    atoms.calc = EMT()
+    atoms.get_potential_energy()
+    atoms.get_stress()
+    return atoms
+
+
+@pytest.fixture
+def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """A random potential that was measured, its frames, and options of a short loop."""
+    for name, value in (("calls", 0), ("fails_at", None), ("cut_at", None)):
+        monkeypatch.setattr(Counting, name, value)
+    potential = make_potential(["Cu"], cutoff=3.5)
+    write(tmp_path / "old.extxyz", [copper(0.05, k) for k in range(8)])
+    frames = list(read_structures(tmp_path / "old.extxyz"))
+    measure_uncertainty(potential, frames[:5], frames[5:])
+    save(potential, tmp_path / "start.safetensors")
+    limit = 0.3 * potential.uncertainty.record["forces_rmse_eV_per_A"]
+    return dict(
+        start=tmp_path / "start.safetensors", structures=[copper(0.02, 99)], label="test_learning:Counting", data=tmp_path / "old.extxyz",
+        out=tmp_path / "learn", rounds=1, frames=4, temperatures=[300.0], steps=60, spacing=2.0, max_uncertainty=limit, train_steps=4,
+    )  # fmt: skip
+
+
+def test_a_loop_and_the_same_again(start: dict[str, Any]) -> None:
+    """New frames are labelled by the calculator and trained on beside the old ones; the same command again does nothing."""
+    answer = learn(**start)
+    folder = start["out"] / "round-01"
+    labelled = read(folder / "labelled.extxyz", ":")
+    assert (answer["n_labelled"], answer["rounds"], answer["held"]) == (4, 1, False)
+    assert len(labelled) == 4
+    for atoms in labelled:
+        expected = atoms.copy()
+        expected.calc = EMT()
+        np.testing.assert_allclose(atoms.get_forces(), expected.get_forces(), atol=1e-6)
+    assert len(read(folder / "train.extxyz", ":")) + len(read(folder / "valid.extxyz", ":")) == 12
+    assert load(start["out"] / "potential.safetensors").uncertainty is not None
+    assert (start["out"] / "report.html").exists()
+    calls = Counting.calls
+    assert learn(**start) == answer
+    assert Counting.calls == calls
+
+
+def test_cut_while_labelling_nothing_is_labelled_twice(start: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Counting, "cut_at", 2)
+    with pytest.raises(KeyboardInterrupt):
+        learn(**start)
+    first = read(start["out"] / "round-01" / "labelled.extxyz", ":")
+    monkeypatch.setattr(Counting, "cut_at", None)
+    learn(**start)
+    labelled = read(start["out"] / "round-01" / "labelled.extxyz", ":")
+    assert len(first) == 2
+    assert sorted(a.info["candidate"] for a in labelled) == [0, 1, 2, 3]
+    assert all((a.positions == b.positions).all() for a, b in zip(first, labelled, strict=False))
+    assert Counting.calls == 4
+
+
+def test_frames_that_cannot_be_labelled_are_left_out(start: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Counting, "fails_at", 1)
+    assert learn(**start)["n_labelled"] == 3
+    assert "no convergence" in json.loads((start["out"] / "round-01" / "failed.json").read_text())["1"]
+
+
+def test_where_the_potential_knows_it_asks_for_nothing(start: dict[str, Any]) -> None:
+    answer = learn(**start | {"max_uncertainty": 1e3})
+    assert (answer["held"], answer["n_labelled"], Counting.calls) == (True, 0, 0)
+    assert (start["out"] / "potential.safetensors").read_bytes() == start["start"].read_bytes()
+
+
+def test_without_an_uncertainty_it_says_so(start: dict[str, Any], tmp_path: Path) -> None:
+    save(make_potential(["Cu"], cutoff=3.5), tmp_path / "plain.safetensors")
+    with pytest.raises(ValueError, match="gossamer calibrate"):
+        learn(**start | {"start": tmp_path / "plain.safetensors"})
+
+
+def test_farthest_points() -> None:
+    points = np.array([[0.0], [0.1], [5.0], [5.0], [2.0]])
+    assert farthest(points, 0, 3) == [0, 2, 4]
+    assert farthest(points, 0, 10) == [0, 2, 4, 1]
