@@ -400,6 +400,7 @@ def test_the_script_of_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert executor.max_workers_per_node == 32
     assert executor.drain_period == 4 * 3600 * 0.9
     assert executor.encrypted
+    assert "-m gossamer.screening.pool" in executor.launch_cmd
 
 
 def test_slurm_needs_sbatch(tmp_path: Path) -> None:

@@ -38,7 +38,10 @@ HEARTBEAT, LOST = {"none": 2, "slurm": 15}, {"none": 20, "slurm": 120}
 CLEANUP = 20.0
 """s that Parsl may take to end; its processes are ended then in any case"""
 POOL = "gossamer.screening.pool"
-INTERCHANGE = "parsl.executors.high_throughput.interchange"
+INTERCHANGE = (
+    "import runpy, signal; signal.signal(signal.SIGINT, signal.SIG_IGN); "  # Ctrl-C is the submitter's business
+    "runpy.run_module('parsl.executors.high_throughput.interchange', run_name='__main__', alter_sys=True)"
+)
 
 __all__ = ["BadStateException", "ManagerLost", "WorkerLost", "Workers", "end_processes", "parsl_config"]
 
@@ -61,7 +64,7 @@ def parsl_config(machine: MachineConfig, folder: Path, mark: str) -> Config:
         # no new block goes to a job that ends soon
         drain_period=None if here else max(machine.seconds - max(120, machine.seconds // 10), machine.seconds // 2),
         launch_cmd=htex.DEFAULT_LAUNCH_CMD.replace("process_worker_pool.py", f"{sys.executable} -m {POOL}"),
-        interchange_launch_cmd=[sys.executable, "-m", INTERCHANGE], block_error_handler=windowed_error_handler,
+        interchange_launch_cmd=[sys.executable, "-c", INTERCHANGE], block_error_handler=windowed_error_handler,
     )  # fmt: skip
     return Config(
         executors=[executor], run_dir=str(folder), strategy="simple", strategy_period=1 if here else 5, initialize_logging=False,

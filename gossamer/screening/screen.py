@@ -118,6 +118,8 @@ class Screening:
         self.running: dict[Future[list[Row]], list[str]] = {}
         self.began = time.monotonic()
         self.said = self.began
+        self.first: tuple[float, int] | None = None
+        """when the first answer came, and of how many: throughput counts from there, not from the start of the workers"""
         self.counts: Counter[str] = Counter()
         self.progress = progress
 
@@ -133,7 +135,7 @@ class Screening:
         size = max(1, min(self.block, -(-len(names) // workers.slots)))  # every worker gets a share
         self.waiting.extend(names[k : k + size] for k in range(0, len(names), size))
         bar = tqdm(total=len(self.items), initial=self.n_before + self.n_done, unit="structure", disable=None if self.progress else True,
-                   smoothing=0.05, dynamic_ncols=True)  # fmt: skip
+                   smoothing=0.2, dynamic_ncols=True)  # fmt: skip
         with StopRequested() as stop, bar:
             if self.waiting:
                 workers.start()
@@ -167,6 +169,7 @@ class Screening:
         else:
             self.setbacks = 0
             self._write(rows)
+            self.first = self.first or (time.monotonic(), self.n_done)
 
     def _worker_died(self, names: list[str]) -> None:
         """A block whose worker died is done again one by one; a structure that kills workers when it is alone has failed."""
@@ -220,9 +223,13 @@ class Screening:
         now = time.monotonic()
         if self.progress and bar.disable and now - self.said > REPORT and self.n_done:
             self.said = now
-            rate = self.n_done / (now - self.began)
-            left = tqdm.format_interval((len(self.items) - self.n_before - self.n_done) / rate)
-            log.info("%d of %d structures, %.3g per second, %s left", self.n_before + self.n_done, len(self.items), rate, left)
+            done = self.n_before + self.n_done
+            if self.first is None or self.n_done == self.first[1]:
+                log.info("%d of %d structures", done, len(self.items))
+                return
+            rate = (self.n_done - self.first[1]) / (now - self.first[0])
+            left = tqdm.format_interval((len(self.items) - done) / rate)
+            log.info("%d of %d structures, %.3g per second, %s left", done, len(self.items), rate, left)
 
     def summary(self, stopped: str | None) -> dict[str, Any]:
         """What this call did."""
