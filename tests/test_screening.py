@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from contextlib import closing
+from inspect import signature
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from ase.build import bulk
 from ase.constraints import FixAtoms
 from conftest import make_potential
 
+import gossamer
 from gossamer.cli import main
 from gossamer.files import InputError
 from gossamer.potential_file import save
@@ -537,3 +539,5 @@ def test_flags_are_the_settings() -> None:
     config = from_flags(ScreenConfig, given)
     assert (config.task, config.steps) == ("phonons", 7)
     assert to_dict(config)["block"] == ScreenConfig().block
+    pytest.importorskip("parsl")
+    assert set(signature(gossamer.screen).parameters) - {"progress", "config", "options"} <= vars(given).keys()
