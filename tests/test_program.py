@@ -56,6 +56,9 @@ from pathlib import Path
 from ase.build import bulk, molecule
 from conftest import MODELS, make_potential
 torch.set_num_threads(2)  # other code is generated than for one
+from dataclasses import replace
+from gossamer.calibration import measure_uncertainty
+from gossamer.data.structure import as_structure
 from gossamer.checks.conservation import force_gradient_error, stress_gradient_error
 from gossamer.checks.symmetry import supercell_error, symmetry_errors
 from gossamer.simulation.calculator import Calculator
@@ -64,6 +67,12 @@ potential = make_potential(["C", "H", "O", "Si"], **MODELS[{name!r}])
 crystal = bulk("SiC", "zincblende", a=4.36)
 crystal.rattle(0.1, seed=0)
 crystal.set_cell(crystal.cell.array @ (np.eye(3) + 0.03 * np.array([[1, 2, 0], [0, -1, 1], [1, 0, 1]])), scale_atoms=True)
+frames = []
+for k in range(12):
+    frames.append(as_structure((crystal.copy(), molecule("CH3OH"))[k % 2]))
+    frames[-1] = replace(frames[-1], positions=frames[-1].positions + 0.1 * np.random.default_rng(k).normal(size=frames[-1].positions.shape),
+                         energy=0.0, forces=np.zeros_like(frames[-1].positions))
+measure_uncertainty(potential, frames[:8], frames[8:])
 plain, fast = Calculator(potential, way="plain"), Calculator(potential, way="program")
 worst = 0.0
 for atoms in (crystal, crystal.repeat((2, 2, 1)), molecule("C2H6")[:2], crystal.repeat((3, 1, 2))):
@@ -73,6 +82,8 @@ for atoms in (crystal, crystal.repeat((2, 2, 1)), molecule("C2H6")[:2], crystal.
         wants = atoms.pbc.all() and potential.conservative
         found.append((atoms.get_potential_energy(), atoms.get_potential_energies(), atoms.get_forces(), atoms.get_stress() if wants else np.zeros(6)))
     assert fast.engine.way == "program"
+    sure, sure_fast = (calculator.get_property("forces_uncertainty", atoms) for calculator in (plain, fast))
+    np.testing.assert_allclose(sure_fast, sure, rtol=1e-5)
     for a, b in zip(*found):
         worst = max(worst, float(np.abs(np.asarray(a) - np.asarray(b)).max() / max(1.0, np.abs(np.asarray(a)).max())))
 print("worst", worst)

@@ -16,6 +16,7 @@ from ase.io import read, write
 from conftest import MODELS, make_potential
 
 from gossamer.calibration import honesty, measure_uncertainty, sample
+from gossamer.checks.errors import predict
 from gossamer.cli import main
 from gossamer.data.structure import Structure, as_structure
 from gossamer.engine.engine import Engine
@@ -216,6 +217,11 @@ def test_calculator_gives_it_when_asked(monkeypatch: pytest.MonkeyPatch) -> None
     always = Calculator(potential, uncertainty=True)
     always.calculate(atoms)
     assert {"energy", "forces", "energy_uncertainty", "forces_uncertainty"} <= set(always.results)
+
+
+def test_the_judge_asks_for_it() -> None:
+    (entry,) = predict(Calculator(measured("sound")), walk(1, 0.1))
+    assert entry["uncertainty"].shape == (9,)
 
 
 def test_without_it_says_so() -> None:

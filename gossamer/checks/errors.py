@@ -18,10 +18,9 @@ from gossamer.checks.candidate import Candidate
 from gossamer.checks.result import Metric, Panel, Result, at_least, at_most, close_to, conclude, curve, measured, skipped
 from gossamer.data.atoms import read_frames
 from gossamer.files import write_text
+from gossamer.simulation.uncertain import uncertainties
 
 Array = NDArray[np.float64]
-UNCERTAINTIES = ("forces_uncertainty", "forces_std")
-"""entries of a calculator's results that hold a standard deviation of each force component, eV/Å"""
 
 
 def predict(calculator: Any, frames: Sequence[Atoms], bar: Any = iter) -> list[dict[str, Any]]:
@@ -53,7 +52,7 @@ def predict(calculator: Any, frames: Sequence[Atoms], bar: Any = iter) -> list[d
                 entry["stress"] = (_full(labels["stress"]), _full(work.get_stress()))
             except Exception:
                 entry["stress"] = (None, None)
-        entry["uncertainty"] = next((calculator.results[k] for k in UNCERTAINTIES if k in getattr(calculator, "results", {})), None)
+        entry["uncertainty"] = uncertainties(work)
         out.append(entry)
     return out
 

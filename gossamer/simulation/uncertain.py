@@ -24,16 +24,23 @@ class UncertainError(RuntimeError):
     """A force is more uncertain than allowed."""
 
 
-def force_uncertainties(atoms: Atoms) -> NDArray[np.float64] | None:
-    """What the calculator of these atoms, just evaluated, expects of the errors of force components: (n_atoms,) eV/Å, or None."""
+def uncertainties(atoms: Atoms) -> NDArray[np.float64] | None:
+    """Standard deviations of the errors of force components, as the calculator of these atoms, just evaluated, says them.
+
+    Returns:
+        eV/Å, (n_atoms,) or (n_atoms, 3); None if it says nothing.
+    """
     calculator: Any = atoms.calc
     found = next((calculator.results[name] for name in NAMES if name in getattr(calculator, "results", {})), None)
     if found is None and NAMES[0] in getattr(calculator, "implemented_properties", ()):
         found = calculator.get_property(NAMES[0], atoms)
-    if found is None:
-        return None
-    values = np.asarray(found, dtype=float).reshape(len(atoms), -1)
-    return np.sqrt((values**2).mean(axis=1))
+    return None if found is None else np.asarray(found, dtype=float)
+
+
+def force_uncertainties(atoms: Atoms) -> NDArray[np.float64] | None:
+    """The same as one number for each atom, root mean squares of the components."""
+    found = uncertainties(atoms)
+    return None if found is None else np.sqrt((found.reshape(len(atoms), -1) ** 2).mean(axis=1))
 
 
 class Watch:
