@@ -80,7 +80,7 @@ def main() -> None:
         result = conductivity(calculator, atoms)
         errors = relative_errors(result, references[key])
         found["crystals"][key] = {
-            "name": str(atoms.info.get("name")), "space_group": int(atoms.info["symm.no"]), "kappa": float(result["kappa"]),
+            "name": str(atoms.info.get("name")), "space_group": int(atoms.info["symm.no"]), "kappa": float(result["kappa"]) if np.isfinite(result["kappa"]) else None,
             "lowest_THz": round(float(result["lowest_frequency"]), 3), "same_symmetry": bool(result["same_symmetry"]), "reference": references[key]["kappa"], **{k: round(v, 4) for k, v in errors.items()}, "cpu_seconds": round(time.process_time() - start, 1),
         }  # fmt: skip
         values = [c["srme"] for c in found["crystals"].values()]
