@@ -123,6 +123,7 @@ def _fit_parser(fit: argparse.ArgumentParser) -> None:
         "--model",
         help="network: leignn, nequip, geodite, mace, painn, schnet, sevennet, weft, or a preset such as nequip/M (default: leignn)",
     )
+    fit.add_argument("--accuracy", action="store_true", help="the network that ends lowest (weft) instead of the one that runs fastest")
     fit.add_argument("--out", default="fit", help="folder of the run (default: fit)")
     fit.add_argument("--minutes", type=float, default=30.0, help="how long to train (default: 30)")
     fit.add_argument("--resume", action="store_true", help="go on from the checkpoint of the run")
@@ -381,7 +382,7 @@ def _fit(arguments: argparse.Namespace) -> int:
 
     answer = fit(
         arguments.data, arguments.model, arguments.out, arguments.minutes, _label_config(arguments), arguments.resume, arguments.force,
-        arguments.start, arguments.weights, arguments.low_rank, arguments.replay,
+        arguments.start, arguments.weights, arguments.low_rank, arguments.replay, arguments.accuracy,
     )  # fmt: skip
     return _trained(arguments, answer)
 

@@ -25,7 +25,7 @@ from gossamer.data.structure import Structure, spread
 from gossamer.engine.engine import Engine, Way
 from gossamer.evaluation import Evaluation, evaluate_potential
 from gossamer.files import atomic_path, locked, write_json
-from gossamer.models import DEFAULT, MODELS
+from gossamer.models import ACCURATE, DEFAULT, MODELS
 from gossamer.potential import DTYPES, Potential
 from gossamer.potential_file import load, read_manifest, save, save_again
 from gossamer.quantities import QUANTITIES
@@ -311,6 +311,7 @@ def fit(
     weights: Sequence[str] | None = None,
     low_rank: int | None = None,
     replay: Path | str | None = None,
+    accuracy: bool = False,
     progress: bool = True,
 ) -> dict[str, Any]:
     """Train on a labelled file without a configuration: inspect, split, choose settings, write them down, train.
@@ -327,14 +328,18 @@ def fit(
         weights: With ``start``: names of the weights to train, with wildcards; the others stay frozen.
         low_rank: With ``start``: train adapters of this rank.
         replay: With ``start``: labelled structures of the old data to mix in.
+        accuracy: Take the network that ends lowest (weft) instead of the one that runs fastest.
         progress: Show a progress bar.
 
     Returns:
         As ``train``.
 
     Raises:
-        ValueError: inspection found errors, or the model is unknown.
+        ValueError: inspection found errors, the model is unknown, or ``accuracy`` beside a model or a start.
     """
+    if accuracy and (model is not None or start is not None):
+        raise ValueError(f"accuracy chooses the network, and {'model' if start is None else 'start'} names one: leave one of them out.")
+    model = ACCURATE if accuracy else model
     if model is not None and model.split("/")[0] not in MODELS:
         raise ValueError(f"model '{model}' is unknown. Choose one of {', '.join(MODELS)}.")
     tuning = {"train": list(weights) if weights else None, "low_rank": low_rank, "replay": None if replay is None else str(replay)}

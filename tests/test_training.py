@@ -22,6 +22,7 @@ from conftest import DEMO, make_potential
 from conftest import MODELS as VARIANTS
 from safetensors.torch import load_file, save_file
 
+from gossamer import runs
 from gossamer.cli import main
 from gossamer.config import load_config, make_config
 from gossamer.data.dataset import load_data
@@ -534,6 +535,17 @@ def test_fit_compiles_only_where_it_clearly_pays(name: str) -> None:
     """Compiling takes several times as long on a busy machine, and nothing can stop it: five minutes were lost to it."""
     assert not compile_pays(name, 5)
     assert compile_pays(name, 60)
+
+
+def test_fit_for_accuracy_takes_the_other_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = []
+    monkeypatch.setattr(runs, "train", lambda config, **options: chosen.append(config.model.name))
+    fit(ETHANOL, out=tmp_path / "fit", accuracy=True)
+    fit(ETHANOL, out=tmp_path / "fit")
+    assert chosen == ["weft", "leignn"]
+    for name in ("model", "start"):
+        with pytest.raises(ValueError, match=f"accuracy chooses the network, and {name} names one"):
+            fit(ETHANOL, out=tmp_path / "fit", accuracy=True, **{name: "nequip"})
 
 
 def test_fit_of_one_frame(tmp_path: Path) -> None:

@@ -28,6 +28,8 @@ MODELS: dict[str, tuple[type[Any], type[Network]]] = {
 }
 DEFAULT = "leignn"
 """the network where none is named"""
+ACCURATE = "weft"
+"""the one that ends lowest in the same time of training (benchmarks/accuracy)"""
 
 if TYPE_CHECKING:
     ModelConfig = NetworkConfig
@@ -36,6 +38,7 @@ else:
     """settings of any network, told apart by ``name``"""
 
 __all__ = [
+    "ACCURATE",
     "DEFAULT",
     "LEIGNN",
     "MACE",
