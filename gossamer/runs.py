@@ -266,9 +266,13 @@ def step_times(state: State) -> dict[str, Any]:
 
 
 def add_uncertainty(path: Path, train_set: Sequence[Structure], valid_set: Sequence[Structure], device: torch.device) -> None:
-    """Measure how wrong a saved potential may be, and keep that in its file."""
+    """Measure how wrong a saved potential may be, and keep that in its file; a training does not fail because that does."""
     potential = load(path, device)
-    measure_uncertainty(potential, train_set, valid_set)
+    try:
+        measure_uncertainty(potential, train_set, valid_set)
+    except (ValueError, RuntimeError) as error:
+        log.warning("the potential has no uncertainty: %s", str(error).splitlines()[0])
+        return
     save_again(potential, path, path)
 
 

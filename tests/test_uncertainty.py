@@ -23,6 +23,7 @@ from gossamer.engine.engine import Engine
 from gossamer.evaluation import evaluate_potential
 from gossamer.potential import Potential
 from gossamer.potential_file import load, read_manifest, save
+from gossamer.runs import add_uncertainty
 from gossamer.simulation.calculator import Calculator
 from gossamer.simulation.md import md
 
@@ -268,6 +269,16 @@ def test_calibrate_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert main(["evaluate", str(path), str(new)]) == 0
     assert "times what was expected" in capsys.readouterr().out
     assert (tmp_path / "evaluation" / "uncertainty.png").exists()
+
+
+def test_training_does_not_fail_with_it(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Where nothing can be measured the potential stays as it was, and the log says why."""
+    path = tmp_path / "potential.safetensors"
+    save(make_potential(["H", "C", "O"], zbl=False), path)
+    before = path.read_bytes()
+    add_uncertainty(path, [as_structure(a) for a in walk(3, 0.1)], [as_structure(a) for a in walk(3, 0.1)], torch.device("cpu"))
+    assert path.read_bytes() == before
+    assert "has no uncertainty: " in caplog.text
 
 
 def test_honesty() -> None:
