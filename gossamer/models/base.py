@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from gossamer.nn.electrostatics import LatentCharges
+if TYPE_CHECKING:
+    from gossamer.nn.electrostatics import LatentCharges
 
 
 class NetworkConfig(Protocol):
