@@ -74,8 +74,8 @@ def nequip(preset: str | None, cutoff: float, allegro: bool = False) -> tuple[An
     return package.theirs("M", True, build)
 
 
-def mace(hidden: str, correlation: int, numbers: list[int], mp: bool = False) -> tuple[Any, int]:
-    """Random weights; ``mp``: with the cutoff and the residual first layer of MACE-MP-0."""
+def mace(hidden: str, correlation: int, numbers: list[int], mp: bool = False, compiled: bool = False) -> tuple[Any, int]:
+    """Random weights; ``mp``: with the cutoff and the residual first layer of MACE-MP-0; ``compiled``: by the package's ``compile_mode``."""
     import torch
     from mace.calculators import MACECalculator  # isort: skip  (it sets a variable that e3nn 0.4 needs)
     import numpy as np
@@ -92,7 +92,8 @@ def mace(hidden: str, correlation: int, numbers: list[int], mp: bool = False) ->
         atomic_energies=np.zeros((1, len(numbers))), avg_num_neighbors=30.0, atomic_numbers=numbers, gate=torch.nn.functional.silu,
         radial_MLP=[64, 64, 64], atomic_inter_scale=1.0, atomic_inter_shift=0.0,
     )  # fmt: skip
-    return MACECalculator(models=model, device="cpu", default_dtype="float32"), sum(p.numel() for p in model.parameters())
+    options = {"compile_mode": "default"} if compiled else {}
+    return MACECalculator(models=model, device="cpu", default_dtype="float32", **options), sum(p.numel() for p in model.parameters())
 
 
 def imported(pattern: str, way: str) -> tuple[Any, int]:
@@ -297,6 +298,8 @@ MODELS: dict[str, tuple[str, Callable[[], tuple[Any, int]]]] = {
     "mace 128x0e+128x1o, correlation 3 (not MP-0 medium)": ("mace", lambda: mace("128x0e + 128x1o", 3, ALL)),
     "mace MP-0 small": ("mace", lambda: mace("128x0e", 3, ALL, mp=True)),
     "mace MP-0 medium": ("mace", lambda: mace("128x0e + 128x1o", 3, ALL, mp=True)),
+    "mace MP-0 small, torch.compile": ("mace", lambda: mace("128x0e", 3, ALL, mp=True, compiled=True)),
+    "mace MP-0 medium, torch.compile": ("mace", lambda: mace("128x0e + 128x1o", 3, ALL, mp=True, compiled=True)),
     **{
         f"our mace MP-0 {size}, {way}": ("ours", lambda m={"name": "mace", "preset": f"MP-{size}"}, w=way: ours(m, w, ALL))
         for size in ("small", "medium")
