@@ -15,6 +15,7 @@ import warnings
 import zipfile
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, get_args
 
 import ase.db
@@ -50,9 +51,10 @@ from gossamer.potential_file import save
 from gossamer.quantities import QUANTITIES, Quantity
 from gossamer.settings import build
 from gossamer.training.compiled import CompiledForward
-from gossamer.training.loader import edge_counts, epoch_batches
-from gossamer.training.loop import columns
+from gossamer.training.loader import NeighborLists, epoch_batches
+from gossamer.training.loop import columns, count_edges
 from gossamer.training.losses import LossConfig, loss_counts, loss_sums
+from gossamer.training.process_group import start_process_group
 
 
 def labelled(seed: int = 0, periodic: bool = True) -> Atoms:
@@ -401,8 +403,13 @@ def test_batches_cover_an_epoch_once_and_repeat_exactly() -> None:
 
 def test_edges_are_counted_as_they_are_collated() -> None:
     structures = [from_atoms(labelled(k, periodic=k % 2 == 0), LabelConfig(), "frame") for k in range(4)]
-    assert edge_counts(structures, 4.0).tolist() == [collate([s], 4.0).n_edges for s in structures]
-    assert edge_counts(structures, 4.0, max_neighbors=3).tolist() == [collate([s], 4.0, 3).n_edges for s in structures]
+    group = start_process_group("cpu")
+    for nearest in (None, 3):
+        lists = NeighborLists(SimpleNamespace(cutoff=4.0, max_neighbors=nearest))
+        assert count_edges(lists, structures, group).tolist() == [collate([s], 4.0, nearest).n_edges for s in structures]
+        kept, made = collate(structures, 4.0, lists=[lists.of(k, s) for k, s in enumerate(structures)]), collate(structures, 4.0, nearest)
+        assert torch.equal(kept.edge_index, made.edge_index)
+        assert torch.equal(kept.edge_vectors(), made.edge_vectors())
 
 
 def test_a_new_quantity_is_an_entry_in_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:

@@ -36,15 +36,6 @@ def epoch_batches(n: int, batch_size: int, seed: int, epoch: int, limits: Sequen
     return batches
 
 
-def edge_counts(structures: Sequence[Structure], cutoff: float, max_neighbors: int | None = None) -> np.ndarray:
-    """Edges of every structure."""
-    counts = [
-        neighbor_list(s.positions, s.cell, s.pbc, cutoff, max_neighbors)[0].shape[1]
-        for s in (structures[k] for k in range(len(structures)))
-    ]
-    return np.array(counts, dtype=np.int64)
-
-
 class NeighborLists:
     """Neighbour lists of structures that come again in every epoch: kept as long as there is room."""
 

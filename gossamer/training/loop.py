@@ -37,7 +37,7 @@ from gossamer.settings import build, settings, to_dict
 from gossamer.signals import StopRequested
 from gossamer.training.checkpoint import load_optimizer, optimizer_tensors, read_checkpoint, save_checkpoint
 from gossamer.training.compiled import CompiledForward
-from gossamer.training.loader import NeighborLists, edge_counts, epoch_batches, graphs
+from gossamer.training.loader import NeighborLists, epoch_batches, graphs
 from gossamer.training.losses import LossConfig, loss_counts, loss_sums
 from gossamer.training.optim import EMA, Clipper, Schedule, ScheduleConfig, make_optimizer, set_rate
 from gossamer.training.process_group import ProcessGroup, shares
@@ -453,7 +453,7 @@ def run_training(
     checkpoint = folder / "checkpoint.safetensors"
     began = CLOCKS[config.clock]() - state.seconds
     lists = NeighborLists(state.potential)
-    work = None if group.world == 1 and config.batch_edges is None else count_edges(state.potential, train, group)
+    work = None if group.world == 1 and config.batch_edges is None else count_edges(lists, train, group)
     limits = batch_limits(train, config, work)
     logger = Log(folder, config, state.step) if group.rank == 0 else None
     first, saved_at, done = state.step, state.seconds, finished(state, config)
@@ -500,11 +500,11 @@ def run_training(
     return state
 
 
-def count_edges(potential: Potential, train: Sequence[Structure], group: ProcessGroup) -> np.ndarray:
+def count_edges(lists: NeighborLists, train: Sequence[Structure], group: ProcessGroup) -> np.ndarray:
     """Edges of every structure, each process counting some: what decides time and memory."""
     counts = np.zeros(len(train))
-    mine = Subset(train, range(group.rank, len(train), group.world))
-    counts[group.rank :: group.world] = edge_counts(mine, potential.cutoff, potential.max_neighbors)
+    for k in range(group.rank, len(train), group.world):
+        counts[k] = lists.of(k, train[k])[0].shape[1]
     return np.array(group.add_up(counts.tolist())) if group.world > 1 else counts
 
 
