@@ -15,7 +15,7 @@ from gossamer.engine.engine import Engine, Way
 from gossamer.graph import Graph
 from gossamer.potential import Potential
 from gossamer.potential_file import load
-from gossamer.simulation.verlet import BatchVerletList
+from gossamer.simulation.graphs import BatchGraphs
 
 try:
     from torch_sim.models.interface import ModelInterface
@@ -64,8 +64,7 @@ class TorchSimModel(ModelInterface):
         self.potential = potential if isinstance(potential, Potential) else load(potential, device)
         self.potential.eval().requires_grad_(False)
         self.engine = Engine(self.potential, way, dispersion=dispersion)
-        self.neighbors = BatchVerletList(self.potential.cutoff, skin, self.potential.max_neighbors)
-        self._checked: bytes = b""
+        self.graphs = BatchGraphs(self.potential, skin)
         self._device, self._dtype = self.potential.device, dtype
         self._memory_scales_with = "n_atoms_x_density"
         self.compute_forces, self.compute_stress = compute_forces, compute_stress
@@ -124,26 +123,6 @@ class TorchSimModel(ModelInterface):
         def on_cpu(name: str, kind: Any) -> Any:
             return np.ascontiguousarray(torch.as_tensor(fields[name]).detach().cpu().numpy(), dtype=kind)
 
-        numbers, positions, index = on_cpu("atomic_numbers", np.int64), on_cpu("positions", np.float64), on_cpu("system_idx", np.int64)
         cells = np.ascontiguousarray(on_cpu("cell", np.float64).transpose(0, 2, 1))
-        counts = np.bincount(index, minlength=len(cells))
-        if self._checked != numbers.tobytes():
-            for k, part in enumerate(np.split(numbers, np.cumsum(counts)[:-1])):
-                self.potential.check_elements(part, f"Structure {k}")
-            self._checked = numbers.tobytes()
         pbc = np.broadcast_to(on_cpu("pbc", bool), (len(cells), 3))
-        edges, shifts = self.neighbors(positions, cells, pbc, counts)
-
-        def there(array: Any) -> Tensor:
-            return torch.from_numpy(array).to(self.potential.device)
-
-        graph = Graph(
-            atomic_numbers=there(numbers),
-            positions=there(positions),
-            cell=there(cells),
-            graph_index=there(index),
-            edge_index=there(edges),
-            edge_shifts=there(shifts.astype(np.float64)),
-            pbc=there(pbc.copy()),
-        )
-        return self.potential.prune(graph)
+        return self.graphs(on_cpu("atomic_numbers", np.int64), on_cpu("positions", np.float64), cells, pbc, on_cpu("system_idx", np.int64))
