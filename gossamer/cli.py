@@ -228,7 +228,7 @@ def _parity_parser(parity: argparse.ArgumentParser) -> None:
         "--ways",
         nargs="+",
         metavar="WAY",
-        help="among plain, kernels, program, graph, batch, torchsim, openmm, lammps and lammps-2 (default: all that run here)",
+        help="among plain, kernels, program, graph, batch, torchsim, openmm, ipi, lammps and lammps-2 (default: all that run here)",
     )
     parity.add_argument("--exported", metavar="FILE", help="program made by gossamer export from this potential")
     parity.add_argument("--count", type=int, default=5, help="frames of each file, spread evenly (default: 5)")

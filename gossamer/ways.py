@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import ase.io
 import numpy as np
 import torch
 from ase import Atoms, units
@@ -272,6 +273,27 @@ def _openmm(potential: Potential, frames: Sequence[Atoms], work: Path) -> Run:
     return run
 
 
+def _ipi(potential: Potential, frames: Sequence[Atoms], work: Path) -> Run:
+    """One structure after the other as i-PI asks, in its units."""
+    from gossamer.simulation.ipi_driver import Driver
+
+    drivers = []
+    for k, atoms in enumerate(frames):
+        template = work / f"{k}.xyz"
+        ase.io.write(template, Atoms(atoms.numbers, atoms.positions, cell=atoms.cell, pbc=atoms.pbc), format="extxyz")
+        drivers.append(Driver(potential, template))
+
+    def run() -> Answers:
+        found = []
+        for driver, atoms in zip(drivers, frames, strict=True):
+            energy, forces, virial, _ = driver(atoms.cell.array.T / units.Bohr, atoms.positions / units.Bohr)
+            stress = -virial * units.Hartree / atoms.get_volume() if atoms.pbc.all() else None
+            found.append({"energy": energy * units.Hartree, "forces": forces * units.Hartree / units.Bohr, "stress": stress})
+        return found
+
+    return run
+
+
 def _exported(path: Path) -> Make:
     """The program in a file."""
 
@@ -365,8 +387,9 @@ WAYS: dict[str, Make] = {
     "batch": _batch,
     "torchsim": _torchsim,
     "openmm": _openmm,
+    "ipi": _ipi,
     "lammps": _lammps(1),
     "lammps-2": _lammps(2),
 }
 """by ASE's calculator plain, with kernels, as a compiled program, as a CUDA graph; many structures at once; by TorchSim; by OpenMM;
-by LAMMPS on one process and on two"""
+as i-PI asks; by LAMMPS on one process and on two"""

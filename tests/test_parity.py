@@ -41,7 +41,14 @@ def model(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
 @needs_compiler
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # TorchSim's imports
 def test_all_ways_say_the_same(model: Path, kernels: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    asked = ["plain", "kernels", "batch", *(["torchsim"] if find_spec("torch_sim") else []), *(["openmm"] if find_spec("openmmml") else [])]
+    asked = [
+        "plain",
+        "kernels",
+        "batch",
+        *(["torchsim"] if find_spec("torch_sim") else []),
+        *(["openmm"] if find_spec("openmmml") else []),
+        *(["ipi"] if find_spec("ipi") else []),
+    ]
     assert main(["parity", str(model), "--ways", *asked, "--out", str(tmp_path / "parity.json")]) == 0
     said = capsys.readouterr().out
     assert [line.split()[0] for line in said.splitlines()] == ["way", *asked]
