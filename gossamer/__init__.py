@@ -30,6 +30,7 @@ _PUBLIC = {
     "judge": "gossamer.checks.judge",
     "export": "gossamer.engine.program",
     "md": "gossamer.simulation.md",
+    "md_files": "gossamer.simulation.md_files",
     "parity": "gossamer.ways",
     "relax": "gossamer.simulation.relax",
     "relax_files": "gossamer.simulation.relax",

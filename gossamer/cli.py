@@ -163,7 +163,7 @@ def _md_parser(md: argparse.ArgumentParser) -> None:
     from gossamer.simulation.options import MDConfig
 
     md.add_argument("model", help="saved potential")
-    md.add_argument("structure", help="structure file")
+    md.add_argument("structure", nargs="+", help="structure files; several each get a folder within the folder --out")
     add_flags(md, MDConfig)
     _common(md)
 
@@ -512,11 +512,30 @@ def _judge(arguments: argparse.Namespace) -> int:
 def _md(arguments: argparse.Namespace) -> int:
     from gossamer.flags import from_flags
     from gossamer.simulation.md import md
+    from gossamer.simulation.md_files import md_files
     from gossamer.simulation.options import MDConfig
 
-    answer = md(arguments.model, arguments.structure, from_flags(MDConfig, arguments))
-    _show(arguments, answer)
-    return STOPPED if answer["stopped"] else 1 if answer["broken"] or answer["uncertain"] else 0
+    config = from_flags(MDConfig, arguments)
+    if len(arguments.structure) == 1 and not config.all_frames and config.engine == "ase":
+        answer = md(arguments.model, arguments.structure[0], config)
+        _show(arguments, answer)
+        return STOPPED if answer["stopped"] else 1 if answer["broken"] or answer["uncertain"] else 0
+    answers = md_files(arguments.model, arguments.structure, config)
+    if arguments.json:
+        print(json.dumps(answers))
+    else:
+        for found in answers:
+            said = (
+                found.get("error")
+                or found["broken"]
+                or found["uncertain"]
+                or f"{found['mean_temperature_K']:.4g} K over {found['time_ps']:g} ps"
+            )
+            print(f"{found['structure']}: {said}")
+        print(f"everything is in '{config.out}'")
+    if any(found.get("stopped") for found in answers):
+        return STOPPED
+    return 1 if any(found.get("error") or found["broken"] or found["uncertain"] for found in answers) else 0
 
 
 def _relax(arguments: argparse.Namespace) -> int:

@@ -209,8 +209,10 @@ def _torchsim(potential: Potential, frames: Sequence[Atoms], work: Path) -> Run:
     """All structures at once, through TorchSim; molecules and crystals in states of their own."""
     import torch_sim
 
-    from gossamer.simulation.torchsim import TorchSimModel
+    from gossamer.simulation.torchsim import TorchSimModel, check_axes
 
+    for atoms in frames:
+        check_axes(atoms)
     model = TorchSimModel(potential, compute_stress=potential.conservative)
     kinds = sorted({tuple(a.pbc.tolist()) for a in frames})
     parts = [[k for k, a in enumerate(frames) if tuple(a.pbc.tolist()) == kind] for kind in kinds]

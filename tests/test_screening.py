@@ -106,6 +106,17 @@ def test_a_bad_structure_stays_alone(task: str, kind: str, potential: Path) -> N
         assert row.energy is None
 
 
+def test_slabs_are_relaxed_as_slabs(potential: Path) -> None:
+    """TorchSim 0.3 would take them for molecules."""
+    pytest.importorskip("torch_sim")
+    (slab,) = alloys(1)
+    slab.pbc = [True, True, False]
+    crystal = alloys(2)[1]
+    batch, single = (blocks(ask(potential, engine=engine, steps=3, way="plain"), [slab, crystal], 2) for engine in ("torchsim", "ase"))
+    assert batch["0"].energy == pytest.approx(single["0"].energy, abs=1e-4)
+    assert np.isfinite(batch["1"].energy)
+
+
 def test_not_converged_is_a_status_of_its_own() -> None:
     short, long = (blocks(ask(steps=steps), alloys(2), 2) for steps in (2, 200))
     assert [r.status for r in short.values()] == ["not converged"] * 2

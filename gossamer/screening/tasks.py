@@ -300,15 +300,19 @@ TASKS: dict[str, Callable[[Any, Atoms, Asked], Row]] = {
 
 def _together(asked: Asked, block: Block) -> dict[str, Row]:
     """Structures of a block at once, and each alone where that fails."""
-    potential = _calculator(asked).potential
+    calculator = _calculator(asked)
     rows: dict[str, Row] = {}
     known: list[tuple[str, Atoms]] = []
     for name, atoms in block:
         try:
-            potential.check_elements(atoms.numbers)
-            known.append((name, atoms))
+            calculator.potential.check_elements(atoms.numbers)
         except ValueError as error:
             rows[name] = _failed(name, atoms, error)
+            continue
+        if asked.task == "relax" and not _torchsim_knows(atoms):
+            rows[name] = _alone(name, atoms, lambda a: _relax(calculator, a, asked))
+            continue
+        known.append((name, atoms))
     work = _relax_batch if asked.task == "relax" else _evaluate_batch
     began = time.perf_counter()
     try:
@@ -321,6 +325,17 @@ def _together(asked: Asked, block: Block) -> dict[str, Row]:
         for name, atoms in known:
             rows[name] = _alone(name, atoms, lambda a: work(asked, [a])[0])
     return rows
+
+
+def _torchsim_knows(atoms: Atoms) -> bool:
+    """Whether this TorchSim has structures that are periodic as this one is."""
+    from gossamer.simulation.torchsim import check_axes
+
+    try:
+        check_axes(atoms)
+    except ValueError:
+        return False
+    return True
 
 
 def _relax_batch(asked: Asked, structures: Sequence[Atoms]) -> list[Row]:

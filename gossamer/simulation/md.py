@@ -200,6 +200,8 @@ def md(
         ValueError: unknown options, or options that do not fit together.
     """
     config = configured(MDConfig, config, options)
+    if config.engine != "ase" or config.all_frames:
+        raise ValueError("engine and all_frames are for several structures: gossamer.md_files, or the command line.")
     with locked(config.out):
         run = _prepare(model, structure, config)
         began = time.perf_counter()
@@ -209,17 +211,7 @@ def md(
             run.recorder.close()
     if stopped is not None:
         log.warning("%s: stopped at step %d of %d; the state is saved, resume goes on", stopped, run.dynamics.nsteps, config.steps)
-    return {
-        "out": str(config.out),
-        "steps": run.dynamics.nsteps,
-        "time_ps": run.dynamics.nsteps * config.timestep / 1000,
-        "seconds": round(time.perf_counter() - began, 2),
-        "mean_temperature_K": run.recorder.mean_temperature(),
-        "broken": broken,
-        "uncertain": uncertain,
-        "collected": len(run.recorder.watch.frames),
-        "stopped": stopped,
-    }
+    return run.recorder.answer(time.perf_counter() - began, broken, uncertain, stopped)
 
 
 @dataclass(frozen=True)
@@ -228,7 +220,7 @@ class _Run:
 
     atoms: Atoms
     dynamics: Any
-    recorder: _Recorder
+    recorder: Recorder
 
 
 def _prepare(model: Any, structure: Atoms | Path | str, config: MDConfig) -> _Run:
@@ -238,21 +230,26 @@ def _prepare(model: Any, structure: Atoms | Path | str, config: MDConfig) -> _Ru
     if resumed and not config.resume:
         raise FileExistsError(f"'{config.out}' holds a simulation already. Go on with it (--resume), or choose another folder (--out).")
     atoms = as_atoms(structure, config.frame, config.supercell)
-    before = _stored_settings(state_file) if resumed else None
+    before = stored_settings(state_file) if resumed else None
     _set_calculator(atoms, model, config, before)
     rng = np.random.default_rng(config.seed)
-    if not atoms.has("momenta"):
-        thermalize_momenta(atoms, config.temperature, rng=rng)
-        Stationary(atoms)
+    give_velocities(atoms, config, rng)
     guard = Guard.of(atoms, config)
-    settings = _settings(config, way_of(atoms.calc))
-    stored = _read_state(state_file, before, settings, atoms) if before is not None else None
+    settings = run_settings(config, way_of(atoms.calc))
+    stored = read_state(state_file, before, settings, atoms) if before is not None else None
     dynamics = _integrator(atoms, config, rng)
     if stored is not None:
         _restore(dynamics, atoms, stored)
-    recorder = _Recorder(config, atoms, dynamics, settings, guard, resumed)
+    recorder = Recorder(config, atoms, dynamics, settings, guard, resumed)
     dynamics.attach(recorder, interval=config.interval)
     return _Run(atoms, dynamics, recorder)
+
+
+def give_velocities(atoms: Atoms, config: MDConfig, rng: np.random.Generator) -> None:
+    """Draw those of the temperature, centre of mass at rest, unless the atoms have some."""
+    if not atoms.has("momenta"):
+        thermalize_momenta(atoms, config.temperature, rng=rng)
+        Stationary(atoms)
 
 
 def _set_calculator(atoms: Atoms, model: Any, config: MDConfig, before: dict[str, Any] | None) -> None:
@@ -292,35 +289,40 @@ def _advance(run: _Run, config: MDConfig, progress: bool) -> tuple[str | None, s
         except (SimulationBroken, ValueError) as error:
             if not isinstance(error, SimulationBroken) and "finite" not in str(error):
                 raise
-            frame = config.out / "broken.extxyz"
-            with atomic_path(frame) as temporary:
-                ase.io.write(temporary, run.atoms.copy(), format="extxyz")
-            broken = f"step {dynamics.nsteps} ({dynamics.nsteps * config.timestep / 1000:.3f} ps): {error}"
-            log.error("stopped at %s; the frame is in '%s'", broken, frame)
-            return broken, None, None
+            return write_broken(run.atoms, dynamics.nsteps, config, error), None, None
     return None, None, None
+
+
+def write_broken(atoms: Atoms, step: int, config: MDConfig, error: Exception) -> str:
+    """Write the frame that broke a run; returns where and why."""
+    frame = config.out / "broken.extxyz"
+    with atomic_path(frame) as temporary:
+        ase.io.write(temporary, atoms.copy(), format="extxyz")
+    why = f"step {step} ({step * config.timestep / 1000:.3f} ps): {error}"
+    log.error("stopped at %s; the frame is in '%s'", why, frame)
+    return why
 
 
 class SimulationBroken(RuntimeError):
     """The guard found a frame that has left sanity."""
 
 
-def _settings(config: MDConfig, way: str) -> dict[str, Any]:
+def run_settings(config: MDConfig, way: str) -> dict[str, Any]:
     """What a resumed run must share with the one before."""
     names = ("ensemble", "timestep", "temperature", "temperature_end", "pressure", "thermostat_time", "barostat_time", "interval",
-             "dispersion")  # fmt: skip
+             "dispersion", "engine")  # fmt: skip
     ramp = config.steps if config.temperature_end is not None else None
     return {**{name: getattr(config, name) for name in names}, "ramp_steps": ramp, "way": way}
 
 
-def _thermostat_temperature(atoms: Atoms, ensemble: str, temperature: float) -> float:
+def thermostat_temperature(atoms: Atoms, ensemble: str, temperature: float) -> float:
     """ASE's chains count 3 N degrees of freedom, of which 3 are at rest: without this 9 atoms would be 12 % too hot."""
     return temperature * degrees_of_freedom(atoms, ensemble) / (3 * len(atoms))
 
 
 def _integrator(atoms: Atoms, config: MDConfig, rng: np.random.Generator) -> Any:
     step, tau, pdamp = (t * units.fs for t in (config.timestep, config.thermostat_time, config.barostat_time))
-    temperature = _thermostat_temperature(atoms, config.ensemble, config.temperature)
+    temperature = thermostat_temperature(atoms, config.ensemble, config.temperature)
     if config.ensemble == "nve":
         return VelocityVerlet(atoms, step)
     if config.ensemble == "langevin":
@@ -333,7 +335,7 @@ def _integrator(atoms: Atoms, config: MDConfig, rng: np.random.Generator) -> Any
 
 def _set_temperature(dynamics: Any, config: MDConfig, temperature: float) -> None:
     """Change the temperature of the thermostat (and of the barostat's own); their masses stay those of the start."""
-    kelvin = _thermostat_temperature(dynamics.atoms, config.ensemble, temperature)
+    kelvin = thermostat_temperature(dynamics.atoms, config.ensemble, temperature)
     if isinstance(dynamics, LangevinBAOAB):
         dynamics.set_temperature(kelvin)
     else:
@@ -352,7 +354,7 @@ def _restore(dynamics: Any, atoms: Atoms, stored: dict[str, Any]) -> None:
         dynamics.rng.bit_generator.state = json.loads(str(stored["rng"]))
 
 
-def _stored_settings(path: Path) -> dict[str, Any]:
+def stored_settings(path: Path) -> dict[str, Any]:
     """Settings of the run that wrote a state, those of older versions in today's words."""
     try:
         with np.load(path, allow_pickle=False) as data:
@@ -362,10 +364,10 @@ def _stored_settings(path: Path) -> dict[str, Any]:
     if "way" not in settings:  # until 0.1.0: the words of today, and before kernels a yes or no
         compiled = settings.pop("compiled", False)
         settings["way"] = compiled if isinstance(compiled, str) else "program" if compiled else "plain"
-    return {"temperature_end": None, "ramp_steps": None, "dispersion": None, **settings}
+    return {"temperature_end": None, "ramp_steps": None, "dispersion": None, "engine": "ase", **settings}
 
 
-def _read_state(path: Path, before: dict[str, Any], settings: dict[str, Any], atoms: Atoms) -> dict[str, Any]:
+def read_state(path: Path, before: dict[str, Any], settings: dict[str, Any], atoms: Atoms) -> dict[str, Any]:
     """Arrays of a stored run that had the same settings and atoms."""
     with np.load(path, allow_pickle=False) as data:
         stored = {k: data[k] for k in data.files}
@@ -384,7 +386,7 @@ def _read_state(path: Path, before: dict[str, Any], settings: dict[str, Any], at
     return stored
 
 
-class _Recorder:
+class Recorder:
     """Writes a frame, a row of the log and the state, then asks the guard."""
 
     def __init__(self, config: MDConfig, atoms: Atoms, dynamics: Any, settings: dict[str, Any], guard: Guard, resumed: bool) -> None:
@@ -462,6 +464,20 @@ class _Recorder:
                 temporary, numbers=atoms.numbers, positions=atoms.positions, momenta=atoms.get_momenta(), cell=atoms.cell.array,
                 settings=np.array(json.dumps(self.settings)), **arrays,
             )  # fmt: skip
+
+    def answer(self, seconds: float, broken: str | None, uncertain: str | None, stopped: str | None) -> dict[str, Any]:
+        """What ``md`` returns."""
+        return {
+            "out": str(self.config.out),
+            "steps": self.dynamics.nsteps,
+            "time_ps": self.dynamics.nsteps * self.config.timestep / 1000,
+            "seconds": round(seconds, 2),
+            "mean_temperature_K": self.mean_temperature(),
+            "broken": broken,
+            "uncertain": uncertain,
+            "collected": len(self.watch.frames),
+            "stopped": stopped,
+        }
 
     def mean_temperature(self) -> float:
         """K, over the second half of the frames."""

@@ -30,8 +30,13 @@ class MDConfig:
     ensemble: Ensemble = "langevin"
     """nve (velocity Verlet), langevin (BAOAB), nose-hoover (chains), npt (isotropic MTK: the cell keeps its shape), npt-anisotropic
     (MTK: lengths and angles of the cell change)."""
+    engine: Literal["ase", "torchsim"] = "ase"
+    """Of several structures: one after the other on ASE, or many at once on TorchSim (nve and langevin;
+    `pip install 'gossamer[torchsim]'`)."""
+    all_frames: bool = False
+    """Run every frame of each structure file; the names of the folders get the frame's number."""
     out: Path = Path("md")
-    """Folder of trajectory.traj, log.csv and state.npz."""
+    """Folder of trajectory.traj, log.csv and state.npz; of several structures: folder of their folders."""
     interval: Annotated[int, Field(gt=0)] = 20
     """Steps between frames of the trajectory and rows of the log."""
     pressure: float = 0.0
@@ -41,13 +46,13 @@ class MDConfig:
     barostat_time: Positive = 1000.0
     """fs, relaxation time of the barostat."""
     seed: int = 0
-    """Of the velocities drawn and of the Langevin noise."""
+    """Of the velocities drawn and of the Langevin noise; each of several structures draws its own velocities."""
     frame: int = 0
     """Which frame of the structure file to start from; -1 is the last."""
     supercell: tuple[Repeats, Repeats, Repeats] = (1, 1, 1)
     """How often the structure is repeated along each cell vector; velocities are then drawn anew."""
     resume: bool = False
-    """Go on from state.npz, bit by bit as if never stopped."""
+    """Go on from state.npz, bit by bit as if never stopped (on TorchSim with other Langevin noise)."""
     max_temperature: Positive | None = None
     """K at which the run stops; by default 5 times the temperature + 500."""
     max_bond_stretch: Positive | None = None

@@ -18,14 +18,15 @@ from ase.io.formats import ioformats as FORMATS
 from ase.io.trajectory import Trajectory
 from ase.optimize import FIRE, LBFGS
 
-from gossamer.data.atoms import as_atoms, read_frames
-from gossamer.files import atomic_path, explain, locked
+from gossamer.data.atoms import as_atoms
+from gossamer.files import atomic_path, locked
 from gossamer.potential import Potential
 from gossamer.potential_file import load
 from gossamer.settings import configured
 from gossamer.signals import StopRequested
 from gossamer.simulation.md import as_calculator, has_direct_forces
 from gossamer.simulation.options import RelaxConfig
+from gossamer.simulation.several import Job, failed, jobs
 from gossamer.simulation.state import numbers_of, put_back
 
 log = logging.getLogger(__name__)
@@ -108,58 +109,37 @@ def relax_files(model: Any, structures: Sequence[Path | str], config: RelaxConfi
         raise ValueError("Several structures need out: the folder of the relaxed ones.")
     if folder.is_file():
         raise FileExistsError(f"'{folder}' is a file; several structures are relaxed into a folder. Choose another --out.")
-    names = [Path(s).stem for s in structures]
-    twice = sorted({n for n in names if names.count(n) > 1})
-    if twice:
-        raise ValueError(f"Several structures are called {', '.join(twice)}, and would be written over each other. Relax them one by one.")
-    if config.all_frames and config.frame != 0:
-        raise ValueError(f"all_frames relaxes every frame, and frame {config.frame} one: give one of them.")
-    jobs: list[_Job] = []
-    answers: list[dict[str, Any]] = []
-    for name, path in zip(names, structures, strict=True):
-        try:
-            n = len(read_frames(path)) if config.all_frames else 1
-            digits = len(str(n - 1))
-            jobs += [(str(path), k if config.all_frames else config.frame,
-                      folder / (f"{name}-{k:0{digits}d}.extxyz" if config.all_frames else f"{name}.extxyz")) for k in range(n)]  # fmt: skip
-        except (ValueError, OSError) as error:
-            answers.append(_failed(str(path), error))
+    found, answers = jobs(structures, config.frame, config.all_frames)
     run = _on_torchsim if config.engine == "torchsim" else _on_ase
-    return answers + run(model, jobs, config)
-
-
-_Job = tuple[str, int, Path]
-"""structure file, frame, relaxed file"""
+    return [{**a, "converged": False} for a in answers] + run(model, [(job, folder / f"{job.name}.extxyz") for job in found], config)
 
 
 def _failed(structure: str, error: Exception) -> dict[str, Any]:
-    message = explain(error) if isinstance(error, OSError) else str(error)
-    log.error("%s: %s", structure, message)
-    return {"structure": structure, "converged": False, "error": message}
+    return {"converged": False, **failed(structure, error)}
 
 
-def _on_ase(model: Any, jobs: Sequence[_Job], config: RelaxConfig) -> list[dict[str, Any]]:
+def _on_ase(model: Any, chosen: Sequence[tuple[Job, Path]], config: RelaxConfig) -> list[dict[str, Any]]:
     """One structure after the other."""
     # made once, with all that concerns it
     calculator = as_calculator(model, config.device, config.dtype, config.way, dispersion=config.dispersion)
     answers = []
-    for structure, frame, out in jobs:
+    for job, out in chosen:
         resume = config.resume and out.with_suffix(".state.npz").exists()
-        one = replace(config, out=out, frame=frame, all_frames=False, resume=resume, way="auto", dtype=None, dispersion=None)
-        named = structure if not config.all_frames else f"{structure}, frame {frame}"
+        one = replace(config, out=out, frame=job.frame, all_frames=False, resume=resume, way="auto", dtype=None, dispersion=None)
         try:
-            answer = relax(calculator, structure, one)
-            answers.append({"structure": named, **{k: v for k, v in answer.items() if k != "atoms"}, "out": str(out)})
+            answer = relax(calculator, job.path, one)
+            answers.append({"structure": job.said, **{k: v for k, v in answer.items() if k != "atoms"}, "out": str(out)})
             if answer["stopped"]:
                 break
         except (ValueError, RuntimeError, OSError) as error:
-            answers.append(_failed(named, error))
+            answers.append(_failed(job.said, error))
     return answers
 
 
-def _on_torchsim(model: Any, jobs: Sequence[_Job], config: RelaxConfig) -> list[dict[str, Any]]:
+def _on_torchsim(model: Any, asked: Sequence[tuple[Job, Path]], config: RelaxConfig) -> list[dict[str, Any]]:
     """Many at once."""
     from gossamer.simulation.batched import relax_batched
+    from gossamer.simulation.torchsim import check_axes
 
     potential = load(model, config.device, config.dtype) if isinstance(model, str | Path) else model
     if not isinstance(potential, Potential):
@@ -171,13 +151,13 @@ def _on_torchsim(model: Any, jobs: Sequence[_Job], config: RelaxConfig) -> list[
     answers: list[dict[str, Any]] = []
     chosen: list[tuple[Atoms, Path]] = []
     named: dict[Path, str] = {}
-    for structure, frame, out in jobs:
-        named[out] = structure if not config.all_frames else f"{structure}, frame {frame}"
+    for job, out in asked:
+        named[out] = job.said
         if config.resume and out.exists():
             log.info("%s: done before, in '%s'", named[out], out)
             continue
         try:
-            atoms = as_atoms(structure, frame, config.supercell)
+            atoms = as_atoms(job.path, job.frame, config.supercell)
             potential.check_elements(atoms.numbers)
             if config.cell and not atoms.pbc.all():
                 raise ValueError(f"Relaxing the cell needs periodicity along all axes, found pbc {atoms.pbc.tolist()}.")
@@ -185,6 +165,7 @@ def _on_torchsim(model: Any, jobs: Sequence[_Job], config: RelaxConfig) -> list[
                 raise ValueError("Positions are not finite.")
             if atoms.constraints:
                 raise ValueError("Constraints are not known to TorchSim. Choose engine ase, or remove them.")
+            check_axes(atoms)
             chosen.append((atoms, out))
         except (ValueError, OSError) as error:
             answers.append(_failed(named[out], error))

@@ -9,20 +9,32 @@ from typing import Any
 
 import numpy as np
 import torch
+from ase import Atoms
 from torch import Tensor
 
 from gossamer.engine.engine import Engine, Way
 from gossamer.graph import Graph
-from gossamer.potential import Potential
+from gossamer.potential import Potential, Prediction
 from gossamer.potential_file import load
 from gossamer.simulation.graphs import BatchGraphs
 
 try:
+    import torch_sim
     from torch_sim.models.interface import ModelInterface
 except ImportError:
     raise ImportError("TorchSimModel needs the package torch-sim-atomistic: pip install 'gossamer[torchsim]'") from None
 
 log = logging.getLogger(__name__)
+
+
+def check_axes(atoms: Atoms) -> None:
+    """Raise ValueError if this TorchSim does not know the periodicity of a structure: until 0.3 it knows all axes or none."""
+    plain = Atoms(atoms.numbers, atoms.positions, cell=atoms.cell, pbc=atoms.pbc)
+    state = torch_sim.initialize_state([plain], torch.device("cpu"), torch.float64)
+    if not np.array_equal(np.broadcast_to(np.asarray(state.pbc), 3), atoms.pbc):
+        raise ValueError(
+            f"pbc is {atoms.pbc.tolist()}, and this version of TorchSim knows all axes or none. Choose engine ase, or a newer TorchSim."
+        )
 
 
 class TorchSimModel(ModelInterface):
@@ -69,6 +81,7 @@ class TorchSimModel(ModelInterface):
         self._memory_scales_with = "n_atoms_x_density"
         self.compute_forces, self.compute_stress = compute_forces, compute_stress
         self._expected = way != "program"
+        self._last: tuple[Prediction, Graph] | None = None
 
     @ModelInterface.compute_forces.setter  # type: ignore[attr-defined, misc]
     def compute_forces(self, compute_forces: bool) -> None:
@@ -98,6 +111,7 @@ class TorchSimModel(ModelInterface):
             self.engine.expect(1, graph)  # the program of batches, made or read now
             self._expected = True
         out = self.engine(graph, stress=self._compute_stress)
+        self._last = out, graph
         found = {"energy": out.energy}
         if self._compute_forces:
             assert out.forces is not None
@@ -107,6 +121,12 @@ class TorchSimModel(ModelInterface):
             found["stress"] = out.stress
         self._warn(out.energy)
         return {name: value.detach().to(self._dtype) for name, value in found.items()}
+
+    def uncertainties(self) -> np.ndarray | None:
+        """(N,) eV/Å, what the components of the last forces may be wrong by; None where the potential does not say (`Potential.uncertainties`)."""
+        if self._last is None or self.potential.uncertainty is None or "forces" not in self.potential.uncertainty.known:
+            return None
+        return self.potential.uncertainties(*self._last)["forces_uncertainty"].detach().cpu().numpy()
 
     def _warn(self, energy: Tensor) -> None:
         bad = (~torch.isfinite(energy)).nonzero()[:, 0].tolist()

@@ -1,0 +1,97 @@
+"""Molecular dynamics of several structures: one after the other on ASE, or many at once on TorchSim."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ase import Atoms
+
+from gossamer.data.atoms import as_atoms
+from gossamer.simulation.md import as_calculator, md
+from gossamer.simulation.options import MDConfig
+from gossamer.simulation.several import Job, failed, jobs
+
+
+def md_files(model: Any, structures: Sequence[Path | str], config: MDConfig, *, progress: bool = True) -> list[dict[str, Any]]:
+    """Run molecular dynamics of several structures, each in a folder of its own within ``config.out``; one that fails or breaks does not
+    stop the others.
+
+    Args:
+        model: Saved potential, potential, or (with ASE) any ASE calculator.
+        structures: Files; the folders have their names, with ``config.all_frames`` and the frame's number.
+        config: Options of each. With ``resume`` every run goes on from its state, and those without one begin.
+        progress: Show a progress bar.
+
+    Returns:
+        For each structure "structure" and either the answer of ``md`` or "error". SIGTERM ends them all, states saved.
+
+    Raises:
+        ValueError: two files of one name, or options that TorchSim does not have.
+        ImportError: TorchSim is not installed.
+    """
+    if config.collect is not None:
+        raise ValueError(
+            "collect writes the frames of one run to one file. Run structures one by one, or stop them (max_uncertainty alone)."
+        )
+    found, answers = jobs(structures, config.frame, config.all_frames)
+    run = _on_torchsim if config.engine == "torchsim" else _on_ase
+    return answers + run(model, found, config, progress)
+
+
+def _for(job: Job, number: int, config: MDConfig) -> MDConfig:
+    return replace(config, out=config.out / job.name, frame=job.frame, all_frames=False, seed=config.seed + number)
+
+
+def _on_ase(model: Any, found: Sequence[Job], config: MDConfig, progress: bool) -> list[dict[str, Any]]:
+    """One structure after the other."""
+    calculator = as_calculator(model, config.device, config.dtype, config.way, dispersion=config.dispersion)
+    answers = []
+    for number, job in enumerate(found):
+        one = replace(_for(job, number, config), engine="ase", way="auto", dtype=None, dispersion=None)
+        try:
+            answer = md(calculator, job.path, one, progress=progress)
+        except (ValueError, RuntimeError, OSError) as error:
+            answers.append(failed(job.said, error))
+            continue
+        answers.append({"structure": job.said, **answer})
+        if answer["stopped"]:
+            break
+    return answers
+
+
+def _on_torchsim(model: Any, found: Sequence[Job], config: MDConfig, progress: bool) -> list[dict[str, Any]]:
+    """Many at once."""
+    from gossamer.potential import Potential
+    from gossamer.potential_file import load
+    from gossamer.simulation.md_batched import ENSEMBLES, md_batched
+    from gossamer.simulation.torchsim import check_axes
+
+    potential = load(model, config.device, config.dtype) if isinstance(model, str | Path) else model
+    if not isinstance(potential, Potential):
+        raise ValueError(f"TorchSim runs potentials, found a calculator ({type(model).__name__}). Choose engine ase.")
+    if config.ensemble not in ENSEMBLES:
+        raise ValueError(f"Engine torchsim runs {' and '.join(ENSEMBLES)}, not {config.ensemble}. Choose one of them, or engine ase.")
+    answers: dict[Path, dict[str, Any]] = {}
+    chosen: list[tuple[Atoms, MDConfig]] = []
+    named: dict[Path, str] = {}
+    for number, job in enumerate(found):
+        one = _for(job, number, config)
+        named[one.out] = job.said
+        try:
+            atoms = as_atoms(job.path, job.frame, config.supercell)
+            potential.check_elements(atoms.numbers)
+            if not np.isfinite(atoms.positions).all():
+                raise ValueError("Positions are not finite.")
+            if atoms.constraints:
+                raise ValueError("Constraints are not known to TorchSim. Choose engine ase, or remove them.")
+            check_axes(atoms)
+            chosen.append((atoms, one))
+        except (ValueError, OSError) as error:
+            answers[one.out] = failed(job.said, error)
+    for out, answer in md_batched(potential, chosen, config, progress):
+        answers[out] = {"structure": named[out], **answer} if isinstance(answer, dict) else failed(named[out], answer)
+    return [answers[out] for out in named if out in answers]
