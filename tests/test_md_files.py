@@ -74,12 +74,12 @@ def test_a_batch_walks_as_one_after_the_other(potential: Potential, files: list[
 
 
 def test_a_thermostat_holds_and_follows_a_ramp(potential: Potential, tmp_path: Path) -> None:
-    ase.io.write(tmp_path / "si.extxyz", [bulk("Si")] * 30)
-    ramp = dict(temperature=1200.0, temperature_end=200.0, thermostat_time=4.0, steps=120, timestep=1.0, interval=4)
+    ase.io.write(tmp_path / "si.extxyz", [bulk("Si")] * 20)
+    ramp = dict(temperature=1200.0, temperature_end=200.0, thermostat_time=4.0, steps=120, timestep=1.0, interval=10)
     answers = run(potential, [str(tmp_path / "si.extxyz")], out=tmp_path / "md", **ramp)
     seen = np.mean([table(Path(a["out"]))[:, 1] for a in answers], axis=0)
-    assert seen[4:12].mean() == pytest.approx(1200 - 1000 * 32 / 120, rel=0.2)
-    assert seen[-6:].mean() == pytest.approx(200 + 1000 * 10 / 120, rel=0.25)
+    assert seen[2:6].mean() == pytest.approx(1200 - 1000 * 35 / 120, rel=0.25)
+    assert seen[-3:].mean() == pytest.approx(200 + 1000 * 10 / 120, rel=0.35)
 
 
 def test_a_resumed_batch_is_the_same(potential: Potential, files: list[str], tmp_path: Path) -> None:
