@@ -22,7 +22,6 @@ import numpy as np
 import torch
 from ase import Atoms, units
 from ase.calculators.lammps import Prism
-from ase.data import chemical_symbols
 from ase.io.lammpsdata import write_lammps_data
 from ase.stress import voigt_6_to_full_3x3_stress
 
@@ -234,42 +233,30 @@ def _torchsim(potential: Potential, frames: Sequence[Atoms], work: Path) -> Run:
 def _openmm(potential: Potential, frames: Sequence[Atoms], work: Path) -> Run:
     """One structure after the other in OpenMM, which has no stress; crystals turned into its reduced cells."""
     import openmm
-    from openmm import app, unit
+    from openmm import unit
+    from openmmml import MLPotential
 
-    from gossamer.simulation.openmm import KJ_PER_MOL, PotentialImpl
+    from gossamer.simulation.openmm import KJ_PER_MOL, from_ase
+    from gossamer.simulation.openmm_factory import PotentialFactory
 
-    implementation = PotentialImpl(potential)
+    MLPotential.registerImplFactory("gossamer", PotentialFactory())  # also where an older installation of ours was found
+    model = MLPotential("gossamer", modelPath=potential)
 
-    def context(k: int, atoms: Atoms) -> tuple[Any, np.ndarray]:
-        topology = app.Topology()
-        residue = topology.addResidue("ALL", topology.addChain())
-        for z in atoms.numbers:
-            topology.addAtom(chemical_symbols[z], app.Element.getByAtomicNumber(int(z)), residue)
-        turn = np.eye(3)
-        if atoms.pbc.any():
-            if not atoms.pbc.all():
-                raise ValueError(f"structure {k} has pbc {atoms.pbc.tolist()}, and OpenMM all axes or none")
-            standard, turn = atoms.cell.standard_form()
-            topology.setPeriodicBoxVectors(app.internal.unitcell.reducePeriodicBoxVectors(standard.array / 10))
-        system = openmm.System()
-        for mass in atoms.get_masses():
-            system.addParticle(mass)
-        if atoms.pbc.all():
-            system.setDefaultPeriodicBoxVectors(*topology.getPeriodicBoxVectors())
-        implementation.addForces(topology, system, None, 0)
-        found = openmm.Context(system, openmm.VerletIntegrator(0.001), openmm.Platform.getPlatformByName("Reference"))
-        found.setPositions(atoms.positions @ turn.T * unit.angstrom)
-        return found, turn
+    def context(atoms: Atoms) -> tuple[Any, np.ndarray]:
+        topology, positions, rotation = from_ase(atoms)
+        found = openmm.Context(model.createSystem(topology), openmm.VerletIntegrator(0.001), openmm.Platform.getPlatformByName("Reference"))
+        found.setPositions(positions)
+        return found, rotation
 
-    contexts = [context(k, atoms) for k, atoms in enumerate(frames)]
+    contexts = [context(atoms) for atoms in frames]
 
     def run() -> Answers:
         found = []
-        for one, turn in contexts:
+        for one, rotation in contexts:
             state = one.getState(getEnergy=True, getForces=True)
             energy = state.getPotentialEnergy().value_in_unit(unit.kilojoule_per_mole) * KJ_PER_MOL
             forces = state.getForces(asNumpy=True).value_in_unit(unit.kilojoule_per_mole / unit.angstrom) * KJ_PER_MOL
-            found.append({"energy": energy, "forces": forces @ turn})
+            found.append({"energy": energy, "forces": forces @ rotation})
         return found
 
     return run

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import numpy as np
 import pytest
 from ase import Atoms, units
-from ase.build import molecule
+from ase.build import bulk, molecule
 from conftest import make_potential
 
 from gossamer.potential import Potential, PotentialConfig
@@ -90,6 +90,26 @@ def test_energy_and_forces_are_those_of_the_calculator(model: Path, box: float |
     assert energy == pytest.approx(wanted, abs=1e-9)
     np.testing.assert_allclose(forces, pull, atol=1e-10)
     assert np.abs(pull).max() > 0.1
+
+
+@pytest.mark.parametrize("handed", [1, -1], ids=["right-handed", "left-handed"])
+def test_crystals_of_ase_are_turned(handed: int) -> None:
+    from gossamer.simulation.openmm import from_ase
+
+    atoms = bulk("Si").repeat((1, 2, 1))
+    atoms.rattle(0.1, seed=1)
+    atoms.set_cell(handed * atoms.cell.array, scale_atoms=True)
+    potential = make_potential(["Si"], name="painn")
+    shape, positions, rotation = from_ase(atoms)
+    system = openmmml.MLPotential("gossamer", modelPath=potential).createSystem(shape)
+    turned = Atoms(atoms.numbers, positions.value_in_unit(unit.angstrom))
+    energy, forces = evaluate(system, turned)
+    atoms.calc = Calculator(potential)
+    assert energy == pytest.approx(atoms.get_potential_energy(), abs=1e-8)
+    np.testing.assert_allclose(forces @ rotation, atoms.get_forces(), atol=1e-8)
+    atoms.pbc = [True, True, False]
+    with pytest.raises(ValueError, match="OpenMM has all axes or none"):
+        from_ase(atoms)
 
 
 def test_a_saved_system_is_the_same(model: Path) -> None:

@@ -162,6 +162,10 @@ def compared(
     record["diffusivity_each"] = each
     if spacing is not None:
         record["diffusivity_reference"], record["diffusivity_reference_error"] = diffusivity(reference, spacing)
+        n = round(len(settled[0]) * interval / spacing)  # the same function of pieces as long as our walks: short ones see more
+        pieces = [reference[k : k + n] for k in range(0, len(reference) - n + 1, max(1, n // 2))]
+        if n >= 20 and len(pieces) > 1:
+            record["diffusivity_reference_of_this_length"] = float(np.mean([diffusivity(piece, spacing)[0] for piece in pieces]))
     return record
 
 

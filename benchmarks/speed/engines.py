@@ -56,19 +56,17 @@ def per_step(run: Callable[[int], object], few: int, many: int) -> float:
 
 def openmm(way: str) -> list[str]:
     import openmm
-    from openmm import app, unit
+    from openmm import unit
     from openmmml import MLPotential
 
+    from gossamer.simulation.openmm import from_ase
+
     atoms, model = water(), potential(["H", "O"])
-    topology = app.Topology()
-    residue = topology.addResidue("ALL", topology.addChain())
-    for z in atoms.numbers:
-        topology.addAtom("X", app.Element.getByAtomicNumber(int(z)), residue)
-    topology.setPeriodicBoxVectors(atoms.cell.array * unit.angstrom)
+    topology, positions, _ = from_ase(atoms)
     system = MLPotential("gossamer", modelPath=model, way=way).createSystem(topology)
     integrator = openmm.LangevinMiddleIntegrator(300, 1 / unit.picosecond, 0.5 * unit.femtosecond)
     context = openmm.Context(system, integrator, openmm.Platform.getPlatformByName("CPU"), {"Threads": "1"})
-    context.setPositions(atoms.positions * unit.angstrom)
+    context.setPositions(positions)
     theirs = per_step(integrator.step, 1, 31)
     atoms.calc = gossamer.Calculator(model, way=way)
     dynamics = LangevinBAOAB(atoms, 0.5 * units.fs, temperature_K=300, T_tau=1000 * units.fs, rng=np.random.default_rng(0))

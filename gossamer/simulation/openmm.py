@@ -23,7 +23,8 @@ from gossamer.simulation.calculator import Calculator
 
 try:
     import openmm
-    from openmm.unit import angstrom
+    from openmm import app
+    from openmm.unit import angstrom, nanometer
     from openmmml.mlpotential import MLPotentialImpl
 except ImportError:
     raise ImportError("OpenMM needs the packages openmm and openmmml: pip install 'gossamer[openmm]'") from None
@@ -155,6 +156,37 @@ class Compute:
         self.calculator.calculate(self.atoms, ["energy", "forces"])
         results = self.calculator.results
         return results["energy"] / KJ_PER_MOL, results["forces"].astype(np.float64) * (10 / KJ_PER_MOL)
+
+
+def from_ase(atoms: Atoms) -> tuple[Any, Any, NDArray[np.float64]]:
+    """OpenMM's topology and positions of ASE's atoms, in one residue; a crystal is turned into OpenMM's reduced box.
+
+    Args:
+        atoms: Periodic along all axes, or none.
+
+    Returns:
+        Topology (masses are its elements'), positions with their unit, and the rotation (3, 3): vectors of ASE @ rotation.T are OpenMM's,
+        those of OpenMM @ rotation ASE's.
+
+    Raises:
+        ValueError: periodicity along some axes only, which OpenMM does not have.
+    """
+    if atoms.pbc.any() and not atoms.pbc.all():
+        raise ValueError(f"pbc is {atoms.pbc.tolist()}, and OpenMM has all axes or none.")
+    topology = app.Topology()
+    residue = topology.addResidue("ALL", topology.addChain())
+    for k, z in enumerate(atoms.numbers):
+        element = app.Element.getByAtomicNumber(int(z))
+        topology.addAtom(f"{element.symbol}{k}", element, residue)
+    rotation = np.eye(3)
+    if atoms.pbc.all():
+        cell, rotation = atoms.cell.standard_form()
+        vectors = cell.array / 10 * np.sign(np.diag(cell.array))[:, None]  # nm; the opposite of a lattice vector is as good
+        box = np.array(app.internal.unitcell.reducePeriodicBoxVectors(vectors).value_in_unit(nanometer))
+        for row, column in ((1, 0), (2, 0), (2, 1)):  # half a vector and rounding is not reduced to OpenMM
+            box[row, column] = np.clip(box[row, column], -box[column, column] / 2, box[column, column] / 2)
+        topology.setPeriodicBoxVectors(box)
+    return topology, atoms.positions @ rotation.T * angstrom, rotation
 
 
 def _again(origin: dict[str, Any] | Calculator, numbers: NDArray[np.int64], periodic: bool) -> Compute:
