@@ -6,10 +6,7 @@ that is absent is None; whether that is an error is decided by the loss that nee
 
 from __future__ import annotations
 
-import math
 import re
-import zipfile
-import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,9 +20,10 @@ from ase.stress import voigt_6_to_full_3x3_stress
 
 from gossamer.data.labels import LabelConfig
 from gossamer.data.lmdb_file import check_lmdb
+from gossamer.data.npz_file import npz_names, read_npz
 from gossamer.data.structure import Structure, label_fields
 from gossamer.data.xyz import xyz_frames
-from gossamer.files import COMPRESSIONS, most_unpacked, open_text
+from gossamer.files import COMPRESSIONS, open_text
 from gossamer.quantities import QUANTITIES
 
 ENERGY_UNITS = {"eV": 1.0, "meV": 1e-3, "Hartree": units.Hartree, "Ry": units.Rydberg, "kcal/mol": units.kcal / units.mol,
@@ -67,8 +65,8 @@ def read_structures(path: Path | str | Sequence[Path | str], labels: LabelConfig
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"There is no data file '{path}'.")
-    structures = _named_errors(path, _reader(path)(path, labels))
-    yield from (structure.validate() for structure in structures)
+    structures = _reader(path)(path, labels)
+    yield from _named_errors(path, (structure.validate() for structure in structures))
 
 
 def _named_errors(path: Path, structures: Iterator[Structure]) -> Iterator[Structure]:
@@ -309,32 +307,18 @@ def _read_npz(path: Path, labels: LabelConfig) -> Iterator[Structure]:
 
 
 def _npz_arrays(path: Path) -> dict[str, np.ndarray]:
-    """The four arrays of an npz file in one of the known layouts, after a look at their sizes.
+    """The four arrays of an npz file in one of the known layouts.
 
     Raises:
-        ValueError: not an npz file, another layout, sizes that do not fit the file, or far more data than a file of this size can mean.
+        ValueError: another layout, or as `read_npz`.
     """
-    try:
-        with zipfile.ZipFile(path) as archive:
-            sizes = {info.filename.removesuffix(".npy"): info.file_size for info in archive.infolist()}
-            layout = next((v for v in NPZ_LAYOUTS.values() if set(v.values()) <= sizes.keys()), None)
-            if layout is None:
-                expected = "; ".join(f"{name}: {', '.join(v.values())}" for name, v in NPZ_LAYOUTS.items())
-                raise ValueError(f"'{path}' holds {', '.join(sorted(sizes))}, which is neither layout known ({expected}).")
-            unpacked, packed = sum(sizes[key] for key in layout.values()), path.stat().st_size
-            if unpacked > most_unpacked(packed):
-                raise ValueError(f"'{path}' has {packed:.2g} bytes and unpacks to {unpacked:.2g}: real data does not shrink so. Refused.")
-            for key in layout.values():
-                with archive.open(f"{key}.npy") as file:
-                    version = np.lib.format.read_magic(file)
-                    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-                    shape, _, dtype = read(file)
-                    if math.prod(shape) * dtype.itemsize != sizes[key] - file.tell():
-                        raise ValueError(f"'{path}': the array {key} says it has shape {shape}, which does not fit its size.")
-        with np.load(path, allow_pickle=False) as data:
-            return {name: data[key] for name, key in layout.items()}
-    except (zipfile.BadZipFile, zlib.error, OSError, EOFError, KeyError, NotImplementedError) as error:
-        raise ValueError(f"'{path}' is not a readable npz file ({error}). It may be truncated: copy it again.") from None
+    names = npz_names(path)
+    layout = next((v for v in NPZ_LAYOUTS.values() if set(v.values()) <= set(names)), None)
+    if layout is None:
+        expected = "; ".join(f"{name}: {', '.join(v.values())}" for name, v in NPZ_LAYOUTS.items())
+        raise ValueError(f"'{path}' holds {', '.join(sorted(names))}, which is neither layout known ({expected}).")
+    arrays = read_npz(path, layout.values())
+    return {name: arrays[key] for name, key in layout.items()}
 
 
 def _read_mptrj(path: Path, labels: LabelConfig) -> Iterator[Structure]:

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import math
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, overload
 
 import numpy as np
 
 from gossamer.data.structure import Structure, label_fields
+from gossamer.files import locked, sync, write_json
 from gossamer.quantities import OWN, QUANTITIES, Quantity
 
 PER_ATOM: dict[str, tuple[Any, tuple[int, ...]]] = {
@@ -25,6 +30,9 @@ PER_FRAME: dict[str, tuple[Any, tuple[int, ...]]] = {
     "n_atoms": (np.int64, ()),
     "group": (np.dtype("S48"), ()),
 }
+CHECKSUMS = "checksums"
+"""of the frames, one CRC-32 each: a frame is read only as it was written. The first stores (format 1) have none"""
+FORMAT = 2
 
 
 def _kinds(quantities: Iterable[Quantity]) -> dict[str, tuple[Any, tuple[int, ...]]]:
@@ -36,17 +44,33 @@ def write_store(structures: Iterable[Structure], path: Path | str) -> int:
 
     Raises:
         FileExistsError: the target exists.
+        RuntimeError: another process is writing it.
     """
     path = Path(path)
     if path.exists():
         raise FileExistsError(f"'{path}' exists. Choose another name, or remove it first.")
     partial = path.with_name(f".{path.name}.part")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    with locked(path.parent, path.name):
+        shutil.rmtree(partial, ignore_errors=True)  # what a killed process left
+        partial.mkdir(parents=True)
+        try:
+            count = _write(structures, partial)
+            sync(partial)
+            if path.exists():
+                raise FileExistsError(f"'{path}' was made meanwhile. Choose another name, or remove it first.")
+            os.replace(partial, path)
+            sync(path.parent)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+    return count
+
+
+def _write(structures: Iterable[Structure], folder: Path) -> int:
+    """The arrays, and then the file that makes them a store."""
     kinds = PER_ATOM | PER_FRAME | _kinds(QUANTITIES.values())
-    files = {name: open(partial / f"{name}.bin", "wb") for name in kinds}  # noqa: SIM115
     count = 0
-    try:
+    with ExitStack() as stack:
+        files = {name: stack.enter_context(open(folder / f"{name}.bin", "wb")) for name in [*kinds, CHECKSUMS]}
         for s in structures:
             values: dict[str, Any] = {
                 "atomic_numbers": s.atomic_numbers,
@@ -55,22 +79,24 @@ def write_store(structures: Iterable[Structure], path: Path | str) -> int:
                 "cell": s.cell,
                 "pbc": s.pbc,
                 "n_atoms": s.n_atoms,
-                "group": (s.group or "").encode()[:48],
+                "group": (s.group or "").encode()[:48].decode(errors="ignore").encode(),  # no half of a letter
                 **{name: s.labels.get(name, np.full(q.full_shape(s.n_atoms), np.nan)) for name, q in QUANTITIES.items()},
             }
-            for name, value in values.items():
-                dtype, _ = kinds[name]
-                files[name].write(np.ascontiguousarray(value, dtype=dtype).tobytes())
+            rows = {name: np.ascontiguousarray(values[name], dtype=kind).tobytes() for name, (kind, _) in kinds.items()}
+            for name, row in rows.items():
+                files[name].write(row)
+            files[CHECKSUMS].write(np.uint32(_checksum(rows)).tobytes())
             count += 1
         for file in files.values():
             file.flush()
             os.fsync(file.fileno())
-    finally:
-        for file in files.values():
-            file.close()
-    (partial / "store.json").write_text(json.dumps({"format": 1, "n_structures": count, "quantities": list(QUANTITIES)}))
-    os.replace(partial, path)
+    write_json(folder / "store.json", {"format": FORMAT, "n_structures": count, "quantities": list(QUANTITIES)})
     return count
+
+
+def _checksum(rows: Mapping[str, bytes]) -> int:
+    """CRC-32 of all that is stored of a frame."""
+    return functools.reduce(lambda crc, name: zlib.crc32(rows[name], crc), sorted(rows), 0)
 
 
 class Store(Sequence[Structure]):
@@ -81,23 +107,40 @@ class Store(Sequence[Structure]):
         try:
             content = json.loads((self.path / "store.json").read_text())
             count, labels = content["n_structures"], content.get("quantities", OWN)  # the first stores did not list them
-        except (OSError, ValueError, KeyError, AttributeError) as error:
+            form = content["format"]
+            if not (
+                type(count) is int and 0 <= count < 1 << 48 and form in range(1, FORMAT + 1) and all(type(name) is str for name in labels)
+            ):
+                raise ValueError(f"{count!r} structures, format {form!r}, of which up to {FORMAT} are known")
+        except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
             raise ValueError(f"'{path}' is not a complete store ({error}). Convert the data again.") from None
         known = [q for name, q in QUANTITIES.items() if name in labels]
+        unknown = sorted(set(labels) - set(QUANTITIES))
+        if unknown:
+            raise ValueError(
+                f"'{path}' holds {', '.join(unknown)}, which this gossamer does not know. Update gossamer, or convert the data again."
+            )
         per_frame = PER_FRAME | _kinds(q for q in known if q.per == "structure")
         self._frames = {name: self._map(name, kind, count) for name, kind in per_frame.items()}
+        if count and self._frames["n_atoms"].min() < 1:
+            raise self._damaged("a frame without atoms")
         self._ends = np.cumsum(self._frames["n_atoms"])
         total = int(self._ends[-1]) if count else 0
+        checked = form > 1 or (self.path / f"{CHECKSUMS}.bin").exists()
+        self._checksums = self._map(CHECKSUMS, (np.uint32, ()), count) if checked else None
         per_atom = PER_ATOM | _kinds(q for q in known if q.per == "atom")
         self._atoms = {name: self._map(name, kind, total) for name, kind in per_atom.items()}
 
     def _map(self, name: str, kind: tuple[Any, tuple[int, ...]], rows: int) -> np.ndarray:
         dtype, shape = kind
         file = self.path / f"{name}.bin"
-        expected = rows * np.dtype(dtype).itemsize * int(np.prod(shape))
-        if file.stat().st_size != expected:
-            raise ValueError(f"'{file}' has {file.stat().st_size} bytes, expected {expected}. The store is damaged: convert again.")
+        expected, size = rows * np.dtype(dtype).itemsize * math.prod(shape), file.stat().st_size if file.exists() else 0
+        if size != expected:
+            raise self._damaged(f"'{file.name}' has {size} bytes, expected {expected}")
         return np.memmap(file, dtype=dtype, mode="r", shape=(rows, *shape)) if rows else np.zeros((0, *shape), dtype)
+
+    def _damaged(self, what: str) -> ValueError:
+        return ValueError(f"The store '{self.path}' is damaged ({what}): convert the data again, or copy the store again.")
 
     def __len__(self) -> int:
         return len(self._ends)
@@ -116,7 +159,12 @@ class Store(Sequence[Structure]):
         rows = slice(end - int(self._frames["n_atoms"][index]), end)
         frame = {name: np.array(values[index]) for name, values in self._frames.items()}
         atom = {name: np.array(values[rows]) for name, values in self._atoms.items()}
-        group = bytes(frame["group"].item()).decode()
+        if self._checksums is not None:
+            one = slice(index, index + 1)
+            stored = {name: v[one].tobytes() for name, v in self._frames.items()} | {name: v.tobytes() for name, v in atom.items()}
+            if _checksum(stored) != self._checksums[index]:
+                raise self._damaged(f"frame {index} has another checksum than when it was written")
+        group = bytes(frame["group"].item()).decode(errors="replace")
         labels: dict[str, Any] = {name: value for name, value in (frame | atom).items() if name in QUANTITIES and not np.isnan(value).any()}
         if "energy" in labels:
             labels["energy"] = float(labels["energy"])

@@ -6,8 +6,6 @@ import csv
 import json
 import logging
 import time
-import zipfile
-import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,13 +25,14 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from gossamer.data.atoms import as_atoms
+from gossamer.data.npz_file import read_npz
 from gossamer.files import atomic_path, locked
 from gossamer.neighbors import neighbor_list
 from gossamer.settings import configured
 from gossamer.signals import StopRequested
 from gossamer.simulation.dispersion import with_dispersion
 from gossamer.simulation.options import MDConfig, Way
-from gossamer.simulation.state import numbers_of, put_back
+from gossamer.simulation.state import cut_trajectory, damaged_advice, numbers_of, put_back, put_back_atoms
 from gossamer.simulation.uncertain import UncertainError, Watch
 
 log = logging.getLogger(__name__)
@@ -239,7 +238,7 @@ def _prepare(model: Any, structure: Atoms | Path | str, config: MDConfig) -> _Ru
     stored = read_state(state_file, before, settings, atoms) if before is not None else None
     dynamics = _integrator(atoms, config, rng)
     if stored is not None:
-        _restore(dynamics, atoms, stored)
+        _restore(dynamics, atoms, stored, state_file)
     recorder = Recorder(config, atoms, dynamics, settings, guard, resumed)
     dynamics.attach(recorder, interval=config.interval)
     return _Run(atoms, dynamics, recorder)
@@ -345,21 +344,22 @@ def _set_temperature(dynamics: Any, config: MDConfig, temperature: float) -> Non
 # --- exact restart: every number the integrator holds, and the state of its random generator ---------------------
 
 
-def _restore(dynamics: Any, atoms: Atoms, stored: dict[str, Any]) -> None:
-    atoms.set_cell(stored["cell"])
-    atoms.set_positions(stored["positions"])
-    atoms.set_momenta(stored["momenta"])
-    put_back(dynamics, {k.removeprefix("integrator."): v for k, v in stored.items() if k.startswith("integrator.")})
-    if isinstance(dynamics, LangevinBAOAB):
-        dynamics.rng.bit_generator.state = json.loads(str(stored["rng"]))
+def _restore(dynamics: Any, atoms: Atoms, stored: dict[str, Any], path: Path) -> None:
+    try:
+        put_back_atoms(atoms, stored)
+        put_back(dynamics, {k.removeprefix("integrator."): v for k, v in stored.items() if k.startswith("integrator.")})
+        if isinstance(dynamics, LangevinBAOAB):
+            dynamics.rng.bit_generator.state = json.loads(str(stored["rng"]))
+    except (KeyError, ValueError, TypeError, AttributeError, OverflowError) as error:
+        raise ValueError(f"'{path}' does not hold the state of this simulation ({type(error).__name__}: {error}). "
+                         "Start again in another folder (--out).") from None  # fmt: skip
 
 
 def stored_settings(path: Path) -> dict[str, Any]:
     """Settings of the run that wrote a state, those of older versions in today's words."""
     try:
-        with np.load(path, allow_pickle=False) as data:
-            settings = dict(json.loads(str(data["settings"])))
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile, zlib.error) as error:
+        settings = dict(json.loads(str(read_npz(path, ["settings"])["settings"])))
+    except (ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"'{path}' cannot be read ({error}). Start again in another folder (--out).") from None
     if "way" not in settings:  # until 0.1.0: the words of today, and before kernels a yes or no
         compiled = settings.pop("compiled", False)
@@ -369,15 +369,14 @@ def stored_settings(path: Path) -> dict[str, Any]:
 
 def read_state(path: Path, before: dict[str, Any], settings: dict[str, Any], atoms: Atoms) -> dict[str, Any]:
     """Arrays of a stored run that had the same settings and atoms."""
-    with np.load(path, allow_pickle=False) as data:
-        stored = {k: data[k] for k in data.files}
-    changed = sorted(k for k in settings if before[k] != settings[k] and k != "way")
+    stored = read_npz(path)
+    changed = sorted(k for k in settings if before.get(k) != settings[k] and k != "way")
     if changed:
         raise ValueError(
-            f"'{path}' was made with other settings: {', '.join(f'{k} {before[k]} (now {settings[k]})' for k in changed)}. "
+            f"'{path}' was made with other settings: {', '.join(f'{k} {before.get(k)} (now {settings[k]})' for k in changed)}. "
             "Resume with the same ones, or start in another folder (--out)."
         )
-    if not np.array_equal(stored["numbers"], atoms.numbers):
+    if not np.array_equal(stored.get("numbers", ()), atoms.numbers):
         raise ValueError(f"'{path}' belongs to other atoms than this structure. Resume with the same structure, or use another folder.")
     if before["way"] != settings["way"]:
         log.warning(
@@ -490,12 +489,21 @@ class Recorder:
 
 
 def _cut_back(trajectory: Path, table: Path, kept: int) -> list[list[str]]:
-    """Drop the frames and the rows of the log after the first ``kept``; returns the rows that stay."""
-    with open(table, newline="") as file:
-        rows = [row + ["nan"] * (len(COLUMNS) - len(row)) for row in list(csv.reader(file))[1 : kept + 1]]  # older logs have fewer columns
-    with Trajectory(trajectory) as reader:
-        frames = [reader[k] for k in range(min(kept, len(reader)))]
-    with atomic_path(trajectory) as temporary, Trajectory(temporary, "w") as writer:
-        for frame in frames:
-            writer.write(frame)
+    """Drop the frames and the rows of the log after the first ``kept``; returns the rows that stay.
+
+    Raises:
+        ValueError: one of the two cannot be read.
+    """
+    try:
+        with open(table, newline="") as file:
+            rows = [
+                row + ["nan"] * (len(COLUMNS) - len(row)) for row in list(csv.reader(file))[1 : kept + 1]
+            ]  # older logs have fewer columns
+        [[float(value) for value in row] for row in rows]
+    except (ValueError, csv.Error) as error:
+        raise ValueError(f"'{table}' cannot be read ({error}). {damaged_advice(table)}") from None
+    frames = cut_trajectory(trajectory, kept)
+    for path, found in ((table, len(rows)), (trajectory, frames)):
+        if found < kept:
+            log.warning("'%s' holds %d of the %d frames until here: the others were lost", path, found, kept)
     return rows

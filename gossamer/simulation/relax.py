@@ -19,6 +19,7 @@ from ase.io.trajectory import Trajectory
 from ase.optimize import FIRE, LBFGS
 
 from gossamer.data.atoms import as_atoms
+from gossamer.data.npz_file import read_npz
 from gossamer.files import atomic_path, locked
 from gossamer.potential import Potential
 from gossamer.potential_file import load
@@ -27,7 +28,7 @@ from gossamer.signals import StopRequested
 from gossamer.simulation.md import as_calculator, has_direct_forces
 from gossamer.simulation.options import RelaxConfig
 from gossamer.simulation.several import Job, failed, jobs
-from gossamer.simulation.state import numbers_of, put_back
+from gossamer.simulation.state import cut_trajectory, numbers_of, put_back, put_back_atoms
 
 log = logging.getLogger(__name__)
 OPTIMIZERS = {"fire": FIRE, "lbfgs": LBFGS}
@@ -188,8 +189,7 @@ def _relax_to_disk(atoms: Atoms, config: RelaxConfig, out: Path) -> tuple[bool, 
     path, memory = out.with_suffix(".traj"), out.with_suffix(".state.npz")
     kind = [config.optimizer, str(config.cell), *([] if config.dispersion is None else [config.dispersion])]
     algorithm = _algorithm(atoms, config)  # from the original cell also when resuming: the filter measures strain from there
-    stored = _go_back(atoms, path, memory, kind) if config.resume else {}
-    put_back(algorithm, stored)
+    stored = _go_back(atoms, path, memory, kind, algorithm) if config.resume else {}
     with Trajectory(path, "a" if config.resume else "w", atoms) as trajectory:
 
         def record() -> None:
@@ -238,18 +238,26 @@ def _bare(atoms: Atoms) -> Atoms:
     return bare
 
 
-def _go_back(atoms: Atoms, path: Path, memory: Path, kind: list[str]) -> dict[str, Any]:
-    """Put the atoms where a relaxation left them; returns the optimiser's numbers."""
+def _go_back(atoms: Atoms, path: Path, memory: Path, kind: list[str], algorithm: Any) -> dict[str, Any]:
+    """Put atoms and optimiser where a relaxation left them, and its path back to there; returns the optimiser's numbers."""
     if not (path.exists() and memory.exists()):
         raise ValueError(f"There is nothing to resume: '{memory}' does not exist. Start without --resume.")
-    with np.load(memory, allow_pickle=False) as data:
-        stored = {k: data[k] for k in data.files}
-    if not np.array_equal(stored["numbers"], atoms.numbers):
+    stored = read_npz(memory)
+    if not np.array_equal(stored.get("numbers", ()), atoms.numbers):
         raise ValueError(f"'{memory}' belongs to other atoms than this structure. Resume with the same structure, or choose another --out.")
-    if stored["kind"].tolist() != kind:
+    if np.ravel(stored.get("kind", ())).tolist() != kind:
         raise ValueError(
-            f"'{memory}' was made with optimizer, cell and dispersion {stored['kind'].tolist()}, now {kind}. Resume with the same options."
+            f"'{memory}' was made with optimizer, cell and dispersion {np.ravel(stored.get('kind', ())).tolist()}, now {kind}. "
+            "Resume with the same options."
         )
-    atoms.set_cell(stored["cell"])
-    atoms.set_positions(stored["positions"])
-    return {k.removeprefix("optimizer."): v for k, v in stored.items() if k.startswith("optimizer.")}
+    numbers = {k.removeprefix("optimizer."): v for k, v in stored.items() if k.startswith("optimizer.")}
+    try:
+        put_back_atoms(atoms, stored)
+        put_back(algorithm, numbers)
+        steps = int(numbers["nsteps"])
+    except (KeyError, ValueError, TypeError, AttributeError, OverflowError) as error:
+        raise ValueError(
+            f"'{memory}' does not hold the state of this relaxation ({type(error).__name__}: {error}). Start without --resume."
+        ) from None
+    cut_trajectory(path, steps + 1)
+    return numbers

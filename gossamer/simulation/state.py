@@ -1,11 +1,17 @@
-"""Every number that one of ASE's integrators or optimisers holds, so that it can go on exactly where it stopped."""
+"""Every number that one of ASE's integrators or optimisers holds, so that it can go on exactly where it stopped; and its path so far."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+from ase import Atoms
+from ase.io.trajectory import Trajectory
 from numpy.typing import NDArray
+
+from gossamer.files import atomic_path
 
 OWNED = ("_thermostat", "_barostat", "state")
 
@@ -23,17 +29,64 @@ def numbers_of(value: Any, prefix: str = "") -> dict[str, NDArray[Any]]:
     return found
 
 
-def put_back(target: Any, numbers: dict[str, NDArray[Any]]) -> None:
-    """Set what ``numbers_of`` found, in the types that are there (lists stay lists)."""
+def put_back(target: Any, numbers: Mapping[str, NDArray[Any]]) -> None:
+    """Set what ``numbers_of`` found, in the types that are there (lists stay lists).
+
+    Raises:
+        ValueError: a number that the target has not, or of another kind.
+    """
     for key, value in numbers.items():
         owner = target
         *owners, name = key.split(".")
         for step in owners:
-            owner = getattr(owner, step)
-        old = getattr(owner, name)
+            owner = vars(owner).get(step)
+        if owner is None or name not in vars(owner) or value.dtype.kind not in "biuf":
+            raise ValueError(f"'{key}' is no number of a {type(target).__name__}")
+        old = vars(owner)[name]
         if isinstance(old, list):
             setattr(owner, name, list(value))
         elif isinstance(old, bool | int | float) and not isinstance(old, np.generic):
             setattr(owner, name, type(old)(value))
         else:
             setattr(owner, name, value.copy() if value.ndim else value[()])
+
+
+def put_back_atoms(atoms: Atoms, stored: Mapping[str, NDArray[Any]]) -> None:
+    """Positions and cell, and momenta where there are some.
+
+    Raises:
+        KeyError, ValueError: they are not there, or are none of so many atoms.
+    """
+    shape = (len(atoms), 3)
+    for name, expected in (("positions", shape), ("cell", (3, 3)), *([("momenta", shape)] if "momenta" in stored else [])):
+        if stored[name].shape != expected or stored[name].dtype.kind != "f" or not np.isfinite(stored[name]).all():
+            raise ValueError(f"{name} are not {list(expected)} finite numbers")
+    atoms.set_cell(stored["cell"])
+    atoms.set_positions(stored["positions"])
+    if "momenta" in stored:
+        atoms.set_momenta(stored["momenta"])
+
+
+def cut_trajectory(path: Path, kept: int) -> int:
+    """Drop the frames after the first ``kept``, and what a killed process left of a frame; returns how many there are.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
+    try:
+        with Trajectory(path) as reader:
+            frames = [reader[k] for k in range(min(kept, len(reader)))]
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # ASE's parser raises whatever it meets
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise ValueError(f"'{path}' cannot be read ({reason}). {damaged_advice(path)}") from None
+    with atomic_path(path) as temporary, Trajectory(temporary, "w") as writer:
+        for frame in frames:
+            writer.write(frame)
+    return len(frames)
+
+
+def damaged_advice(path: Path) -> str:
+    """What to do where the path so far is lost, and the state is not."""
+    return f"It may be damaged: repair it, or start again elsewhere (--out) from the last frame of '{path.parent}' that can be read."
