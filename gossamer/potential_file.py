@@ -92,6 +92,7 @@ def save(
         manifest["uncertainty"] = {"version": UNCERTAINTY, "known": list(potential.uncertainty.known), **potential.uncertainty.record}
     if potential.imported is not None:
         manifest["imported"] = potential.imported
+    manifest["kinds"] = _kinds(tensors)
     manifest["checksum"] = _checksum(tensors, manifest)
     write_bytes(path, safetensors.torch.save(tensors, {"gossamer": json.dumps(manifest)}))
 
@@ -154,7 +155,8 @@ def load(path: Path | str, device: str | torch.device = "cpu", dtype: str | torc
     """
     path = Path(path)
     manifest, tensors = _open(path)
-    if _checksum(tensors, manifest) != manifest.get("checksum"):
+    altered = "kinds" in manifest and manifest["kinds"] != _kinds(tensors)  # files of older versions do not say
+    if altered or _checksum(tensors, manifest) != manifest.get("checksum"):
         raise ValueError(f"'{path}' was altered after it was saved (its checksum does not match). Use another copy.")
     _check_sizes(manifest["model"], tensors, path)
     model: Any = build(MODELS[manifest["model"]["name"]][0], manifest["model"], "model")
@@ -277,6 +279,11 @@ def _stored(tensors: Mapping[str, Tensor], k: int) -> Structure:
 
 def _stored_prediction(tensors: Mapping[str, Tensor], k: int) -> dict[str, Any]:
     return {name: tensors[f"check.{k}.{name}"].numpy() for name in QUANTITIES if f"check.{k}.{name}" in tensors}
+
+
+def _kinds(tensors: Mapping[str, Tensor]) -> str:
+    """sha256 over names, kinds and shapes of the tensors: the header of the file says them, and other ones would read the same bytes."""
+    return hashlib.sha256(repr([(name, str(t.dtype), list(t.shape)) for name, t in sorted(tensors.items())]).encode()).hexdigest()
 
 
 def _checksum(tensors: Mapping[str, Tensor], manifest: Mapping[str, Any]) -> str:

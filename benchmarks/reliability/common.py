@@ -27,8 +27,8 @@ from gossamer.machine import machine, versions
 FINDING = "FINDING"
 Case = Callable[[int], str]
 """number of a case -> "target: what came of it"; with FINDING in it where that is a fault"""
-SECONDS, MEMORY = 60.0, 3 << 30
-"""of a case, at most: wall-clock time, and bytes of address space on top of what the process has when it begins"""
+SECONDS, MEMORY, RESIDENT = 120.0, 3 << 30, 1 << 30
+"""of a case, at most: wall-clock time, bytes of address space on top of what the process has when it begins, and bytes really used"""
 
 
 def random_of(seed: int, k: int) -> np.random.Generator:
@@ -134,11 +134,22 @@ def _child(case: Case, numbers: range, write: int) -> None:
         pages = int(Path("/proc/self/statm").read_text().split()[0])
         limit = pages * resource.getpagesize() + MEMORY
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # where libraries tell of what they could not close
+        largest = _resident()
         for k in numbers:
-            os.write(write, json.dumps(attempt(case, k)).encode() + b"\n")
+            before, found = largest, attempt(case, k)
+            largest = max(largest, _resident())
+            if largest - before > RESIDENT and FINDING not in found:
+                found = f"{found.split(':')[0]}: {FINDING} {(largest - before) / 1e9:.1f} GB were used"
+            os.write(write, json.dumps(found).encode() + b"\n")
         status = 0
     finally:
         os._exit(status)
+
+
+def _resident() -> int:
+    """Bytes of memory that the process had at most."""
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 # --- mutations --------------------------------------------------------------------------------------------------------

@@ -159,7 +159,7 @@ def checkpoint_file(path: Path) -> Path:
 def config_files(folder: Path) -> dict[str, Path]:
     """The recipes, and a configuration with every setting."""
     folder.mkdir(parents=True)
-    for path in sorted((ROOT / "recipes").glob("*.yaml")):
+    for path in sorted((ROOT / "recipes").glob("*.yaml"))[::5]:
         (folder / path.name).write_bytes(path.read_bytes())
     full = make_config({"data": {"train": "a.extxyz"}, "model": {"name": "nequip", "pair_cutoffs": {"H": 2.5, "C": {"O": 3.0}}}})
     save_config(full, folder / "full.yaml")

@@ -12,6 +12,7 @@ import json
 import logging
 import platform
 import time
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -50,10 +51,11 @@ class Program:
         """
         self.path, self.names, self.batch = path, names_of(potential), batch
         try:
+            _sound(path)
             # what torch._inductor.aoti_load_package wraps; importing that module takes seconds
             self._program = torch._C._aoti.AOTIModelPackageLoader(str(path), "model", False, 1, -1)  # type: ignore[attr-defined]
             found = json.loads(self._program.get_metadata()["gossamer"])
-        except (RuntimeError, KeyError, ValueError, OSError) as error:
+        except (RuntimeError, KeyError, ValueError, TypeError, OSError) as error:
             text = " ".join(str(error).split())[:200]
             raise ValueError(f"'{path}' is not a compiled potential ({text}). Make it again with gossamer export.") from None
         expected = identity(potential, batch)
@@ -75,6 +77,17 @@ class Program:
         out = self._program.run([getattr(graph, f).contiguous() for f in FIELDS])
         values: dict[str, Any] = {"forces": None, "stress": None, **dict(zip(self.names, out, strict=True))}
         return Prediction(**values)
+
+
+def _sound(path: Path) -> None:
+    """Raise ValueError for an archive whose checksums are wrong: PyTorch looks at none, and damaged machine code ends the process."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            wrong = archive.testzip()
+    except Exception as error:  # whatever is damaged first
+        raise ValueError(f"no sound archive: {type(error).__name__}: {error}") from None
+    if wrong is not None:
+        raise ValueError(f"'{wrong}' in it was damaged or altered")
 
 
 def fits(graph: Graph) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
@@ -119,11 +119,28 @@ def read_potential(tree: Tree, options: ImportOptions) -> tuple[str, Potential]:
     """
     for name, known in SOURCES.items():
         source = import_module(f"gossamer.imports.{name}")
-        if source.recognises(tree):
+        if _of_source(tree, source.recognises, tree):
             strange = [k for k in options.given if k not in known]
             if strange:
                 raise ValueError(f"--given {strange[0]}: '{tree.path}' needs {', '.join(known) or 'nothing to be given'}.")
-            return name, source.potential(tree, options)
+            return name, _of_source(tree, source.potential, tree, options)
     packages = ", ".join(import_module(f"gossamer.imports.{name}").PACKAGE for name in SOURCES)
     inside = ", ".join(tree.members[:8]) or repr(tree.head[:24])
     raise ValueError(f"'{tree.path}' is of no kind that is known ({packages}). It holds {inside}.")
+
+
+def _of_source(tree: Tree, function: Callable[..., Any], *arguments: Any) -> Any:
+    """What a source says of a file; where something that it counts on is not there, or is no tensor, the file is damaged or strange."""
+    try:
+        return function(*arguments)
+    except (ImportError, OSError):
+        raise
+    except Exception as error:
+        if type(error) is ValueError and str(tree.path) in str(error):
+            raise
+        if type(error) is ValueError:
+            raise ValueError(f"'{tree.path}': {error}") from None
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise ValueError(
+            f"'{tree.path}' is damaged, or of a kind that this gossamer does not know ({reason}). Use another copy."
+        ) from error

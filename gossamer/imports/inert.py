@@ -586,6 +586,7 @@ def _damaged(path: Path) -> Iterator[None]:
         EOFError,
         OverflowError,
         RuntimeError,
+        UnicodeDecodeError,
         struct.error,
         zlib.error,
     ) as error:

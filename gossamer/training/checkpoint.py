@@ -40,11 +40,15 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         with safetensors.safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118 - not a dict
+        if metadata.keys() - {"state", "checksum"}:
+            raise ValueError(f"it holds {', '.join(sorted(metadata))}, expected state and checksum")
         # those of older versions have no checksum
         if metadata.get("checksum", "") not in ("", _checksum(tensors, metadata["state"])):
             raise ValueError("it was altered after it was written: its checksum does not match")
         state = json.loads(metadata["state"])
-    except (safetensors.SafetensorError, OSError, KeyError, ValueError) as error:
+        if not isinstance(state, dict) or type(state.get("format")) is not int:
+            raise ValueError("it does not say its format")
+    except (safetensors.SafetensorError, OSError, KeyError, ValueError, RecursionError) as error:
         raise ValueError(f"The checkpoint '{path}' cannot be read ({error}). {_advice(path)}") from None
     if state["format"] > FORMAT:
         raise ValueError(f"The checkpoint '{path}' has format {state['format']}; this version reads up to {FORMAT}. Update gossamer.")
