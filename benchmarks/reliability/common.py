@@ -27,8 +27,9 @@ from gossamer.machine import machine, versions
 FINDING = "FINDING"
 Case = Callable[[int], str]
 """number of a case -> "target: what came of it"; with FINDING in it where that is a fault"""
-SECONDS, MEMORY, RESIDENT = 120.0, 3 << 30, 1 << 30
-"""of a case, at most: wall-clock time, bytes of address space on top of what the process has when it begins, and bytes really used"""
+SECONDS, MEMORY, RESIDENT = 60.0, 3 << 30, 1 << 30
+"""of a case, at most: CPU time (and 30 times that by the clock), bytes of address space on top of what the process has when it begins, and
+bytes really used"""
 
 
 def random_of(seed: int, k: int) -> np.random.Generator:
@@ -100,9 +101,11 @@ def isolated(case: Case, numbers: range) -> Iterator[tuple[int, str]]:
         try:
             buffer = b""
             while k < numbers.stop:
+                clock, used = time.monotonic(), _cpu_seconds(child)
                 while b"\n" not in buffer:
-                    if not select.select([read], [], [], SECONDS)[0]:
-                        raise TimeoutError
+                    while not select.select([read], [], [], 5)[0]:
+                        if _cpu_seconds(child) - used > SECONDS or time.monotonic() - clock > 30 * SECONDS:
+                            raise TimeoutError
                     more = os.read(read, 1 << 16)
                     if not more:
                         raise EOFError
@@ -111,7 +114,7 @@ def isolated(case: Case, numbers: range) -> Iterator[tuple[int, str]]:
                 yield k, json.loads(line)
                 k += 1
         except TimeoutError:
-            yield k, f"{FINDING} no answer in {SECONDS:.0f} s"
+            yield k, f"{FINDING} no answer in {SECONDS:.0f} s of CPU time"
             k += 1
         except EOFError:
             status = os.waitpid(child, 0)[1]
@@ -123,6 +126,12 @@ def isolated(case: Case, numbers: range) -> Iterator[tuple[int, str]]:
             if child:
                 os.kill(child, signal.SIGKILL)
                 os.waitpid(child, 0)
+
+
+def _cpu_seconds(process: int) -> float:
+    """CPU time of a process so far."""
+    fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def _child(case: Case, numbers: range, write: int) -> None:

@@ -75,8 +75,8 @@ def digest(value: Any) -> str:
     return found.hexdigest()
 
 
-def targets(folder: Path, everything: bool) -> list[Target]:
-    """All of them, written into the folder; with ``everything`` also the package for LAMMPS, whose plugin takes minutes to build."""
+def targets(folder: Path, machine: bool, package: bool) -> list[Target]:
+    """All of them, written into the folder; kernels and programs, and the package for LAMMPS, take minutes to build."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     data = samples.data_files(folder / "data")
@@ -93,9 +93,8 @@ def targets(folder: Path, everything: bool) -> list[Target]:
         Target("state relaxation", state["relaxed.extxyz"].parent, relax_on, 3, "relaxed.state.npz"),
         Target("import", foreign["plain.pt"], archive, 3),
         Target("import nequip", foreign["nequip.ckpt"], archive, 3),
-        *machine_code(folder / "code"),
     ]
-    return found + ([lammps(folder / "lammps")] if everything else [])
+    return [*found, *(machine_code(folder / "code") if machine else []), *([lammps(folder / "lammps")] if package else [])]
 
 
 # --- what is read -----------------------------------------------------------------------------------------------------
@@ -228,9 +227,9 @@ def lammps(folder: Path) -> Target:
 # --- cases ------------------------------------------------------------------------------------------------------------
 
 
-def make_case(seed: int, folder: Path, only: str = "", everything: bool = False) -> Case:
+def make_case(seed: int, folder: Path, only: str = "", machine: bool = True, package: bool = False) -> Case:
     """Case k of this seed, in a folder to work in."""
-    every = [t for t in targets(folder / "inputs", everything) if only in t.name]
+    every = [t for t in targets(folder / "inputs", machine, package) if only in t.name]
     chances = np.repeat(np.arange(len(every)), [t.weight for t in every])
     sound = {t.name: digest(t.read(copied(t, folder / "work"))) for t in every}
     again = {t.name: digest(t.read(copied(t, folder / "work"))) for t in every}
@@ -281,6 +280,6 @@ def outcome(target: Target, path: Path, sound: str, chosen: Path) -> str:
 def run(count: int, seed: int, minutes: float, out: Path, only: str = "") -> dict[str, Any]:
     """Damage so many files; see the module."""
     os.environ["GOSSAMER_CACHE"] = str(out / "cache")
-    everything = count >= 1000 or only == "package"
-    settings = {"everything": everything, **({"only": only} if only else {})}
-    return campaign("damage", make_case(seed, out / "damage", only, everything), count, seed, minutes, out, settings)
+    package = count >= 1000 or only == "package"
+    settings = {"package": package, **({"only": only} if only else {})}
+    return campaign("damage", make_case(seed, out / "damage", only, True, package), count, seed, minutes, out, settings)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from io import StringIO
 from itertools import islice
@@ -17,7 +18,7 @@ def xyz_frames(file: IO[str]) -> Iterator[Atoms]:
     ASE first looks where all frames begin, and trusts their numbers of atoms; here a frame's lines are read before they are believed.
 
     Raises:
-        ValueError: no number of atoms where a frame begins, or fewer lines than it announces.
+        ValueError: no number of atoms where a frame begins, or fewer lines or columns than it announces.
     """
     header = file.readline()
     while header:
@@ -35,6 +36,18 @@ def xyz_frames(file: IO[str]) -> Iterator[Atoms]:
         while header.lstrip().startswith("VEC"):  # cell vectors, one a line, as some programs write them
             lines.append(header)
             header = file.readline()
+        _check_columns(lines)
         atoms = ase.io.read(StringIO("".join(lines)), index=0, format="extxyz")
         assert isinstance(atoms, Atoms)
         yield atoms
+
+
+def _check_columns(lines: list[str]) -> None:
+    """Raise ValueError if a frame announces more columns than its first atom has: ASE would make room for them."""
+    found = re.search(r"properties\s*=\s*[\"']?([^\"'\s]*)", lines[1], re.IGNORECASE)
+    if found is None:
+        return
+    counts = [int(word) for word in found[1].split(":")[2::3] if word.isdecimal()]
+    there = len(lines[2].split()) if len(lines) > 2 else 0
+    if len(lines) > 2 and sum(counts) > there:
+        raise ValueError(f"Properties announces {sum(counts)} columns, but the first atom has {there}")
