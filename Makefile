@@ -2,6 +2,7 @@
 # make test   the test suite (eight to fourteen minutes on two cores)
 # make docs   build the site into site/, warnings as errors
 # make wheel  build the wheel, install it into an environment of its own, use it
+# make campaign  tries to break it: kills, full disks, damaged files, nonsense, sanitizers (half an hour; benchmarks/reliability)
 # All set up a virtual environment with pinned versions first.
 
 PYTHON ?= python3
@@ -10,7 +11,7 @@ BIN = $(VENV)/bin
 export OMP_WAIT_POLICY ?= passive
 export MPLBACKEND ?= Agg
 
-.PHONY: demo test lint slow lammps docs tutorials wheel clean
+.PHONY: demo test lint slow lammps campaign docs tutorials wheel clean
 
 $(VENV)/.ready: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "gossamer needs Python 3.11 or newer; this is " + sys.version.split()[0] + ". Try: make PYTHON=python3.12")'
@@ -33,6 +34,11 @@ slow: $(VENV)/.ready
 lammps: export OMP_NUM_THREADS = 1
 lammps: $(VENV)/.ready
 	$(BIN)/python -m pytest -m slow tests/test_lammps.py
+
+# PARTS="fuzz damage" chooses parts, COUNT their size; results in runs/campaign
+campaign: export OMP_NUM_THREADS = 1
+campaign: $(VENV)/.ready
+	$(BIN)/python benchmarks/reliability/campaign.py $(PARTS) $(if $(COUNT),--count $(COUNT))
 
 docs: export OMP_NUM_THREADS = 1
 docs: $(VENV)/.ready

@@ -22,6 +22,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 Edges = tuple[NDArray[np.int64], NDArray[np.int64]]
+FARTHEST = 1e8
+"""Å from the origin, and length of cell vectors: float64 holds 1e-8 Å there"""
+MOST_NEIGHBORS = 100_000
+"""of an atom, by the density of a periodic cell: no substance has so many, and a cell in wrong units takes all memory"""
 
 
 def company(x: Any) -> Any:
@@ -121,12 +125,24 @@ def complete_cell(positions: NDArray[np.float64], cell: NDArray[np.float64], pbc
     if not np.isfinite(cell).all():
         raise ValueError(f"The cell holds values that are not finite: {cell.tolist()}.")
     completed = np.array(cell, dtype=np.float64)
+    for what, values in (("Positions", positions), ("Cell vectors", completed)):
+        if np.abs(values).max(initial=0.0) > FARTHEST:
+            raise ValueError(
+                f"{what} reach {np.abs(values).max():.1e} Å, where float64 holds no distances. Wrap the atoms, or mend the file."
+            )
     periodic = np.flatnonzero(pbc)
     rank = np.linalg.matrix_rank(completed[periodic], tol=1e-6) if len(periodic) else 0
     if rank < len(periodic):
         raise ValueError(
             f"Axes {periodic.tolist()} are periodic, but their lattice vectors {completed[periodic].tolist()} are zero "
             "or linearly dependent. Give a cell with a volume, or switch periodicity off along that axis."
+        )
+    vectors, ball = completed[periodic], (1.0, 2 * cutoff, np.pi * cutoff**2, 4 / 3 * np.pi * cutoff**3)[len(periodic)]
+    neighbors = len(positions) * ball / np.sqrt(np.linalg.det(vectors @ vectors.T)) if len(periodic) else 0
+    if neighbors > MOST_NEIGHBORS:
+        raise ValueError(
+            f"The cell {completed.tolist()} of {len(positions)} atoms would give each atom {neighbors:.1e} neighbours within {cutoff} Å. "
+            "It is too small: is it in Å?"
         )
     if len(periodic) == 3:
         return completed

@@ -172,6 +172,10 @@ def test_verlet_list_notices_other_atoms_and_periodicity() -> None:
         (dict(positions=np.array([[0, 0, np.nan]])), "atom 0 is not finite"),
         (dict(cell=np.diag([3.0, 3.0, 0.0])), "zero or linearly dependent"),
         (dict(cell=np.full((3, 3), np.inf)), "cell holds values that are not finite"),
+        (dict(cell=np.eye(3) * 0.01), "each atom 1.1e\\+08 neighbours within 3.0 Å"),
+        (dict(cell=np.diag([0.001, 0.001, 9.0]), pbc=np.array([True, True, False])), "It is too small"),
+        (dict(positions=np.array([[0, 0, 1e12]])), "Positions reach 1.0e\\+12 Å"),
+        (dict(cell=np.eye(3) * 1e9), "Cell vectors reach 1.0e\\+09 Å"),
     ],
 )
 def test_what_cannot_be_mended(change: dict, message: str) -> None:
