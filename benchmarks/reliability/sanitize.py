@@ -37,6 +37,9 @@ def run(count: int, seed: int, minutes: float, out: Path, only: str = "") -> dic
         "ASAN_OPTIONS": "detect_leaks=0:abort_on_error=0:exitcode=99:allocator_may_return_null=1",
         "UBSAN_OPTIONS": "print_stacktrace=1:halt_on_error=1",
     }  # fmt: skip
+    probe = subprocess.run([sys.executable, __file__, "probe"], env=environment, capture_output=True, text=True, check=False)
+    if "heap-buffer-overflow" not in probe.stderr:
+        raise RuntimeError(f"the sanitizer does not see a write beyond a tensor: status {probe.returncode}, {probe.stderr[-500:]}")
     command = [sys.executable, __file__, str(count), str(seed), str(minutes), str(out), only]
     with open(log, "w") as file:
         status = subprocess.run(command, env=environment, stderr=file, check=False).returncode
@@ -108,5 +111,18 @@ def child(count: int, seed: int, minutes: float, out: Path, only: str) -> None:
     campaign("sanitize", case, count, seed, minutes, out, {"flags": FLAGS, **({"only": only} if only else {})}, alone=False)
 
 
+def probe() -> None:
+    """A kernel's function with room for one byte, where it writes eight: the sanitizer must end this."""
+    import torch
+
+    from gossamer.engine.kernels.cpu import sorting
+
+    room = torch.zeros(1, dtype=torch.uint8)
+    sorting().vector_bytes(room.data_ptr())
+
+
 if __name__ == "__main__":
+    if sys.argv[1] == "probe":
+        probe()
+        sys.exit()
     child(int(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3]), Path(sys.argv[4]), sys.argv[5])
