@@ -6,6 +6,8 @@ import csv
 import json
 import logging
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -345,14 +347,22 @@ def _set_temperature(dynamics: Any, config: MDConfig, temperature: float) -> Non
 
 
 def _restore(dynamics: Any, atoms: Atoms, stored: dict[str, Any], path: Path) -> None:
-    try:
+    with state_of(path):
         put_back_atoms(atoms, stored)
         put_back(dynamics, {k.removeprefix("integrator."): v for k, v in stored.items() if k.startswith("integrator.")})
         if isinstance(dynamics, LangevinBAOAB):
             dynamics.rng.bit_generator.state = json.loads(str(stored["rng"]))
+
+
+@contextmanager
+def state_of(path: Path) -> Iterator[None]:
+    """Name the file where numbers of a stored state are missing, or are none of this simulation."""
+    try:
+        yield
     except (KeyError, ValueError, TypeError, AttributeError, OverflowError) as error:
-        raise ValueError(f"'{path}' does not hold the state of this simulation ({type(error).__name__}: {error}). "
-                         "Start again in another folder (--out).") from None  # fmt: skip
+        raise ValueError(
+            f"'{path}' does not hold the state of this simulation ({type(error).__name__}: {error}). Start again in another folder (--out)."
+        ) from None
 
 
 def stored_settings(path: Path) -> dict[str, Any]:

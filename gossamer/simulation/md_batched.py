@@ -32,11 +32,13 @@ from gossamer.simulation.md import (
     give_velocities,
     read_state,
     run_settings,
+    state_of,
     stored_settings,
     thermostat_temperature,
     write_broken,
 )
 from gossamer.simulation.options import MDConfig
+from gossamer.simulation.state import put_back_atoms
 from gossamer.simulation.torchsim import TorchSimModel
 from gossamer.simulation.uncertain import UncertainError
 
@@ -128,9 +130,9 @@ def _start(atoms: Atoms, config: MDConfig, model: TorchSimModel) -> _Walker:
     clock, settings, guard = _Clock(), run_settings(config, model.engine.way), Guard.of(atoms, config)
     if resumed:
         stored = read_state(state_file, stored_settings(state_file), settings, atoms)
-        atoms.set_positions(stored["positions"])
-        atoms.set_momenta(stored["momenta"])
-        clock.nsteps = int(stored["integrator.nsteps"])
+        with state_of(state_file):
+            put_back_atoms(atoms, stored)
+            clock.nsteps = int(stored["integrator.nsteps"])
     return _Walker(atoms, config, clock, Recorder(config, atoms, clock, settings, guard, resumed))
 
 
