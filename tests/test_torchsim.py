@@ -14,12 +14,13 @@ from ase.calculators.emt import EMT
 from ase.io import read, write
 from conftest import make_potential
 from test_kernels import needs_compiler
+from test_uncertainty import measured, walk
 
 from gossamer.cli import main
 from gossamer.data.structure import as_structure
 from gossamer.neighbors import neighbor_list
 from gossamer.potential_file import save
-from gossamer.simulation.calculator import Calculator
+from gossamer.simulation.calculator import UNCERTAINTIES, Calculator
 from gossamer.simulation.options import RelaxConfig
 from gossamer.simulation.relax import relax, relax_files
 from gossamer.simulation.verlet import BatchVerletList
@@ -94,6 +95,21 @@ class TestTorchSim:
             assert float(energy) == pytest.approx(atoms.get_potential_energy(), abs=1e-8)
             np.testing.assert_allclose(stress.numpy(), atoms.get_stress(voigt=False), atol=1e-9)
         np.testing.assert_allclose(out["forces"].numpy(), np.concatenate([a.get_forces() for a in structures]), atol=1e-7)
+
+    @pytest.mark.parametrize("way", ["plain", pytest.param("kernels", marks=needs_compiler)])
+    def test_uncertainties_are_the_calculators(self, way: str, kernels: Path) -> None:
+        """Of a potential that has them, for each structure of a batch."""
+        from gossamer.simulation.torchsim import TorchSimModel
+
+        potential, structures = measured(), walk(3, 0.1)
+        out = TorchSimModel(potential, way=way)(self.state(structures))
+        for k, atoms in enumerate(structures):
+            atoms.calc = Calculator(potential, way="plain", uncertainty=True)
+            atoms.get_potential_energy()
+            assert float(out["energy_uncertainty"][k]) == pytest.approx(atoms.calc.results["energy_uncertainty"], rel=1e-6)
+            forces = out["forces_uncertainty"][k * len(atoms) : (k + 1) * len(atoms)]
+            np.testing.assert_allclose(forces.numpy(), atoms.calc.results["forces_uncertainty"], rtol=1e-6)
+        assert set(out) - set(TorchSimModel(make_potential(ELEMENTS), way="plain")(self.state(crystals()))) == set(UNCERTAINTIES)
 
     def test_what_cannot_be_is_said(self, caplog: pytest.LogCaptureFixture) -> None:
         from gossamer.simulation.torchsim import TorchSimModel

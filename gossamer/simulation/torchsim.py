@@ -41,6 +41,7 @@ class TorchSimModel(ModelInterface):
     """Energy, forces and stress of TorchSim's states, in eV, eV/Å and eV/Å³ (tension positive).
 
     A structure whose forces are not finite gets NaN, and the others of its batch what they would get alone.
+    Of a potential whose errors were measured, `Potential.uncertainties` are among the answers.
     """
 
     def __init__(
@@ -94,7 +95,8 @@ class TorchSimModel(ModelInterface):
         self._compute_stress = compute_stress
 
     def forward(self, state: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """Energy (G,), forces (N, 3) and stress (G, 3, 3), detached.
+        """Energy (G,), forces (N, 3) and stress (G, 3, 3), detached; where the potential has an uncertainty, also "energy_uncertainty" (G,)
+        in eV and "forces_uncertainty" (N,) in eV/Å.
 
         Args:
             state: TorchSim's SimState, or a dictionary of its fields. Cells hold their vectors in columns.
@@ -119,6 +121,8 @@ class TorchSimModel(ModelInterface):
         if self._compute_stress:
             assert out.stress is not None
             found["stress"] = out.stress
+        if self.potential.uncertainty is not None:
+            found |= self.potential.uncertainties(out, graph)
         self._warn(out.energy)
         return {name: value.detach().to(self._dtype) for name, value in found.items()}
 
