@@ -189,9 +189,7 @@ def table(record: dict[str, Any]) -> str:
     lines = ["| labels beside the first 20 | way | force RMSE at 500 K, meV/Å | at 1000 K | energy MAE at 500 K, meV/atom | uncertain frames of its walks | broken walks |", "|---|---|---|---|---|---|---|"]  # fmt: skip
 
     def row(labels: int, way: str, r: dict[str, Any]) -> str:
-        errors = (
-            f"{r['forces_rmse_meV_per_A, 500 K']:.0f} | {r['forces_rmse_meV_per_A, 1000 K']:.0f} | {r['energy_mae_meV_per_atom, 500 K']:.2f}"
-        )
+        errors = f"{r['forces_rmse_meV_per_A, 500 K']:.0f} | {r['forces_rmse_meV_per_A, 1000 K']:.0f} | {r['energy_mae_meV_per_atom, 500 K']:.2f}"
         share = f"{100 * r['uncertain_share']:.0f} % | {r['broken']}" if "uncertain_share" in r else " | "
         return f"| {labels} | {way} | {errors} | {share} |"
 

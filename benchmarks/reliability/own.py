@@ -127,7 +127,11 @@ def table(rows: list[dict[str, Any]]) -> str:
         )
         for name in CHECKS:
             for metric in r["verdicts"][name]["not_passed"]:
-                value = "no number" if metric["value"] is None else f"{np.format_float_positional(metric['value'], 3, fractional=False, trim='-')} {metric['unit']}"
+                value = (
+                    "no number"
+                    if metric["value"] is None
+                    else f"{np.format_float_positional(metric['value'], 3, fractional=False, trim='-')} {metric['unit']}"
+                )
                 causes.append(
                     f"- {r['network']}, {r['system']}, {name}: {metric['name']} {value.strip()} ({metric['status']}; {metric['limit']})."
                 )
@@ -149,7 +153,9 @@ def main() -> None:
     parser.add_argument("names", nargs="*", help="NETWORK:SYSTEM; none: every network on every system")
     parser.add_argument("--data", type=Path, default=HERE.parents[2] / "shared" / "data")
     parser.add_argument("--minutes", type=float, default=6.0, help="CPU time of each training")
-    parser.add_argument("--picoseconds", type=lengths, action="append", default=[], metavar="[SYSTEM=]PS", help="length of the dynamics; 50")
+    parser.add_argument(
+        "--picoseconds", type=lengths, action="append", default=[], metavar="[SYSTEM=]PS", help="length of the dynamics; 50"
+    )
     parser.add_argument("--out", type=Path, default=Path("runs") / "own")
     parser.add_argument("--set", nargs="*", default=[], help="settings to change, as for gossamer train")
     parser.add_argument("--table", type=Path, metavar="FOLDER", help="only the table of the finished rows; writes FOLDER/own.json too")
