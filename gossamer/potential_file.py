@@ -110,7 +110,14 @@ def read_manifest(path: Path | str) -> dict[str, Any]:
     Raises:
         ValueError: not a potential of ours, truncated, or of a newer format.
     """
-    return _open(Path(path))[0]
+    manifest, _ = _open(Path(path))
+    return {**manifest, "model": model_settings(manifest)}
+
+
+def model_settings(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of the network of a potential, or of a checkpoint, with those that came after it was written."""
+    settings = manifest["model"]
+    return {**MODELS[settings["name"]][1].earlier, **settings}
 
 
 def unverified(manifest: Mapping[str, Any]) -> str | None:
@@ -159,7 +166,7 @@ def load(path: Path | str, device: str | torch.device = "cpu", dtype: str | torc
     if altered or _checksum(tensors, manifest) != manifest.get("checksum"):
         raise ValueError(f"'{path}' was altered after it was saved (its checksum does not match). Use another copy.")
     _check_sizes(manifest["model"], tensors, path)
-    model: Any = build(MODELS[manifest["model"]["name"]][0], manifest["model"], "model")
+    model: Any = build(MODELS[manifest["model"]["name"]][0], model_settings(manifest), "model")
     statistics = build(Statistics, manifest["statistics"], "statistics")
     potential = Potential(model, statistics, build(PotentialConfig, manifest["potential"], "potential"))
     potential.seen = SeenFrames.from_arrays({k: v.numpy() for k, v in tensors.items() if k.startswith("seen.")})

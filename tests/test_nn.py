@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from ase import Atoms
+from ase.build import molecule
 from conftest import make_potential, shared_data
 from test_kernels import summed
+from torch import Tensor
 
 from gossamer.config import make_config
 from gossamer.data.batch import collate
-from gossamer.data.structure import Structure
+from gossamer.data.structure import Structure, as_structure
 from gossamer.models import DataFacts, Geodite, GeoditeConfig, NequIP, NequIPConfig
 from gossamer.models.leignn import mean_by_index
 from gossamer.nn.coupling import Coupling, Irrep, blocks, paths_between
@@ -30,6 +33,28 @@ def test_envelope_values() -> None:
     p = 5
     explicit = 1 - (p + 1) * (p + 2) / 2 * x**p + p * (p + 2) * x ** (p + 1) - p * (p + 1) / 2 * x ** (p + 2)
     assert torch.allclose(polynomial_envelope(x, p)[:3], explicit[:3], atol=1e-14)
+
+
+def test_gates_see_numbers_near_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the size of weights, which training changes at will: far from one a gate's SiLU has a kink instead of a bend."""
+    potential = make_potential(["H", "C"], name="weft", num_layers=3)
+    seen: list[float] = []
+    silu = torch.nn.functional.silu
+    with torch.no_grad():
+        for layer in potential.network.layers:
+            for linear in [*layer.linear_out, *layer.linear_in]:
+                linear.weight.mul_(30.0)
+
+    def watched(x: Tensor, *arguments: Any, **keywords: Any) -> Tensor:
+        if x.dim() == 3:  # gates, not radial functions
+            seen.append(float(x.detach().abs().max()))
+        return silu(x, *arguments, **keywords)
+
+    monkeypatch.setattr(torch.nn.functional, "silu", watched)
+    potential(potential.collate([as_structure(molecule("C2H6"))]))
+    assert len(seen) == 3
+    assert max(seen[:-1]) < 20  # the last layer's energies are not normalised
+    assert seen[-1] > 100
 
 
 @pytest.mark.parametrize("k", [2, 3, 4])

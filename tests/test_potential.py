@@ -17,6 +17,7 @@ from ase.data import chemical_symbols
 from conftest import MODELS, make_potential
 
 from gossamer.cli import print_errors
+from gossamer.config import make_config
 from gossamer.data.batch import collate
 from gossamer.data.structure import Structure
 from gossamer.evaluation import evaluate_potential
@@ -177,6 +178,18 @@ def altered(tmp_path: Path, atoms: Atoms, change: Callable[[dict[str, Any]], Any
         changed["checksum"] = _checksum(tensors, changed)
     safetensors.torch.save_file(tensors, path, {"gossamer": json.dumps(changed)})
     return path
+
+
+def test_a_setting_that_came_later_is_what_it_was(tmp_path: Path, ethanol: Atoms) -> None:
+    """A Weft saved before its norm could lie elsewhere gives the same predictions (loading compares them), and goes on so in fine-tuning."""
+    path = tmp_path / "p.safetensors"
+    save(make_potential(ELEMENTS, name="weft", normalize="features"), path, [structure(ethanol)])
+    manifest, tensors = read_manifest(path), safetensors.torch.load_file(path)
+    del manifest["model"]["normalize"]
+    manifest["checksum"] = _checksum(tensors, manifest)
+    safetensors.torch.save_file(tensors, path, {"gossamer": json.dumps(manifest)})
+    assert load(path).model_config.normalize == "features"
+    assert make_config({"data": {"train": "x"}, "finetune": {"start": str(path)}}).model.normalize == "features"
 
 
 @pytest.mark.parametrize(

@@ -72,6 +72,8 @@ class Network(nn.Module):
     """named sizes: ``model: {name: nequip, preset: M}``; "tiny" is what the tests use"""
     renamed: ClassVar[Mapping[str, str]] = {}
     """patterns of weights' names in files of format 1, and what they are called now"""
+    earlier: ClassVar[Mapping[str, Any]] = {}
+    """settings that came later, as they were when files and checkpoints had none of them"""
 
     config: Any
     """its settings, a `NetworkConfig`"""

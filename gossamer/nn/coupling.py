@@ -167,10 +167,13 @@ class FeatureNorm(nn.Module):
         self.shares = Constant(muls / muls.sum() if shares is None else np.array(shares))
 
     def forward(self, x: Float[Tensor, "N width"]) -> Tensor:
-        parts = blocks(x, self.irreps)
+        return cat([part.flatten(1) for part in self.of(blocks(x, self.irreps))], 1)
+
+    def of(self, parts: Sequence[Tensor]) -> list[Tensor]:
+        """The same of blocks (N, 2 l + 1, mul)."""
         squares = torch.stack([(part**2).mean(dim=1).mean(dim=1) for part in parts], dim=1)
         scale = torch.rsqrt((squares * self.shares()).sum(dim=1) + self.epsilon)  # smooth at zero: an atom without neighbours stays zero
-        return cat([(part * gamma).flatten(1) for part, gamma in zip(parts, self.gamma, strict=True)], 1) * scale[:, None]
+        return [part * gamma * scale[:, None, None] for part, gamma in zip(parts, self.gamma, strict=True)]
 
 
 def gate(results: Sequence[Tensor], irreps: Sequence[Irrep]) -> Tensor:

@@ -32,6 +32,7 @@ from gossamer.files import write_text
 from gossamer.graph import Graph
 from gossamer.models import MODELS
 from gossamer.potential import Potential, PotentialConfig, Prediction
+from gossamer.potential_file import model_settings
 from gossamer.quantities import QUANTITIES
 from gossamer.settings import build, settings, to_dict
 from gossamer.signals import StopRequested
@@ -353,6 +354,7 @@ def with_defaults(identity: dict[str, Any]) -> dict[str, Any]:
     classes = {"training": TrainingConfig, "loss": LossConfig, "potential": PotentialConfig, "model": MODELS[identity["model"]["name"]][0]}
     identity = {**identity, "training": {"optimizer": "adamw", **identity["training"]}}  # before there was a choice
     identity["potential"] = {"zbl_radius": 0.8, **identity["potential"]}
+    identity["model"] = model_settings(identity)
     return {k: to_dict(build(classes[k], v, k)) if k in classes else v for k, v in identity.items()}
 
 

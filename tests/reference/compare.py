@@ -38,6 +38,7 @@ from gossamer.models import (
     PaiNNConfig,
     SchNet,
     SchNetConfig,
+    Weft,
     WeftConfig,
 )
 from gossamer.nn.layers import sum_by_index
@@ -365,7 +366,7 @@ def compare_schnetpack(data: np.lib.npyio.NpzFile) -> dict[str, float]:
 
 def compare_weft(data: np.lib.npyio.NpzFile) -> dict[str, float]:
     """Energy, forces and stress of our own network against its equations written out path by path."""
-    config, elements = WeftConfig(**json.loads(str(data["settings"]))), [chemical_symbols[z] for z in data["elements"]]
+    config, elements = WeftConfig(**{**Weft.earlier, **json.loads(str(data["settings"]))}), [chemical_symbols[z] for z in data["elements"]]
     statistics = Statistics(
         elements=elements, reference_energies=dict.fromkeys(elements, 0.0), mean_neighbors=float(data["mean_neighbors"])
     )

@@ -1,6 +1,6 @@
 """Writes weft.npz: a small Weft with random weights, and its energy, forces and stress from the equations, written out path by path.
 
-    python make_weft.py OUT
+    python make_weft.py weft.npz features; python make_weft.py weft_sums.npz sums
 
 Nothing of gossamer's networks or operations is used but the 3j symbols: edges by ASE, harmonics as polynomials, loops over all paths.
 """
@@ -38,7 +38,7 @@ def pairs(l: int) -> list[tuple[int, int]]:
     return [(a, b) for a in range(L + 1) for b in range(a, L + 1) if b - a <= l <= a + b and (a + b + l) % 2 == 0]
 
 
-def random_weights() -> dict[str, Tensor]:
+def random_weights(normalize: str) -> dict[str, Tensor]:
     rng = np.random.default_rng(5)
     shapes: dict[str, tuple[int, ...]] = {"embedding.weight": (len(ELEMENTS), C), "readout.weight": (1, C)}
     for k in range(LAYERS):
@@ -48,8 +48,11 @@ def random_weights() -> dict[str, Tensor]:
         shapes |= {f"{p}linear_in.{l}.weight": (C, C) for l in range(l_in + 1)}
         shapes |= {f"{p}convolution.radial.0.weight": (WIDTH, B), f"{p}convolution.radial.2.weight": (C * len(ways), WIDTH)}
         shapes |= {f"{p}linear_out.{l}.weight": (n, C * sum(w[2] == l for w in ways)) for l, n in enumerate(outputs)}
+        if normalize == "sums" and l_out:
+            shapes |= {f"{p}sum_norm.gamma.{l}": (n,) for l, n in enumerate(outputs)}
         if k:
-            shapes |= {f"{p}norm.gamma.{l}": (C,) for l in range(l_in + 1)}
+            if normalize == "features":
+                shapes |= {f"{p}norm.gamma.{l}": (C,) for l in range(l_in + 1)}
             shapes |= {f"{p}self_connection.{l}.weight": (outputs[l], C) for l in range(l_out + 1)}
             shapes[f"{p}elements.weight"] = (len(ELEMENTS), C)
         if l_out:
@@ -86,7 +89,7 @@ def energy(vectors: Tensor, centre: Tensor, neighbour: Tensor, species: Tensor, 
     h = [w["embedding.weight"][species][:, None]]
     for k in range(LAYERS):
         p, l_out = f"layers.{k}.", 0 if k == LAYERS - 1 else L
-        if k:
+        if f"{p}norm.gamma.0" in w:
             squares = sum((part**2).mean(dim=(1, 2)) for part in h) / len(h)
             h = [part * w[f"{p}norm.gamma.{l}"] / torch.sqrt(squares + 0.01)[:, None, None] for l, part in enumerate(h)]
         mixed = [part @ w[f"{p}linear_in.{l}.weight"].T / math.sqrt(C) for l, part in enumerate(h)]
@@ -104,6 +107,9 @@ def energy(vectors: Tensor, centre: Tensor, neighbour: Tensor, species: Tensor, 
                 scaled = h[l] * w[f"{p}elements.weight"][species][:, None]
                 result = (result + scaled @ w[f"{p}self_connection.{l}.weight"].T / math.sqrt(C)) / math.sqrt(2)
             out.append(result)
+        if f"{p}sum_norm.gamma.0" in w:  # the mean square over all channels
+            squares = sum((part**2).mean(dim=1).sum(dim=1) for part in out) / sum(part.shape[2] for part in out)
+            out = [part * w[f"{p}sum_norm.gamma.{l}"] / torch.sqrt(squares + 0.01)[:, None, None] for l, part in enumerate(out)]
         if l_out:
             a_of = [part[..., :C] for part in out]
             for l in range(l_out + 1):
@@ -120,7 +126,7 @@ def main() -> None:
     atoms.numbers[:] = [14, 8, 14, 8, 1, 8, 14, 1]
     atoms.rattle(0.1, seed=1)
     centre, neighbour, shifts = neighbor_list("ijS", atoms, CUTOFF)
-    w, species = random_weights(), torch.tensor([ELEMENTS.index(n) for n in atoms.numbers])
+    w, species = random_weights(sys.argv[2]), torch.tensor([ELEMENTS.index(n) for n in atoms.numbers])
     positions = torch.from_numpy(atoms.positions).requires_grad_()
     strain = torch.zeros(3, 3, dtype=torch.float64, requires_grad=True)
     moved = torch.eye(3, dtype=torch.float64) + (strain + strain.T) / 2
@@ -129,7 +135,7 @@ def main() -> None:
     total = energy(vectors, i, j, species, w)
     gradient, virial = torch.autograd.grad(total, (positions, strain))
     np.savez_compressed(
-        sys.argv[1], settings=np.array(json.dumps(SETTINGS)), elements=np.array(ELEMENTS), mean_neighbors=np.array(MEAN_NEIGHBORS),
+        sys.argv[1], settings=np.array(json.dumps({**SETTINGS, "normalize": sys.argv[2]})), elements=np.array(ELEMENTS), mean_neighbors=np.array(MEAN_NEIGHBORS),
         numbers=atoms.numbers, positions=atoms.positions, cell=atoms.cell.array, energy=total.detach().numpy(), forces=-gradient.numpy(),
         stress=virial.numpy() / atoms.get_volume(), **{f"weights/{name}": value.numpy() for name, value in w.items()},
     )  # fmt: skip
