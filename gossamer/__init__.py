@@ -20,7 +20,7 @@ _PUBLIC = {
     "Engine": "gossamer.engine.engine",
     "TorchSimModel": "gossamer.simulation.torchsim",
     "train": "gossamer.runs",
-    "fit": "gossamer.runs",
+    "fit": "gossamer.fitting",
     "evaluate": "gossamer.runs",
     "calibrate": "gossamer.runs",
     "with_dispersion": "gossamer.simulation.dispersion",

@@ -378,7 +378,7 @@ def _train(arguments: argparse.Namespace) -> int:
 
 
 def _fit(arguments: argparse.Namespace) -> int:
-    from gossamer.runs import fit
+    from gossamer.fitting import fit
 
     answer = fit(
         arguments.data, arguments.model, arguments.out, arguments.minutes, _label_config(arguments), arguments.resume, arguments.force,

@@ -31,9 +31,10 @@ from gossamer.data.labels import LabelConfig
 from gossamer.data.structure import Structure, as_structure
 from gossamer.evaluation import evaluate_potential
 from gossamer.files import atomic_path, locked, write_bytes, write_json
+from gossamer.fitting import choose_settings
 from gossamer.potential import NO_UNCERTAINTY, Potential
 from gossamer.potential_file import load
-from gossamer.runs import POTENTIAL, choose_settings, train
+from gossamer.runs import POTENTIAL, train
 from gossamer.settings import configured, to_dict
 from gossamer.signals import Stopped
 from gossamer.simulation.calculator import Calculator

@@ -18,17 +18,14 @@ from gossamer.calibration import measure_uncertainty, plot_honesty
 from gossamer.config import Config, load_config, make_config, save_config
 from gossamer.data.dataset import Subset, load_data, open_dataset, require_labels
 from gossamer.data.fingerprint import SeenFrames, leave_out_training_frames
-from gossamer.data.inspection import inspect
 from gossamer.data.labels import LabelConfig
 from gossamer.data.statistics import compute_statistics, find_limits, widened
 from gossamer.data.structure import Structure, spread
 from gossamer.engine.engine import Engine, Way
 from gossamer.evaluation import Evaluation, evaluate_potential
 from gossamer.files import atomic_path, locked, write_json
-from gossamer.models import ACCURATE, DEFAULT, MODELS
 from gossamer.potential import DTYPES, Potential
 from gossamer.potential_file import load, read_manifest, save, save_again
-from gossamer.quantities import QUANTITIES
 from gossamer.settings import to_dict
 from gossamer.training.finetune import Concatenated, adapt_statistics, choose_replay, choose_weights, merge_adapters, transfer_weights
 from gossamer.training.loop import State, finished, load_state, make_state, run_training
@@ -298,132 +295,6 @@ def tuning_errors(potential: Potential, valid_set: Sequence[Structure], old: Seq
         out["old_data"] = evaluate_potential(potential, old, keep=0).summary()
     potential.train(was_training)
     return out
-
-
-# --- without a configuration --------------------------------------------------------------------------------------------
-
-
-def fit(
-    data: Path | str,
-    model: str | None = None,
-    out: Path | str = "fit",
-    minutes: float = 30.0,
-    labels: LabelConfig | None = None,
-    resume: bool = False,
-    force: bool = False,
-    start: Path | str | None = None,
-    weights: Sequence[str] | None = None,
-    low_rank: int | None = None,
-    replay: Path | str | None = None,
-    accuracy: bool = False,
-    progress: bool = True,
-) -> dict[str, Any]:
-    """Train on a labelled file without a configuration: inspect, split, choose settings, write them down, train.
-
-    Args:
-        data: Labelled structures; one tenth is kept for validation (valid.extxyz in the folder of the run).
-        model: Name of the network, or of one of its presets (nequip/M); None: that of ``start``, else leignn.
-        out: Folder of the run; its config.yaml holds the settings chosen and can be trained again.
-        minutes: How long to train, by the clock on the wall; reading data and the last errors come on top.
-        labels: Names and units of the labels.
-        resume: Go on with the run in ``out``.
-        force: Train even if inspection finds errors.
-        start: Fine-tune this saved potential instead of training from random weights.
-        weights: With ``start``: names of the weights to train, with wildcards; the others stay frozen.
-        low_rank: With ``start``: train adapters of this rank.
-        replay: With ``start``: labelled structures of the old data to mix in.
-        accuracy: Take the network that ends lowest (weft) instead of the one that runs fastest.
-        progress: Show a progress bar.
-
-    Returns:
-        As ``train``.
-
-    Raises:
-        ValueError: inspection found errors, the model is unknown, or ``accuracy`` beside a model or a start.
-    """
-    if accuracy and (model is not None or start is not None):
-        raise ValueError(f"accuracy chooses the network, and {'model' if start is None else 'start'} names one: leave one of them out.")
-    model = ACCURATE if accuracy else model
-    if model is not None and model.split("/")[0] not in MODELS:
-        raise ValueError(f"model '{model}' is unknown. Choose one of {', '.join(MODELS)}.")
-    tuning = {"train": list(weights) if weights else None, "low_rank": low_rank, "replay": None if replay is None else str(replay)}
-    tuning = {k: v for k, v in tuning.items() if v is not None}
-    if start is None and tuning:
-        raise ValueError(
-            f"{', '.join('weights' if k == 'train' else k for k in tuning)}: only fine-tuning has these. "
-            "Name the potential to start from (start)."
-        )
-    if not minutes > 0:
-        raise ValueError(f"minutes must be positive, found {minutes}.")
-    folder = Path(out)
-    if resume and (folder / "config.yaml").exists():
-        return train(folder / "config.yaml", resume=True, progress=progress)
-    structures = open_dataset(data, labels)
-    if len(structures) < 2:
-        raise ValueError(f"'{data}' holds one frame: one to train on and one to validate with are the least. Give more frames.")
-    report = inspect(structures, labels)
-    for message in report.warnings:
-        log.warning("%s", message)
-    if report.errors and not force:
-        raise ValueError("The data is not fit for training: " + "; ".join(report.errors) + ". Mend it, or insist with --force.")
-    finetune = None if start is None else {"start": str(start), **tuning}
-    config = choose_settings(structures, str(data), model, str(out), minutes, labels or LabelConfig(), finetune)
-    log.info("training for %g minutes; settings are in '%s'", minutes, folder / "config.yaml")
-    return train(config, progress=progress)
-
-
-def choose_settings(
-    structures: Sequence[Structure],
-    data: str,
-    model: str | None,
-    out: str,
-    minutes: float,
-    labels: LabelConfig,
-    finetune: Mapping[str, Any] | None = None,
-) -> Config:
-    """Settings that suit a data set: which labels, which split, how many structures per step, compiled or not."""
-    sample = [structures[k] for k in range(0, len(structures), max(1, len(structures) // 200))]
-    atoms = float(np.mean([s.n_atoms for s in sample]))
-    has = {label: all(label in s.labels for s in structures) for label in QUANTITIES}
-    if not has["energy"] and not has["forces"]:
-        raise ValueError(f"Neither energy nor forces are in every frame of '{data}': there is nothing to learn from.")
-    grouped = all(s.group is not None for s in sample)
-    batch_size = int(np.clip(round(160 / atoms), 1, 16))
-    if len(structures) < 20:
-        log.warning("%d frames are few: expect large errors", len(structures))
-    started = None if finetune is None else read_manifest(finetune["start"])["model"]["name"]
-    name, _, preset = (model or started or DEFAULT).partition("/")
-    rate = MODELS[name][1].fit_defaults.learning_rate * (1.0 if finetune is None else 0.2)  # near a good solution large steps only destroy
-    return make_config(
-        {
-            "data": {"train": data, "labels": to_dict(labels), "split": "group" if grouped else "random"},
-            "model": {"name": name, **({"preset": preset} if preset else {})},
-            **({} if finetune is None else {"finetune": dict(finetune)}),
-            # stress in eV/Å³ is small: 20 makes it about the virial per atom
-            "loss": {"energy": 5.0 * has["energy"], "forces": 10.0 * has["forces"], "stress": 20.0 * has["stress"]},
-            "training": {
-                "minutes": minutes,
-                "batch_size": min(batch_size, max(1, len(structures) // 2)),
-                "learning_rate": rate,
-                "compile": compile_pays(name, minutes),
-            },
-            "out": out,
-        }
-    )
-
-
-WORTHWHILE = 1.25
-"""times as many steps as without, from which compiling is worth its risk"""
-
-
-def compile_pays(name: str, minutes: float) -> bool:
-    """Whether clearly more steps fit into the time if the first part of it goes into compiling them: compiling cannot be cut short.
-
-    A busy machine compiles several times as slowly, so what pays by a few percent on a free one can cost the whole time there.
-    """
-    defaults = MODELS[name][1].fit_defaults
-    seconds = 60 * minutes
-    return (seconds - defaults.compile_seconds) / defaults.compiled_share > WORTHWHILE * seconds
 
 
 def _as_config(config: Config | Path | str | Mapping[str, Any], overrides: Sequence[str]) -> Config:

@@ -52,9 +52,10 @@ from gossamer.quantities import QUANTITIES, Quantity
 from gossamer.settings import build
 from gossamer.training.compiled import CompiledForward
 from gossamer.training.loader import NeighborLists, epoch_batches
-from gossamer.training.loop import columns, count_edges
+from gossamer.training.loop import count_edges
 from gossamer.training.losses import LossConfig, loss_counts, loss_sums
 from gossamer.training.process_group import start_process_group
+from gossamer.training.progress import columns
 
 
 def labelled(seed: int = 0, periodic: bool = True) -> Atoms:

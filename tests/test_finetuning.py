@@ -18,9 +18,10 @@ from conftest import DEMO, make_potential
 from gossamer.config import make_config
 from gossamer.data.readers import read_structures
 from gossamer.data.statistics import compute_statistics
+from gossamer.fitting import fit
 from gossamer.potential import Potential
 from gossamer.potential_file import load, read_manifest, save, unverified
-from gossamer.runs import fit, train
+from gossamer.runs import train
 from gossamer.training.finetune import FineTuneConfig, adapt_statistics, choose_weights, merge_adapters, transfer_weights
 
 ETHANOL = str(DEMO / "ethanol_500K.extxyz.xz")

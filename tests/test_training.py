@@ -22,7 +22,7 @@ from conftest import DEMO, make_potential
 from conftest import MODELS as VARIANTS
 from safetensors.torch import load_file, save_file
 
-from gossamer import runs
+from gossamer import fitting
 from gossamer.cli import main
 from gossamer.config import load_config, make_config
 from gossamer.data.dataset import load_data
@@ -30,15 +30,17 @@ from gossamer.data.readers import read_structures
 from gossamer.data.statistics import compute_statistics
 from gossamer.evaluation import evaluate_potential
 from gossamer.files import locked
+from gossamer.fitting import compile_pays, fit
 from gossamer.models import MODELS
 from gossamer.potential_file import load
-from gossamer.runs import compile_pays, evaluate, fit, train
+from gossamer.runs import evaluate, train
 from gossamer.training import loop
 from gossamer.training.checkpoint import read_checkpoint
 from gossamer.training.losses import LossConfig, conditional_deltas, loss_sums, penalty
 from gossamer.training.muon import orthogonalized, weight_matrices
 from gossamer.training.optim import EMA, Clipper, Schedule, ScheduleConfig, make_optimizer
 from gossamer.training.process_group import shares
+from gossamer.training.progress import expected_error
 
 ETHANOL = str(DEMO / "ethanol_500K.extxyz.xz")
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -530,6 +532,17 @@ def test_fit_needs_no_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert "30 chose the best weights" in evaluation.notes[0]
 
 
+def test_the_last_error_is_foretold() -> None:
+    """A power law goes on with three quarters of its exponent; nothing is said too early, or at the end."""
+    shares = np.linspace(0.1, 1, 10)
+    errors = 20 * shares**-0.8
+    assert expected_error(shares[:5], errors[:5]) == pytest.approx(errors[4] * 0.5**0.6)
+    assert expected_error(shares[:3], errors[:3]) is None
+    assert expected_error(shares / 5, errors) is None
+    assert expected_error(shares, errors) is None
+    assert expected_error(shares[:5], [*errors[:4], errors[0]]) <= errors[0]  # errors that rise are not thought to go on rising
+
+
 @pytest.mark.parametrize("name", [*MODELS])
 def test_fit_compiles_only_where_it_clearly_pays(name: str) -> None:
     """Compiling takes several times as long on a busy machine, and nothing can stop it: five minutes were lost to it."""
@@ -539,7 +552,7 @@ def test_fit_compiles_only_where_it_clearly_pays(name: str) -> None:
 
 def test_fit_for_accuracy_takes_the_other_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     chosen = []
-    monkeypatch.setattr(runs, "train", lambda config, **options: chosen.append(config.model.name))
+    monkeypatch.setattr(fitting, "train", lambda config, **options: chosen.append(config.model.name))
     fit(ETHANOL, out=tmp_path / "fit", accuracy=True)
     fit(ETHANOL, out=tmp_path / "fit")
     assert chosen == ["weft", "leignn"]

@@ -34,8 +34,9 @@ from gossamer.data.dataset import open_dataset
 from gossamer.data.labels import LabelConfig
 from gossamer.engine.engine import Engine
 from gossamer.evaluation import evaluate_potential
+from gossamer.fitting import choose_settings
 from gossamer.potential import Potential, PotentialConfig
-from gossamer.runs import choose_settings, train
+from gossamer.runs import train
 from gossamer.settings import to_dict
 
 HERE = Path(__file__).resolve().parent

@@ -6,8 +6,6 @@ resumed, a run of a number of steps gives bitwise the same weights on the same d
 
 from __future__ import annotations
 
-import csv
-import io
 import logging
 import math
 import time
@@ -21,14 +19,12 @@ import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor
-from tqdm import tqdm
 
 from gossamer.data.dataset import Subset
 from gossamer.data.structure import Structure
 from gossamer.engine.engine import Engine
 from gossamer.engine.memory import keep_freed_memory
 from gossamer.evaluation import Evaluation, evaluate_potential
-from gossamer.files import write_text
 from gossamer.graph import Graph
 from gossamer.models import MODELS
 from gossamer.potential import Potential, PotentialConfig, Prediction
@@ -42,6 +38,7 @@ from gossamer.training.loader import NeighborLists, epoch_batches, graphs
 from gossamer.training.losses import LossConfig, loss_counts, loss_sums
 from gossamer.training.optim import EMA, Clipper, Schedule, ScheduleConfig, make_optimizer, set_rate
 from gossamer.training.process_group import ProcessGroup, shares
+from gossamer.training.progress import Bar, Log
 from gossamer.training.recorded import Gradients, RecordedGradients, RecordedUpdate
 
 log = logging.getLogger(__name__)
@@ -358,67 +355,6 @@ def with_defaults(identity: dict[str, Any]) -> dict[str, Any]:
     return {k: to_dict(build(classes[k], v, k)) if k in classes else v for k, v in identity.items()}
 
 
-# --- logging ------------------------------------------------------------------------------------------------------
-
-
-def columns() -> list[str]:
-    """Names of the log's columns."""
-    errors = [f"valid_{name}_{kind}" for name in QUANTITIES for kind in ("mae", "rmse")]
-    return ["step", "epoch", "learning_rate", "seconds", "train_loss", "valid_loss", *errors]
-
-
-class Log:
-    """A CSV file always; TensorBoard and Weights & Biases if asked for."""
-
-    def __init__(self, folder: Path, config: TrainingConfig, step: int) -> None:
-        self.path = folder / "log.csv"
-        self.writers: list[Callable[[dict[str, Any]], None]] = []
-        self.closers: list[Callable[[], None]] = []
-        rows = []
-        if step > 0 and self.path.exists():  # drop rows of steps that are about to be repeated
-            with open(self.path, newline="") as file:
-                rows = [row for row in csv.DictReader(file) if int(row["step"]) <= step]
-        text = io.StringIO()
-        writer = csv.DictWriter(text, columns())
-        writer.writeheader()
-        writer.writerows(rows)
-        write_text(self.path, text.getvalue())
-        if config.tensorboard:
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-            except ImportError:
-                raise ImportError("training.tensorboard needs the package tensorboard: pip install tensorboard") from None
-            board = SummaryWriter(str(folder / "tensorboard"))
-
-            def to_board(row: dict[str, Any]) -> None:
-                for key, value in row.items():
-                    if value != "":
-                        board.add_scalar(key, value, row["step"])
-
-            self.writers.append(to_board)
-            self.closers.append(board.close)
-        if config.wandb:
-            try:
-                import wandb
-            except ImportError:
-                raise ImportError("training.wandb needs the package wandb: pip install wandb") from None
-            run = wandb.init(project="gossamer", dir=str(folder))
-            self.writers.append(lambda row: run.log(row, step=row["step"]))
-            self.closers.append(run.finish)
-
-    def write(self, row: dict[str, Any]) -> None:
-        with open(self.path, "a", newline="") as file:
-            csv.DictWriter(file, columns()).writerow(row)
-            file.flush()
-        for writer in self.writers:
-            writer(row)
-
-    def close(self) -> None:
-        """Hand over what TensorBoard and Weights & Biases still hold back."""
-        for closer in self.closers:
-            closer()
-
-
 # --- the loop -----------------------------------------------------------------------------------------------------
 
 
@@ -457,14 +393,16 @@ def run_training(
     lists = NeighborLists(state.potential)
     work = None if group.world == 1 and config.batch_edges is None else count_edges(lists, train, group)
     limits = batch_limits(train, config, work)
-    logger = Log(folder, config, state.step) if group.rank == 0 else None
+    logger = Log(folder, state.step, config.tensorboard, config.wandb) if group.rank == 0 else None
     first, saved_at, done = state.step, state.seconds, finished(state, config)
 
     def elapsed() -> float:  # where time decides, all processes go by the first one's
         seconds = CLOCKS[config.clock]() - began
         return seconds if config.minutes is None else group.broadcast(seconds)
 
-    with StopRequested() as stop, closing(logger) if logger else nullcontext(), Bar(state, config, progress and group.rank == 0) as bar:
+    position = state.step if config.minutes is None else state.seconds
+    bar = Bar(config.steps, config.minutes, logger.rows if logger else [], position, progress and group.rank == 0)
+    with StopRequested() as stop, closing(logger) if logger else nullcontext(), bar:
         while not done:
             batches = shared_batches(len(train), state.epoch, config, group, limits, work)
             for graph in graphs(state.potential, train, batches[state.batch :], lists=lists):
@@ -475,7 +413,7 @@ def run_training(
                     state.first_seconds = state.seconds
                 if state.step > first + 1:  # the first one may compile
                     state.step_seconds, state.timed_steps = state.step_seconds + state.seconds - before, state.timed_steps + 1
-                bar.show(state)
+                bar.show(state.step, state.seconds)
                 done = finished(state, config)
                 validated = done or validation_due(state, config)
                 if validated:
@@ -484,7 +422,7 @@ def run_training(
                     state.validated_at, done = state.seconds, finished(state, config)
                     if logger is not None:
                         logger.write(row)
-                        bar.report(row)
+                        bar.report()
                     elif group.world > 1:
                         log.info("step %d after %.1f s", state.step, state.seconds)
                 stopping = stop.requested if group.world == 1 else group.any(stop.requested)
@@ -597,36 +535,3 @@ def shared_evaluation(state: State, valid: Sequence[Structure], group: ProcessGr
             errors.absolute, errors.squared, count = group.add_up([errors.absolute, errors.squared, errors.count])
             errors.count = int(count)
     return evaluation
-
-
-class Bar:
-    """The progress bar: steps, or seconds where time decides; without a terminal, a line at every validation."""
-
-    def __init__(self, state: State, config: TrainingConfig, visible: bool) -> None:
-        self.timed = config.minutes is not None
-        total, unit = (round(60 * config.minutes), "s") if config.minutes is not None else (config.steps, "step")
-        # None shows the bar on a terminal only
-        self.bar = tqdm(total=total, initial=self._position(state), unit=unit, disable=None if visible else True, dynamic_ncols=True)
-        self.total = total
-
-    def _position(self, state: State) -> int:
-        return int(state.seconds) if self.timed else state.step
-
-    def show(self, state: State) -> None:
-        """Move to where the state is."""
-        self.bar.update(self._position(state) - self.bar.n)
-
-    def report(self, row: dict[str, Any]) -> None:
-        """Show the errors of a validation."""
-        parts = [("E", "valid_energy_mae", "meV/atom"), ("F", "valid_forces_mae", "meV/Å"), ("S", "valid_stress_mae", "meV/Å³")]
-        text = "  ".join(f"{s} {row[k]:.2f} {unit}" for s, k, unit in parts if row.get(k, "") != "")
-        self.bar.set_postfix_str(text)
-        if self.bar.disable:
-            place = f" ({row['seconds']:.0f} of {self.total} s)" if self.timed else f" of {self.total}"
-            log.info("step %d%s: %s", row["step"], place, text)
-
-    def __enter__(self) -> Bar:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.bar.close()
