@@ -149,6 +149,30 @@ def current_names(network: type[Network], weights: Mapping[str, Tensor]) -> dict
     return found
 
 
+def as_potential(
+    potential: Potential | Path | str, device: str | torch.device = "cpu", dtype: str | torch.dtype | None = None
+) -> Potential:
+    """A potential as it is, or read from its file.
+
+    Args:
+        potential: A potential, or the file of one.
+        device: Where one that is read goes.
+        dtype: Of one that is read; by default as saved.
+
+    Raises:
+        ValueError: a device or dtype asked for that a potential in memory does not have; and as ``load``.
+    """
+    if not isinstance(potential, Potential):
+        return load(potential, device, dtype)
+    asked = None if dtype is None else DTYPES[dtype] if isinstance(dtype, str) else dtype
+    if asked not in (None, potential.dtype) or torch.device(device).type not in ("cpu", potential.device.type):
+        raise ValueError(
+            f"This potential is in memory, on {potential.device} in {potential.dtype}; {device}"
+            f"{'' if asked is None else f' and {asked}'} asked for. device and dtype are for files: give the file, or potential.to(...)."
+        )
+    return potential
+
+
 def load(path: Path | str, device: str | torch.device = "cpu", dtype: str | torch.dtype | None = None) -> Potential:
     """Read a saved potential, and recompute its stored predictions on this device and dtype.
 

@@ -25,7 +25,7 @@ from gossamer.engine.engine import Engine, Way
 from gossamer.evaluation import Evaluation, evaluate_potential
 from gossamer.files import atomic_path, locked, write_json
 from gossamer.potential import DTYPES, Potential
-from gossamer.potential_file import load, read_manifest, save, save_again
+from gossamer.potential_file import as_potential, load, read_manifest, save, save_again
 from gossamer.settings import to_dict
 from gossamer.training.finetune import Concatenated, adapt_statistics, choose_replay, choose_weights, merge_adapters, transfer_weights
 from gossamer.training.loop import State, finished, load_state, make_state, run_training
@@ -417,7 +417,7 @@ def evaluate(
         Errors, with the frames' positions in ``data`` as indices; ``notes`` says what was left out, ``training_error``
         whether there were training frames only.
     """
-    potential = model if isinstance(model, Potential) else load(model, device)
+    potential = as_potential(model, device)
     structures = open_dataset(data, labels) if isinstance(data, str | Path) else data
     chosen = leave_out_training_frames(potential.seen, structures, include_training)
     engine = Engine(potential, way, dispersion=dispersion)

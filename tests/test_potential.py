@@ -22,7 +22,7 @@ from gossamer.data.batch import collate
 from gossamer.data.structure import Structure
 from gossamer.evaluation import evaluate_potential
 from gossamer.potential import Potential
-from gossamer.potential_file import FORMAT, _checksum, load, read_manifest, save, stored_structures
+from gossamer.potential_file import FORMAT, _checksum, as_potential, load, read_manifest, save, stored_structures
 from gossamer.simulation.calculator import Calculator
 
 ELEMENTS = ["H", "C", "O", "Si"]
@@ -310,3 +310,13 @@ def test_a_constant_offset_between_functionals_is_said(capsys: pytest.CaptureFix
     assert "meV/atom from the labels on average: another functional" in capsys.readouterr().out
     same = [Structure(**{**vars(s), "energy": p["energy"] + rng.normal()}) for s, p in zip(frames, potential.predict(frames), strict=True)]
     assert "energy_offset" not in evaluate_potential(potential, same).summary()
+
+
+def test_a_potential_in_memory_keeps_its_device_and_dtype() -> None:
+    """What cannot be had is refused instead of ignored."""
+    potential = make_potential(["C", "O"])
+    assert as_potential(potential) is potential
+    assert as_potential(potential, "cpu", "float64") is potential
+    for asked in ({"dtype": "float32"}, {"device": "cuda"}):
+        with pytest.raises(ValueError, match=r"is in memory, on cpu in torch\.float64"):
+            Calculator(potential, **asked)

@@ -19,7 +19,7 @@ from gossamer.engine.engine import Engine, Way
 from gossamer.engine.memory import keep_freed_memory
 from gossamer.graph import Graph
 from gossamer.potential import NO_UNCERTAINTY, Potential, Prediction
-from gossamer.potential_file import load
+from gossamer.potential_file import as_potential
 from gossamer.simulation.verlet import DeviceVerletList, VerletList
 
 log = logging.getLogger(__name__)
@@ -69,7 +69,7 @@ class Calculator(ASECalculator):
         super().__init__(**kwargs)
         if reuse_memory:
             keep_freed_memory()
-        self.potential = potential if isinstance(potential, Potential) else load(potential, device, dtype)
+        self.potential = as_potential(potential, device, dtype)
         self.potential.eval().requires_grad_(False)
         there = self.potential.device.type != "cpu" and self.potential.max_neighbors is None
         self.neighbors: VerletList = (

@@ -22,7 +22,7 @@ from gossamer.data.atoms import as_atoms
 from gossamer.data.npz_file import read_npz
 from gossamer.files import atomic_path, locked
 from gossamer.potential import Potential
-from gossamer.potential_file import load
+from gossamer.potential_file import as_potential
 from gossamer.settings import configured
 from gossamer.signals import StopRequested
 from gossamer.simulation.md import as_calculator, has_direct_forces
@@ -142,9 +142,9 @@ def _on_torchsim(model: Any, asked: Sequence[tuple[Job, Path]], config: RelaxCon
     from gossamer.simulation.batched import relax_batched
     from gossamer.simulation.torchsim import check_axes
 
-    potential = load(model, config.device, config.dtype) if isinstance(model, str | Path) else model
-    if not isinstance(potential, Potential):
+    if not isinstance(model, str | Path | Potential):
         raise ValueError(f"TorchSim runs potentials, found a calculator ({type(model).__name__}). Choose engine ase.")
+    potential = as_potential(model, config.device, config.dtype)
     if config.optimizer != "fire":
         raise ValueError(f"TorchSim relaxes by FIRE, not by {config.optimizer}. Leave optimizer out, or choose engine ase.")
     if config.cell and not potential.conservative:

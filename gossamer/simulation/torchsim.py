@@ -15,7 +15,7 @@ from torch import Tensor
 from gossamer.engine.engine import Engine, Way
 from gossamer.graph import Graph
 from gossamer.potential import Potential, Prediction
-from gossamer.potential_file import load
+from gossamer.potential_file import as_potential
 from gossamer.simulation.graphs import BatchGraphs
 
 try:
@@ -74,7 +74,7 @@ class TorchSimModel(ModelInterface):
         super().__init__()
         if way == "graph":
             raise ValueError("way 'graph' records one structure. For batches choose auto, kernels, program or plain.")
-        self.potential = potential if isinstance(potential, Potential) else load(potential, device)
+        self.potential = as_potential(potential, device)
         self.potential.eval().requires_grad_(False)
         self.engine = Engine(self.potential, way, dispersion=dispersion)
         self.graphs = BatchGraphs(self.potential, skin)
