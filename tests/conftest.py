@@ -86,6 +86,8 @@ MODELS = {
     "weft-l3": dict(name="weft", l_max=3, num_features=3, num_layers=3),
 }
 """every network that must pass the physics tests: settings on top of those in `make_potential`"""
+CORE = ["sound", "sound-global", "published", "direct", "nequip", "geodite", "mace", "painn", "schnet", "sevennet", "weft"]
+"""of these, what a test of `make test` takes; the other variants come with `make thorough`"""
 DIRECT = [name for name in MODELS if name.endswith("direct")]
 GLOBAL = ["sound-global", "published"]
 """networks whose energy is not a sum of local terms"""
@@ -122,6 +124,16 @@ def make_potential(
         if key == "frequencies":  # at whole numbers the sine still vanishes at the cutoff
             torch.nn.init.uniform_(parameter, 0.5, 3.5)
     return potential
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests of further variants of the networks are thorough ones."""
+    further = MODELS.keys() - set(CORE)
+    for item in items:
+        values = item.callspec.params.values() if isinstance(item, pytest.Function) and hasattr(item, "callspec") else ()
+        if any(isinstance(value, str) and value in further for value in values):
+            item.add_marker(pytest.mark.thorough)
 
 
 @pytest.fixture(autouse=True)
