@@ -1,5 +1,6 @@
 # make demo   train, evaluate, simulate and report on the shipped water data (a few minutes on two cores)
-# make test   the test suite (eight to fourteen minutes on two cores)
+# make test   the test suite
+# make thorough   further variants of the networks and long paths, which CI runs too
 # make docs   build the site into site/, warnings as errors
 # make wheel  build the wheel, install it into an environment of its own, use it
 # make campaign  tries to break it: kills, full disks, damaged files, nonsense, sanitizers (half an hour; benchmarks/reliability)
@@ -11,7 +12,7 @@ BIN = $(VENV)/bin
 export OMP_WAIT_POLICY ?= passive
 export MPLBACKEND ?= Agg
 
-.PHONY: demo test lint slow lammps campaign docs tutorials wheel clean
+.PHONY: demo test thorough lint slow lammps campaign docs tutorials wheel clean
 
 $(VENV)/.ready: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "gossamer needs Python 3.11 or newer; this is " + sys.version.split()[0] + ". Try: make PYTHON=python3.12")'
@@ -26,6 +27,10 @@ demo: $(VENV)/.ready
 test: export OMP_NUM_THREADS = 1
 test: $(VENV)/.ready
 	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+thorough: export OMP_NUM_THREADS = 1
+thorough: $(VENV)/.ready
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "thorough and not slow and not gpu"
 
 slow: $(VENV)/.ready
 	$(BIN)/python -m pytest -m slow

@@ -47,6 +47,7 @@ def test_bench_of_a_potential_and_a_calculator(saved: Path, tmp_path: Path, caps
     assert (tmp_path / "out" / "bench.png").stat().st_size > 10_000
 
 
+@pytest.mark.thorough
 def test_a_candidate_that_fails_stands_alone(saved: Path, tmp_path: Path) -> None:
     structure = tmp_path / "gold.extxyz"
     ase.io.write(structure, bulk("Au", cubic=True))
@@ -63,6 +64,7 @@ def test_a_candidate_that_fails_stands_alone(saved: Path, tmp_path: Path) -> Non
     assert len(table([emt]).splitlines()) == 3
 
 
+@pytest.mark.thorough
 def test_what_a_potential_was_tested_on_is_timed(tmp_path: Path) -> None:
     path = tmp_path / "water.safetensors"
     save(make_potential(["H", "O"], dtype=torch.float32), path, check=[from_atoms(molecule("H2O"), LabelConfig(), "water")])
@@ -71,6 +73,7 @@ def test_what_a_potential_was_tested_on_is_timed(tmp_path: Path) -> None:
     assert [r["atoms"] for r in record["rows"]] == [3]
 
 
+@pytest.mark.thorough
 def test_a_large_cell_serves_several_sizes(saved: Path, tmp_path: Path) -> None:
     ase.io.write(tmp_path / "cu.extxyz", bulk("Cu", cubic=True).repeat(2))
     (record,) = bench([saved], structure=tmp_path / "cu.extxyz", sizes=(5, 10, 60), seconds=1.0, threads=1, out=tmp_path / "out")
@@ -91,6 +94,7 @@ def test_wrong_use(saved: Path, tmp_path: Path) -> None:
         bench([], ["nonsense"])
 
 
+@pytest.mark.thorough
 def test_floor_counts_what_must_be_done() -> None:
     """Arithmetic grows with pairs, and doubling the machine's rates halves the floor."""
     potential = make_potential(["Si"], dtype=torch.float32)

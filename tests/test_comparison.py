@@ -54,6 +54,7 @@ def test_one_table_and_one_plot(tmp_path: Path, capsys: pytest.CaptureFixture) -
     assert (out / "leignn" / "potential.safetensors").stat().st_mtime == before
 
 
+@pytest.mark.thorough
 def test_a_cut_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """From its checkpoint, for what is left of its time; and only if asked to."""
     path, out = write(tmp_path, "leignn", {"name": "leignn"}), tmp_path / "out"

@@ -44,6 +44,7 @@ for language, text in json.load(sys.stdin):
 """
 
 
+@pytest.mark.thorough
 def test_readme_runs(tmp_path: Path) -> None:
     """Every Python block and gossamer command, in order, in a fresh folder, in one process: PyTorch is loaded once."""
     (tmp_path / "demo").symlink_to(ROOT / "demo")
@@ -77,6 +78,7 @@ def test_readme_runs(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["your_own_loop.py", "check_any_calculator.py"])
+@pytest.mark.thorough
 def test_examples_run(name: str, tmp_path: Path) -> None:
     out = run([sys.executable, str(ROOT / "examples" / name), str(ROOT / "demo" / "data" / "ethanol_500K.extxyz.xz")], tmp_path)
     assert out.strip()

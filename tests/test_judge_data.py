@@ -189,6 +189,7 @@ def hull_set(folder: Path, n: int = 6) -> tuple[Path, Path]:
     return folder / "initial.extxyz", folder / "table.csv"
 
 
+@pytest.mark.thorough
 def test_discovery_of_the_reference_itself_is_perfect(tmp_path: Path) -> None:
     initial, table = hull_set(tmp_path)
     candidate = candidate_of(EMT, tmp_path / "a", discovery=str(initial), discovery_table=str(table))

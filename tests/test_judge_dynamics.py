@@ -61,6 +61,7 @@ def test_verlet_fluctuation_of_a_harmonic_oscillator() -> None:
 # --- dynamics -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.thorough
 def test_dynamics_of_copper_passes_and_goes_on(tmp_path: Path) -> None:
     candidate = candidate_of(EMT, tmp_path, picoseconds=1.0)
     candidate.systems, candidate.builtin_systems = {"Cu": bulk("Cu", cubic=True).repeat((2, 2, 1))}, False
@@ -81,6 +82,7 @@ def test_dynamics_of_copper_passes_and_goes_on(tmp_path: Path) -> None:
     assert by_name(again, "mean temperature").value == by_name(result, "mean temperature").value
 
 
+@pytest.mark.thorough
 def test_a_hot_frame_is_not_the_potentials_fault(tmp_path: Path) -> None:
     """A frame with 0.6 eV/atom of strain would heat the run far above its target: it is relaxed and equilibrated first, and the report says so."""
     hot = bulk("Cu", cubic=True).repeat((2, 2, 1))
@@ -155,6 +157,7 @@ def test_ensembles_of_harmonic_atoms_are_right(tmp_path: Path) -> None:
     assert dynamics.ensemble_deviation(log(temperature), log(temperature), (temperature, 2 * temperature), n) > 5
 
 
+@pytest.mark.thorough
 def test_a_protocol_gives_way_to_what_was_asked(tmp_path: Path) -> None:
     asked = dict(
         calculator="ase.calculators.emt:EMT",

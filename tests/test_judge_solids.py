@@ -110,6 +110,7 @@ def test_phonons_agree_with_ase(tmp_path: Path) -> None:
     assert phonons.sum_rule_error(ours) < 1e-9
 
 
+@pytest.mark.thorough
 def test_phonons_beside_a_reference(tmp_path: Path) -> None:
     pytest.importorskip("phonopy")
     cell = phonons.make_phonons(EMT(), bulk("Cu", a=3.589), [3, 3, 3])
@@ -138,6 +139,7 @@ def test_phonons_beside_a_reference(tmp_path: Path) -> None:
             phonons.read_reference(file)
 
 
+@pytest.mark.thorough
 def test_unstable_crystal_has_imaginary_modes(tmp_path: Path) -> None:
     pytest.importorskip("phonopy")
     candidate = candidate_of(lambda: MorsePotential(epsilon=0.34, r0=2.87, rho0=4.0, rcut1=1.2, rcut2=1.9), tmp_path)
@@ -199,6 +201,7 @@ def test_transport_is_that_of_phono3py(compact: bool) -> None:
         np.testing.assert_allclose(getattr(ours, name), expected, rtol=1e-8, atol=1e-10 * np.abs(expected).max(), err_msg=name)
 
 
+@pytest.mark.thorough
 def test_conductivity_of_copper_by_emt(tmp_path: Path) -> None:
     pytest.importorskip("phono3py")
     cu = bulk("Cu", cubic=True)

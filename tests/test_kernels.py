@@ -334,6 +334,7 @@ def test_physics_with_kernels(name: str, ethanol: Atoms, crystal: Atoms) -> None
         assert separation_error(quick, ethanol) < 1e-10
 
 
+@pytest.mark.thorough
 def test_dynamics_with_kernels_conserves_energy(ethanol: Atoms) -> None:
     plain, quick = pair("nequip")
     results = []
@@ -560,6 +561,7 @@ def test_potentials_keep_their_own_weights(ethanol: Atoms) -> None:
     assert all(ours[k] is theirs[k] for k in ours)  # the very same tensors
 
 
+@pytest.mark.thorough
 def test_simulation_resumes_with_kernels(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     atoms = molecule("CH3OH")
     potential = make_potential(["H", "C", "O"], dtype=torch.float32)
@@ -709,6 +711,7 @@ def test_training_with_kernels_is_plain_training(name: str, tmp_path: Path, capl
         torch.testing.assert_close(quick[key], plain[key], atol=1e-9, rtol=1e-7)
 
 
+@pytest.mark.thorough
 def test_batches_of_one_structure_use_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     used = []
     right = EdgeKernel.forward

@@ -81,6 +81,7 @@ def test_a_loop_and_the_same_again(start: dict[str, Any]) -> None:
     assert Counting.calls == calls
 
 
+@pytest.mark.thorough
 def test_cut_while_labelling_nothing_is_labelled_twice(start: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Counting, "cut_at", 2)
     with pytest.raises(KeyboardInterrupt):
@@ -95,12 +96,14 @@ def test_cut_while_labelling_nothing_is_labelled_twice(start: dict[str, Any], mo
     assert Counting.calls == 4
 
 
+@pytest.mark.thorough
 def test_frames_that_cannot_be_labelled_are_left_out(start: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Counting, "fails_at", 1)
     assert learn(**start)["n_labelled"] == 3
     assert "no convergence" in json.loads((start["out"] / "round-01" / "failed.json").read_text())["1"]
 
 
+@pytest.mark.thorough
 def test_where_the_potential_knows_it_asks_for_nothing(start: dict[str, Any]) -> None:
     answer = learn(**start | {"max_uncertainty": 1e3})
     assert (answer["held"], answer["n_labelled"], Counting.calls) == (True, 0, 0)

@@ -141,7 +141,7 @@ def test_two_atoms_repel_each_other_and_nothing_else(name: str, ethanol: Atoms) 
         assert np.abs(forces[beyond]).max() < 1e-9
 
 
-@pytest.mark.parametrize("name", [n for n in GUARDED if n not in DIRECT])
+@pytest.mark.parametrize("name", [n if n in FEW else pytest.param(n, marks=pytest.mark.thorough) for n in GUARDED if n not in DIRECT])
 def test_forces_are_the_gradient_beyond_the_data(name: str, ethanol: Atoms) -> None:
     """A pair nearer than any, and atoms with few neighbours."""
     calc = Calculator(limited(name, ethanol)[0], way="plain", skin=0.0)
@@ -192,6 +192,7 @@ def test_all_ways_agree_beyond_the_data(name: str, ethanol: Atoms, kernels: Path
 # --- training and files -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.thorough
 def test_training_is_as_before_and_the_file_keeps_the_limits(tmp_path: Path) -> None:
     results = {}
     for radius in ("data", 0.8):

@@ -159,6 +159,7 @@ def test_threads_change_nothing() -> None:
 
 
 @needs_compiler
+@pytest.mark.thorough
 def test_training_step_of_mace(ethanol: Atoms) -> None:
     """Gradients of a loss with forces: those of the plain network."""
     potential = make_potential(["H", "C", "O"], name="mace", l_max=1, correlation=2).train()

@@ -236,6 +236,7 @@ def test_third_derivative_is_bounded_at_the_cutoff(name: str) -> None:
     assert np.abs(np.diff(curvature)).max() < 0.5 * np.abs(curvature).max() + 1e-12
 
 
+@pytest.mark.thorough
 def test_dynamics_conserve_energy_to_second_order() -> None:
     atoms = molecule("H2O")
     atoms.rattle(0.02, seed=0)
