@@ -23,7 +23,7 @@ from gossamer.data.atoms import as_atoms
 from gossamer.engine.engine import Engine, Way
 from gossamer.engine.memory import keep_freed_memory
 from gossamer.potential import Potential
-from gossamer.potential_file import load
+from gossamer.potential_file import as_potential
 from gossamer.simulation.graphs import BatchGraphs
 
 try:
@@ -71,7 +71,7 @@ class Driver(Dummy_driver):
             raise ValueError("way 'graph' records one structure. For batches choose auto, kernels, program or plain.")
         keep_freed_memory()
         atoms = as_atoms(template, 0)
-        self.potential = model if isinstance(model, Potential) else load(model, device, dtype)
+        self.potential = as_potential(model, device, dtype)
         self.potential.eval().requires_grad_(False)
         self.potential.check_elements(atoms.numbers, f"'{template}'")
         self.periodic = bool(atoms.pbc.any())
