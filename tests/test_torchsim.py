@@ -25,7 +25,7 @@ from gossamer.simulation.options import RelaxConfig
 from gossamer.simulation.relax import relax, relax_files
 from gossamer.simulation.verlet import BatchVerletList
 
-ELEMENTS = ["H", "C", "O", "Si", "Fe"]
+ELEMENTS = ["H", "C", "O", "Mg", "Si", "Fe"]
 
 
 def crystals() -> list[Atoms]:

@@ -23,8 +23,7 @@ import numpy as np
 import torch
 from ase import Atoms, units
 from ase.md.langevinbaoab import LangevinBAOAB
-from structures import hexanol, water
-from torchsim import ice
+from structures import hexanol, ice, water
 
 import gossamer
 from gossamer.config import make_config

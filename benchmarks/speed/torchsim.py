@@ -19,26 +19,14 @@ import numpy as np
 import torch
 import torch_sim
 from ase import Atoms, units
-from ase.build import molecule
 from ase.md.langevin import Langevin
+from structures import ice
 
 from gossamer.config import make_config
 from gossamer.data.statistics import Statistics
 from gossamer.potential import Potential
 from gossamer.simulation.calculator import Calculator
 from gossamer.simulation.torchsim import TorchSimModel
-
-
-def ice(k: int) -> Atoms:
-    rng, n = np.random.default_rng(k), 2 + k % 3
-    atoms = Atoms(cell=[[3.3, 0, 0], [0.4, 3.2, 0], [0.2, -0.3, 3.1 * n]], pbc=True)
-    for i in range(n):
-        one = molecule("H2O")
-        one.rotate(rng.uniform(0, 360), rng.normal(size=3))
-        one.positions += [1.6, 1.6, 3.1 * (i + 0.5)]
-        atoms += one
-    atoms.rattle(0.03, seed=k)
-    return atoms
 
 
 def potential() -> Potential:
