@@ -11,6 +11,7 @@ Needs gossamer[openmm,ipi,torchsim].
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
 import tempfile
 import time
@@ -78,7 +79,7 @@ def ipi(way: str, beads: int = 16) -> list[str]:
 
     text = (HERE.parents[1] / "examples" / "ipi" / "input.xml").read_text()
     found = {}
-    with tempfile.TemporaryDirectory() as work:
+    with tempfile.TemporaryDirectory() as work, contextlib.chdir(work):  # i-PI leaves restart files where it runs
         folder = Path(work)
         start = hexanol()
         start.center(vacuum=6)

@@ -66,13 +66,13 @@ def _on_ase(model: Any, found: Sequence[Job], config: MDConfig, progress: bool) 
 def _on_torchsim(model: Any, found: Sequence[Job], config: MDConfig, progress: bool) -> list[dict[str, Any]]:
     """Many at once."""
     from gossamer.potential import Potential
-    from gossamer.potential_file import load
+    from gossamer.potential_file import as_potential
     from gossamer.simulation.md_batched import ENSEMBLES, md_batched
     from gossamer.simulation.torchsim import check_axes
 
-    potential = load(model, config.device, config.dtype) if isinstance(model, str | Path) else model
-    if not isinstance(potential, Potential):
+    if not isinstance(model, str | Path | Potential):
         raise ValueError(f"TorchSim runs potentials, found a calculator ({type(model).__name__}). Choose engine ase.")
+    potential = as_potential(model, config.device, config.dtype)
     if config.ensemble not in ENSEMBLES:
         raise ValueError(f"Engine torchsim runs {' and '.join(ENSEMBLES)}, not {config.ensemble}. Choose one of them, or engine ase.")
     answers: dict[Path, dict[str, Any]] = {}

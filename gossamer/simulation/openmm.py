@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from gossamer.engine.engine import Way
 from gossamer.potential import Potential
-from gossamer.potential_file import load
+from gossamer.potential_file import as_potential
 from gossamer.simulation.calculator import Calculator
 
 try:
@@ -59,12 +59,10 @@ class PotentialImpl(MLPotentialImpl):
             ValueError, RuntimeError, OSError: as `gossamer.Calculator`.
         """
         self.running: dict[str, Any] = {"way": way, "dispersion": dispersion}
+        self.potential = as_potential(modelPath, device, dtype)
         self.file: dict[str, Any] | None = None
-        if isinstance(modelPath, Potential):
-            self.potential = modelPath
-        else:
+        if not isinstance(modelPath, Potential):
             self.file = {"potential": Path(modelPath).resolve(), "device": device, "dtype": dtype}
-            self.potential = load(modelPath, device, dtype)
 
     def getMLLongRange(self) -> bool:
         """Whether atoms of the potential interact beyond its cutoff, by latent charges."""
