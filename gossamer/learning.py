@@ -27,6 +27,7 @@ from gossamer.checks.source import find_sources
 from gossamer.config import make_config
 from gossamer.data.atoms import read_frames
 from gossamer.data.dataset import open_dataset
+from gossamer.data.fingerprint import SeenFrames
 from gossamer.data.labels import LabelConfig
 from gossamer.data.structure import Structure, as_structure
 from gossamer.evaluation import evaluate_potential
@@ -43,7 +44,8 @@ from gossamer.simulation.options import LearnConfig
 
 log = logging.getLogger(__name__)
 OUTSIDE = 3.0
-"""times the root mean square error of forces on validation frames, from which a force is uncertain"""
+"""times the root mean square error of forces on validation frames, from which a force is uncertain; later rounds, which validate on the hard
+frames found by then, ask for no less than the first"""
 LOST = 10.0
 """times that limit, beyond which a frame is no longer worth a label: the walk had left sanity"""
 HELD = 0.01
@@ -90,7 +92,8 @@ def learn(
             folder = config.out / f"round-{number:02d}"
             done = folder / "round.json"
             if not done.exists():
-                write_json(done, _round(current, walkers, source.make, old, config, folder, number))
+                largest = curve[-1]["limit_eV_per_A"] if curve else np.inf
+                write_json(done, _round(current, walkers, source.make, old, config, folder, number, largest))
             curve.append(json.loads(done.read_text()))
             held = curve[-1]["held"]
             if held:
@@ -103,25 +106,34 @@ def learn(
 
 
 def _round(
-    current: Path, walkers: Sequence[Atoms], make: Any, old: Sequence[Structure], config: LearnConfig, folder: Path, number: int
+    current: Path,
+    walkers: Sequence[Atoms],
+    make: Any,
+    old: Sequence[Structure],
+    config: LearnConfig,
+    folder: Path,
+    number: int,
+    largest: float,
 ) -> dict[str, Any]:
-    """One round; what is known of it at its end."""
+    """One round; what is known of it at its end. ``largest``: eV/Å that the limit may not exceed."""
     potential = load(current, config.device)
     if potential.uncertainty is None:
         raise ValueError(NO_UNCERTAINTY)
     rmse: float | None = potential.uncertainty.record.get("forces_rmse_eV_per_A")
     if rmse is None:
         raise ValueError("The potential's uncertainty was measured without labels of forces. Calibrate it with some (gossamer calibrate).")
-    limit = config.max_uncertainty or OUTSIDE * rmse
+    limit = config.max_uncertainty or min(OUTSIDE * rmse, largest)
     found = _explore(potential, walkers, limit, config, folder / "walks", number)
     result = {"round": number, "limit_eV_per_A": limit, "n_labelled": 0, **found}
     result["held"] = found["broken"] == 0 and found["uncertain_share"] < HELD
     if result["held"]:
         return result
-    chosen = _chosen(potential, limit, config.frames, folder)
+    known = SeenFrames.of([*old, *(as_structure(atoms) for atoms in labelled_before(config.out))], ())
+    chosen = _chosen(potential, limit, config.frames, known, folder)
     if not chosen:
         raise RuntimeError(
-            f"All uncertain frames of round {number} are far from sane ('{folder}/walks'): start with more labelled frames, or walk colder."
+            f"All uncertain frames of round {number} are far from sane, or labelled already ('{folder}/walks'): start with more labelled frames, "
+            "or walk colder."
         )
     labelled = _labelled(chosen, make, folder)
     if not labelled:
@@ -162,13 +174,18 @@ def _explore(
     return {"broken": broken, "uncertain_share": share, "median_uncertainty_eV_per_A": float(np.median(largest))}
 
 
-def _chosen(potential: Potential, limit: float, n: int, folder: Path) -> list[Atoms]:
-    """The most uncertain frame, and then again and again the one that is farthest from those chosen."""
+def labelled_before(out: Path) -> list[Atoms]:
+    """All frames labelled so far, in their order."""
+    return [atoms for path in sorted(out.glob("round-*/labelled.extxyz")) for atoms in ase.io.read(path, ":", format="extxyz")]
+
+
+def _chosen(potential: Potential, limit: float, n: int, known: SeenFrames, folder: Path) -> list[Atoms]:
+    """The most uncertain frame, and then again and again the one that is farthest from those chosen; none that has a label already."""
     file = folder / "chosen.extxyz"
     if not file.exists():
         paths = sorted((folder / "walks").glob("*/uncertain.extxyz"))
         frames = [f for path in paths for f in ase.io.read(path, ":", format="extxyz")]
-        frames = [f for f in frames if f.info["max_forces_uncertainty"] < LOST * limit]
+        frames = [f for f in frames if f.info["max_forces_uncertainty"] < LOST * limit and known.where(f) == "new"]
         if not frames:
             return []
         order = farthest(_worst_deviations(potential, frames), int(np.argmax([f.info["max_forces_uncertainty"] for f in frames])), n)
@@ -239,16 +256,14 @@ def _fit(current: Path, potential: Potential, old: Sequence[Structure], config: 
     for k, (structure, kind) in enumerate(zip(old, kinds, strict=True)):
         valid = kind == "valid" if "valid" in kinds else k % VALID_EVERY == VALID_EVERY - 1
         sides["valid" if valid else "train"].append(structure.to_ase())
-    number = 0
-    for path in sorted(config.out.glob("round-*/labelled.extxyz")):
-        for atoms in ase.io.read(path, ":", format="extxyz"):
-            number += 1
-            sides["valid" if number % VALID_EVERY == 2 else "train"].append(atoms)
+    new = labelled_before(config.out)
+    for number, atoms in enumerate(new, 1):
+        sides["valid" if number % VALID_EVERY == 2 else "train"].append(atoms)
     for side, frames in sides.items():
         with atomic_path(folder / f"{side}.extxyz") as temporary:
             ase.io.write(temporary, frames, format="extxyz")
     if not sides["train"] or not sides["valid"]:
-        raise RuntimeError(f"{number} labelled frames are too few to train and to validate: raise frames, or give data.")
+        raise RuntimeError(f"{len(new)} labelled frames are too few to train and to validate: raise frames, or give data.")
     labelled = open_dataset(folder / "train.extxyz")
     chosen = choose_settings(
         labelled, str(folder / "train.extxyz"), None, str(folder / "fit"), config.minutes, LabelConfig(), {"start": str(current)}

@@ -103,6 +103,18 @@ def test_frames_that_cannot_be_labelled_are_left_out(start: dict[str, Any], monk
     assert "no convergence" in json.loads((start["out"] / "round-01" / "failed.json").read_text())["1"]
 
 
+def test_hard_frames_found_do_not_make_later_rounds_content(start: dict[str, Any]) -> None:
+    """Validation errors grow with the frames that are found, the limit of uncertainty does not."""
+    potential = load(start["start"])
+    potential.uncertainty.record["forces_rmse_eV_per_A"] *= 0.05  # a start that was easy to validate
+    save(potential, start["start"])
+    answer = learn(**start | {"max_uncertainty": None, "rounds": 2})
+    first, second = json.loads((start["out"] / "learning.json").read_text())
+    record = load(start["out"] / "round-01" / "fit" / "potential.safetensors").uncertainty.record
+    assert answer["rounds"] == 2
+    assert 3 * record["forces_rmse_eV_per_A"] > first["limit_eV_per_A"] == second["limit_eV_per_A"]
+
+
 @pytest.mark.thorough
 def test_where_the_potential_knows_it_asks_for_nothing(start: dict[str, Any]) -> None:
     answer = learn(**start | {"max_uncertainty": 1e3})

@@ -51,7 +51,7 @@ SPACING = {"start": 25, "sample": 100, "test": 50}
 def reference(temperature: float, n: int, spacing: int, seed: int, out: Path) -> Path:
     """Labelled frames of dynamics by the reference; the first half picosecond is dropped (none of a start)."""
     file = out / "frames.extxyz"
-    if file.exists():
+    if file.exists() and len(ase.io.read(file, ":")) >= n:
         return file
     (source,) = find_sources([], [LABEL])
     skip = 500 // spacing
@@ -107,7 +107,7 @@ def sane(potential: Any, walks: Path, limit: float) -> list[Atoms]:
     calculator, kept = gossamer.Calculator(potential, uncertainty=True), []
     for path in sorted(walks.glob("*/trajectory.traj")):
         with Trajectory(path) as frames:
-            for atoms in frames:
+            for atoms in frames[1:]:  # all walks begin with the same
                 bare = Atoms(atoms.numbers, atoms.positions)
                 bare.calc = calculator
                 bare.get_potential_energy()

@@ -131,7 +131,8 @@ class LearnConfig:
     spacing: Positive = 20.0
     """fs between two uncertain frames of a walk."""
     max_uncertainty: Positive | None = None
-    """eV/Å from which a force is uncertain; by default three times the error of forces on the validation frames of the potential at hand."""
+    """eV/Å from which a force is uncertain; by default three times the error of forces on the validation frames of the potential at hand, and
+    never more than in the round before."""
     minutes: Positive = 2.0
     """How long each fine-tuning lasts."""
     train_steps: Annotated[int, Field(gt=0)] | None = None
