@@ -86,7 +86,8 @@ def learn(
     (source,) = find_sources([], [label])
     walkers = [s if isinstance(s, Atoms) else read_frames(s)[0] for s in structures]
     old = [] if data is None else list(open_dataset(data))
-    current, curve, held = Path(start), [], False
+    current, held = Path(start), False
+    curve: list[dict[str, Any]] = []
     with locked(config.out):
         for number in range(1, config.rounds + 1):
             folder = config.out / f"round-{number:02d}"
