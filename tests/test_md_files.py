@@ -16,10 +16,12 @@ from ase import Atoms
 from ase.build import bulk, molecule
 from ase.calculators.emt import EMT
 from conftest import make_potential
+from test_uncertainty import measured, walk
 
 from gossamer.cli import main
 from gossamer.potential import Potential
 from gossamer.potential_file import save
+from gossamer.simulation.calculator import Calculator
 from gossamer.simulation.md_files import md_files
 from gossamer.simulation.options import MDConfig
 
@@ -114,6 +116,24 @@ def test_failures_are_their_own(potential: Potential, files: list[str], tmp_path
     assert len(alone) == 4
     for k in range(3):
         np.testing.assert_allclose(table(tmp_path / "md" / f"si-{k}"), table(tmp_path / "alone" / f"si-{k}"), rtol=1e-8, atol=1e-7)
+
+
+def test_where_one_becomes_uncertain_the_others_go_on(tmp_path: Path) -> None:
+    known = measured("painn")
+    frames = walk(2, 0.02) + walk(1, 0.15, seed=2)  # the last is far from what it was measured on
+    ase.io.write(tmp_path / "ethanol.extxyz", frames)
+    common = dict(steps=4, interval=2, ensemble="nve", temperature=10.0)
+    looked = run(known, [str(tmp_path / "ethanol.extxyz")], out=tmp_path / "look", **common)
+    first = [(Path(a["out"]) / "log.csv").read_text().splitlines()[1] for a in looked]
+    column = [float(row.split(",")[-1]) for row in first]
+    single = Calculator(known)
+    expected = [np.max(single.get_property("forces_uncertainty", atoms)) for atoms in frames]
+    np.testing.assert_allclose(column, expected, rtol=1e-5)
+    assert column[2] > 1.2 * max(column[:2])
+    limit = (max(column[:2]) + column[2]) / 2
+    told = run(known, [str(tmp_path / "ethanol.extxyz")], out=tmp_path / "md", max_uncertainty=limit, **common)
+    assert [a["uncertain"] is None for a in told] == [True, True, False]
+    assert [a["steps"] for a in told] == [4, 4, 0]
 
 
 def test_a_signal_stops_all_and_loses_nothing(

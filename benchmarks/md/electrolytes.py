@@ -120,8 +120,8 @@ def run(arguments: argparse.Namespace) -> None:
         "cpu_ms_per_step_of_a_structure": 1000 * spent / max(taken, 1), "steps": steps, "date": datetime.date.today().isoformat(),
         "versions": {"gossamer": gossamer.__version__, "torch": torch.__version__},
     }  # fmt: skip
-    (HERE / "results").mkdir(exist_ok=True)
-    (HERE / "results" / f"electrolyte_{name}.json").write_text(json.dumps(record, indent=1) + "\n")
+    (HERE / "electrolytes").mkdir(exist_ok=True)
+    (HERE / "electrolytes" / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
     print(json.dumps(record, indent=1))
 
 
