@@ -202,19 +202,26 @@ def _look(
 
 
 class _Watched:
-    """A model for TorchSim's steps that keeps what it said last, so that a logged frame costs no evaluation of its own."""
+    """A model for TorchSim's steps that keeps what it said last, so that a logged frame costs no evaluation of its own.
+
+    The steps of TorchSim 0.3 wrap atoms into their cells, after which neighbour lists are made anew: they see no periodicity, the model does.
+    """
 
     def __init__(self, model: TorchSimModel) -> None:
         self.model, self.device, self.dtype = model, model.device, model.dtype
         self.last: dict[str, Tensor] = {}
+        self.pbc: Any = False
         self.timestep = 0.0
 
     def __call__(self, state: Any) -> dict[str, Tensor]:
-        self.last = self.model(state)
+        self.last = self.model(self._periodic(state))
         return self.last
 
     def graph(self, state: Any) -> Any:
-        return self.model.graph(vars(state) | {"system_idx": state.system_idx})
+        return self.model.graph(self._periodic(state))
+
+    def _periodic(self, state: Any) -> dict[str, Any]:
+        return {**vars(state), "system_idx": state.system_idx, "pbc": self.pbc}
 
 
 def _stepper(watched: _Watched, config: MDConfig) -> Step:
@@ -251,10 +258,11 @@ def _state(watched: _Watched, walkers: Sequence[_Walker], noise: torch.Generator
     """TorchSim's state of the atoms, with their momenta, and forces evaluated."""
     plain = [Atoms(w.atoms.numbers, w.atoms.positions, cell=w.atoms.cell, pbc=w.atoms.pbc, masses=w.atoms.get_masses()) for w in walkers]
     bare = torch_sim.initialize_state(plain, watched.device, watched.dtype)
-    names = ("positions", "masses", "cell", "pbc", "atomic_numbers", "system_idx")
+    watched.pbc = bare.pbc
     found = watched(bare)
+    kept = {name: getattr(bare, name) for name in ("positions", "masses", "cell", "atomic_numbers", "system_idx")}
     momenta = torch.as_tensor(np.concatenate([w.atoms.get_momenta() for w in walkers]), dtype=watched.dtype, device=watched.device)
-    state = MDState(**{name: getattr(bare, name) for name in names}, momenta=momenta, energy=found["energy"], forces=found["forces"])
+    state = MDState(**kept, pbc=False, momenta=momenta, energy=found["energy"], forces=found["forces"])
     if nve_step is not None:
         state.rng = noise
     return state
