@@ -84,14 +84,14 @@ def begin(data: Path, steps: int, out: Path) -> Path:
 def baseline(way: str, start: Path, data: Path, pool: Sequence[Atoms], config: LearnConfig) -> None:
     """The rounds of `gossamer.learn` with another choice of frames."""
     (source,) = find_sources([], [LABEL])
-    current, old = start, list(open_dataset(data))
+    current, old, limit = start, list(open_dataset(data)), np.inf
     for number in range(1, config.rounds + 1):
         folder = config.out / f"round-{number:02d}"
         if not (folder / "round.json").exists():
             potential, found = gossamer.load(current), {}
             chosen = list(pool[(number - 1) * config.frames : number * config.frames])
             if way == "random":
-                limit = OUTSIDE * potential.uncertainty.record["forces_rmse_eV_per_A"]
+                limit = min(limit, OUTSIDE * potential.uncertainty.record["forces_rmse_eV_per_A"])
                 found = _explore(potential, [molecule("CH3CH2OH")], limit, config, folder / "walks", number)
                 frames = sane(potential, folder / "walks", LOST * limit)
                 picks = np.random.default_rng(config.seed + number).permutation(len(frames))[: config.frames]

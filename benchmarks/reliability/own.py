@@ -32,7 +32,8 @@ from gossamer.data.labels import LabelConfig
 from gossamer.engine.engine import Engine
 from gossamer.evaluation import evaluate_potential
 from gossamer.files import write_json
-from gossamer.runs import choose_settings, train
+from gossamer.fitting import choose_settings
+from gossamer.runs import train
 from gossamer.settings import to_dict
 
 HERE = Path(__file__).resolve().parent
