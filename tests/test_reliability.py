@@ -18,6 +18,7 @@ from ase.io.trajectory import Trajectory
 from conftest import make_potential
 
 from gossamer.data.atoms import read_frames
+from gossamer.data.npz_file import read_npz
 from gossamer.data.readers import read_structures
 from gossamer.data.store import Store, write_store
 from gossamer.data.structure import Structure
@@ -175,6 +176,31 @@ def test_a_relaxation_killed_between_frame_and_state_has_each_frame_once(tmp_pat
     assert len(frames) == len(calm) == 7
     for a, b in zip(frames, calm, strict=True):
         np.testing.assert_allclose(a.positions, b.positions, atol=1e-12)  # EMT's own lists depend on where it began
+
+
+class Cut(EMT):
+    """EMT that is interrupted at its second evaluation."""
+
+    evaluations = 0
+
+    def calculate(self, *arguments: Any, **options: Any) -> None:
+        self.evaluations += 1
+        if self.evaluations == 2:
+            raise RuntimeError("killed")
+        super().calculate(*arguments, **options)
+
+
+def test_a_simulation_killed_after_its_first_frame_has_it_once(tmp_path: Path) -> None:
+    start, options = copper(tmp_path), dict(steps=10, interval=5, progress=False)
+    md(EMT(), start, out=tmp_path / "calm", **options)
+    with pytest.raises(RuntimeError, match="killed"):
+        md(Cut(), start, out=tmp_path / "cut", **options)
+    assert int(read_npz(tmp_path / "cut" / "state.npz")["integrator.nsteps"]) == 0
+    md(EMT(), start, out=tmp_path / "cut", resume=True, **options)
+    logs = [[row.split(",")[0] for row in (tmp_path / name / "log.csv").read_text().splitlines()] for name in ("calm", "cut")]
+    assert logs[0] == logs[1] == ["step", "0", "5", "10"]
+    with Trajectory(tmp_path / "cut" / "trajectory.traj") as trajectory:
+        assert len(trajectory) == 3
 
 
 @pytest.mark.parametrize("name", ["state.npz", "log.csv", "trajectory.traj"])

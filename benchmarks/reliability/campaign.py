@@ -29,7 +29,7 @@ PARTS = {"fuzz": 3000, "damage": 600, "cells": 400, "sanitize": 60, "disk": 30, 
 def table(folder: Path) -> str:
     """Results of all parts in Markdown."""
     lines = ["| Part | Cases | Seconds | Findings | Outcomes |", "|---|---|---|---|---|"]
-    for name in PARTS:
+    for name in [*PARTS, "lists"]:
         file = folder / f"{name}.json"
         if file.exists():
             found = json.loads(file.read_text())
@@ -48,7 +48,11 @@ def main() -> int:
     parser.add_argument("--count", "--steps", type=int, help="cases, mutations, inputs, kills or steps (default: a few minutes' worth)")
     parser.add_argument("--minutes", type=float, default=1e9, help="at most, for each part")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", default="", help="only targets with this in their name (fuzz, damage)")
+    parser.add_argument(
+        "--only",
+        default="",
+        help="only targets or networks with this in their name (fuzz, damage, cells, sanitize); of cells 'lists' alone",
+    )
     parser.add_argument("--out", type=Path, default=Path("runs/campaign"))
     parser.add_argument("--table", type=Path, metavar="OUT", help="print what was found as a table")
     given = parser.parse_args()

@@ -289,6 +289,9 @@ def make_case(seed: int, names: tuple[str, ...] = NETWORKS) -> Case:
 
 
 def run(count: int, seed: int, minutes: float, out: Path, only: str = "") -> dict[str, Any]:
-    """Compare so many cells; see the module."""
+    """Compare so many cells; with "lists" lists of neighbours alone. See the module."""
     os.environ.setdefault("GOSSAMER_CACHE", str(out / "cache"))
-    return campaign("cells", make_case(seed), count, seed, minutes, out)
+    names = () if only == "lists" else tuple(n for n in NETWORKS if only in n)
+    return campaign(
+        "lists" if only == "lists" else "cells", make_case(seed, names), count, seed, minutes, out, {"only": only} if only else None
+    )

@@ -406,7 +406,8 @@ class Recorder:
         trajectory, table = config.out / "trajectory.traj", config.out / "log.csv"
         rows: list[list[str]] = []
         if resumed:
-            rows = _cut_back(trajectory, table, dynamics.nsteps // config.interval + 1)
+            kept = dynamics.nsteps // config.interval + 1 if dynamics.nsteps else 0  # that of step 0 is written at the start, now again
+            rows = _cut_back(trajectory, table, kept)
             self.temperatures = [float(row[COLUMNS.index("temperature_K")]) for row in rows]
         with atomic_path(table) as temporary, open(temporary, "w", newline="") as file:
             csv.writer(file).writerows([COLUMNS, *rows])
