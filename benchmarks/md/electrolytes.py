@@ -9,8 +9,8 @@
 lips: Li6.75P3S11, 83 atoms, 120 labelled frames; replicas start from test frames; 520 K, 1 fs. The reference are the 200 labelled frames,
 which are no trajectory: RDFs, no diffusivity.
 argyrodite: Li6PS5Cl with all Cl and S exchanged, 416 atoms; replicas start from the first and the middle frame; 500 K, 2 fs. The reference
-is an ab initio trajectory of 14 ps without energies or forces, so `label` has SevenNet-0 (imported, its numbers checked by
-`gossamer import --reference`) label its frames, and the network learns those: structure is compared with ab initio, forces are not.
+is an ab initio trajectory of 14 ps without energies or forces, so `label` has imported SevenNet-0 (without `--reference`, so not compared
+with the package in that run) label its frames, and the network learns those: structure is compared with ab initio, forces are not.
 
 Langevin with a time of 1 ps, which hardly slows diffusion. RDF overlap and diffusivity are the judge's (`gossamer.checks.liquids`).
 """
