@@ -22,15 +22,16 @@ from common import FINDING
 
 from gossamer.data.atoms import read_frames
 from gossamer.files import write_json
+from gossamer.fitting import fit
 from gossamer.machine import machine, versions
-from gossamer.runs import fit
 from gossamer.simulation.calculator import Calculator
 from gossamer.simulation.md import md
 
 SAMPLES = 40
 """of memory and time"""
 LIMITS = {"memory_MB": 20.0, "step_time_ratio": 1.25, "drift_meV_per_atom_per_ns": 5.0}
-"""more is a finding: growth of memory over the second nine tenths, late steps beside early ones in CPU time, drift of the total energy"""
+"""more is a finding: growth of memory over the second nine tenths, late steps beside early ones in CPU time, drift of the
+total energy (of runs of 20 ps at least: before that it is the energy's own swing)"""
 
 
 class Watched(Calculator):
@@ -85,7 +86,7 @@ def run(count: int, seed: int, minutes: float, out: Path, only: str = "") -> dic
         "mean_temperature_K": answer["mean_temperature_K"],
     }  # fmt: skip
     findings = [{"case": 0, "what": f"{FINDING} {name} is {found[name]}, {limit} allowed"} for name, limit in LIMITS.items()
-                if not abs(found[name]) <= limit]  # fmt: skip
+                if not abs(found[name]) <= limit and (name != "drift_meV_per_atom_per_ns" or picoseconds[-1] >= 20)]  # fmt: skip
     if answer["broken"]:
         findings.append({"case": 0, "what": f"{FINDING} broken: {answer['broken']}"})
     result = {
