@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
+from collections.abc import Collection, Iterable
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("MPLBACKEND", "Agg")
 
@@ -178,6 +180,11 @@ def slab() -> Atoms:
     atoms.rattle(0.05, seed=4)
     atoms.pbc = [True, True, False]
     return atoms
+
+
+def often(values: Iterable[Any], few: Collection[Any]) -> list[Any]:
+    """Parameters of a test, of which `make test` takes a few."""
+    return [value if value in few else pytest.param(value, marks=pytest.mark.thorough) for value in values]
 
 
 def shared_data(*parts: str) -> Path:

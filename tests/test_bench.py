@@ -26,6 +26,7 @@ def saved(tmp_path: Path) -> Path:
     return tmp_path / "cu.safetensors"
 
 
+@pytest.mark.thorough
 def test_bench_of_a_potential_and_a_calculator(saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["bench", str(saved), "--calculator", "ase.calculators.emt:EMT", "--sizes", "30", "60", "120", "--threads", "1",
                  "--seconds", "1", "--out", str(tmp_path / "out"), "--way", "plain"]  # fmt: skip

@@ -96,6 +96,7 @@ def test_every_command_that_evaluates_asks_which_way(tmp_path: Path) -> None:
     assert plain.fingerprint != auto.fingerprint  # what one way answered is not taken for the other
 
 
+@pytest.mark.thorough
 def test_the_whole_path(tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     """inspect, train, evaluate, info, relax, md in a fresh folder."""
     monkeypatch.chdir(tmp_path)

@@ -29,6 +29,7 @@ def write(folder: Path, name: str, model: dict, **data) -> Path:
     return path
 
 
+@pytest.mark.thorough
 def test_one_table_and_one_plot(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     paths = [write(tmp_path, n, {"name": n}) for n in ("leignn", "schnet")]
     out = tmp_path / "out"

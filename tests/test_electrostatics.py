@@ -11,7 +11,7 @@ import torch
 from ase import Atoms
 from ase.build import bulk, molecule
 from ase.calculators.singlepoint import SinglePointCalculator
-from conftest import make_potential
+from conftest import make_potential, often
 from test_training import interrupt
 
 from gossamer.checks.conservation import force_gradient_error, stress_gradient_error
@@ -154,7 +154,7 @@ def test_off_changes_nothing(name: str, crystal: Atoms) -> None:
     assert (off["forces"] == plain["forces"]).all()
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", often(NETWORKS, ["leignn", "nequip"]))
 def test_forces_and_stress_are_gradients(name: str, crystal: Atoms, ethanol: Atoms) -> None:
     calculator = Calculator(with_charges(name), way="plain", skin=0.0)
     for atoms in (crystal, ethanol) if name in ("leignn", "nequip", "geodite") else (crystal,):
@@ -254,6 +254,7 @@ def ions(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     "name", ["leignn", pytest.param("nequip", marks=pytest.mark.slow), pytest.param("geodite", marks=pytest.mark.slow)]
 )
+@pytest.mark.thorough
 def test_training_finds_the_charges_and_resumes(name: str, ions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """From labels of point charges of 1 e; a run that was cut ends with the same weights."""
     weights = []

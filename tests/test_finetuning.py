@@ -13,7 +13,7 @@ import torch
 from ase import Atoms
 from ase.build import molecule
 from ase.calculators.singlepoint import SinglePointCalculator
-from conftest import DEMO, make_potential
+from conftest import DEMO, make_potential, often
 
 from gossamer.config import make_config
 from gossamer.data.readers import read_structures
@@ -36,7 +36,7 @@ def settings(out: Path, **changes) -> dict:
     }
 
 
-@pytest.fixture(scope="module", params=["leignn", "nequip", "geodite", "painn"])
+@pytest.fixture(scope="module", params=often(["leignn", "nequip", "geodite", "painn"], ["leignn"]))
 def start(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A potential of each architecture that has both kinds of forces, trained a little with direct ones."""
     folder = tmp_path_factory.mktemp(request.param)
@@ -271,6 +271,7 @@ def test_fit_refuses_another_model_beside_a_start(tmp_path: Path) -> None:
         fit(ETHANOL, model="geodite", out=tmp_path / "run", start=path)
 
 
+@pytest.mark.thorough
 def test_fit_from_a_potential(tmp_path: Path) -> None:
     path = tmp_path / "p.safetensors"
     save(make_potential(["H", "C", "O"], dtype=torch.float32), path)

@@ -26,6 +26,7 @@ from gossamer.checks.judge import judge
 from gossamer.data.atoms import read_frames
 
 
+@pytest.mark.thorough
 def test_drift_of_forces_that_pump_energy(tmp_path: Path) -> None:
     swirl = Defect(
         EMT(), lambda atoms, r: r["forces"].__iadd__(0.05 * np.cross(atoms.positions - atoms.positions.mean(axis=0), [0, 0, 1.0]))
@@ -35,6 +36,7 @@ def test_drift_of_forces_that_pump_energy(tmp_path: Path) -> None:
     assert by_name(result, "work around a closed loop").status in ("weak", "failed")
 
 
+@pytest.mark.thorough
 def test_verlet_fluctuation_of_a_harmonic_oscillator() -> None:
     """Velocity Verlet conserves a shadow energy: the energy itself swings by E (omega dt)² / 8 (Leimkuhler and Reich, ch. 2)."""
 
@@ -80,6 +82,21 @@ def test_dynamics_of_copper_passes_and_goes_on(tmp_path: Path) -> None:
     again = dynamics.check(candidate)
     assert len(asked) < 5
     assert by_name(again, "mean temperature").value == by_name(result, "mean temperature").value
+
+
+def test_a_potential_of_ours_is_told_how_long_it_will_run(tmp_path: Path) -> None:
+    """It compiles itself where that pays; other calculators are not asked for what they do not have."""
+    told: list[tuple[int, int]] = []
+
+    class Ours(EMT):
+        def expect(self, n_evaluations: int, atoms: Atoms) -> None:
+            told.append((n_evaluations, len(atoms)))
+
+    for make, ours in ((Ours, True), (EMT, False)):
+        candidate = candidate_of(make, tmp_path / str(ours), picoseconds=0.1)
+        candidate.systems, candidate.builtin_systems, candidate.ours = {"Cu": bulk("Cu", cubic=True).repeat((2, 2, 1))}, False, ours
+        dynamics.check(candidate)
+    assert told == [(50, 16)]
 
 
 @pytest.mark.thorough

@@ -17,7 +17,7 @@ import torch
 from ase import Atoms
 from ase.build import bulk, molecule
 from ase.data import chemical_symbols, covalent_radii
-from conftest import DIRECT, GLOBAL, MODELS, SMOOTH, make_potential
+from conftest import DIRECT, GLOBAL, MODELS, SMOOTH, make_potential, often
 from test_training import settings, weights
 
 from gossamer.checks.conservation import force_gradient_error, nve_conservation, stress_gradient_error
@@ -697,7 +697,11 @@ def test_edge_kernel_has_right_second_derivatives(name: str) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["leignn", "nequip", "painn", "schnet", pytest.param("mace", marks=pytest.mark.slow), pytest.param("sevennet", marks=pytest.mark.slow)],
+    [
+        *often(["leignn", "nequip", "painn", "schnet"], ["nequip"]),
+        pytest.param("mace", marks=pytest.mark.slow),
+        pytest.param("sevennet", marks=pytest.mark.slow),
+    ],
 )
 def test_training_with_kernels_is_plain_training(name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)

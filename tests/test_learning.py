@@ -103,6 +103,7 @@ def test_frames_that_cannot_be_labelled_are_left_out(start: dict[str, Any], monk
     assert "no convergence" in json.loads((start["out"] / "round-01" / "failed.json").read_text())["1"]
 
 
+@pytest.mark.thorough
 def test_hard_frames_found_do_not_make_later_rounds_content(start: dict[str, Any]) -> None:
     """Validation errors grow with the frames that are found, the limit of uncertainty does not."""
     potential = load(start["start"])

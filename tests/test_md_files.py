@@ -75,6 +75,7 @@ def test_a_batch_walks_as_one_after_the_other(potential: Potential, files: list[
     assert not np.allclose(table(tmp_path / "batch" / "si-0")[0], table(tmp_path / "batch" / "si-2")[0])
 
 
+@pytest.mark.thorough
 def test_a_thermostat_holds_and_follows_a_ramp(potential: Potential, tmp_path: Path) -> None:
     ase.io.write(tmp_path / "si.extxyz", [bulk("Si")] * 20)
     ramp = dict(temperature=1200.0, temperature_end=200.0, thermostat_time=4.0, steps=120, timestep=1.0, interval=10)

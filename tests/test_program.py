@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from ase import Atoms
 from ase.build import bulk
-from conftest import make_potential
+from conftest import make_potential, often
 
 from gossamer.data.readers import LabelConfig, from_atoms
 from gossamer.engine import engine as engine_module
@@ -116,7 +116,7 @@ for structures in (frames, frames[:2] * 2):
 """
 
 
-@pytest.mark.parametrize("name", ["schnet", *(pytest.param(n, marks=pytest.mark.slow) for n in (
+@pytest.mark.parametrize("name", [*often(["schnet"], []), *(pytest.param(n, marks=pytest.mark.slow) for n in (
     "sound", "published", "direct", "nequip", "nequip-l3-pairs", "nequip-parity", "nequip-published", "geodite", "geodite-published", "painn", "weft"))])  # fmt: skip
 def test_program_is_the_potential(name: str, cache: Path) -> None:
     """Energies, forces and stress to 1e-10 in float64 for other sizes than it was traced with; derivatives and symmetries by itself."""
@@ -137,7 +137,7 @@ from pathlib import Path
 torch.set_num_threads(1)
 import ase.io
 from ase.build import bulk
-from conftest import make_potential
+from conftest import make_potential, often
 from gossamer.cli import main
 from gossamer.potential_file import save
 from gossamer.files import cache_folder
@@ -199,6 +199,7 @@ print("done")
 """
 
 
+@pytest.mark.thorough
 def test_export_cache_and_resume(cache: Path) -> None:
     assert "done" in run_without_hook(COMMANDS, cache.parent)
 

@@ -36,6 +36,7 @@ def test_outputs_of_packages(name: str, count: int) -> None:
 @pytest.mark.parametrize(
     ("name", "key"), [("nequip", "l2/forces"), ("mace", "MPA/Default/forces"), ("schnetpack", "painn/energy"), ("weft", "stress")]
 )
+@pytest.mark.thorough
 def test_the_script_fails_on_altered_outputs(name: str, key: str, tmp_path: Path) -> None:
     data = dict(np.load(HERE / f"{name}.npz"))
     data[key] = data[key] * (1 + 1e-8)

@@ -53,6 +53,7 @@ def test_damaged_files(part: Callable[[str], Any], tmp_path: Path) -> None:
     assert not findings(case, 150, part("common").attempt)
 
 
+@pytest.mark.thorough
 def test_random_cells(part: Callable[[str], Any], kernels: Path) -> None:
     assert not findings(part("cells").make_case(11, ()), 330, part("common").attempt)
     assert not findings(part("cells").make_case(12, ("painn",)), 33, part("common").attempt)

@@ -128,6 +128,7 @@ def test_not_converged_is_a_status_of_its_own() -> None:
 
 
 @pytest.mark.parametrize("engine", ["ase", "torchsim"])
+@pytest.mark.thorough
 def test_the_ranking_is_the_same_for_any_block(engine: str, potential: Path) -> None:
     """One after the other the last bit is the same; in batches, whose products have other sizes, rounding differs."""
     if engine == "torchsim":
@@ -484,6 +485,7 @@ def rows_of(path: Path) -> dict[str, tuple[Any, ...]]:
     return {row[0]: row for row in read(path, "select id, status, energy, seconds, finished, reason from result")}
 
 
+@pytest.mark.thorough
 def test_one_kill_loses_and_repeats_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     """The submitter is killed; the same command ends what it left, goes on, and a structure that crashes its worker is a failed row."""
     pytest.importorskip("parsl")

@@ -106,6 +106,7 @@ def wait_for(path: Path, process: subprocess.Popen, reached: Callable[[Path], bo
         time.sleep(0.01)
 
 
+@pytest.mark.thorough
 def test_killed_and_resumed_is_bitwise_the_same(tmp_path: Path) -> None:
     """Killed by SIGKILL, then stopped by SIGTERM (which saves and exits with 143), then finished."""
     options = dict(steps=40, checkpoint_every=5, valid_every=20)
@@ -237,6 +238,7 @@ def process_of(log: Path, at_least: int = 1, timeout: float = 120.0) -> int:
 
 
 @pytest.mark.parametrize("steps", [3, pytest.param(50, marks=pytest.mark.slow)])
+@pytest.mark.thorough
 def test_two_processes_equal_one(tmp_path: Path, steps: int) -> None:
     """The same batches shared by two processes give the same weights up to the order of sums, and the same errors."""
     process = torchrun(tmp_path, settings(tmp_path / "two", steps=steps, dtype="float64", valid_every=steps))
@@ -330,6 +332,7 @@ def test_direct_forces_train(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["leignn", *(pytest.param(n, marks=pytest.mark.slow) for n in MODELS if n != "leignn")])
+@pytest.mark.thorough
 def test_unrolled_graph_has_right_second_derivatives(name: str) -> None:
     """The graph that is compiled, run uncompiled: values and weight gradients of energies and forces, on two batch shapes."""
     script = f"""
@@ -469,6 +472,7 @@ def test_a_run_of_a_given_time_ends_with_it(tick: float, tmp_path: Path, monkeyp
     assert int(rows[-1]["step"]) == results["steps"]
 
 
+@pytest.mark.thorough
 def test_slow_validation_comes_less_often(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock(0.2)
     monkeypatch.setitem(loop.CLOCKS, "wall", clock)
@@ -580,6 +584,7 @@ def test_fit_refuses_bad_data(tmp_path: Path) -> None:
         fit(tmp_path / "bad.extxyz", out=tmp_path / "fit", minutes=0.05, progress=False)
 
 
+@pytest.mark.thorough
 def test_training_frames_do_not_count(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     """Of the file trained on, only the other frames are evaluated; their indices are those of the file."""
     import ase.io
@@ -684,6 +689,7 @@ def test_zclip() -> None:
     assert other.limit(4.0) == clipper.limit(4.0)
 
 
+@pytest.mark.thorough
 def test_zclip_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Interrupted after the averages of the norm have begun to count, the run ends as without; with fresh averages it would not."""
     monkeypatch.setattr(Clipper, "WARMUP", 5)

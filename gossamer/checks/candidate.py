@@ -93,6 +93,8 @@ class Candidate:
     progress: bool = True
     seen: SeenFrames | None = None
     """its training frames, if it remembers them: they are left out of the errors"""
+    ours: bool = False
+    """a potential of ours, which compiles itself for long runs"""
     _calculator: Any = field(default=None, repr=False)
     _needs_box: bool | None = field(default=None, repr=False)
 
@@ -102,6 +104,11 @@ class Candidate:
         if self._calculator is None:
             self._calculator = self.make()
         return self._calculator
+
+    def expect(self, n_evaluations: int, atoms: Atoms) -> None:
+        """Say that so many evaluations of such atoms will come: a potential of ours compiles itself where that pays."""
+        if self.ours:
+            self.calculator.expect(n_evaluations, atoms)
 
     def renew(self) -> None:
         """Forget the calculator: the next one asked for is fresh, so that no check depends on what was asked before it."""

@@ -151,6 +151,7 @@ def simulate(candidate: Candidate, name: str, atoms: Atoms, protocol: Protocol, 
     interval = min(protocol.interval, max(1, steps // 50))
     start, sentence = prepared(candidate, folder, atoms, protocol)
     bonds = not atoms.pbc.any()
+    candidate.expect(steps, start)
     answer = md(
         candidate.calculator, start, temperature=protocol.temperature, steps=steps, timestep=protocol.timestep, ensemble=protocol.ensemble,
         out=folder, interval=interval, thermostat_time=protocol.thermostat_time, seed=0, resume=(folder / "state.npz").exists(),

@@ -207,6 +207,7 @@ def make_candidate(source: Source, config: JudgeConfig, folder: Path, inputs: In
     own = Candidate(
         source.name, source.make, [], [], {}, {}, folder, effort, config, inputs.labelled, builtin_crystals=not inputs.crystals,
         builtin_systems=not (inputs.systems or inputs.structures), conservative=source.conservative, cutoff=source.cutoff, progress=progress, seen=source.seen,
+        ours=source.ours,
     )  # fmt: skip
     known = known_elements(source, own, config.elements)
     own.elements = sorted(known, key=lambda e: (e not in {s for a in inputs.structures for s in a.symbols}, atomic_numbers[e]))
