@@ -51,7 +51,7 @@ def main() -> int:
     parser.add_argument(
         "--only",
         default="",
-        help="only targets or networks with this in their name (fuzz, damage, cells, sanitize); of cells 'lists' alone",
+        help="only targets, networks or works with this in their name (fuzz, damage, cells, sanitize, kills); of cells 'lists' alone",
     )
     parser.add_argument("--out", type=Path, default=Path("runs/campaign"))
     parser.add_argument("--table", type=Path, metavar="OUT", help="print what was found as a table")

@@ -23,10 +23,12 @@ KILLS = 5
 """of each case"""
 
 
-def make_case(seed: int, folder: Path) -> Case:
+def make_case(seed: int, folder: Path, only: str) -> Case:
     """Case k: one kind of work, killed so often, then left to end."""
     shutil.rmtree(folder, ignore_errors=True)
-    every = works(folder / "inputs")
+    every = [w for w in works(folder / "inputs") if only in w.name]
+    if not every:
+        raise SystemExit(f"--only {only}: no work has this in its name.")
     calm: dict[str, Any] = {}
     seconds: dict[str, float] = {}
     for work in every:
@@ -73,5 +75,12 @@ def run(count: int, seed: int, minutes: float, out: Path, only: str = "") -> dic
     """Kill so often; see the module."""
     os.environ["GOSSAMER_CACHE"] = os.devnull + "/no-cache"  # plain networks: a compiler that is killed is none of ours
     return campaign(
-        "kills", make_case(seed, out / "kills"), math.ceil(count / KILLS), seed, minutes, out, {"kills_of_a_case": KILLS}, alone=False
+        "kills",
+        make_case(seed, out / "kills", only),
+        math.ceil(count / KILLS),
+        seed,
+        minutes,
+        out,
+        {"kills_of_a_case": KILLS, "only": only},
+        alone=False,
     )
