@@ -5,7 +5,7 @@
 Everything is read from committed results. Errors: mlearn silicon, six minutes of training each on one thread (ours: rows of variants.json, minutes of
 CPU time; the packages nequip and mace by peers.py, compare/silicon-6min-*.json, on the same frames). Time: energy and forces of 512 atoms of
 silicon through each ASE calculator, one thread, of the same networks with random weights (../speed/peers-1thread.json); ours as by default
-(kernels) and as a program. That table is older than Weft: its time is NequIP's there times the ratio of the two in ../speed/own-1thread.json, from
+(kernels) and as a program. That table is older than Weft: its time is NequIP's there times the ratio of the two in ../speed/in_turn.json, from
 another machine.
 """
 
@@ -35,7 +35,7 @@ def ours(speed: dict[str, Any], name: str) -> list[float]:
     rows = [f"{{}} (default), {way}" for way in ("program", "kernels")]
     if name != "weft":
         return [float(speed[row.format(name)]["ms"][CELL]) for row in rows]
-    own = json.loads((SPEED / "own-1thread.json").read_text())
+    own = json.loads((SPEED / "in_turn.json").read_text())
     return [speed[r.format("nequip")]["ms"][CELL] * own[r.format(name)]["ms"][CELL] / own[r.format("nequip")]["ms"][CELL] for r in rows]
 
 
@@ -66,7 +66,10 @@ def main() -> None:
             axes.plot(times, [error] * len(times), "-", color=colour, lw=2, alpha=0.5)
             axes.plot(times[:1], [error], "o", ms=9, color=colour)
             axes.plot(times[1:], [error] * (len(times) - 1), "o", ms=9, mfc="white", mew=2, color=colour)
-            axes.annotate(label, (times[0], error), (0, 9), textcoords="offset points", ha="center", color=colour, weight="bold")
+            below = label == "Weft"  # NequIP is just above
+            axes.annotate(
+                label, (times[0], error), (0, -17 if below else 9), textcoords="offset points", ha="center", color=colour, weight="bold"
+            )
         axes.set(xscale="log", xlim=(8, 2500), ylim=(0, 132), xlabel="ms per step of dynamics, 512 atoms of silicon, one CPU thread",
                  ylabel="force error, meV/Å")  # fmt: skip
         axes.set_xticks([10, 30, 100, 300, 1000], ["10", "30", "100", "300", "1,000"])
