@@ -21,7 +21,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from gossamer.engine.agreement import TABLE_TOLERANCE
 from gossamer.engine.kernels.attach import AlignmentKernel, AttentionKernel, Order, TableKernel, attach_kernels
-from gossamer.engine.program import _Outputs
+from gossamer.engine.program import _Outputs, compiling
 from gossamer.engine.unrolled import fx_config, rewrite
 from gossamer.graph import Graph
 from gossamer.nn.layers import cat, split
@@ -312,7 +312,7 @@ def compile_domain(domain: Domain, graph: Graph, path: Path) -> list[str]:
     nodes, own, edges = (Dim(name, min=2) for name in ("n_nodes", "n_own", "n_edges"))
     example, _ = with_images(graph)
     try:
-        with torch.no_grad():
+        with compiling():
             shapes = ({0: nodes}, {1: edges}, {0: edges}, {0: own})
             exported = torch.export.export(_Outputs(module, inputs), example, dynamic_shapes=(shapes,))
             torch._inductor.aoti_compile_and_package(exported, package_path=str(path), inductor_configs={"cpp.threads": 1})

@@ -12,7 +12,10 @@ import json
 import logging
 import platform
 import time
+import warnings
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -136,6 +139,14 @@ class _Outputs(nn.Module):
         return self.module({k: getattr(self, k.replace(".", "__")) for k in self.keys}, *tensors)
 
 
+@contextmanager
+def compiling() -> Iterator[None]:
+    """Without gradients, and without what PyTorch's exporter says of its own insides."""
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r".*LeafSpec", FutureWarning)
+        yield
+
+
 def make_program(potential: Potential, graph: Graph, path: Path | str) -> Program:
     """Compile a potential into a file, load it back and compare it with the potential.
 
@@ -165,7 +176,7 @@ def make_program(potential: Potential, graph: Graph, path: Path | str) -> Progra
     shapes = ({0: atoms}, {0: atoms}, {0: graphs} if batch else None, {0: atoms}, {1: edges}, {0: edges})
     options = {"aot_inductor.metadata": {"gossamer": json.dumps(identity(potential, batch))}}
     try:
-        with torch.no_grad():
+        with compiling():
             exported = torch.export.export(_Outputs(module, inputs), tuple(getattr(graph, f) for f in FIELDS), dynamic_shapes=(shapes,))
             with atomic_path(path) as temporary:
                 torch._inductor.aoti_compile_and_package(exported, package_path=str(temporary), inductor_configs=options)
