@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from ase import Atoms
 
 from gossamer.data.atoms import as_atoms
@@ -68,7 +67,7 @@ def _on_torchsim(model: Any, found: Sequence[Job], config: MDConfig, progress: b
     from gossamer.potential import Potential
     from gossamer.potential_file import as_potential
     from gossamer.simulation.md_batched import ENSEMBLES, md_batched
-    from gossamer.simulation.torchsim import check_axes
+    from gossamer.simulation.torchsim import check_atoms
 
     if not isinstance(model, str | Path | Potential):
         raise ValueError(f"TorchSim runs potentials, found a calculator ({type(model).__name__}). Choose engine ase.")
@@ -83,12 +82,7 @@ def _on_torchsim(model: Any, found: Sequence[Job], config: MDConfig, progress: b
         named[one.out] = job.said
         try:
             atoms = as_atoms(job.path, job.frame, config.supercell)
-            potential.check_elements(atoms.numbers)
-            if not np.isfinite(atoms.positions).all():
-                raise ValueError("Positions are not finite.")
-            if atoms.constraints:
-                raise ValueError("Constraints are not known to TorchSim. Choose engine ase, or remove them.")
-            check_axes(atoms)
+            check_atoms(potential, atoms)
             chosen.append((atoms, one))
         except (ValueError, OSError) as error:
             answers[one.out] = failed(job.said, error)

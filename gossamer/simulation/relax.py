@@ -140,7 +140,7 @@ def _on_ase(model: Any, chosen: Sequence[tuple[Job, Path]], config: RelaxConfig)
 def _on_torchsim(model: Any, asked: Sequence[tuple[Job, Path]], config: RelaxConfig) -> list[dict[str, Any]]:
     """Many at once."""
     from gossamer.simulation.batched import relax_batched
-    from gossamer.simulation.torchsim import check_axes
+    from gossamer.simulation.torchsim import check_atoms
 
     if not isinstance(model, str | Path | Potential):
         raise ValueError(f"TorchSim runs potentials, found a calculator ({type(model).__name__}). Choose engine ase.")
@@ -159,14 +159,9 @@ def _on_torchsim(model: Any, asked: Sequence[tuple[Job, Path]], config: RelaxCon
             continue
         try:
             atoms = as_atoms(job.path, job.frame, config.supercell)
-            potential.check_elements(atoms.numbers)
+            check_atoms(potential, atoms)
             if config.cell and not atoms.pbc.all():
                 raise ValueError(f"Relaxing the cell needs periodicity along all axes, found pbc {atoms.pbc.tolist()}.")
-            if not np.isfinite(atoms.positions).all():
-                raise ValueError("Positions are not finite.")
-            if atoms.constraints:
-                raise ValueError("Constraints are not known to TorchSim. Choose engine ase, or remove them.")
-            check_axes(atoms)
             chosen.append((atoms, out))
         except (ValueError, OSError) as error:
             answers.append(_failed(named[out], error))

@@ -37,6 +37,16 @@ def check_axes(atoms: Atoms) -> None:
         )
 
 
+def check_atoms(potential: Potential, atoms: Atoms) -> None:
+    """Raise ValueError for a structure that the potential or TorchSim's steps do not know."""
+    potential.check_elements(atoms.numbers)
+    if not np.isfinite(atoms.positions).all():
+        raise ValueError("Positions are not finite.")
+    if atoms.constraints:
+        raise ValueError("Constraints are not known to TorchSim. Choose engine ase, or remove them.")
+    check_axes(atoms)
+
+
 class TorchSimModel(ModelInterface):
     """Energy, forces and stress of TorchSim's states, in eV, eV/Å and eV/Å³ (tension positive).
 
