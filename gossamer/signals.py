@@ -6,6 +6,9 @@ import signal
 from types import FrameType
 from typing import Any
 
+STOPPED = 128 + signal.SIGTERM
+"""exit status after SIGTERM, as the shell's own"""
+
 
 class Stopped(RuntimeError):
     """SIGTERM ended what was asked for before it was done; the message says how to go on."""

@@ -16,7 +16,7 @@ from ase.build import molecule
 from ase.data import chemical_symbols
 from conftest import MODELS, make_potential
 
-from gossamer.cli import print_errors
+from gossamer.commands.common import print_errors
 from gossamer.config import make_config
 from gossamer.data.batch import collate
 from gossamer.data.structure import Structure

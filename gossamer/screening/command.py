@@ -72,10 +72,10 @@ def _hull_options(hull: argparse.ArgumentParser) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    from gossamer.cli import STOPPED
     from gossamer.flags import from_flags
     from gossamer.screening.config import ScreenConfig
     from gossamer.screening.screen import screen
+    from gossamer.signals import STOPPED
 
     answer = screen(arguments.structures, arguments.model, arguments.calculator, arguments.machine, arguments.workers,
                     config=from_flags(ScreenConfig, arguments))  # fmt: skip

@@ -1,0 +1,1 @@
+"""The commands, by part: each parses, calls one public function of the same parameter names, and prints."""

@@ -1,0 +1,79 @@
+"""Commands on data: data inspect, data convert."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import Any
+
+from gossamer.commands.common import Command, add_json, add_labels, label_config, show, show_help
+
+
+def _data_parser(data: argparse.ArgumentParser) -> None:
+    actions = data.add_subparsers(dest="action", metavar="ACTION")
+    data.set_defaults(parser=data)
+    inspect = actions.add_parser("inspect", help="What is in a data file; exit status 1 when training on it would be wrong.")
+    inspect.set_defaults(run=_inspect)
+    inspect.add_argument("data", help="labelled structures")
+    add_labels(inspect)
+    add_json(inspect)
+    convert = actions.add_parser("convert", help="Stream data into a store: a folder of arrays, read from disk by index.")
+    convert.set_defaults(run=_convert)
+    convert.add_argument("data", nargs="+", help="files or folders")
+    convert.add_argument("--out", required=True, help="folder to make")
+    convert.add_argument(
+        "--legacy-lmdb", action="store_true", help="the files are LMDBs of pickled graphs (read with a restricted unpickler)"
+    )
+    convert.add_argument(
+        "--subtract-dispersion",
+        metavar="FUNCTIONAL",
+        help="take D3 of this functional (pbe, pbe/zero ...) off energies, forces and stresses",
+    )
+    add_labels(convert)
+    add_json(convert)
+
+
+def _inspect(arguments: argparse.Namespace) -> int:
+    from gossamer.data.inspection import inspect
+
+    report = inspect(arguments.data, label_config(arguments))
+    if arguments.json:
+        print(json.dumps(report.to_dict()))
+    else:
+        for key, value in report.facts.items():
+            print(f"{key:24s} {value}")
+        for message in report.warnings:
+            print(f"warning: {message}")
+        for message in report.errors:
+            print(f"ERROR: {message}")
+        print(
+            "training on this data would be wrong" if report.errors else "fit for training" + (" (see warnings)" if report.warnings else "")
+        )
+    return 0 if report.ok else 1
+
+
+def _convert(arguments: argparse.Namespace) -> int:
+    from gossamer.data.store import write_store
+
+    if arguments.legacy_lmdb:
+        from gossamer.data.legacy import read_legacy_lmdb
+
+        structures: Any = (s for path in arguments.data for s in read_legacy_lmdb(path))
+    else:
+        from gossamer.data.readers import read_structures
+
+        structures = read_structures(arguments.data, label_config(arguments))
+    answer = {}
+    if arguments.subtract_dispersion is not None:
+        from gossamer.dispersion import subtract_dispersion
+
+        structures = subtract_dispersion(structures, arguments.subtract_dispersion)
+        answer = {"train with": f"data.dispersion=none data.functional={arguments.subtract_dispersion.partition('/')[0]}"}
+    count = write_store(structures, arguments.out)
+    show(arguments, {"structures": count, "out": arguments.out, **answer})
+    return 0
+
+
+COMMANDS = [
+    Command("data", _data_parser, show_help, "Look at data, convert data."),
+]

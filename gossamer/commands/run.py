@@ -1,0 +1,96 @@
+"""Commands that simulate: md, relax, screen."""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+from gossamer.commands.common import Command, add_json, show, show_help
+from gossamer.screening import command as screening
+from gossamer.signals import STOPPED
+
+
+def _md_parser(md: argparse.ArgumentParser) -> None:
+    from gossamer.flags import add_flags
+    from gossamer.simulation.options import MDConfig
+
+    md.add_argument("model", help="saved potential")
+    md.add_argument("structure", nargs="+", help="structure files; several each get a folder within the folder --out")
+    add_flags(md, MDConfig)
+    add_json(md)
+
+
+def _md(arguments: argparse.Namespace) -> int:
+    from gossamer.flags import from_flags
+    from gossamer.simulation.md import md
+    from gossamer.simulation.md_files import md_files
+    from gossamer.simulation.options import MDConfig
+
+    config = from_flags(MDConfig, arguments)
+    if len(arguments.structure) == 1 and not config.all_frames and config.engine == "ase":
+        answer = md(arguments.model, arguments.structure[0], config)
+        show(arguments, answer)
+        return STOPPED if answer["stopped"] else 1 if answer["broken"] or answer["uncertain"] else 0
+    answers = md_files(arguments.model, arguments.structure, config)
+    if arguments.json:
+        print(json.dumps(answers))
+    else:
+        for found in answers:
+            said = (
+                found.get("error")
+                or found["broken"]
+                or found["uncertain"]
+                or f"{found['mean_temperature_K']:.4g} K over {found['time_ps']:g} ps"
+            )
+            print(f"{found['structure']}: {said}")
+        print(f"everything is in '{config.out}'")
+    if any(found.get("stopped") for found in answers):
+        return STOPPED
+    return 1 if any(found.get("error") or found["broken"] or found["uncertain"] for found in answers) else 0
+
+
+def _relax_parser(relax: argparse.ArgumentParser) -> None:
+    from gossamer.flags import add_flags
+    from gossamer.simulation.options import RelaxConfig
+
+    relax.add_argument("model", help="saved potential")
+    relax.add_argument("structure", nargs="+", help="structure files; several are relaxed one after the other into the folder --out")
+    add_flags(relax, RelaxConfig)
+    add_json(relax)
+
+
+def _relax(arguments: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from gossamer.flags import from_flags
+    from gossamer.simulation.options import RelaxConfig
+    from gossamer.simulation.relax import relax, relax_files
+
+    several = len(arguments.structure) > 1 or bool(arguments.all_frames) or arguments.engine == "torchsim"
+    out = arguments.out or Path("relaxed" if several else "relaxed.extxyz")
+    config = from_flags(RelaxConfig, arguments, out=out)
+    if not several:
+        answer = relax(arguments.model, arguments.structure[0], config)
+        del answer["atoms"]
+        show(arguments, {**answer, "out": str(out)})
+        return STOPPED if answer["stopped"] else 0 if answer["converged"] else 1
+    answers = relax_files(arguments.model, arguments.structure, config)
+    if arguments.json:
+        print(json.dumps(answers))
+    else:
+        for found in answers:
+            steps = f" in {found['steps']} steps" if "steps" in found else ""
+            said = found.get("error") or (f"{'converged' if found['converged'] else 'NOT converged'}{steps}, "
+                                          f"{found['energy_eV']:.6g} eV, largest force {found['max_force_eV_per_A']:.3g} eV/Å")  # fmt: skip
+            print(f"{found['structure']}: {said}")
+        print(f"everything is in '{out}'")
+    if any(found.get("stopped") for found in answers):
+        return STOPPED
+    return 0 if all(found["converged"] for found in answers) else 1
+
+
+COMMANDS = [
+    Command("md", _md_parser, _md, "Molecular dynamics."),
+    Command("relax", _relax_parser, _relax, "Relax positions, and the cell with --cell, of one structure or several."),
+    Command("screen", screening.add_options, show_help, "One task on thousands of structures, on this machine or on Slurm; restartable."),
+]
