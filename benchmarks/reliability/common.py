@@ -15,6 +15,7 @@ import signal
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,27 @@ Case = Callable[[int], str]
 SECONDS, MEMORY, RESIDENT = 60.0, 3 << 30, 1 << 30
 """of a case, at most: CPU time (and 30 times that by the clock), bytes of address space on top of what the process has when it begins, and
 bytes really used"""
+
+
+@dataclass(frozen=True)
+class Target:
+    """A reader and the sound files it is tried on."""
+
+    name: str
+    path: Path
+    """file, or folder of files"""
+    read: Callable[[Path], Any]
+    """what lies there; or a word for a refusal that is none of an error's"""
+    weight: int = 2
+    """how often, beside the others"""
+    files: str = "*"
+    """which of a folder's are damaged"""
+
+
+def drawn(targets: Sequence[Target], rng: np.random.Generator) -> Target:
+    """One of them, as often as its weight says."""
+    weights = np.cumsum([t.weight for t in targets])
+    return targets[np.searchsorted(weights, rng.integers(weights[-1]), side="right")]
 
 
 def random_of(seed: int, k: int) -> np.random.Generator:

@@ -13,15 +13,13 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import samples
 import torch
-from common import FINDING, Case, campaign, damaged, random_of
+from common import FINDING, Case, Target, campaign, damaged, drawn, random_of
 from fuzz import OURS
 
 from gossamer.data.readers import read_structures
@@ -35,20 +33,6 @@ from gossamer.simulation.lammps import build_plugin, export_lammps, installation
 from gossamer.simulation.md import md
 from gossamer.simulation.relax import relax
 from gossamer.training.checkpoint import read_checkpoint
-
-
-@dataclass(frozen=True)
-class Target:
-    """Something written, and what is read from it."""
-
-    name: str
-    path: Path
-    """file, or folder of files"""
-    read: Callable[[Path], Any]
-    """numbers and texts of what lies there, or a word for a refusal that is none of an error's"""
-    weight: int = 3
-    files: str = "*"
-    """which of a folder's are damaged"""
 
 
 def digest(value: Any) -> str:
@@ -230,14 +214,13 @@ def lammps(folder: Path) -> Target:
 def make_case(seed: int, folder: Path, only: str = "", machine: bool = True, package: bool = False) -> Case:
     """Case k of this seed, in a folder to work in."""
     every = [t for t in targets(folder / "inputs", machine, package) if only in t.name]
-    chances = np.repeat(np.arange(len(every)), [t.weight for t in every])
     sound = {t.name: digest(t.read(copied(t, folder / "work"))) for t in every}
     again = {t.name: digest(t.read(copied(t, folder / "work"))) for t in every}
     assert sound == again, f"not the same twice: {[k for k in sound if sound[k] != again[k]]}"
 
     def case(k: int) -> str:
         rng = random_of(seed, k)
-        target = every[chances[rng.integers(len(chances))]]
+        target = drawn(every, rng)
         path = copied(target, folder / "work")
         files = sorted(p for p in path.rglob(target.files) if p.is_file()) if path.is_dir() else [path]
         chosen = files[rng.integers(len(files))]

@@ -13,14 +13,13 @@ import lzma
 import shutil
 import zipfile
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import samples
 import torch
-from common import FINDING, Case, campaign, mutated, random_of
+from common import FINDING, Case, Target, campaign, drawn, mutated, random_of
 
 from gossamer.config import load_config, make_config
 from gossamer.data.atoms import read_frames
@@ -40,18 +39,6 @@ OURS = (ValueError, InputError, FileNotFoundError, FileExistsError, ImportError,
 
 NAMES_SETTINGS = (".yaml",)
 """errors of these name the setting, and not the file"""
-
-
-@dataclass(frozen=True)
-class Target:
-    """A reader and the files it is tried on."""
-
-    name: str
-    path: Path
-    """file or folder, sound"""
-    read: Callable[[Path], Any]
-    weight: int = 2
-    """how often, beside the others"""
 
 
 def targets(folder: Path) -> list[Target]:
@@ -279,7 +266,6 @@ def outcome(read: Callable[[], Any], path: Path) -> str:
 def make_case(seed: int, folder: Path, only: str = "") -> Case:
     """Case k of this seed, in a folder to work in."""
     every = [t for t in targets(folder / "inputs") if only in t.name]
-    chances = np.repeat(np.arange(len(every)), [t.weight for t in every])
     wrong = {
         t.name: what for t in every if (what := _sound(t, folder / "work")) != "read" and not (what == "refused" and t.name in REFUSED)
     }
@@ -287,7 +273,7 @@ def make_case(seed: int, folder: Path, only: str = "") -> Case:
 
     def case(k: int) -> str:
         rng = random_of(seed, k)
-        target = every[chances[rng.integers(len(chances))]]
+        target = drawn(every, rng)
         if target.name.startswith("config") and rng.random() < 0.2:
             text = override(rng)
             found = outcome(lambda: make_config({"data": {"train": "a.extxyz"}}, [text]), Path("x.yaml"))
