@@ -9,6 +9,8 @@ import sqlite3
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from concurrent.futures import Future
 from contextlib import closing
 from inspect import signature
 from io import StringIO
@@ -25,12 +27,13 @@ from conftest import make_potential
 
 import gossamer
 from gossamer.cli import main
+from gossamer.data.atoms import count_frames
 from gossamer.files import InputError
 from gossamer.potential_file import save
 from gossamer.screening.config import FMAX, MachineConfig, ScreenConfig, load_machine
 from gossamer.screening.database import APPLICATION, COLUMNS, Results, Row, export
 from gossamer.screening.hull import Reference, add_hull, energy_above_hull, fractions_of, read_references
-from gossamer.screening.structures import check_structure, digest_of, read_items
+from gossamer.screening.structures import Item, check_structure, digest_of, read_items
 from gossamer.screening.tasks import Asked, make_question, run_block
 from gossamer.settings import to_dict
 
@@ -188,6 +191,58 @@ def test_a_potential_that_changed_meanwhile_is_refused(potential: Path) -> None:
         run_block(asked, [("0", alloys(1)[0])])
 
 
+# --- the time limit ---------------------------------------------------------------------------------------------------
+
+
+def test_a_structure_that_takes_too_long_is_ended_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though it hangs in native code that holds Python's lock: its process and the program it started end, the others have their answers."""
+    import psutil
+
+    from gossamer.screening import limited
+
+    monkeypatch.setenv("PYTHONPATH", f"{ROOT}:{ROOT / 'tests'}")
+    monkeypatch.syspath_prepend(ROOT / "tests")
+    asked = make_question(None, "fragile:Fragile", ScreenConfig(task="single-point", time_limit=1.0))
+    structures = alloys(3)
+    structures[1].symbols[0] = "Pt"
+    before = {p.pid for p in psutil.process_iter()}
+    try:
+        rows = run_block(asked, [(str(k), atoms) for k, atoms in enumerate(structures)])
+        assert [row.status for row in rows] == ["done", "timed out", "done"]
+        assert rows[1].reason == "took longer than 1 s (--time-limit)"
+        assert rows[1].formula == structures[1].get_chemical_formula()
+        structures[2].symbols[0] = "Au"
+        with pytest.raises(limited.Died):
+            run_block(asked, [("2", structures[2])])
+        assert limited._process is not None
+        assert not limited._process.alive
+    finally:
+        if limited._process is not None:
+            limited._process.end()
+    assert not [p for p in psutil.process_iter() if p.pid not in before and p.name() == "sleep"]
+
+
+@pytest.mark.parametrize(("seconds", "asked_for"), [((1, 1, 1), [3]), ((0.1, 2.5, 0.1), [3]), ((1, 9, 1), [3, 1, 1, 1])])
+def test_only_a_structure_that_was_alone_is_timed_out(
+    seconds: tuple[float, ...], asked_for: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A batch may take the time of all its structures."""
+    from gossamer.screening import limited
+
+    sizes = []
+
+    def answer(asked: Asked, unit: Any, limit: float) -> list[Row]:
+        sizes.append(len(unit))
+        if sum(seconds[int(name)] for name, _ in unit) > limit:
+            raise limited.OutOfTime
+        return [Row(name, "done") for name, _ in unit]
+
+    monkeypatch.setattr(limited, "_ask", answer)
+    rows = limited.answer_in_time(ask(), [[(str(k), atoms) for k, atoms in enumerate(alloys(3))]], 1.0)
+    assert [(row.id, row.status) for row in rows] == [(str(k), "timed out" if s > 3 else "done") for k, s in enumerate(seconds)]
+    assert sizes == asked_for
+
+
 # --- structures and their ids -----------------------------------------------------------------------------------------
 
 
@@ -207,6 +262,80 @@ def test_ids_say_file_frame_and_content(tmp_path: Path) -> None:
         list(read_items([tmp_path / "c.cif"]))
 
 
+def test_a_file_that_breaks_off_is_screened_up_to_there(tmp_path: Path) -> None:
+    """A file given twice is read once; what follows a broken frame is one item that says from which frame on."""
+    path = tmp_path / "a.extxyz"
+    ase.io.write(path, alloys(3))
+    path.write_text(path.read_text().rsplit("\n", 2)[0])
+    ase.io.write(tmp_path / "b.traj", alloys(2))
+    items = list(read_items([path, tmp_path / "b.traj", f"{tmp_path}/./a.extxyz"]))
+    assert [Path(i.source).name[0] + str(i.frame) for i in items] == ["a0", "a1", "a2", "b0", "b1"]
+    assert [i.atoms is None for i in items] == [False, False, True, False, False]
+    assert "cannot be read from frame 2 on" in items[2].problem
+    assert [count_frames(p) for p in (path, tmp_path / "b.traj")] == [2, 2]
+
+
+class Inline:
+    """Workers that answer at once, in this process."""
+
+    slots = 2
+
+    def __init__(self) -> None:
+        self.sizes: list[int] = []
+
+    def start(self) -> None: ...
+
+    def alive(self) -> bool:
+        return True
+
+    def submit(self, function: Any, asked: Asked, block: list[tuple[str, Atoms]]) -> Future:
+        self.sizes.append(len(block))
+        future: Future = Future()
+        future.set_result([Row(name, "failed" if "0@" in name else "done") for name, _ in block])
+        return future
+
+
+def test_structures_are_read_as_they_are_needed(tmp_path: Path) -> None:
+    """In hand is what workers have; going on skips what is there, and --again does of it what failed."""
+    pytest.importorskip("parsl")
+    from gossamer.screening.screen import AHEAD, REPEATED, Screening
+
+    (copper,) = alloys(1)
+    read: list[int] = []
+
+    def items(n: int) -> Iterator[Item]:
+        for k in range(n):
+            read.append(k)
+            yield Item("a.xyz", k, "", copper)
+
+    with Results(tmp_path / "r.sqlite", {}) as results:
+
+        def go(n: int, repeated: tuple[str, ...] = ()) -> tuple[dict[str, Any], list[int], int]:
+            workers, most, read[:] = Inline(), 0, []
+            screening = Screening(results, 7, ask(), 5, repeated, progress=False)
+            write = screening._write
+
+            def watched(rows: list[Row]) -> None:
+                nonlocal most
+                most = max(most, len(screening.items))
+                assert len(read) - screening.n_before - screening.n_done <= (AHEAD + 1) * workers.slots * 5
+                write(rows)
+
+            screening._write = watched  # type: ignore[method-assign]
+            screening.run(items(n), workers)  # type: ignore[arg-type]
+            assert not screening.items
+            return screening.summary(None), workers.sizes, most
+
+        answer, sizes, most = go(200)
+        assert (answer["structures"], answer["done"], answer["statuses"]) == (200, 200, {"done": 180, "failed": 20})
+        assert set(sizes) == {5}
+        assert most <= (AHEAD + 1) * Inline.slots * 5
+        answer, sizes, _ = go(206)
+        assert (answer["done_before"], answer["done"], sizes) == (200, 6, [3, 3]), "every worker gets a share"
+        answer, sizes, _ = go(206, REPEATED)
+        assert (answer["done_before"], answer["done"], sum(sizes)) == (185, 21, 21)
+
+
 def test_near_atoms_are_found_across_the_cell() -> None:
     check_structure(Atoms("H2", [[0, 0, 0], [0.74, 0, 0]]))
     with pytest.raises(ValueError, match=r"Atoms \d and \d are 0\.200 Å apart"):
@@ -223,6 +352,28 @@ def written(path: Path, energies: list[float | None], **question: Any) -> Path:
                 for k, e in enumerate(energies)]  # fmt: skip
         results.write([row.columns("a.xyz", k, "potential") for k, row in enumerate(rows)])
     return path
+
+
+def test_results_of_version_1_go_on(tmp_path: Path) -> None:
+    """Whose table refuses "timed out"; reading alone leaves them as they are."""
+    path = written(tmp_path / "r.sqlite", [-1.0, None])
+    with closing(sqlite3.connect(path)) as connection:
+        (made,) = connection.execute("select sql from sqlite_master where name='result'").fetchone()
+        connection.execute("alter table result rename to new")
+        connection.execute(made.replace("'timed out', ", ""))
+        connection.execute("insert into result select * from new")
+        connection.execute("drop table new")
+        connection.execute("pragma user_version=1")
+        connection.commit()
+    with Results(path) as results:
+        before = results.rows()
+    late = Row("2", "timed out").columns("a.xyz", 2, "potential")
+    with Results(path) as results, pytest.raises(sqlite3.IntegrityError):
+        results.write([late])
+    with Results(path, {"task": "relax"}) as results:
+        assert results.rows() == before
+        results.write([late])
+        assert results.counts() == {"converged": 1, "failed": 1, "timed out": 1}
 
 
 def test_results_are_sorted_and_exported(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -526,6 +677,37 @@ def test_one_kill_loses_and_repeats_nothing(tmp_path: Path, monkeypatch: pytest.
     assert main([*command, "--fmax", "0.2"]) == 2
     assert "fmax 0.05 (now 0.2)" in capsys.readouterr().err
     assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
+
+
+@pytest.mark.thorough
+def test_workers_go_on_after_a_structure_that_never_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """Real workers: it is timed out, done again when asked, crashes beside it are failures as ever, and nothing is left over."""
+    pytest.importorskip("parsl")
+    from gossamer.screening import screen as loop
+
+    monkeypatch.setattr(loop, "TRIES", 1)
+    monkeypatch.setenv("PYTHONPATH", f"{ROOT}:{ROOT / 'tests'}")
+    monkeypatch.syspath_prepend(ROOT / "tests")
+    monkeypatch.chdir(tmp_path)
+    frames = alloys(12)
+    frames[2].symbols[0], frames[7].symbols[0] = "Pt", "Au"
+    ase.io.write("alloys.extxyz", frames)
+    command = ["screen", "alloys.extxyz", "--calculator", "fragile:Fragile", "--task", "single-point", "--workers", "1", "--json"]
+    assert main([*command, "--time-limit", "1"]) == 0
+    assert json.loads(capsys.readouterr().out)["statuses"] == {"done": 10, "failed": 1, "timed out": 1}
+    before = rows_of(tmp_path / "results.sqlite")
+    assert [key for key, row in before.items() if row[1] == "timed out"] == [f"alloys.extxyz#2@{digest_of(frames[2])}"]
+    assert main([*command, "--time-limit", "1", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["done"] == 0
+    assert rows_of(tmp_path / "results.sqlite") == before
+    assert main([*command, "--time-limit", "2", "--again"]) == 0
+    assert json.loads(capsys.readouterr().out)["done"] == 2
+    assert {row[-1] for row in rows_of(tmp_path / "results.sqlite").values() if row[1] == "timed out"} == {
+        "took longer than 2 s (--time-limit)"
+    }
+    assert not left_over(tmp_path / "results.sqlite")
 
 
 @pytest.mark.slow

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import ase.io
 from ase import Atoms
 
 from gossamer.data.npz_file import npz_names, read_npz
-from gossamer.data.xyz import xyz_frames
+from gossamer.data.xyz import xyz_frames, xyz_heads
 from gossamer.files import COMPRESSIONS, InputError, open_text
+
+TEXT = (*COMPRESSIONS, ".xyz", ".extxyz")
+"""endings of files of (extended) XYZ"""
 
 
 def as_atoms(structure: Atoms | Path | str, frame: int = 0, supercell: tuple[int, int, int] = (1, 1, 1)) -> Atoms:
@@ -49,30 +55,65 @@ def read_frames(path: Path | str, frame: int | None = None) -> list[Atoms]:
         FileNotFoundError: no such file.
         InputError: it cannot be read, or holds no frame, or one without atoms.
     """
+    return list(iterate_frames(path, frame))
+
+
+def iterate_frames(path: Path | str, frame: int | None = None) -> Iterator[Atoms]:
+    """What ``read_frames`` reads, one frame after the other: (extended) XYZ that is not compressed, and what ASE reads frame by frame
+    (its trajectories and databases), are never held whole.
+
+    Raises: as ``read_frames``, of a frame when its turn comes.
+    """
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"There is no structure file '{path}'.")
     if path.is_dir() and path.suffix != ".bundle":
         raise InputError(f"'{path}' is a folder; a structure file is expected (extxyz, cif, POSCAR, traj, ...).")
+    n = 0
     try:
-        frames = _read(path, frame)
+        for atoms in _read(path, frame):
+            if len(atoms) == 0:
+                raise InputError(f"'{path}' has a frame without atoms{f', {n}' if n else ''}.")
+            yield atoms
+            n += 1
     except (InputError, ImportError):
         raise
-    except (IndexError, StopIteration):
-        frames = []
     except Exception as error:  # ASE's parsers raise whatever they meet
-        text = " ".join(str(error).split())[:200]
-        raise InputError(f"'{path}' cannot be read as structures by ASE ({type(error).__name__}{': ' if text else ''}{text}).") from None
-    if not frames:
+        if n or not isinstance(error, IndexError):
+            text = " ".join(str(error).split())[:200]
+            where = f" from frame {n} on" if n else ""
+            raise InputError(
+                f"'{path}' cannot be read{where} as structures by ASE ({type(error).__name__}{': ' if text else ''}{text})."
+            ) from None
+    if not n:
         raise InputError(
             f"'{path}' has no frame{'' if frame is None else f' {frame}'}: it holds no atoms, or fewer frames. They count from 0; -1 is the last."
         )
-    if any(len(f) == 0 for f in frames):
-        raise InputError(f"'{path}' has a frame without atoms.")
-    return frames
 
 
-def _read(path: Path, frame: int | None) -> list[Atoms]:
+def count_frames(path: Path | str) -> int:
+    """How many frames ``iterate_frames`` gives before it ends or raises; of (extended) XYZ without making atoms of them.
+
+    Raises:
+        FileNotFoundError: no such file.
+    """
+    n = 0
+    with suppress(ValueError):
+        for _ in _heads(Path(path)):
+            n += 1
+    return n
+
+
+def _heads(path: Path) -> Iterator[Any]:
+    """Something for each frame."""
+    if not path.is_file() or path.suffix not in TEXT:
+        yield from iterate_frames(path)
+        return
+    with open_text(path) as file:
+        yield from xyz_heads(file)
+
+
+def _read(path: Path, frame: int | None) -> Iterator[Atoms]:
     if path.suffix == ".npz":
         missing = {"frac", "cell_A", "numbers"} - set(npz_names(path))
         if missing:
@@ -81,11 +122,16 @@ def _read(path: Path, frame: int | None) -> list[Atoms]:
             )
         data = read_npz(path, ("frac", "cell_A", "numbers"))
         positions = data["frac"] if frame is None else data["frac"][[frame]]
-        return [Atoms(data["numbers"], scaled_positions=f, cell=data["cell_A"], pbc=True) for f in positions]
-    if path.suffix in (*COMPRESSIONS, ".xyz", ".extxyz"):
+        for scaled in positions:
+            yield Atoms(data["numbers"], scaled_positions=scaled, cell=data["cell_A"], pbc=True)
+    elif path.suffix in TEXT:
         with open_text(path) as file:
             frames = xyz_frames(file)
-            if frame is None or frame < 0:
-                return list(frames) if frame is None else [list(frames)[frame]]
-            return list(islice(frames, frame, frame + 1))
-    return list(ase.io.iread(path, ":" if frame is None else str(frame)))
+            if frame is None:
+                yield from frames
+            elif frame < 0:
+                yield list(frames)[frame]
+            else:
+                yield from islice(frames, frame, frame + 1)
+    else:
+        yield from ase.io.iread(path, ":" if frame is None else str(frame))

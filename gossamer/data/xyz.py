@@ -42,6 +42,21 @@ def xyz_frames(file: IO[str]) -> Iterator[Atoms]:
         yield atoms
 
 
+def xyz_heads(file: IO[str]) -> Iterator[str]:
+    """The first line of each whole frame of an (extended) XYZ file, of which nothing else is looked at.
+
+    Raises:
+        ValueError: as ``xyz_frames``, of what a frame's number of atoms tells.
+    """
+    for header in file:
+        if not header.strip() or header.lstrip().startswith("VEC"):
+            continue
+        n_lines = 1 + max(0, min(int(header), 10**12))
+        if sum(1 for _ in islice(file, n_lines)) != n_lines:
+            raise ValueError("the file ends within a frame")
+        yield header
+
+
 def _check_columns(lines: list[str]) -> None:
     """Raise ValueError if a frame announces more columns than its first atom has: ASE would make room for them."""
     found = re.search(r"properties\s*=\s*[\"']?([^\"'\s]*)", lines[1], re.IGNORECASE)

@@ -54,11 +54,13 @@ def _run_options(run: argparse.ArgumentParser) -> None:
 
 
 def _show_options(show: argparse.ArgumentParser) -> None:
+    from gossamer.screening.database import STATUSES
+
     show.add_argument("results", help="file of results")
     show.add_argument("--sort", metavar="COLUMN", help="such as energy_per_atom, energy_above_hull, max_force, bulk_modulus, seconds")
     show.add_argument("--descending", action="store_true", help="largest first")
     show.add_argument("--top", type=int, help="only the first so many")
-    show.add_argument("--status", choices=["done", "converged", "not converged", "failed"], help="only these")
+    show.add_argument("--status", choices=STATUSES, help="only these")
 
 
 def _export_options(export: argparse.ArgumentParser) -> None:

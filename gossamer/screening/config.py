@@ -40,8 +40,11 @@ class ScreenConfig:
     block: Count | None = None
     """Structures that a worker takes at once; by default 32, for elastic constants, phonons and the judge one. It changes no result; what a
     killed worker had in hand is done again."""
+    time_limit: Annotated[float, Field(gt=0)] | None = None
+    """Seconds that one structure may take; then its process is ended, it is "timed out", and its block goes on. By default without limit.
+    Loading and compiling the potential do not count."""
     again: bool = False
-    """Do structures that failed, or did not converge, once more."""
+    """Do structures that failed, timed out or did not converge once more."""
     device: str = "cpu"
     """Of a saved potential."""
     dtype: Literal["float32", "float64"] | None = None
@@ -52,7 +55,7 @@ class ScreenConfig:
     """Functional whose D3 is added, as simple-dftd3 names it: pbe, r2scan ... Refused where the potential's labels held dispersion already."""
 
     def question(self) -> dict[str, Any]:
-        """What the answers depend on beside potential and structure."""
+        """What the answers depend on beside potential and structure; not on how they are got (block, time limit)."""
         relaxes = self.task in FMAX
         return {
             "task": self.task,

@@ -16,16 +16,17 @@ from typing import Any
 
 from gossamer.files import InputError, atomic_path, write_text
 
-VERSION = 1
-"""of the tables below"""
+VERSION = 2
+"""of the tables below; those of version 1 refuse the status "timed out" and are made anew when a screening goes on"""
 APPLICATION = 0x676F7373
 """ "goss", in the file's header"""
-TABLES = """
+STATUSES = ("done", "converged", "not converged", "timed out", "failed")
+TABLES = f"""
 create table about (name text primary key, value text not null);
 create table run (mark text primary key, host text not null, process integer not null, began text not null, ended text);
 create table result (
   id text primary key, source text not null, frame integer not null, formula text, n_atoms integer,
-  status text not null check (status in ('done', 'converged', 'not converged', 'failed')), reason text,
+  status text not null check (status in {STATUSES}), reason text,
   energy real, energy_per_atom real, max_force real, stress text, volume real, steps integer, seconds real,
   energy_above_hull real, numbers text, structure text, potential text not null, finished text not null
 ) without rowid;
@@ -43,7 +44,7 @@ class Row:
 
     id: str
     status: str
-    """done, converged, not converged, or failed"""
+    """one of ``STATUSES``"""
     reason: str = ""
     formula: str | None = None
     n_atoms: int | None = None
@@ -132,6 +133,8 @@ class Results:
             raise InputError(f"'{self.path}' has tables of version {version}, this gossamer knows {VERSION}. Use a newer gossamer.")
         if question is None:
             return
+        if version < VERSION:
+            self._renew()
         before = self.question
         differ = [k for k in {**before, **question} if before.get(k) != question.get(k)]
         if differ:
@@ -139,6 +142,16 @@ class Results:
             raise InputError(
                 f"'{self.path}' holds results of another question: {said}. Ask the same to go on, or choose another --out for this one."
             )
+
+    def _renew(self) -> None:
+        """Put the rows of an older version into tables of this one, all or none."""
+        made = next(s for s in TABLES.split(";\n") if "create table result" in s)
+        with _Transaction(self.connection):
+            self.connection.execute("alter table result rename to result_before")
+            self.connection.execute(made)
+            self.connection.execute(f"insert into result select {', '.join(COLUMNS)} from result_before")
+            self.connection.execute("drop table result_before")
+            self.connection.execute(f"pragma user_version={VERSION}")
 
     @property
     def question(self) -> dict[str, Any]:
@@ -158,9 +171,14 @@ class Results:
 
     # --- the submitter's ---------------------------------------------------------------------------------------------
 
-    def known(self) -> dict[str, str]:
-        """Status by id of what is in the file."""
-        return dict(tuple(r) for r in self.connection.execute("select id, status from result"))
+    def status(self, name: str) -> str | None:
+        """Of the structure with this id; None where it is not in the file."""
+        found = self.connection.execute("select status from result where id=?", (name,)).fetchone()
+        return None if found is None else str(found[0])
+
+    def n_of_sources(self) -> dict[str, int]:
+        """How many structures of each source are in the file."""
+        return dict(tuple(r) for r in self.connection.execute("select source, count(*) from result group by source"))
 
     def write(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Values of ``COLUMNS`` for some structures, all or none; those of a structure that is there already are replaced."""

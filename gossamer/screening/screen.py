@@ -1,23 +1,29 @@
-"""A screening: what is not in the results yet goes out in blocks, what comes back is written; whatever dies is done again."""
+"""A screening: what is not in the results yet goes out in blocks, what comes back is written; whatever dies is done again.
+
+Structures are read when it is their turn: in memory are those that workers have, not those of the files.
+"""
 
 from __future__ import annotations
 
 import logging
 import time
 from collections import Counter, deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import replace
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
+from gossamer.data.atoms import count_frames
 from gossamer.files import locked
 from gossamer.screening.config import BLOCK, MachineConfig, ScreenConfig, load_machine
 from gossamer.screening.database import Results, Row
 from gossamer.screening.executor import BadStateException, ManagerLost, WorkerLost, Workers, end_processes
-from gossamer.screening.structures import Item, read_items
+from gossamer.screening.limited import Died
+from gossamer.screening.structures import Item, read_items, sources_of
 from gossamer.screening.tasks import Asked, make_question, run_block, stored_question
 from gossamer.settings import configured
 from gossamer.signals import StopRequested
@@ -29,6 +35,8 @@ TRIES = 3
 """deaths of workers over one structure alone after which it is said to kill them"""
 SETBACKS = 30
 """deaths of workers in a row, without an answer in between, that end the screening"""
+REPEATED = ("failed", "timed out", "not converged")
+"""what --again does once more"""
 REPORT = 20.0
 """s between lines of the log, where there is no terminal for a bar"""
 
@@ -48,7 +56,7 @@ def screen(
         screen("crystals.extxyz", "potential.safetensors", task="relax", cell=True, out="relaxed.sqlite")
 
     Args:
-        structures: Files; a file that cannot be read is one failed row.
+        structures: Files; what cannot be read of one is one failed row.
         model: Saved potential.
         calculator: In its place any ASE calculator, "module:factory" as `gossamer judge` takes them.
         machine: YAML file of `MachineConfig`, or one; by default this machine.
@@ -74,21 +82,17 @@ def screen(
         machine = replace(machine, workers=workers)
     asked = make_question(model, calculator, config)
     paths = [structures] if isinstance(structures, str | Path) else list(structures)
-    items = {item.id: item for item in read_items(paths)}
+    counts = {source: count_frames(source) for source in sources_of(paths)}
     out = config.out
     with locked(out.parent, out.name), Results(out, stored_question(asked)) as results:
-        known = results.known()
-        repeated = ("failed", "not converged") if config.again else ()
-        todo = [item for item in items.values() if item.id not in known or known[item.id] in repeated]
-        gone = len(known.keys() - items.keys())
-        if gone:
-            log.info("'%s' also holds %d structures that are not among these; they stay", out, gone)
+        there = {} if config.again else results.n_of_sources()
+        n_new = sum(max(0, n - there.get(source, 0)) for source, n in counts.items())
         screening = Screening(
             results,
-            items,
-            replace(asked, n_expected=len(todo)),
+            sum(counts.values()),
+            replace(asked, n_expected=max(1, n_new)),
             config.block or BLOCK.get(config.task, 1),
-            len(items) - len(todo),
+            REPEATED if config.again else (),
             progress,
         )
         mark, left = results.begin()
@@ -97,7 +101,7 @@ def screen(
             log.warning("ended %d processes that an earlier screening, killed, had left", len(ended))
         workers_ = Workers(machine, out.with_name(f".{out.name}.parsl").resolve(), mark)
         try:
-            stopped = screening.run(todo, workers_)
+            stopped = screening.run(read_items(paths), workers_)
         finally:
             workers_.close()
             results.end([mark, *left])
@@ -107,14 +111,25 @@ def screen(
 class Screening:
     """The submitter's loop: it alone writes."""
 
-    def __init__(self, results: Results, items: dict[str, Item], asked: Asked, block: int, n_before: int, progress: bool) -> None:
-        self.results, self.items, self.asked, self.block = results, items, asked, block
-        self.n_before, self.n_done = n_before, 0
+    def __init__(self, results: Results, n_structures: int, asked: Asked, block: int, repeated: Sequence[str], progress: bool) -> None:
+        """
+        Args:
+            results: What was done before is in there.
+            n_structures: That there are, as far as is known before they are read.
+            asked: What is asked of each.
+            block: Structures for a worker at once, at most.
+            repeated: Statuses that are done once more.
+            progress: As of ``screen``.
+        """
+        self.results, self.n_structures, self.asked, self.block, self.repeated = results, n_structures, asked, block, repeated
+        self.items: dict[str, Item] = {}
+        """in hand, by id"""
+        self.n_read = self.n_before = self.n_done = 0
         self.deaths: Counter[str] = Counter()
         """of workers, by the structure that was alone with them"""
         self.setbacks = 0
         self.waiting: deque[list[str]] = deque()
-        """blocks of ids"""
+        """blocks of ids that are to be done again"""
         self.running: dict[Future[list[Row]], list[str]] = {}
         self.began = time.monotonic()
         self.said = self.began
@@ -123,34 +138,60 @@ class Screening:
         self.counts: Counter[str] = Counter()
         self.progress = progress
 
-    def run(self, todo: Sequence[Item], workers: Workers) -> str | None:
+    def run(self, items: Iterator[Item], workers: Workers) -> str | None:
         """Until all is done; returns the signal that ended it early.
+
+        Args:
+            items: All structures.
+            workers: Started if there is anything to do.
 
         Raises:
             RuntimeError: workers die again and again without an answer.
             ValueError, OSError, ImportError: the workers cannot load the potential.
         """
-        self._write([Row(i.id, "failed", i.problem) for i in todo if i.atoms is None])
-        names = [item.id for item in todo if item.atoms is not None]
-        size = max(1, min(self.block, -(-len(names) // workers.slots)))  # every worker gets a share
-        self.waiting.extend(names[k : k + size] for k in range(0, len(names), size))
-        bar = tqdm(total=len(self.items), initial=self.n_before + self.n_done, unit="structure", disable=None if self.progress else True,
-                   smoothing=0.2, dynamic_ncols=True)  # fmt: skip
+        bar = tqdm(total=self.n_structures, unit="structure", disable=None if self.progress else True, smoothing=0.2, dynamic_ncols=True)
         with StopRequested() as stop, bar:
-            if self.waiting:
+            todo = self._todo(items, stop, bar)
+            first = list(islice(todo, self.block * workers.slots))
+            size = max(1, min(self.block, -(-len(first) // workers.slots)))  # every worker gets a share
+            blocks = self._blocks(chain(first, todo), size)
+            if first:
                 workers.start()
-            while self.waiting or self.running:
-                while self.waiting and len(self.running) < AHEAD * workers.slots:
-                    self._submit(workers, self.waiting.popleft())
+            while not stop.requested:
+                while len(self.running) < AHEAD * workers.slots and (names := next(blocks, [])):
+                    self._submit(workers, names)
+                if not self.running:
+                    break
                 finished, _ = wait(self.running, timeout=1.0, return_when=FIRST_COMPLETED)
                 for future in finished:
                     self._settle(future)
                 self._tell(bar)
-                if stop.requested:
-                    return stop.signal.name if stop.signal else None
-                if not workers.alive():
+                if not stop.requested and not workers.alive():
                     self._start_again(workers)
-        return None
+        return stop.signal.name if stop.signal else None
+
+    def _todo(self, items: Iterator[Item], stop: StopRequested, bar: Any) -> Iterator[Item]:
+        """Structures that have no answer yet, and are in hand from here on; those that cannot be read get theirs at once."""
+        for item in items:
+            if stop.requested:
+                return
+            self.n_read += 1
+            status = self.results.status(item.id)
+            if status is not None and status not in self.repeated:
+                self.n_before += 1
+                self._tell(bar)
+                continue
+            self.items[item.id] = item
+            if item.atoms is None:
+                self._write([Row(item.id, "failed", item.problem)])
+            else:
+                yield item
+        self.n_structures = bar.total = self.n_read
+
+    def _blocks(self, todo: Iterator[Item], size: int) -> Iterator[list[str]]:
+        """Ids for a worker at once; nothing, now and then, where all is handed out."""
+        while True:
+            yield self.waiting.popleft() if self.waiting else [item.id for item in islice(todo, size)]
 
     def _submit(self, workers: Workers, names: list[str]) -> None:
         block = [(name, self.items[name].atoms) for name in names]
@@ -161,7 +202,7 @@ class Screening:
         names = self.running.pop(future)
         try:
             rows = future.result()
-        except WorkerLost:
+        except (WorkerLost, Died):
             self._worker_died(names)
         except (ManagerLost, BadStateException) as error:  # the node has gone, or its time is over: nothing to do with these structures
             self._setback(error)
@@ -212,29 +253,33 @@ class Screening:
 
     def _write(self, rows: Sequence[Row]) -> None:
         if rows:
-            self.results.write([row.columns(self.items[row.id].source, self.items[row.id].frame, self.asked.fingerprint) for row in rows])
+            items = [self.items.pop(row.id) for row in rows]
+            self.results.write([r.columns(i.source, i.frame, self.asked.fingerprint) for r, i in zip(rows, items, strict=True)])
             self.counts.update(row.status for row in rows)
             self.n_done += len(rows)
 
     def _tell(self, bar: Any) -> None:
         """Throughput and time left: a bar on a terminal, else now and then a line."""
         bar.update(self.n_before + self.n_done - bar.n)
-        bar.set_postfix({k: n for k, n in self.counts.items() if k in ("failed", "not converged")}, refresh=False)
+        bar.set_postfix({k: n for k, n in self.counts.items() if k in REPEATED}, refresh=False)
         now = time.monotonic()
         if self.progress and bar.disable and now - self.said > REPORT and self.n_done:
             self.said = now
             done = self.n_before + self.n_done
             if self.first is None or self.n_done == self.first[1]:
-                log.info("%d of %d structures", done, len(self.items))
+                log.info("%d of %d structures", done, self.n_structures)
                 return
             rate = (self.n_done - self.first[1]) / (now - self.first[0])
-            left = tqdm.format_interval((len(self.items) - done) / rate)
-            log.info("%d of %d structures, %.3g per second, %s left", done, len(self.items), rate, left)
+            left = tqdm.format_interval(max(0, self.n_structures - done) / rate)
+            log.info("%d of %d structures, %.3g per second, %s left", done, self.n_structures, rate, left)
 
     def summary(self, stopped: str | None) -> dict[str, Any]:
         """What this call did."""
-        seconds = time.monotonic() - self.began
+        seconds, statuses = time.monotonic() - self.began, self.results.counts()
+        others = sum(statuses.values()) - self.n_read
+        if others > 0 and not stopped:
+            log.info("'%s' also holds %d structures that are not among these; they stay", self.results.path, others)
         return {
-            "structures": len(self.items), "done_before": self.n_before, "done": self.n_done, "seconds": round(seconds, 2),
-            "per_second": round(self.n_done / seconds, 3), "statuses": self.results.counts(), "out": str(self.results.path), "stopped": stopped,
+            "structures": self.n_structures, "done_before": self.n_before, "done": self.n_done, "seconds": round(seconds, 2),
+            "per_second": round(self.n_done / seconds, 3), "statuses": statuses, "out": str(self.results.path), "stopped": stopped,
         }  # fmt: skip

@@ -12,7 +12,7 @@ import numpy as np
 from ase import Atoms
 from ase.neighborlist import neighbor_list
 
-from gossamer.data.atoms import read_frames
+from gossamer.data.atoms import iterate_frames
 from gossamer.files import InputError
 
 KEPT = ("numbers", "positions", "tags", "initial_charges", "initial_magmoms")
@@ -41,21 +41,32 @@ class Item:
 
 
 def read_items(paths: Sequence[Path | str]) -> Iterator[Item]:
-    """Every frame of every file; a file that cannot be read is one item that says why.
+    """Every frame of every file, read when its turn comes; what cannot be read of a file is one item that says why.
 
     Raises:
         FileNotFoundError: no such file.
     """
-    for path in paths:
-        source = os.path.normpath(path)
+    for source in sources_of(paths):
+        frame = 0
         try:
-            frames = read_frames(source)
+            for atoms in iterate_frames(source):
+                yield Item(source, frame, digest_of(atoms), bare(atoms))
+                frame += 1
         except InputError as error:
-            content = Path(source).read_bytes() if Path(source).is_file() else b""
-            yield Item(source, 0, hashlib.sha256(content).hexdigest()[:16], None, str(error))
-            continue
-        for frame, atoms in enumerate(frames):
-            yield Item(source, frame, digest_of(atoms), bare(atoms))
+            yield Item(source, frame, _digest_of_file(Path(source)), None, str(error))
+
+
+def sources_of(paths: Sequence[Path | str]) -> list[str]:
+    """Names of files, each once: ids begin with them, so that no other two structures have the same.
+
+    Raises:
+        FileNotFoundError: no such file.
+    """
+    found = list(dict.fromkeys(map(os.path.normpath, paths)))
+    for path in found:
+        if not Path(path).exists():
+            raise FileNotFoundError(f"There is no structure file '{path}'.")
+    return found
 
 
 def bare(atoms: Atoms) -> Atoms:
@@ -65,6 +76,13 @@ def bare(atoms: Atoms) -> Atoms:
         del copy.arrays[name]
     copy.info = {k: v for k, v in copy.info.items() if k in ("charge", "spin", "name", "material_id")}
     return copy
+
+
+def _digest_of_file(path: Path) -> str:
+    if not path.is_file():
+        return hashlib.sha256(b"").hexdigest()[:16]
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
 def digest_of(atoms: Atoms) -> str:

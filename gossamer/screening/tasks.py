@@ -7,7 +7,7 @@ import logging
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -24,6 +24,7 @@ from ase.optimize import FIRE
 from gossamer.checks.source import Source, find_sources
 from gossamer.screening.config import ScreenConfig
 from gossamer.screening.database import Row
+from gossamer.screening.limited import answer_in_time
 from gossamer.screening.structures import check_structure
 
 log = logging.getLogger(__name__)
@@ -56,6 +57,13 @@ class Asked:
     dispersion: str | None = None
     n_expected: int = 1
     """structures that a worker will see, about"""
+    time_limit: float | None = None
+    """s that one structure may take"""
+
+    @property
+    def together(self) -> bool:
+        """Whether a block is computed at once."""
+        return self.engine == "torchsim" or (self.task == "single-point" and self.model is not None)
 
     @property
     def source(self) -> Source:
@@ -93,20 +101,29 @@ def make_question(model: Path | str | None, calculator: str | None, config: Scre
         log.warning("%s", source.unverified)
     if question["cell"] and source.conservative is False:
         raise ValueError("Relaxing the cell needs stress, which a potential with direct forces does not have.")
-    return Asked(model, calculator, source.fingerprint, **question)
+    return Asked(model, calculator, source.fingerprint, **question, time_limit=config.time_limit)
 
 
 def stored_question(asked: Asked) -> dict[str, Any]:
-    """What must be the same when a screening goes on: all but where the potential lies."""
-    return {k: v for k, v in asdict(asked).items() if k not in ("model", "n_expected")}
+    """What must be the same when a screening goes on: all but where the potential lies, and how answers are got."""
+    return {k: v for k, v in asdict(asked).items() if k not in ("model", "n_expected", "time_limit")}
 
 
 def run_block(asked: Asked, block: Block) -> list[Row]:
     """Rows of a block, in its order; the potential is loaded once in a process.
 
     Raises:
-        Exception: the potential cannot be had. Nothing that concerns one structure is raised.
+        Died: a process with a time limit ended by itself.
+        Exception: the potential cannot be had. Nothing else that concerns one structure is raised.
     """
+    if asked.time_limit is not None:
+        return answer_in_time(asked, [block] if asked.together else [[one] for one in block], asked.time_limit)
+    get_ready(asked, block)
+    return answer(asked, block)
+
+
+def answer(asked: Asked, block: Block) -> list[Row]:
+    """Rows of a block, in its order."""
     rows: dict[str, Row] = {}
     sound: list[tuple[str, Atoms]] = []
     for name, atoms in block:
@@ -116,10 +133,9 @@ def run_block(asked: Asked, block: Block) -> list[Row]:
             sound.append((name, atoms))
         except Exception as error:
             rows[name] = _failed(name, atoms, error)
-    if asked.engine == "torchsim" or (asked.task == "single-point" and asked.model):
+    if asked.together:
         rows |= _together(asked, sound)
     else:
-        _get_ready(asked, sound)
         for name, atoms in sound:
             rows[name] = _alone(name, atoms, lambda a: TASKS[asked.task](_calculator(asked), a, asked))
     return [rows[name] for name, _ in block]
@@ -149,15 +165,18 @@ def _torchsim_model(asked: Asked) -> Any:
     )
 
 
-def _get_ready(asked: Asked, block: Block) -> None:
+def get_ready(asked: Asked, block: Block) -> None:
     """Compile a potential of ours where that pays; load any, so that one that cannot be had ends the screening and not every structure."""
     calculator = _calculator(asked)
-    if asked.model:
+    if asked.engine == "torchsim":
+        _torchsim_model(asked)
+    elif asked.model and not asked.together:
         for _, atoms in block:
             try:
+                check_structure(atoms)
                 calculator.expect(asked.n_expected * EVALUATIONS[asked.task], atoms)
                 return
-            except ValueError:  # of unknown elements: another one, then
+            except ValueError:  # unsound, or of unknown elements: another one, then
                 continue
 
 
@@ -169,6 +188,11 @@ def _failed(name: str, atoms: Atoms, error: BaseException | str, seconds: float 
     if not isinstance(error, str | ValueError | ArithmeticError):
         text = f"{type(error).__name__}: {text}"
     return Row(name, "failed", text[:500], atoms.get_chemical_formula(), len(atoms), seconds=seconds)
+
+
+def timed_out(name: str, atoms: Atoms, seconds: float) -> Row:
+    """The row of a structure whose process was ended."""
+    return replace(_failed(name, atoms, f"took longer than {seconds:g} s (--time-limit)", seconds), status="timed out")
 
 
 def _alone(name: str, atoms: Atoms, work: Callable[[Atoms], Row]) -> Row:
