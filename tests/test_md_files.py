@@ -54,6 +54,25 @@ def table(folder: Path) -> np.ndarray:
     return np.array([[float(row[k]) for k in ("step", "temperature_K", "potential_energy_eV", "pressure_GPa")] for row in rows])
 
 
+def test_one_calculator_is_told_of_all_steps_that_come(
+    potential: Potential, files: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that compiling may pay; a run that is resumed goes on in the way it began."""
+    told: list[tuple[int, int]] = []
+    calculators = []
+
+    def expect(calculator: Calculator, n_evaluations: int, atoms: Atoms) -> None:
+        told.append((n_evaluations, len(atoms)))
+        calculators.append(calculator)
+
+    monkeypatch.setattr(Calculator, "expect", expect)
+    run(potential, files, engine="ase", steps=5, out=tmp_path / "out", way="plain")
+    assert told == [(20, 8), (15, 2), (10, 8), (5, 3)]
+    run(potential, files, engine="ase", steps=6, out=tmp_path / "out", resume=True)
+    assert len(set(map(id, calculators[:4]))) == len(set(map(id, calculators[4:]))) == 1
+    assert calculators[-1].engine.asked == "plain"
+
+
 def test_a_batch_walks_as_one_after_the_other(potential: Potential, files: list[str], tmp_path: Path) -> None:
     """Constant energy is deterministic: the same walks, logs and trajectories, also where atoms cross boundaries."""
     common = dict(ensemble="nve", steps=20, temperature=2000.0, timestep=1.0)

@@ -698,7 +698,7 @@ def test_workers_go_on_after_a_structure_that_never_ends(
     assert main([*command, "--time-limit", "1"]) == 0
     assert json.loads(capsys.readouterr().out)["statuses"] == {"done": 10, "failed": 1, "timed out": 1}
     before = rows_of(tmp_path / "results.sqlite")
-    assert [key for key, row in before.items() if row[1] == "timed out"] == [f"alloys.extxyz#2@{digest_of(frames[2])}"]
+    assert [key.split("@")[0] for key, row in before.items() if row[1] == "timed out"] == ["alloys.extxyz#2"]
     assert main([*command, "--time-limit", "1", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["done"] == 0
     assert rows_of(tmp_path / "results.sqlite") == before

@@ -157,6 +157,23 @@ def as_calculator(
     return calculator
 
 
+def foretell(calculator: BaseCalculator, n_evaluations: int, atoms: Atoms) -> None:
+    """Say that about so many evaluations of such atoms will come, from which one of ours may choose to compile."""
+    from gossamer.simulation.calculator import Calculator
+
+    if isinstance(calculator, Calculator):
+        calculator.expect(n_evaluations, atoms)
+
+
+def way_before(config: MDConfig) -> Way:
+    """In which a run that is resumed began; as configured where that is said, or nothing is resumed."""
+    state_file = config.out / "state.npz"
+    if config.way != "auto" or not (config.resume and state_file.exists()):
+        return config.way
+    way: Way = stored_settings(state_file)["way"]
+    return way
+
+
 def way_of(calculator: BaseCalculator) -> str:
     """What a calculator runs; "plain" for those that are not ours."""
     from gossamer.simulation.calculator import Calculator

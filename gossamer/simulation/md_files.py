@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from ase import Atoms
+from ase.calculators.calculator import BaseCalculator
 
 from gossamer.data.atoms import as_atoms
-from gossamer.simulation.md import as_calculator, md
-from gossamer.simulation.options import MDConfig
+from gossamer.simulation.md import as_calculator, foretell, md, way_before
+from gossamer.simulation.options import MDConfig, Way
 from gossamer.simulation.several import Job, failed, jobs
 
 
@@ -46,13 +47,23 @@ def _for(job: Job, number: int, config: MDConfig) -> MDConfig:
 
 
 def _on_ase(model: Any, found: Sequence[Job], config: MDConfig, progress: bool) -> list[dict[str, Any]]:
-    """One structure after the other."""
-    calculator = as_calculator(model, config.device, config.dtype, config.way, dispersion=config.dispersion)
+    """One structure after the other, with one calculator: what is compiled serves all that follow.
+
+    A resumed run that began in another way goes on in that, with a calculator of its own.
+    """
+    calculators: dict[Way, BaseCalculator] = {}
     answers = []
     for number, job in enumerate(found):
-        one = replace(_for(job, number, config), engine="ase", way="auto", dtype=None, dispersion=None)
+        one = _for(job, number, config)
         try:
-            answer = md(calculator, job.path, one, progress=progress)
+            way = way_before(one)
+            if way not in calculators:
+                calculators[way] = as_calculator(model, config.device, config.dtype, way, dispersion=config.dispersion)
+            if calculators[way] is not model:
+                # as many steps as are left of all, of structures like this one
+                foretell(calculators[way], config.steps * (len(found) - number), as_atoms(job.path, job.frame, config.supercell))
+            one = replace(one, engine="ase", way="auto", dtype=None, dispersion=None)
+            answer = md(calculators[way], job.path, one, progress=progress)
         except (ValueError, RuntimeError, OSError) as error:
             answers.append(failed(job.said, error))
             continue
