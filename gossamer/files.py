@@ -12,6 +12,7 @@ import lzma
 import os
 import platform
 import re
+import shutil
 import sys
 import zlib
 from collections.abc import Iterator, Sequence
@@ -44,6 +45,44 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
         sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_folder(path: Path | str) -> Iterator[Path]:
+    """Yield an empty folder; it takes the place of ``path``, whole and synced, only if the block ends without an error.
+
+    A system renames one folder at a time: the old one is set aside, then the new one gets the name. A process that is killed in between
+    leaves the old one in a hidden folder, and the next call puts it back, with a line of the log.
+
+    Raises:
+        RuntimeError: another process writes the same folder.
+    """
+    path = Path(path)
+    aside = path.with_name(f".{path.name}.replacing")
+    with locked(path.parent, path.name):
+        _put_back(path, aside)
+        new = aside / "new"
+        new.mkdir(parents=True)
+        try:
+            yield new
+            for file in (*new.rglob("*"), new):
+                sync(file)
+            if path.exists():
+                path.rename(aside / "old")
+            new.rename(path)
+            sync(path.parent)
+        finally:
+            _put_back(path, aside)
+
+
+def _put_back(path: Path, aside: Path) -> None:
+    """End what ``atomic_folder`` began: nothing set aside is lost."""
+    old = aside / "old"
+    if old.exists() and not path.exists():
+        old.rename(path)
+        sync(path.parent)
+        log.warning("'%s' is back: what was to replace it ended before it could", path)
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def sync(path: Path) -> None:

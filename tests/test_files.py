@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from gossamer.files import atomic_path, explain, locked, remove_parts
+from gossamer.files import atomic_folder, atomic_path, explain, locked, remove_parts
 
 HOLD = """
 import sys, time
@@ -80,3 +80,57 @@ def test_errors_of_the_system_say_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(OSError) as caught, atomic_path(tmp_path / "file" / "a"):
         pass
     assert "expected there, not a file" in explain(caught.value) or "in the way" in explain(caught.value)
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+import gossamer.files
+from gossamer.files import atomic_folder
+
+kill, rename, renames = lambda: os.kill(os.getpid(), signal.SIGKILL), Path.rename, []
+
+def counted(path, target):
+    renames.append(target)
+    moment == f"rename {len(renames)}" and kill()
+    return rename(path, target)
+
+moment, Path.rename = sys.argv[2], counted
+with atomic_folder(sys.argv[1]) as folder:
+    (folder / "a").write_text("new")
+    moment == "writing" and kill()
+    (folder / "b").write_text("new")
+    gossamer.files.shutil.rmtree = lambda *_, **__: kill()
+"""
+
+
+@pytest.mark.parametrize(
+    ("moment", "there"),
+    [
+        ("writing", False),
+        ("rename 1", False),
+        ("cleaning up", False),
+        *((m, True) for m in ("writing", "rename 1", "rename 2", "cleaning up")),
+    ],
+)
+def test_a_killed_process_leaves_a_folder_whole(moment: str, there: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The old one or the new one, under its name or put back by the next call, which says so and leaves nothing else."""
+    out = tmp_path / "package"
+    if there:
+        with atomic_folder(out) as folder:
+            [(folder / name).write_text("old") for name in "ab"]
+    killed = subprocess.run([sys.executable, "-c", KILLED, str(out), moment], check=False)
+    assert killed.returncode == -signal.SIGKILL
+    between = moment == "rename 2"
+    assert out.exists() == ((there and not between) or moment == "cleaning up")
+    with pytest.raises(ZeroDivisionError), atomic_folder(out):
+        _ = 1 / 0
+    content = "new" if moment == "cleaning up" else "old"
+    assert out.exists() == (there or moment == "cleaning up")
+    if out.exists():
+        assert {path.name: path.read_text() for path in out.iterdir()} == {"a": content, "b": content}
+    assert ("is back" in caplog.text) == between
+    assert list(tmp_path.iterdir()) == ([out] if out.exists() else [])
+    with atomic_folder(out) as folder:
+        (folder / "c").write_text("newest")
+    assert [path.name for path in out.iterdir()] == ["c"]

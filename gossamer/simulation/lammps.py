@@ -15,7 +15,6 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -34,7 +33,7 @@ from gossamer.engine.domain import Domain, compare, compile_domain
 from gossamer.engine.kernels import cpu, ops, polynomial
 from gossamer.engine.kernels.attach import AttentionKernel
 from gossamer.engine.program import identity
-from gossamer.files import InputError
+from gossamer.files import InputError, atomic_folder
 from gossamer.graph import Graph
 from gossamer.potential import Potential
 from gossamer.potential_file import load
@@ -74,10 +73,7 @@ def export_lammps(model: Path | str, out: Path | str, dtype: str | None = None) 
     potential = load(model, "cpu", dtype)
     potential.requires_grad_(False)
     domain, graph, began = Domain(potential), probe(potential), time.perf_counter()
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as temporary:
-        folder = Path(temporary) / "package"
-        folder.mkdir()
+    with atomic_folder(out) as folder:
         keys = compile_domain(domain, graph, folder / "program.pt2")
         run = torch._C._aoti.AOTIModelPackageLoader(str(folder / "program.pt2"), "model", False, 1, -1)  # type: ignore[attr-defined]
         energies, slopes = compare(lambda *tensors: run.run(list(tensors)), potential, graph)
@@ -85,13 +81,6 @@ def export_lammps(model: Path | str, out: Path | str, dtype: str | None = None) 
         kernels = [f"kernel {line}" for line in copy_kernels(domain, keys, folder)]
         write_example(folder, potential, graph, out)
         write_manifest(folder, potential, kernels)
-        for file in folder.iterdir():
-            descriptor = os.open(file, os.O_RDONLY)
-            os.fsync(descriptor)
-            os.close(descriptor)
-        if out.exists():
-            out.rename(Path(temporary) / "old")
-        folder.rename(out)
     return {
         "out": str(out), "example": str(out / "in.example"), "seconds": round(time.perf_counter() - began, 1),
         "megabytes": round(sum(f.stat().st_size for f in out.iterdir()) / 1e6, 1),
