@@ -335,7 +335,7 @@ def _lammps(ranks: int) -> Make:
         plugin, package = build_plugin()["plugin"], work / "package"
         if not package.exists():
             save(potential, work / "potential.safetensors")
-            export_lammps(work / "potential.safetensors", package)
+            export_lammps(work / "potential.safetensors", package, device=potential.device.type)
         elements = potential.statistics.elements
         command = [launcher, "-n", str(ranks), str(found.executable), "-in", "in", "-log", "none"]
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from ase import Atoms, units
 from ase.build import molecule
 from ase.calculators.lammps import convert
@@ -23,7 +24,7 @@ from test_kernels import needs_compiler
 
 from gossamer.potential_file import save
 from gossamer.simulation.calculator import Calculator
-from gossamer.simulation.lammps import export_lammps, installation
+from gossamer.simulation.lammps import OPERATORS, export_lammps, installation, mpi_headers, seal
 
 BIN = Path(sys.executable).parent
 needs_lammps = pytest.mark.skipif(
@@ -39,6 +40,13 @@ def test_a_folder_in_the_way_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     with pytest.raises(ValueError, match="in the way"):
         export_lammps(tmp_path / "none.safetensors", tmp_path / "mine")
+
+
+@pytest.mark.parametrize("device, reason", [("cuda", "There is no GPU here"), ("mps", "'cpu' or 'cuda'")])
+def test_devices_that_are_not_there_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str, reason: str) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match=reason):
+        export_lammps(tmp_path / "none.safetensors", tmp_path / "package", device=device)
 
 
 def test_what_is_no_installation_is_refused(tmp_path: Path) -> None:
@@ -248,6 +256,7 @@ def test_minimization_pressure_and_restart(home: Path, tmp_path: Path) -> None:
         (dict(units="real"), "", "set units metal"), (dict(newton="off"), "", "needs newton on"), (dict(elements="H N"), "", "not an element of the potential"),
         (dict(elements="H"), "", "one element for each of the 2"), (dict(mode="hallo"), "", "found 'hallo'"), ({}, "neigh_modify exclude type 1 1\n", "takes some away"),
         (dict(elements="O H"), "", "another order"), (dict(package="{folder}/damaged"), "", "damaged or altered"), (dict(mode="halo"), "neighbor 0.5 multi\ncomm_modify mode multi\n", "mode single"),
+        (dict(mode="gpu 0"), "", "runs on the CPU"), (dict(mode="mpi device"), "", "runs on the CPU"), (dict(mode="gpu -1"), "", "found 'gpu -1'"),
     ],
 )  # fmt: skip
 def test_what_would_be_wrong_is_refused(home: Path, tmp_path: Path, options: dict, more: str, reason: str) -> None:
@@ -263,6 +272,16 @@ def test_what_would_be_wrong_is_refused(home: Path, tmp_path: Path, options: dic
     assert (said.returncode == 0) == (options.get("elements") == "O H")
 
 
+def forged(package: Path, copy: Path, before: str, after: str) -> Path:
+    """A copy of a package with something else in its manifest, checksum and all."""
+    if not copy.exists():
+        shutil.copytree(package, copy)
+    text = (copy / "manifest.txt").read_text().rpartition("checksum ")[0]
+    assert before in text
+    seal(copy, text.replace(before, after))
+    return copy
+
+
 @pytest.mark.slow
 @needs_lammps
 @needs_compiler
@@ -270,14 +289,85 @@ def test_numbers_that_differ_are_refused(home: Path, tmp_path: Path) -> None:
     """A package whose stored numbers are another potential's, checksums and all."""
     import hashlib
 
-    shutil.copytree(home / "package", tmp_path / "other")
-    path, manifest = tmp_path / "other" / "selftest.bin", tmp_path / "other" / "manifest.txt"
+    other = tmp_path / "other"
+    shutil.copytree(home / "package", other)
+    path = other / "selftest.bin"
     before = hashlib.sha1(path.read_bytes()).hexdigest()
     data = np.frombuffer(path.read_bytes(), dtype="<f8").copy()
     data[-30:] *= 1.01
     path.write_bytes(data.tobytes())
-    text = manifest.read_text().rpartition("checksum ")[0].replace(before, hashlib.sha1(path.read_bytes()).hexdigest())
-    manifest.write_text(f"{text}checksum {hashlib.sha1(text.encode()).hexdigest()}\n")
-    said = run(tmp_path, water(), RUN, 1, home=home, package=tmp_path / "other")
+    forged(home / "package", other, before, hashlib.sha1(path.read_bytes()).hexdigest())
+    said = run(tmp_path, water(), RUN, 1, home=home, package=other)
     assert said.returncode != 0
     assert "gives other numbers here" in " ".join((said.stdout + said.stderr).split())
+
+
+# --- GPUs -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@needs_lammps
+@needs_compiler
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("device, reason", [("cuda", "sees none"), ("xpu", "does not know")])
+def test_packages_for_devices_that_are_not_there_are_refused(home: Path, tmp_path: Path, device: str, reason: str) -> None:
+    """By all processes together: none waits for ever for one that has ended."""
+    package = forged(home / "package", tmp_path / "elsewhere", "device cpu", f"device {device}")
+    said = run(tmp_path, water(), RUN, 2, home=home, package=package)
+    assert said.returncode != 0
+    assert reason in " ".join((said.stdout + said.stderr).split())
+
+
+ANYWHERE = """
+#include "operators.hpp"
+TORCH_LIBRARY(gossamer_anywhere, m) {
+  m.def("sort_own_edges(Tensor edge_index, Tensor nodes, Tensor own) -> (Tensor, Tensor, Tensor)", anywhere::sort_own_edges);
+  m.def("sort_edges(Tensor edge_index, Tensor nodes) -> (Tensor, Tensor, Tensor)", anywhere::sort_edges);
+  m.def("map_by_species(Tensor x, Tensor species, Tensor maps) -> Tensor", anywhere::map_by_species);
+}
+"""
+
+
+@pytest.mark.slow
+@needs_lammps
+@needs_compiler
+def test_operators_for_any_device_are_those_of_the_cpu(tmp_path: Path, kernels: Path) -> None:
+    """What the plugin does on GPUs, run on the CPU."""
+    from torch.utils.cpp_extension import include_paths
+
+    import gossamer.engine.domain  # noqa: F401  (registers the operators)
+
+    (tmp_path / "anywhere.cpp").write_text(ANYWHERE)
+    places = [OPERATORS.parent, mpi_headers("MPICH"), *include_paths()]
+    command = ["c++", "-std=c++20", "-O1", "-fPIC", "-shared", *(f"-I{p}" for p in places), "anywhere.cpp", "-o", "anywhere.so"]
+    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
+    torch.ops.load_library(str(tmp_path / "anywhere.so"))
+    theirs, ours = torch.ops.gossamer_anywhere, torch.ops.gossamer
+    generator = torch.Generator().manual_seed(0)
+    edges = torch.stack([torch.randint(0, 9, (40,), generator=generator), torch.randint(0, 6, (40,), generator=generator).sort()[0]])
+    nodes, own = torch.zeros(9), torch.zeros(6)
+    for found, wanted in (
+        (theirs.sort_own_edges(edges, nodes, own), ours.sort_own_edges(edges, nodes, own)),
+        (theirs.sort_edges(edges, nodes), ours.sort_edges(edges, nodes)),
+    ):
+        assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+    x, species = torch.randn(9, 3, 6, generator=generator).double(), torch.tensor([0, 3, 3, 1, 0, 4, 3, 1, 0])
+    for n_elements in (5, 2):  # 2: all results are fewer numbers than one matrix
+        maps = torch.randn(n_elements, 6, 4, generator=generator).double()
+        torch.testing.assert_close(theirs.map_by_species(x, species % n_elements, maps), ours.map_by_species(x, species % n_elements, maps))
+
+
+@pytest.mark.gpu
+@needs_lammps
+@needs_compiler
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("ranks, mode", [(1, ""), (2, ""), (2, "halo"), (1, "gpu 0")])
+def test_numbers_of_the_calculator_on_a_gpu(home: Path, tmp_path: Path, ranks: int, mode: str) -> None:
+    package = tmp_path / "gpu"
+    command = ["export", str(home / "potential.safetensors"), str(package), "--to", "lammps", "--device", "cuda"]
+    done = subprocess.run([sys.executable, "-m", "gossamer.cli", *command], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    atoms = water(shear=0.15)
+    rows, tables, said = lammps(tmp_path, atoms, ranks=ranks, mode=mode, home=home, package=package)
+    assert "on cuda:0" in said
+    same_as_ase(home, atoms, rows, tables[-1])

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +20,8 @@ from test_polynomial import some
 
 from gossamer.engine.kernels import gpu, ops, polynomial
 from gossamer.engine.kernels.cpu import Missing
+from gossamer.engine.kernels.inline import INLINED, inline
+from gossamer.simulation.lammps import OPERATORS
 
 INTERPRETED = """
 import torch
@@ -48,6 +52,10 @@ for name, dtypes in (("odd channels", [torch.float32]), ("l 1, both parities", [
         key = ops.register(convolution, dtype, "cuda")
         found = [ops._convolve_gpu(key, *variables, table, *edges), *ops._convolve_backward_gpu(key, gradient, *variables, table, *edges)]
         assert float(found[0][3].abs().max()) == 0  # no edges
+        # fewer receivers than there are features, where other processes have the last of them
+        few = edge_index, receiver_starts[:4], sender_starts, by_sender
+        assert torch.equal(ops._convolve_gpu(key, *variables, table, *few), found[0][:3])
+        assert all(torch.equal(a, b) for a, b in zip(ops._convolve_backward_gpu(key, gradient[:3], *variables, table, *few), found[1:]))
         # two kinds of pairs, each with a kink: 77 rows each, twice
         def kinked(x):
             return radial(x) * torch.where(x < 0.5, 1.0, 1 + (x - 0.5) ** 2)[:, None]
@@ -232,6 +240,54 @@ def test_polynomials_compile_for_a_gpu(real: str) -> None:
             options={"num_warps": 1, "enable_fp_fusion": True},
         )
         assert len(built.asm["cubin"]) > 1000
+
+
+def test_operators_of_lammps_are_brought_for_gpus_or_inside_the_program() -> None:
+    """Those that its plugin has for the CPU are made of PyTorch's on a GPU, or Triton's, which programs hold."""
+    source = OPERATORS.read_text()
+    on_cpus, on_gpus = (set(re.findall(pattern, source)) for pattern in (r' add\("(\w+)\(', r'on_gpus\("(\w+)"'))
+    assert on_gpus | set(INLINED) >= on_cpus > on_gpus
+    assert {"exchange", "exchange_backward", "map_by_species", "sort_own_edges"} <= on_gpus
+
+
+@pytest.mark.parametrize("name", ["convolve", "attend", "perpendicular", "polynomial"])
+def test_a_compiler_looks_into_inlined_operators(name: str) -> None:
+    """Values and gradients: the launches are nodes of the graph, sizes stay open, and shapes are those of the operators."""
+    from torch._subclasses.functional_tensor import dispatch_functionalize
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    n, e, c = 4, 12, 32
+    inputs: tuple[torch.Tensor, ...]
+    edges = torch.zeros(2, e, dtype=torch.int64), *(torch.zeros(k, dtype=torch.int64) for k in (n + 1, n + 1, e))
+    if name == "polynomial":
+        first: tuple[Any, ...] = (polynomial.register(some(4, 2, 3), torch.float32, "cuda"),)
+        inputs = torch.randn(n, 4, c), torch.zeros(n, dtype=torch.int64), torch.randn(3, some(4, 2, 3).total, c)
+    elif name == "convolve":
+        convolution = vector_convolution(8, True)
+        first = (ops.register(convolution, torch.float32, "cuda"),)
+        table = torch.zeros(3, 65, 3 * gpu.LANES)
+        inputs = torch.randn(n, convolution.width_in), torch.randn(e, convolution.n_harmonics), torch.rand(e), table, *edges
+    else:
+        many = name == "attend"
+        first = (4,) if many else ()
+        nodes = [torch.randn(n, c), torch.randn(n, c), torch.randn(n, 3 * c), torch.randn(n, 3 * c), torch.randn(n, 8, c)]
+        inputs = (*nodes, torch.randn(e, c), torch.randn(e, 3 * c)) if many else (torch.randn(n, 8, c), torch.randn(n, 8, c))
+        inputs = *inputs, torch.randn(e, 8), *edges
+
+    def values_and_gradient(*tensors: torch.Tensor) -> list[torch.Tensor]:
+        leaf = tensors[0].detach().requires_grad_()
+        found = getattr(torch.ops.gossamer, name)(*first, leaf, *tensors[1:])
+        found = list(found) if isinstance(found, tuple) else [found]
+        return [*found, *torch.autograd.grad([f.sum() for f in found], leaf)]
+
+    module = make_fx(values_and_gradient, tracing_mode="symbolic")(*inputs)
+    inline(module)
+    opened = make_fx(dispatch_functionalize(module), tracing_mode="symbolic")(*inputs)
+    targets = [str(node.target) for node in opened.graph.nodes]
+    assert sum("triton_kernel_wrapper_functional" in t for t in targets) >= 2
+    assert not any("gossamer" in t for t in targets)
+    shapes, wanted = ([tuple(a.meta["val"].shape) for a in m.graph.output_node().args[0]] for m in (opened, module))
+    assert [len(s) for s in shapes] == [len(s) for s in wanted]
 
 
 def test_registered_by_device(monkeypatch: pytest.MonkeyPatch) -> None:

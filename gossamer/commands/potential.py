@@ -58,9 +58,10 @@ def _export(arguments: argparse.Namespace) -> int:
     if arguments.to == "lammps":
         from gossamer.simulation.lammps import export_lammps
 
-        if arguments.structure or arguments.device != "cpu":
-            raise ValueError("--to lammps takes no --structure, and runs on CPUs only.")
-        show(arguments, export_lammps(arguments.model, arguments.out or f"{Path(arguments.model).stem}.lammps", arguments.dtype))
+        if arguments.structure:
+            raise ValueError("--to lammps takes no --structure.")
+        folder = arguments.out or f"{Path(arguments.model).stem}.lammps"
+        show(arguments, export_lammps(arguments.model, folder, arguments.dtype, arguments.device))
         return 0
     from gossamer.engine.program import export
 

@@ -21,6 +21,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from gossamer.engine.agreement import TABLE_TOLERANCE
 from gossamer.engine.kernels.attach import AlignmentKernel, AttentionKernel, Order, TableKernel, attach_kernels
+from gossamer.engine.kernels.inline import inline
 from gossamer.engine.program import _Outputs, compiling
 from gossamer.engine.unrolled import fx_config, rewrite
 from gossamer.graph import Graph
@@ -89,11 +90,12 @@ def _fake_sort(edge_index: Tensor, nodes: Tensor, own: Tensor) -> tuple[Tensor, 
     return tuple(edge_index.new_empty(n) for n in (own.shape[0] + 1, nodes.shape[0] + 1, edge_index.shape[1]))  # type: ignore[return-value]
 
 
-_library.impl("exchange", _exchange, "CPU")
-_library.impl("exchange_backward", _exchange_backward, "CPU")
-_library.impl("own_rows", lambda x, own: x[: own.shape[0]].clone(), "CPU")
-_library.impl("own_rows_backward", _own_rows_backward, "CPU")
-_library.impl("sort_own_edges", _sort_own_edges, "CPU")
+for _device in ("CPU", "CUDA"):
+    _library.impl("exchange", _exchange, _device)
+    _library.impl("exchange_backward", _exchange_backward, _device)
+    _library.impl("own_rows", lambda x, own: x[: own.shape[0]].clone(), _device)
+    _library.impl("own_rows_backward", _own_rows_backward, _device)
+    _library.impl("sort_own_edges", _sort_own_edges, _device)
 torch.library.register_fake("gossamer::exchange", lambda x, nodes, own: _like(nodes, x))
 torch.library.register_fake("gossamer::exchange_backward", lambda gradient, nodes, own: _like(own, gradient))
 torch.library.register_fake("gossamer::own_rows", lambda x, own: _like(own, x))
@@ -207,7 +209,7 @@ class Domain(nn.Module):
     def __init__(self, potential: Potential) -> None:
         """
         Args:
-            potential: On the CPU, in the precision it will run in.
+            potential: On the device and in the precision it will run in.
 
         Raises:
             ValueError: not local (`check_local`), or with tables for too many pairs of elements.
@@ -291,11 +293,15 @@ def trace(domain: Domain, graph: Graph) -> tuple[torch.fx.GraphModule, dict[str,
     with fx_config.patch(use_duck_shape=False):
         module = make_fx(outputs, tracing_mode="symbolic")(inputs, *example)
     rewrite(module, opaque=False)
+    if domain.potential.device.type == "cuda":
+        inline(module)
     return module, inputs
 
 
 def compile_domain(domain: Domain, graph: Graph, path: Path) -> list[str]:
-    """Write the program of a domain to a file (.pt2), for one thread of each process, and return the keys of the kernels that it calls.
+    """Write the program of a domain to a file (.pt2), and return the keys of the kernels that it calls.
+
+    On the CPU it runs on one thread of each process. On GPUs it calls none: its kernels are inside.
 
     Args:
         domain: What to compile.

@@ -39,38 +39,41 @@ from gossamer.potential import Potential
 from gossamer.potential_file import load
 
 log = logging.getLogger(__name__)
-FORMAT = f"1-{hashlib.sha1(repr((cpu.SORTING, cpu.CONVOLUTION, cpu.ATTENTION, polynomial.FUNCTIONS)).encode()).hexdigest()[:8]}"
+FORMAT = f"2-{hashlib.sha1(repr((cpu.SORTING, cpu.CONVOLUTION, cpu.ATTENTION, polynomial.FUNCTIONS)).encode()).hexdigest()[:8]}"
 """of packages, and how their kernels are called: both must be known to the plugin"""
 TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}
 """of the numbers that the plugin recomputes, relative to the root mean square gradient; rounding and tables are a tenth of it"""
 INSTRUCTIONS = re.compile(r"^(avx|sse|fma|bmi|f16c|asimd|sve|amx)")
 """what a processor must have if programs made for another are to run on it"""
 SOURCE = Path(__file__).with_name("pair_gossamer.cpp")
+OPERATORS = Path(__file__).with_name("operators.hpp")
 TESTED = ("22 Jul 2025",)
 """versions of LAMMPS that the plugin is tested with"""
 
 # --- packages --------------------------------------------------------------------------------------------------------
 
 
-def export_lammps(model: Path | str, out: Path | str, dtype: str | None = None) -> dict[str, Any]:
+def export_lammps(model: Path | str, out: Path | str, dtype: str | None = None, device: str = "cpu") -> dict[str, Any]:
     """Compile a saved potential into a package for LAMMPS: a folder that `pair_style gossamer` reads.
 
     Args:
         model: Saved potential.
         out: Folder to make; a package that is there is replaced.
         dtype: "float32" or "float64"; by default as saved.
+        device: "cpu", or "cuda": the program runs on GPUs of the kind of the current one, its Triton kernels inside.
 
     Returns:
         ``out``, ``example`` (an input file that runs), ``seconds``, ``megabytes``, ``elements``, ``cutoff`` in Å and ``hops``.
 
     Raises:
-        ValueError: a potential whose atoms see more than their surroundings, or forces that are no gradient.
+        ValueError: a potential whose atoms see more than their surroundings, or forces that are no gradient; another device, or no GPU.
         RuntimeError: no kernels on this machine, the compiler failed, or its program gives other numbers.
     """
     out = Path(out)
     if out.exists() and not (out / "manifest.txt").is_file():
         raise InputError(f"'{out}' is in the way, and no package for LAMMPS: move it, or choose another name.")
-    potential = load(model, "cpu", dtype)
+    check_device(device)
+    potential = load(model, device, dtype)
     potential.requires_grad_(False)
     domain, graph, began = Domain(potential), probe(potential), time.perf_counter()
     with atomic_folder(out) as folder:
@@ -78,7 +81,7 @@ def export_lammps(model: Path | str, out: Path | str, dtype: str | None = None) 
         run = torch._C._aoti.AOTIModelPackageLoader(str(folder / "program.pt2"), "model", False, 1, -1)  # type: ignore[attr-defined]
         energies, slopes = compare(lambda *tensors: run.run(list(tensors)), potential, graph)
         write_selftest(folder / "selftest.bin", graph, energies, slopes)
-        kernels = [f"kernel {line}" for line in copy_kernels(domain, keys, folder)]
+        kernels = [f"kernel {line}" for line in copy_kernels(domain, keys, folder)] if device == "cpu" else []
         write_example(folder, potential, graph, out)
         write_manifest(folder, potential, kernels)
     return {
@@ -88,11 +91,26 @@ def export_lammps(model: Path | str, out: Path | str, dtype: str | None = None) 
     }  # fmt: skip
 
 
+def check_device(device: str) -> None:
+    """
+    Raises:
+        ValueError: not "cpu" or "cuda", or a GPU where there is none.
+    """
+    if device not in ("cpu", "cuda"):
+        raise InputError(f"device '{device}' is not one that packages for LAMMPS are made for: 'cpu' or 'cuda'.")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise InputError(
+            f"There is no GPU here that PyTorch {torch.__version__} sees, and programs for GPUs are compiled and checked on one: "
+            "run this where the package will run, or leave --device cuda out."
+        )
+
+
 def write_selftest(path: Path, graph: Graph, energies: Tensor, slopes: Tensor) -> None:
     """A structure and what the potential itself says of it: sizes, atomic numbers, edges, vectors, energies, gradients."""
     sizes = torch.tensor([graph.n_atoms, graph.n_edges])
     tensors = (sizes, graph.atomic_numbers, graph.edge_index, graph.edge_vectors(), energies, slopes)
-    path.write_bytes(b"".join(t.detach().contiguous().numpy().astype(f"<{t.numpy().dtype.str[1:]}").tobytes() for t in tensors))
+    held = [t.detach().cpu().contiguous() for t in tensors]
+    path.write_bytes(b"".join(t.numpy().astype(f"<{t.numpy().dtype.str[1:]}").tobytes() for t in held))
 
 
 def copy_kernels(domain: Domain, keys: Sequence[str], folder: Path) -> list[str]:
@@ -124,12 +142,16 @@ def write_manifest(folder: Path, potential: Potential, kernels: Sequence[str]) -
     files = sorted(f for f in folder.iterdir() if f.suffix in (".pt2", ".so", ".bin"))
     lines = [
         f"gossamer-lammps {FORMAT}", f"gossamer {__version__}", f"torch {torch.__version__.split('+')[0]}", f"weights {made['weights']}",
-        f"dtype {made['dtype']}", f"cutoff {potential.cutoff!r}", f"hops {potential.network.num_hops}",
+        f"device {potential.device.type}", f"dtype {made['dtype']}", f"cutoff {potential.cutoff!r}", f"hops {potential.network.num_hops}",
         f"tolerance {TOLERANCE[potential.dtype]}", f"processor {' '.join(instructions)}",
         *(f"element {e} {atomic_numbers[e]} {atomic_masses[atomic_numbers[e]]}" for e in elements),
         *(f"file {hashlib.sha1(f.read_bytes()).hexdigest()} {f.name}" for f in files), *kernels,
     ]  # fmt: skip
-    text = "\n".join(lines) + "\n"
+    seal(folder, "\n".join(lines) + "\n")
+
+
+def seal(folder: Path, text: str) -> None:
+    """Write a manifest with its own checksum."""
     (folder / "manifest.txt").write_text(f"{text}checksum {hashlib.sha1(text.encode()).hexdigest()}\n")
 
 
@@ -156,7 +178,7 @@ run 50
 def write_example(folder: Path, potential: Potential, graph: Graph, out: Path) -> None:
     """An input file that runs, and its structure."""
     elements = list(potential.statistics.elements)
-    atoms = Atoms(graph.atomic_numbers.numpy(), positions=graph.positions.numpy(), cell=graph.cell[0].numpy(), pbc=True)
+    atoms = Atoms(graph.atomic_numbers.cpu().numpy(), positions=graph.positions.cpu().numpy(), cell=graph.cell[0].cpu().numpy(), pbc=True)
     write_lammps_data(folder / "example.data", atoms, specorder=elements, masses=True, units="metal", atom_style="atomic")
     text = EXAMPLE.format(data=out.resolve() / "example.data", package=out.resolve(), elements=" ".join(elements))
     (folder / "in.example").write_text(text)
@@ -198,8 +220,8 @@ def build_plugin(lammps: Path | str | None = None, mpi: Path | str | None = None
         RuntimeError: the compiler failed.
     """
     found = installation(lammps, mpi)
-    source, command = SOURCE.read_text(), compile_command(found)
-    key = hashlib.sha256("\0".join([source, *command, *map(str, found)]).encode()).hexdigest()[:16]
+    command = compile_command(found)
+    key = hashlib.sha256("\0".join([SOURCE.read_text(), OPERATORS.read_text(), *command, *map(str, found)]).encode()).hexdigest()[:16]
     path = cache.cached(f"lammps-{key}-plugin.so")
     fresh = not (path.exists() and _trusted(path))
     if fresh:
@@ -341,10 +363,12 @@ def compile_command(found: Installation) -> list[str]:
     return [
         cpu.compiler()[0], "-std=c++20", "-O2", "-fPIC", "-shared", f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",
         f"-DLAMMPS_{found.sizes}", f'-DBUILT_FOR_VERSION="{found.version}"', f'-DBUILT_FOR_SOURCE="{found.source}"', f'-DFORMAT="{FORMAT}"',
+        f'-DBUILT_FOR_TORCH="{torch.__version__}"',
         *(f"-I{p}" for p in (found.mpi_headers, found.headers, found.headers / "lammps", *include_paths())),
     ]  # fmt: skip
 
 
 def _libraries() -> list[str]:
     folder = Path(torch.__file__).parent / "lib"
-    return [f"-L{folder}", "-ltorch_cpu", "-lc10", f"-Wl,-rpath,{folder}", "-ldl"]
+    gpus = ["-Wl,--no-as-needed", "-ltorch_cuda", "-lc10_cuda", "-Wl,--as-needed"] if (folder / "libtorch_cuda.so").exists() else []
+    return [f"-L{folder}", "-ltorch_cpu", "-lc10", *gpus, f"-Wl,-rpath,{folder}", "-ldl"]

@@ -3,27 +3,23 @@
 // A process runs the program of its domain (gossamer/engine/domain.py) on its own atoms. Between layers the features of neighbours
 // that other processes own are exchanged; images of own atoms are own rows, and cost nothing. With the option `halo` there is no exchange:
 // ghosts out to all hops are computed beside the own atoms, with weight 0. Forces are gradients with respect to edge vectors at both
-// ends of each edge; LAMMPS adds up those of ghosts (newton on).
-#include <dlfcn.h>
+// ends of each edge; LAMMPS adds up those of ghosts (newton on). The manifest of the package says where the program runs: on the CPU, or on
+// a GPU (gossamer export --device cuda), where its tensors then are; edges come from the host, energies and gradients return to it.
 #include <malloc.h>
-#include <mpi.h>
 
 #include <cmath>
 #include <cstring>
 #include <fstream>
-#include <map>
-#include <memory>
 #include <numeric>
 #include <set>
 #include <sstream>
 #include <string>
 #include <vector>
 
-#include <ATen/ATen.h>
-#include <ATen/Parallel.h>
+#include <ATen/Context.h>
+#include <c10/core/DeviceGuard.h>
 #include <c10/util/hash.h>
 #include <torch/csrc/inductor/aoti_package/model_package_loader.h>
-#include <torch/library.h>
 #include <torch/version.h>
 
 #include "lammps/atom.h"
@@ -38,224 +34,7 @@
 #include "lammps/update.h"
 #include "lammps/utils.h"
 
-using at::Tensor;
-using std::string;
-
-// --- features of other processes' atoms -------------------------------------------------------------------------------
-
-// Who sends rows of which own atoms to whom; the same for all layers until LAMMPS rebuilds its lists.
-struct Exchange {
-  MPI_Comm world = MPI_COMM_NULL;
-  int64_t others = 0;                         // rows beyond the own ones, grouped by the process that owns them
-  std::vector<int> from, from_rows, to, to_rows;  // processes, and rows of each
-  Tensor sent;                                // own rows that go out, grouped by process
-
-  // rows of `out` (after those of the processes before) arrive from `a`, rows of `in` leave to `b`
-  void move(const Tensor &in, const std::vector<int> &b, const std::vector<int> &b_rows, Tensor &out, const std::vector<int> &a, const std::vector<int> &a_rows) {
-    MPI_Datatype row;
-    const int64_t bytes = c10::multiply_integers(in.sizes().slice(1)) * in.element_size();
-    MPI_Type_contiguous((int)bytes, MPI_BYTE, &row);
-    MPI_Type_commit(&row);
-    std::vector<MPI_Request> requests(a.size() + b.size());
-    char *place = (char *)out.data_ptr();
-    for (size_t k = 0; k < a.size(); k++, place += a_rows[k - 1] * bytes) MPI_Irecv(place, a_rows[k], row, a[k], 0, world, &requests[k]);
-    const char *source = (const char *)in.data_ptr();
-    for (size_t k = 0; k < b.size(); k++, source += b_rows[k - 1] * bytes) MPI_Isend(source, b_rows[k], row, b[k], 0, world, &requests[a.size() + k]);
-    MPI_Waitall((int)requests.size(), requests.data(), MPI_STATUSES_IGNORE);
-    MPI_Type_free(&row);
-  }
-};
-static Exchange *current = nullptr;  // of the call under way; null: a process has everything
-
-static Tensor rows_like(const Tensor &x, int64_t n) {
-  auto sizes = x.sizes().vec();
-  sizes[0] = n;
-  return at::empty(sizes, x.options());
-}
-
-static Tensor exchange(const Tensor &x_, const Tensor &nodes, const Tensor &own) {
-  const int64_t n = own.size(0), others = nodes.size(0) - n;
-  Tensor x = x_.contiguous();
-  TORCH_CHECK(others == (current ? current->others : 0), "gossamer: rows of ", others, " atoms of other processes are asked for");
-  Tensor out = rows_like(x, n + others);
-  out.narrow(0, 0, n).copy_(x);
-  if (!current || (current->from.empty() && current->to.empty())) return out;
-  Tensor sent = x.index_select(0, current->sent), received = out.narrow(0, n, others);
-  current->move(sent, current->to, current->to_rows, received, current->from, current->from_rows);
-  return out;
-}
-
-static Tensor exchange_backward(const Tensor &g_, const Tensor &nodes, const Tensor &own) {
-  const int64_t n = own.size(0), others = nodes.size(0) - n;
-  Tensor g = g_.contiguous(), out = g.narrow(0, 0, n).clone();
-  if (!current || (current->from.empty() && current->to.empty())) return out;
-  Tensor back = rows_like(g, current->sent.size(0)), theirs = g.narrow(0, n, others);
-  current->move(theirs, current->from, current->from_rows, back, current->to, current->to_rows);
-  return out.index_add_(0, current->sent, back);
-}
-
-static Tensor own_rows(const Tensor &x, const Tensor &own) { return x.narrow(0, 0, own.size(0)).clone(); }
-static Tensor own_rows_backward(const Tensor &g, const Tensor &nodes) {
-  Tensor out = rows_like(g, nodes.size(0)).zero_();
-  out.narrow(0, 0, g.size(0)).copy_(g);
-  return out;
-}
-
-// --- kernels as operators, as in gossamer/engine/kernels/ops.py -------------------------------------------------------
-
-typedef int64_t I;
-typedef const int64_t *Index;
-typedef const void *In;
-typedef void *Out;
-struct Kernel {
-  void *library = nullptr;
-  std::vector<int64_t> sizes;  // convolution: widths in and out, then the layout; polynomial: components out
-  template <class F> F function(const char *name) const {
-    F found = (F)dlsym(library, name);
-    TORCH_CHECK(found, "gossamer: a kernel of the package has no function ", name);
-    return found;
-  }
-};
-typedef std::map<string, Kernel> Kernels;
-static const Kernels *kernels = nullptr;  // of the package whose program runs
-static const Kernel &kernel(const string &key) {
-  TORCH_CHECK(kernels, "gossamer: a kernel is called outside a program");
-  auto found = kernels->find(key);
-  TORCH_CHECK(found != kernels->end(), "gossamer: the package has no kernel ", key);
-  return found->second;
-}
-static Index index_of(const Tensor &t) { return t.data_ptr<int64_t>(); }
-
-static std::tuple<Tensor, Tensor, Tensor> sorted(const Tensor &edges_, I nodes, I own) {
-  Tensor edges = edges_.contiguous();
-  const I m = edges.size(1);
-  Tensor receivers = at::empty({nodes + 1}, edges.options()), senders = at::empty({nodes + 1}, edges.options()), order = at::empty({m}, edges.options());
-  kernel("sorting").function<void (*)(I, I, Index, I *, I *, I *)>("sort_edges")(nodes, m, index_of(edges), receivers.data_ptr<I>(), senders.data_ptr<I>(),
-                                                                                  order.data_ptr<I>());
-  return {receivers.narrow(0, 0, own + 1), senders, order};
-}
-static std::tuple<Tensor, Tensor, Tensor> sort_edges(const Tensor &edges, const Tensor &nodes) { return sorted(edges, nodes.size(0), nodes.size(0)); }
-static std::tuple<Tensor, Tensor, Tensor> sort_own_edges(const Tensor &edges, const Tensor &nodes, const Tensor &own) {
-  auto [receivers, senders, order] = sorted(edges, nodes.size(0), own.size(0));
-  return {receivers.clone(), senders, order};
-}
-
-static Tensor convolve(string key, const Tensor &f_, const Tensor &y_, const Tensor &x_, const Tensor &table_, const Tensor &edges_, const Tensor &receivers,
-                       const Tensor &, const Tensor &, const std::optional<Tensor> &first, I intervals) {
-  const Kernel &k = kernel(key);
-  Tensor f = f_.contiguous(), y = y_.contiguous(), x = x_.contiguous(), table = table_.contiguous(), edges = edges_.contiguous(), out = at::empty({receivers.size(0) - 1, k.sizes[1]}, f.options());
-  Tensor row = first ? first->contiguous() : Tensor();
-  k.function<void (*)(I, I, I, I, I, I, I, Index, In, In, In, Index, In, Index, Index, Out)>("forward")(
-      receivers.size(0) - 1, f.size(0), k.sizes[0], k.sizes[1], intervals ? intervals : table.size(1) - 1, table.size(1), at::get_num_threads(), k.sizes.data() + 2, f.data_ptr(),
-      y.data_ptr(), x.data_ptr(), first ? index_of(row) : nullptr, table.data_ptr(), index_of(edges), index_of(receivers), out.data_ptr());
-  return out;
-}
-static std::tuple<Tensor, Tensor, Tensor> convolve_backward(string key, const Tensor &g_, const Tensor &f_, const Tensor &y_, const Tensor &x_, const Tensor &table_,
-                                                            const Tensor &edges_, const Tensor &, const Tensor &senders, const Tensor &order,
-                                                            const std::optional<Tensor> &first, I intervals) {
-  const Kernel &k = kernel(key);
-  Tensor g = g_.contiguous(), f = f_.contiguous(), y = y_.contiguous(), x = x_.contiguous(), table = table_.contiguous(), edges = edges_.contiguous();
-  Tensor row = first ? first->contiguous() : Tensor(), df = at::empty_like(f), dy = at::empty_like(y), dx = at::empty_like(x);
-  k.function<void (*)(I, I, I, I, I, I, I, Index, In, In, In, Index, In, Index, Index, Index, In, Out, Out, Out)>("backward")(
-      f.size(0), g.size(0), k.sizes[0], k.sizes[1], intervals ? intervals : table.size(1) - 1, table.size(1), at::get_num_threads(), k.sizes.data() + 2, f.data_ptr(), y.data_ptr(),
-      x.data_ptr(), first ? index_of(row) : nullptr, table.data_ptr(), index_of(edges) + edges.size(1), index_of(senders), index_of(order), g.data_ptr(), df.data_ptr(),
-      dy.data_ptr(), dx.data_ptr());
-  return {df, dy, dx};
-}
-
-static Tensor map_by_species(const Tensor &x, const Tensor &species, const Tensor &maps) {
-  Tensor out = at::empty({x.size(0), x.size(1), maps.size(2)}, x.options());
-  std::vector<std::vector<int64_t>> rows(maps.size(0));
-  Tensor s = species.contiguous();
-  for (I i = 0; i < s.size(0); i++) rows.at(index_of(s)[i]).push_back(i);
-  for (I e = 0; e < maps.size(0); e++) {
-    if (rows[e].empty()) continue;
-    if ((I)rows[e].size() == x.size(0)) return at::matmul(x, maps[e]);
-    Tensor chosen = at::from_blob(rows[e].data(), {(I)rows[e].size()}, at::kLong);
-    out.index_copy_(0, chosen, at::matmul(x.index_select(0, chosen), maps[e]));
-  }
-  return out;
-}
-
-typedef void (*Polynomial)(I, I, I, I, Index, In, In, Out);
-typedef void (*PolynomialToX)(I, I, I, I, Index, In, In, In, Out);
-static Tensor polynomial(string key, const Tensor &x_, const Tensor &species_, const Tensor &k_) {
-  Tensor x = x_.contiguous(), species = species_.contiguous(), k = k_.contiguous(), y = at::empty({x.size(0), kernel(key).sizes[0], x.size(2)}, x.options());
-  kernel(key).function<Polynomial>("value")(x.size(0), k.size(0), x.size(2), at::get_num_threads(), index_of(species), x.data_ptr(), k.data_ptr(), y.data_ptr());
-  return y;
-}
-static Tensor polynomial_to_x(string key, const Tensor &g_, const Tensor &x_, const Tensor &species_, const Tensor &k_) {
-  Tensor g = g_.contiguous(), x = x_.contiguous(), species = species_.contiguous(), k = k_.contiguous(), d = at::empty_like(x);
-  kernel(key).function<PolynomialToX>("to_x")(x.size(0), k.size(0), x.size(2), at::get_num_threads(), index_of(species), x.data_ptr(), k.data_ptr(), g.data_ptr(),
-                                              d.data_ptr());
-  return d;
-}
-
-static std::tuple<Tensor, Tensor> attend(I heads, const Tensor &q_, const Tensor &k_, const Tensor &g_, const Tensor &v_, const Tensor &x_, const Tensor &s_,
-                                         const Tensor &f_, const Tensor &y_, const Tensor &edges_, const Tensor &receivers, const Tensor &, const Tensor &) {
-  Tensor q = q_.contiguous(), k = k_.contiguous(), g = g_.contiguous(), v = v_.contiguous(), x = x_.contiguous(), s = s_.contiguous(), f = f_.contiguous(),
-         y = y_.contiguous(), edges = edges_.contiguous();
-  Tensor h = at::empty_like(q), out = at::empty({q.size(0), y.size(1), q.size(1)}, q.options());
-  kernel("attention").function<void (*)(I, I, I, I, I, In, In, In, In, In, In, In, In, Index, Index, Out, Out)>("attend")(
-      q.size(0), q.size(1), f.size(1) / q.size(1), heads, at::get_num_threads(), q.data_ptr(), k.data_ptr(), g.data_ptr(), v.data_ptr(), x.data_ptr(), s.data_ptr(),
-      f.data_ptr(), y.data_ptr(), index_of(edges), index_of(receivers), h.data_ptr(), out.data_ptr());
-  return {h, out};
-}
-typedef std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> Eight;
-static Eight attend_backward(I heads, const Tensor &dh_, const Tensor &dout_, const Tensor &q_, const Tensor &k_, const Tensor &g_, const Tensor &v_, const Tensor &x_,
-                             const Tensor &s_, const Tensor &f_, const Tensor &y_, const Tensor &edges_, const Tensor &receivers, const Tensor &senders, const Tensor &order) {
-  Tensor dh = dh_.contiguous(), dout = dout_.contiguous(), q = q_.contiguous(), k = k_.contiguous(), g = g_.contiguous(), v = v_.contiguous(), x = x_.contiguous(),
-         s = s_.contiguous(), f = f_.contiguous(), y = y_.contiguous(), edges = edges_.contiguous();
-  Tensor dq = at::empty_like(q), dk = at::empty_like(k), dg = at::empty_like(g), dv = at::empty_like(v), dx = at::empty_like(x), ds = at::empty_like(s),
-         df = at::empty_like(f), dy = at::empty_like(y), scratch = at::empty({edges.size(1), heads}, q.options());
-  kernel("attention").function<void (*)(I, I, I, I, I, In, In, In, In, In, In, In, In, Index, Index, Index, Index, Index, In, In, Out, Out, Out, Out, Out, Out, Out, Out, Out)>(
-      "attend_backward")(q.size(0), q.size(1), f.size(1) / q.size(1), heads, at::get_num_threads(), q.data_ptr(), k.data_ptr(), g.data_ptr(), v.data_ptr(), x.data_ptr(),
-                         s.data_ptr(), f.data_ptr(), y.data_ptr(), index_of(edges), index_of(edges) + edges.size(1), index_of(receivers), index_of(senders), index_of(order),
-                         dh.data_ptr(), dout.data_ptr(), dq.data_ptr(), dk.data_ptr(), dg.data_ptr(), dv.data_ptr(), dx.data_ptr(), ds.data_ptr(), df.data_ptr(),
-                         dy.data_ptr(), scratch.data_ptr());
-  return {dq, dk, dg, dv, dx, ds, df, dy};
-}
-static Tensor perpendicular(const Tensor &q_, const Tensor &p_, const Tensor &y_, const Tensor &edges_, const Tensor &receivers, const Tensor &, const Tensor &) {
-  Tensor q = q_.contiguous(), p = p_.contiguous(), y = y_.contiguous(), edges = edges_.contiguous(), omega = at::empty({edges.size(1), q.size(2)}, q.options());
-  kernel("attention").function<void (*)(I, I, I, In, In, In, Index, Index, Out)>("perpendicular")(q.size(0), q.size(2), at::get_num_threads(), q.data_ptr(), p.data_ptr(),
-                                                                                                 y.data_ptr(), index_of(edges), index_of(receivers), omega.data_ptr());
-  return omega;
-}
-static std::tuple<Tensor, Tensor, Tensor> perpendicular_backward(const Tensor &g_, const Tensor &q_, const Tensor &p_, const Tensor &y_, const Tensor &edges_,
-                                                                 const Tensor &receivers, const Tensor &senders, const Tensor &order) {
-  Tensor g = g_.contiguous(), q = q_.contiguous(), p = p_.contiguous(), y = y_.contiguous(), edges = edges_.contiguous();
-  Tensor dq = at::empty_like(q), dp = at::empty_like(p), dy = at::empty_like(y);
-  kernel("attention").function<void (*)(I, I, I, In, In, In, Index, Index, Index, Index, Index, In, Out, Out, Out)>("perpendicular_backward")(
-      q.size(0), q.size(2), at::get_num_threads(), q.data_ptr(), p.data_ptr(), y.data_ptr(), index_of(edges), index_of(edges) + edges.size(1), index_of(receivers),
-      index_of(senders), index_of(order), g.data_ptr(), dq.data_ptr(), dp.data_ptr(), dy.data_ptr());
-  return {dq, dp, dy};
-}
-
-#define EDGES "Tensor edge_index, Tensor receiver_starts, Tensor sender_starts, Tensor by_sender"
-#define ROWS "Tensor? first_row=None, int intervals=0"
-static void register_operators() {
-  static std::unique_ptr<torch::Library> library;
-  if (library) return;
-  library = std::make_unique<torch::Library>(torch::Library::DEF, "gossamer", std::nullopt, __FILE__, __LINE__);
-  auto add = [](const char *schema, auto function) { library->def(schema, torch::dispatch(c10::DispatchKey::CPU, function)); };
-  add("exchange(Tensor x, Tensor nodes, Tensor own) -> Tensor", exchange);
-  add("exchange_backward(Tensor gradient, Tensor nodes, Tensor own) -> Tensor", exchange_backward);
-  add("own_rows(Tensor x, Tensor own) -> Tensor", own_rows);
-  add("own_rows_backward(Tensor gradient, Tensor nodes) -> Tensor", own_rows_backward);
-  add("sort_own_edges(Tensor edge_index, Tensor nodes, Tensor own) -> (Tensor, Tensor, Tensor)", sort_own_edges);
-  add("sort_edges(Tensor edge_index, Tensor nodes) -> (Tensor, Tensor, Tensor)", sort_edges);
-  add("convolve(str key, Tensor features, Tensor harmonics, Tensor x, Tensor table, " EDGES ", " ROWS ") -> Tensor", convolve);
-  add("convolve_backward(str key, Tensor gradient, Tensor features, Tensor harmonics, Tensor x, Tensor table, " EDGES ", " ROWS ") -> (Tensor, Tensor, Tensor)",
-      convolve_backward);
-  add("map_by_species(Tensor x, Tensor species, Tensor maps) -> Tensor", map_by_species);
-  add("polynomial(str key, Tensor x, Tensor species, Tensor k) -> Tensor", polynomial);
-  add("polynomial_to_x(str key, Tensor g, Tensor x, Tensor species, Tensor k) -> Tensor", polynomial_to_x);
-  add("attend(int heads, Tensor q, Tensor k, Tensor g, Tensor v, Tensor x, Tensor sl, Tensor f, Tensor y, " EDGES ") -> (Tensor, Tensor)", attend);
-  add("attend_backward(int heads, Tensor dh, Tensor dout, Tensor q, Tensor k, Tensor g, Tensor v, Tensor x, Tensor sl, Tensor f, Tensor y, " EDGES
-      ") -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)", attend_backward);
-  add("perpendicular(Tensor q, Tensor p, Tensor y, " EDGES ") -> Tensor", perpendicular);
-  add("perpendicular_backward(Tensor gradient, Tensor q, Tensor p, Tensor y, " EDGES ") -> (Tensor, Tensor, Tensor)", perpendicular_backward);
-}
+#include "operators.hpp"
 
 // --- packages ---------------------------------------------------------------------------------------------------------
 
@@ -267,28 +46,48 @@ static string read(const string &path) {
   return all.str();
 }
 
+// Where a user wants programs to run, and which process of its node this is.
+struct Place {
+  int gpu = -1, process = 0;  // the GPU; -1: the processes of a node take its GPUs in turn
+  bool direct = false;
+
+  Device device(const string &folder, const string &kind) const {
+    if (kind == "cpu") {
+      if (gpu >= 0 || direct) throw std::runtime_error("'" + folder + "' runs on the CPU: 'gpu' and 'mpi device' are for packages of gossamer export --device cuda");
+      return {};
+    }
+    if (kind != "cuda") throw std::runtime_error("'" + folder + "' is for devices of the kind '" + kind + "', which this plugin does not know: build it with the gossamer that made the package");
+    const int count = (int)at::getNumGPUs();
+    if (count == 0) throw std::runtime_error("'" + folder + "' runs on GPUs, and here PyTorch (" BUILT_FOR_TORCH ") sees none: run it where a GPU is, or make a package with gossamer export --device cpu");
+    if (gpu >= count) throw std::runtime_error("there is no GPU " + std::to_string(gpu) + " on this node: they are numbered from 0 to " + std::to_string(count - 1));
+    return {c10::Device(at::kCUDA, (c10::DeviceIndex)(gpu >= 0 ? gpu : process % count)), direct};
+  }
+};
+
 struct Package {
   double cutoff = 0, tolerance = 0;
   int hops = 0;
   std::map<string, int64_t> elements;
   std::map<string, double> masses;
+  Device device;
   Kernels own_kernels;
   std::unique_ptr<torch::inductor::AOTIModelPackageLoader> program;
 
-  explicit Package(const string &folder) {
+  Package(const string &folder, const Place &wanted) {
     const string path = folder + "/manifest.txt", text = read(path);
     const size_t end = text.rfind("checksum ");
     if (text.rfind("gossamer-lammps ", 0) || end == string::npos) throw std::runtime_error("'" + path + "' is not of gossamer export --to lammps");
     if (text.rfind("gossamer-lammps " FORMAT "\n", 0)) throw std::runtime_error("'" + folder + "' is of a format that this plugin does not know: build the plugin with the gossamer that wrote it");
     if (text.substr(end) != "checksum " + c10::sha1(text.substr(0, end)).str() + "\n") throw std::runtime_error("'" + path + "' was damaged or altered: export again");
     std::istringstream lines(text);
-    string line, key;
+    string line, key, kind;
     while (std::getline(lines, line)) {
       std::istringstream words(line);
       words >> key;
       if (key == "cutoff") words >> cutoff;
       else if (key == "hops") words >> hops;
       else if (key == "tolerance") words >> tolerance;
+      else if (key == "device") words >> kind;
       else if (key == "torch") need_torch(folder, words);
       else if (key == "processor") need_processor(folder, words);
       else if (key == "element") { string e; words >> e; words >> elements[e] >> masses[e]; }
@@ -299,7 +98,8 @@ struct Package {
       } else if (key == "kernel") load_kernel(folder, words);
     }
     if (!(cutoff > 0 && hops > 0 && tolerance > 0 && !elements.empty())) throw std::runtime_error("'" + path + "' is not complete: export again");
-    program = std::make_unique<torch::inductor::AOTIModelPackageLoader>(folder + "/program.pt2", "model", false, 1, -1);
+    device = wanted.device(folder, kind);
+    program = std::make_unique<torch::inductor::AOTIModelPackageLoader>(folder + "/program.pt2", "model", false, 1, device.place.is_cuda() ? device.place.index() : -1);
     check(folder);
   }
 
@@ -333,9 +133,11 @@ struct Package {
     c10::InferenceMode guard;
     current = exchange;
     kernels = &own_kernels;
-    auto out = program->run({numbers, edges, vectors, weights});
+    c10::OptionalDeviceGuard on;
+    if (device.place.is_cuda()) on.reset_device(device.place);
+    auto out = program->run({device.here(numbers), device.here(edges), device.here(vectors), device.here(weights)});
     current = nullptr;
-    return {out.at(0).contiguous(), out.at(1).contiguous()};
+    return {out.at(0).to(at::kCPU).contiguous(), out.at(1).to(at::kCPU).contiguous()};
   }
 
   // the numbers that the potential itself gave for a disordered structure when the package was made
@@ -387,9 +189,19 @@ class PairGossamer : public Pair {
   }
 
   void settings(int narg, char **arg) override {
-    if (narg > 1 || (narg == 1 && strcmp(arg[0], "halo") != 0 && strcmp(arg[0], "exchange") != 0))
-      error->all(FLERR, "pair_style gossamer takes 'exchange' (default) or 'halo', found '{}'", arg[narg - 1]);
-    halo = narg == 1 && !strcmp(arg[0], "halo");
+    halo = false;
+    wanted = {};
+    for (int k = 0; k < narg; k++) {
+      const string word = arg[k], value = k + 1 < narg ? arg[k + 1] : "";
+      if (word == "halo" || word == "exchange") halo = word == "halo";
+      else if (word == "mpi" && (value == "host" || value == "device")) wanted.direct = value == "device", k++;
+      else if (word == "gpu" && utils::is_integer(value) && value[0] != '-') wanted.gpu = utils::inumeric(FLERR, value, false, lmp), k++;
+      else error->all(FLERR, "pair_style gossamer takes 'exchange' (default) or 'halo'; for GPUs 'gpu NUMBER', and 'mpi host' (default) or 'mpi device'; found '{}'", word + (value.empty() ? "" : " ") + value);
+    }
+    MPI_Comm node;  // the processes that share memory
+    MPI_Comm_split_type(world, MPI_COMM_TYPE_SHARED, 0, MPI_INFO_NULL, &node);
+    MPI_Comm_rank(node, &wanted.process);
+    MPI_Comm_free(&node);
   }
 
   void coeff(int narg, char **arg) override {
@@ -399,7 +211,7 @@ class PairGossamer : public Pair {
     at::set_num_threads(comm->nthreads);
     string problem;
     try {
-      package = std::make_unique<Package>(arg[2]);
+      package = std::make_unique<Package>(arg[2], wanted);
     } catch (const std::exception &e) {
       problem = first_line(e);
     }
@@ -428,8 +240,8 @@ class PairGossamer : public Pair {
       for (int s = 1; s <= n; s++) setflag[t][s] = 1;
     }
     if (comm->me == 0)
-      utils::logmesg(lmp, "gossamer: '{}', cutoff {} A, {} hops, {}; its stored numbers are recomputed here\n", arg[2], package->cutoff, package->hops,
-                     halo ? "halo of ghosts" : "features are exchanged");
+      utils::logmesg(lmp, "gossamer: '{}' on {}, cutoff {} A, {} hops, {}; its stored numbers are recomputed here\n", arg[2], package->device.place.str(), package->cutoff,
+                     package->hops, halo ? "halo of ghosts" : "features are exchanged");
   }
 
   void init_style() override {
@@ -497,6 +309,7 @@ class PairGossamer : public Pair {
 
  private:
   bool halo = false;
+  Place wanted;
   std::unique_ptr<Package> package;
   std::vector<int64_t> numbers;   // of each atom type
   std::vector<string> symbols;
@@ -559,7 +372,8 @@ class PairGossamer : public Pair {
     Tensor there = at::empty({(int64_t)indices.size(), 1}, at::kInt), mine = at::empty({std::accumulate(e.to_rows.begin(), e.to_rows.end(), (int64_t)0), 1}, at::kInt);
     std::copy(indices.begin(), indices.end(), there.data_ptr<int>());
     e.move(there, e.from, e.from_rows, mine, e.to, e.to_rows);
-    e.sent = mine.select(1, 0).to(at::kLong);
+    e.device = package->device;
+    e.sent = e.device.here(mine.select(1, 0).to(at::kLong));
   }
 
   void clear() {

@@ -17,6 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from gossamer.engine.kernels.gpu import launch
+
 LANES = 32
 """channels of one program"""
 EDGES = 16
@@ -246,7 +248,7 @@ def _logits(heads: int, q: Tensor, k: Tensor, sl: Tensor, edge_index: Tensor) ->
     n_edges, c = sl.shape
     out = sl.new_empty(n_edges, heads)
     width = triton.next_power_of_2(c // heads)
-    logits[(triton.cdiv(n_edges, EDGES), heads)](
+    launch(logits, (triton.cdiv(n_edges, EDGES), heads))(
         q, k, sl, edge_index[0], edge_index[1], out, n_edges, C=c, H=heads, EDGES=EDGES, WIDTH=width, **OPTIONS
     )
     return out
@@ -259,7 +261,9 @@ def attend(heads: int, *tensors: Tensor) -> tuple[Tensor, Tensor]:
     n, c = q.shape
     alpha = torch.nn.functional.silu(_logits(heads, q, k, sl, edge_index)) / math.sqrt(c)
     h, out = torch.empty_like(q), q.new_empty(n, y.shape[1], c)
-    collect[_grid(n, c)](g, v, x, alpha, f, y, edge_index[0], receiver_starts, h, out, H=heads, PARTS=f.shape[1] // c, **_sizes(y, c))
+    launch(collect, _grid(n, c))(
+        g, v, x, alpha, f, y, edge_index[0], receiver_starts, h, out, H=heads, PARTS=f.shape[1] // c, **_sizes(y, c)
+    )
     return h, out
 
 
@@ -274,15 +278,15 @@ def attend_backward(heads: int, *tensors: Tensor) -> tuple[Tensor, ...]:
     alpha = a * z / math.sqrt(c)
     dg, dv, dx, df = (torch.empty_like(t) for t in (g, v, x, f))
     dy, dshare = _parts(y, c), f.new_zeros(f.shape[0], 3 * c) if f.shape[1] < 3 * c else torch.empty_like(f)
-    distribute[_grid(n, c)](
+    launch(distribute, _grid(n, c))(
         g, v, x, alpha, f, y, receiver, sender_starts, by_sender, dh, dout, dg, dv, dx, df, dshare, dy, y.shape[0],
         H=heads, PARTS=f.shape[1] // c, **_sizes(y, c),
     )  # fmt: skip
     ds = dshare.reshape(f.shape[0], heads, 3 * c // heads).sum(dim=2) * (z * (1 + a * (1 - z)) / math.sqrt(c))
     dq, dk, dsl = (torch.empty_like(t) for t in (q, k, sl))
     sizes = {"C": c, "H": heads, "LANES": LANES, **OPTIONS}
-    to_keys[_grid(n, c)](q, k, sl, ds, receiver, sender_starts, by_sender, dk, dsl, **sizes)
-    to_queries[_grid(n, c)](k, sl, ds, sender, receiver_starts, dq, **sizes)
+    launch(to_keys, _grid(n, c))(q, k, sl, ds, receiver, sender_starts, by_sender, dk, dsl, **sizes)
+    launch(to_queries, _grid(n, c))(k, sl, ds, sender, receiver_starts, dq, **sizes)
     return dq, dk, dg, dv, dx, dsl, df, dy.sum(dim=0)
 
 
@@ -292,7 +296,7 @@ def perpendicular(*tensors: Tensor) -> Tensor:
     q, p, y = (t.contiguous() for t in values)
     n, _, c = q.shape
     omega = q.new_empty(edge_index.shape[1], c)
-    align[_grid(n, c)](q, p, y, edge_index[0], receiver_starts, omega, DEGREES=math.isqrt(y.shape[1] + 1) - 1, **_sizes(y, c))
+    launch(align, _grid(n, c))(q, p, y, edge_index[0], receiver_starts, omega, DEGREES=math.isqrt(y.shape[1] + 1) - 1, **_sizes(y, c))
     return omega
 
 
@@ -303,6 +307,10 @@ def perpendicular_backward(*tensors: Tensor) -> tuple[Tensor, ...]:
     n, _, c = q.shape
     dq, dp, dy = torch.empty_like(q), torch.empty_like(p), _parts(y, c)
     sizes = {"DEGREES": math.isqrt(y.shape[1] + 1) - 1, **_sizes(y, c)}
-    align_gradient[_grid(n, c)](q, p, y, edge_index[0], receiver_starts, by_sender, gradient, dq, dy, y.shape[0], RECEIVERS=True, **sizes)
-    align_gradient[_grid(n, c)](p, q, y, edge_index[1], sender_starts, by_sender, gradient, dp, dy, y.shape[0], RECEIVERS=False, **sizes)
+    launch(align_gradient, _grid(n, c))(
+        q, p, y, edge_index[0], receiver_starts, by_sender, gradient, dq, dy, y.shape[0], RECEIVERS=True, **sizes
+    )
+    launch(align_gradient, _grid(n, c))(
+        p, q, y, edge_index[1], sender_starts, by_sender, gradient, dp, dy, y.shape[0], RECEIVERS=False, **sizes
+    )
     return dq, dp, dy.sum(dim=0)

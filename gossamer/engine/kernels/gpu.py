@@ -10,6 +10,9 @@ from __future__ import annotations
 import functools
 import hashlib
 import importlib.util
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import numpy as np
@@ -102,7 +105,9 @@ def chunks(convolution: Convolution, block: int, backward: bool) -> int:
 
 def warps(n_atoms: int, n_chunks: int) -> int:
     """Warps of a program: each goes through a part of the edges of its atom. (One on an H200 is 1.3 times as fast as four at 10,125 atoms,
-    four are twice as fast as one at 192.)"""
+    four are twice as fast as one at 192.) A compiled program, which takes any number of atoms, has one."""
+    if isinstance(n_atoms, torch.SymInt):
+        return 1
     return 4 if n_atoms * n_chunks <= FEW else 1
 
 
@@ -269,11 +274,38 @@ def kernels(convolution: Convolution, key: str, edge_weights: bool = False) -> A
     return module(generate(convolution, edge_weights))
 
 
-def _launch(
-    convolution: Convolution, block: int, backward: bool, features: Tensor, harmonics: Tensor, size: int, rows: int
+_inlining: ContextVar[bool] = ContextVar("inlining", default=False)
+
+
+@contextmanager
+def inlining() -> Iterator[None]:
+    """While the block runs, launches become parts of the program that is traced (`gossamer.engine.kernels.inline`)."""
+    before = _inlining.set(True)
+    try:
+        yield
+    finally:
+        _inlining.reset(before)
+
+
+def launch(kernel: Any, grid: tuple[Any, ...]) -> Callable[..., None]:
+    """What launches a kernel, or puts its launch into the program that is traced."""
+    if not _inlining.get():
+        found: Callable[..., None] = kernel[grid]
+        return found
+    traced: Any = torch.library.wrap_triton(kernel)[grid]  # type: ignore[index]
+
+    def put(*arguments: Any, enable_fp_fusion: bool, **options: Any) -> None:
+        assert enable_fp_fusion  # as it is where nothing is said; the compiler can be told of warps only
+        traced(*arguments, **options)
+
+    return put
+
+
+def _options(
+    convolution: Convolution, block: int, backward: bool, n_atoms: int, harmonics: Tensor, size: int, rows: int
 ) -> tuple[tuple[int, int], dict[str, Any]]:
     """Programs, and what is fixed when a kernel is compiled."""
-    n_atoms, n_chunks = features.shape[0], chunks(convolution, block, backward)
+    n_chunks = chunks(convolution, block, backward)
     n_warps = warps(n_atoms, n_chunks)
     tiled = n_warps * tile(convolution, block, backward)[0]
     options = {"SIZE": size, "ROWS": rows, "HARMONICS": harmonics.shape[1], "TILE": tiled, "num_warps": n_warps, "enable_fp_fusion": True}
@@ -286,12 +318,12 @@ def forward(
 ) -> Tensor:  # fmt: skip
     """``values``: distances, with a table of ``size`` intervals, which begin at ``first_row``; or ``size`` radial functions of every edge, and any table."""
     features, harmonics, values = features.contiguous(), harmonics.contiguous(), values.contiguous()
-    out = features.new_zeros(features.shape[0], convolution.width_out)
+    n_receivers = receiver_starts.shape[0] - 1  # fewer than there are features where other processes have the last of them
+    out = features.new_zeros(n_receivers, convolution.width_out)
     for block in used_blocks(convolution):
-        grid, options = _launch(convolution, block, False, features, harmonics, size, table.shape[1])
-        getattr(built, f"forward_{block}")[grid](
-            features, harmonics, values, first_row, table, edge_index[0], receiver_starts, out, **options
-        )
+        grid, options = _options(convolution, block, False, n_receivers, harmonics, size, table.shape[1])
+        kernel = getattr(built, f"forward_{block}")
+        launch(kernel, grid)(features, harmonics, values, first_row, table, edge_index[0], receiver_starts, out, **options)
     return out
 
 
@@ -306,8 +338,8 @@ def backward(
     to_features, to_harmonics = torch.zeros_like(features), harmonics.new_zeros(parts, *harmonics.shape)
     to_values = values.new_zeros(parts, n_edges) if values.dim() == 1 else torch.empty_like(values)
     for block in blocks:
-        grid, options = _launch(convolution, block, True, features, harmonics, size, table.shape[1])
-        getattr(built, f"backward_{block}")[grid](
+        grid, options = _options(convolution, block, True, features.shape[0], harmonics, size, table.shape[1])
+        launch(getattr(built, f"backward_{block}"), grid)(
             features, harmonics, values, first_row, table, edge_index[1], sender_starts, by_sender, gradient, to_features, to_harmonics, to_values,
             n_edges, **options,
         )  # fmt: skip

@@ -269,11 +269,12 @@ def on_its_gpu(function: Callable[..., Any]) -> Callable[..., Any]:
 
 _library.impl("sort_edges", gpu.sort_edges, "CUDA")
 _library.impl("map_by_species", gpu.map_by_species, "CUDA")
-_on_gpus: dict[str, Callable[..., Any]] = {
+ON_GPUS: dict[str, Callable[..., Any]] = {
     "convolve": _convolve_gpu, "convolve_backward": _convolve_backward_gpu, "convolve_weighted": _weighted_gpu, "convolve_weighted_backward": _weighted_backward_gpu,
     **{name: _attention_gpu(name) for name in ("attend", "attend_backward", "perpendicular", "perpendicular_backward")},
 }  # fmt: skip
-for _name, _function in _on_gpus.items():
+"""what operators that launch kernels in Triton do"""
+for _name, _function in ON_GPUS.items():
     _library.impl(_name, on_its_gpu(_function), "CUDA")
 
 

@@ -217,7 +217,7 @@ def _call(name: str, key: str, results: dict[str, Tensor], x: Tensor, species: T
     for tensor in (x, k, *others.values()):
         if tensor.dtype != dtype:
             raise TypeError(f"a polynomial was built for {dtype}, found {tensor.dtype}")
-    if x.device.type == "cuda":
+    if "-cuda" in key:
         return _launch(name, key, results, x, species, k, **others)
     if species.numel() and not 0 <= int(species.min()) <= int(species.max()) < k.shape[0]:
         raise IndexError(f"species of a polynomial must be from 0 to {k.shape[0] - 1}: coefficients are given for {k.shape[0]} elements")
@@ -236,7 +236,8 @@ def _launch(name: str, key: str, results: dict[str, Tensor], x: Tensor, species:
     if x.numel():
         grid = (x.shape[0], -(-x.shape[2] // gpu.LANES))
         for number in range(len(pieces(monomials))):
-            getattr(built, f"{name}_{number}")[grid](*contiguous, *written, x.shape[2], num_warps=1, enable_fp_fusion=True)
+            kernel = getattr(built, f"{name}_{number}")
+            gpu.launch(kernel, grid)(*contiguous, *written, x.shape[2], num_warps=1, enable_fp_fusion=True)
 
 
 def _value(key: str, x: Tensor, species: Tensor, k: Tensor) -> Tensor:
@@ -271,10 +272,11 @@ def _fake_second(key: str, h: Tensor, g: Tensor, x: Tensor, species: Tensor, k: 
     return x.new_empty(g.shape), x.new_empty(x.shape), x.new_empty(k.shape)
 
 
-_functions: dict[str, Callable[..., Any]] = {
+FUNCTIONS_OF_OPERATORS: dict[str, Callable[..., Any]] = {
     "polynomial": _value, "polynomial_to_x": _to_x, "polynomial_to_coefficients": _to_coefficients, "polynomial_second": _second
 }  # fmt: skip
-for _name, _function in _functions.items():
+"""what operators do, on either kind of device"""
+for _name, _function in FUNCTIONS_OF_OPERATORS.items():
     _library.impl(_name, _function, "CPU")
     _library.impl(_name, on_its_gpu(_function), "CUDA")
 torch.library.register_fake("gossamer::polynomial", _fake_value)
