@@ -68,3 +68,12 @@ def test_energies_reach_as_many_edges_as_the_network_says(name: str) -> None:
 def test_potentials_that_cannot_be_divided_are_refused(options: dict, reason: str) -> None:
     with pytest.raises(ValueError, match=reason):
         Domain(make_potential(ELEMENTS, **options))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("name", LOCAL)
+def test_a_domain_on_a_gpu_gives_the_numbers_of_the_potential(name: str, kernels: Path) -> None:
+    potential = make_potential(ELEMENTS, **MODELS[name]).to("cuda")
+    domain = Domain(potential)
+    compare(lambda *tensors: domain(*tensors, isolated=domain.isolated), potential, probe(potential))

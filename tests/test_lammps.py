@@ -339,7 +339,8 @@ def test_operators_for_any_device_are_those_of_the_cpu(tmp_path: Path, kernels: 
 
     (tmp_path / "anywhere.cpp").write_text(ANYWHERE)
     places = [OPERATORS.parent, mpi_headers("MPICH"), *include_paths()]
-    command = ["c++", "-std=c++20", "-O1", "-fPIC", "-shared", *(f"-I{p}" for p in places), "anywhere.cpp", "-o", "anywhere.so"]
+    libraries = [f"-L{Path(torch.__file__).parent / 'lib'}", "-ltorch_cpu", "-lc10"]
+    command = ["c++", "-std=c++20", "-O1", "-fPIC", "-shared", *(f"-I{p}" for p in places), "anywhere.cpp", "-o", "anywhere.so", *libraries]
     subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
     torch.ops.load_library(str(tmp_path / "anywhere.so"))
     theirs, ours = torch.ops.gossamer_anywhere, torch.ops.gossamer
