@@ -387,6 +387,7 @@ def test_results_are_sorted_and_exported(tmp_path: Path, capsys: pytest.CaptureF
     assert main(["screen", "show", str(path), "--sort", "energy_per_atom", "--top", "1"]) == 0
     shown = capsys.readouterr().out
     assert "-3" in shown
+    assert shown.splitlines()[1].split() == ["eV"]
     assert "3 converged, 1 failed" in shown
     for name in ("r.csv", "r.json"):
         assert export(path, tmp_path / name) == 4

@@ -113,14 +113,16 @@ def _show(arguments: argparse.Namespace) -> int:
 
 
 def table(rows: Sequence[dict[str, Any]], sort: str | None = None) -> str:
-    """Rows for people: the columns that say something; reasons at the end."""
+    """Rows for people: the columns that say something, with units; reasons at the end."""
+    from gossamer.screening.database import UNITS
+
     shown = ["source", "frame", "formula", "status", "energy_per_atom", "energy_above_hull", "max_force", "steps"]
     hidden = {*shown, "id", "n_atoms", "energy", "volume", "seconds", "structure", "potential", "finished", "reason", "stress"}
     further = dict.fromkeys(k for r in rows for k, v in r.items() if k not in hidden and not isinstance(v, list | dict))
     names = [
         n for n in dict.fromkeys([*shown, *([sort] if sort else []), *further, "reason"]) if any(r.get(n) not in (None, "") for r in rows)
     ]
-    lines = [names, *([_cell(r.get(n)) for n in names] for r in rows)]
+    lines = [names, [UNITS.get(n, "") for n in names], *([_cell(r.get(n)) for n in names] for r in rows)]
     widths = [max(len(line[k]) for line in lines) for k in range(len(names))]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines)
 

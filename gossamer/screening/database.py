@@ -33,9 +33,9 @@ create table result (
 """
 COLUMNS = ("id", "source", "frame", "formula", "n_atoms", "status", "reason", "energy", "energy_per_atom", "max_force", "stress", "volume",
            "steps", "seconds", "energy_above_hull", "numbers", "structure", "potential", "finished")  # fmt: skip
-UNITS = {"energy": "eV", "energy_per_atom": "eV", "max_force": "eV/Å", "stress": "eV/Å³, Voigt order", "volume": "Å³", "seconds": "s",
+UNITS = {"energy": "eV", "energy_per_atom": "eV", "max_force": "eV/Å", "stress": "eV/Å³", "volume": "Å³", "seconds": "s",
          "energy_above_hull": "eV per atom", "bulk_modulus": "GPa", "shear_modulus": "GPa", "softest": "GPa", "stiffness": "GPa",
-         "lowest_frequency": "THz", "highest_frequency": "THz", "heat_capacity": "J/K/mol of atoms, at 300 K"}  # fmt: skip
+         "lowest_frequency": "THz", "highest_frequency": "THz", "heat_capacity": "J/K/mol"}  # fmt: skip
 
 
 @dataclass
@@ -275,7 +275,7 @@ def export(path: Path | str, out: Path | str) -> int:
         rows = [r for r in rows if r["structure"]]
         write_text(out, "".join(r["structure"] for r in rows))
     else:
-        raise ValueError(f"'{out}': results are written as .parquet, .csv, .json or .extxyz. Choose one of these endings for --out.")
+        raise ValueError(f"'{out}': results are written as .parquet, .csv, .json or .extxyz. Choose one of these endings.")
     return len(rows)
 
 

@@ -156,6 +156,9 @@ class Screening:
             size = max(1, min(self.block, -(-len(first) // workers.slots)))  # every worker gets a share
             blocks = self._blocks(chain(first, todo), size)
             if first:
+                if self.progress:
+                    log.info("%s (%s) of %d structures, %d at once, %d worker%s", self.asked.task, self.asked.engine, self.n_structures, size,
+                             workers.slots, "" if workers.slots == 1 else "s")  # fmt: skip
                 workers.start()
             while not stop.requested:
                 while len(self.running) < AHEAD * workers.slots and (names := next(blocks, [])):
