@@ -8,6 +8,7 @@ they exist: a run killed anywhere continues with the same command, and no frame 
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 import logging
 from collections.abc import Sequence
@@ -31,7 +32,7 @@ from gossamer.data.fingerprint import SeenFrames
 from gossamer.data.labels import LabelConfig
 from gossamer.data.structure import Structure, as_structure
 from gossamer.evaluation import evaluate_potential
-from gossamer.files import atomic_path, locked, write_bytes, write_json
+from gossamer.files import InputError, atomic_path, locked, write_bytes, write_json
 from gossamer.fitting import choose_settings
 from gossamer.potential import NO_UNCERTAINTY, Potential
 from gossamer.potential_file import load
@@ -79,7 +80,7 @@ def learn(
         and learning.json are in the folder.
 
     Raises:
-        ValueError: a potential without uncertainty, or unknown options.
+        ValueError: a potential without uncertainty, unknown options, or a folder that was begun with others.
         Stopped: SIGTERM; the same command goes on.
     """
     config = configured(LearnConfig, config, options)
@@ -88,7 +89,11 @@ def learn(
     old = [] if data is None else list(open_dataset(data))
     current, held = Path(start), False
     curve: list[dict[str, Any]] = []
+    files = [Path(s).name for s in structures if not isinstance(s, Atoms)]
+    question = {"start": hashlib.sha256(Path(start).read_bytes()).hexdigest()[:16], "structures": files, "label": label,
+                "data": None if data is None else Path(data).name, **to_dict(config)}  # fmt: skip
     with locked(config.out):
+        _check_question(config.out / "question.json", question)
         for number in range(1, config.rounds + 1):
             folder = config.out / f"round-{number:02d}"
             done = folder / "round.json"
@@ -104,6 +109,18 @@ def learn(
         write_json(config.out / "learning.json", curve)
         _report(curve, held, config.out / "report.html")
     return {"out": str(config.out), "held": held, "rounds": len(curve), "n_labelled": sum(r["n_labelled"] for r in curve)}
+
+
+def _check_question(path: Path, question: dict[str, Any]) -> None:
+    """Refuse to go on with what other settings began; how many rounds, and on which device, may change."""
+    asked = {k: v for k, v in question.items() if k not in ("out", "rounds", "device")}
+    before = json.loads(path.read_text()) if path.exists() else asked
+    differ = [f"{k} {before.get(k)} (now {asked[k]})" for k in asked if before.get(k) != asked[k]]
+    if differ:
+        raise InputError(
+            f"'{path.parent}' was begun with other settings: {', '.join(differ)}. Ask the same to go on, or choose another --out."
+        )
+    write_json(path, asked)
 
 
 def _round(

@@ -16,6 +16,7 @@ from conftest import make_potential
 
 from gossamer.calibration import measure_uncertainty
 from gossamer.data.readers import read_structures
+from gossamer.files import InputError
 from gossamer.learning import farthest, learn
 from gossamer.potential_file import load, save
 
@@ -78,6 +79,8 @@ def test_a_loop_and_the_same_again(start: dict[str, Any]) -> None:
     assert (start["out"] / "report.html").exists()
     calls = Counting.calls
     assert learn(**start) == answer
+    with pytest.raises(InputError, match=r"begun with other settings: steps 60 \(now 70\)"):
+        learn(**start | {"steps": 70})
     assert Counting.calls == calls
 
 

@@ -92,7 +92,12 @@ def _learn(arguments: argparse.Namespace) -> int:
     from gossamer.simulation.options import LearnConfig
 
     answer = learn(arguments.start, arguments.structures, arguments.label, arguments.data, from_flags(LearnConfig, arguments))
-    show(arguments, answer)
+    if arguments.json:
+        show(arguments, answer)
+    else:
+        said = "its walks meet hardly anything uncertain" if answer["held"] else "its walks still meet what it does not know: more --rounds"
+        print(f"{answer['n_labelled']} frames labelled in {answer['rounds']} round{'' if answer['rounds'] == 1 else 's'}; {said}")
+        print(f"potential.safetensors and report.html are in '{answer['out']}'")
     return 0 if answer["held"] else 1
 
 
