@@ -9,7 +9,8 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
+from difflib import get_close_matches
+from typing import Any, NoReturn
 
 from gossamer import __version__
 from gossamer.commands import data, judge, potential, run, train
@@ -27,6 +28,15 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Raise where argparse would leave the program, so that ``main`` can answer in JSON."""
         raise UsageError(f"{self.format_usage()}{self.prog}: {message}")
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Refuse here, where options are known, what argparse would refuse at the top, naming neither command nor options."""
+        found, left = super().parse_known_args(args, namespace)
+        if left:
+            near = [get_close_matches(word.partition("=")[0], self._option_string_actions, 1) for word in left if word.startswith("-")]
+            meant = ", ".join(name for names in near for name in names)
+            self.error(f"unrecognized arguments: {' '.join(left)}{f'. Did you mean {meant}?' if meant else ''}")
+        return found, left
 
 
 def main(argv: list[str] | None = None) -> int:

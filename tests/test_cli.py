@@ -415,3 +415,21 @@ def test_fit_names_every_network() -> None:
     done = subprocess.run([sys.executable, "-m", "gossamer.cli", "fit", "--help"], capture_output=True, text=True, check=True)
     listed = " ".join(done.stdout.split()).split("--model MODEL network: ")[1].split(", or a preset")[0]
     assert sorted(listed.split(", ")) == sorted(MODELS)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["fit", "a.xyz", "--minuts", "5"], "gossamer fit: unrecognized arguments: --minuts 5. Did you mean --minutes?"),
+        (["import", "a.pth", "b"], "gossamer import: unrecognized arguments: b"),
+        (
+            ["screen", "a.cif", "--model", "m", "--timelimit=3"],
+            "gossamer screen run: unrecognized arguments: --timelimit=3. Did you mean --time-limit?",
+        ),
+    ],
+)
+def test_unknown_arguments_are_said_by_their_command(words: list[str], said: str, capsys: pytest.CaptureFixture) -> None:
+    assert main(words) == 2
+    usage, *_, message = capsys.readouterr().err.splitlines()
+    assert message == said
+    assert usage.startswith(f"usage: gossamer {words[0]}")
