@@ -24,21 +24,24 @@ SETS = {
     "aspirin": ("rmd17", "rmd17_aspirin"),
     "silicon": ("mlearn", "mlearn_Si"),
     "water": ("water", "water_pbe0ts"),
+    "copper": ("mlearn", "mlearn_Cu", "loss.stress=0"),  # its stress labels have a constant offset
+    "lips": ("lips", "lips"),
 }
+"""recipe, files, and settings that the data needs"""
 
 
 def command(job: str, minutes: float, data: Path, folder: Path) -> list[str]:
     which, network, *changes = job.split()
-    recipe, name = SETS[which]
+    recipe, name, *needs = SETS[which]
+    files = {side: next(data.rglob(f"{name}_{side}.extxyz.xz"), None) for side in ("train", "val", "test")}
     settings = {
-        "data.train": next(data.rglob(f"{name}_train.extxyz.xz")),
-        "data.test": next(data.rglob(f"{name}_test.extxyz.xz")),
+        **{f"data.{'valid' if side == 'val' else side}": file for side, file in files.items() if file is not None},
         "training.minutes": minutes,
         "training.compile": "false",
         "out": folder,
     }
     path = HERE.parents[1] / "recipes" / f"{recipe}-{network}.yaml"
-    return [sys.executable, "-m", "gossamer.cli", "train", str(path), *(f"{k}={v}" for k, v in settings.items()), *changes]
+    return [sys.executable, "-m", "gossamer.cli", "train", str(path), *(f"{k}={v}" for k, v in settings.items()), *needs, *changes]
 
 
 def row(job: str, folder: Path) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from ase.data import atomic_numbers as number_of
 from ase.data import chemical_symbols, covalent_radii
+from ase.units import GPa
 
 from gossamer.data.dataset import identity, open_dataset
 from gossamer.data.labels import LabelConfig
@@ -20,6 +21,11 @@ from gossamer.neighbors import neighbor_list
 from gossamer.quantities import QUANTITIES
 
 OPPOSITE_SIGN = "stress has the opposite sign, that of VASP (compression positive): set --stress-sign vasp (data.labels.stress_sign)"
+
+OFFSET = 2e-3
+"""eV/Å³ (0.3 GPa): a smaller constant in the stress is left alone"""
+STILL = 0.02
+"""Å that atoms may move besides the strain where two frames are to show it"""
 
 
 @dataclass
@@ -362,7 +368,7 @@ def _strained_pairs(structures: Sequence[Structure], report: Inspection, limit: 
     for s in structures:
         if s.pbc.all() and {"energy", "forces", "stress"} <= s.labels.keys():
             groups[s.atomic_numbers.tobytes()].append(s)
-    works, differences, moves = [], [], []
+    works, differences, moves, offsets = [], [], [], []
     for members in groups.values():
         n_most = int(min(limit, max(2, np.sqrt(1e8 / members[0].n_atoms))))
         chosen = members[:: -(-len(members) // n_most)]
@@ -386,6 +392,9 @@ def _strained_pairs(structures: Sequence[Structure], report: Inspection, limit: 
             works.append(0.25 * (a.volume + b.volume) * float(((a.stress + b.stress) * strain).sum()))
             differences.append(b.energy - a.energy - force_work)
             moves.append(float(distance[j]))
+            swelling = 0.5 * (a.volume + b.volume) * float(np.trace(strain))
+            if distance[j] - 3 * largest[j] < STILL and abs(swelling) > 1e-3 * a.volume:
+                offsets.append((works[-1] - differences[-1]) / swelling)
     if not works:
         return
     slope = _slope("energy against stress", works, differences, moves, report)
@@ -397,6 +406,26 @@ def _strained_pairs(structures: Sequence[Structure], report: Inspection, limit: 
             f"set --stress-unit {near}" if abs(np.log(slope / STRESS_UNITS[near])) < 0.5 and near != "eV/Angstrom^3" else "check its unit"
         )
         report.errors.append(f"energies and stress disagree by a factor of {slope:.3g}: {guess} (data.labels.stress_unit)")
+    elif slope is not None:
+        _stress_offset(offsets, report)
+
+
+def _stress_offset(offsets: Sequence[float], report: Inspection) -> None:
+    """A constant pressure in the stress that the energies do not have: δ of ΔE = V (σ - δ) : ε, from each pair of strained cells.
+
+    So a basis of plane waves too small for the stress (Pulay stress) shows, or a stress that lacks a part of the energy.
+    """
+    if len(offsets) < 8:
+        return
+    offset = float(np.median(offsets))
+    error = 1.86 * float(np.median(np.abs(np.array(offsets) - offset))) / np.sqrt(len(offsets))  # of a median, from normal scatter
+    report.numbers["stress_offset"] = {"offset": offset, "error": error, "pairs": len(offsets)}
+    if abs(offset) > max(5 * error, OFFSET):
+        report.facts["stress offset"] = f"{offset:+.3g} ± {error:.1g} eV/Å³ against the energies ({offset / GPa:+.2g} GPa)"
+        report.warnings.append(
+            f"the stress labels hold a constant {offset:+.3g} ± {error:.1g} eV/Å³ ({offset / GPa:+.2g} GPa) that the energies lack (Pulay stress "
+            "of a small basis set?): trained on, it makes pressures and volumes wrong. Set loss.stress: 0, or compute the labels anew"
+        )
 
 
 def _stress_against_volume(structures: Sequence[Structure], report: Inspection) -> None:
