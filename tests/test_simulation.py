@@ -592,3 +592,34 @@ def test_calculators_without_a_free_energy_can_be_simulated(tmp_path: Path) -> N
 
     answer = md(Plain(), bulk("Cu", cubic=True), steps=10, interval=5, ensemble="nose-hoover", out=tmp_path / "md", progress=False)
     assert answer["broken"] is None
+
+
+def test_a_molecule_in_nose_hoover_chains_does_not_rotate(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Chains keep the direction of its angular momentum: rotation would never have its temperature. 3 N - 6 numbers share the heat instead."""
+    from ase.cluster import Octahedron
+    from ase.md.velocitydistribution import thermalize_momenta
+
+    from gossamer.simulation.md import degrees_of_freedom, rotates
+
+    start = Octahedron("Cu", 2)
+    settings: dict[str, Any] = {"temperature": 300, "steps": 100, "timestep": 2.0, "interval": 10, "progress": False}
+    for ensemble, freedom in (("nose-hoover", 12), ("langevin", 18), ("nve", 15)):
+        md(EMT(), start, ensemble=ensemble, out=tmp_path / ensemble, **settings)
+        first, last = (ase.io.read(tmp_path / ensemble / "trajectory.traj", k) for k in (0, -1))
+        assert rotates(first) is rotates(last) is (ensemble != "nose-hoover")
+        assert degrees_of_freedom(first, ensemble) == freedom
+    assert not caplog.records
+    thermalize_momenta(start, 300.0, rng=np.random.default_rng(0))
+    md(EMT(), start, ensemble="nose-hoover", out=tmp_path / "turning", **settings)
+    assert "angular momentum" in caplog.text
+
+
+def test_first_velocities_have_the_temperature(tmp_path: Path) -> None:
+    """Of what moves: the centre of mass is at rest, and its share of the heat is not given to the rest."""
+    means = []
+    for seed in range(40):
+        out = tmp_path / str(seed)
+        md(EMT(), bulk("Cu", cubic=True), ensemble="nve", temperature=300, steps=1, out=out, seed=seed, interval=1, progress=False)
+        with open(out / "log.csv", newline="") as file:
+            means.append(float(next(csv.DictReader(file))["temperature_K"]))
+    assert np.mean(means) == pytest.approx(300, rel=3 * np.sqrt(2 / 9 / 40))

@@ -28,7 +28,7 @@ from gossamer.checks.candidate import Candidate, enlarged
 from gossamer.checks.result import Curve, Metric, Panel, Result, at_least, at_most, attempt, conclude, curve, measured
 from gossamer.data.atoms import read_frames
 from gossamer.files import atomic_path, write_json
-from gossamer.simulation.md import degrees_of_freedom, find_bonds, md
+from gossamer.simulation.md import bring_to_rest, degrees_of_freedom, find_bonds, md
 
 log = logging.getLogger(__name__)
 Array = NDArray[np.float64]
@@ -71,7 +71,9 @@ PROTOCOLS = {
 """lips, water, methane, molecule: Fu et al. and LEIGNN; electrolyte: 1 ns at the reference temperature (Geodite; step and thermostat are ours)"""
 
 
-def prepare(calculator: Any, atoms: Atoms, temperature: float, timestep: float, picoseconds: float, seed: int = 0) -> tuple[Atoms, str]:
+def prepare(
+    calculator: Any, atoms: Atoms, temperature: float, timestep: float, picoseconds: float, ensemble: str = "langevin", seed: int = 0
+) -> tuple[Atoms, str]:
     """A start for which the given frame is not to blame: relaxed a little, then equilibrated.
 
     A frame of a hot run, or one made by hand, holds potential energy that heats a simulation at once and has nothing to do
@@ -84,6 +86,7 @@ def prepare(calculator: Any, atoms: Atoms, temperature: float, timestep: float, 
         temperature: K.
         timestep: fs.
         picoseconds: Of Langevin dynamics.
+        ensemble: Of the simulation to come: where it keeps the rotation of a molecule, this starts without.
         seed: Of velocities and noise.
 
     Returns:
@@ -114,7 +117,7 @@ def prepare(calculator: Any, atoms: Atoms, temperature: float, timestep: float, 
         start = atoms.copy()
         thermalize_momenta(start, temperature, rng=np.random.default_rng(seed))
         return start, "as given, since relaxing and equilibrating it ended in nonsense"
-    Stationary(work)
+    bring_to_rest(work, ensemble)
     work.calc = None
     return work, (
         f"relaxed by {relaxation.nsteps} steps (largest force {before:.2g} to {after:.2g} eV/Å), "
@@ -132,7 +135,9 @@ def prepared(candidate: Candidate, folder: Path, atoms: Atoms, protocol: Protoco
     if kept.exists() and said.exists():
         with Trajectory(kept) as reader:
             return reader[0], json.loads(said.read_text())["prepared"]
-    start, sentence = prepare(candidate.calculator, atoms, protocol.temperature, protocol.timestep, candidate.effort.equilibration_ps)
+    start, sentence = prepare(
+        candidate.calculator, atoms, protocol.temperature, protocol.timestep, candidate.effort.equilibration_ps, protocol.ensemble
+    )
     folder.mkdir(parents=True, exist_ok=True)
     with atomic_path(kept) as temporary, Trajectory(temporary, "w") as writer:
         writer.write(start)
