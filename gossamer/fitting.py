@@ -11,10 +11,11 @@ import numpy as np
 
 from gossamer.config import Config, make_config
 from gossamer.data.dataset import open_dataset
-from gossamer.data.inspection import inspect
+from gossamer.data.inspection import inspect, stress_offset
 from gossamer.data.labels import LabelConfig
 from gossamer.data.structure import Structure
 from gossamer.models import ACCURATE, DEFAULT, MODELS
+from gossamer.neighbors import neighbor_list
 from gossamer.potential_file import read_manifest
 from gossamer.quantities import QUANTITIES
 from gossamer.runs import train
@@ -101,10 +102,14 @@ def choose_settings(
     labels: LabelConfig,
     finetune: Mapping[str, Any] | None = None,
 ) -> Config:
-    """Settings that suit a data set: which labels, which split, how many structures per step, compiled or not."""
+    """Settings that suit a data set: which labels, which split, how far atoms see, how many structures per step, compiled or not."""
     sample = [structures[k] for k in range(0, len(structures), max(1, len(structures) // 200))]
     atoms = float(np.mean([s.n_atoms for s in sample]))
     has = {label: all(label in s.labels for s in structures) for label in QUANTITIES}
+    offset = stress_offset(structures) if has["stress"] else None
+    if offset is not None:
+        has["stress"] = False
+        log.warning("the stress is not trained on: its labels hold a constant %+.3g eV/Å³ that the energies lack", offset)
     if not has["energy"] and not has["forces"]:
         raise ValueError(f"Neither energy nor forces are in every frame of '{data}': there is nothing to learn from.")
     grouped = all(s.group is not None for s in sample)
@@ -113,11 +118,12 @@ def choose_settings(
         log.warning("%d frames are few: expect large errors", len(structures))
     started = None if finetune is None else read_manifest(finetune["start"])["model"]["name"]
     name, _, preset = (model or started or DEFAULT).partition("/")
+    network = {"preset": preset} if preset else {} if finetune else {"cutoff": choose_cutoff(sample[::5])}
     rate = MODELS[name][1].fit_defaults.learning_rate * (1.0 if finetune is None else 0.2)  # near a good solution large steps only destroy
     return make_config(
         {
             "data": {"train": data, "labels": to_dict(labels), "split": "group" if grouped else "random"},
-            "model": {"name": name, **({"preset": preset} if preset else {})},
+            "model": {"name": name, **network},
             **({} if finetune is None else {"finetune": dict(finetune)}),
             # stress in eV/Å³ is small: 20 makes it about the virial per atom
             "loss": {"energy": 5.0 * has["energy"], "forces": 10.0 * has["forces"], "stress": 20.0 * has["stress"]},
@@ -130,6 +136,24 @@ def choose_settings(
             "out": out,
         }
     )
+
+
+NEIGHBORS = 28.0
+"""neighbours of an atom that a cutoff of `fit` takes in on average: with more, steps cost more than they teach (benchmarks/accuracy)"""
+CUTOFFS = (4.0, 5.0)
+"""Å, the shortest and longest it takes; messages go on from atom to atom, several cutoffs far"""
+
+
+def choose_cutoff(structures: Sequence[Structure]) -> float:
+    """The longest cutoff, Å, within which atoms have at most `NEIGHBORS` neighbours on average."""
+    shortest, longest = CUTOFFS
+    lengths = []
+    for s in structures:
+        (sender, receiver), shifts = neighbor_list(s.positions, s.cell, s.pbc, longest)
+        lengths.append(np.linalg.norm(s.positions[sender] + shifts @ s.cell - s.positions[receiver], axis=1))
+    allowed = int(NEIGHBORS * sum(s.n_atoms for s in structures))
+    found = np.sort(np.concatenate(lengths))
+    return longest if len(found) <= allowed else max(shortest, float(np.floor(10 * found[allowed]) / 10))
 
 
 WORTHWHILE = 1.25

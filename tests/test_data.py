@@ -35,7 +35,7 @@ from gossamer.config import load_config, make_config
 from gossamer.data.atoms import as_atoms, read_frames
 from gossamer.data.batch import collate
 from gossamer.data.dataset import DataConfig, load_data, open_dataset, require_labels
-from gossamer.data.inspection import inspect
+from gossamer.data.inspection import inspect, stress_offset
 from gossamer.data.labels import ForceUnit
 from gossamer.data.legacy import _tensor, read_legacy_lmdb, restricted_loads
 from gossamer.data.readers import ENERGY_UNITS, FORCE_UNITS, LabelConfig, from_atoms, read_structures, suggestion
@@ -46,6 +46,7 @@ from gossamer.data.xyz import xyz_frames
 from gossamer.engine.cuda_graph import first_of
 from gossamer.engine.program import make_program
 from gossamer.evaluation import evaluate_potential
+from gossamer.fitting import choose_settings
 from gossamer.potential import Potential
 from gossamer.potential_file import save
 from gossamer.quantities import QUANTITIES, Quantity
@@ -780,14 +781,14 @@ def test_inspection_finds_what_is_wrong() -> None:
     assert inspect(frames[:1]).errors == ["there is one frame: training needs at least one more, to validate on"]
 
 
-def emt_structures(n: int = 40) -> list[Structure]:
+def emt_structures(n: int = 40, rattle: float = 0.02, strain: float = 0.02) -> list[Structure]:
     """Copper, strained by a few per cent and shaken a little, labelled by ASE's effective medium theory."""
     rng = np.random.default_rng(0)
     structures = []
     for k in range(n):
         atoms = bulk("Cu", cubic=True)
-        atoms.set_cell(atoms.cell.array @ (np.eye(3) + rng.normal(scale=0.02, size=(3, 3))), scale_atoms=True)
-        atoms.rattle(0.02, seed=k)
+        atoms.set_cell(atoms.cell.array @ (np.eye(3) + rng.normal(scale=strain, size=(3, 3))), scale_atoms=True)
+        atoms.rattle(rattle, seed=k)
         structures.append(from_atoms(label(atoms), LabelConfig(), f"frame {k}"))
     return structures
 
@@ -806,6 +807,20 @@ def test_inspection_finds_the_sign_and_unit_of_stress(factor: float, message: st
     else:
         assert len(found) == 1, report.errors
         assert re.search(message, found[0]), found
+
+
+@pytest.mark.parametrize("offset", [0.0, 0.01, -0.01])
+def test_inspection_finds_a_constant_in_the_stress(offset: float, tmp_path: Path) -> None:
+    """Pulay stress: a pressure that the energies do not have. It is measured to 10 %, said, and `fit` does not train on such stress."""
+    structures = [replace(s, stress=s.stress + offset * np.eye(3)) for s in emt_structures(40, rattle=0.0, strain=0.01)]
+    report = inspect(structures)
+    assert report.ok, report.errors
+    assert report.numbers["stress_offset"]["offset"] == pytest.approx(offset, abs=1e-3), report.numbers
+    assert sum("that the energies lack" in w for w in report.warnings) == (offset != 0), report.warnings
+    found = stress_offset(structures)
+    assert (found is None) if offset == 0 else found == pytest.approx(offset, abs=1e-3)
+    config = choose_settings(structures, "none.extxyz", None, str(tmp_path), 1.0, LabelConfig())
+    assert (config.loss.stress == 0) is (offset != 0)
 
 
 def test_a_weakly_negative_correlation_is_an_error_where_frames_are_many() -> None:

@@ -26,7 +26,7 @@ from gossamer import fitting
 from gossamer.cli import main
 from gossamer.config import load_config, make_config
 from gossamer.data.dataset import load_data
-from gossamer.data.readers import read_structures
+from gossamer.data.readers import LabelConfig, from_atoms, read_structures
 from gossamer.data.statistics import compute_statistics
 from gossamer.evaluation import evaluate_potential
 from gossamer.files import locked
@@ -563,6 +563,15 @@ def test_fit_for_accuracy_takes_the_other_network(tmp_path: Path, monkeypatch: p
     for name in ("model", "start"):
         with pytest.raises(ValueError, match=f"accuracy chooses the network, and {name} names one"):
             fit(ETHANOL, out=tmp_path / "fit", accuracy=True, **{name: "nequip"})
+
+
+@pytest.mark.parametrize(("spacing", "cutoff"), [(2.0, 4.0), (2.42, 4.8), (3.5, 5.0), (9.0, 5.0)])
+def test_fit_sees_about_as_many_neighbours_in_whatever_it_is_given(spacing: float, cutoff: float) -> None:
+    """Simple cubic crystals, dense to thin, and atoms on their own: 26 neighbours are within √3 spacings, 32 within two."""
+    from ase import Atoms
+
+    structure = from_atoms(Atoms("X", cell=[spacing] * 3, pbc=True), LabelConfig(), "crystal")
+    assert fitting.choose_cutoff([structure] * 3) == pytest.approx(cutoff)
 
 
 def test_fit_of_one_frame(tmp_path: Path) -> None:

@@ -22,8 +22,8 @@ from gossamer.quantities import QUANTITIES
 
 OPPOSITE_SIGN = "stress has the opposite sign, that of VASP (compression positive): set --stress-sign vasp (data.labels.stress_sign)"
 
-OFFSET = 2e-3
-"""eV/Å³ (0.3 GPa): a smaller constant in the stress is left alone"""
+OFFSET = 3e-3
+"""eV/Å³ (0.5 GPa): a smaller constant in the stress is left alone"""
 STILL = 0.02
 """Å that atoms may move besides the strain where two frames are to show it"""
 
@@ -368,7 +368,7 @@ def _strained_pairs(structures: Sequence[Structure], report: Inspection, limit: 
     for s in structures:
         if s.pbc.all() and {"energy", "forces", "stress"} <= s.labels.keys():
             groups[s.atomic_numbers.tobytes()].append(s)
-    works, differences, moves, offsets = [], [], [], []
+    works, differences, moves, still = [], [], [], []
     for members in groups.values():
         n_most = int(min(limit, max(2, np.sqrt(1e8 / members[0].n_atoms))))
         chosen = members[:: -(-len(members) // n_most)]
@@ -394,7 +394,7 @@ def _strained_pairs(structures: Sequence[Structure], report: Inspection, limit: 
             moves.append(float(distance[j]))
             swelling = 0.5 * (a.volume + b.volume) * float(np.trace(strain))
             if distance[j] - 3 * largest[j] < STILL and abs(swelling) > 1e-3 * a.volume:
-                offsets.append((works[-1] - differences[-1]) / swelling)
+                still.append((works[-1], differences[-1], swelling))
     if not works:
         return
     slope = _slope("energy against stress", works, differences, moves, report)
@@ -406,19 +406,35 @@ def _strained_pairs(structures: Sequence[Structure], report: Inspection, limit: 
             f"set --stress-unit {near}" if abs(np.log(slope / STRESS_UNITS[near])) < 0.5 and near != "eV/Angstrom^3" else "check its unit"
         )
         report.errors.append(f"energies and stress disagree by a factor of {slope:.3g}: {guess} (data.labels.stress_unit)")
-    elif slope is not None:
-        _stress_offset(offsets, report)
+    _stress_offset(np.array(still), report)
 
 
-def _stress_offset(offsets: Sequence[float], report: Inspection) -> None:
+def stress_offset(structures: Sequence[Structure]) -> float | None:
+    """The constant in the stress labels that the energies lack, eV/Å³, where there clearly is one (data inspect warns of it)."""
+    report = Inspection()
+    _strained_pairs(structures, report)
+    return report.numbers["stress_offset"]["offset"] if "stress offset" in report.facts else None
+
+
+def _stress_offset(pairs: np.ndarray, report: Inspection) -> None:
     """A constant pressure in the stress that the energies do not have: δ of ΔE = V (σ - δ) : ε, from each pair of strained cells.
 
     So a basis of plane waves too small for the stress (Pulay stress) shows, or a stress that lacks a part of the energy.
+
+    Args:
+        pairs: (n, 3) V σ : ε, ΔE less the work of the forces, V tr ε.
+        report: Where it goes.
     """
-    if len(offsets) < 8:
+    if len(pairs) < 8:
         return
+    works, differences, swellings = pairs.T
+    offsets = (works - differences) / swellings
     offset = float(np.median(offsets))
-    error = 1.86 * float(np.median(np.abs(np.array(offsets) - offset))) / np.sqrt(len(offsets))  # of a median, from normal scatter
+    error = 1.86 * float(np.median(np.abs(offsets - offset))) / np.sqrt(len(offsets))  # of a median, from normal scatter
+    rest = works - offset * swellings
+    slope = float(rest @ differences) / max(float(rest @ rest), 1e-30)
+    if not 0.8 < slope < 1.25:
+        return  # something else is wrong: a unit, a sign
     report.numbers["stress_offset"] = {"offset": offset, "error": error, "pairs": len(offsets)}
     if abs(offset) > max(5 * error, OFFSET):
         report.facts["stress offset"] = f"{offset:+.3g} ± {error:.1g} eV/Å³ against the energies ({offset / GPa:+.2g} GPa)"
