@@ -77,7 +77,9 @@ def main() -> None:
             continue
         cost = milliseconds(list(mine), next(arguments.data.rglob(f"{files}_test.extxyz.xz")), arguments.rounds)
         print(f"\n**{which}**, {next(iter(mine.values()))['minutes']:g} CPU minutes of training:\n")
-        print("| network | steps | ms of a training step | force MAE, meV/Å | energy MAE, meV/atom | ms of energy and forces |\n|---|---|---|---|---|---|")
+        print(
+            "| network | steps | ms of a training step | force MAE, meV/Å | energy MAE, meV/atom | ms of energy and forces |\n|---|---|---|---|---|---|"
+        )
         for job, r in sorted(mine.items(), key=lambda item: item[1]["test_forces_mae_meV_per_A"]):
             print(
                 f"| {name_of(job)} | {r['steps']:,} | {r['step_ms']:.0f} | {r['test_forces_mae_meV_per_A']:.1f} "
