@@ -78,6 +78,7 @@ def import_potential(
     check = calmed(potential, structures(known, potential.cutoff))
     stored = None
     if reference is not None:
+        log.info("read; comparing with the package %s on %d structures, in its own environment", potential.imported["package"], len(check))
         answer = ask_reference(reference, name, tree.path, options, check, seconds=3600)
         potential.imported["verified"] = compare(potential, check, answer)
         theirs = predictions(answer, check, "float64" if "float64.energy" in answer else "native")
