@@ -399,24 +399,23 @@ class Potential(nn.Module):
 
     def _trust(self, graph: Graph, vectors: Tensor, pair_cutoffs: Float[Tensor, " n_edges"] | None) -> Float[Tensor, " n_atoms"] | None:
         """Factor of each atom's energy: less than one with fewer neighbours than any in the training data; None: all are one."""
-        limits, receiver, numbers = self.limits, graph.edge_index[1], graph.atomic_numbers
-        if limits is None:
+        if self.limits is None:
             return None
+        receiver = graph.edge_index[1]
         reaches = vectors.new_full((1,), self.cutoff).expand(graph.n_edges) if pair_cutoffs is None else pair_cutoffs
-
-        def trust(
-            vectors: Tensor, receiver: Tensor, reaches: Tensor
-        ) -> Tensor:  # in the precision of the network, whose energies it multiplies
-            x = (torch.linalg.vector_norm(vectors, dim=-1) / reaches).to(self.dtype)
-            return limits.trust(limits.count(x, receiver, graph.n_atoms), numbers)
-
-        lonely = trust(vectors.detach(), receiver, reaches) < 1
+        lonely = self._trust_by(graph, vectors.detach(), receiver, reaches) < 1
         edges = self._where(lonely[receiver])
         if edges is not None:
             if not bool(lonely.any()):
                 return None
             receiver, reaches, vectors = (x.index_select(0, edges) for x in (receiver, reaches, vectors))
-        return torch.where(lonely, trust(vectors, receiver, reaches), 1.0)
+        return torch.where(lonely, self._trust_by(graph, vectors, receiver, reaches), 1.0)
+
+    def _trust_by(self, graph: Graph, vectors: Tensor, receiver: Tensor, reaches: Tensor) -> Float[Tensor, " n_atoms"]:
+        """The factors by these edges alone, in the precision of the network, whose energies they multiply."""
+        assert self.limits is not None
+        x = (torch.linalg.vector_norm(vectors, dim=-1) / reaches).to(self.dtype)
+        return self.limits.trust(self.limits.count(x, receiver, graph.n_atoms), graph.atomic_numbers)
 
     def _where(self, chosen: Bool[Tensor, " n_edges"]) -> Int[Tensor, " k"] | None:
         """Which edges are chosen, mostly few; None (take them all) where sizes must not depend on values."""

@@ -2,27 +2,47 @@
 
 from __future__ import annotations
 
+import atexit
+import lzma
 import os
+import shutil
+import subprocess
 import sys
 import tempfile
+import traceback
+import warnings
 from collections.abc import Collection, Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import jaxtyping
+import pytest
+
+if TYPE_CHECKING:  # what takes seconds to import is imported by those who use it: with workers, this process does not
+    import torch
+    from ase import Atoms
 
 os.environ.setdefault("MPLBACKEND", "Agg")
-
-from jaxtyping import install_import_hook
+os.environ["OMP_NUM_THREADS"] = "1"
 
 # shapes in signatures are checked while testing; compiled code is tested in a process of its own, without the check
-_hook = install_import_hook(["gossamer.graph", "gossamer.potential", "gossamer.nn", "gossamer.models"], "beartype.beartype")
+_hook = jaxtyping.install_import_hook(["gossamer.graph", "gossamer.potential", "gossamer.nn", "gossamer.models"], "beartype.beartype")
 
-import numpy as np  # noqa: E402
-import pytest  # noqa: E402
-import torch  # noqa: E402
-from ase import Atoms  # noqa: E402
-from ase.build import bulk, molecule  # noqa: E402
 
-torch.set_num_threads(1)
+class _First(type(jaxtyping.config)):
+    """Shapes are checked in the first calls of each test: finite differences and training repeat the same ones hundreds of times."""
+
+    CALLS = 500
+    left = CALLS
+
+    @property
+    def jaxtyping_disable(self) -> bool:
+        self.left -= 1
+        return self.left < 0
+
+
+del jaxtyping.config.jaxtyping_disable
+jaxtyping.config.__class__ = _First
 
 
 KERNELS = "GOSSAMER_TEST_KERNELS"
@@ -43,6 +63,21 @@ def pytest_configure(config: pytest.Config) -> None:
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 DEMO = Path(__file__).resolve().parents[1] / "demo" / "data"
+
+
+def _first_frames(path: Path, count: int) -> Path:
+    """The first frames of a file, in a folder of this process: most tests need no more, and reading takes time."""
+    folder = Path(tempfile.mkdtemp(prefix="gossamer-tests-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    with lzma.open(path, "rt") as file:
+        lines = file.readlines()
+    target = folder / path.stem
+    target.write_text("".join(lines[: count * (int(lines[0]) + 2)]))
+    return target
+
+
+ETHANOL = str(_first_frames(DEMO / "ethanol_500K.extxyz.xz", 100))
+"""labelled frames of ethanol"""
 
 MODELS = {
     "sound": dict(),
@@ -89,7 +124,9 @@ MODELS = {
 }
 """every network that must pass the physics tests: settings on top of those in `make_potential`"""
 CORE = ["sound", "sound-global", "published", "direct", "nequip", "geodite", "mace", "painn", "schnet", "sevennet", "weft"]
-"""of these, what a test of `make test` takes; the other variants come with `make thorough`"""
+"""of these, what `make test` takes in tests/physics; the other variants come with `make thorough`"""
+FEW = ["sound", "nequip", "mace", "geodite"]
+"""and elsewhere: one network for each way of passing messages (vectors, irreps, their powers, attention)"""
 DIRECT = [name for name in MODELS if name.endswith("direct")]
 GLOBAL = ["sound-global", "published"]
 """networks whose energy is not a sum of local terms"""
@@ -101,10 +138,10 @@ OWN_ZERO = [name for name in MODELS if name not in ("published", "published-vani
 """networks that give a lone atom its reference energy"""
 
 
-def make_potential(
-    elements: list[str], seed: int = 0, dtype: torch.dtype = torch.float64, zbl: bool = True, name: str = "leignn", **options
-):
-    """A tiny potential with random weights."""
+def make_potential(elements: list[str], seed: int = 0, dtype: torch.dtype | None = None, zbl: bool = True, name: str = "leignn", **options):
+    """A tiny potential with random weights, in float64 unless told otherwise."""
+    import torch
+
     from gossamer.data.statistics import Statistics
     from gossamer.models import MODELS as NETWORKS
     from gossamer.potential import Potential, PotentialConfig
@@ -119,7 +156,7 @@ def make_potential(
     )  # fmt: skip
     own_repulsion = name == "geodite" and options.get("variant") == "published"
     potential = Potential(config, statistics, PotentialConfig(zbl=zbl and not own_repulsion)).eval()
-    potential.network.to(dtype)
+    potential.network.to(dtype or torch.float64)
     for key, parameter in potential.network.named_parameters():  # biases and the global scalar start at zero
         if key.endswith("bias") or key == "global_scalar":
             torch.nn.init.normal_(parameter, std=0.3)
@@ -130,12 +167,17 @@ def make_potential(
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests of further variants of the networks are thorough ones."""
-    further = MODELS.keys() - set(CORE)
+    """Tests of further networks are thorough ones."""
     for item in items:
+        further = MODELS.keys() - set(CORE if "physics" in item.path.parts else FEW)
         values = item.callspec.params.values() if isinstance(item, pytest.Function) and hasattr(item, "callspec") else ()
         if any(isinstance(value, str) and value in further for value in values):
             item.add_marker(pytest.mark.thorough)
+
+
+@pytest.fixture(autouse=True)
+def _shapes_are_checked_anew() -> None:
+    jaxtyping.config.left = _First.CALLS
 
 
 @pytest.fixture(autouse=True)
@@ -158,6 +200,8 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def ethanol() -> Atoms:
+    from ase.build import molecule
+
     atoms = molecule("CH3CH2OH")
     atoms.rattle(0.05, seed=1)
     return atoms
@@ -166,6 +210,9 @@ def ethanol() -> Atoms:
 @pytest.fixture
 def crystal() -> Atoms:
     """A rattled, sheared, primitive SiC cell, smaller than the cutoff."""
+    import numpy as np
+    from ase.build import bulk
+
     atoms = bulk("SiC", "zincblende", a=4.36)
     atoms.rattle(0.08, seed=2)
     strain = np.random.default_rng(3).normal(scale=0.02, size=(3, 3))
@@ -176,6 +223,8 @@ def crystal() -> Atoms:
 @pytest.fixture
 def slab() -> Atoms:
     """Periodic along two axes."""
+    from ase.build import bulk
+
     atoms = bulk("SiC", "rocksalt", a=4.3).repeat((2, 1, 1))
     atoms.rattle(0.05, seed=4)
     atoms.pbc = [True, True, False]
@@ -184,7 +233,38 @@ def slab() -> Atoms:
 
 def often(values: Iterable[Any], few: Collection[Any]) -> list[Any]:
     """Parameters of a test, of which `make test` takes a few."""
-    return [value if value in few else pytest.param(value, marks=pytest.mark.thorough) for value in values]
+    return [value if value in few else pytest.param(*_arguments(value), marks=pytest.mark.thorough) for value in values]
+
+
+def _arguments(value: Any) -> tuple[Any, ...]:
+    return value if isinstance(value, tuple) else (value,)
+
+
+def forked(source: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """What comes of Python code in a copy of this process, which it may crash; its packages are imported already."""
+    with tempfile.TemporaryFile("w+") as output:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # newer Pythons warn of threads, which the copy does not have
+            child = os.fork()
+        if child == 0:
+            status = 1
+            try:
+                os.dup2(output.fileno(), 1)
+                os.dup2(output.fileno(), 2)
+                sys.argv, sys.stdout, sys.stderr = ["-c", *arguments], open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
+                exec(compile(source, "<forked>", "exec"), {"__name__": "__main__"})
+                status = 0
+            except SystemExit as error:
+                status = int(error.code or 0)
+            except BaseException:
+                traceback.print_exc(file=sys.stdout)
+            finally:
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(status)
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        output.seek(0)
+        return subprocess.CompletedProcess(source, status, output.read())
 
 
 def shared_data(*parts: str) -> Path:

@@ -7,14 +7,12 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import DEMO
+from conftest import ETHANOL
 
 from gossamer.cli import main
 from gossamer.comparison import compare, table
 from gossamer.config import make_config
 from gossamer.training import loop
-
-ETHANOL = str(DEMO / "ethanol_500K.extxyz.xz")
 
 
 def write(folder: Path, name: str, model: dict, **data) -> Path:

@@ -9,7 +9,6 @@ import json
 import lzma
 import pickle
 import re
-import subprocess
 import sys
 import warnings
 import zipfile
@@ -28,7 +27,7 @@ from ase.build import bulk, molecule
 from ase.calculators.singlepoint import SinglePointCalculator
 from ase.constraints import FixAtoms
 from ase.stress import full_3x3_to_voigt_6_stress
-from conftest import make_potential
+from conftest import forked, make_potential
 from small_formats import label, write_mptrj
 
 from gossamer.config import load_config, make_config
@@ -261,9 +260,9 @@ assert torch._utils._rebuild_tensor_v2.__defaults__ == before
 
 
 def test_forged_pickles_build_nothing_but_arrays() -> None:
-    """A dtype with false flags reached raw memory, a state changed a function of torch; each in a process of its own to crash."""
-    done = subprocess.run([sys.executable, "-c", ATTACKS], capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0, (done.returncode, done.stdout, done.stderr)
+    """A dtype with false flags reached raw memory, a state changed a function of torch; each in a copy of this process to crash."""
+    done = forked(ATTACKS)
+    assert done.returncode == 0, (done.returncode, done.stdout)
     answers = dict(line.split(" ", 1) for line in done.stdout.splitlines())
     assert all(answer.startswith("refused: ") for answer in answers.values()), answers
     assert "type 'O8', expected plain numbers" in answers["forged"]
@@ -645,9 +644,10 @@ import sys
 from pathlib import Path
 from gossamer.data.readers import read_structures
 from gossamer.data.legacy import read_legacy_lmdb
-whole = Path(sys.argv[1]).read_bytes()
+folder = Path(sys.argv[1])
+whole = (folder / "whole.aselmdb").read_bytes()
 for size in range(0, len(whole), 1024):
-    for read, path in ((read_structures, Path("cut.aselmdb")), (read_legacy_lmdb, Path("cut.lmdb"))):
+    for read, path in ((read_structures, folder / "cut.aselmdb"), (read_legacy_lmdb, folder / "cut.lmdb")):
         path.write_bytes(whole[:size])
         try:
             list(read(path))
@@ -666,8 +666,8 @@ def test_truncated_lmdb_files_are_refused_before_they_are_mapped(tmp_path: Path)
         for k in range(8):
             database.write(labelled(k), data={"more": list(range(2000))})
     assert len(list(read_structures(tmp_path / "whole.aselmdb"))) == 8
-    result = subprocess.run([sys.executable, "-c", READ_LMDB, "whole.aselmdb"], cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert (result.returncode, result.stdout[:5]) == (0, "alive"), result.stderr[-2000:]
+    result = forked(READ_LMDB, str(tmp_path))
+    assert (result.returncode, result.stdout[:5]) == (0, "alive"), result.stdout[-2000:]
 
 
 def test_configurations_that_blow_up_or_break(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import DIRECT, GLOBAL, MODELS, make_potential
+from conftest import DIRECT, GLOBAL, MODELS, make_potential, often
 from test_kernels import needs_compiler
 
 from gossamer.engine.agreement import probe
@@ -17,7 +17,7 @@ LOCAL = [name for name in MODELS if name not in (*DIRECT, *GLOBAL)]
 ELEMENTS = ["H", "C", "O"]
 
 
-@pytest.mark.parametrize("name", LOCAL)
+@pytest.mark.parametrize("name", often(LOCAL, ["sound", "nequip"]))
 def test_a_domain_gives_the_numbers_of_the_potential(name: str, kernels: Path) -> None:
     """Alone, and with a fifth of the edges beginning at rows that come by exchange."""
     potential = make_potential(ELEMENTS, **MODELS[name])

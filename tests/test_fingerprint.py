@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from ase import Atoms
 from ase.build import bulk
-from conftest import DEMO, make_potential
+from conftest import ETHANOL, make_potential
 
 from gossamer.checks.source import find_sources
 from gossamer.data import fingerprint
@@ -20,8 +20,6 @@ from gossamer.data.readers import read_structures
 from gossamer.data.store import Store, write_store
 from gossamer.data.structure import Structure
 from gossamer.potential_file import load, save
-
-ETHANOL = DEMO / "ethanol_500K.extxyz.xz"
 
 
 def structure(atoms: Atoms) -> Structure:

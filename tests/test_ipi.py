@@ -104,6 +104,7 @@ class TestIPI:
         with pytest.raises(ValueError, match="not finite"):
             driver(10 * np.eye(3), np.zeros((8, 3)))
 
+    @pytest.mark.thorough
     def test_path_integrals_of_the_example(self, tmp_path: Path) -> None:
         """examples/ipi as it stands but for its length: i-PI's mean energy of the beads is that of the beads that it wrote."""
         for file in (ROOT / "examples" / "ipi").iterdir():

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import often
 
 from gossamer.checks.judge import judge
 from gossamer.checks.judge_page import write_page
@@ -49,7 +50,7 @@ def browser() -> Any:
     found.quit()
 
 
-@pytest.mark.parametrize(("width", "height"), [(390, 844), (1280, 900)])
+@pytest.mark.parametrize(("width", "height"), often([(390, 844), (1280, 900)], [(390, 844)]))
 def test_page_in_a_browser(browser: Any, width: int, height: int, tmp_path: Path) -> None:
     from selenium.webdriver.common.by import By
 

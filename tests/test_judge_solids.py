@@ -17,7 +17,7 @@ from ase.calculators.morse import MorsePotential
 from ase.calculators.tersoff import Tersoff, TersoffParameters
 from ase.neighborlist import neighbor_list
 from broken_calculators import Defect, by_name, candidate_of
-from conftest import shared_data
+from conftest import often, shared_data
 
 from gossamer.checks import (
     crystals,
@@ -174,7 +174,7 @@ def test_conductivity_references_are_read() -> None:
     assert table[mgo.info["mp_id"]]["kappa"] == pytest.approx(47.9, abs=0.1)
 
 
-@pytest.mark.parametrize("compact", [True, False])
+@pytest.mark.parametrize("compact", often([True, False], [True]))
 def test_transport_is_that_of_phono3py(compact: bool) -> None:
     """Third-order force constants of no symmetry between two unlike atoms, in a supercell with several images at equal distance.
 

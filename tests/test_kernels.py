@@ -199,8 +199,10 @@ def run(convolution: Convolution, features, harmonics, x, table, edge_index) -> 
 
 
 @pytest.mark.parametrize(
-    ("name", "dtype"), [*((n, torch.float64) for n in CONVOLUTIONS), ("odd channels", torch.float32), ("l 1, both parities", torch.float32)]
-)
+    ("name", "dtype"),
+    often([*((n, torch.float64) for n in CONVOLUTIONS), ("odd channels", torch.float32), ("l 1, both parities", torch.float32)],
+          [("vectors", torch.float64), ("scalars", torch.float64), ("l 1, both parities", torch.float64), ("odd channels", torch.float32)]),
+)  # fmt: skip
 def test_kernel_is_its_definition(name: str, dtype: torch.dtype) -> None:
     convolution = CONVOLUTIONS[name]()
     features, harmonics, x, table, edge_index = inputs_of(convolution, dtype)
@@ -255,7 +257,7 @@ def test_tables_of_pairs_with_kinks(bytes_for_pairs: int, monkeypatch: pytest.Mo
 
 def test_threads_change_nothing() -> None:
     convolution = nequip_convolution(1, False, [16, 8])
-    arguments = inputs_of(convolution, torch.float32)
+    arguments = inputs_of(convolution, torch.float64)
     one = run(convolution, *arguments)
     torch.set_num_threads(2)
     try:
@@ -313,9 +315,10 @@ def test_potential_with_kernels(name: str, ethanol: Atoms, crystal: Atoms, slab:
 
 
 OFTEN = ["sound", "sound-global", "direct", "nequip", "nequip-l3-pairs", "nequip-parity", "geodite", "painn", "schnet"]
+"""networks whose kernels are built in seconds"""
 
 
-@pytest.mark.parametrize("name", [n if n in OFTEN else pytest.param(n, marks=pytest.mark.slow) for n in NAMES])
+@pytest.mark.parametrize("name", [*often(OFTEN, ["sound"]), *(pytest.param(n, marks=pytest.mark.slow) for n in NAMES if n not in OFTEN)])
 def test_physics_with_kernels(name: str, ethanol: Atoms, crystal: Atoms) -> None:
     _, quick = pair(name)
     for atoms in (ethanol, crystal):
@@ -673,7 +676,7 @@ def test_logging_is_quiet(ethanol: Atoms, caplog: pytest.LogCaptureFixture) -> N
 # --- training --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["odd channels", "first layer", "scalars", "l 1, both parities"])
+@pytest.mark.parametrize("name", often(["odd channels", "first layer", "scalars", "l 1, both parities"], ["odd channels", "scalars"]))
 def test_edge_kernel_has_right_second_derivatives(name: str) -> None:
     convolution = CONVOLUTIONS[name]()
     key = ops.register(convolution, torch.float64, edge_weights=True)
@@ -698,7 +701,7 @@ def test_edge_kernel_has_right_second_derivatives(name: str) -> None:
 @pytest.mark.parametrize(
     "name",
     [
-        *often(["leignn", "nequip", "painn", "schnet"], ["nequip"]),
+        *often(["leignn", "nequip", "painn", "schnet"], ["leignn"]),
         pytest.param("mace", marks=pytest.mark.slow),
         pytest.param("sevennet", marks=pytest.mark.slow),
     ],

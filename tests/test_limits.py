@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from ase import Atoms
-from conftest import DEMO, DIRECT, MODELS, make_potential
+from conftest import DIRECT, ETHANOL, MODELS, make_potential, often
 from safetensors.torch import load_file
 
 from gossamer.checks.conservation import force_gradient_error
@@ -141,7 +141,7 @@ def test_two_atoms_repel_each_other_and_nothing_else(name: str, ethanol: Atoms) 
         assert np.abs(forces[beyond]).max() < 1e-9
 
 
-@pytest.mark.parametrize("name", [n if n in FEW else pytest.param(n, marks=pytest.mark.thorough) for n in GUARDED if n not in DIRECT])
+@pytest.mark.parametrize("name", often([n for n in GUARDED if n not in DIRECT], ["sound"]))
 def test_forces_are_the_gradient_beyond_the_data(name: str, ethanol: Atoms) -> None:
     """A pair nearer than any, and atoms with few neighbours."""
     calc = Calculator(limited(name, ethanol)[0], way="plain", skin=0.0)
@@ -153,7 +153,7 @@ def test_forces_are_the_gradient_beyond_the_data(name: str, ethanol: Atoms) -> N
         assert force_gradient_error(calc, atoms, step=1e-3, n_atoms=3) < 1e-6 * max(1.0, float(np.abs(atoms.get_forces()).max()))
 
 
-@pytest.mark.parametrize("name", FEW)
+@pytest.mark.parametrize("name", often(FEW, ["sound"]))
 def test_an_atom_leaves_without_a_jump(name: str, ethanol: Atoms) -> None:
     potential, _ = limited(name, ethanol)
 
@@ -167,7 +167,7 @@ def test_an_atom_leaves_without_a_jump(name: str, ethanol: Atoms) -> None:
         assert refined_jump(along, places, order)[0] < 5e-2, order
 
 
-@pytest.mark.parametrize("name", FEW)
+@pytest.mark.parametrize("name", often(FEW, ["sound"]))
 def test_all_ways_agree_beyond_the_data(name: str, ethanol: Atoms, kernels: Path) -> None:
     """Kernels, and what is traced for compilers, where every edge is computed."""
     potential, frames = limited(name, ethanol)
@@ -198,7 +198,7 @@ def test_training_is_as_before_and_the_file_keeps_the_limits(tmp_path: Path) -> 
     for radius in ("data", 0.8):
         out = tmp_path / str(radius)
         settings = {
-            "data": {"train": str(DEMO / "ethanol_500K.extxyz.xz"), "valid_size": 10, "train_size": 30},
+            "data": {"train": ETHANOL, "valid_size": 10, "train_size": 30},
             "model": {"name": "leignn", "num_features": 8, "num_layers": 2, "cutoff": 4.0}, "potential": {"zbl_radius": radius},
             "training": {"steps": 6, "batch_size": 8, "valid_every": 3}, "out": str(out),
         }  # fmt: skip

@@ -104,6 +104,7 @@ def test_a_thermostat_holds_and_follows_a_ramp(potential: Potential, tmp_path: P
     assert seen[-3:].mean() == pytest.approx(200 + 1000 * 10 / 120, rel=0.35)
 
 
+@pytest.mark.thorough
 def test_a_resumed_batch_is_the_same(potential: Potential, files: list[str], tmp_path: Path) -> None:
     common = dict(ensemble="nve", out=tmp_path / "md")
     run(potential, files, steps=10, **common)

@@ -43,6 +43,7 @@ def findings(case: Callable[[int], str], count: int, attempt: Any) -> list[str]:
     return [f"{k}: {what}" for k in range(count) if "FINDING" in (what := attempt(case, k))]
 
 
+@pytest.mark.thorough
 def test_nonsense_for_readers(part: Callable[[str], Any], tmp_path: Path) -> None:
     case = part("fuzz").make_case(11, tmp_path)
     assert not findings(case, 250, part("common").attempt)

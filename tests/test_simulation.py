@@ -275,6 +275,7 @@ def test_direct_forces_warn(tmp_path: Path, caplog: pytest.LogCaptureFixture) ->
     assert "not the gradient of an energy" in caplog.text
 
 
+@pytest.mark.thorough
 def test_a_ramp_changes_the_temperature_and_resumes(tmp_path: Path) -> None:
     for ensemble in ("langevin", "nose-hoover"):
         options = MDConfig(
@@ -330,6 +331,7 @@ def test_two_runs_on_one_folder_are_refused(tmp_path: Path) -> None:
         relax(EMT(), bulk("Cu"), out=tmp_path / "r.extxyz")
 
 
+@pytest.mark.thorough
 def test_runs_of_earlier_versions_resume(tmp_path: Path) -> None:
     """States said "compiled" where they say "way" today, and had no ramps."""
     potential = make_potential(["Ar"], dtype=torch.float32, cutoff=5.0)
@@ -424,7 +426,7 @@ def test_relax_positions_and_cell(tmp_path: Path) -> None:
     assert not relax(EMT(), atoms, fmax=1e-6, steps=2)["converged"]
 
 
-@pytest.mark.parametrize("optimizer", ["fire", "lbfgs"])
+@pytest.mark.parametrize("optimizer", often(["fire", "lbfgs"], ["fire"]))
 @pytest.mark.parametrize("cell", often([False, True], [True]))
 def test_resumed_relaxation_is_exact(optimizer: str, cell: bool, tmp_path: Path) -> None:
     atoms = bulk("Cu", cubic=True, a=3.75)

@@ -12,7 +12,7 @@ from ase import Atoms
 from ase.build import bulk, molecule
 from ase.calculators.emt import EMT
 from ase.io import read, write
-from conftest import make_potential, often
+from conftest import make_potential
 from test_kernels import needs_compiler
 from test_uncertainty import measured, walk
 
@@ -150,7 +150,7 @@ class TestTorchSim:
         torch.testing.assert_close(out["forces"], final.forces, rtol=0, atol=1e-8)
 
     @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # TorchSim's imports
-    @pytest.mark.parametrize("cell", often([False, True], [True]))
+    @pytest.mark.parametrize("cell", [pytest.param(cell, marks=pytest.mark.thorough) for cell in (False, True)])
     def test_many_structures_relax_at_once(self, cell: bool, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
         potential = make_potential(ELEMENTS, name="schnet")
         save(potential, tmp_path / "p.safetensors", check=[as_structure(bulk("Si"))])

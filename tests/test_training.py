@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import DEMO, make_potential
+from conftest import DEMO, ETHANOL, make_potential, often
 from conftest import MODELS as VARIANTS
 from safetensors.torch import load_file, save_file
 
@@ -42,7 +42,6 @@ from gossamer.training.optim import EMA, Clipper, Schedule, ScheduleConfig, make
 from gossamer.training.process_group import shares
 from gossamer.training.progress import expected_error
 
-ETHANOL = str(DEMO / "ethanol_500K.extxyz.xz")
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
@@ -325,7 +324,7 @@ def test_early_stopping(tmp_path: Path) -> None:
 
 
 def test_direct_forces_train(tmp_path: Path) -> None:
-    config = settings(tmp_path / "run", steps=60)
+    config = settings(tmp_path / "run", steps=6, valid_every=6)
     config["model"]["direct_forces"] = True
     results = train(config, progress=False)
     assert results["valid"]["conservative_forces"] is False
@@ -453,7 +452,7 @@ def timed(out: Path, **training) -> dict:
     return settings(out, minutes=0.5, schedule={"warmup_steps": 5, "final": 0.01}, **training)
 
 
-@pytest.mark.parametrize("tick", [0.2, 0.8])
+@pytest.mark.parametrize("tick", often([0.2, 0.8], [0.8]))
 def test_a_run_of_a_given_time_ends_with_it(tick: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a machine four times slower there are a quarter of the steps, and the learning rate has come down all the same."""
     monkeypatch.setitem(loop.CLOCKS, "wall", Clock(tick))
@@ -488,6 +487,7 @@ def test_slow_validation_comes_less_often(tmp_path: Path, monkeypatch: pytest.Mo
     assert results["seconds"] <= 30 + 3
 
 
+@pytest.mark.thorough
 def test_time_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What was used before a stop counts."""
     monkeypatch.setitem(loop.CLOCKS, "wall", Clock(0.4))
@@ -525,7 +525,7 @@ def test_schedule_and_average_by_time() -> None:
 
 def test_fit_needs_no_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(loop.CLOCKS, "wall", Clock(0.05))
-    results = fit(ETHANOL, out=tmp_path / "fit", minutes=0.1, progress=False)
+    results = fit(str(DEMO / "ethanol_500K.extxyz.xz"), out=tmp_path / "fit", minutes=0.1, progress=False)
     assert results["valid"]["forces_mae_meV_per_A"] < 700
     assert load_config(tmp_path / "fit" / "config.yaml").training.minutes == 0.1
     # the frames kept aside are there, and are no training frames
