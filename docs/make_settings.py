@@ -15,8 +15,8 @@ from gossamer.potential import PotentialConfig
 from gossamer.screening.config import MachineConfig, ScreenConfig
 from gossamer.settings import describe
 from gossamer.simulation.options import LearnConfig, MDConfig, RelaxConfig
+from gossamer.training.config import TrainingConfig
 from gossamer.training.finetune import FineTuneConfig
-from gossamer.training.loop import TrainingConfig
 from gossamer.training.losses import LossConfig
 from gossamer.training.optim import ScheduleConfig
 

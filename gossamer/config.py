@@ -14,8 +14,8 @@ from gossamer.models import DEFAULT, MODELS, ModelConfig
 from gossamer.potential import PotentialConfig
 from gossamer.potential_file import read_manifest
 from gossamer.settings import build, settings, to_dict
+from gossamer.training.config import TrainingConfig
 from gossamer.training.finetune import FineTuneConfig, merge_model
-from gossamer.training.loop import TrainingConfig
 from gossamer.training.losses import LossConfig
 
 

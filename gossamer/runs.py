@@ -28,8 +28,9 @@ from gossamer.potential import DTYPES, Potential
 from gossamer.potential_file import as_potential, load, read_manifest, save, save_again
 from gossamer.settings import to_dict
 from gossamer.training.finetune import Concatenated, adapt_statistics, choose_replay, choose_weights, merge_adapters, transfer_weights
-from gossamer.training.loop import State, finished, load_state, make_state, run_training
+from gossamer.training.loop import finished, run_training
 from gossamer.training.process_group import ProcessGroup, log_of_rank, restarted, start_process_group
+from gossamer.training.state import State, load_state, make_state
 
 log = logging.getLogger(__name__)
 POTENTIAL = "potential.safetensors"

@@ -243,7 +243,7 @@ def test_other_wrong_files(tmp_path: Path, capsys: pytest.CaptureFixture) -> Non
 
 
 def test_inspection_exit_status(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    frames = ase.io.read(_unpacked(tmp_path), ":60")
+    frames = ase.io.read(ETHANOL, ":60")
     for atoms in frames:
         atoms.calc.results["energy"] /= 27.2114
     ase.io.write(tmp_path / "wrong.extxyz", frames)
@@ -256,13 +256,6 @@ def test_inspection_exit_status(tmp_path: Path, capsys: pytest.CaptureFixture) -
     assert json.loads(out)["error"] in err
     status, out, _ = run("data", "inspect", tmp_path / "wrong.extxyz", "--json", capsys=capsys)
     assert json.loads(out)["ok"] is False
-
-
-def _unpacked(tmp_path: Path) -> Path:
-    import lzma
-
-    (tmp_path / "ethanol.extxyz").write_bytes(lzma.decompress(Path(ETHANOL).read_bytes()))
-    return tmp_path / "ethanol.extxyz"
 
 
 def test_wrong_use_of_a_potential(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

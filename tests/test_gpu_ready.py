@@ -25,10 +25,12 @@ from gossamer.nn.attention import Attention
 from gossamer.potential import Potential
 from gossamer.simulation.calculator import Calculator
 from gossamer.training import recorded
-from gossamer.training.loop import TrainingConfig, gradients, make_state, train_step
+from gossamer.training.config import TrainingConfig
+from gossamer.training.loop import train_step
 from gossamer.training.losses import LossConfig, loss_counts
 from gossamer.training.process_group import start_process_group
 from gossamer.training.recorded import flat
+from gossamer.training.state import gradients, make_state
 
 ELEMENTS = ["H", "C", "O", "Si"]
 

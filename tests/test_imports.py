@@ -19,7 +19,8 @@ import torch
 from torch import nn
 
 from gossamer.imports.contract import ImportOptions
-from gossamer.imports.inert import Inert, Tree, loads, modules_of, open_tree, tensors_of
+from gossamer.imports.inert import Tree, modules_of, open_tree, tensors_of
+from gossamer.imports.pickle_machine import Inert, loads
 from gossamer.imports.verify import ask_reference
 
 
@@ -285,9 +286,9 @@ def test_members_that_lie_upon_one_another_are_refused(tmp_path: Path) -> None:
 
 def test_every_operation_of_pickles_is_known_or_refused() -> None:
     """None falls through to something that Python would do."""
-    from gossamer.imports import inert
+    from gossamer.imports import pickle_machine
 
-    known = {*inert._VALUES, *inert._STEPS, "PROTO", "FRAME", "STOP"}
+    known = {*pickle_machine._VALUES, *pickle_machine._STEPS, "PROTO", "FRAME", "STOP"}
     refused = {o.name for o in pickletools.opcodes} - known
     assert refused == {"PERSID", "EXT1", "EXT2", "EXT4", "NEXT_BUFFER", "READONLY_BUFFER"}
 

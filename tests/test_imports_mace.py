@@ -12,7 +12,8 @@ from ase.build import molecule
 
 from gossamer.imports import mace
 from gossamer.imports.contract import ImportOptions
-from gossamer.imports.inert import Inert, Tree
+from gossamer.imports.inert import Tree
+from gossamer.imports.pickle_machine import Inert
 from gossamer.models.base import DataFacts
 from gossamer.models.mace import MACE, MACEConfig, couplings, monomials
 

@@ -558,7 +558,7 @@ def test_chains_hold_the_temperature_asked_for(tmp_path: Path) -> None:
     from ase.build import bulk
     from ase.calculators.emt import EMT
 
-    from gossamer.simulation.md import degrees_of_freedom
+    from gossamer.simulation.guard import degrees_of_freedom
 
     atoms = bulk("Cu", cubic=True)
     assert (degrees_of_freedom(atoms, "langevin"), degrees_of_freedom(atoms, "nose-hoover")) == (12, 9)
@@ -601,7 +601,7 @@ def test_a_molecule_in_nose_hoover_chains_does_not_rotate(tmp_path: Path, caplog
     from ase.cluster import Octahedron
     from ase.md.velocitydistribution import thermalize_momenta
 
-    from gossamer.simulation.md import degrees_of_freedom, rotates
+    from gossamer.simulation.guard import degrees_of_freedom, rotates
 
     start = Octahedron("Cu", 2)
     settings: dict[str, Any] = {"temperature": 300, "steps": 100, "timestep": 2.0, "interval": 10, "progress": False}

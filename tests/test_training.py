@@ -34,7 +34,7 @@ from gossamer.fitting import compile_pays, fit
 from gossamer.models import MODELS
 from gossamer.potential_file import load
 from gossamer.runs import evaluate, train
-from gossamer.training import loop
+from gossamer.training import loop, state
 from gossamer.training.checkpoint import read_checkpoint
 from gossamer.training.losses import LossConfig, conditional_deltas, loss_sums, penalty
 from gossamer.training.muon import orthogonalized, weight_matrices
@@ -866,6 +866,6 @@ def test_batches_keep_to_the_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize("reuse", [True, False])
 def test_the_process_keeps_its_memory_only_if_the_settings_say_so(reuse: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[bool] = []
-    monkeypatch.setattr(loop, "keep_freed_memory", lambda: asked.append(True))
-    loop.make_state(make_potential(["C", "H", "O"]), loop.TrainingConfig(reuse_memory=reuse), LossConfig())
+    monkeypatch.setattr(state, "keep_freed_memory", lambda: asked.append(True))
+    state.make_state(make_potential(["C", "H", "O"]), loop.TrainingConfig(reuse_memory=reuse), LossConfig())
     assert asked == [True] * reuse

@@ -34,8 +34,9 @@ def step_costs(which: str, data: Path, networks: list[str]) -> dict[str, float]:
 
     from gossamer.config import load_config
     from gossamer.runs import prepare_potential, read_frames
-    from gossamer.training.loop import make_state, train_step
+    from gossamer.training.loop import train_step
     from gossamer.training.process_group import start_process_group
+    from gossamer.training.state import make_state
 
     torch.set_num_threads(1)
     recipe, name, _ = SETS[which]

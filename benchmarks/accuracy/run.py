@@ -58,8 +58,9 @@ def measure(name: str, arguments: argparse.Namespace) -> dict:
     from gossamer.data.statistics import compute_statistics
     from gossamer.potential import Potential
     from gossamer.runs import train
-    from gossamer.training.loop import make_state, train_step
+    from gossamer.training.loop import train_step
     from gossamer.training.process_group import start_process_group
+    from gossamer.training.state import make_state
 
     torch.set_num_threads(arguments.threads)
     label = f"{name}-{'direct' if arguments.direct else 'conservative'}{arguments.suffix}"

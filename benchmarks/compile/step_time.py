@@ -23,8 +23,9 @@ def time_steps(config, structures: list, repeats: int) -> tuple[list[float], boo
     """CPU seconds of each of some training steps, the first ones with compilation; and whether they were compiled."""
     from gossamer.data.statistics import compute_statistics
     from gossamer.potential import Potential
-    from gossamer.training.loop import make_state, train_step
+    from gossamer.training.loop import train_step
     from gossamer.training.process_group import start_process_group
+    from gossamer.training.state import make_state
 
     size = min(len(structures), config.training.batch_size)
     potential = Potential(config.model, compute_statistics(structures, config.model.cutoff), config.potential)

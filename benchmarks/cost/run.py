@@ -57,8 +57,11 @@ def ours(kind: str):
     from gossamer.models import MODELS
     from gossamer.potential import Potential
     from gossamer.simulation.calculator import Calculator
-    from gossamer.training.loop import LossConfig, TrainingConfig, make_state, train_step
+    from gossamer.training.config import TrainingConfig
+    from gossamer.training.loop import train_step
+    from gossamer.training.losses import LossConfig
     from gossamer.training.process_group import start_process_group
+    from gossamer.training.state import make_state
 
     torch.set_num_threads(1)
     options = {

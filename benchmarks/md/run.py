@@ -30,7 +30,7 @@ from gossamer.checks import liquids
 from gossamer.checks.conservation import nve_conservation
 from gossamer.checks.run_page import Report, plot_curves, plot_traces
 from gossamer.data.readers import read_structures
-from gossamer.simulation.md import find_bonds
+from gossamer.simulation.guard import find_bonds
 
 HERE = Path(__file__).resolve().parent
 SYSTEMS: dict[str, dict[str, Any]] = {

@@ -95,8 +95,11 @@ def step_of(calculator: Calculator, atoms: Any, device: str) -> tuple[float, Any
 def training_step(model: dict[str, Any], ways: dict[str, bool], batch: list[Any], device: str) -> tuple[float, float, str]:
     """ms of a training step, MB, and what was recorded."""
     from gossamer.data.structure import Structure
-    from gossamer.training.loop import LossConfig, TrainingConfig, make_state, train_step
+    from gossamer.training.config import TrainingConfig
+    from gossamer.training.loop import train_step
+    from gossamer.training.losses import LossConfig
     from gossamer.training.process_group import start_process_group
+    from gossamer.training.state import make_state
 
     frames = [
         Structure(atomic_numbers=a.numbers, positions=a.positions, cell=a.cell.array, pbc=a.pbc, energy=0.0, forces=0.1 * a.positions)

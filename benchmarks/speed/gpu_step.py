@@ -16,9 +16,11 @@ from gossamer.data.readers import read_structures
 from gossamer.data.statistics import compute_statistics
 from gossamer.potential import Potential
 from gossamer.timing import fastest
-from gossamer.training.loop import LossConfig, TrainingConfig, make_state, train_step
-from gossamer.training.losses import loss_counts
+from gossamer.training.config import TrainingConfig
+from gossamer.training.loop import train_step
+from gossamer.training.losses import LossConfig, loss_counts
 from gossamer.training.process_group import start_process_group
+from gossamer.training.state import make_state
 
 
 def main() -> None:

@@ -35,8 +35,11 @@ def ours(model: dict[str, Any], compiled: bool) -> tuple[Callable[[str], Callabl
     from gossamer.data.structure import Structure
     from gossamer.engine.memory import keep_freed_memory
     from gossamer.potential import Potential
-    from gossamer.training.loop import LossConfig, TrainingConfig, make_state, train_step
+    from gossamer.training.config import TrainingConfig
+    from gossamer.training.loop import train_step
+    from gossamer.training.losses import LossConfig
     from gossamer.training.process_group import start_process_group
+    from gossamer.training.state import make_state
 
     keep_freed_memory()
     symbols = list(ELEMENTS.values())

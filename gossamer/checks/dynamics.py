@@ -28,7 +28,8 @@ from gossamer.checks.candidate import Candidate, enlarged
 from gossamer.checks.result import Curve, Metric, Panel, Result, at_least, at_most, attempt, conclude, curve, measured
 from gossamer.data.atoms import read_frames
 from gossamer.files import atomic_path, write_json
-from gossamer.simulation.md import bring_to_rest, degrees_of_freedom, find_bonds, md
+from gossamer.simulation.guard import degrees_of_freedom, find_bonds
+from gossamer.simulation.md import bring_to_rest, md
 
 log = logging.getLogger(__name__)
 Array = NDArray[np.float64]

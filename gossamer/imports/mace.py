@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from gossamer.imports.contract import ImportOptions, Known, Weights, choose, chosen_elements, foreign_statistics, keep_elements
-from gossamer.imports.inert import Inert, Tree, module_state, modules_of, tensors_of
+from gossamer.imports.inert import Tree, module_state, modules_of, tensors_of
+from gossamer.imports.pickle_machine import Inert
 from gossamer.models.mace import AGNESI, MACE, SOFT_STEEPNESS, MACEConfig, couplings, monomials
 from gossamer.nn.layers import UNIT_SILU
 from gossamer.potential import Potential, PotentialConfig

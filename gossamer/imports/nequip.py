@@ -27,7 +27,8 @@ from gossamer.imports.contract import (
     short,
     texts,
 )
-from gossamer.imports.inert import Inert, Tree, module_state, modules_of, tensors_of
+from gossamer.imports.inert import Tree, module_state, modules_of, tensors_of
+from gossamer.imports.pickle_machine import Inert
 from gossamer.models import NequIP, NequIPConfig
 from gossamer.nn.zbl import COULOMB
 from gossamer.potential import Potential, PotentialConfig

@@ -14,7 +14,8 @@ from ase.data import chemical_symbols
 from torch import Tensor
 
 from gossamer.imports.contract import ImportOptions, Known, Weights, choose, foreign_statistics, given
-from gossamer.imports.inert import Inert, Tree, module_state, modules_of, tensors_of
+from gossamer.imports.inert import Tree, module_state, modules_of, tensors_of
+from gossamer.imports.pickle_machine import Inert
 from gossamer.models import PaiNNConfig, SchNetConfig
 from gossamer.potential import Potential, PotentialConfig
 

@@ -25,19 +25,10 @@ from gossamer.files import locked
 from gossamer.potential import Potential
 from gossamer.signals import StopRequested
 from gossamer.simulation.batched import batches
-from gossamer.simulation.md import (
-    Guard,
-    Recorder,
-    SimulationBroken,
-    give_velocities,
-    read_state,
-    run_settings,
-    state_of,
-    stored_settings,
-    thermostat_temperature,
-    write_broken,
-)
+from gossamer.simulation.guard import Guard, SimulationBroken
+from gossamer.simulation.md import give_velocities, thermostat_temperature
 from gossamer.simulation.options import MDConfig
+from gossamer.simulation.recorder import Recorder, read_state, run_settings, state_of, stored_settings, write_broken
 from gossamer.simulation.state import put_back_atoms
 from gossamer.simulation.torchsim import TorchSimModel
 from gossamer.simulation.uncertain import UncertainError

@@ -9,225 +9,34 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing, nullcontext
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from gossamer.data.dataset import Subset
 from gossamer.data.structure import Structure
-from gossamer.engine.engine import Engine
-from gossamer.engine.memory import keep_freed_memory
 from gossamer.evaluation import Evaluation, evaluate_potential
 from gossamer.graph import Graph
-from gossamer.models import MODELS
-from gossamer.potential import Potential, PotentialConfig, Prediction
-from gossamer.potential_file import model_settings
+from gossamer.potential import Potential
 from gossamer.quantities import QUANTITIES
-from gossamer.settings import build, settings, to_dict
 from gossamer.signals import StopRequested
-from gossamer.training.checkpoint import load_optimizer, optimizer_tensors, read_checkpoint, save_checkpoint
-from gossamer.training.compiled import CompiledForward
+from gossamer.training.config import TrainingConfig
 from gossamer.training.loader import NeighborLists, epoch_batches, graphs
-from gossamer.training.losses import LossConfig, loss_counts, loss_sums
-from gossamer.training.optim import EMA, Clipper, Schedule, ScheduleConfig, make_optimizer, set_rate
+from gossamer.training.losses import LossConfig, loss_counts
+from gossamer.training.optim import set_rate
 from gossamer.training.process_group import ProcessGroup, shares
 from gossamer.training.progress import Bar, Log
-from gossamer.training.recorded import Gradients, RecordedGradients, RecordedUpdate
+from gossamer.training.state import State, make_state, save_state  # noqa: F401 - make_state is for loops of your own, beside train_step
 
 log = logging.getLogger(__name__)
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 TIMED_PARTS = 15
 """a run of a given time is validated this many times, or less often where validating takes long"""
-
-
-@settings
-class TrainingConfig:
-    """How the weights are found."""
-
-    steps: Annotated[int, Field(gt=0)] = 10_000
-    """Optimiser steps; not used where ``minutes`` is given."""
-    minutes: Annotated[float, Field(gt=0)] | None = None
-    """Train for this long instead of a number of steps: learning rate and average of the weights follow the clock and end with it.
-    How many steps that makes depends on the machine and its load, so two such runs are not equal bit by bit."""
-    clock: Literal["wall", "cpu"] = "wall"
-    """What ``minutes`` counts: time on the wall, or CPU time of this process (where other jobs shall not count)."""
-    batch_size: Annotated[int, Field(gt=0)] = 8
-    """Structures per step, over all processes."""
-    batch_atoms: Annotated[int, Field(gt=0)] | None = None
-    """At most this many atoms per step; whichever limit is reached first counts."""
-    batch_edges: Annotated[int, Field(gt=0)] | None = None
-    """At most this many edges (pairs within the cutoff, both directions) per step: they decide time and memory."""
-    learning_rate: Annotated[float, Field(gt=0)] = 5e-3
-    """Largest learning rate, reached after the warm-up."""
-    optimizer: Literal["muon", "adamw"] = "muon"
-    """"muon" makes the steps of weight matrices orthogonal and leaves the rest to AdamW: force errors a tenth to a half
-    smaller after as many steps (benchmarks/accuracy). Learning rates are the same for both."""
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    """Decoupled decay of weight matrices; biases and element tables are never decayed."""
-    amsgrad: bool = True
-    """Use the AMSGrad variant (Reddi et al., arXiv:1904.09237) for what goes by AdamW, as LEIGNN's authors did."""
-    schedule: ScheduleConfig = ScheduleConfig()
-    """How the learning rate goes after the warm-up."""
-    ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.999
-    """Decay of the averaged weights, which are validated and saved; with ``minutes``, where the run is too short for it, an average over
-    the last twentieth of the steps."""
-    clip_norm: Annotated[float, Field(gt=0)] | None = 10.0
-    """Largest norm of the gradient; None does not clip."""
-    zclip: Annotated[float, Field(gt=0)] | None = None
-    """Also cut norms that lie this many standard deviations above their running mean (ZClip; Geodite: 2.5)."""
-    dtype: Literal["float32", "float64"] = "float32"
-    """Precision of the weights; energies are summed in float64 in any case."""
-    device: str = "auto"
-    """"auto" takes a GPU if there is one; else "cpu", "cuda", "cuda:1" ..."""
-    seed: int = 0
-    """Seed of the weights and of the order of the batches."""
-    valid_every: Annotated[int, Field(gt=0)] = 500
-    """Steps between validations, which also save a checkpoint; with ``minutes``, fifteen validations, fewer where they take long."""
-    checkpoint_every: Annotated[int, Field(gt=0)] = 500
-    """Steps between checkpoints; with ``minutes``, one is written at every validation and at least once a minute."""
-    early_stopping: Annotated[int, Field(gt=0)] | None = None
-    """Stop after this many validations without improvement; None never does."""
-    compile: bool = False
-    """Compile the training step (half a minute to two minutes once, then 2 to 4 times faster); checked against the plain one."""
-    kernels: bool = True
-    """Pass messages by kernels, on CPUs with a C++ compiler (built once, in seconds), on GPUs where faster; checked against the plain
-    step."""
-    cuda_graphs: bool = True
-    """Record steps of small batches as CUDA graphs where there is a GPU; checked against the plain step."""
-    reuse_memory: bool = True
-    """Let this process keep large blocks of memory that it frees (a third of the time on Linux); concerns the whole process, as
-    ``Calculator(reuse_memory=...)`` does."""
-    uncertainty: bool = True
-    """At the end measure how wrong the potential may be (docs/uncertainty.md), on training and validation frames: seconds."""
-    timeout: Annotated[float, Field(gt=0)] = 30.0
-    """Minutes after which processes under torchrun give up waiting for one that hangs."""
-    tensorboard: bool = False
-    """Also log to TensorBoard (needs the package tensorboard)."""
-    wandb: bool = False
-    """Also log to Weights & Biases (needs the package wandb)."""
-
-
-@dataclass
-class State:
-    """All that a training run carries from one step to the next."""
-
-    potential: Potential
-    ema: EMA
-    optimizer: torch.optim.Optimizer
-    schedule: Schedule
-    clipper: Clipper
-    forward: CompiledForward
-    """energies, forces and stress of a batch: plain, with kernels, or compiled"""
-    differentiate: Callable[[Graph, Tensor], Gradients]
-    """loss and gradients of a batch by it, or recorded"""
-    update: Callable[[], None]
-    """the optimiser's step"""
-    averaged: Engine
-    """evaluates the averaged weights"""
-    step: int = 0
-    epoch: int = 0
-    batch: int = 0
-    """batches of this epoch already used"""
-    best: float = math.inf
-    stale: int = 0
-    """validations since the best one"""
-    seconds: float = 0.0
-    """of the whole run so far, by the clock of the settings: data, steps, validation"""
-    first_seconds: float = 0.0
-    """of these, up to the end of the first step, which compiles"""
-    step_seconds: float = 0.0
-    """of these, in steps, without the first one after a start"""
-    timed_steps: int = 0
-    """how many steps these were"""
-    validated_at: float = 0.0
-    """``seconds`` after the last validation"""
-    valid_seconds: float = 0.0
-    """how long it took"""
-    totals: dict[str, list[float]] = field(default_factory=lambda: {k: [0.0, 0.0] for k in QUANTITIES})
-    """penalty sums and counts since the last log row"""
-
-
-SCALARS = (
-    "step",
-    "epoch",
-    "batch",
-    "best",
-    "stale",
-    "seconds",
-    "first_seconds",
-    "step_seconds",
-    "timed_steps",
-    "validated_at",
-    "valid_seconds",
-    "totals",
-)
-"""what a checkpoint holds of the state as plain numbers"""
-
-
-def make_state(potential: Potential, config: TrainingConfig, loss: LossConfig) -> State:
-    """A fresh state around a potential."""
-    if config.reuse_memory:
-        keep_freed_memory()
-    optimizer = make_optimizer(potential.network, config.optimizer, config.learning_rate, config.weight_decay, config.amsgrad)
-    schedule = Schedule(config.schedule, config.learning_rate, config.steps)
-    ema = EMA(potential, config.ema_decay)
-    forward, differentiate, update = make_steps(potential, optimizer, config, loss)
-    return State(
-        potential=potential,
-        ema=ema,
-        averaged=Engine(ema.module, "auto" if config.kernels else "plain", weights_change=True),
-        optimizer=optimizer,
-        schedule=schedule,
-        clipper=Clipper(config.clip_norm, config.zclip),
-        forward=forward,
-        differentiate=differentiate,
-        update=update,
-    )
-
-
-def make_steps(
-    potential: Potential, optimizer: torch.optim.Optimizer, config: TrainingConfig, loss: LossConfig
-) -> tuple[CompiledForward, Callable[[Graph, Tensor], Gradients], Callable[[], None]]:
-    """How predictions of a batch come about, loss and gradients, and the optimiser's step."""
-    parameters = [p for p in potential.network.parameters() if p.requires_grad]
-    on_gpu = potential.device.type == "cuda"
-    recorded = config.cuda_graphs and on_gpu and not (loss.extras or loss.free_atoms_only or potential.long_ranged)
-    forward = CompiledForward(
-        potential, loss.forces > 0, loss.stress > 0, compile=config.compile, kernels=config.kernels, timed=on_gpu and not recorded
-    )
-
-    def way(predict: Callable[[Graph], Prediction]) -> Callable[[Graph, Tensor], Gradients]:
-        return lambda graph, counts: gradients(predict(graph), graph, counts, loss, potential.statistics.spreads, parameters)
-
-    if not recorded:
-        return forward, way(forward), optimizer.step
-    differentiate = RecordedGradients([way(forward), way(forward.plain)], potential.cutoff, potential.dtype)
-    return forward, differentiate, RecordedUpdate(optimizer, parameters, potential.dtype)
-
-
-def gradients(
-    prediction: Prediction, graph: Graph, counts: Tensor, loss: LossConfig, spreads: Mapping[str, float] | None, parameters: list[Tensor]
-) -> Gradients:
-    """The loss of a batch, this process's share of it, and how it changes with the weights.
-
-    Args:
-        prediction: Of the batch.
-        graph: With labels.
-        counts: (n_quantities,) terms in each sum of penalties, over all processes.
-        loss: Weights and penalties.
-        spreads: As for ``loss_sums``.
-        parameters: What is differentiated by.
-    """
-    sums = torch.stack(list(loss_sums(prediction, graph, loss, spreads).values()))
-    total = torch.stack([weight * value for weight, value in zip(loss.weights().values(), sums / counts.clamp(min=1), strict=True)]).sum()
-    return Gradients(total.detach(), sums.detach(), list(torch.autograd.grad(total, parameters, allow_unused=True)))
 
 
 def train_step(state: State, graph: Graph, loss: LossConfig, config: TrainingConfig, group: ProcessGroup) -> float:
@@ -299,60 +108,6 @@ def validation_loss(evaluation: Evaluation, loss: LossConfig) -> float:
     """Weighted sum of mean absolute errors (eV/atom, eV/Å, eV/Å³): the number that picks the best weights."""
     errors = {name: evaluation.errors[name] for name in loss.weights()}
     return sum(loss.weights()[name] * e.mae / e.factor for name, e in errors.items() if e.count)
-
-
-# --- checkpoints --------------------------------------------------------------------------------------------------
-
-
-def save_state(state: State, path: Path, identity: dict[str, Any]) -> None:
-    """Write a checkpoint; ``identity`` is compared when it is read back."""
-    tensors = {f"network.{k}": v for k, v in state.potential.network.state_dict().items()}
-    tensors |= {f"ema.{k}": v for k, v in state.ema.module.network.state_dict().items()}
-    tensors |= optimizer_tensors(state.optimizer)
-    tensors["rng"] = torch.get_rng_state()
-    scalars = {k: getattr(state, k) for k in SCALARS}
-    extra = {"schedule": state.schedule.state(), "clipper": state.clipper.state(), "ema_updates": state.ema.updates, "identity": identity}
-    save_checkpoint(path, tensors, {**scalars, **extra})
-
-
-def load_state(state: State, path: Path, identity: dict[str, Any]) -> None:
-    """Continue from a checkpoint.
-
-    Raises:
-        ValueError: it belongs to other settings or other data, or to an older version of the network.
-    """
-    tensors, stored = read_checkpoint(path)
-    before = with_defaults(stored["identity"])
-    differing = sorted(k for k in identity if before.get(k) != identity[k])
-    if differing:
-        raise ValueError(
-            f"The checkpoint '{path}' belongs to another run: {', '.join(differing)} differ. Resume with the settings and data it was "
-            "made with, or choose another folder (out)."
-        )
-    weights = {k[8:]: v for k, v in tensors.items() if k.startswith("network.")}
-    if weights.keys() != state.potential.network.state_dict().keys():  # the optimiser's state would go to the wrong ones
-        raise ValueError(
-            f"The checkpoint '{path}' was written by an older gossamer, whose network named its weights otherwise. Finish the run with "
-            "that version, or fine-tune its potential.safetensors (finetune.start), which this one reads."
-        )
-    state.potential.network.load_state_dict(weights)
-    state.ema.module.network.load_state_dict({k[4:]: v for k, v in tensors.items() if k.startswith("ema.")})
-    load_optimizer(state.optimizer, tensors)
-    torch.set_rng_state(tensors["rng"])
-    for name in SCALARS:
-        setattr(state, name, stored.get(name, getattr(state, name)))  # an older gossamer kept fewer
-    state.schedule.load_state(stored["schedule"])
-    state.clipper.load_state(stored["clipper"])
-    state.ema.updates = stored["ema_updates"]
-
-
-def with_defaults(identity: dict[str, Any]) -> dict[str, Any]:
-    """Settings of a checkpoint, completed by the defaults of those that came later."""
-    classes = {"training": TrainingConfig, "loss": LossConfig, "potential": PotentialConfig, "model": MODELS[identity["model"]["name"]][0]}
-    identity = {**identity, "training": {"optimizer": "adamw", **identity["training"]}}  # before there was a choice
-    identity["potential"] = {"zbl_radius": 0.8, **identity["potential"]}
-    identity["model"] = model_settings(identity)
-    return {k: to_dict(build(classes[k], v, k)) if k in classes else v for k, v in identity.items()}
 
 
 # --- the loop -----------------------------------------------------------------------------------------------------

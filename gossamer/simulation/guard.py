@@ -1,0 +1,100 @@
+"""When a simulation has left sanity: temperature, distances and bonds, and how they are counted."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+from ase import Atoms, units
+from ase.data import covalent_radii
+from numpy.typing import NDArray
+
+from gossamer.neighbors import neighbor_list
+from gossamer.simulation.options import MDConfig
+
+
+@dataclass(frozen=True)
+class Guard:
+    """When a simulation has left sanity; checked at every logged frame."""
+
+    max_temperature: float
+    """K"""
+    max_bond_stretch: float | None = None
+    """Å by which a bond of the first frame may change (molecules: 0.5); None does not watch bonds"""
+    bonds: NDArray[np.int64] = field(default_factory=lambda: np.zeros((0, 2), dtype=np.int64))
+    """(n_bonds, 2) atoms of the first frame's bonds"""
+    bond_lengths: NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
+    """(n_bonds,) Å, in the first frame"""
+    min_distance: float = 0.5
+    """closest approach, as a fraction of the sum of the covalent radii"""
+
+    @classmethod
+    def of(cls, first: Atoms, config: MDConfig) -> Guard:
+        """The guard of a run that starts with this frame."""
+        hottest = max(config.temperature, config.temperature_end or 0.0)
+        limit = 5 * hottest + 500 if config.max_temperature is None else config.max_temperature
+        bonds = find_bonds(first)
+        return cls(limit, config.max_bond_stretch, bonds, lengths_of(first, bonds))
+
+    def problem(self, atoms: Atoms) -> str | None:
+        """What is wrong with the frame, or None."""
+        if not (np.isfinite(atoms.positions).all() and np.isfinite(atoms.get_potential_energy())):
+            return "positions or energy are not finite"
+        temperature = atoms.get_temperature()
+        if not temperature <= self.max_temperature:
+            return f"temperature {temperature:.0f} K is above {self.max_temperature:.0f} K"
+        radii = covalent_radii[atoms.numbers]
+        (sender, receiver), shifts = neighbor_list(atoms.positions, atoms.cell.array, atoms.pbc, 2 * self.min_distance * radii.max() + 1e-9)
+        if len(sender):
+            lengths = np.linalg.norm(atoms.positions[sender] + shifts @ atoms.cell.array - atoms.positions[receiver], axis=1)
+            ratio = lengths / (radii[sender] + radii[receiver])
+            worst = int(ratio.argmin())
+            if ratio[worst] < self.min_distance:
+                return f"atoms {receiver[worst]} and {sender[worst]} are {lengths[worst]:.2f} Å apart"
+        if self.max_bond_stretch is not None and len(self.bonds):
+            change = np.abs(lengths_of(atoms, self.bonds) - self.bond_lengths)
+            worst = int(change.argmax())
+            if change[worst] > self.max_bond_stretch:
+                return f"bond {self.bonds[worst, 0]}-{self.bonds[worst, 1]} has changed by {change[worst]:.2f} Å"
+        return None
+
+
+def find_bonds(atoms: Atoms, factor: float = 1.25) -> NDArray[np.int64]:
+    """Pairs (n_bonds, 2) closer than ``factor`` times the sum of their covalent radii."""
+    radii = covalent_radii[atoms.numbers]
+    (sender, receiver), shifts = neighbor_list(atoms.positions, atoms.cell.array, atoms.pbc, 2 * factor * radii.max())
+    lengths = np.linalg.norm(atoms.positions[sender] + shifts @ atoms.cell.array - atoms.positions[receiver], axis=1)
+    bonded = (lengths < factor * (radii[sender] + radii[receiver])) & (receiver < sender)
+    return np.stack([receiver[bonded], sender[bonded]], axis=1)
+
+
+def lengths_of(atoms: Atoms, bonds: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Lengths in Å of the bonds, by the minimum image."""
+    from ase.geometry import find_mic
+
+    vectors = atoms.positions[bonds[:, 1]] - atoms.positions[bonds[:, 0]]
+    return find_mic(vectors, atoms.cell, atoms.pbc)[1]
+
+
+def degrees_of_freedom(atoms: Atoms, ensemble: str) -> int:
+    """3 N, less what starts at rest and stays there in all ensembles but Langevin: the centre of mass, and in a vacuum the rotation; at least 1."""
+    if ensemble == "langevin":
+        return 3 * len(atoms)
+    at_rest = 3 if atoms.pbc.any() or rotates(atoms) else min(6, len(atoms) + 3)
+    return max(1, 3 * len(atoms) - at_rest)
+
+
+def rotates(atoms: Atoms) -> bool:
+    """Whether the angular momentum about the centre of mass is more than a thousandth of what it can be: Σ L² against Σ m r² and Σ m v²."""
+    positions, momenta, masses = atoms.positions - atoms.get_center_of_mass(), atoms.get_momenta(), atoms.get_masses()[:, None]
+    most = float((masses * positions**2).sum() * (momenta**2 / masses).sum())
+    return bool((np.cross(positions, momenta).sum(axis=0) ** 2).sum() > 1e-6 * most)
+
+
+def temperature_of(atoms: Atoms, ensemble: str) -> float:
+    """2 E_kin / (degrees of freedom * k_B) in K. `Atoms.get_temperature` always counts 3 N."""
+    return float(2 * atoms.get_kinetic_energy() / (degrees_of_freedom(atoms, ensemble) * units.kB))
+
+
+class SimulationBroken(RuntimeError):
+    """The guard found a frame that has left sanity."""
