@@ -17,7 +17,7 @@ LOCAL = [name for name in MODELS if name not in (*DIRECT, *GLOBAL)]
 ELEMENTS = ["H", "C", "O"]
 
 
-@pytest.mark.parametrize("name", often(LOCAL, ["sound", "nequip"]))
+@pytest.mark.parametrize("name", often(LOCAL, ["sound"]))
 def test_a_domain_gives_the_numbers_of_the_potential(name: str, kernels: Path) -> None:
     """Alone, and with a fifth of the edges beginning at rows that come by exchange."""
     potential = make_potential(ELEMENTS, **MODELS[name])

@@ -605,7 +605,9 @@ def test_damaged_kernels_are_built_again(tmp_path: Path, monkeypatch: pytest.Mon
     assert path.read_bytes()[:4] != b"not "
 
 
-@pytest.mark.parametrize("name", [n if n in ("leignn", "painn", "schnet") else pytest.param(n, marks=pytest.mark.slow) for n in NETWORKS])
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.thorough if n in ("leignn", "painn", "schnet") else pytest.mark.slow) for n in NETWORKS]
+)
 def test_kernels_round_as_the_network_does(name: str) -> None:
     """Against float64, forces by float32 kernels are about as far off as by the network itself: splines add little to rounding."""
     usual = NETWORKS[name][0]()

@@ -510,6 +510,7 @@ def test_relaxed_files_have_the_format_of_their_name_and_nothing_stale(tmp_path:
             relax(EMT(), atoms, out=tmp_path / name)
 
 
+@pytest.mark.thorough
 def test_several_files_are_relaxed_into_a_folder(tmp_path: Path) -> None:
     for name, atoms in (("a.extxyz", bulk("Cu", a=3.5)), ("b.cif", bulk("Cu", a=3.7)), ("fe.extxyz", bulk("Fe"))):
         ase.io.write(tmp_path / name, atoms)

@@ -198,6 +198,7 @@ def test_damaged_checkpoint_points_to_the_one_before(tmp_path: Path) -> None:
     assert train(config, resume=True, progress=False)["steps"] == 20
 
 
+@pytest.mark.thorough
 def test_checkpoints_of_older_versions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a checksum, without what was added to settings and state since: they go on. With other names of weights they are refused."""
     config = settings(tmp_path / "run", steps=20)
