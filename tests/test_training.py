@@ -555,15 +555,15 @@ def test_fit_compiles_only_where_it_clearly_pays(name: str) -> None:
     assert compile_pays(name, 60)
 
 
-def test_fit_for_accuracy_takes_the_other_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fit_for_speed_takes_a_slimmer_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     chosen = []
-    monkeypatch.setattr(fitting, "train", lambda config, **options: chosen.append(config.model.name))
-    fit(ETHANOL, out=tmp_path / "fit", accuracy=True)
+    monkeypatch.setattr(fitting, "train", lambda config, **options: chosen.append((config.model.name, config.model.num_features)))
+    fit(ETHANOL, out=tmp_path / "fit", speed=True)
     fit(ETHANOL, out=tmp_path / "fit")
-    assert chosen == ["weft", "leignn"]
+    assert chosen == [("weft", 16), ("weft", 32)]
     for name in ("model", "start"):
-        with pytest.raises(ValueError, match=f"accuracy chooses the network, and {name} names one"):
-            fit(ETHANOL, out=tmp_path / "fit", accuracy=True, **{name: "nequip"})
+        with pytest.raises(ValueError, match=f"speed chooses the network, and {name} names one"):
+            fit(ETHANOL, out=tmp_path / "fit", speed=True, **{name: "nequip"})
 
 
 @pytest.mark.parametrize(("spacing", "cutoff"), [(2.0, 4.0), (2.42, 4.8), (3.5, 5.0), (9.0, 5.0)])

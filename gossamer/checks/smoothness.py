@@ -243,13 +243,16 @@ def check(candidate: Candidate) -> Result:
 
 
 def _is_double(calculator: Any, atoms: Atoms) -> bool:
-    """Whether a displacement of 1e-8 Å still changes the force smoothly, as only float64 arithmetic does."""
+    """Whether displacements of 1e-7 Å still change the force smoothly, as only float64 arithmetic does.
+
+    The way is longer than the rounding of 2.2 Å in float32, which a pair curve in float64 beside a network in float32 would hide.
+    """
     work = atoms.copy()
     work.positions[2] = work.positions[1] + [2.2, 0, 0]
     pull = np.zeros((3, 3))
     pull[2, 0] = 1.0
     try:
-        _, slopes = along(calculator, work, pull, np.linspace(0.0, 3e-8, 4))
+        _, slopes = along(calculator, work, pull, np.linspace(0.0, 1e-6, 12))
     except Exception:
         return False
     change = np.diff(slopes)

@@ -26,9 +26,9 @@ def _fit_parser(fit: argparse.ArgumentParser) -> None:
     fit.add_argument("data", help="labelled structures")
     fit.add_argument(
         "--model",
-        help="network: leignn, nequip, geodite, mace, painn, schnet, sevennet, weft, or a preset such as nequip/M (default: leignn)",
+        help="network: leignn, nequip, geodite, mace, painn, schnet, sevennet, weft, or a preset such as nequip/M (default: weft, which ends lowest)",
     )
-    fit.add_argument("--accuracy", action="store_true", help="the network that ends lowest (weft) instead of the one that runs fastest")
+    fit.add_argument("--speed", action="store_true", help="half of its channels: dynamics of crystals and liquids a third faster")
     fit.add_argument("--out", default="fit", help="folder of the run (default: fit)")
     fit.add_argument("--minutes", type=float, default=30.0, help="how long to train (default: 30)")
     fit.add_argument("--resume", action="store_true", help="go on from the checkpoint of the run")
@@ -47,7 +47,7 @@ def _fit(arguments: argparse.Namespace) -> int:
 
     answer = fit(
         arguments.data, arguments.model, arguments.out, arguments.minutes, label_config(arguments), arguments.resume, arguments.force,
-        arguments.start, arguments.weights, arguments.low_rank, arguments.replay, arguments.accuracy,
+        arguments.start, arguments.weights, arguments.low_rank, arguments.replay, arguments.speed,
     )  # fmt: skip
     return _trained(arguments, answer)
 

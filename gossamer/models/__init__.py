@@ -27,9 +27,9 @@ MODELS: dict[str, tuple[type[Any], type[Network]]] = {
     "weft": (WeftConfig, Weft),
 }
 DEFAULT = "leignn"
-"""the network where none is named"""
+"""the network of a configuration that names none"""
 ACCURATE = "weft"
-"""the one that ends lowest in the same time of training (benchmarks/accuracy)"""
+"""the one that ends lowest in the same time of training (benchmarks/accuracy), which `fit` takes"""
 
 if TYPE_CHECKING:
     ModelConfig = NetworkConfig
