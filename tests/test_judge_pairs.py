@@ -8,16 +8,19 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from ase import Atoms
 from ase.calculators.emt import EMT
 from ase.calculators.morse import MorsePotential
 from broken_calculators import Defect, by_name, candidate_of, copper
-from conftest import shared_data
+from conftest import make_potential, shared_data
 
 from gossamer.checks import (
     diatomics,
     smoothness,
 )
+from gossamer.potential import PotentialConfig, make_zbl
+from gossamer.simulation.calculator import Calculator
 
 # --- smoothness -----------------------------------------------------------------------------------------------------
 
@@ -48,6 +51,15 @@ def test_noise_has_its_size() -> None:
     assert smoothness.force_noise(EMT(), copper()) < 1e-7
     assert smoothness.tortuosity(np.array([1.0, 0, 1])) == 1
     assert smoothness.tortuosity(np.array([1.0, 0, 0.5, 0, 1])) == 1.5
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_precision_of_a_network_shows_through_a_pair_curve(dtype: str) -> None:
+    """A smooth pair curve in float64 on top of a network in float32 was taken for float64, and rounding for a jump."""
+    potential = make_potential(["Si"], dtype=getattr(torch, dtype), name="nequip")
+    potential.zbl = make_zbl(PotentialConfig(zbl_radius="cutoff"), potential.cutoff)
+    start = Atoms("Si3", [[-0.7, 2.0, 0], [0, 0, 0], [1.0, 0, 0]])
+    assert smoothness._is_double(Calculator(potential), start) is (dtype == "float64")
 
 
 # --- diatomics ------------------------------------------------------------------------------------------------------
