@@ -53,7 +53,7 @@ def fit(
         weights: With ``start``: names of the weights to train, with wildcards; the others stay frozen.
         low_rank: With ``start``: train adapters of this rank.
         replay: With ``start``: labelled structures of the old data to mix in.
-        speed: Take half of its channels: crystals and liquids run a third faster, at about the error of as short a training.
+        speed: Take half of its channels: many atoms run a third faster, errors after short trainings are about the same.
         progress: Show a progress bar.
 
     Returns:
