@@ -110,6 +110,11 @@ class Candidate:
         if self.ours:
             self.calculator.expect(n_evaluations, atoms)
 
+    def exact(self) -> Any:
+        """A calculator without the rounding of float32, where there is one (a saved potential of ours)."""
+        make: Any = self.make
+        return make.in_double() if self.ours else self.calculator
+
     def renew(self) -> None:
         """Forget the calculator: the next one asked for is fresh, so that no check depends on what was asked before it."""
         self._calculator = None

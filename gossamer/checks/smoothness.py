@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
@@ -112,8 +112,10 @@ def _response(order: int) -> float:
     return float(_differences(np.where(x > 0, x**order / (1.0, 1.0, 2.0)[order], 0.0), 1.0, order).max())
 
 
-def refined_jump(measure: Callable[[Array], tuple[Array, Array]], places: Array, order: int) -> tuple[float, float]:
-    """Largest jump along ``places``, looked at again two, four and eight times closer, and where it is.
+def refined_jump(
+    measure: Callable[[Array], tuple[Array, Array]], places: Array, order: int, closer: Sequence[int] = (2, 4, 8)
+) -> tuple[float, float]:
+    """Largest jump along ``places``, looked at again ``closer`` (so many times), and where it is.
 
     ``order`` -1 looks at the energy, 0 at its slope, 1 and 2 at the derivatives of the slope. A steep but smooth feature
     shrinks on closer look; a jump does not. Rounding grows, so the smallest counts.
@@ -125,8 +127,8 @@ def refined_jump(measure: Callable[[Array], tuple[Array, Array]], places: Array,
         return largest_jump(energies if order < 0 else slopes, float(x[1] - x[0]), max(order, 0))
 
     coarse, k = jump(places)
-    closer = [jump(places[k] + np.arange(-24, 25) * spacing / factor)[0] for factor in (2, 4, 8)]
-    return min(coarse, *closer), float(places[k])
+    fine = [jump(places[k] + np.arange(-24, 25) * spacing / factor)[0] for factor in closer]
+    return min(coarse, *fine), float(places[k])
 
 
 def force_noise(calculator: Any, atoms: Atoms, step: float = 2e-4, points: int = 9, seed: int = 0) -> float:
@@ -176,18 +178,20 @@ def check(candidate: Candidate) -> Result:
     pull[2, 0] = 1.0
     lengths = np.linspace(max(2.2, 1.3 * bond), 1.15 * candidate.cutoff if candidate.cutoff else 8.0, 300)
 
-    double = _is_double(calculator, candidate.free(start))
+    exact = candidate.exact()  # the rounding of the forces is judged below, by their noise
+    double = _is_double(exact, candidate.free(start))
 
     def leaving() -> list[Metric]:
         atoms = candidate.free(start)
 
         @cache
         def values(key: bytes) -> tuple[Array, Array]:
-            return along(calculator, atoms, pull, np.frombuffer(key) - 1.0)
+            return along(exact, atoms, pull, np.frombuffer(key) - 1.0)
 
         panels.append(Panel(f"{a} leaving {a}-{b}: force", "distance, Å", "eV/Å", [curve(lengths, -values(lengths.tobytes())[1])]))
         limits = [("energy", 1000.0, "meV", 0.05, 1.0), ("force", 1000.0, "meV/Å", 0.5, 10.0), ("stiffness", 1.0, "eV/Å²", 0.02, 0.5), ("third derivative", 1.0, "eV/Å³", 2.0, 20.0)]  # fmt: skip
-        jumps = [refined_jump(lambda x: values(x.tobytes()), lengths, order) for order in (-1, 0, 1, 2)]
+        closer = (2, 4, 8, 16, 32) if double else (2, 4, 8)
+        jumps = [refined_jump(lambda x: values(x.tobytes()), lengths, order, closer) for order in (-1, 0, 1, 2)]
         found = [at_most(f"jump of the {name} as an atom leaves", scale * jump, unit, good, poor, KINK)
                  for (jump, _), (name, scale, unit, good, poor) in zip(jumps, limits, strict=True)]  # fmt: skip
         if not double:  # rounding of float32 alone gives a few eV/Å³
@@ -203,7 +207,7 @@ def check(candidate: Candidate) -> Result:
             "order at the cutoff",
             lambda: at_least(
                 "power with which the energy vanishes at the cutoff",
-                cutoff_exponent(calculator, pair, cutoff),
+                cutoff_exponent(exact, pair, cutoff),
                 "",
                 2.8,
                 1.8,

@@ -8,7 +8,7 @@ import logging
 import re
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,10 @@ class SavedPotential:
         from gossamer.simulation.calculator import Calculator
 
         return Calculator(self.path, device=self.device, dtype=self.dtype, way=self.way, dispersion=self.dispersion)
+
+    def in_double(self) -> Any:
+        """The same in float64, plain: for questions to the function itself, not to its arithmetic."""
+        return replace(self, dtype="float64", way="plain")()
 
 
 @dataclass(frozen=True)
