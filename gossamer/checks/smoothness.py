@@ -127,8 +127,12 @@ def refined_jump(
         return largest_jump(energies if order < 0 else slopes, float(x[1] - x[0]), max(order, 0))
 
     coarse, k = jump(places)
-    fine = [jump(places[k] + np.arange(-24, 25) * spacing / factor)[0] for factor in closer]
-    return min(coarse, *fine), float(places[k])
+    smallest, centre = coarse, float(places[k])
+    for factor in closer:  # each looks where the one before found it
+        nearer = centre + np.arange(-24, 25) * spacing / factor
+        found, at = jump(nearer)
+        smallest, centre = min(smallest, found), float(nearer[at])
+    return smallest, float(places[k])
 
 
 def force_noise(calculator: Any, atoms: Atoms, step: float = 2e-4, points: int = 9, seed: int = 0) -> float:
