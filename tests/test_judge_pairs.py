@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,9 @@ from gossamer.checks import (
     diatomics,
     smoothness,
 )
+from gossamer.checks.source import SavedPotential
 from gossamer.potential import PotentialConfig, make_zbl
+from gossamer.potential_file import save
 from gossamer.simulation.calculator import Calculator
 
 # --- smoothness -----------------------------------------------------------------------------------------------------
@@ -51,6 +54,15 @@ def test_noise_has_its_size() -> None:
     assert smoothness.force_noise(EMT(), copper()) < 1e-7
     assert smoothness.tortuosity(np.array([1.0, 0, 1])) == 1
     assert smoothness.tortuosity(np.array([1.0, 0, 0.5, 0, 1])) == 1.5
+
+
+def test_potentials_of_ours_leave_a_pair_in_double(tmp_path: Path) -> None:
+    """Whether the function jumps is not a question to the rounding of float32; anyone's calculator is taken as it is."""
+    save(make_potential(["Si"], dtype=torch.float32), tmp_path / "single.safetensors")
+    candidate = replace(candidate_of(EMT, tmp_path), make=SavedPotential(str(tmp_path / "single.safetensors")), ours=True)
+    assert (candidate.calculator.potential.dtype, candidate.exact().potential.dtype) == (torch.float32, torch.float64)
+    anyone = candidate_of(EMT, tmp_path)
+    assert anyone.exact() is anyone.calculator
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
