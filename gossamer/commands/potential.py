@@ -34,6 +34,8 @@ def _import(arguments: argparse.Namespace) -> int:
             said = ", ".join(f"{k} {v:.1e}" for k, v in found.items()) if isinstance(found, dict) else found
             answer[f"verified: {name}"] = said
     show(arguments, answer)
+    if not arguments.json:
+        print(f"\nNow: gossamer judge {answer['out']}    gossamer md {answer['out']} STRUCTURE    gossamer fit DATA --start {answer['out']}")
     return 0
 
 
