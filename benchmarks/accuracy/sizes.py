@@ -27,6 +27,7 @@ from gossamer.data.statistics import Statistics
 from gossamer.machine import machine, versions
 
 HERE = Path(__file__).resolve().parent
+HEAD = "| network | steps | ms of a training step | force MAE, meV/Å | energy MAE, meV/atom | ms of energy and forces |\n|---|---|---|---|---|---|"
 
 
 def name_of(job: str) -> str:
@@ -72,19 +73,17 @@ def main() -> None:
     rows = [r for r in json.loads(arguments.rows.read_text()) if "failed" not in r]
     print(f"{datetime.date.today().isoformat()}, {machine()}, {versions(('gossamer', 'torch'))}, one thread.")
     for which, (_, files, *_) in SETS.items():
-        mine = {r["job"]: r for r in rows if r["job"].split()[0] == which}
-        if not mine:
-            continue
-        cost = milliseconds(list(mine), next(arguments.data.rglob(f"{files}_test.extxyz.xz")), arguments.rounds)
-        print(f"\n**{which}**, {next(iter(mine.values()))['minutes']:g} CPU minutes of training:\n")
-        print(
-            "| network | steps | ms of a training step | force MAE, meV/Å | energy MAE, meV/atom | ms of energy and forces |\n|---|---|---|---|---|---|"
-        )
-        for job, r in sorted(mine.items(), key=lambda item: item[1]["test_forces_mae_meV_per_A"]):
-            print(
-                f"| {name_of(job)} | {r['steps']:,} | {r['step_ms']:.0f} | {r['test_forces_mae_meV_per_A']:.1f} "
-                f"| {r['test_energy_mae_meV_per_atom']:.2f} | {cost[job]:.2f} |"
-            )
+        mine = [r for r in rows if r["job"].split()[0] == which]
+        frame = next(arguments.data.rglob(f"{files}_test.extxyz.xz"))
+        cost = milliseconds(list(dict.fromkeys(r["job"] for r in mine)), frame, arguments.rounds) if mine else {}
+        for minutes in sorted({r["minutes"] for r in mine}):
+            print(f"\n**{which}**, {minutes:g} CPU minutes of training:\n")
+            print(HEAD)
+            for r in sorted((r for r in mine if r["minutes"] == minutes), key=lambda r: r["test_forces_mae_meV_per_A"]):
+                print(
+                    f"| {name_of(r['job'])} | {r['steps']:,} | {r['step_ms']:.0f} | {r['test_forces_mae_meV_per_A']:.1f} "
+                    f"| {r['test_energy_mae_meV_per_atom']:.2f} | {cost[r['job']]:.2f} |"
+                )
 
 
 if __name__ == "__main__":
