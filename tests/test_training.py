@@ -603,7 +603,7 @@ def test_training_frames_do_not_count(tmp_path: Path, capsys: pytest.CaptureFixt
     path = tmp_path / "run" / "potential.safetensors"
     evaluation = evaluate(path, ETHANOL, out=tmp_path / "evaluation", worst=5)
     assert (evaluation.n_training_frames, evaluation.n_validation_frames, evaluation.training_error) == (60, 20, False)
-    assert "60 of 301 frames were trained on; they are left out." in evaluation.notes
+    assert "60 of 100 frames were trained on; they are left out." in evaluation.notes
     structures = list(read_structures(ETHANOL))
     assert [f["name"] for f in evaluation.frames] == [structures[f["index"]].name for f in evaluation.frames]
     frames = ase.io.read(tmp_path / "evaluation" / "worst.extxyz", ":")
