@@ -613,10 +613,10 @@ def test_training_frames_do_not_count(tmp_path: Path, capsys: pytest.CaptureFixt
     assert 1000 * np.sqrt((by_hand**2).mean()) == pytest.approx(frames[0].info["forces_rmse"], rel=1e-4)
     summary = json.loads((tmp_path / "evaluation" / "errors.json").read_text())
     assert set(summary["forces_per_element_meV_per_A"]) == {"H", "C", "O"}
-    assert (summary["n_frames"], summary["n_training_frames"]) == (241, 60)
+    assert (summary["n_frames"], summary["n_training_frames"]) == (40, 60)
     # asked for, they count; alone, they are called what they are
     everything = evaluate(path, ETHANOL, include_training=True)
-    assert len(everything.frames) == 301
+    assert len(everything.frames) == 100
     assert "included" in everything.notes[0]
     train_set, valid_set, _ = load_data(make_config(settings(tmp_path)).data)
     alone = evaluate(path, train_set)

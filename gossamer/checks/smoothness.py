@@ -194,7 +194,7 @@ def check(candidate: Candidate) -> Result:
 
         panels.append(Panel(f"{a} leaving {a}-{b}: force", "distance, Å", "eV/Å", [curve(lengths, -values(lengths.tobytes())[1])]))
         limits = [("energy", 1000.0, "meV", 0.05, 1.0), ("force", 1000.0, "meV/Å", 0.5, 10.0), ("stiffness", 1.0, "eV/Å²", 0.02, 0.5), ("third derivative", 1.0, "eV/Å³", 2.0, 20.0)]  # fmt: skip
-        closer = (2, 4, 8, 16, 32) if double else (2, 4, 8)
+        closer = (2, 4, 8, 16, 32, 64, 128) if double else (2, 4, 8)
         jumps = [refined_jump(lambda x: values(x.tobytes()), lengths, order, closer) for order in (-1, 0, 1, 2)]
         found = [at_most(f"jump of the {name} as an atom leaves", scale * jump, unit, good, poor, KINK)
                  for (jump, _), (name, scale, unit, good, poor) in zip(jumps, limits, strict=True)]  # fmt: skip
