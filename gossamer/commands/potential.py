@@ -35,7 +35,9 @@ def _import(arguments: argparse.Namespace) -> int:
             answer[f"verified: {name}"] = said
     show(arguments, answer)
     if not arguments.json:
-        print(f"\nNow: gossamer judge {answer['out']}    gossamer md {answer['out']} STRUCTURE    gossamer fit DATA --start {answer['out']}")
+        print(
+            f"\nNow: gossamer judge {answer['out']}    gossamer md {answer['out']} STRUCTURE    gossamer fit DATA --start {answer['out']}"
+        )
     return 0
 
 
