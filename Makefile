@@ -1,5 +1,5 @@
 # make demo   train, evaluate, simulate and report on the shipped water data (a few minutes on two cores)
-# make test   the test suite (about four minutes on two cores)
+# make test   the test suite (about three minutes on two cores)
 # make thorough   further variants of the networks and long paths, which CI runs too (eight minutes)
 # make docs   build the site into site/, warnings as errors
 # make wheel  build the wheel, install it into an environment of its own, use it
