@@ -117,6 +117,7 @@ def prepare(
     if not sane:
         start = atoms.copy()
         thermalize_momenta(start, temperature, rng=np.random.default_rng(seed))
+        bring_to_rest(start, ensemble)
         return start, "as given, since relaxing and equilibrating it ended in nonsense"
     bring_to_rest(work, ensemble)
     work.calc = None
@@ -315,7 +316,7 @@ def _ensemble(
 ) -> list[Metric]:
     if protocol.ensemble == "nve":
         return []
-    freedom = degrees_of_freedom(atoms, protocol.ensemble)
+    freedom = degrees_of_freedom(frames[0], protocol.ensemble)  # which has the velocities that decide
     kinetic = 2 * (log["total_energy_eV"] - log["potential_energy_eV"]) / (freedom * units.kB)
     late = kinetic[len(kinetic) // 2 :]
     spacing = log["time_fs"][1] - log["time_fs"][0]

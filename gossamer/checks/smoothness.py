@@ -112,6 +112,15 @@ def _response(order: int) -> float:
     return float(_differences(np.where(x > 0, x**order / (1.0, 1.0, 2.0)[order], 0.0), 1.0, order).max())
 
 
+def leaving_atom(first: str, second: str, cutoff: float | None) -> tuple[Atoms, NDArray[np.float64], Array]:
+    """A bonded pair with another atom of the first element 1 Å from the second; the direction that takes it away; distances, Å, to 1.15 cutoffs."""
+    bond = bond_length(first, second)
+    start = Atoms([first, second, first], [[-0.3 * bond, 0.9 * bond, 0], [0, 0, 0], [1.0, 0, 0]])
+    pull = np.zeros((3, 3))
+    pull[2, 0] = 1.0
+    return start, pull, np.linspace(max(2.2, 1.3 * bond), 1.15 * cutoff if cutoff else 8.0, 300)
+
+
 def refined_jump(
     measure: Callable[[Array], tuple[Array, Array]], places: Array, order: int, closer: Sequence[int] = (2, 4, 8)
 ) -> tuple[float, float]:
@@ -176,12 +185,7 @@ def check(candidate: Candidate) -> Result:
     metrics: list[Metric] = []
     panels: list[Panel] = []
     a, b = (candidate.elements * 2)[:2]
-    bond = bond_length(a, b)
-    start = Atoms([a, b, a], [[-0.3 * bond, 0.9 * bond, 0], [0, 0, 0], [1.0, 0, 0]])
-    pull = np.zeros((3, 3))
-    pull[2, 0] = 1.0
-    lengths = np.linspace(max(2.2, 1.3 * bond), 1.15 * candidate.cutoff if candidate.cutoff else 8.0, 300)
-
+    start, pull, lengths = leaving_atom(a, b, candidate.cutoff)
     exact = candidate.exact()  # the rounding of the forces is judged below, by their noise
     double = _is_double(exact, candidate.free(start))
 

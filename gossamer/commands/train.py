@@ -28,7 +28,7 @@ def _fit_parser(fit: argparse.ArgumentParser) -> None:
         "--model",
         help="network: leignn, nequip, geodite, mace, painn, schnet, sevennet, weft, or a preset such as nequip/M (default: weft, which ends lowest)",
     )
-    fit.add_argument("--speed", action="store_true", help="half of its channels: dynamics of many atoms a third faster")
+    fit.add_argument("--speed", action="store_true", help="half of its channels: dynamics of many atoms in 0.7 of the time")
     fit.add_argument("--out", default="fit", help="folder of the run (default: fit)")
     fit.add_argument("--minutes", type=float, default=30.0, help="how long to train (default: 30)")
     fit.add_argument("--resume", action="store_true", help="go on from the checkpoint of the run")

@@ -43,6 +43,12 @@ class Inspection:
     def ok(self) -> bool:
         return not self.errors
 
+    @property
+    def stress_offset(self) -> float | None:
+        """The constant in the stress labels that the energies lack, eV/Å³, where there clearly is one."""
+        found = self.numbers.get("stress_offset")
+        return found["offset"] if found and abs(found["offset"]) > max(5 * found["error"], OFFSET) else None
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
         return {"ok": self.ok, "numbers": self.numbers, "warnings": self.warnings, "errors": self.errors}
@@ -409,13 +415,6 @@ def _strained_pairs(structures: Sequence[Structure], report: Inspection, limit: 
     _stress_offset(np.array(still), report)
 
 
-def stress_offset(structures: Sequence[Structure]) -> float | None:
-    """The constant in the stress labels that the energies lack, eV/Å³, where there clearly is one (data inspect warns of it)."""
-    report = Inspection()
-    _strained_pairs(structures, report)
-    return report.numbers["stress_offset"]["offset"] if "stress offset" in report.facts else None
-
-
 def _stress_offset(pairs: np.ndarray, report: Inspection) -> None:
     """A constant pressure in the stress that the energies do not have: δ of ΔE = V (σ - δ) : ε, from each pair of strained cells.
 
@@ -436,7 +435,7 @@ def _stress_offset(pairs: np.ndarray, report: Inspection) -> None:
     if not 0.8 < slope < 1.25:
         return  # something else is wrong: a unit, a sign
     report.numbers["stress_offset"] = {"offset": offset, "error": error, "pairs": len(offsets)}
-    if abs(offset) > max(5 * error, OFFSET):
+    if report.stress_offset is not None:
         report.facts["stress offset"] = f"{offset:+.3g} ± {error:.1g} eV/Å³ against the energies ({offset / GPa:+.2g} GPa)"
         report.warnings.append(
             f"the stress labels hold a constant {offset:+.3g} ± {error:.1g} eV/Å³ ({offset / GPa:+.2g} GPa) that the energies lack (Pulay stress "

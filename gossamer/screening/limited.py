@@ -25,8 +25,6 @@ ORPHAN = 2.0
 """times the limit after which the system ends a process whose worker has died and cannot end it"""
 RAISED = ("builtins", "gossamer.files")
 """modules whose errors are raised in the worker as they are"""
-
-
 READY = 600.0
 """s that loading and compiling the potential may take beside the limit"""
 

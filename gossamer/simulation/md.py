@@ -82,12 +82,9 @@ def foretell(calculator: BaseCalculator, n_evaluations: int, atoms: Atoms) -> No
         calculator.expect(n_evaluations, atoms)
 
 
-def way_before(config: MDConfig) -> Way:
-    """In which a run that is resumed began; as configured where that is said, or nothing is resumed."""
-    state_file = config.out / "state.npz"
-    if config.way != "auto" or not (config.resume and state_file.exists()):
-        return config.way
-    way: Way = stored_settings(state_file)["way"]
+def way_before(config: MDConfig, before: dict[str, Any] | None) -> Way:
+    """In which a run with these settings began; as configured where that is said, or nothing is resumed."""
+    way: Way = config.way if before is None or config.way != "auto" else before["way"]
     return way
 
 
@@ -205,7 +202,7 @@ def give_velocities(atoms: Atoms, config: MDConfig, rng: np.random.Generator) ->
 
 def _set_calculator(atoms: Atoms, model: Any, config: MDConfig, before: dict[str, Any] | None) -> None:
     """Give the atoms their calculator; a resumed run goes on in the way it began."""
-    way = config.way if before is None or config.way != "auto" or isinstance(model, BaseCalculator) else before["way"]
+    way = config.way if isinstance(model, BaseCalculator) else way_before(config, before)
     atoms.calc = as_calculator(model, config.device, config.dtype, way, (config.steps, atoms), config.dispersion)
     direct = has_direct_forces(atoms.calc)
     if config.ensemble in NPT and (not atoms.pbc.all() or direct):

@@ -13,6 +13,7 @@ from ase.calculators.calculator import BaseCalculator
 from gossamer.data.atoms import as_atoms
 from gossamer.simulation.md import as_calculator, foretell, md, way_before
 from gossamer.simulation.options import MDConfig, Way
+from gossamer.simulation.recorder import stored_settings
 from gossamer.simulation.several import Job, failed, jobs
 
 
@@ -56,7 +57,8 @@ def _on_ase(model: Any, found: Sequence[Job], config: MDConfig, progress: bool) 
     for number, job in enumerate(found):
         one = _for(job, number, config)
         try:
-            way = way_before(one)
+            state_file = one.out / "state.npz"
+            way = way_before(one, stored_settings(state_file) if one.resume and state_file.exists() else None)
             if way not in calculators:
                 calculators[way] = as_calculator(model, config.device, config.dtype, way, dispersion=config.dispersion)
             if calculators[way] is not model:
