@@ -303,8 +303,8 @@ def test_a_process_that_hangs_ends_the_run(tmp_path: Path) -> None:
     output, _ = process.communicate(timeout=120)
     assert process.returncode != 0
     assert "rank 0 ends: RuntimeError" in (tmp_path / "run" / "rank-0.log").read_text(), output
-    with pytest.raises(ProcessLookupError):
-        os.kill(victim, 0)
+    psutil = pytest.importorskip("psutil")
+    assert not psutil.pid_exists(victim) or psutil.Process(victim).status() == psutil.STATUS_ZOMBIE
 
 
 def test_nan_stops_with_the_frame_and_the_checkpoint(tmp_path: Path) -> None:
