@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from ase.data import chemical_symbols
 from numpy.typing import NDArray
-from scipy.stats import spearmanr
 from torch import Tensor
 
 from gossamer.data.batch import batches_by_atoms
@@ -148,6 +147,8 @@ def honesty(errors: NDArray[np.float64], expected: NDArray[np.float64]) -> dict[
         square expectation (1: calibrated; above, the potential is too sure of itself). "curve": expected and found root mean
         square of tenths of the data, sorted by what was expected. Of fewer than two numbers None, None and [].
     """
+    from scipy.stats import spearmanr  # a second
+
     finite = np.isfinite(expected)
     errors, expected = np.abs(errors[finite]), expected[finite]
     if len(errors) < 2:

@@ -6,12 +6,14 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 import numpy as np
 import pytest
+from ase import Atoms
 from ase.build import bulk, molecule
 from ase.calculators.emt import EMT
 from ase.calculators.morse import MorsePotential
@@ -59,7 +61,8 @@ def test_metrics_follow_their_limits() -> None:
         ["symmetry", "conservation", "diatomics", "crystals", "speed"],
     ),
 )
-def test_sound_potential_passes(check: str, tmp_path: Path) -> None:
+def test_sound_potential_passes(check: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(speed, "time_evaluation", evaluations_take(1))
     make = EMT
     if check == "smoothness":  # EMT itself has steps at its cutoff
         make = lambda: MorsePotential(epsilon=0.34, r0=2.87, rho0=4.0, rcut1=1.2, rcut2=1.9)  # noqa: E731
@@ -67,6 +70,24 @@ def test_sound_potential_passes(check: str, tmp_path: Path) -> None:
     assert result.status in ("passed", "measured"), [m.reason for m in result.metrics if m.status in ("weak", "failed")]
     if check == "conservation":
         assert by_name(result, "ratio").value == pytest.approx(4, abs=0.5)
+
+
+def evaluations_take(power: float) -> Callable[..., float]:
+    """In the place of `time_evaluation`: forces are computed and take 30 ms for 32 atoms, however busy the machine is."""
+
+    def time_evaluation(calculator: Any, atoms: Atoms, **options: Any) -> float:
+        atoms = atoms.copy()
+        atoms.calc = calculator
+        atoms.get_forces()
+        return float(0.03 * (len(atoms) / 32) ** power)
+
+    return time_evaluation
+
+
+@pytest.mark.parametrize(("power", "status"), [(1, "passed"), (1.3, "weak"), (2, "failed")])
+def test_the_growth_of_time_is_judged(power: float, status: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(speed, "time_evaluation", evaluations_take(power))
+    assert CHECKS["speed"].run(candidate_of(EMT, tmp_path)).status == status
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,6 @@ import numpy as np
 from ase import Atoms
 from ase.stress import voigt_6_to_full_3x3_stress
 from numpy.typing import NDArray
-from scipy.stats import spearmanr
 
 from gossamer.checks.candidate import Candidate
 from gossamer.checks.result import Metric, Panel, Result, at_least, at_most, close_to, conclude, curve, measured, skipped
@@ -105,6 +104,8 @@ def calibration(entries: Sequence[dict[str, Any]]) -> dict[str, float] | None:
     errors within one and two uncertainties (0.683 and 0.954 if normal), ``rank`` the Spearman correlation of size of error
     and uncertainty.
     """
+    from scipy.stats import spearmanr  # a second
+
     kept = [e for e in entries if e["uncertainty"] is not None and e["forces"][0] is not None]
     if not kept:
         return None
