@@ -228,7 +228,11 @@ class Potential(nn.Module):
         """A graph of these structures with this potential's neighbour lists (made now if not given), on its device."""
         for structure in structures:
             self.check_elements(structure.atomic_numbers, structure.name)
-        return self.prune(collate(structures, self.cutoff, self.max_neighbors, lists).to(self.device))
+        return self.adopt(collate(structures, self.cutoff, self.max_neighbors, lists))
+
+    def adopt(self, graph: Graph) -> Graph:
+        """A graph with this potential's neighbour lists on its device, without edges that it does not need; elements are not checked."""
+        return self.prune(graph.to(self.device))
 
     def prune(self, graph: Graph) -> Graph:
         """The graph without edges that carry nothing, being longer than the cutoff of their pair and than the repulsion reaches."""

@@ -12,6 +12,7 @@ import re
 import sys
 import warnings
 import zipfile
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -50,8 +51,9 @@ from gossamer.potential import Potential
 from gossamer.potential_file import save
 from gossamer.quantities import QUANTITIES, Quantity
 from gossamer.settings import build
+from gossamer.training import loop
 from gossamer.training.compiled import CompiledForward
-from gossamer.training.loader import NeighborLists, epoch_batches
+from gossamer.training.loader import Loader, NeighborLists, epoch_batches
 from gossamer.training.loop import count_edges
 from gossamer.training.losses import LossConfig, loss_counts, loss_sums
 from gossamer.training.process_group import start_process_group
@@ -402,15 +404,64 @@ def test_batches_cover_an_epoch_once_and_repeat_exactly() -> None:
         assert len(epoch_batches(50, 8, seed=3, epoch=2, limits=[limit])) > len(epoch_batches(50, 8, seed=3, epoch=2)) == 7
 
 
-def test_edges_are_counted_as_they_are_collated() -> None:
+IDENTITY = {"data": "abc", "model": {"cutoff": 4.0}}
+
+
+def test_edges_are_counted_as_they_are_collated(tmp_path: Path) -> None:
     structures = [from_atoms(labelled(k, periodic=k % 2 == 0), LabelConfig(), "frame") for k in range(4)]
     group = start_process_group("cpu")
     for nearest in (None, 3):
-        lists = NeighborLists(SimpleNamespace(cutoff=4.0, max_neighbors=nearest))
-        assert count_edges(lists, structures, group).tolist() == [collate([s], 4.0, nearest).n_edges for s in structures]
+        loader = Loader(SimpleNamespace(cutoff=4.0, max_neighbors=nearest), structures)
+        assert count_edges(loader, group, tmp_path, IDENTITY).tolist() == [collate([s], 4.0, nearest).n_edges for s in structures]
+        lists = NeighborLists(loader.potential)
         kept, made = collate(structures, 4.0, lists=[lists.of(k, s) for k, s in enumerate(structures)]), collate(structures, 4.0, nearest)
         assert torch.equal(kept.edge_index, made.edge_index)
         assert torch.equal(kept.edge_vectors(), made.edge_vectors())
+
+
+def test_numbers_of_edges_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    structures = [from_atoms(labelled(k, periodic=k % 2 == 0), LabelConfig(), "frame") for k in range(4)]
+    monkeypatch.setattr(loop, "MANY", 4)
+    group, asked = start_process_group("cpu"), []
+
+    class Counting(Loader):
+        def edge_counts(self, indices: Sequence[int]) -> np.ndarray:
+            asked.append(len(indices))
+            return super().edge_counts(indices)
+
+    loader = Counting(SimpleNamespace(cutoff=4.0, max_neighbors=None), structures)
+    first = count_edges(loader, group, tmp_path, IDENTITY).tolist()
+    assert count_edges(loader, group, tmp_path, IDENTITY).tolist() == first
+    assert asked == [4]
+    count_edges(loader, group, tmp_path, {**IDENTITY, "data": "other"})
+    count_edges(Counting(loader.potential, structures[:3]), group, tmp_path, IDENTITY)
+    count_edges(loader, group, tmp_path, IDENTITY)
+    (tmp_path / "edges.npz").write_bytes((tmp_path / "edges.npz").read_bytes()[:-9])
+    count_edges(loader, group, tmp_path, IDENTITY)
+    assert asked == [4, 4, 3, 4, 4]
+
+
+@pytest.mark.thorough
+def test_processes_prepare_the_same_batches(tmp_path: Path) -> None:
+    """From a store, which they open themselves, and from structures in memory; in order, epoch after epoch, left and taken up again."""
+    structures = [from_atoms(labelled(k, periodic=k % 2 == 0), LabelConfig(), f"frame {k}") for k in range(8)]
+    write_store(structures, tmp_path / "store")
+    potential = make_potential(["H", "C", "O", "Si"])
+    batches = [[3, 1], [0], [7, 2, 5], [4, 6]]
+    for data in (Store(tmp_path / "store"), structures):
+        loader, plain = Loader(potential, data, num_workers=2), Loader(potential, data)
+        assert loader.edge_counts(range(8)).tolist() == plain.edge_counts(range(8)).tolist()
+        assert next(loader.graphs(batches)).names == next(plain.graphs(batches)).names  # left in the middle
+        for order in (batches, batches[::-1]):
+            for graph, expected in zip(loader.graphs(order), plain.graphs(order), strict=True):
+                assert graph.names == expected.names
+                torch.testing.assert_close(graph.labels, expected.labels, rtol=0, atol=0, equal_nan=True)
+                assert torch.equal(graph.edge_index, expected.edge_index)
+                assert torch.equal(graph.edge_vectors(), expected.edge_vectors())
+        loader.potential = make_potential(["H", "C", "O"])
+        with pytest.raises(ValueError, match=r"a batch with .*frame 0: Si \(14\) not among the potential's elements"):
+            next(loader.graphs([[0, 1]]))
+        loader.close()
 
 
 def test_a_new_quantity_is_an_entry_in_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:

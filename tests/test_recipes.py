@@ -54,9 +54,7 @@ def test_recipe_runs(path: Path, tmp_path: Path) -> None:
     values = yaml.safe_load(path.read_text())
     values["data"] = {**values["data"], **data_for(path.stem, tmp_path)}
     if "finetune" in values:  # a start of the right kind, trained just as little
-        first = {"mptrj-geodite-2": "mptrj-geodite-1", "direct-then-conservative-2": "direct-then-conservative-1"}.get(
-            path.stem, "rmd17-leignn"
-        )
+        first = f"{path.stem[:-2]}-1" if path.stem.endswith("-2") else "rmd17-leignn"
         before = yaml.safe_load((path.parent / f"{first}.yaml").read_text())
         before["data"] = {**before["data"], **data_for(first, tmp_path)}
         train(cut(before, tmp_path / "start"), progress=False)

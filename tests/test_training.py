@@ -316,6 +316,25 @@ def test_nan_stops_with_the_frame_and_the_checkpoint(tmp_path: Path) -> None:
         train(config, progress=False)
 
 
+@pytest.mark.thorough
+def test_processes_that_prepare_batches_change_nothing(tmp_path: Path) -> None:
+    """Nor does it matter with how many a run goes on."""
+    options = dict(steps=12, valid_every=6, checkpoint_every=6, batch_edges=400, dtype="float64")
+    train(settings(tmp_path / "plain", **options), progress=False)
+    train(settings(tmp_path / "run", num_workers=1, **options), progress=False)
+    for name, value in weights(tmp_path / "plain").items():
+        torch.testing.assert_close(weights(tmp_path / "run")[name], value, rtol=0, atol=0)
+    assert train(settings(tmp_path / "run", num_workers=0, **options), resume=True, progress=False)["steps"] == 12
+    with pytest.raises(ValueError, match="training differ"):
+        train(settings(tmp_path / "run", **{**options, "batch_edges": 500}), resume=True, progress=False)
+
+
+def test_waiting_for_batches_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    for waited, said in ((5.0, False), (50.0, True)):
+        loop.report_waiting(types.SimpleNamespace(waited=waited), 100.0, loop.TrainingConfig(num_workers=2))  # type: ignore[arg-type]
+        assert ("50 % of the time went into waiting for batches; training.num_workers is 2" in caplog.text) is said
+
+
 def test_early_stopping(tmp_path: Path) -> None:
     config = settings(tmp_path / "run", steps=1000, valid_every=5, early_stopping=2, learning_rate=1e-12)
     config["training"]["ema_decay"] = 0.0

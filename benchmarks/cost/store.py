@@ -46,7 +46,7 @@ def measure(n: int, folder: Path, answer) -> None:  # type: ignore[no-untyped-de
     from gossamer.data.statistics import compute_statistics
     from gossamer.data.store import Store, write_store
     from gossamer.potential import Potential
-    from gossamer.training.loader import NeighborLists, epoch_batches, graphs
+    from gossamer.training.loader import Loader, epoch_batches
 
     row: dict[str, float] = {"frames": n, "imports_MB": megabytes()}
     shutil.rmtree(folder, ignore_errors=True)
@@ -66,8 +66,7 @@ def measure(n: int, folder: Path, answer) -> None:  # type: ignore[no-untyped-de
     batches = epoch_batches(n, 16, 0, 0)
     row |= {"order_seconds": time.process_time() - start}
     start, batches = time.process_time(), batches[:300]
-    lists = NeighborLists(potential)
-    atoms = sum(graph.n_atoms for graph in graphs(potential, store, batches, lists=lists))
+    atoms = sum(graph.n_atoms for graph in Loader(potential, store).graphs(batches))
     row |= {"collate_us_per_atom": 1e6 * (time.process_time() - start) / atoms, "MB": megabytes()}
     shutil.rmtree(folder)
     answer.put(row)

@@ -102,9 +102,10 @@ def split(structures: Sequence[Structure], config: DataConfig) -> tuple[Subset, 
     if n < 2:
         raise ValueError(f"{n} structures in '{config.train}' cannot be split. Give more, or a file for data.valid.")
     if config.split == "group":
-        if config.labels.group is None and any(structures[k].group is None for k in range(n)):
+        found = [structures[k].group for k in range(n)]
+        if config.labels.group is None and None in found:
             raise ValueError("data.split is 'group', but data.labels.group does not say which entry names the group.")
-        groups = np.array([structures[k].group for k in range(n)])
+        groups = np.array(found)
         names = np.unique(groups)
         chosen = rng.permutation(names)[: max(1, round(config.valid_fraction * len(names)))]
         is_valid = np.isin(groups, chosen)

@@ -145,6 +145,9 @@ class Store(Sequence[Structure]):
     def __len__(self) -> int:
         return len(self._ends)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Store, (self.path.absolute(),)  # another process maps the files itself
+
     @overload
     def __getitem__(self, index: int) -> Structure: ...
     @overload

@@ -1,16 +1,30 @@
-"""Batches in an order that depends on the seed and the epoch alone, so that a run resumes where it stopped."""
+"""Batches in an order that depends on the seed and the epoch alone, so that a run resumes where it stopped.
+
+They are prepared ahead of their use, by a thread of this process that keeps neighbour lists, or, where a GPU would have to wait for it, by
+processes beside it. Either way they are the same.
+"""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+from torch.utils.data import DataLoader, Dataset
 
+from gossamer.data.batch import collate
 from gossamer.data.structure import Structure
 from gossamer.graph import Graph
 from gossamer.neighbors import neighbor_list
 from gossamer.potential import Potential
+
+AHEAD = 4
+"""batches that each process prepares ahead"""
+COUNTED = 256
+"""structures whose edges a process counts at a time"""
 
 
 def epoch_batches(n: int, batch_size: int, seed: int, epoch: int, limits: Sequence[tuple[np.ndarray, int]] = ()) -> list[list[int]]:
@@ -61,34 +75,120 @@ class NeighborLists:
         return found
 
 
-def graphs(
-    potential: Potential,
-    structures: Sequence[Structure],
-    batches: Sequence[Sequence[int]],
-    prefetch: int = 2,
-    lists: NeighborLists | None = None,
-) -> Iterator[Graph]:
-    """Collated batches, prepared by one thread ahead of their use.
+class Loader:
+    """Gives the batches of an epoch as graphs, and counts edges."""
 
-    Args:
-        potential: Gives cutoff and device.
-        structures: All of them.
-        batches: Indices of the structures of each batch.
-        prefetch: Batches prepared ahead.
-        lists: Of these structures, from one epoch to the next.
-    """
-    if not batches:
-        return
-    kept = lists or NeighborLists(potential)
+    def __init__(self, potential: Potential, structures: Sequence[Structure], num_workers: int = 0, prefetch: int = 2) -> None:
+        """
+        Args:
+            potential: Gives cutoff, elements and device.
+            structures: All of them; with ``num_workers`` every process gets them once, of a store its path.
+            num_workers: Processes; 0: one thread of this one.
+            prefetch: Batches that the thread prepares ahead.
+        """
+        self.potential, self.structures, self.prefetch = potential, structures, prefetch
+        self.lists = NeighborLists(potential)
+        self.waited = 0.0
+        """s that batches were waited for"""
+        self._order = _Order()
+        self._processes: DataLoader[Any] | None = None
+        if num_workers:
+            self._processes = DataLoader(
+                _Frames(structures), batch_sampler=self._order, collate_fn=_Prepare(potential.cutoff, potential.max_neighbors),
+                num_workers=num_workers, prefetch_factor=AHEAD, persistent_workers=True, multiprocessing_context="spawn",
+            )  # fmt: skip
 
-    def collated(batch: Sequence[int]) -> Graph:
-        chosen = [structures[k] for k in batch]
-        return potential.collate(chosen, [kept.of(k, s) for k, s in zip(batch, chosen, strict=True)])
-
-    with ThreadPoolExecutor(max_workers=1) as executor:
-        pending = [executor.submit(collated, b) for b in batches[:prefetch]]
-        for k in range(len(batches)):
-            graph = pending.pop(0).result()
-            if k + prefetch < len(batches):
-                pending.append(executor.submit(collated, batches[k + prefetch]))
+    def graphs(self, batches: Sequence[Sequence[int]]) -> Iterator[Graph]:
+        """Collated batches on the potential's device; ``batches``: indices of the structures of each."""
+        found = self._by_thread(batches) if self._processes is None else self._by_processes(batches)
+        while True:
+            began = time.perf_counter()
+            graph = next(found, None)
+            self.waited += time.perf_counter() - began
+            if graph is None:
+                return
             yield graph
+
+    def edge_counts(self, indices: Sequence[int]) -> np.ndarray:
+        """Edges of these structures, as they are collated."""
+        if self._processes is None:
+            return np.array([self.lists.of(k, self.structures[k])[0].shape[1] for k in indices])
+        parts = [list(indices[k : k + COUNTED]) for k in range(0, len(indices), COUNTED)]
+        counts = []
+        for graph in self._prepared(parts):
+            receivers = graph.graph_index[graph.edge_index[1]]
+            counts.append(np.bincount(receivers.numpy(), minlength=graph.n_graphs))
+        return np.concatenate(counts) if counts else np.zeros(0, dtype=np.int64)
+
+    def close(self) -> None:
+        """End the processes."""
+        self._processes = None
+
+    def _by_thread(self, batches: Sequence[Sequence[int]]) -> Iterator[Graph]:
+        def collated(batch: Sequence[int]) -> Graph:
+            chosen = [self.structures[k] for k in batch]
+            return self.potential.collate(chosen, [self.lists.of(k, s) for k, s in zip(batch, chosen, strict=True)])
+
+        with ThreadPoolExecutor(max_workers=1) as executor:
+            pending = [executor.submit(collated, b) for b in batches[: self.prefetch]]
+            for k in range(len(batches)):
+                graph = pending.pop(0).result()
+                if k + self.prefetch < len(batches):
+                    pending.append(executor.submit(collated, batches[k + self.prefetch]))
+                yield graph
+
+    def _by_processes(self, batches: Sequence[Sequence[int]]) -> Iterator[Graph]:
+        for graph in self._prepared(batches):
+            self.potential.check_elements(graph.atomic_numbers.numpy(), f"a batch with {graph.names[0]}")
+            yield self.potential.adopt(graph)
+
+    def _prepared(self, batches: Sequence[Sequence[int]]) -> Iterator[Graph]:
+        """Graphs as the processes make them.
+
+        Raises:
+            RuntimeError: one of them ended.
+        """
+        assert self._processes is not None
+        self._order.batches = batches
+        try:
+            yield from self._processes
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise RuntimeError(
+                f"A process that prepares batches ended: {str(error).splitlines()[0]} Is there too little memory for "
+                f"training.num_workers {self._processes.num_workers}? --resume goes on from the last checkpoint."
+            ) from None
+
+
+class _Order:
+    """The batches of one epoch after the other, for a loader that stays."""
+
+    batches: Sequence[Sequence[int]] = ()
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return map(list, self.batches)
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+
+class _Frames(Dataset[list[Structure]]):
+    """The structures, a batch at a time."""
+
+    def __init__(self, structures: Sequence[Structure]) -> None:
+        self.structures = structures
+
+    def __getitems__(self, indices: Sequence[int]) -> list[Structure]:
+        return [self.structures[k] for k in indices]
+
+
+@dataclass(frozen=True)
+class _Prepare:
+    """What a process does with the structures of a batch."""
+
+    cutoff: float
+    max_neighbors: int | None
+
+    def __call__(self, structures: Sequence[Structure]) -> Graph:
+        return collate(structures, self.cutoff, self.max_neighbors)

@@ -6,10 +6,13 @@ resumed, a run of a number of steps gives bitwise the same weights on the same d
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 import math
 import time
-from collections.abc import Callable, Sequence
+import zipfile
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Any
@@ -21,12 +24,13 @@ from torch import Tensor
 from gossamer.data.dataset import Subset
 from gossamer.data.structure import Structure
 from gossamer.evaluation import Evaluation, evaluate_potential
+from gossamer.files import atomic_path
 from gossamer.graph import Graph
 from gossamer.potential import Potential
 from gossamer.quantities import QUANTITIES
 from gossamer.signals import StopRequested
 from gossamer.training.config import TrainingConfig
-from gossamer.training.loader import NeighborLists, epoch_batches, graphs
+from gossamer.training.loader import Loader, epoch_batches
 from gossamer.training.losses import LossConfig, loss_counts
 from gossamer.training.optim import set_rate
 from gossamer.training.process_group import ProcessGroup, shares
@@ -37,6 +41,10 @@ log = logging.getLogger(__name__)
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 TIMED_PARTS = 15
 """a run of a given time is validated this many times, or less often where validating takes long"""
+MANY = 20_000
+"""structures from which their numbers of edges are kept for a run that goes on"""
+WAITING = 0.2
+"""share of the time that goes into waiting for batches from which the log says so"""
 
 
 def train_step(state: State, graph: Graph, loss: LossConfig, config: TrainingConfig, group: ProcessGroup) -> float:
@@ -145,11 +153,11 @@ def run_training(
     """
     checkpoint = folder / "checkpoint.safetensors"
     began = CLOCKS[config.clock]() - state.seconds
-    lists = NeighborLists(state.potential)
-    work = None if group.world == 1 and config.batch_edges is None else count_edges(lists, train, group)
+    loader = Loader(state.potential, train, config.num_workers)
+    work = None if group.world == 1 and config.batch_edges is None else count_edges(loader, group, folder, identity)
     limits = batch_limits(train, config, work)
     logger = Log(folder, state.step, config.tensorboard, config.wandb) if group.rank == 0 else None
-    first, saved_at, done = state.step, state.seconds, finished(state, config)
+    first, saved_at, done, started = state.step, state.seconds, finished(state, config), time.perf_counter()
 
     def elapsed() -> float:  # where time decides, all processes go by the first one's
         seconds = CLOCKS[config.clock]() - began
@@ -157,10 +165,10 @@ def run_training(
 
     position = state.step if config.minutes is None else state.seconds
     bar = Bar(config.steps, config.minutes, logger.rows if logger else [], position, progress and group.rank == 0)
-    with StopRequested() as stop, closing(logger) if logger else nullcontext(), bar:
+    with StopRequested() as stop, closing(logger) if logger else nullcontext(), closing(loader), bar:
         while not done:
             batches = shared_batches(len(train), state.epoch, config, group, limits, work)
-            for graph in graphs(state.potential, train, batches[state.batch :], lists=lists):
+            for graph in loader.graphs(batches[state.batch :]):
                 before = elapsed()
                 checked_step(state, graph, loss, config, group, checkpoint)
                 state.step, state.batch, state.seconds = state.step + 1, state.batch + 1, elapsed()
@@ -192,15 +200,49 @@ def run_training(
                     break
             else:
                 state.epoch, state.batch = state.epoch + 1, 0
+        report_waiting(loader, time.perf_counter() - started, config)
     return state
 
 
-def count_edges(lists: NeighborLists, train: Sequence[Structure], group: ProcessGroup) -> np.ndarray:
-    """Edges of every structure, each process counting some: what decides time and memory."""
-    counts = np.zeros(len(train))
-    for k in range(group.rank, len(train), group.world):
-        counts[k] = lists.of(k, train[k])[0].shape[1]
-    return np.array(group.add_up(counts.tolist())) if group.world > 1 else counts
+def report_waiting(loader: Loader, seconds: float, config: TrainingConfig) -> None:
+    """Say so if batches came too slowly for the steps."""
+    if seconds > 30 and loader.waited > WAITING * seconds:
+        log.warning(
+            "%.0f %% of the time went into waiting for batches; training.num_workers is %d: with more, steps wait less",
+            100 * loader.waited / seconds,
+            config.num_workers,
+        )
+
+
+def count_edges(loader: Loader, group: ProcessGroup, folder: Path, identity: Mapping[str, Any]) -> np.ndarray:
+    """Edges of every structure, each process counting some: what decides time and memory.
+
+    Of many structures that takes minutes, so they are kept in the folder for a run that goes on.
+    """
+    n, path = len(loader.structures), folder / "edges.npz"
+    key = hashlib.sha256(json.dumps([identity["data"], identity["model"], n], sort_keys=True).encode()).hexdigest()
+    kept = read_counts(path, key, n) if group.rank == 0 else None
+    if group.broadcast(float(kept is not None)):
+        counts = np.zeros(n) if kept is None else kept
+    else:
+        mine = np.arange(group.rank, n, group.world)
+        counts = np.zeros(n)
+        counts[mine] = loader.edge_counts(mine.tolist())
+    if group.world > 1:
+        counts = np.array(group.add_up(counts.tolist()))
+    if group.rank == 0 and kept is None and n >= MANY:
+        with atomic_path(path) as temporary:
+            np.savez(temporary, key=key, counts=counts)
+    return counts
+
+
+def read_counts(path: Path, key: str, n: int) -> np.ndarray | None:
+    """Numbers of edges that were kept, if they are of this data and network."""
+    try:
+        with open(path, "rb") as file, np.load(file) as found:
+            return found["counts"] if str(found["key"]) == key and found["counts"].shape == (n,) else None
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+        return None
 
 
 def batch_limits(train: Sequence[Structure], config: TrainingConfig, work: np.ndarray | None) -> list[tuple[np.ndarray, int]]:

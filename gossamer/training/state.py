@@ -161,8 +161,8 @@ def load_state(state: State, path: Path, identity: dict[str, Any]) -> None:
         ValueError: it belongs to other settings or other data, or to an older version of the network.
     """
     tensors, stored = read_checkpoint(path)
-    before = with_defaults(stored["identity"])
-    differing = sorted(k for k in identity if before.get(k) != identity[k])
+    before, now = (decisive(i) for i in (with_defaults(stored["identity"]), identity))
+    differing = sorted(k for k in now if before.get(k) != now[k])
     if differing:
         raise ValueError(
             f"The checkpoint '{path}' belongs to another run: {', '.join(differing)} differ. Resume with the settings and data it was "
@@ -183,6 +183,15 @@ def load_state(state: State, path: Path, identity: dict[str, Any]) -> None:
     state.schedule.load_state(stored["schedule"])
     state.clipper.load_state(stored["clipper"])
     state.ema.updates = stored["ema_updates"]
+
+
+FREE = ("num_workers", "timeout", "tensorboard", "wandb")
+"""training settings that change no number: a run may go on with others"""
+
+
+def decisive(identity: dict[str, Any]) -> dict[str, Any]:
+    """What decides the numbers of a run."""
+    return {**identity, "training": {k: v for k, v in identity["training"].items() if k not in FREE}}
 
 
 def with_defaults(identity: dict[str, Any]) -> dict[str, Any]:
