@@ -285,6 +285,20 @@ def forged(package: Path, copy: Path, before: str, after: str) -> Path:
 @pytest.mark.slow
 @needs_lammps
 @needs_compiler
+@pytest.mark.skipif(sys.platform != "linux", reason="asks the loader of Linux")
+def test_pytorch_multiplies_by_its_own_functions(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And not by a plain function of LAMMPS that has the same name."""
+    monkeypatch.setenv("LD_DEBUG", "bindings")
+    monkeypatch.setenv("LD_DEBUG_OUTPUT", str(tmp_path / "bound"))
+    lammps(tmp_path, water(), home=home, package=home / "package")
+    lines = [line for file in tmp_path.glob("bound.*") for line in file.read_text().splitlines() if "libtorch_cpu.so [0] to" in line]
+    by = {line.split(" to ")[1].split(" [")[0] for line in lines if "`dgemm_'" in line}
+    assert {Path(file).name.split(".")[0] for file in by} == {"libtorch_cpu"}
+
+
+@pytest.mark.slow
+@needs_lammps
+@needs_compiler
 def test_numbers_that_differ_are_refused(home: Path, tmp_path: Path) -> None:
     """A package whose stored numbers are another potential's, checksums and all."""
     import hashlib

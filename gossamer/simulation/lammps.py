@@ -47,6 +47,8 @@ INSTRUCTIONS = re.compile(r"^(avx|sse|fma|bmi|f16c|asimd|sve|amx)")
 """what a processor must have if programs made for another are to run on it"""
 SOURCE = Path(__file__).with_name("pair_gossamer.cpp")
 OPERATORS = Path(__file__).with_name("operators.hpp")
+LOADER = Path(__file__).with_name("plugin.cpp")
+"""what `plugin load` is given; it loads the other"""
 TESTED = ("22 Jul 2025",)
 """versions of LAMMPS that the plugin is tested with"""
 
@@ -221,9 +223,10 @@ def build_plugin(lammps: Path | str | None = None, mpi: Path | str | None = None
     """
     found = installation(lammps, mpi)
     command = compile_command(found)
-    key = hashlib.sha256("\0".join([SOURCE.read_text(), OPERATORS.read_text(), *command, *map(str, found)]).encode()).hexdigest()[:16]
-    path = cache.cached(f"lammps-{key}-plugin.so")
-    fresh = not (path.exists() and _trusted(path))
+    sources = [file.read_text() for file in (SOURCE, OPERATORS, LOADER)]
+    key = hashlib.sha256("\0".join([*sources, *command, *map(str, found)]).encode()).hexdigest()[:16]
+    style, plugin = cache.cached(f"lammps-{key}-style.so"), cache.cached(f"lammps-{key}-plugin.so")
+    fresh = not all(path.exists() and _trusted(path) for path in (style, plugin))
     if fresh:
         if found.version not in TESTED:
             log.warning(
@@ -232,21 +235,25 @@ def build_plugin(lammps: Path | str | None = None, mpi: Path | str | None = None
                 ", ".join(TESTED),
             )
         log.info("compiling the plugin for LAMMPS %s, about a minute, once", found.version)
-        with cache.keeping(path) as temporary:
-            result = subprocess.run(
-                [*command, SOURCE.name, "-o", str(temporary.resolve()), *_libraries()],
-                cwd=SOURCE.parent,
-                capture_output=True,
-                text=True,
-                check=False,
-            )
-            if result.returncode:
-                first = next((line for line in result.stderr.splitlines() if "error" in line), result.stderr.strip()[:200])
-                raise RuntimeError(f"the plugin cannot be built for LAMMPS {found.version}: {first}")
+        _compile(command, SOURCE, style, _libraries(), found)
+        _compile(command, LOADER, plugin, [f'-DSTYLE="{style.name}"', "-ldl"], found)
     return {
-        "plugin": str(path), "lammps": f"{found.version} ({found.source})", "mpi": found.mpi, "torch": torch.__version__,
+        "plugin": str(plugin), "lammps": f"{found.version} ({found.source})", "mpi": found.mpi, "torch": torch.__version__,
         "built": "now" if fresh else "before",
     }  # fmt: skip
+
+
+def _compile(command: Sequence[str], source: Path, path: Path, further: Sequence[str], found: Installation) -> None:
+    """
+    Raises:
+        RuntimeError: the compiler failed.
+    """
+    with cache.keeping(path) as temporary:
+        line = [*command, source.name, "-o", str(temporary.resolve()), *further]
+        result = subprocess.run(line, cwd=source.parent, capture_output=True, text=True, check=False)
+        if result.returncode:
+            first = next((line for line in result.stderr.splitlines() if "error" in line), result.stderr.strip()[:200])
+            raise RuntimeError(f"the plugin cannot be built for LAMMPS {found.version}: {first}")
 
 
 def _trusted(path: Path) -> bool:
