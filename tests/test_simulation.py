@@ -531,6 +531,40 @@ def test_several_files_are_relaxed_into_a_folder(tmp_path: Path) -> None:
             relax_files(EMT(), given, RelaxConfig(out=out))
 
 
+def test_one_calculator_is_told_of_all_relaxations_that_come(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that compiling may pay: by what is usual before any is done, then by the steps that those before took. One that is resumed goes on in
+    the way it began."""
+    told: list[int] = []
+    calculators: list[Calculator] = []
+
+    def expect(calculator: Calculator, n_evaluations: int, atoms: Atoms) -> None:
+        told.append(n_evaluations)
+        calculators.append(calculator)
+
+    monkeypatch.setattr(Calculator, "expect", expect)
+    for k in range(6):
+        ase.io.write(tmp_path / f"{k}.extxyz", argon(1))
+    files = [tmp_path / f"{k}.extxyz" for k in range(6)]
+    potential, options = make_potential(["Ar"], cutoff=5.0), RelaxConfig(steps=5, fmax=1e-9, out=tmp_path / "relaxed")
+    relax_files(potential, files, replace(options, steps=200, fmax=1e9))
+    assert told == [60 * 6, 0, 0, 0], "all were relaxed as they came: 0 steps"
+    told.clear()
+    relax_files(potential, files, replace(options, way="plain"))
+    assert told == [5 * 6, 5 * 5, 5 * 4, 5 * 2]
+    assert {c.engine.asked for c in calculators} == {"auto", "plain"}
+    told.clear()
+    for name in ("4", "5"):
+        (tmp_path / "relaxed" / f"{name}.extxyz").unlink()
+    (tmp_path / "relaxed" / "5.state.npz").unlink()
+    ways: list[str] = []
+    monkeypatch.setattr(
+        "gossamer.simulation.relax.relax",
+        lambda calculator, path, one: ways.append(calculator.engine.asked) or {"stopped": None, "steps": 0},
+    )
+    relax_files(potential, files, replace(options, resume=True, all_frames=False))
+    assert ways == ["plain"] * 5 + ["auto"]
+
+
 def test_freed_memory_is_kept_where_glibc_is() -> None:
     """Two large tensors in turn: the second reuses the pages of the first."""
     script = """

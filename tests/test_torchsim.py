@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -181,6 +182,29 @@ class TestTorchSim:
                 assert np.linalg.norm(relaxed.get_stress(voigt=False), axis=1).max() * relaxed.get_volume() / len(relaxed) <= 0.002 + 1e-6
             else:
                 assert np.array_equal(relaxed.cell, start.cell)
+
+    @pytest.mark.filterwarnings("ignore::DeprecationWarning")
+    def test_each_structure_tells_its_own_steps(self) -> None:
+        """In fives, between which TorchSim does not look; that many steps are enough for it alone, and five fewer are not."""
+        from gossamer.simulation.batched import BETWEEN, relax_together
+        from gossamer.simulation.options import RelaxConfig
+        from gossamer.simulation.torchsim import TorchSimModel
+
+        model = TorchSimModel(make_potential(ELEMENTS, name="schnet"), way="plain", compute_stress=False)
+        structures = [*crystals(), crystals()[0]]
+        structures[-1].rattle(0.2, seed=5)
+        config = RelaxConfig(fmax=0.01, steps=500)
+        steps = [answer["steps"] for _, answer in relax_together(model, structures, config)]
+        assert len(set(steps)) > 1
+        for atoms, n in zip(structures, steps, strict=True):
+            assert n % BETWEEN == 0
+            assert 0 < n < 500
+            for most, converged in ((n, True), (n - BETWEEN, False)):
+                if most:
+                    ((_, answer),) = relax_together(model, [atoms], replace(config, steps=most))
+                    assert (answer["converged"], answer["steps"]) == (converged, most)
+        short = [answer["steps"] for _, answer in relax_together(model, structures, replace(config, steps=2))]
+        assert short == [2] * len(structures)
 
     @pytest.mark.filterwarnings("ignore::DeprecationWarning")
     def test_what_torchsim_does_not_relax(self, tmp_path: Path) -> None:

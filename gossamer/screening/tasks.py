@@ -370,7 +370,7 @@ def _relax_batch(asked: Asked, structures: Sequence[Atoms]) -> list[Row]:
     rows = []
     for given, (atoms, answer) in zip(structures, relax_together(_torchsim_model(asked), structures, config), strict=True):
         error = answer.get("error")
-        rows.append(_failed("", given, error) if error else _row(atoms, *_said(answer["converged"], asked)))
+        rows.append(_failed("", given, error) if error else _row(atoms, *_said(answer["converged"], asked), answer["steps"]))
     return rows
 
 

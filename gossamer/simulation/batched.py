@@ -52,17 +52,17 @@ def relax_batched(
         bare: What is kept of relaxed atoms, ``(atoms) -> atoms``.
 
     Yields:
-        The file, and "converged", "energy_eV", "max_force_eV_per_A", "volume_A3", or "error". SIGTERM ends the list after a batch, with
+        The file, and "converged", "steps" (a multiple of ``BETWEEN``, but for the last), "energy_eV", "max_force_eV_per_A", "volume_A3", or "error". SIGTERM ends the list after a batch, with
         "stopped" in the last.
     """
     model = TorchSimModel(potential, config.way, compute_stress=config.cell, dispersion=config.dispersion)
     blocks = [[structures[k] for k in batch] for batch in batches([atoms for atoms, _ in structures])]
     with StopRequested() as stop, tqdm(total=len(structures), unit="structure", disable=None) as bar:
         for number, block in enumerate(blocks):
-            relaxed = _relaxed(model, [atoms for atoms, _ in block], config)
+            relaxed, steps = _relaxed(model, [atoms for atoms, _ in block], config)
             stopped = stop.signal.name if stop.signal is not None and number + 1 < len(blocks) else None
-            for (_, out), atoms in zip(block, relaxed, strict=True):
-                answer = _judged(model, atoms, config)
+            for (_, out), atoms, n_steps in zip(block, relaxed, steps, strict=True):
+                answer = _judged(model, atoms, n_steps, config)
                 if "error" not in answer:
                     with atomic_path(out) as temporary:
                         ase.io.write(temporary, bare(atoms), format="extxyz")
@@ -102,14 +102,24 @@ def relax_together(model: TorchSimModel, structures: Sequence[Atoms], config: Re
     """
     found: dict[int, tuple[Atoms, dict[str, Any]]] = {}
     for batch in batches(structures):
-        for k, atoms in zip(batch, _relaxed(model, [structures[k] for k in batch], config), strict=True):
-            found[k] = (atoms, _judged(model, atoms, config))
+        for k, atoms, n_steps in zip(batch, *_relaxed(model, [structures[k] for k in batch], config), strict=True):
+            found[k] = (atoms, _judged(model, atoms, n_steps, config))
     return [found[k] for k in range(len(structures))]
 
 
-def _relaxed(model: TorchSimModel, structures: Sequence[Atoms], config: RelaxConfig) -> list[Atoms]:
-    """The structures where FIRE left them."""
-    criterion = torch_sim.generate_force_convergence_fn(force_tol=config.fmax, include_cell_forces=config.cell)
+def _relaxed(model: TorchSimModel, structures: Sequence[Atoms], config: RelaxConfig) -> tuple[list[Atoms], list[int]]:
+    """The structures where FIRE left them, and how many steps each took."""
+    converged = torch_sim.generate_force_convergence_fn(force_tol=config.fmax, include_cell_forces=config.cell)
+    steps, left, before = np.zeros(len(structures), dtype=int), np.arange(len(structures)), model.n_evaluations
+
+    def criterion(state: Any, last_energy: Any = None) -> Any:
+        """Which of those that are left are finished, after the steps of all so far: TorchSim tells neither. One evaluation was the start's."""
+        nonlocal left
+        finished = converged(state, last_energy)
+        steps[left] = model.n_evaluations - before - 1
+        left = left[~finished.cpu().numpy()]
+        return finished
+
     batcher = torch_sim.InFlightAutoBatcher(model, memory_scales_with="n_atoms", max_memory_scaler=sum(map(len, structures)))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*max steps.*")  # "not converged" is in the answer
@@ -125,7 +135,7 @@ def _relaxed(model: TorchSimModel, structures: Sequence[Atoms], config: RelaxCon
         if config.cell:
             atoms.set_cell(cell)
         atoms.positions = where
-    return found
+    return found, steps.tolist()
 
 
 def _plain(atoms: Atoms) -> Atoms:
@@ -133,7 +143,7 @@ def _plain(atoms: Atoms) -> Atoms:
     return Atoms(atoms.numbers, atoms.positions, cell=atoms.cell, pbc=atoms.pbc)
 
 
-def _judged(model: TorchSimModel, atoms: Atoms, config: RelaxConfig) -> dict[str, Any]:
+def _judged(model: TorchSimModel, atoms: Atoms, n_steps: int, config: RelaxConfig) -> dict[str, Any]:
     """What became of a structure, by forces of its own; they become its calculator's results."""
     if not np.isfinite(atoms.positions).all():
         return {"converged": False, "error": "its forces are not finite: atoms lie on one another"}
@@ -147,6 +157,6 @@ def _judged(model: TorchSimModel, atoms: Atoms, config: RelaxConfig) -> dict[str
         results["stress"] = full_3x3_to_voigt_6_stress(found["stress"])
     atoms.calc = SinglePointCalculator(atoms, **results)
     return {
-        "converged": worst <= config.fmax, "energy_eV": found["energy"], "max_force_eV_per_A": largest,
+        "converged": worst <= config.fmax, "steps": n_steps, "energy_eV": found["energy"], "max_force_eV_per_A": largest,
         "volume_A3": float(atoms.get_volume()) if atoms.pbc.all() else None,
     }  # fmt: skip

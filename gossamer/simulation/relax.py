@@ -25,13 +25,15 @@ from gossamer.potential import Potential
 from gossamer.potential_file import as_potential
 from gossamer.settings import configured
 from gossamer.signals import StopRequested
-from gossamer.simulation.md import as_calculator, has_direct_forces
+from gossamer.simulation.md import as_calculator, foretell, has_direct_forces, way_of
 from gossamer.simulation.options import RelaxConfig
 from gossamer.simulation.several import Job, failed, jobs
 from gossamer.simulation.state import cut_trajectory, numbers_of, put_back, put_back_atoms
 
 log = logging.getLogger(__name__)
 OPTIMIZERS = {"fire": FIRE, "lbfgs": LBFGS}
+STEPS = 60
+"""of a typical relaxation: decides, before any is done, whether compiling the potential pays"""
 KEPT_ARRAYS = ("numbers", "positions", "tags", "masses", "initial_charges", "initial_magmoms")
 KEPT_INFO = ("charge", "spin")
 """what a relaxed structure keeps of the frame it came from, beside names: all else (velocities, labels, times) was said of other positions"""
@@ -97,7 +99,7 @@ def relax_files(model: Any, structures: Sequence[Path | str], config: RelaxConfi
         config: Options of each. With TorchSim ``resume`` leaves out what is in the folder already.
 
     Returns:
-        For each structure "structure" and either the answer of ``relax`` without the atoms (TorchSim tells no steps), with "out", or
+        For each structure "structure" and either the answer of ``relax`` without the atoms, with "out", or
         "error". SIGTERM ends the list.
 
     Raises:
@@ -120,16 +122,33 @@ def _failed(structure: str, error: Exception) -> dict[str, Any]:
 
 
 def _on_ase(model: Any, chosen: Sequence[tuple[Job, Path]], config: RelaxConfig) -> list[dict[str, Any]]:
-    """One structure after the other."""
-    # made once, with all that concerns it
-    calculator = as_calculator(model, config.device, config.dtype, config.way, dispersion=config.dispersion)
+    """One structure after the other, with one calculator: what is compiled serves all that follow.
+
+    A resumed relaxation that began in another way goes on in that, with a calculator of its own.
+    """
+    calculators = {config.way: as_calculator(model, config.device, config.dtype, config.way, dispersion=config.dispersion)}
+    ours = isinstance(model, str | Path | Potential)
     answers = []
-    for job, out in chosen:
-        resume = config.resume and out.with_suffix(".state.npz").exists()
+    steps: list[int] = []
+    for number, (job, out) in enumerate(chosen):
+        memory, way = out.with_suffix(".state.npz"), config.way
+        resume = config.resume and memory.exists()
         one = replace(config, out=out, frame=job.frame, all_frames=False, resume=resume, way="auto", dtype=None, dispersion=None)
         try:
-            answer = relax(calculator, job.path, one)
+            if resume and ours and way == "auto":
+                way = str(read_npz(memory).get("way", way))  # type: ignore[assignment]
+            if way not in calculators:
+                calculators[way] = as_calculator(model, config.device, config.dtype, way, dispersion=config.dispersion)
+            if (
+                ours and way == config.way and number & (number - 1) == 0
+            ):  # 0, 1, 2, 4, 8 ...: asking costs evaluations, and guesses get better
+                left = [o for _, o in chosen[number:] if not (config.resume and o.exists())]
+                each = min(config.steps, round(sum(steps) / len(steps)) if steps else STEPS)
+                foretell(calculators[way], each * len(left), as_atoms(job.path, job.frame, config.supercell))
+            answer = relax(calculators[way], job.path, one)
             answers.append({"structure": job.said, **{k: v for k, v in answer.items() if k != "atoms"}, "out": str(out)})
+            if not resume:
+                steps.append(answer["steps"])
             if answer["stopped"]:
                 break
         except (ValueError, RuntimeError, OSError) as error:
@@ -183,6 +202,7 @@ def _relax_to_disk(atoms: Atoms, config: RelaxConfig, out: Path) -> tuple[bool, 
     """Relax with the path and the optimiser's memory beside ``out``; whether it converged, the signal that ended it, the optimiser."""
     path, memory = out.with_suffix(".traj"), out.with_suffix(".state.npz")
     kind = [config.optimizer, str(config.cell), *([] if config.dispersion is None else [config.dispersion])]
+    way = way_of(atoms.calc)
     algorithm = _algorithm(atoms, config)  # from the original cell also when resuming: the filter measures strain from there
     stored = _go_back(atoms, path, memory, kind, algorithm) if config.resume else {}
     with Trajectory(path, "a" if config.resume else "w", atoms) as trajectory:
@@ -192,7 +212,9 @@ def _relax_to_disk(atoms: Atoms, config: RelaxConfig, out: Path) -> tuple[bool, 
                 trajectory.write()
                 state: dict[str, Any] = {f"optimizer.{k}": v for k, v in numbers_of(algorithm).items()}
                 with atomic_path(memory) as temporary:
-                    np.savez(temporary, kind=kind, numbers=atoms.numbers, positions=atoms.positions, cell=atoms.cell.array, **state)
+                    np.savez(
+                        temporary, kind=kind, way=way, numbers=atoms.numbers, positions=atoms.positions, cell=atoms.cell.array, **state
+                    )
 
         algorithm.attach(record)
         converged = False

@@ -92,6 +92,8 @@ class TorchSimModel(ModelInterface):
         self._memory_scales_with = "n_atoms_x_density"
         self.compute_forces, self.compute_stress = compute_forces, compute_stress
         self._expected = way != "program"
+        self.n_evaluations = 0
+        """of batches, so far"""
         self._last: tuple[Prediction, Graph] | None = None
 
     @ModelInterface.compute_forces.setter  # type: ignore[attr-defined, misc]
@@ -118,6 +120,7 @@ class TorchSimModel(ModelInterface):
         """
         if kwargs:
             raise TypeError(f"TorchSimModel.forward takes the state alone, found {', '.join(sorted(kwargs))}.")
+        self.n_evaluations += 1
         graph = self.graph(state if isinstance(state, dict) else vars(state) | {"system_idx": state.system_idx})
         if not self._expected and graph.n_graphs > 1:
             self.engine.expect(1, graph)  # the program of batches, made or read now
