@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -15,6 +16,7 @@ from contextlib import closing
 from inspect import signature
 from io import StringIO
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import ase.io
@@ -191,6 +193,25 @@ def test_a_potential_that_changed_meanwhile_is_refused(potential: Path) -> None:
         run_block(asked, [("0", alloys(1)[0])])
 
 
+def test_a_worker_is_told_of_its_share_of_the_work(tmp_path: Path, potential: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that it compiles only what pays for itself there."""
+    pytest.importorskip("parsl")
+    from gossamer.screening import screen as loop
+    from gossamer.screening import tasks
+    from gossamer.simulation.calculator import Calculator
+
+    told: list[int] = []
+    monkeypatch.setattr(Calculator, "expect", lambda self, n, atoms: told.append(n))
+    for steps, most in ((500, 60), (7, 7)):
+        tasks.get_ready(dataclasses.replace(ask(potential, way="plain", steps=steps), n_expected=5), [("a", alloys(1)[0])])
+        assert told.pop() == 5 * most
+    asked: list[Asked] = []
+    monkeypatch.setattr(loop.Screening, "run", lambda self, items, workers: asked.append(self.asked))
+    ase.io.write(tmp_path / "alloys.extxyz", alloys(10))
+    loop.screen(tmp_path / "alloys.extxyz", calculator=EMT, machine=MachineConfig(workers=4), out=tmp_path / "r.sqlite")
+    assert [a.n_expected for a in asked] == [3]
+
+
 # --- the time limit ---------------------------------------------------------------------------------------------------
 
 
@@ -336,6 +357,73 @@ def test_structures_are_read_as_they_are_needed(tmp_path: Path) -> None:
         assert (answer["done_before"], answer["done"], sizes) == (200, 6, [3, 3]), "every worker gets a share"
         answer, sizes, _ = go(206, REPEATED)
         assert (answer["done_before"], answer["done"], sum(sizes)) == (185, 21, 21)
+
+
+class Lost(Inline):
+    """Workers on one node that is lost, again and again, under blocks of more than ``size`` structures."""
+
+    slots = 40
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.size, self.node = size, 0
+
+    def submit(self, function: Any, asked: Asked, block: list[tuple[str, Atoms]]) -> Future:
+        from gossamer.screening.executor import ManagerLost
+
+        if len(block) <= self.size:
+            return super().submit(function, asked, block)
+        self.sizes.append(len(block))
+        future: Future = Future()
+        future.set_exception(ManagerLost(str(self.node).encode(), "node"))
+        self.node += len(self.sizes) % self.slots == 0
+        return future
+
+
+def test_what_a_lost_node_had_in_hand_is_done_again_in_parts(tmp_path: Path) -> None:
+    """A node that ends with all its workers is one setback, not one for each block; what takes longer than jobs last has failed in the end."""
+    pytest.importorskip("parsl")
+    from gossamer.screening.screen import NODES_LOST, Screening
+
+    (copper,) = alloys(1)
+
+    def go(n: int, size: int) -> tuple[dict[str, Any], list[int]]:
+        workers = Lost(size)
+        with Results(tmp_path / f"{size}.sqlite", {}) as results:
+            screening = Screening(results, n, ask(), 16, (), progress=False)
+            screening.run((Item("a.xyz", k, str(k), copper) for k in range(n)), workers)  # type: ignore[arg-type]
+            return screening.summary(None), workers.sizes
+
+    answer, sizes = go(40 * 16, 4)
+    assert answer["statuses"] == {"done": 640 - 64, "failed": 64}, "those of Inline"
+    assert set(sizes) == {16, 4}
+    answer, sizes = go(3, 0)
+    assert answer["statuses"] == {"failed": 3}
+    assert sizes == [1] * 3 * NODES_LOST
+    (reason,) = {r for (r,) in read(tmp_path / "0.sqlite", "select reason from result")}
+    assert reason == "its job ended 5 times while it was computed (walltime too short for it, or jobs cancelled)"
+
+
+def test_rates_are_said_in_a_unit_that_reads_well() -> None:
+    pytest.importorskip("parsl")
+    from gossamer.screening.screen import pace
+
+    said = ["12.3 per second", "1 per second", "2.4 per minute", "1 per minute", "36 per hour", "0.18 per hour", "0 per second"]
+    assert [pace(r) for r in (12.345, 1.0, 0.04, 1 / 60, 0.01, 0.00005, 0.0)] == said
+
+
+def test_slow_tasks_say_the_time_that_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """Four of ten after the first, one in 25 s: 2.4 per minute, and 5 times 25 s for those that are left."""
+    pytest.importorskip("parsl")
+    from gossamer.screening.screen import Screening
+
+    caplog.set_level("INFO")
+    with Results(tmp_path / "r.sqlite", {}) as results:
+        screening = Screening(results, 10, ask(), 1, (), progress=True)
+        screening.began, screening.said, screening.first, screening.n_done = -120.0, 0.0, (0.0, 1), 5
+        monkeypatch.setattr(time, "monotonic", lambda: 100.0)
+        screening._tell(SimpleNamespace(update=lambda n: None, set_postfix=lambda *a, **k: None, n=0, disable=True))
+    assert "5 of 10 structures, 2.4 per minute, 02:05 left" in caplog.text
 
 
 def test_near_atoms_are_found_across_the_cell() -> None:
@@ -522,6 +610,8 @@ def test_workers_are_counted() -> None:
     assert MachineConfig().workers_per_node() == len(os.sched_getaffinity(0))
     assert MachineConfig(scheduler="slurm", cores=64, threads=4).workers_per_node() == 16
     assert MachineConfig(gpus=4).workers_per_node() == 4
+    assert MachineConfig(scheduler="slurm", workers=32, nodes=4, jobs=2).slots() == 256
+    assert MachineConfig(workers=3, nodes=4, jobs=2).slots() == 3
     with pytest.raises(ValueError, match="workers: say how many"):
         MachineConfig(scheduler="slurm").workers_per_node()
 
@@ -564,6 +654,18 @@ def test_the_script_of_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert "--exclusive" not in script
     assert script.index("module load gcc\nsource env/bin/activate") < script.index("export GOSSAMER_SCREENING=abc") < script.index("srun")
     assert "OMP_NUM_THREADS=2" in script
+    for walltime, minutes in (
+        ("00:00:30", 1),
+        ("00:01:30", 2),
+        ("100:00:00", 6000),
+    ):  # of Slurm 0 minutes are no limit, and parts are whole ones
+        (other,) = parsl_config(
+            MachineConfig(scheduler="slurm", workers=1, walltime=walltime, address="127.0.0.1"), tmp_path / "parsl", "abc"
+        ).executors
+        other.provider.script_dir = str(tmp_path)
+        other.provider.submit("the workers' command", 1, f"short-{minutes}")
+        (text,) = (p.read_text() for p in tmp_path.glob(f"short-{minutes}.*"))
+        assert f"#SBATCH --time={minutes}\n" in text
     assert (executor.provider.init_blocks, executor.provider.max_blocks) == (3, 3)
     assert executor.max_workers_per_node == 32
     assert executor.drain_period == 4 * 3600 * 0.9
@@ -581,10 +683,100 @@ def test_slurm_needs_sbatch(tmp_path: Path) -> None:
         Workers(MachineConfig(scheduler="slurm", workers=1), tmp_path, "abc").start()
 
 
+def job(state: str, said: str = "", folder: Path | None = None) -> Any:
+    from parsl.jobs.states import JobState, JobStatus
+
+    path = None
+    if folder is not None:
+        path = folder / "job.stderr"
+        path.write_text(said)
+    return JobStatus(JobState[state], stderr_path=None if path is None else str(path))
+
+
+def test_jobs_that_cannot_be_had_end_the_screening_with_their_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that runs goes on in any case; sbatch's refusals are final at once, if it never took one, and else after half an hour."""
+    pytest.importorskip("parsl")
+    from gossamer.screening import executor as module
+
+    def look(states: list[str], refused: list[float] = [], taken: bool = True, said: str = "") -> str | None:  # noqa: B006
+        found: list[Exception] = []
+        status = {str(k): job(state, said, tmp_path) for k, state in enumerate(states)}
+        provider = SimpleNamespace(refused_at=refused, ever_taken=taken, refusal="sbatch: error: invalid account")
+        fake = SimpleNamespace(provider=provider, blocks_to_job_id=status, set_bad_state_and_fail_all=found.append)
+        module._look_at_jobs(fake, {**status, "99": job("FAILED")} if refused else status)
+        return str(found[0]) if found else None
+
+    assert look(["MISSING"] * 2) is None
+    assert look(["RUNNING", *["MISSING"] * 3]) is None
+    assert look(["MISSING", "COMPLETED", "MISSING"]) is None
+    message = look(["COMPLETED", *["MISSING"] * 3], said="a\nb\nModuleNotFoundError: No module named 'gossamer'\n")
+    assert message == (
+        "3 jobs in a row ended before their workers came. The last one said:\n    a\n    b\n    ModuleNotFoundError: No module named 'gossamer'"
+    )
+    assert look(["MISSING", "FAILED", "MISSING"]) == "3 jobs in a row failed. The last one said nothing."
+    assert look([], [0.0], taken=False) == "sbatch refuses the job: sbatch: error: invalid account"
+    assert look(["COMPLETED"], [0.0, 60.0]) is None
+    assert look(["RUNNING"], [0.0, 6000.0]) is None
+    assert look(["COMPLETED"], [0.0, 1860.0]) == "sbatch refuses the job: sbatch: error: invalid account"
+
+
+def test_a_refused_job_is_offered_again_after_a_minute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("parsl")
+    from parsl.providers.errors import SubmitException
+
+    from gossamer.screening.executor import parsl_config
+
+    asked = tmp_path / "asked"
+    commands(tmp_path, monkeypatch, sbatch=f"echo x >> {asked}; echo sbatch: error: invalid account >&2; exit 1")
+    (executor,) = parsl_config(MachineConfig(scheduler="slurm", workers=1, address="127.0.0.1"), tmp_path / "parsl", "abc").executors
+    provider = executor.provider
+    provider.script_dir = str(tmp_path)
+    for _ in range(3):
+        with pytest.raises(SubmitException):
+            provider.submit("command", 1, "it")
+    assert asked.read_text() == "x\n"
+    assert provider.refusal == "sbatch: error: invalid account"
+    provider.refused_at[:] = [time.monotonic() - 61]
+    commands(tmp_path, monkeypatch, sbatch="echo Submitted batch job 42")
+    assert provider.submit("command", 1, "it") == "42"
+    assert (provider.refused_at, provider.refusal, provider.ever_taken) == ([], "", True)
+    commands(tmp_path, monkeypatch, sacct="true", squeue="true")  # neither knows it yet
+    assert [status.state.name for status in provider.status(["42"])] == ["PENDING"]
+    provider._taken_at["42"] -= 16
+    assert [status.state.name for status in provider.status(["42"])] == ["COMPLETED"]
+
+
+def test_jobs_that_a_killed_screening_left_are_cancelled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those whose script lies in its folder, and no others; without Slurm none."""
+    pytest.importorskip("parsl")
+    from gossamer.screening.executor import cancel_jobs
+
+    folder, called = tmp_path / "my results" / ".r.sqlite.parsl", tmp_path / "called"
+    listed = f"7|{folder}/000/submit_scripts/a\n8|{folder}2/000/submit_scripts/b\n9|(null)\n10|{folder}/001/submit_scripts/c"
+    (tmp_path / "listed").write_text(listed)
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert cancel_jobs(folder) == []
+    monkeypatch.setenv("PATH", "/usr/bin:/bin")
+    commands(tmp_path, monkeypatch, squeue=f"cat {tmp_path / 'listed'}", scancel=f"echo $* > {called}")
+    assert cancel_jobs(folder) == ["7", "10"]
+    assert called.read_text() == "7 10\n"
+    commands(tmp_path, monkeypatch, squeue="exit 1")
+    assert cancel_jobs(folder) == []
+
+
+def commands(folder: Path, monkeypatch: pytest.MonkeyPatch, **lines: str) -> None:
+    """Programs of these names, each a line of shell, before all others."""
+    for name, line in lines.items():
+        (folder / name).write_text(f"#!/bin/bash\n{line}\n")
+        (folder / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+
+
 STAND_IN = {
     "sbatch": "SLURM_CPUS_ON_NODE=2 SLURM_JOB_NUM_NODES=1 SLURM_JOB_NAME=it setsid bash $1 > $1.stdout 2> $1.stderr & echo Submitted batch job $!",
     "sacct": 'for job in $(echo "$*" | grep -o "[0-9]*$"); do kill -0 $job 2>/dev/null && echo $job RUNNING || echo $job COMPLETED; done',
     "scancel": "kill -- -$1",
+    "squeue": "true",
     "srun": 'echo "$@" > $0.called; while [ $1 != bash ]; do shift; done; exec "$@"',
 }
 """Slurm for one node: each command as a line of shell"""
@@ -596,10 +788,7 @@ def test_jobs_of_a_stand_in_for_slurm(tmp_path: Path, monkeypatch: pytest.Monkey
     pytest.importorskip("parsl")
     from gossamer.screening.screen import screen
 
-    for name, line in STAND_IN.items():
-        (tmp_path / name).write_text(f"#!/bin/bash\n{line}\n")
-        (tmp_path / name).chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    commands(tmp_path, monkeypatch, **STAND_IN)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     ase.io.write(tmp_path / "alloys.extxyz", alloys(6))
     machine = MachineConfig(scheduler="slurm", workers=2, address="127.0.0.1", options=("--mail-type=END",))
@@ -607,6 +796,23 @@ def test_jobs_of_a_stand_in_for_slurm(tmp_path: Path, monkeypatch: pytest.Monkey
     assert answer["statuses"] == {"converged": 6}
     assert "--cpus-per-task=2" in (tmp_path / "srun.called").read_text()
     assert not left_over(tmp_path / "results.sqlite")
+
+
+@pytest.mark.slow
+def test_jobs_of_a_real_slurm(tmp_path: Path) -> None:
+    """Of one node, started for it: the submitter is killed and goes on, a job is cancelled, a partition is not there (benchmarks/screening/slurm.py)."""
+    pytest.importorskip("parsl")
+    sys.path.insert(0, str(ROOT / "benchmarks" / "screening"))
+    try:
+        from slurm import missing
+    finally:
+        sys.path.pop(0)
+    if missing():
+        pytest.skip(f"there is no Slurm here ({', '.join(missing())}): apt-get install slurmctld slurmd slurm-client munge")
+    command = [sys.executable, str(ROOT / "benchmarks" / "screening" / "slurm.py"), "--short"]
+    result = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert json.loads(result.stdout.splitlines()[-1])["failed"] == []
 
 
 # --- the whole ----------------------------------------------------------------------------------------------------------

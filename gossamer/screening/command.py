@@ -76,7 +76,7 @@ def _hull_options(hull: argparse.ArgumentParser) -> None:
 def _run(arguments: argparse.Namespace) -> int:
     from gossamer.flags import from_flags
     from gossamer.screening.config import ScreenConfig
-    from gossamer.screening.screen import screen
+    from gossamer.screening.screen import pace, screen
     from gossamer.signals import STOPPED
 
     answer = screen(arguments.structures, arguments.model, arguments.calculator, arguments.machine, arguments.workers,
@@ -89,7 +89,7 @@ def _run(arguments: argparse.Namespace) -> int:
         print(json.dumps(answer))
     else:
         statuses = ", ".join(f"{n} {status}" for status, n in answer["statuses"].items())
-        print(f"{answer['done']} structures in {answer['seconds']:.3g} s, {answer['per_second']:.3g} per second"
+        print(f"{answer['done']} structures in {answer['seconds']:.3g} s, {pace(answer['per_second'])}"
               + (f"; {answer['done_before']} were there before" if answer["done_before"] else ""))  # fmt: skip
         print(f"'{answer['out']}': {statuses or 'nothing yet'}")
         if answer["stopped"]:

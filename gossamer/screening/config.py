@@ -128,6 +128,14 @@ class MachineConfig:
             raise ValueError("workers: say how many processes run on each node (or cores: how many there are), for scheduler slurm.")
         return max(1, cores // self.threads)
 
+    def slots(self) -> int:
+        """Processes at most, of all jobs and nodes.
+
+        Raises:
+            ValueError: as ``workers_per_node``.
+        """
+        return self.workers_per_node() * (1 if self.scheduler == "none" else self.nodes * self.jobs)
+
 
 def load_machine(path: Path | str | None, workers: int | None = None) -> MachineConfig:
     """The machine that a YAML file describes; without one, this machine.

@@ -5,9 +5,11 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import subprocess
 import sys
 import threading
-from collections.abc import Callable, Collection
+import time
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -23,9 +25,10 @@ try:
     from parsl.executors.high_throughput import executor as htex
     from parsl.executors.high_throughput.errors import ManagerLost, WorkerLost
     from parsl.executors.status_handling import BadStateException
-    from parsl.jobs.error_handlers import windowed_error_handler
+    from parsl.jobs.states import JobState, JobStatus
     from parsl.launchers import SrunLauncher
     from parsl.providers import LocalProvider, SlurmProvider
+    from parsl.providers.errors import SubmitException
 except ImportError as error:
     raise ImportError(f"Screening needs the package parsl ({error}): pip install 'gossamer[screen]'") from None
 
@@ -37,13 +40,16 @@ HEARTBEAT, LOST = {"none": 2, "slurm": 15}, {"none": 20, "slurm": 120}
 """s between signs of life, and without one until a node is given up"""
 CLEANUP = 20.0
 """s that Parsl may take to end; its processes are ended then in any case"""
-POOL = "gossamer.screening.pool"
-INTERCHANGE = (
-    "import runpy, signal; signal.signal(signal.SIGINT, signal.SIG_IGN); "  # Ctrl-C is the submitter's business
-    "runpy.run_module('parsl.executors.high_throughput.interchange', run_name='__main__', alter_sys=True)"
-)
+POLL, YOUNG, ASK_AGAIN, OUTAGE = 20, 15.0, 60.0, 1800.0
+"""s between questions to Slurm about jobs; until a job is asked about, as sacct knows it seconds late, and what it does not know has ended for
+Parsl; from a job that was refused to the next try; of refusals without a job until they are final"""
+LATE = 30
+"""s that a command of Slurm may take"""
+ENDED_AT_ONCE = 3
+"""jobs in a row whose workers never came, after which no other is submitted"""
+POOL, INTERCHANGE = "gossamer.screening.pool", "gossamer.screening.interchange"
 
-__all__ = ["BadStateException", "ManagerLost", "WorkerLost", "Workers", "end_processes", "parsl_config"]
+__all__ = ["BadStateException", "ManagerLost", "WorkerLost", "Workers", "cancel_jobs", "end_processes", "parsl_config"]
 
 
 def parsl_config(machine: MachineConfig, folder: Path, mark: str) -> Config:
@@ -64,7 +70,7 @@ def parsl_config(machine: MachineConfig, folder: Path, mark: str) -> Config:
         # no new block goes to a job that ends soon
         drain_period=None if here else max(machine.seconds - max(120, machine.seconds // 10), machine.seconds // 2),
         launch_cmd=htex.DEFAULT_LAUNCH_CMD.replace("process_worker_pool.py", f"{sys.executable} -m {POOL}"),
-        interchange_launch_cmd=[sys.executable, "-c", INTERCHANGE], block_error_handler=windowed_error_handler,
+        interchange_launch_cmd=[sys.executable, "-m", INTERCHANGE], block_error_handler=_look_at_jobs,
     )  # fmt: skip
     return Config(
         executors=[executor], run_dir=str(folder), strategy="simple", strategy_period=1 if here else 5, initialize_logging=False,
@@ -85,12 +91,79 @@ def _local(machine: MachineConfig, mark: str) -> LocalProvider:
 def _slurm(machine: MachineConfig, mark: str) -> SlurmProvider:
     # without cpus-per-task, srun (from 22.05 on) would bind all workers of a node to one core
     options = "".join(f"#SBATCH {option}\n" for option in machine.options)
-    return SlurmProvider(
+    return Slurm(
         partition=machine.partition, account=machine.account, qos=machine.qos, constraint=machine.constraint, nodes_per_block=machine.nodes,
         cores_per_node=machine.cores, mem_per_node=machine.memory, gpus_per_node=machine.gpus or None, init_blocks=machine.jobs, min_blocks=0,
-        max_blocks=machine.jobs, walltime=machine.walltime, scheduler_options=options.rstrip(), worker_init=_environment(machine, mark),
+        max_blocks=machine.jobs, walltime=f"0:{-(-machine.seconds // 60)}:00", scheduler_options=options.rstrip(), worker_init=_environment(machine, mark),
         exclusive=machine.cores is None, launcher=SrunLauncher(overrides="--cpus-per-task=$SLURM_CPUS_ON_NODE"),
     )  # fmt: skip
+
+
+class Slurm(SlurmProvider):
+    """Parsl's, that knows why a job was refused, does not ask again at once, and believes that a job is there when it was just taken."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options, cmd_timeout=LATE)
+        self.refusal = ""
+        """what sbatch said of the last job; nothing if it took it"""
+        self.refused_at: list[float] = []
+        """times of refusals since a job was taken"""
+        self.ever_taken = False
+        self._taken_at: dict[str, float] = {}
+
+    def submit(self, command: str, tasks_per_node: int, job_name: str = "gossamer") -> str:
+        """As Parsl's; a job that is refused is offered again after a minute."""
+        if self.refused_at and time.monotonic() - self.refused_at[-1] < ASK_AGAIN:
+            raise SubmitException(job_name, "refused a moment ago")
+        try:
+            job = super().submit(command, tasks_per_node, job_name)
+        except Exception as error:  # of sbatch, or none in time
+            said = " ".join(f"{getattr(error, 'stderr', None) or ''} {getattr(error, 'stdout', None) or ''}".split()) or str(error)
+            if self.ever_taken and said != self.refusal:
+                log.warning("sbatch takes no further job now (it is asked again): %s", said)
+            self.refusal = said
+            self.refused_at.append(time.monotonic())
+            raise
+        self.refusal, self.refused_at, self.ever_taken = "", [], True
+        self._taken_at[job] = time.monotonic()
+        return job
+
+    def _status(self) -> None:
+        now = time.monotonic()
+        young = {job: self.resources.pop(job) for job, at in self._taken_at.items() if now - at < YOUNG and job in self.resources}
+        try:
+            super()._status()
+        finally:
+            self.resources.update(young)
+
+    @property
+    def status_polling_interval(self) -> int:
+        return POLL
+
+
+def _look_at_jobs(executor: Any, status: Mapping[str, JobStatus], threshold: int = ENDED_AT_ONCE) -> None:
+    """Give up, with the reason, if no job can be had: sbatch refuses, or workers of the last ones never came. Those at work go on in any case."""
+    if any(job.state in (JobState.PENDING, JobState.RUNNING) for job in status.values()):
+        return
+    provider = executor.provider
+    refused = getattr(provider, "refused_at", [])
+    if refused:
+        if not provider.ever_taken or refused[-1] - refused[0] > OUTAGE:
+            executor.set_bad_state_and_fail_all(RuntimeError(f"sbatch refuses the job: {provider.refusal}"))
+        return
+    newest = [status[block] for block in sorted(executor.blocks_to_job_id, key=int)[-threshold:] if block in status]
+    if len(newest) == threshold and all(job.state in (JobState.FAILED, JobState.MISSING) for job in newest):
+        how = "failed" if any(job.state == JobState.FAILED for job in newest) else "ended before their workers came"
+        executor.set_bad_state_and_fail_all(RuntimeError(f"{threshold} jobs in a row {how}.{_said(newest[-1])}"))
+
+
+def _said(job: JobStatus) -> str:
+    """The last lines of what a job wrote."""
+    try:
+        lines = Path(job.stderr_path or os.devnull).read_text(errors="replace").strip().splitlines()[-5:]
+    except OSError:
+        return ""
+    return " The last one said:" + "".join(f"\n    {line}" for line in lines) if lines else " The last one said nothing."
 
 
 class Workers:
@@ -99,7 +172,7 @@ class Workers:
     def __init__(self, machine: MachineConfig, folder: Path, mark: str) -> None:
         """Args: as of ``parsl_config``."""
         self.machine, self.folder, self.mark = machine, folder, mark
-        self.slots = machine.workers_per_node() * (1 if machine.scheduler == "none" else machine.nodes * machine.jobs)
+        self.slots = machine.slots()
         """workers that there are at most"""
         self._kernel: DataFlowKernel | None = None
 
@@ -132,13 +205,21 @@ class Workers:
         process = executor.interchange_proc
         return process is not None and process.poll() is None and not executor.bad_state_is_set
 
+    def why(self) -> str:
+        """What Slurm or its jobs said where there are no workers because of it, else nothing."""
+        assert self._kernel is not None
+        executor: Any = self._kernel.executors["screening"]
+        return str(executor.executor_exception) if executor.bad_state_is_set else ""
+
     def close(self) -> None:
-        """End all processes, and remove Parsl's files."""
+        """End all processes and jobs, and remove Parsl's files."""
         if self._kernel is not None:
             thread = threading.Thread(target=self._clean_up, args=(self._kernel, self.alive()), daemon=True)
             thread.start()
             thread.join(CLEANUP)
             self._kernel = None
+            if self.machine.scheduler == "slurm":  # whatever Parsl has overlooked
+                cancel_jobs(self.folder)
         end_processes([self.mark])
         shutil.rmtree(self.folder, ignore_errors=True)
 
@@ -148,11 +229,30 @@ class Workers:
         try:
             if not alive:
                 executor.set_bad_state_and_fail_all(RuntimeError("the interchange died"))
-                if self.machine.scheduler == "slurm":
-                    executor.provider.cancel(list(executor.job_ids_to_block))
             kernel.cleanup()
         except Exception as error:  # of a Parsl whose parts were killed
             log.debug("Parsl: %s", error)
+
+
+def cancel_jobs(folder: Path) -> list[str]:
+    """Cancel the jobs whose script lies in this folder, those that wait too; returns their ids.
+
+    Args:
+        folder: Of one screening, as an absolute path; whoever calls this owns it.
+    """
+    try:
+        listed = _call("squeue", f"--user={os.getuid()}", "--states=PD,CF,R,S", "--noheader", "--format=%i|%o")
+        found = [job for job, _, script in (line.partition("|") for line in listed.splitlines()) if folder in Path(script.strip()).parents]
+        if found:
+            _call("scancel", *found)
+    except (OSError, subprocess.SubprocessError) as error:  # no Slurm here, or one that does not answer
+        log.debug("Slurm: %s", error)
+        return []
+    return found
+
+
+def _call(*command: str) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=LATE).stdout
 
 
 def end_processes(marks: Collection[str]) -> list[int]:

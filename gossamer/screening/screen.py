@@ -21,7 +21,7 @@ from gossamer.data.atoms import count_frames
 from gossamer.files import locked
 from gossamer.screening.config import BLOCK, MachineConfig, ScreenConfig, load_machine
 from gossamer.screening.database import Results, Row
-from gossamer.screening.executor import BadStateException, ManagerLost, WorkerLost, Workers, end_processes
+from gossamer.screening.executor import BadStateException, ManagerLost, WorkerLost, Workers, cancel_jobs, end_processes
 from gossamer.screening.limited import Died
 from gossamer.screening.structures import Item, read_items, sources_of
 from gossamer.screening.tasks import Asked, make_question, run_block, stored_question
@@ -33,8 +33,10 @@ AHEAD = 3
 """blocks for each worker that are handed out before they are needed"""
 TRIES = 3
 """deaths of workers over one structure alone after which it is said to kill them"""
+NODES_LOST = 5
+"""nodes lost (their job's time was over, or it was cancelled) over one structure alone after which it is said to take too long"""
 SETBACKS = 30
-"""deaths of workers in a row, without an answer in between, that end the screening"""
+"""deaths of workers in a row, without an answer in between, that end the screening; or as many as there are workers, if that is more"""
 REPEATED = ("failed", "timed out", "not converged")
 """what --again does once more"""
 REPORT = 20.0
@@ -90,7 +92,7 @@ def screen(
         screening = Screening(
             results,
             sum(counts.values()),
-            replace(asked, n_expected=max(1, n_new)),
+            replace(asked, n_expected=max(1, -(-n_new // machine.slots()))),
             config.block or BLOCK.get(config.task, 1),
             REPEATED if config.again else (),
             progress,
@@ -99,13 +101,25 @@ def screen(
         ended = end_processes(left)
         if ended:
             log.warning("ended %d processes that an earlier screening, killed, had left", len(ended))
-        workers_ = Workers(machine, out.with_name(f".{out.name}.parsl").resolve(), mark)
+        folder = out.with_name(f".{out.name}.parsl").resolve()
+        cancelled = cancel_jobs(folder) if left or machine.scheduler == "slurm" else []
+        if cancelled:
+            log.warning("cancelled jobs that an earlier screening, killed, had left in Slurm: %s", ", ".join(cancelled))
+        workers_ = Workers(machine, folder, mark)
         try:
             stopped = screening.run(read_items(paths), workers_)
         finally:
             workers_.close()
             results.end([mark, *left])
         return screening.summary(stopped)
+
+
+def pace(per_second: float) -> str:
+    """A rate in the unit in which it is at least one: "3.2 per second", "2.4 per minute", "1.5 per hour"."""
+    for unit, seconds in (("second", 1), ("minute", 60)):
+        if per_second * seconds >= 1 or not per_second:
+            return f"{per_second * seconds:.3g} per {unit}"
+    return f"{per_second * 3600:.3g} per hour"
 
 
 class Screening:
@@ -127,7 +141,11 @@ class Screening:
         self.n_read = self.n_before = self.n_done = 0
         self.deaths: Counter[str] = Counter()
         """of workers, by the structure that was alone with them"""
-        self.setbacks = 0
+        self.nodes_lost: Counter[str] = Counter()
+        """likewise of nodes"""
+        self.seen_lost: set[bytes] = set()
+        """nodes that are known to be lost: each is one setback, however much it had in hand"""
+        self.setbacks, self.most_setbacks = 0, SETBACKS
         self.waiting: deque[list[str]] = deque()
         """blocks of ids that are to be done again"""
         self.running: dict[Future[list[Row]], list[str]] = {}
@@ -159,6 +177,7 @@ class Screening:
                 if self.progress:
                     log.info("%s (%s) of %d structures, %d at once, %d worker%s", self.asked.task, self.asked.engine, self.n_structures, size,
                              workers.slots, "" if workers.slots == 1 else "s")  # fmt: skip
+                self.most_setbacks = max(SETBACKS, workers.slots)
                 workers.start()
             while not stop.requested:
                 while len(self.running) < AHEAD * workers.slots and (names := next(blocks, [])):
@@ -207,9 +226,10 @@ class Screening:
             rows = future.result()
         except (WorkerLost, Died):
             self._worker_died(names)
-        except (ManagerLost, BadStateException) as error:  # the node has gone, or its time is over: nothing to do with these structures
-            self._setback(error)
+        except BadStateException:  # Parsl has given up, and is started again: nothing to do with these structures
             self.waiting.appendleft(names)
+        except ManagerLost as error:  # the node has gone, or its time is over
+            self._node_lost(names, error)
         else:
             self.setbacks = 0
             self._write(rows)
@@ -229,6 +249,24 @@ class Screening:
                 self._write([Row(name, "failed", reason, *self._facts(name))])
         self._setback(RuntimeError("a worker's process died"))
 
+    def _node_lost(self, names: list[str], error: ManagerLost) -> None:
+        """A block whose job ended is done again in quarters, as it may take longer than a job; a structure alone that meets this again and again
+        has failed."""
+        if error.manager_id not in self.seen_lost:
+            self.seen_lost.add(error.manager_id)
+            self._setback(error)
+        if len(names) > 1:
+            size = -(-len(names) // 4)
+            self.waiting.extendleft(reversed([names[k : k + size] for k in range(0, len(names), size)]))
+            return
+        (name,) = names
+        self.nodes_lost[name] += 1
+        if self.nodes_lost[name] < NODES_LOST:
+            self.waiting.append(names)
+        else:
+            reason = f"its job ended {NODES_LOST} times while it was computed (walltime too short for it, or jobs cancelled)"
+            self._write([Row(name, "failed", reason, *self._facts(name))])
+
     def _facts(self, name: str) -> tuple[str | None, int | None]:
         atoms = self.items[name].atoms
         return (None, None) if atoms is None else (atoms.get_chemical_formula(), len(atoms))
@@ -236,19 +274,27 @@ class Screening:
     def _setback(self, error: Exception) -> None:
         self.setbacks += 1
         log.debug("%s", error)
-        if self.setbacks >= SETBACKS:
+        if self.setbacks >= self.most_setbacks:
             raise RuntimeError(
-                f"Workers died {SETBACKS} times in a row without an answer; the last time: {error}. Try fewer workers (memory), "
+                f"Workers died {self.setbacks} times in a row without an answer; the last time: {error}. Try fewer workers (memory), "
                 "the potential on one structure (gossamer relax), and the lines of setup."
             )
 
     def _start_again(self, workers: Workers) -> None:
-        """Parsl's own processes died: all that was handed out waits again."""
-        self.setbacks += 9  # three in a row are a machine on which nothing starts
+        """Parsl's own processes died, or no job can be had: all that was handed out waits again.
+
+        Raises:
+            RuntimeError: no job can be had, and there was no answer yet; or this happens again and again.
+        """
+        why = workers.why()
         for future in [f for f in self.running if f.done()]:
             self._settle(future)
-        self._setback(RuntimeError("Parsl's processes ended by themselves, or its jobs failed one after the other"))
-        log.warning("the workers were lost; starting them again")
+        if why and self.first is None:
+            lines = "partition, account, walltime, options and setup" if workers.machine.scheduler == "slurm" else "setup"
+            raise RuntimeError(f"{why}\nSee {lines} in the machine's file (docs/screening.md).")
+        self.setbacks += self.most_setbacks // 3 - 1  # three in a row are a machine on which nothing starts
+        self._setback(RuntimeError(why or "Parsl's processes ended by themselves"))
+        log.warning("the workers were lost%s; starting them again", f" ({why})" if why else "")
         self.waiting.extendleft(reversed(list(self.running.values())))
         self.running.clear()
         workers.close()
@@ -274,7 +320,7 @@ class Screening:
                 return
             rate = (self.n_done - self.first[1]) / (now - self.first[0])
             left = tqdm.format_interval(max(0, self.n_structures - done) / rate)
-            log.info("%d of %d structures, %.3g per second, %s left", done, self.n_structures, rate, left)
+            log.info("%d of %d structures, %s, %s left", done, self.n_structures, pace(rate), left)
 
     def summary(self, stopped: str | None) -> dict[str, Any]:
         """What this call did."""
@@ -284,5 +330,5 @@ class Screening:
             log.info("'%s' also holds %d structures that are not among these; they stay", self.results.path, others)
         return {
             "structures": self.n_structures, "done_before": self.n_before, "done": self.n_done, "seconds": round(seconds, 2),
-            "per_second": round(self.n_done / seconds, 3), "statuses": statuses, "out": str(self.results.path), "stopped": stopped,
+            "per_second": float(f"{self.n_done / seconds:.4g}"), "statuses": statuses, "out": str(self.results.path), "stopped": stopped,
         }  # fmt: skip

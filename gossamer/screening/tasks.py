@@ -171,10 +171,11 @@ def get_ready(asked: Asked, block: Block) -> None:
     if asked.engine == "torchsim":
         _torchsim_model(asked)
     elif asked.model and not asked.together:
+        each = EVALUATIONS[asked.task]
         for _, atoms in block:
             try:
                 check_structure(atoms)
-                calculator.expect(asked.n_expected * EVALUATIONS[asked.task], atoms)
+                calculator.expect(asked.n_expected * (min(each, asked.steps) if asked.task == "relax" and asked.steps else each), atoms)
                 return
             except ValueError:  # unsound, or of unknown elements: another one, then
                 continue
