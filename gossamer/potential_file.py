@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor
@@ -30,6 +29,7 @@ from gossamer.nn.uncertainty import Uncertainty
 from gossamer.potential import DTYPES, Potential, PotentialConfig
 from gossamer.quantities import QUANTITIES
 from gossamer.settings import build, to_dict
+from gossamer.tensor_files import read_tensors
 
 log = logging.getLogger(__name__)
 FORMAT = 2
@@ -215,10 +215,8 @@ def _open(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if not path.is_file():
         raise FileNotFoundError(f"There is no file '{path}'.")
     try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118 - not a dict
-    except (safetensors.SafetensorError, OSError) as error:
+        tensors, metadata = read_tensors(path)
+    except (ValueError, OSError) as error:
         raise ValueError(f"'{path}' is not a readable safetensors file ({error}). It may be truncated: copy it again.") from None
     if "gossamer" not in metadata:
         raise ValueError(f"'{path}' is a safetensors file, but not a potential saved by gossamer (no manifest).")

@@ -7,11 +7,13 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from gossamer.files import atomic_folder, atomic_path, explain, locked, remove_parts
+from gossamer.training.checkpoint import read_checkpoint
 
 HOLD = """
 import sys, time
@@ -134,3 +136,30 @@ def test_a_killed_process_leaves_a_folder_whole(moment: str, there: bool, tmp_pa
     with atomic_folder(out) as folder:
         (folder / "c").write_text("newest")
     assert [path.name for path in out.iterdir()] == ["c"]
+
+
+WRITER = """
+import itertools, sys, torch
+from pathlib import Path
+from gossamer.training.checkpoint import save_checkpoint
+for step in itertools.count(1):
+    save_checkpoint(Path(sys.argv[1]), {f"t{k}": torch.full((2000,), float(step)) for k in range(20)}, {"step": step})
+"""
+
+
+@pytest.mark.thorough
+def test_files_of_tensors_are_read_whole_while_others_are_written(tmp_path: Path) -> None:
+    """A checkpoint that a run replaces again and again is at any moment one of them."""
+    path, found = tmp_path / "checkpoint.safetensors", set()
+    with subprocess.Popen([sys.executable, "-c", WRITER, str(path)]) as writer:
+        try:
+            while not path.exists():
+                assert writer.poll() is None
+                time.sleep(0.05)
+            for _ in range(1500):
+                tensors, state = read_checkpoint(path)
+                assert all((value == state["step"]).all() for value in tensors.values())
+                found.add(state["step"])
+        finally:
+            writer.kill()
+    assert len(found) > 10

@@ -673,12 +673,11 @@ def test_the_script_of_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert "-m gossamer.screening.pool" in executor.launch_cmd
 
 
-def test_slurm_needs_sbatch(tmp_path: Path) -> None:
+def test_slurm_needs_sbatch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("parsl")
     from gossamer.screening.executor import Workers
 
-    if any(Path(p, "sbatch").exists() for p in os.environ["PATH"].split(":")):
-        pytest.skip("there is a Slurm here")
+    monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(RuntimeError, match="no sbatch on this machine"):
         Workers(MachineConfig(scheduler="slurm", workers=1), tmp_path, "abc").start()
 

@@ -165,17 +165,23 @@ def _torchsim_model(asked: Asked) -> Any:
     )
 
 
+_told: Asked | None = None
+"""the question for which this process has said how much comes: once, or a moment in which the machine is busy would make compiling look worth it"""
+
+
 def get_ready(asked: Asked, block: Block) -> None:
     """Compile a potential of ours where that pays; load any, so that one that cannot be had ends the screening and not every structure."""
+    global _told
     calculator = _calculator(asked)
     if asked.engine == "torchsim":
         _torchsim_model(asked)
-    elif asked.model and not asked.together:
+    elif asked.model and not asked.together and _told != asked:
         each = EVALUATIONS[asked.task]
         for _, atoms in block:
             try:
                 check_structure(atoms)
                 calculator.expect(asked.n_expected * (min(each, asked.steps) if asked.task == "relax" and asked.steps else each), atoms)
+                _told = asked
                 return
             except ValueError:  # unsound, or of unknown elements: another one, then
                 continue

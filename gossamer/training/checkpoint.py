@@ -8,12 +8,12 @@ import os
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor
 
 from gossamer.files import write_bytes
+from gossamer.tensor_files import read_tensors
 
 FORMAT = 1
 
@@ -37,9 +37,7 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         ValueError: unreadable or altered (says where the one before lies), or of a newer format.
     """
     try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118 - not a dict
+        tensors, metadata = read_tensors(path)
         if metadata.keys() - {"state", "checksum"}:
             raise ValueError(f"it holds {', '.join(sorted(metadata))}, expected state and checksum")
         # those of older versions have no checksum
@@ -48,7 +46,7 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         state = json.loads(metadata["state"])
         if not isinstance(state, dict) or type(state.get("format")) is not int:
             raise ValueError("it does not say its format")
-    except (safetensors.SafetensorError, OSError, KeyError, ValueError, RecursionError) as error:
+    except (OSError, KeyError, ValueError, RecursionError) as error:
         raise ValueError(f"The checkpoint '{path}' cannot be read ({error}). {_advice(path)}") from None
     if state["format"] > FORMAT:
         raise ValueError(f"The checkpoint '{path}' has format {state['format']}; this version reads up to {FORMAT}. Update gossamer.")
