@@ -12,6 +12,7 @@ with one number there is but stage 1. ``--set`` changes settings of both stages.
 from __future__ import annotations
 
 import argparse
+import datetime
 import hashlib
 import json
 import sys
@@ -110,8 +111,9 @@ def errors(potential: Path, out: Path) -> dict[str, Any]:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
+    said = next((f"{r['date']}, {r['machine']}, {r['versions']}." for r in rows if "machine" in r), "")
     lines = [
-        "Mean absolute errors in meV/atom, meV/Å and meV/Å³, on materials that no Weft here was trained on.",
+        f"Mean absolute errors in meV/atom, meV/Å and meV/Å³, on materials that no Weft here was trained on. {said}",
         "",
         "| | parameters | minutes | epochs | " + " | ".join(f"{n}: energy, forces, stress" for n in (*FILES, "extreme")) + " |",
         "|---" * 7 + "|",
@@ -158,7 +160,7 @@ def main() -> None:
             "name": ", ".join(["Weft", *arguments.set]), "parameters": gossamer.load(potential).num_parameters,
             "minutes": " + ".join(f"{m:g}" for m in arguments.minutes), "epochs": round(16 * sum(s["steps"] for s in stages) / n),
             "steps": [s["steps"] for s in stages], "step_ms": [s["step_ms"] for s in stages], "errors": errors(potential, arguments.out),
-            "machine": machine(), "versions": versions(),
+            "date": datetime.date.today().isoformat(), "machine": machine(), "versions": versions(),
         })  # fmt: skip
     write_json(RECORD, rows)
     print(table(rows[-1:]), end="")
