@@ -27,16 +27,13 @@ from pathlib import Path
 from typing import Any
 
 import ase.io
-import numpy as np
 import psutil
-from ase.build import bulk
 from ase.calculators.emt import EMT
+from kills import MARK, alloys
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "squeue", "scancel", "sinfo", "srun")
 ACCOUNTS = ("slurmdbd", "sacctmgr", "mariadbd", "mariadb-install-db", "mariadb")
-METALS = ["Ni", "Cu", "Pd", "Ag"]
 EMT_NAME, SLOW, SLOWER = "ase.calculators.emt:EMT", "slurm:Slow", "slurm:Slower"
-MARK = "GOSSAMER_SCREENING"
 CONFIGURATION = """\
 ClusterName=one
 SlurmctldHost={host}(127.0.0.1)
@@ -214,20 +211,6 @@ def call(environment: dict[str, str], *command: str) -> str:
 def queue(environment: dict[str, str], ended: bool = False) -> list[str]:
     """Ids of jobs that wait, run or end; or of all that the controller remembers."""
     return call(environment, "squeue", "-h", "-o", "%i", *(["-t", "all"] if ended else [])).split()
-
-
-def alloys(n: int, seed: int = 0) -> list[Any]:
-    """Rattled fcc alloys of four atoms; every fiftieth is broken."""
-    generator = np.random.default_rng(seed)
-    found = []
-    for k in range(n):
-        atoms = bulk("Cu", a=3.6 + 0.4 * generator.random(), cubic=True)
-        atoms.symbols = generator.choice(METALS, size=4)
-        atoms.rattle(0.1, seed=k)
-        if k % 50 == 7:
-            atoms.positions[1] = atoms.positions[0]
-        found.append(atoms)
-    return found
 
 
 def rows(path: Path, columns: str = "id, status, energy, max_force, structure, steps, finished") -> dict[str, tuple[Any, ...]]:

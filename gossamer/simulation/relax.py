@@ -139,9 +139,8 @@ def _on_ase(model: Any, chosen: Sequence[tuple[Job, Path]], config: RelaxConfig)
                 way = str(read_npz(memory).get("way", way))  # type: ignore[assignment]
             if way not in calculators:
                 calculators[way] = as_calculator(model, config.device, config.dtype, way, dispersion=config.dispersion)
-            if (
-                ours and way == config.way and number & (number - 1) == 0
-            ):  # 0, 1, 2, 4, 8 ...: asking costs evaluations, and guesses get better
+            doubled = number & (number - 1) == 0  # 0, 1, 2, 4, 8 ...: asking costs evaluations, and guesses get better
+            if ours and way == config.way and doubled:
                 left = [o for _, o in chosen[number:] if not (config.resume and o.exists())]
                 each = min(config.steps, round(sum(steps) / len(steps)) if steps else STEPS)
                 foretell(calculators[way], each * len(left), as_atoms(job.path, job.frame, config.supercell))

@@ -21,8 +21,8 @@ from gossamer.graph import Graph
 from gossamer.neighbors import neighbor_list
 from gossamer.potential import Potential
 
-AHEAD = 4
-"""batches that each process prepares ahead"""
+AHEAD, AHEAD_OF_THREAD = 4, 2
+"""batches that each process prepares ahead, or the thread"""
 COUNTED = 256
 """structures whose edges a process counts at a time"""
 
@@ -78,15 +78,14 @@ class NeighborLists:
 class Loader:
     """Gives the batches of an epoch as graphs, and counts edges."""
 
-    def __init__(self, potential: Potential, structures: Sequence[Structure], num_workers: int = 0, prefetch: int = 2) -> None:
+    def __init__(self, potential: Potential, structures: Sequence[Structure], num_workers: int = 0) -> None:
         """
         Args:
             potential: Gives cutoff, elements and device.
             structures: All of them; with ``num_workers`` every process gets them once, of a store its path.
             num_workers: Processes; 0: one thread of this one.
-            prefetch: Batches that the thread prepares ahead.
         """
-        self.potential, self.structures, self.prefetch = potential, structures, prefetch
+        self.potential, self.structures = potential, structures
         self.lists = NeighborLists(potential)
         self.waited = 0.0
         """s that batches were waited for"""
@@ -130,11 +129,11 @@ class Loader:
             return self.potential.collate(chosen, [self.lists.of(k, s) for k, s in zip(batch, chosen, strict=True)])
 
         with ThreadPoolExecutor(max_workers=1) as executor:
-            pending = [executor.submit(collated, b) for b in batches[: self.prefetch]]
+            pending = [executor.submit(collated, b) for b in batches[:AHEAD_OF_THREAD]]
             for k in range(len(batches)):
                 graph = pending.pop(0).result()
-                if k + self.prefetch < len(batches):
-                    pending.append(executor.submit(collated, batches[k + self.prefetch]))
+                if k + AHEAD_OF_THREAD < len(batches):
+                    pending.append(executor.submit(collated, batches[k + AHEAD_OF_THREAD]))
                 yield graph
 
     def _by_processes(self, batches: Sequence[Sequence[int]]) -> Iterator[Graph]:
