@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from gossamer.data.dataset import open_dataset
 from gossamer.data.inspection import Inspection, inspect
 from gossamer.data.labels import LabelConfig
 from gossamer.data.structure import Structure
+from gossamer.engine.compiler_cache import is_kept, step_name
 from gossamer.models import ACCURATE, MODELS
 from gossamer.neighbors import neighbor_list
 from gossamer.potential_file import read_manifest
@@ -130,7 +132,7 @@ def choose_settings(
     if speed:
         network["num_features"] = SLIM
     rate = MODELS[name][1].fit_defaults.learning_rate * (1.0 if finetune is None else 0.2)  # near a good solution large steps only destroy
-    return make_config(
+    config = make_config(
         {
             "data": {"train": data, "labels": to_dict(labels), "split": "group" if grouped else "random"},
             "model": network,
@@ -141,11 +143,13 @@ def choose_settings(
                 "minutes": minutes,
                 "batch_size": min(batch_size, max(1, len(structures) // 2)),
                 "learning_rate": rate,
-                "compile": compile_pays(name, minutes),
             },
             "out": out,
         }
     )
+    n_elements = len({int(z) for s in sample for z in s.atomic_numbers})
+    compiled = is_kept(step_name(config.model, n_elements, has["forces"], has["stress"], config.training.dtype))
+    return replace(config, training=replace(config.training, compile=compile_pays(name, minutes, compiled)))
 
 
 SLIM = 16
@@ -172,11 +176,16 @@ WORTHWHILE = 1.25
 """times as many steps as without, from which compiling is worth its risk"""
 
 
-def compile_pays(name: str, minutes: float) -> bool:
+KEPT = 0.2
+"""time that compiling takes, of the first time's, where this machine has kept what that made (benchmarks/compile)"""
+
+
+def compile_pays(name: str, minutes: float, kept: bool = False) -> bool:
     """Whether clearly more steps fit into the time if the first part of it goes into compiling them: compiling cannot be cut short.
 
     A busy machine compiles several times as slowly, so what pays by a few percent on a free one can cost the whole time there.
+    ``kept``: such a step has been compiled on this machine before.
     """
     defaults = MODELS[name][1].fit_defaults
-    seconds = 60 * minutes
-    return (seconds - defaults.compile_seconds) / defaults.compiled_share > WORTHWHILE * seconds
+    seconds, compiling = 60 * minutes, defaults.compile_seconds * (KEPT if kept else 1.0)
+    return (seconds - compiling) / defaults.compiled_share > WORTHWHILE * seconds

@@ -28,6 +28,7 @@ from gossamer.config import load_config, make_config
 from gossamer.data.dataset import load_data
 from gossamer.data.readers import LabelConfig, from_atoms, read_structures
 from gossamer.data.statistics import compute_statistics
+from gossamer.engine.compiler_cache import is_kept, kept_compiler_files
 from gossamer.evaluation import evaluate_potential
 from gossamer.files import locked
 from gossamer.fitting import compile_pays, fit
@@ -454,6 +455,104 @@ for name, compiled in (("plain", False), ("compiled", True)):
         torch.testing.assert_close(plain[name], compiled[name], atol=1e-8, rtol=1e-6)
 
 
+def test_graphs_of_other_data_are_one_to_the_compiler() -> None:
+    """What comes from the data (mean number of neighbours, scale, reference energies) is an input, so that the compiler finds what it kept."""
+    script = f"""
+import json
+from dataclasses import replace
+from gossamer.config import make_config
+from gossamer.data.readers import read_structures
+from gossamer.data.statistics import compute_statistics
+from gossamer.potential import Potential
+from gossamer.training.compiled import CompiledForward
+structures = list(read_structures({ETHANOL!r}))[:3]
+statistics = compute_statistics(structures, 3.5)
+other = replace(statistics, mean_neighbors=7.3, energy_scale=0.37, reference_energies=dict(H=-1.5, C=-2.5, O=-3.5))
+codes = []
+for facts in (statistics, other):
+    config = make_config(dict(data=dict(train="x"), model=dict(name="weft", preset="tiny", cutoff=3.5)))
+    forward = CompiledForward(Potential(config.model, facts).train(), forces=True, stress=False)
+    codes.append((forward.name, forward.unroll(forward.potential.collate(structures)).print_readable(print_output=False)))
+print("equal" if codes[0] == codes[1] else "different")
+"""
+    result = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", script], env=ENVIRONMENT, capture_output=True, text=True, timeout=200, check=False
+    )
+    assert result.stdout.strip() == "equal", result.stderr
+
+
+def test_compiler_files_are_kept_and_those_altered_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("GOSSAMER_CACHE", str(tmp_path))
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    folder = tmp_path / "compiler"
+    with pytest.raises(RuntimeError), kept_compiler_files("a"):
+        raise RuntimeError
+    assert not is_kept("a")
+    with kept_compiler_files("a"):
+        assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(folder)
+        (folder / "one.so").write_bytes(b"one")
+        (folder / "two.so").write_bytes(b"two")
+    assert is_kept("a")
+    assert not is_kept("b")
+    assert "TORCHINDUCTOR_CACHE_DIR" not in os.environ
+    assert folder.stat().st_mode & 0o077 == 0
+    (folder / "one.so").write_bytes(b"One")
+    with kept_compiler_files("b"):
+        assert not (folder / "one.so").exists()
+        assert (folder / "two.so").exists()
+    assert "one.so' was damaged or altered" in caplog.text
+    (folder / "digests.json").write_text("{")
+    with kept_compiler_files("b"):
+        assert not (folder / "two.so").exists()
+    assert not is_kept("a")
+    assert is_kept("b")
+
+
+def test_compiler_files_stay_where_the_user_or_a_broken_cache_wants_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "own")
+    monkeypatch.setenv("GOSSAMER_CACHE", str(tmp_path))
+    with kept_compiler_files("a"):
+        assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "own"
+    assert not is_kept("a")
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+    monkeypatch.setenv("GOSSAMER_CACHE", "/dev/null/nowhere")
+    with kept_compiler_files("a"):
+        assert "TORCHINDUCTOR_CACHE_DIR" not in os.environ
+    folder = tmp_path / "compiler"
+    folder.mkdir(mode=0o777)
+    folder.chmod(0o777)
+    monkeypatch.setenv("GOSSAMER_CACHE", str(tmp_path))
+    with kept_compiler_files("a"):
+        assert "TORCHINDUCTOR_CACHE_DIR" not in os.environ
+
+
+@pytest.mark.thorough
+def test_a_step_compiled_before_is_compiled_in_no_time(tmp_path: Path) -> None:
+    """Other weights, other reference energies, another process: the compiler makes nothing anew."""
+    script = f"""
+import sys, torch
+from gossamer.runs import train
+from torch._dynamo.utils import counters
+torch.set_num_threads(1)
+config = {settings(tmp_path / "run", steps=2, compile=True, valid_every=2)!r}
+config["model"] = dict(name="schnet", preset="tiny", cutoff=3.5)
+config["out"] += sys.argv[1]
+config["training"]["seed"] = int(sys.argv[1])
+config["data"]["train_size"] = 10 + int(sys.argv[1])
+assert train(config, progress=False)["compiled"]
+print(counters["inductor"]["async_compile_cache_miss"], counters["aot_autograd"]["autograd_cache_hit"])
+"""
+    for k, expected in enumerate(["0", "1"]):
+        result = subprocess.run(
+            [sys.executable, "-W", "ignore", "-c", script, str(k)], env={**ENVIRONMENT, "GOSSAMER_CACHE": str(tmp_path / "cache")},
+            capture_output=True, text=True, timeout=400, check=False,
+        )  # fmt: skip
+        assert result.returncode == 0, result.stderr
+        assert result.stdout.split()[-1] == expected, result.stdout
+
+
 # --- a given time ---------------------------------------------------------------------------------------------------
 
 
@@ -572,6 +671,7 @@ def test_fit_compiles_only_where_it_clearly_pays(name: str) -> None:
     """Compiling takes several times as long on a busy machine, and nothing can stop it: five minutes were lost to it."""
     assert not compile_pays(name, 5)
     assert compile_pays(name, 60)
+    assert compile_pays(name, 10, kept=True)
 
 
 def test_fit_for_speed_takes_a_slimmer_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -46,18 +46,28 @@ def check(path: Path) -> None:
         Untrusted: the file is not what was kept, or others could have changed it.
     """
     try:
-        for place in (path.parent, path):
-            found = os.stat(place)
-            if found.st_uid not in (os.getuid(), 0):
-                raise Untrusted(f"'{place}' belongs to another user")
-            shared = found.st_mode & (stat.S_IWOTH | (0 if place == path.parent else stat.S_IWGRP))
-            if shared and not (place == path.parent and found.st_mode & stat.S_ISVTX):
-                raise Untrusted(f"'{place}' can be written by other users")
+        check_owner(path.parent)
+        check_owner(path)
         kept = _checksum_file(path).read_text()
         if kept.strip() != _digest(path):
             raise Untrusted(f"'{path}' was damaged or altered")
     except (OSError, UnicodeDecodeError) as error:
         raise Untrusted(f"'{path}' cannot be checked ({error})") from None
+
+
+def check_owner(place: Path) -> None:
+    """
+    Raises:
+        Untrusted: a file or folder belongs to another user, or others can write it.
+        OSError: it cannot be looked at.
+    """
+    found = os.stat(place)
+    if found.st_uid not in (os.getuid(), 0):
+        raise Untrusted(f"'{place}' belongs to another user")
+    folder = stat.S_ISDIR(found.st_mode)
+    shared = found.st_mode & (stat.S_IWOTH | (0 if folder else stat.S_IWGRP))
+    if shared and not (folder and found.st_mode & stat.S_ISVTX):
+        raise Untrusted(f"'{place}' can be written by other users")
 
 
 def forget(path: Path) -> None:

@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 
 from gossamer.engine.agreement import TOLERANCE, part_of, rattled
+from gossamer.engine.compiler_cache import kept_compiler_files, step_name
 from gossamer.engine.kernels.attach import attach_kernels
 from gossamer.engine.kernels.cpu import Missing
-from gossamer.engine.unrolled import fx_config, unroll
+from gossamer.engine.unrolled import fx_config, lift_factors, unroll
 from gossamer.graph import FIELDS, Graph
 from gossamer.potential import Potential, Prediction, state_of
 from gossamer.timing import fastest
@@ -72,8 +73,9 @@ class CompiledForward:
         if self.compile:
             self.compile = False
             try:
-                self.compiled = self._compile(graph)
-                self._agree(self._results(self.plain, graph), self._results(self._run, graph), "compiled")
+                with kept_compiler_files(self.name):
+                    self.compiled = self._compile(graph)
+                    self._agree(self._results(self.plain, graph), self._results(self._run, graph), "compiled")
             except Exception as error:  # whatever the compiler raises, training goes on without it
                 log.warning("training is not compiled: %s", str(error).strip().splitlines()[0] if str(error) else type(error).__name__)
                 self.compiled = None
@@ -100,6 +102,12 @@ class CompiledForward:
         out = dict(zip(self.names, self.compiled(self.state, *(getattr(graph, f) for f in FIELDS)), strict=True))
         return Prediction(**{"forces": None, "stress": None, **out})
 
+    @property
+    def name(self) -> str:
+        """Of the graph, among those that were compiled on this machine."""
+        potential = self.potential
+        return step_name(potential.model_config, len(potential.statistics.elements), self.forces, self.stress, str(potential.dtype))
+
     @cached_property
     def state(self) -> dict[str, Tensor]:
         """Weights and tables of what is compiled: optimisers and averages change these tensors in place."""
@@ -107,7 +115,9 @@ class CompiledForward:
 
     def unroll(self, graph: Graph, opaque: bool = True) -> torch.fx.GraphModule:
         """The graph that is compiled."""
-        return unroll(self.quick, self.state, graph, self.names, opaque)
+        module = unroll(self.quick, self.state, graph, self.names, opaque)
+        lift_factors(module)
+        return module
 
     def _compile(self, graph: Graph) -> Any:
         # larger fused kernels compile longer and run slower: 8 takes NequIP from 60 to 26 ms a step (benchmarks/compile)
