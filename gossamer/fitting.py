@@ -148,8 +148,9 @@ def choose_settings(
         }
     )
     n_elements = len({int(z) for s in sample for z in s.atomic_numbers})
-    compiled = is_kept(step_name(config.model, n_elements, has["forces"], has["stress"], config.training.dtype))
-    return replace(config, training=replace(config.training, compile=compile_pays(name, minutes, compiled)))
+    training = config.training
+    kept = is_kept(step_name(config.model, n_elements, has["forces"], has["stress"], training.batch_size == 1, training.dtype))
+    return replace(config, training=replace(training, compile=compile_pays(name, minutes, kept)))
 
 
 SLIM = 16

@@ -354,7 +354,7 @@ def test_direct_forces_train(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["leignn", *(pytest.param(n, marks=pytest.mark.slow) for n in MODELS if n != "leignn")])
 @pytest.mark.thorough
 def test_unrolled_graph_has_right_second_derivatives(name: str) -> None:
-    """The graph that is compiled, run uncompiled: values and weight gradients of energies and forces, on two batch shapes."""
+    """The graph that is compiled, run uncompiled: values and weight gradients of energies and forces, on two batch shapes; and of single structures."""
     script = f"""
 import torch
 from gossamer.config import make_config
@@ -366,11 +366,12 @@ torch.manual_seed(0)
 structures = list(read_structures({ETHANOL!r}))[:7]
 config = make_config(dict(data=dict(train="x"), model=dict(name={name!r}, preset="tiny", num_layers={2 if name == "weft" else 1}, cutoff=3.5)))
 potential = Potential(config.model, compute_statistics(structures, 3.5)).double().train()
-forward = CompiledForward(potential, forces=True, stress=False)
-forward.compiled = forward.unroll(potential.collate(structures[:3]))
-for part in (structures[:3], structures[3:]):
-    graph = potential.collate(part)
-    forward._agree(forward._results(forward.plain, graph), forward._results(forward._run, graph), "unrolled")
+for parts in ((structures[:3], structures[3:]), (structures[:1], structures[1:2])):
+    forward = CompiledForward(potential, forces=True, stress=False, single=len(parts[0]) == 1)
+    forward.compiled = forward.unroll(potential.collate(parts[0]))
+    for part in parts:
+        graph = potential.collate(part)
+        forward._agree(forward._results(forward.plain, graph), forward._results(forward._run, graph), "unrolled")
 print("agreed")
 """
     result = subprocess.run(

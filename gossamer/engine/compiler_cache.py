@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 VARIABLE, NAME, DIGESTS = "TORCHINDUCTOR_CACHE_DIR", "compiler", "digests.json"
 
 
-def step_name(network: Any, n_elements: int, forces: bool, stress: bool, dtype: str) -> str:
+def step_name(network: Any, n_elements: int, forces: bool, stress: bool, single: bool, dtype: str) -> str:
     """Name of the training steps of all potentials that are one graph on this machine.
 
     Args:
@@ -37,10 +37,11 @@ def step_name(network: Any, n_elements: int, forces: bool, stress: bool, dtype: 
         n_elements: Their number is a size of its tables.
         forces: Whether forces are predicted.
         stress: Whether stress is.
+        single: Whether batches hold one structure.
         dtype: Precision.
     """
     machine = [processor(), torch.cuda.is_available(), torch.__version__, __version__]
-    graph = [to_dict(network), n_elements, forces, stress, dtype.removeprefix("torch."), *machine]
+    graph = [to_dict(network), n_elements, forces, stress, single, dtype.removeprefix("torch."), *machine]
     return hashlib.sha256(json.dumps(graph, sort_keys=True).encode()).hexdigest()[:24]
 
 

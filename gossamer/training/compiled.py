@@ -37,7 +37,14 @@ class CompiledForward:
     """Stands in for ``potential(graph, forces=…, stress=…)`` in training: with kernels, compiled, or as it is where neither is right."""
 
     def __init__(
-        self, potential: Potential, forces: bool, stress: bool, compile: bool = True, kernels: bool = False, timed: bool = False
+        self,
+        potential: Potential,
+        forces: bool,
+        stress: bool,
+        compile: bool = True,
+        kernels: bool = False,
+        timed: bool = False,
+        single: bool = False,
     ) -> None:
         """
         Args:
@@ -47,10 +54,11 @@ class CompiledForward:
             compile: Compile the step.
             kernels: Pass messages by kernels (`gossamer.engine.kernels`).
             timed: And only if they are faster than without on the first batch.
+            single: Batches hold one structure: the compiled step is then for such, else for two and more.
         """
         self.potential, self.forces, self.stress = potential, forces, stress
         self.names = ["energy", "node_energies", *(["forces"] if forces else []), *(["stress"] if stress else [])]
-        self.compile, self.kernels, self.timed = compile, kernels, timed
+        self.single, self.compile, self.kernels, self.timed = single, compile, kernels, timed
         """what is still to be done on the first batch"""
         self.quick = potential
         """the potential, or with kernels on the same weights"""
@@ -67,8 +75,8 @@ class CompiledForward:
         if self.kernels and graph.n_edges > 0:
             self.kernels = False  # asked for once
             self._add_kernels(graph)
-        # sizes 0 and 1 would be frozen into the graph
-        if min(graph.n_graphs, graph.n_atoms, graph.n_edges) < 2:
+        # sizes 0 and 1 are frozen into the graph
+        if min(graph.n_atoms, graph.n_edges) < 2 or (graph.n_graphs == 1) != self.single:
             return self.uncompiled(graph)
         if self.compile:
             self.compile = False
@@ -106,7 +114,9 @@ class CompiledForward:
     def name(self) -> str:
         """Of the graph, among those that were compiled on this machine."""
         potential = self.potential
-        return step_name(potential.model_config, len(potential.statistics.elements), self.forces, self.stress, str(potential.dtype))
+        return step_name(
+            potential.model_config, len(potential.statistics.elements), self.forces, self.stress, self.single, str(potential.dtype)
+        )
 
     @cached_property
     def state(self) -> dict[str, Tensor]:

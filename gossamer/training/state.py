@@ -113,8 +113,9 @@ def make_steps(
     on_gpu = potential.device.type == "cuda"
     recorded = config.cuda_graphs and on_gpu and not (loss.extras or loss.free_atoms_only or potential.long_ranged)
     forward = CompiledForward(
-        potential, loss.forces > 0, loss.stress > 0, compile=config.compile, kernels=config.kernels, timed=on_gpu and not recorded
-    )
+        potential, loss.forces > 0, loss.stress > 0, compile=config.compile, kernels=config.kernels, timed=on_gpu and not recorded,
+        single=config.batch_size == 1,
+    )  # fmt: skip
 
     def way(predict: Callable[[Graph], Prediction]) -> Callable[[Graph, Tensor], Gradients]:
         return lambda graph, counts: gradients(predict(graph), graph, counts, loss, potential.statistics.spreads, parameters)

@@ -1,6 +1,6 @@
 """Writes weft.npz: a small Weft with random weights, and its energy, forces and stress from the equations, written out path by path.
 
-    python make_weft.py weft.npz features; python make_weft.py weft_sums.npz sums
+    python make_weft.py weft.npz features 0; python make_weft.py weft_sums.npz sums 0; python make_weft.py weft_decay.npz sums 1
 
 Nothing of gossamer's networks or operations is used but the 3j symbols: edges by ASE, harmonics as polynomials, loops over all paths.
 """
@@ -23,6 +23,7 @@ from gossamer.nn.spherical import wigner_3j
 SETTINGS = {"l_max": 2, "num_features": 3, "num_layers": 3, "num_basis": 4, "radial_width": 5, "cutoff": 4.0, "envelope_power": 6}
 ELEMENTS, MEAN_NEIGHBORS = [1, 8, 14], 20.0
 L, C, LAYERS, B, WIDTH, CUTOFF, P = SETTINGS.values()
+DECAY = float(sys.argv[3])
 SILU = 1.6791767923989418
 """c with <(c SiLU(z))²> = 1"""
 
@@ -73,7 +74,7 @@ def envelope(x: Tensor) -> Tensor:
 
 
 def basis(x: Tensor) -> Tensor:
-    return torch.stack([torch.sin(n * math.pi * x) / x * envelope(x) for n in range(1, B + 1)], -1)
+    return torch.stack([torch.sin(n * math.pi * x) / x * envelope(x) / n**DECAY for n in range(1, B + 1)], -1)
 
 
 def energy(vectors: Tensor, centre: Tensor, neighbour: Tensor, species: Tensor, w: dict[str, Tensor]) -> Tensor:
@@ -135,7 +136,7 @@ def main() -> None:
     total = energy(vectors, i, j, species, w)
     gradient, virial = torch.autograd.grad(total, (positions, strain))
     np.savez_compressed(
-        sys.argv[1], settings=np.array(json.dumps({**SETTINGS, "normalize": sys.argv[2]})), elements=np.array(ELEMENTS), mean_neighbors=np.array(MEAN_NEIGHBORS),
+        sys.argv[1], settings=np.array(json.dumps({**SETTINGS, "normalize": sys.argv[2], "basis_decay": DECAY})), elements=np.array(ELEMENTS), mean_neighbors=np.array(MEAN_NEIGHBORS),
         numbers=atoms.numbers, positions=atoms.positions, cell=atoms.cell.array, energy=total.detach().numpy(), forces=-gradient.numpy(),
         stress=virial.numpy() / atoms.get_volume(), **{f"weights/{name}": value.numpy() for name, value in w.items()},
     )  # fmt: skip
