@@ -25,7 +25,9 @@ def test_published_outputs(name: str, count: int) -> None:
     assert max(deviations.values()) < TOLERANCE
 
 
-@pytest.mark.parametrize(("name", "count"), [("nequip", 40), ("mace", 33), ("schnetpack", 7), ("weft", 3), ("weft_sums", 3), ("weft_decay", 3)])
+@pytest.mark.parametrize(
+    ("name", "count"), [("nequip", 40), ("mace", 33), ("schnetpack", 7), ("weft", 3), ("weft_sums", 3), ("weft_decay", 3)]
+)
 def test_outputs_of_packages(name: str, count: int) -> None:
     """Stored in the repository with the scripts that made them (make_nequip.py, make_mace.py, make_schnetpack.py); Weft, ours: make_weft.py."""
     deviations = compare(HERE / f"{name}.npz")

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from gossamer.models.base import DataFacts, FitDefaults, ModelOutput, Network, distances, read_out
 from gossamer.nn.filters import RadialLinear, VectorConvolution, bessel_basis, gaussian_basis, smooth_length
-from gossamer.nn.layers import cat, linear, polynomial_envelope, split, sum_by_index
+from gossamer.nn.layers import Constant, cat, decaying, linear, polynomial_envelope, split, sum_by_index
 from gossamer.nn.products import Edges
 from gossamer.settings import settings
 
@@ -46,6 +46,8 @@ class LEIGNNConfig:
     """Radial functions (B; paper: 128 Gaussians)."""
     radial_basis: Literal["bessel", "gaussian"] | None = None
     """Kind of radial functions; None takes Bessel for the sound variant and Gaussians for the published one, which has no other."""
+    basis_decay: Annotated[float, Field(ge=0, le=10)] = 0.0
+    """k of the factor n^-k of the n-th radial function: above 0, what varies fast with distance is learned last, which few frames need."""
     update: Literal["nmu", "painn"] = "nmu"
     """Node update: "nmu" (Eq. 3, 4) or PaiNN's (row "Vanilla" of the paper's Table 2)."""
     global_context: bool = False
@@ -57,6 +59,10 @@ class LEIGNNConfig:
     def _published_has_gaussians(self) -> LEIGNNConfig:
         if self.variant == "published" and self.radial_basis == "bessel":
             raise ValueError("the published variant has Gaussians: leave radial_basis out, or set variant: sound")
+        if self.basis_decay and "gaussian" in (self.radial_basis, "gaussian" if self.variant == "published" else ""):
+            raise ValueError(
+                "basis_decay is for Bessel functions, and this network has Gaussians: leave it out, or set radial_basis: bessel"
+            )
         return self
 
 
@@ -169,6 +175,7 @@ class LEIGNN(Network):
         self.subtract_isolated, self.local = config.variant == "sound", not config.global_context
         self.embedding = nn.Embedding(len(facts.atomic_numbers), h)
         nn.init.uniform_(self.embedding.weight, -math.sqrt(3), math.sqrt(3))
+        self.basis_scales = Constant(decaying(config.num_basis, config.basis_decay))
         self.global_scalar = nn.Parameter(torch.zeros(1, h)) if config.global_context else None
         self.layers: Any = nn.ModuleList(Layer(config, max(facts.mean_neighbors, 1.0), first=k == 0) for k in range(config.num_layers))
         self.MLP_E = nn.Sequential(linear(h, h // 2), ScaledSiLU(), linear(h // 2, 1))
@@ -179,9 +186,10 @@ class LEIGNN(Network):
         if self.config.variant == "published":
             envelope = polynomial_envelope(x, p=5, k=2)[:, None]
             return cat([gaussian_basis(x, self.config.num_basis) * envelope, torch.ones_like(envelope)], 1)
-        basis = gaussian_basis if self.config.radial_basis == "gaussian" else bessel_basis
         envelope = polynomial_envelope(x, p=5, k=3)[:, None]
-        return cat([basis(x, self.config.num_basis) * envelope, envelope], 1)
+        if self.config.radial_basis == "gaussian":
+            return cat([gaussian_basis(x, self.config.num_basis) * envelope, envelope], 1)
+        return cat([bessel_basis(x, self.config.num_basis) * envelope * self.basis_scales(), envelope], 1)
 
     def forward(
         self,

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from gossamer.models.base import DataFacts, FitDefaults, ModelOutput, Network, read_out
 from gossamer.nn.coupling import Coupling, FeatureNorm, Irrep, blocks, gate, paths_between, reachable
-from gossamer.nn.layers import UNIT_SILU, Constant, ElementLinear, UnitLinear, cat, polynomial_envelope, unit_mlp, unit_scale
+from gossamer.nn.layers import UNIT_SILU, Constant, ElementLinear, UnitLinear, cat, decaying, polynomial_envelope, unit_mlp, unit_scale
 from gossamer.nn.products import Edges, Ends
 from gossamer.nn.spherical import SphericalHarmonics
 from gossamer.settings import settings
@@ -68,6 +68,8 @@ class NequIPConfig:
     """Also features of unnatural parity (0o, 1e, 2o ...): about twice the work, rarely worth it."""
     num_basis: Annotated[int, Field(ge=1, le=10_000)] = 8
     """Radial Bessel functions."""
+    basis_decay: Annotated[float, Field(ge=0, le=10)] = 0.0
+    """k of the factor n^-k of the n-th radial function: above 0, what varies fast with distance is learned last, which few frames need."""
     train_bessel: bool = False
     """Train their frequencies. The sine then loses its zero at the cutoff: with envelope_order 2 the energy is only C² there."""
     envelope_power: Annotated[int, Field(ge=2, le=100)] = 6
@@ -264,7 +266,8 @@ class NequIP(Network):
         self.layers: Any = nn.ModuleList(layers)
         published = config.variant == "published"
         self.readout = scalar_mlp(channels[0], 1, config.readout_depth, config.readout_width or channels[0], published)
-        self.basis_scale = 2 / config.cutoff**2 if published else unit_scale(config.num_basis, config.envelope_power, config.envelope_order)
+        scale = 2 / config.cutoff**2 if published else unit_scale(config.num_basis, config.envelope_power, config.envelope_order)
+        self.basis_scales = Constant(scale * decaying(config.num_basis, config.basis_decay))
         self.force_readout = UnitLinear(channels[1], 1) if config.direct_forces else None
         self.scales: nn.Embedding | None = None
         if config.scales == "per_element" or config.train_scales:
@@ -299,10 +302,10 @@ class NequIP(Network):
         return lengths / table.flatten().index_select(0, centre * len(table) + neighbour)
 
     def radial_basis(self, x: Float[Tensor, " E"]) -> Float[Tensor, "E B"]:
-        """b_n = s · sin(n π x) / x · f_p(x),  x = r / rc (or over the pair's own cutoff); s = 2 / rc² in the package."""
+        """b_n = s_n sin(n π x) / x · f_p(x),  x = r / rc (or over the pair's own cutoff); s_n = 2 / rc² in the package."""
         n = torch.arange(1, self.config.num_basis + 1, dtype=x.dtype, device=x.device) if self.frequencies is None else self.frequencies
         envelope = polynomial_envelope(x, self.config.envelope_power, self.config.envelope_order)
-        return torch.sin(math.pi * n * x[:, None]) * (self.basis_scale * envelope / x)[:, None]
+        return torch.sin(math.pi * n * x[:, None]) * (envelope / x)[:, None] * self.basis_scales()
 
     def forward(
         self,

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from gossamer.models.base import DataFacts, FitDefaults, ModelOutput, Network, distances
 from gossamer.nn.coupling import Coupling, FeatureNorm, Irrep, blocks, gate, paths_between
-from gossamer.nn.layers import Constant, UnitLinear, cat, polynomial_envelope, split, unit_mlp, unit_scale
+from gossamer.nn.layers import Constant, UnitLinear, cat, decaying, polynomial_envelope, split, unit_mlp, unit_scale
 from gossamer.nn.polynomial import Monomials, Polynomial
 from gossamer.nn.products import Edges
 from gossamer.nn.spherical import SphericalHarmonics, wigner_3j
@@ -57,8 +57,8 @@ class WeftConfig:
     """Interactions; the receptive field is num_layers * cutoff, and all but the last have products."""
     num_basis: Annotated[int, Field(ge=1, le=10_000)] = 8
     """Radial Bessel functions."""
-    basis_decay: Annotated[float, Field(ge=0, le=10)] = 1.0
-    """k of the factor n^-k of the n-th of them: what varies fast with distance is learned last, so that fewer frames suffice. 0: all alike."""
+    basis_decay: Annotated[float, Field(ge=0, le=10)] = 0.0
+    """k of the factor n^-k of the n-th radial function: above 0, what varies fast with distance is learned last, which few frames need."""
     envelope_power: Annotated[int, Field(ge=2, le=100)] = 6
     """Power p of the polynomial envelope."""
     radial_width: Annotated[int, Field(ge=1, le=10_000)] = 64
@@ -164,7 +164,7 @@ class Weft(Network):
     """The network: species and edge vectors in, per-atom energies out."""
 
     fit_defaults: ClassVar = FitDefaults(learning_rate=4e-2, compiled_share=0.7, compile_seconds=130.0)
-    earlier: ClassVar = {"normalize": "features", "basis_decay": 0.0}
+    earlier: ClassVar = {"normalize": "features"}
     presets: ClassVar = PRESETS
     subtract_isolated = False
     """without biases an isolated atom gives zero by itself"""
@@ -177,11 +177,11 @@ class Weft(Network):
         degree = [0, *[config.l_max] * last, 0]
         self.layers: Any = nn.ModuleList(Interaction(config, degree[k], degree[k + 1], facts, k == 0) for k in range(last + 1))
         self.readout = UnitLinear(config.num_features, 1)
-        scale = unit_scale(config.num_basis, config.envelope_power, 2, config.basis_decay)
-        self.basis_scales = Constant(scale * np.arange(1.0, config.num_basis + 1) ** -config.basis_decay)
+        scale = unit_scale(config.num_basis, config.envelope_power, 2)
+        self.basis_scales = Constant(scale * decaying(config.num_basis, config.basis_decay))
 
     def radial_basis(self, x: Float[Tensor, " E"]) -> Float[Tensor, "E B"]:
-        """As `Network.radial_basis`: b_n = s n^-k sin(n π x) / x · f_p(x), of unit variance; sine and envelope vanish together as (1 - x)⁴."""
+        """As `Network.radial_basis`: b_n = s_n sin(n π x) / x · f_p(x), s_n ~ n^-k, of unit variance; sine and envelope vanish together as (1 - x)⁴."""
         n = torch.arange(1, self.config.num_basis + 1, dtype=x.dtype, device=x.device)
         return torch.sin(math.pi * n * x[:, None]) * (polynomial_envelope(x, self.config.envelope_power) / x)[:, None] * self.basis_scales()
 

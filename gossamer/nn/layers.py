@@ -152,11 +152,17 @@ def polynomial_envelope(x: Float[Tensor, " n"], p: int, k: int = 2) -> Float[Ten
     return 1 - x**p * series
 
 
-def unit_scale(num_basis: int, p: int, k: int, decay: float = 0.0) -> float:
-    """Factor that gives n^-decay · sin(n π x) / x · f_p,k(x) unit mean square over n and over neighbours spread evenly in the outer 0.2 < x < 1."""
+def decaying(num_basis: int, decay: float) -> NDArray[np.float64]:
+    """n^-decay for n = 1 … num_basis, with unit mean square: scales of radial functions, of which those that vary fast are learned last."""
+    scales = np.arange(1.0, num_basis + 1) ** -decay
+    return scales / np.sqrt((scales**2).mean())
+
+
+def unit_scale(num_basis: int, p: int, k: int) -> float:
+    """Factor that gives sin(n π x) / x · f_p,k(x) unit mean square over n and over neighbours spread evenly in the outer 0.2 < x < 1."""
     x = torch.linspace(0.2, 1, 400, dtype=torch.float64)
     n = torch.arange(1, num_basis + 1, dtype=torch.float64)
-    values = n**-decay * torch.sin(math.pi * n * x[:, None]) * (polynomial_envelope(x, p, k) / x)[:, None]
+    values = torch.sin(math.pi * n * x[:, None]) * (polynomial_envelope(x, p, k) / x)[:, None]
     return float(((values**2).mean(dim=1) * x**2).sum() / (x**2).sum()) ** -0.5
 
 

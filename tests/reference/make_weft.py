@@ -24,6 +24,8 @@ SETTINGS = {"l_max": 2, "num_features": 3, "num_layers": 3, "num_basis": 4, "rad
 ELEMENTS, MEAN_NEIGHBORS = [1, 8, 14], 20.0
 L, C, LAYERS, B, WIDTH, CUTOFF, P = SETTINGS.values()
 DECAY = float(sys.argv[3])
+SCALES = np.arange(1.0, B + 1) ** -DECAY
+SCALES /= np.sqrt((SCALES**2).mean())
 SILU = 1.6791767923989418
 """c with <(c SiLU(z))²> = 1"""
 
@@ -74,7 +76,7 @@ def envelope(x: Tensor) -> Tensor:
 
 
 def basis(x: Tensor) -> Tensor:
-    return torch.stack([torch.sin(n * math.pi * x) / x * envelope(x) / n**DECAY for n in range(1, B + 1)], -1)
+    return torch.stack([torch.sin(n * math.pi * x) / x * envelope(x) for n in range(1, B + 1)], -1)
 
 
 def energy(vectors: Tensor, centre: Tensor, neighbour: Tensor, species: Tensor, w: dict[str, Tensor]) -> Tensor:
@@ -86,7 +88,7 @@ def energy(vectors: Tensor, centre: Tensor, neighbour: Tensor, species: Tensor, 
     harmonics = [torch.ones_like(x)[:, None], math.sqrt(3) * torch.stack([x, y, z], 1), torch.stack(second, 1)]
     grid = torch.linspace(0.2, 1, 400, dtype=torch.float64)
     scale = float(((basis(grid) ** 2).mean(1) * grid**2).sum() / (grid**2).sum()) ** -0.5
-    radial_basis = scale * basis(lengths / CUTOFF)
+    radial_basis = scale * basis(lengths / CUTOFF) * torch.from_numpy(SCALES)
     h = [w["embedding.weight"][species][:, None]]
     for k in range(LAYERS):
         p, l_out = f"layers.{k}.", 0 if k == LAYERS - 1 else L
