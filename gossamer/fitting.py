@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +105,7 @@ def choose_settings(
     speed: bool = False,
     report: Inspection | None = None,
 ) -> Config:
-    """Settings that suit a data set: which labels, which split, how far atoms see, how many structures per step, compiled or not.
+    """Settings that suit a data set: which labels, which split, how far and how sharply atoms see, how many structures per step, compiled or not.
 
     ``report`` is what inspection said of the structures, where they were inspected before.
     """
@@ -119,7 +119,7 @@ def choose_settings(
     if not has["energy"] and not has["forces"]:
         raise ValueError(f"Neither energy nor forces are in every frame of '{data}': there is nothing to learn from.")
     grouped = all(s.group is not None for s in sample)
-    batch_size = int(np.clip(round(160 / atoms), 1, 16))
+    batch_size = min(int(np.clip(round(160 / atoms), 1, 16)), max(2, len(structures) // FRAMES_OF_BATCH))
     if len(structures) < 20:
         log.warning("%d frames are few: expect large errors", len(structures))
     started = None if finetune is None else read_manifest(finetune["start"])["model"]["name"]
@@ -129,6 +129,8 @@ def choose_settings(
         network["preset"] = preset
     elif finetune is None:  # a saved potential keeps its own
         network["cutoff"] = choose_cutoff(sample[::5])
+        if 3 * atoms * len(structures) < FEW_FORCES and "basis_decay" in {f.name for f in fields(MODELS[name][0])}:
+            network["basis_decay"] = 1.0
     if speed:
         network["num_features"] = SLIM
     rate = MODELS[name][1].fit_defaults.learning_rate * (1.0 if finetune is None else 0.2)  # near a good solution large steps only destroy
@@ -155,6 +157,10 @@ def choose_settings(
 
 SLIM = 16
 """channels of the network where dynamics shall be fast: half of its own (benchmarks/accuracy)"""
+FEW_FORCES = 30_000
+"""force components below which radial functions that vary fast are held back: fewer of them teach their noise (benchmarks/accuracy)"""
+FRAMES_OF_BATCH = 25
+"""so many times as many frames as a batch holds, at least: large batches of few frames end in sharp minima (benchmarks/accuracy)"""
 NEIGHBORS = 28.0
 """neighbours of an atom that a cutoff of `fit` takes in on average: with more, steps cost more than they teach (benchmarks/accuracy)"""
 CUTOFFS = (4.0, 5.0)

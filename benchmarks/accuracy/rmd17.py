@@ -49,10 +49,11 @@ def run(molecule: str, frames: int, minutes: float, seed: int, data: Path, chang
         config = make_config(asked, ["training.clock=cpu", f"training.seed={seed}", *changes])
         results = train(config, progress=False)
         published = read_published(data)[molecule]
-    errors = {part: {k: results[part][k] for k in ("forces_mae_meV_per_A", "energy_mae_meV")} for part in ("valid", "test")}
+    errors = {part: {k: results[part][k] for k in ("forces_mae_meV_per_A", "energy_mae_meV_per_atom")} for part in ("valid", "test")}
+    n_atoms = structures[0].n_atoms
     settings = {"network": config.model.name, "cutoff": config.model.cutoff, "batch_size": config.training.batch_size, "changes": changes}
     return {
-        "molecule": molecule, "frames": frames, "minutes": minutes, "seed": seed, **settings, "compiled": results["compiled"],
+        "molecule": molecule, "n_atoms": n_atoms, "frames": frames, "minutes": minutes, "seed": seed, **settings, "compiled": results["compiled"],
         "steps": results["steps"], **errors, "published": {c: published[f"{c}_F_meV_per_A"] for c in PUBLISHED.get(frames, ())},
         "date": f"{date.today()}", "versions": {"gossamer": gossamer.__version__, "torch": torch.__version__, "python": platform.python_version()},
     }  # fmt: skip
@@ -79,11 +80,11 @@ def table(rows: list[dict[str, Any]]) -> str:
         for molecule in MOLECULES:
             found = [r for r in of_size if r["molecule"] == molecule]
             if found:
-                forces, energies = ([r["test"][k] for r in found] for k in ("forces_mae_meV_per_A", "energy_mae_meV"))
+                forces, energies = ([r["test"][k] for r in found] for k in ("forces_mae_meV_per_A", "energy_mae_meV_per_atom"))
                 seeds = f" ({', '.join(f'{f:.1f}' for f in forces)})" if len(forces) > 1 else ""
                 steps = ", ".join(f"{r['steps']:,}" for r in found)
                 theirs = ["" if found[0]["published"][c] is None else f"{found[0]['published'][c]:g}" for c in columns]
-                lines.append(f"| {molecule} | {np.mean(forces):.1f}{seeds} | {np.mean(energies):.1f} | {steps} | {' | '.join(theirs)} |")
+                lines.append(f"| {molecule} | {np.mean(forces):.1f}{seeds} | {found[0]['n_atoms'] * np.mean(energies):.1f} | {steps} | {' | '.join(theirs)} |")
         lines.append("")
     return "\n".join(lines)
 

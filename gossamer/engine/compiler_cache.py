@@ -57,8 +57,10 @@ def kept_compiler_files(name: str) -> Iterator[None]:
     Of files that it is given back, those that are not what was kept are removed before; where the cache cannot be written or trusted, the
     compiler keeps its files where it always does.
     """
-    own = cache_folder() / NAME
-    if os.environ.get(VARIABLE) is not None:
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir  # seconds to import: only who compiles pays for it
+
+    own, found = cache_folder() / NAME, os.environ.get(VARIABLE)
+    if found not in (None, default_cache_dir()):  # PyTorch sets its default, too
         yield
         return
     try:
@@ -77,7 +79,10 @@ def kept_compiler_files(name: str) -> Iterator[None]:
     except OSError as error:
         log.info("the compiler's files are not kept: %s", error)
     finally:
-        del os.environ[VARIABLE]
+        if found is None:
+            del os.environ[VARIABLE]
+        else:
+            os.environ[VARIABLE] = found
 
 
 def digests(folder: Path) -> dict[str, str]:
