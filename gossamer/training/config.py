@@ -58,7 +58,8 @@ class TrainingConfig:
     early_stopping: Annotated[int, Field(gt=0)] | None = None
     """Stop after this many validations without improvement; None never does."""
     compile: bool = False
-    """Compile the training step (half a minute to two minutes once, then 2 to 4 times faster); checked against the plain one."""
+    """Compile the training step (one to three minutes once, seconds from then on; small batches then take half the time); checked against the plain
+    one."""
     kernels: bool = True
     """Pass messages by kernels, on CPUs with a C++ compiler (built once, in seconds), on GPUs where faster; checked against the plain
     step."""
