@@ -84,7 +84,9 @@ def table(rows: list[dict[str, Any]]) -> str:
                 seeds = f" ({', '.join(f'{f:.1f}' for f in forces)})" if len(forces) > 1 else ""
                 steps = ", ".join(f"{r['steps']:,}" for r in found)
                 theirs = ["" if found[0]["published"][c] is None else f"{found[0]['published'][c]:g}" for c in columns]
-                lines.append(f"| {molecule} | {np.mean(forces):.1f}{seeds} | {found[0]['n_atoms'] * np.mean(energies):.1f} | {steps} | {' | '.join(theirs)} |")
+                lines.append(
+                    f"| {molecule} | {np.mean(forces):.1f}{seeds} | {found[0]['n_atoms'] * np.mean(energies):.1f} | {steps} | {' | '.join(theirs)} |"
+                )
         lines.append("")
     return "\n".join(lines)
 

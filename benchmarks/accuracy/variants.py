@@ -2,7 +2,8 @@
 
     python benchmarks/accuracy/variants.py --data FOLDER --minutes 5 "ethanol weft" "ethanol weft training.weight_decay=0.1" ...
 
-A job is a data set, a network and settings that differ from the recipe's. FOLDER holds the training and test files. Plain steps with
+A job is a data set, a network and settings that differ from the recipe's; with "fit" for the network, what `gossamer fit` chooses for the data
+and the time, beside hand-made recipes. FOLDER holds the training and test files. Plain steps with
 kernels; seeds are settings too. Rows are printed as they come and kept in --out (those that are there stay).
 """
 
@@ -17,6 +18,8 @@ import tempfile
 import time
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 HERE = Path(__file__).resolve().parent
 SETS = {
@@ -40,8 +43,22 @@ def command(job: str, minutes: float, data: Path, folder: Path) -> list[str]:
         "training.compile": "false",
         "out": folder,
     }
-    path = HERE.parents[1] / "recipes" / f"{recipe}-{network}.yaml"
+    path = HERE.parents[1] / "recipes" / f"{recipe}-{'weft' if network == 'fit' else network}.yaml"
+    if network == "fit":
+        path = chosen(path, files["train"], minutes, Path(f"{folder}.yaml"))
     return [sys.executable, "-m", "gossamer.cli", "train", str(path), *(f"{k}={v}" for k, v in settings.items()), *needs, *changes]
+
+
+def chosen(recipe: Path, data: Path | None, minutes: float, path: Path) -> Path:
+    """Writes the settings that `gossamer fit` chooses, on the recipe's split."""
+    from gossamer.data.dataset import open_dataset
+    from gossamer.data.labels import LabelConfig
+    from gossamer.fitting import choose_settings
+    from gossamer.settings import to_dict
+
+    settings = to_dict(choose_settings(open_dataset(str(data)), str(data), None, "-", minutes, LabelConfig()))
+    path.write_text(yaml.safe_dump({**settings, "data": yaml.safe_load(recipe.read_text())["data"]}))
+    return path
 
 
 def row(job: str, folder: Path) -> dict[str, Any]:
