@@ -40,6 +40,7 @@ def fit(
     replay: Path | str | None = None,
     speed: bool = False,
     progress: bool = True,
+    accuracy: bool = False,
 ) -> dict[str, Any]:
     """Train on a labelled file without a configuration: inspect, split, choose settings, write them down, train.
 
@@ -57,15 +58,19 @@ def fit(
         replay: With ``start``: labelled structures of the old data to mix in.
         speed: Take half of its channels: dynamics of many atoms take 0.7 of the time, errors after short trainings are about the same.
         progress: Show a progress bar.
+        accuracy: Take features of one degree more: SMALLER errors, SLOWER.
 
     Returns:
         As ``train``.
 
     Raises:
-        ValueError: inspection found errors, the model is unknown, or ``speed`` beside a model or a start.
+        ValueError: inspection found errors, the model is unknown, or ``speed`` or ``accuracy`` beside each other, a model or a start.
     """
-    if speed and (model is not None or start is not None):
-        raise ValueError(f"speed chooses the network, and {'model' if start is None else 'start'} names one: leave one of them out.")
+    asked = [name for name, given in (("speed", speed), ("accuracy", accuracy)) if given]
+    if asked and (model is not None or start is not None):
+        raise ValueError(f"{asked[0]} chooses the network, and {'model' if start is None else 'start'} names one: leave one of them out.")
+    if len(asked) > 1:
+        raise ValueError("speed takes a smaller network than fit's own, accuracy a larger one: leave one of them out, or both.")
     if model is not None and model.split("/")[0] not in MODELS:
         raise ValueError(f"model '{model}' is unknown. Choose one of {', '.join(MODELS)}.")
     tuning = {"train": list(weights) if weights else None, "low_rank": low_rank, "replay": None if replay is None else str(replay)}
@@ -89,7 +94,7 @@ def fit(
     if report.errors and not force:
         raise ValueError("The data is not fit for training: " + "; ".join(report.errors) + ". Mend it, or insist with --force.")
     finetune = None if start is None else {"start": str(start), **tuning}
-    config = choose_settings(structures, str(data), model, str(out), minutes, labels or LabelConfig(), finetune, speed, report)
+    config = choose_settings(structures, str(data), model, str(out), minutes, labels or LabelConfig(), finetune, speed, report, accuracy)
     log.info("training for %g minutes; settings are in '%s'", minutes, folder / "config.yaml")
     return train(config, progress=progress)
 
@@ -104,6 +109,7 @@ def choose_settings(
     finetune: Mapping[str, Any] | None = None,
     speed: bool = False,
     report: Inspection | None = None,
+    accuracy: bool = False,
 ) -> Config:
     """Settings that suit a data set: which labels, which split, how far and how sharply atoms see, how many structures per step, compiled or not.
 
@@ -133,6 +139,8 @@ def choose_settings(
             network["basis_decay"] = 1.0
     if speed:
         network["num_features"] = SLIM
+    if accuracy:
+        network["l_max"] = 3
     rate = MODELS[name][1].fit_defaults.learning_rate * (1.0 if finetune is None else 0.2)  # near a good solution large steps only destroy
     config = make_config(
         {

@@ -85,10 +85,15 @@ MODELS = {
     "sound-global": dict(global_context=True),
     "published": dict(variant="published", global_context=True),
     "published-vanilla": dict(variant="published", update="painn"),
-    "direct": dict(direct_forces=True),
+    "direct": dict(direct_forces=True, basis_decay=1.0),
     "nequip": dict(name="nequip"),
     "nequip-l3-pairs": dict(
-        name="nequip", l_max=3, num_features=[4, 3, 3, 2], pair_cutoffs={"H": 2.5, "C": {"O": 3.0}}, element_neighbors={"H": 5.0}
+        name="nequip",
+        l_max=3,
+        num_features=[4, 3, 3, 2],
+        pair_cutoffs={"H": 2.5, "C": {"O": 3.0}},
+        element_neighbors={"H": 5.0},
+        basis_decay=1.0,
     ),
     "nequip-parity": dict(name="nequip", l_max=1, parity=True, num_layers=3, scales="per_element", train_scales=True),
     "nequip-trained-bessel": dict(name="nequip", train_bessel=True, envelope_order=3, layer_norm=False, self_connection="linear"),
@@ -120,7 +125,7 @@ MODELS = {
     ),
     "sevennet-nequix": dict(name="sevennet", variant="published", layer_norm=True, train_embedding=False, embedding_features=6),
     "weft": dict(name="weft"),
-    "weft-l3": dict(name="weft", l_max=3, num_features=3, num_layers=3),
+    "weft-l3": dict(name="weft", l_max=3, num_features=3, num_layers=3, basis_decay=1.0),
 }
 """every network that must pass the physics tests: settings on top of those in `make_potential`"""
 CORE = ["sound", "sound-global", "published", "direct", "nequip", "geodite", "mace", "painn", "schnet", "sevennet", "weft"]

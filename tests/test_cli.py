@@ -143,6 +143,7 @@ def test_the_whole_path(tmp_path: Path, capsys: pytest.CaptureFixture, monkeypat
         (dict(), ["model.cutoff=0"], "model.cutoff: Input should be greater than 0"),
         (dict(), ["model.name=leinn"], "model.name: found 'leinn', expected one of leignn, nequip, geodite, mace, painn, schnet, sevennet, weft. Did you mean leignn"),
         (dict(), ["model.variant=published", "model.radial_basis=bessel"], "model: Value error, the published variant has Gaussians"),
+        (dict(), ["model.radial_basis=gaussian", "model.basis_decay=1"], "model: Value error, basis_decay is for Bessel functions"),
         (dict(), ["loss.kind=l2"], "loss.kind: Input should be 'l1', 'mse', 'huber' or 'conditional_huber'"),
         (dict(), ["loss.forces=-1"], "loss.forces: Input should be greater than or equal to 0"),
         (dict(), ["loss.energy=0", "loss.forces=0"], "there is nothing to learn from"),

@@ -685,15 +685,20 @@ def test_fit_of_few_frames_takes_small_batches_and_slow_radial_functions(tmp_pat
     assert not hasattr(fitting.choose_settings(some[:50], ETHANOL, "painn", str(tmp_path), 1.0, LabelConfig()).model, "basis_decay")
 
 
-def test_fit_for_speed_takes_a_slimmer_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fit_for_speed_or_accuracy_takes_another_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     chosen = []
-    monkeypatch.setattr(fitting, "train", lambda config, **options: chosen.append((config.model.name, config.model.num_features)))
-    fit(ETHANOL, out=tmp_path / "fit", speed=True)
-    fit(ETHANOL, out=tmp_path / "fit")
-    assert chosen == [("weft", 16), ("weft", 32)]
-    for name in ("model", "start"):
-        with pytest.raises(ValueError, match=f"speed chooses the network, and {name} names one"):
-            fit(ETHANOL, out=tmp_path / "fit", speed=True, **{name: "nequip"})
+    monkeypatch.setattr(
+        fitting, "train", lambda config, **options: chosen.append((config.model.name, config.model.num_features, config.model.l_max))
+    )
+    for options in ({"speed": True}, {}, {"accuracy": True}):
+        fit(ETHANOL, out=tmp_path / "fit", **options)
+    assert chosen == [("weft", 16, 2), ("weft", 32, 2), ("weft", 32, 3)]
+    for wish in ("speed", "accuracy"):
+        for name in ("model", "start"):
+            with pytest.raises(ValueError, match=f"{wish} chooses the network, and {name} names one"):
+                fit(ETHANOL, out=tmp_path / "fit", **{wish: True, name: "nequip"})
+    with pytest.raises(ValueError, match="leave one of them out, or both"):
+        fit(ETHANOL, out=tmp_path / "fit", speed=True, accuracy=True)
 
 
 @pytest.mark.parametrize(("spacing", "cutoff"), [(2.0, 4.0), (2.42, 4.8), (3.5, 5.0), (9.0, 5.0)])

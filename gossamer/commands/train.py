@@ -28,7 +28,9 @@ def _fit_parser(fit: argparse.ArgumentParser) -> None:
         "--model",
         help="network: leignn, nequip, geodite, mace, painn, schnet, sevennet, weft, or a preset such as nequip/M (default: weft, which ends lowest)",
     )
-    fit.add_argument("--speed", action="store_true", help="half of its channels: dynamics of many atoms in 0.7 of the time")
+    size = fit.add_mutually_exclusive_group()
+    size.add_argument("--speed", action="store_true", help="half of its channels: dynamics of many atoms in 0.7 of the time")
+    size.add_argument("--accuracy", action="store_true", help="features of degree 3 as well: SMALLER, SLOWER")
     fit.add_argument("--out", default="fit", help="folder of the run (default: fit)")
     fit.add_argument("--minutes", type=float, default=30.0, help="how long to train (default: 30)")
     fit.add_argument("--resume", action="store_true", help="go on from the checkpoint of the run")
@@ -47,7 +49,7 @@ def _fit(arguments: argparse.Namespace) -> int:
 
     answer = fit(
         arguments.data, arguments.model, arguments.out, arguments.minutes, label_config(arguments), arguments.resume, arguments.force,
-        arguments.start, arguments.weights, arguments.low_rank, arguments.replay, arguments.speed,
+        arguments.start, arguments.weights, arguments.low_rank, arguments.replay, arguments.speed, accuracy=arguments.accuracy,
     )  # fmt: skip
     return _trained(arguments, answer)
 
