@@ -30,7 +30,11 @@ def _fit_parser(fit: argparse.ArgumentParser) -> None:
     )
     size = fit.add_mutually_exclusive_group()
     size.add_argument("--speed", action="store_true", help="half of its channels: dynamics of many atoms in 0.7 of the time")
-    size.add_argument("--accuracy", action="store_true", help="features of degree 3 as well: SMALLER, SLOWER")
+    size.add_argument(
+        "--accuracy",
+        action="store_true",
+        help="features of degree 3 as well: errors about a tenth smaller, dynamics of many atoms in 1.8 times the time",
+    )
     fit.add_argument("--out", default="fit", help="folder of the run (default: fit)")
     fit.add_argument("--minutes", type=float, default=30.0, help="how long to train (default: 30)")
     fit.add_argument("--resume", action="store_true", help="go on from the checkpoint of the run")
