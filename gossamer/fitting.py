@@ -191,8 +191,8 @@ WORTHWHILE = 1.25
 """times as many steps as without, from which compiling is worth its risk"""
 
 
-KEPT = 0.2
-"""time that compiling takes, of the first time's, where this machine has kept what that made (benchmarks/compile)"""
+KEPT = 0.15
+"""time that compiling takes, of the first time's, where this machine has kept what that made (measured 0.12: benchmarks/compile)"""
 
 
 def compile_pays(name: str, minutes: float, kept: bool = False) -> bool:

@@ -543,15 +543,18 @@ config["out"] += sys.argv[1]
 config["training"]["seed"] = int(sys.argv[1])
 config["data"]["train_size"] = 10 + int(sys.argv[1])
 assert train(config, progress=False)["compiled"]
-print(counters["inductor"]["async_compile_cache_miss"], counters["aot_autograd"]["autograd_cache_hit"])
+print(counters["aot_autograd"]["autograd_cache_miss"])
 """
-    for k, expected in enumerate(["0", "1"]):
+    misses = []
+    for k in range(2):
         result = subprocess.run(
             [sys.executable, "-W", "ignore", "-c", script, str(k)], env={**ENVIRONMENT, "GOSSAMER_CACHE": str(tmp_path / "cache")},
             capture_output=True, text=True, timeout=400, check=False,
         )  # fmt: skip
         assert result.returncode == 0, result.stderr
-        assert result.stdout.split()[-1] == expected, result.stdout
+        misses.append(int(result.stdout.split()[-1]))
+    assert misses[0] > 0
+    assert misses[1] == 0
 
 
 # --- a given time ---------------------------------------------------------------------------------------------------

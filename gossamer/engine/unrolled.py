@@ -97,7 +97,8 @@ def lift_factors(module: torch.fx.GraphModule) -> None:
     products = (torch.ops.aten.mul.Tensor, torch.ops.aten.div.Tensor)
     for k, node in enumerate(module.graph.nodes):
         if node.target in products and isinstance(node.args[1], float) and node.args[1] * 8 % 1 and node.meta["val"].dim():
-            module.register_buffer(f"factor_{k}", torch.tensor([node.args[1]], dtype=node.meta["val"].dtype))
+            like = node.meta["val"]
+            module.register_buffer(f"factor_{k}", torch.tensor([node.args[1]], dtype=like.dtype, device=like.device))
             with module.graph.inserting_before(node):
                 factor = module.graph.get_attr(f"factor_{k}")
             node.args = (node.args[0], factor)
