@@ -168,7 +168,7 @@ SLIM = 16
 FEW_FORCES = 30_000
 """force components below which radial functions that vary fast are held back: fewer of them teach their noise (benchmarks/accuracy)"""
 FRAMES_OF_BATCH = 50
-"""so many times as many frames as a batch holds, at least: large batches of few frames end in sharp minima (benchmarks/accuracy)"""
+"""so many times as many frames as a batch holds, at least: what is learned from large ones of few frames holds less well for others (benchmarks/accuracy)"""
 NEIGHBORS = 28.0
 """neighbours of an atom that a cutoff of `fit` takes in on average: with more, steps cost more than they teach (benchmarks/accuracy)"""
 CUTOFFS = (4.0, 5.0)

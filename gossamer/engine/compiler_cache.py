@@ -80,7 +80,7 @@ def kept_compiler_files(name: str) -> Iterator[None]:
         log.info("the compiler's files are not kept: %s", error)
     finally:
         if found is None:
-            del os.environ[VARIABLE]
+            os.environ.pop(VARIABLE, None)
         else:
             os.environ[VARIABLE] = found
 
