@@ -1,7 +1,7 @@
 """rMD17: what `gossamer fit` makes of 50 or 950 frames of each molecule in some minutes of one thread, beside published errors.
 
     python benchmarks/accuracy/rmd17.py --data ../shared/data --frames 50 --minutes 5 [--seeds 0 1] [aspirin ethanol ...]
-    python benchmarks/accuracy/rmd17.py --table > benchmarks/accuracy/rmd17.md
+    python benchmarks/accuracy/rmd17.py --table    # for README.md
 
 Settings are those that `fit` chooses for so many frames and minutes, found without the test frames; 50 further frames choose the best weights, as in
 the publications. Test frames are the official 1,000. Training counts CPU time; a step is compiled where that was done before (a minute or two of

@@ -37,7 +37,7 @@ def keeping(path: Path) -> Iterator[Path]:
     with atomic_path(path) as temporary:
         yield temporary
         temporary.chmod(0o600)
-        write_text(_checksum_file(path), _digest(temporary))
+        write_text(_checksum_file(path), digest(temporary))
 
 
 def check(path: Path) -> None:
@@ -49,7 +49,7 @@ def check(path: Path) -> None:
         check_owner(path.parent)
         check_owner(path)
         kept = _checksum_file(path).read_text()
-        if kept.strip() != _digest(path):
+        if kept.strip() != digest(path):
             raise Untrusted(f"'{path}' was damaged or altered")
     except (OSError, UnicodeDecodeError) as error:
         raise Untrusted(f"'{path}' cannot be checked ({error})") from None
@@ -81,5 +81,6 @@ def _checksum_file(path: Path) -> Path:
     return path.with_name(path.name + ".sha256")
 
 
-def _digest(path: Path) -> str:
+def digest(path: Path) -> str:
+    """SHA-256 of a file."""
     return hashlib.sha256(path.read_bytes()).hexdigest()

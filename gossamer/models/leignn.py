@@ -59,7 +59,7 @@ class LEIGNNConfig:
     def _published_has_gaussians(self) -> LEIGNNConfig:
         if self.variant == "published" and self.radial_basis == "bessel":
             raise ValueError("the published variant has Gaussians: leave radial_basis out, or set variant: sound")
-        if self.basis_decay and "gaussian" in (self.radial_basis, "gaussian" if self.variant == "published" else ""):
+        if self.basis_decay and (self.variant == "published" or self.radial_basis == "gaussian"):
             raise ValueError(
                 "basis_decay is for Bessel functions, and this network has Gaussians: leave it out, or set radial_basis: bessel"
             )
