@@ -32,11 +32,13 @@ from gossamer.engine.compiler_cache import is_kept, kept_compiler_files
 from gossamer.evaluation import evaluate_potential
 from gossamer.files import locked
 from gossamer.fitting import compile_pays, fit
+from gossamer.graph import FIELDS, Graph
 from gossamer.models import MODELS
 from gossamer.potential_file import load
 from gossamer.runs import evaluate, train
 from gossamer.training import loop, state
 from gossamer.training.checkpoint import read_checkpoint
+from gossamer.training.compiled import CompiledForward
 from gossamer.training.losses import LossConfig, conditional_deltas, loss_sums, penalty
 from gossamer.training.muon import orthogonalized, weight_matrices
 from gossamer.training.optim import EMA, Clipper, Schedule, ScheduleConfig, make_optimizer
@@ -429,6 +431,24 @@ def test_comparison_refuses_a_wrong_graph(caplog: pytest.LogCaptureFixture, tmp_
     results = train(settings(tmp_path / "run", steps=5, compile=True), progress=False)
     assert results["steps"] == 5
     assert "training is not compiled: the compiled forces differs from the plain one by 1.0e-02" in caplog.text
+
+
+@pytest.mark.parametrize(("limits", "n_graphs"), [({}, 8), ({"batch_size": 1}, 1), ({"batch_atoms": 9}, 1), ({"batch_edges": 80}, 1)])
+def test_batches_of_one_structure_are_compiled_whatever_makes_them(
+    limits: dict[str, int], n_graphs: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+
+    def watched(self, graph):
+        seen.append(graph.n_graphs)
+        return lambda state, *tensors: tuple(
+            getattr(self.plain(Graph(**dict(zip(FIELDS, tensors, strict=True)))), name) for name in self.names
+        )
+
+    monkeypatch.setattr(CompiledForward, "_compile", watched)
+    results = train(settings(tmp_path / "run", steps=3, compile=True, **limits), progress=False)
+    assert results["compiled"]
+    assert seen == [n_graphs]
 
 
 @pytest.mark.slow

@@ -156,6 +156,7 @@ def run_training(
     loader = Loader(state.potential, train, config.num_workers)
     work = None if group.world == 1 and config.batch_edges is None else count_edges(loader, group, folder, identity)
     limits = batch_limits(train, config, work)
+    state.forward.single = mostly_single(shared_batches(len(train), 0, config, group, limits, work))
     logger = Log(folder, state.step, config.tensorboard, config.wandb) if group.rank == 0 else None
     first, saved_at, done, started = state.step, state.seconds, finished(state, config), time.perf_counter()
 
@@ -278,6 +279,11 @@ def shared_batches(
     if group.world == 1:
         return batches
     return [[b[k] for k in shares([1.0 if work is None else float(work[i]) for i in b], group.world)[group.rank]] for b in batches]
+
+
+def mostly_single(batches: Sequence[Sequence[int]]) -> bool:
+    """Whether most batches hold one structure: by ``batch_size``, by the limits of their atoms or edges, or as a share of a process."""
+    return sum(len(b) == 1 for b in batches) > len(batches) / 2
 
 
 def checked_step(state: State, graph: Graph, loss: LossConfig, config: TrainingConfig, group: ProcessGroup, checkpoint: Path) -> None:
