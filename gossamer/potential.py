@@ -101,6 +101,7 @@ class Potential(nn.Module):
     species_of: Tensor
     reference_energies: Tensor
     table: Tensor
+    scale: Tensor
 
     def __init__(self, model: ModelConfig, statistics: Statistics, potential: PotentialConfig | None = None) -> None:
         """
@@ -129,7 +130,7 @@ class Potential(nn.Module):
         self.register_buffer("table", table, persistent=False)
         self.register_buffer("species_of", species_of, persistent=False)
         self.register_buffer("reference_energies", references, persistent=False)
-        self.energy_scale = statistics.energy_scale
+        self.register_buffer("scale", torch.tensor([statistics.energy_scale], dtype=torch.float64), persistent=False)
         scales = statistics.element_scales
         facts = DataFacts(
             atomic_numbers=tuple(table.tolist()),
@@ -198,6 +199,11 @@ class Potential(nn.Module):
     def conservative(self) -> bool:
         """Whether the forces are the gradient of the energy."""
         return not self.model_config.direct_forces
+
+    @property
+    def energy_scale(self) -> float:
+        """What the network's energies are multiplied with, eV."""
+        return float(self.scale)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -352,8 +358,8 @@ class Potential(nn.Module):
         if subtract:
             lone = energies[n:] if isolated is None else isolated
             energies = energies[:n] - lone[species]
-        energies = energies.to(torch.float64) * self.energy_scale
-        direct = None if direct is None else direct[:n].to(torch.float64) * self.energy_scale
+        energies = energies.to(torch.float64) * self.scale
+        direct = None if direct is None else direct[:n].to(torch.float64) * self.scale
         trust = self._trust(graph, vectors, pair_cutoffs)
         if trust is not None:
             energies = energies * trust

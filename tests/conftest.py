@@ -143,7 +143,10 @@ OWN_ZERO = [name for name in MODELS if name not in ("published", "published-vani
 """networks that give a lone atom its reference energy"""
 
 
-def make_potential(elements: list[str], seed: int = 0, dtype: torch.dtype | None = None, zbl: bool = True, name: str = "leignn", **options):
+def make_potential(
+    elements: list[str], seed: int = 0, dtype: torch.dtype | None = None, zbl: bool = True, name: str = "leignn",
+    energy_scale: float = 0.7, mean_neighbors: float = 12.0, **options,
+):  # fmt: skip
     """A tiny potential with random weights, in float64 unless told otherwise."""
     import torch
 
@@ -156,7 +159,7 @@ def make_potential(elements: list[str], seed: int = 0, dtype: torch.dtype | None
     config = settings(**{"cutoff": 4.0, **network.presets["tiny"], **options})
     references = {e: -1.5 * (k + 1) for k, e in enumerate(elements)}
     statistics = Statistics(
-        elements=elements, reference_energies=references, energy_scale=0.7, mean_neighbors=12.0,
+        elements=elements, reference_energies=references, energy_scale=energy_scale, mean_neighbors=mean_neighbors,
         element_scales={e: 1 + 0.2 * k for k, e in enumerate(elements)},
     )  # fmt: skip
     own_repulsion = name == "geodite" and options.get("variant") == "published"

@@ -63,7 +63,11 @@ from gossamer.checks.conservation import force_gradient_error, stress_gradient_e
 from gossamer.checks.symmetry import supercell_error, symmetry_errors
 from gossamer.simulation.calculator import Calculator
 
-potential = make_potential(["C", "H", "O", "Si"], **MODELS[{name!r}])
+def potential_of(*elements, **data):
+    potential = make_potential(list(elements), **data, **MODELS[{name!r}])
+    measure_uncertainty(potential, frames[:8], frames[8:])
+    return potential
+
 crystal = bulk("SiC", "zincblende", a=4.36)
 crystal.rattle(0.1, seed=0)
 crystal.set_cell(crystal.cell.array @ (np.eye(3) + 0.03 * np.array([[1, 2, 0], [0, -1, 1], [1, 0, 1]])), scale_atoms=True)
@@ -72,7 +76,7 @@ for k in range(12):
     frames.append(as_structure((crystal.copy(), molecule("CH3OH"))[k % 2]))
     frames[-1] = replace(frames[-1], positions=frames[-1].positions + 0.1 * np.random.default_rng(k).normal(size=frames[-1].positions.shape),
                          energy=0.0, forces=np.zeros_like(frames[-1].positions))
-measure_uncertainty(potential, frames[:8], frames[8:])
+potential = potential_of("C", "H", "O", "Si")
 plain, fast = Calculator(potential, way="plain"), Calculator(potential, way="program")
 worst = 0.0
 for atoms in (crystal, crystal.repeat((2, 2, 1)), molecule("C2H6")[:2], crystal.repeat((3, 1, 2))):
@@ -92,6 +96,16 @@ if potential.conservative:
     assert force_gradient_error(fast, crystal) < 1e-6
     assert stress_gradient_error(fast, crystal) < 1e-7
     assert max(e["relative"] for e in symmetry_errors(fast, crystal).values()) < 1e-9
+# other weights, another order of the elements, other data: the same program, found without asking
+other = potential_of("O", "Si", "H", "C", seed=1, energy_scale=0.31, mean_neighbors=7.3)
+exact, quick = Calculator(other, way="plain"), Calculator(other)
+assert quick.engine.way == "program"
+for atoms in (crystal, crystal.repeat((2, 2, 1))):
+    a, b = (calculator.get_property("forces", atoms) for calculator in (exact, quick))
+    assert np.abs(a - b).max() < (1e-10 if fast.engine.quick is None else 1e-8) * max(1.0, np.abs(a).max())
+    assert abs(exact.get_property("energy", atoms) - quick.get_property("energy", atoms)) < 1e-7
+    a, b = (calculator.get_property("forces", atoms) for calculator in (plain, fast))  # and the first has kept its own
+    assert np.abs(a - b).max() < (1e-10 if fast.engine.quick is None else 1e-8) * max(1.0, np.abs(a).max())
 lone = molecule("C2H6")[:1]  # one atom: left to the potential itself
 lone.calc = fast
 lone.get_forces()

@@ -3,6 +3,9 @@
 The unrolled graph (`gossamer.engine.unrolled`) goes through `torch.export` and AOTInductor. A program takes one structure, or
 batches of two and more: sizes 0 and 1 would be frozen into it. The file of one without kernels runs without gossamer, in Python or
 C++ (`torch._inductor.aoti_load_package`). It is a program: like any other, load only files you trust.
+
+Weights and whatever else comes from the training data are constants beside the machine code, which PyTorch exchanges in a program that is
+loaded; the tables of the kernels, whose lengths differ, are inputs. So the cache holds one program for all potentials of a network.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ import platform
 import time
 import warnings
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -28,11 +31,13 @@ from gossamer.data.labels import LabelConfig
 from gossamer.data.readers import from_atoms
 from gossamer.engine import cache
 from gossamer.engine.agreement import TOLERANCE, agree, probe, rattled
+from gossamer.engine.kernels.attach import TableKernel
 from gossamer.engine.kernels.cpu import processor
 from gossamer.files import atomic_path, cache_folder
 from gossamer.graph import FIELDS, Graph
 from gossamer.potential import Potential, Prediction, state_of
 from gossamer.potential_file import load
+from gossamer.settings import to_dict
 from gossamer.timing import fastest
 
 log = logging.getLogger(__name__)
@@ -42,17 +47,20 @@ NAMES = ["energy", "node_energies", "forces", "stress"]
 class Program:
     """A loaded program; stands in for the potential it was made from."""
 
-    def __init__(self, path: Path, potential: Potential, batch: bool = False) -> None:
+    def __init__(self, path: Path, potential: Potential, batch: bool = False, refill: bool = False) -> None:
         """
         Args:
             path: The file.
             potential: What it must have been made from.
             batch: Takes two structures or more, instead of one.
+            refill: Or a potential of the same network, whose weights then take the place of those in the program.
 
         Raises:
             ValueError: not a program, or of another potential, precision, device or PyTorch.
         """
         self.path, self.names, self.batch = path, names_of(potential), batch
+        values = inputs_of(potential)
+        self._tables = [values[name].contiguous() for name in tables_of(potential)]
         try:
             _sound(path)
             # what torch._inductor.aoti_load_package wraps; importing that module takes seconds
@@ -62,10 +70,21 @@ class Program:
             text = " ".join(str(error).split())[:200]
             raise ValueError(f"'{path}' is not a compiled potential ({text}). Make it again with gossamer export.") from None
         expected = identity(potential, batch)
-        wrong = [k for k in expected if found.get(k) != expected[k]]
+        wrong = [k for k in expected if found.get(k) != expected[k] and not (refill and k == "weights")]
         if wrong:
             listed = ", ".join(f"{k} {found.get(k)} (here {expected[k]})" for k in wrong)
             raise ValueError(f"'{path}' was made for something else: {listed}. Make it again with gossamer export.")
+        if found["weights"] != expected["weights"]:
+            self._refill({key.replace(".", "__"): value for key, value in values.items()})
+
+    def _refill(self, values: dict[str, Tensor]) -> None:
+        """Put other constants in the place of those that it was made with."""
+        wanted = self._program.get_constant_fqns()
+        strange = [name for name in wanted if name not in values]
+        if strange:
+            raise ValueError(f"'{self.path}' holds {strange[0]}, which is no part of the potential.")
+        # neither into a spare copy, nor some of them alone, nor without copying them
+        self._program.load_constants({name: values[name].detach().contiguous() for name in wanted}, False, True, False)
 
     def __call__(self, graph: Graph) -> Prediction:
         """
@@ -77,7 +96,7 @@ class Program:
             raise ValueError(
                 f"This compiled potential takes {wanted} of at least two atoms and edges, found {graph.n_graphs}, {graph.n_atoms} and {graph.n_edges}."
             )
-        out = self._program.run([getattr(graph, f).contiguous() for f in FIELDS])
+        out = self._program.run([*self._tables, *(getattr(graph, f).contiguous() for f in FIELDS)])
         values: dict[str, Any] = {"forces": None, "stress": None, **dict(zip(self.names, out, strict=True))}
         return Prediction(**values)
 
@@ -104,7 +123,7 @@ def names_of(potential: Potential) -> list[str]:
 
 
 def identity(potential: Potential, batch: bool = False) -> dict[str, str]:
-    """What a program is made for; a program made for something else is refused."""
+    """What a program is made for; a program made for something else is refused, but that of the same network can take other weights."""
     digest = hashlib.sha256()
     for name, tensor in sorted(state_of(potential).items()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
@@ -117,6 +136,7 @@ def identity(potential: Potential, batch: bool = False) -> dict[str, str]:
     )
     return {
         "weights": digest.hexdigest()[:32],
+        "network": likeness(potential),
         "structures": "many" if batch else "one",
         "dtype": str(potential.dtype),
         "device": on,
@@ -125,18 +145,55 @@ def identity(potential: Potential, batch: bool = False) -> dict[str, str]:
     }
 
 
-class _Outputs(nn.Module):
-    """The unrolled graph with its weights inside."""
+def likeness(potential: Potential) -> str:
+    """The same for potentials that are one program but for its constants and tables.
 
-    def __init__(self, module: torch.fx.GraphModule, state: dict[str, Tensor]) -> None:
+    All that could be part of a graph counts: settings, sizes of tensors, and numbers and words that modules know besides.
+    """
+    tables = tables_of(potential)
+    sizes = {k: [list(v.shape), str(v.dtype)] for k, v in inputs_of(potential).items() if k not in tables}
+    usual = vars(nn.Module())
+    known = {
+        f"{name}.{key}": value
+        for name, module in potential.named_modules()
+        for key, value in vars(module).items()
+        if key not in usual and _is_plain(value)
+    }
+    everything = [to_dict(potential.model_config), to_dict(potential.potential_config), names_of(potential), tables, sizes, known]
+    return hashlib.sha256(json.dumps(everything, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether it is a number or a word, or some of them."""
+    return all(_is_plain(v) for v in value) if isinstance(value, (list, tuple)) else isinstance(value, (bool, int, float, str))
+
+
+def inputs_of(potential: Potential) -> dict[str, Tensor]:
+    """What a program computes from, besides the structure: weights and tables, and energies of lone atoms where they are subtracted."""
+    isolated = potential.isolated_outputs()
+    return state_of(potential) if isolated is None else {**state_of(potential), "isolated": isolated}
+
+
+def tables_of(potential: Potential) -> list[str]:
+    """Names of the tables among them whose length no other number depends on."""
+    return [f"{name}.table" for name, m in potential.named_modules() if isinstance(m, TableKernel) and not m.intervals]
+
+
+class _Outputs(nn.Module):
+    """The unrolled graph with its weights inside, but for tables, which are inputs."""
+
+    def __init__(self, module: torch.fx.GraphModule, values: dict[str, Tensor], tables: Sequence[str]) -> None:
         super().__init__()
         self.module = module
-        self.keys = list(state)
+        self.keys, self.tables = list(values), list(tables)
         for key in self.keys:
-            self.register_buffer(key.replace(".", "__"), state[key].detach().clone())
+            if key not in tables:
+                self.register_buffer(key.replace(".", "__"), values[key].detach().clone())
 
-    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        return self.module({k: getattr(self, k.replace(".", "__")) for k in self.keys}, *tensors)
+    def forward(self, tables: list[Tensor], *tensors: Tensor) -> tuple[Tensor, ...]:
+        given = dict(zip(self.tables, tables, strict=True))
+        values = {k: given[k] if k in given else getattr(self, k.replace(".", "__")) for k in self.keys}
+        return self.module(values, *tensors)
 
 
 @contextmanager
@@ -168,16 +225,19 @@ def make_program(potential: Potential, graph: Graph, path: Path | str) -> Progra
     path, batch = Path(path), graph.n_graphs > 1
     was_training = potential.training
     potential.eval()
-    isolated = potential.isolated_outputs()
-    state = state_of(potential)
-    module = unroll(potential, state, graph, names_of(potential), opaque=False, isolated=isolated)
-    inputs = state if isolated is None else {**state, "isolated": isolated}
+    inputs, tables = inputs_of(potential), tables_of(potential)
+    module = unroll(potential, state_of(potential), graph, names_of(potential), opaque=False, isolated=inputs.get("isolated"))
     atoms, edges, graphs = Dim("n_atoms", min=2), Dim("n_edges", min=2), Dim("n_graphs", min=2)
     shapes = ({0: atoms}, {0: atoms}, {0: graphs} if batch else None, {0: atoms}, {1: edges}, {0: edges})
-    options = {"aot_inductor.metadata": {"gossamer": json.dumps(identity(potential, batch))}}
+    lengths = [{1: Dim(f"rows_{k}", min=2)} for k in range(len(tables))]
+    options = {
+        "aot_inductor.metadata": {"gossamer": json.dumps(identity(potential, batch))},
+        "always_keep_tensor_constants": True,  # else small ones become part of the code
+    }
     try:
         with compiling():
-            exported = torch.export.export(_Outputs(module, inputs), tuple(getattr(graph, f) for f in FIELDS), dynamic_shapes=(shapes,))
+            given = [inputs[name] for name in tables], *(getattr(graph, f) for f in FIELDS)
+            exported = torch.export.export(_Outputs(module, inputs, tables), given, dynamic_shapes=(lengths, shapes))
             with atomic_path(path) as temporary:
                 torch._inductor.aoti_compile_and_package(exported, package_path=str(temporary), inductor_configs=options)
     except Exception as error:  # whatever the compiler raises
@@ -197,13 +257,14 @@ def compare(program: Program, potential: Potential, graph: Graph) -> None:
 
 
 def cache_name(potential: Potential, batch: bool = False) -> str:
-    """Name under which the program of a potential on this machine is kept."""
-    key = hashlib.sha256(json.dumps(identity(potential, batch), sort_keys=True).encode()).hexdigest()
-    return f"{key[:24]}.pt2"
+    """Name under which the program of a network on this machine is kept, whatever its weights."""
+    key = {k: v for k, v in identity(potential, batch).items() if k != "weights"}
+    return f"{hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]}.pt2"
 
 
 def cached_program(potential: Potential, graph: Graph, make: bool = False) -> Program | None:
-    """The program of a potential on this machine, kept from an earlier call, or made now if asked; None if there is none.
+    """The program of a potential on this machine, kept from an earlier call with it or another of the same network, or made now if asked;
+    None if there is none.
 
     Every program is compared with the potential on this graph before it is returned; a kept one that differs, or is not as it was
     kept, is made again or thrown away.
@@ -219,7 +280,7 @@ def cached_program(potential: Potential, graph: Graph, make: bool = False) -> Pr
     if path.exists():
         try:
             cache.check(path)
-            program = Program(path, potential, batch)
+            program = Program(path, potential, batch, refill=True)
             compare(program, potential, graph)
             return program
         except (cache.Untrusted, ValueError, RuntimeError) as error:

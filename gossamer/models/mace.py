@@ -295,7 +295,7 @@ class Interaction(nn.Module):
         if config.density:
             self.density = ScalarConvolution(1, Density(config.num_basis), (config.l_max + 1) ** 2)
         mean_neighbors = max(facts.mean_neighbors, 1.0) if not published else facts.mean_neighbors
-        self.scale = 1.0 if config.density else 1 / (mean_neighbors if published else math.sqrt(mean_neighbors))
+        self.scale = Constant(np.array([1.0 if config.density else 1 / (mean_neighbors if published else math.sqrt(mean_neighbors))]))
         self.contraction = SymmetricContraction(config.l_max, l_out, config.correlation, c, n_elements)
         self.linear_products = DegreeLinear([c] * (l_out + 1), c)
         self.connected = connected
@@ -305,7 +305,7 @@ class Interaction(nn.Module):
 
     def forward(self, h: Float[Tensor, "N S C"], species: Int[Tensor, " N"], edges: Edges) -> Float[Tensor, "N S_out C"]:
         own = degrees(h)
-        mixed = cat(self.linear_in(own), 1) * self.scale
+        mixed = cat(self.linear_in(own), 1) * self.scale()
         sums = self.linear_sums(blocks(self.convolution(mixed.flatten(1), edges), self.irreps_summed))
         if not self.connected:
             sums = [element_map(part, species) for element_map, part in zip(self.element_maps, sums, strict=True)]

@@ -184,8 +184,7 @@ class Interaction(nn.Module):
         self.irreps_in, self.irreps_out = list(irreps_in), list(irreps_out)
         self.published = config.variant == "published"
         self.num_gates = sum(i.mul for i in irreps_out if i.l > 0)
-        self.scale = 1 / math.sqrt(mean_neighbors[0])
-        self.scales = Constant(np.array(mean_neighbors)[:, None] ** -0.5) if len(mean_neighbors) > 1 else None
+        self.scales = Constant(np.array(mean_neighbors)[:, None] ** -0.5)
         norm = config.variant == "sound" if config.layer_norm is None else config.layer_norm
         self.norm = FeatureNorm(self.irreps_in) if norm and not first else None
         self.linear_in: Any = nn.ModuleList(UnitLinear(i.mul, i.mul) for i in self.irreps_in)
@@ -218,7 +217,7 @@ class Interaction(nn.Module):
         if self.norm is not None:
             x = self.norm(x)
         parts = blocks(x, self.irreps_in)
-        scale = self.scale if self.scales is None else self.scales().index_select(0, species)
+        scale = self.scales() if len(self.scales()) == 1 else self.scales().index_select(0, species)
         mixed = cat([linear(part).flatten(1) for linear, part in zip(self.linear_in, parts, strict=True)], 1) * scale
         sums = blocks(self.convolution(mixed, edges), self.irreps_summed)
         connections = iter(self.self_connection)

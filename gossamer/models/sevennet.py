@@ -16,6 +16,7 @@ import re
 from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from pydantic import Field, model_validator
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 
 from gossamer.models.base import DataFacts, FitDefaults, ModelOutput, Network, read_out
 from gossamer.nn.coupling import Coupling, FeatureNorm, Irrep, blocks, gate, paths_between, reachable
-from gossamer.nn.layers import ElementMaps, UnitLinear, cat, polynomial_envelope, unit_mlp, unit_scale
+from gossamer.nn.layers import Constant, ElementMaps, UnitLinear, cat, polynomial_envelope, unit_mlp, unit_scale
 from gossamer.nn.products import Edges
 from gossamer.nn.spherical import SphericalHarmonics
 from gossamer.settings import settings
@@ -191,7 +192,7 @@ class Interaction(nn.Module):
         """
         super().__init__()
         self.irreps_in, self.irreps_out = list(irreps_in), list(irreps_out)
-        self.scale = 1 / denominator
+        self.scale = Constant(np.array([1 / denominator]))
         self.mean = math.sqrt(0.5) if config.variant == "sound" else 1.0
         paths = paths_between(irreps_in, config.l_max, [i.kind for i in irreps_out], config.harmonics_parity)
         widths = [config.num_basis, *config.radial_widths, sum(irreps_in[p.block].mul for p in paths)]
@@ -209,7 +210,7 @@ class Interaction(nn.Module):
 
     def forward(self, x: Float[Tensor, "N width"], species: Int[Tensor, " N"], edges: Edges) -> Float[Tensor, "N width_out"]:
         parts = blocks(x, self.irreps_in)
-        mixed = cat([part.flatten(1) for part in self.linear_in(parts, species)], 1) * self.scale
+        mixed = cat([part.flatten(1) for part in self.linear_in(parts, species)], 1) * self.scale()
         sums = blocks(self.convolution(mixed, edges), self.irreps_summed)
         pairs = zip(self.linear_out(sums, species), self.self_connection(parts, species), strict=True)
         results = [new if own is None else (new + own) * self.mean for new, own in pairs]

@@ -126,7 +126,8 @@ class Interaction(nn.Module):
             first: No self-connection, so that an isolated atom gives zero.
         """
         super().__init__()
-        c, self.scale = config.num_features, 1 / math.sqrt(max(facts.mean_neighbors, 1.0))
+        c = config.num_features
+        self.scale = Constant(np.array([max(facts.mean_neighbors, 1.0) ** -0.5]))
         irreps, self.irreps_out = ([Irrep(c, l, (-1) ** l) for l in range(n + 1)] for n in (l_in, l_out))
         self.norm = FeatureNorm(irreps) if config.normalize == "features" and not first else None
         self.linear_in: Any = nn.ModuleList(UnitLinear(c, c) for _ in irreps)
@@ -146,7 +147,7 @@ class Interaction(nn.Module):
         n, _, c = x.shape
         if self.norm is not None:
             x = self.norm(x.flatten(1)).reshape(x.shape)
-        mixed = cat([linear(part) for linear, part in zip(self.linear_in, degrees(x), strict=True)], 1) * self.scale
+        mixed = cat([linear(part) for linear, part in zip(self.linear_in, degrees(x), strict=True)], 1) * self.scale()
         sums = blocks(self.convolution(mixed.flatten(1), edges), self.irreps_summed)
         results = [linear(part) for linear, part in zip(self.linear_out, sums, strict=True)]
         if self.elements is not None:

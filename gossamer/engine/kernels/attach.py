@@ -166,6 +166,7 @@ class TableKernel(nn.Module):
         self.register_buffer("table", like.new_zeros(0), persistent=False)
         self.register_buffer("slots", torch.full((pairs,), -1, device=like.device), persistent=False)
         self.intervals = 0
+        """of the table of each kind; 0: the one table decides"""
         self._add([0], like)
         everything = self.table.numel() * self.table.element_size() * max(pairs, 1)
         self.complete = everything <= PAIR_BYTES or pairs <= 1
@@ -185,7 +186,8 @@ class TableKernel(nn.Module):
             tables = tabulate_all(radials, like.dtype, self.kinks, self.intervals)
         except ValueError as error:
             raise Missing(str(error)) from None
-        self.intervals = len(tables[0]) - 1 - len(self.kinks)
+        if self.kinks or self.pairs:
+            self.intervals = len(tables[0]) - 1 - len(self.kinks)
         rows = torch.cat(tables)
         on_gpu = like.device.type == "cuda"
         packed = pack(self.convolution, rows, gpu.LANES) if on_gpu else cpu.pack(self.convolution, rows, cpu.lanes(like.dtype))
