@@ -94,6 +94,7 @@ MODELS = {
         pair_cutoffs={"H": 2.5, "C": {"O": 3.0}},
         element_neighbors={"H": 5.0},
         basis_decay=1.0,
+        normalize="features",
     ),
     "nequip-parity": dict(name="nequip", l_max=1, parity=True, num_layers=3, scales="per_element", train_scales=True),
     "nequip-trained-bessel": dict(name="nequip", train_bessel=True, envelope_order=3, layer_norm=False, self_connection="linear"),

@@ -35,9 +35,10 @@ def test_envelope_values() -> None:
     assert torch.allclose(polynomial_envelope(x, p)[:3], explicit[:3], atol=1e-14)
 
 
-def test_gates_see_numbers_near_one(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", ["weft", "nequip"])
+def test_gates_see_numbers_near_one(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever the size of weights, which training changes at will: far from one a gate's SiLU has a kink instead of a bend."""
-    potential = make_potential(["H", "C"], name="weft", num_layers=3)
+    potential = make_potential(["H", "C"], name=name, num_layers=3)
     seen: list[float] = []
     silu = torch.nn.functional.silu
     with torch.no_grad():

@@ -180,10 +180,11 @@ def altered(tmp_path: Path, atoms: Atoms, change: Callable[[dict[str, Any]], Any
     return path
 
 
-def test_a_setting_that_came_later_is_what_it_was(tmp_path: Path, ethanol: Atoms) -> None:
-    """A Weft saved before its norm could lie elsewhere gives the same predictions (loading compares them), and goes on so in fine-tuning."""
+@pytest.mark.parametrize("name", ["weft", "nequip"])
+def test_a_setting_that_came_later_is_what_it_was(name: str, tmp_path: Path, ethanol: Atoms) -> None:
+    """A network saved before its norm could lie elsewhere gives the same predictions (loading compares them), and goes on so in fine-tuning."""
     path = tmp_path / "p.safetensors"
-    save(make_potential(ELEMENTS, name="weft", normalize="features"), path, [structure(ethanol)])
+    save(make_potential(ELEMENTS, name=name, normalize="features"), path, [structure(ethanol)])
     manifest, tensors = read_manifest(path), safetensors.torch.load_file(path)
     del manifest["model"]["normalize"]
     manifest["checksum"] = _checksum(tensors, manifest)

@@ -320,7 +320,7 @@ def compile_domain(domain: Domain, graph: Graph, path: Path) -> list[str]:
     try:
         with compiling():
             shapes = ({0: nodes}, {1: edges}, {0: edges}, {0: own})
-            exported = torch.export.export(_Outputs(module, inputs), example, dynamic_shapes=(shapes,))
+            exported = torch.export.export(_Outputs(module, inputs, []), ([], *example), dynamic_shapes=([], shapes))
             torch._inductor.aoti_compile_and_package(exported, package_path=str(path), inductor_configs={"cpp.threads": 1})
     except Exception as error:  # whatever the compiler raises
         text = str(error).strip().splitlines()

@@ -3,7 +3,7 @@
     way         what runs                                                      made in
     "plain"     the network as it is written                                   no time
     "kernels"   its operations done by kernels (`gossamer.engine.kernels`)      seconds, once per machine
-    "program"   compiled, kernels inside (`gossamer.engine.program`)            half a minute, once per machine and potential
+    "program"   compiled, kernels inside (`gossamer.engine.program`)            a minute, once per machine, network and number of elements
     "graph"     kernels recorded as a CUDA graph (`gossamer.engine.cuda_graph`) no time; again when sizes change
     "auto"      on a GPU the CUDA graph, once a third structure of the same size comes in a row, and before that kernels;
                 on a CPU the program if there is one already, or if `expect` was told of enough evaluations, and else kernels

@@ -288,7 +288,7 @@ def cached_program(potential: Potential, graph: Graph, make: bool = False) -> Pr
             cache.forget(path)
     if not make:
         return None
-    log.info("compiling the potential for this machine, less than a minute, once")
+    log.info("compiling the network for this machine: about a minute, once for all its potentials of as many elements")
     with cache.keeping(path) as temporary:
         make_program(potential, graph, temporary)
     return Program(path, potential, batch)
