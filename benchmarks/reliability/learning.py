@@ -3,7 +3,8 @@
     python benchmarks/reliability/learning.py --out runs/learning            needs tblite (pip install 'gossamer[labels]')
     python benchmarks/reliability/learning.py --out runs/learning --table > benchmarks/reliability/learning.md
 
-A small LEIGNN is trained on 20 frames of half a picosecond at 300 K. From it three ways go on, with as many labels and training steps in each round:
+A potential is trained, as `gossamer fit` would, on 20 frames of half a picosecond at 300 K. From it three ways go on, with as many labels and training
+steps in each round:
 
     learn    gossamer.learn: frames of its own walks that it is uncertain of, far from each other
     random   frames of its own walks, drawn at random (of those that learn would label: walks that are lost are left out)
@@ -33,10 +34,13 @@ import gossamer
 from gossamer.checks.source import find_sources
 from gossamer.config import make_config
 from gossamer.data.dataset import open_dataset
+from gossamer.data.labels import LabelConfig
 from gossamer.evaluation import evaluate_potential
 from gossamer.files import atomic_path, write_json
+from gossamer.fitting import choose_settings
 from gossamer.learning import LOST, OUTSIDE, _explore, _fit, _labelled
 from gossamer.runs import POTENTIAL
+from gossamer.settings import to_dict
 from gossamer.simulation.options import LearnConfig
 from gossamer.simulation.uncertain import force_uncertainties
 
@@ -67,17 +71,13 @@ def reference(temperature: float, n: int, spacing: int, seed: int, out: Path) ->
     return file
 
 
-def begin(data: Path, steps: int, out: Path) -> Path:
-    """The potential that all ways start from."""
+def begin(data: Path, network: str | None, steps: int, out: Path) -> Path:
+    """The potential that all ways start from: what `fit` chooses, for a number of steps."""
     if not (out / "results.json").exists():
-        config = {
-            "data": {"train": str(data), "valid_size": 4},
-            "model": {"name": "leignn", "num_layers": 2, "num_features": 48},
-            "loss": {"energy": 5.0, "forces": 10.0},
-            "training": {"steps": steps, "batch_size": 8, "learning_rate": 5e-3},
-            "out": str(out),
-        }
-        gossamer.train(make_config(config), resume=True, progress=False)
+        chosen = to_dict(choose_settings(open_dataset(data), str(data), network, str(out), 1.0, LabelConfig()))
+        chosen["data"] |= {"valid_size": 4}
+        chosen["training"] |= {"minutes": None, "steps": steps, "compile": False}
+        gossamer.train(make_config(chosen), resume=True, progress=False)
     return out / POTENTIAL
 
 
@@ -156,7 +156,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     start_data = reference(300.0, 20, SPACING["start"], 1, out / "reference-start")
     pool = ase.io.read(reference(500.0, n_labels, SPACING["sample"], 2, out / "reference-sample"), ":")
     tests = {name: reference(t, n, SPACING["test"], seed, out / f"reference-{t:.0f}K") for name, (t, n, seed) in TESTS.items()}
-    start = begin(start_data, arguments.start_steps, out / "start")
+    start = begin(start_data, arguments.network, arguments.start_steps, out / "start")
     record: dict[str, Any] = {
         "settings": {k: v for k, v in vars(arguments).items() if k not in ("out", "table")}, "gossamer": gossamer.__version__,
         "start": tested(start, tests) | {"walk": walked(start, arguments.picoseconds, out / "walk-start")},
@@ -212,10 +212,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs") / "learning")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
+    parser.add_argument("--network", help="default: that of gossamer fit")
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--frames", type=int, default=10, help="labels of each round")
-    parser.add_argument("--start-steps", type=int, default=600)
-    parser.add_argument("--fit-steps", type=int, default=300, help="training steps of each round")
+    parser.add_argument("--start-steps", type=int, default=3000)
+    parser.add_argument("--fit-steps", type=int, default=1000, help="training steps of each round")
     parser.add_argument("--walk-steps", type=int, default=1000, help="of 1 fs, of each walk of a round")
     parser.add_argument("--picoseconds", type=float, default=100.0, help="of the last walks")
     parser.add_argument("--seed", type=int, default=0)

@@ -74,7 +74,7 @@ class Program:
         if wrong:
             listed = ", ".join(f"{k} {found.get(k)} (here {expected[k]})" for k in wrong)
             raise ValueError(f"'{path}' was made for something else: {listed}. Make it again with gossamer export.")
-        if found["weights"] != expected["weights"]:
+        if found.get("weights") != expected["weights"]:
             self._refill({key.replace(".", "__"): value for key, value in values.items()})
 
     def _refill(self, values: dict[str, Tensor]) -> None:
