@@ -3,7 +3,8 @@
 Batzner et al., Nat. Commun. 13, 2453 (2022), arXiv:2101.03164; Tan et al., arXiv:2504.16068. `variant="published"` equals
 the package nequip 0.19 for the same settings (tests/reference). In it features start small and shrink by orders of magnitude
 per degree and layer, and training has to make up for it. `variant="sound"` (default) scales radial functions and activations
-so that features of every degree start with unit variance, and normalises what a layer sums up, before its gates (why: see Weft).
+so that features of every degree start with unit variance, normalises the features of each atom between layers, and bounds
+what gates see (why: see Weft).
 
 Shapes: N atoms, E directed edges, S = (l_max + 1)² harmonics. Node features are one tensor (N, width); its blocks are
 (2 l + 1, mul), channels last (`gossamer.nn.products`). Every map has no bias, so an isolated atom gives zero.
@@ -90,11 +91,11 @@ class NequIPConfig:
     self_connection: Literal["element", "linear"] = "element"
     """"element": one linear map per element (NequIP); "linear": the same for all (SevenNet-l3i5, Nequix)."""
     layer_norm: bool | None = None
-    """Scale the features of every atom to unit mean square in each layer but one, with a learned weight per channel; None: in the sound
-    variant, not in the published one."""
-    normalize: Literal["sums", "features"] = "sums"
-    """Where that norm acts: on what a layer but the last sums up, so that gates see numbers near one and stay smooth, or on what a layer but the
-    first takes in (potentials from before this was a setting)."""
+    """Scale the features of every atom to unit mean square before each interaction, with a learned weight per channel (as Nequix
+    does); None: in the sound variant, not in the published one."""
+    normalize: Literal["both", "features"] = "both"
+    """Where that norm acts: also on what a layer sums up, which it bounds, so that gates see numbers near one and stay smooth; or only on what the
+    next layer takes in (potentials from before this was a setting)."""
     readout_depth: Annotated[int, Field(ge=0, le=100)] = 0
     """Hidden layers of the energy readout; 0 is one linear map."""
     readout_width: Annotated[int, Field(ge=1, le=10_000)] | None = None
@@ -191,7 +192,7 @@ class Interaction(nn.Module):
         self.num_gates = sum(i.mul for i in irreps_out if i.l > 0)
         self.scales = Constant(np.array(mean_neighbors)[:, None] ** -0.5)
         norm = config.variant == "sound" if config.layer_norm is None else config.layer_norm
-        self.norm = FeatureNorm(self.irreps_in) if norm and config.normalize == "features" and not first else None
+        self.norm = FeatureNorm(self.irreps_in) if norm and not first else None
         self.linear_in: Any = nn.ModuleList(UnitLinear(i.mul, i.mul) for i in self.irreps_in)
         paths = paths_between(irreps_in, config.l_max, [i.kind for i in irreps_out])
         n_radial = sum(irreps_in[p.block].mul for p in paths)
@@ -202,7 +203,7 @@ class Interaction(nn.Module):
         # even scalars also carry the gates of the other blocks
         outputs = [i.mul + (self.num_gates if i.kind == (0, 1) else 0) for i in self.irreps_out]
         before = [Irrep(n, i.l, i.p) for i, n in zip(self.irreps_out, outputs, strict=True)]
-        self.sum_norm = FeatureNorm(before) if norm and config.normalize == "sums" and not last else None
+        self.sum_norm = FeatureNorm(before, epsilon=1.0) if norm and config.normalize == "both" and not last else None
         summed = {i.kind: i.mul for i in self.irreps_summed}
         self.sum_of = [[i.kind for i in self.irreps_summed].index(i.kind) for i in self.irreps_out]
         self.linear_out: Any = nn.ModuleList(UnitLinear(summed[i.kind], n) for i, n in zip(self.irreps_out, outputs, strict=True))
