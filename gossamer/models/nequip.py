@@ -203,7 +203,8 @@ class Interaction(nn.Module):
         # even scalars also carry the gates of the other blocks
         outputs = [i.mul + (self.num_gates if i.kind == (0, 1) else 0) for i in self.irreps_out]
         before = [Irrep(n, i.l, i.p) for i, n in zip(self.irreps_out, outputs, strict=True)]
-        self.sum_norm = FeatureNorm(before, epsilon=1.0) if norm and config.normalize == "both" and not last else None
+        bounded = norm and config.normalize == "both" and not last
+        self.sum_norm = FeatureNorm(before, epsilon=1.0, gamma=math.sqrt(2)) if bounded else None
         summed = {i.kind: i.mul for i in self.irreps_summed}
         self.sum_of = [[i.kind for i in self.irreps_summed].index(i.kind) for i in self.irreps_out]
         self.linear_out: Any = nn.ModuleList(UnitLinear(summed[i.kind], n) for i, n in zip(self.irreps_out, outputs, strict=True))

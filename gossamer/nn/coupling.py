@@ -158,17 +158,17 @@ class Coupling(EdgeConvolution):
 class FeatureNorm(nn.Module):
     """x_l <- γ_l x_l / sqrt(Σ_l s_l <|x_l|² / (2 l + 1)> + ε), where <> is the mean over the channels of a block."""
 
-    def __init__(self, irreps: Sequence[Irrep], shares: Sequence[float] | None = None, epsilon: float = 1e-2) -> None:
+    def __init__(self, irreps: Sequence[Irrep], shares: Sequence[float] | None = None, epsilon: float = 1e-2, gamma: float = 1.0) -> None:
         """
         Args:
             irreps: Blocks of the features.
             shares: s_l of each block; by default that of its channels among all.
-            epsilon: Small: features get unit variance. 1: those near unit variance hardly change, and large ones are bounded. γ is such at
-                first that features of unit variance stay so.
+            epsilon: Small: features get unit variance. 1: large ones are bounded, and with γ = sqrt(2) those near unit variance hardly change.
+            gamma: At first.
         """
         super().__init__()
         self.irreps, self.epsilon = list(irreps), epsilon
-        self.gamma = nn.ParameterList(nn.Parameter(torch.full((i.mul,), math.sqrt(1 + epsilon))) for i in self.irreps)
+        self.gamma = nn.ParameterList(nn.Parameter(torch.full((i.mul,), gamma)) for i in self.irreps)
         muls = np.array([float(i.mul) for i in self.irreps])
         self.shares = Constant(muls / muls.sum() if shares is None else np.array(shares))
 
