@@ -80,7 +80,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("lammps")
     potential = make_potential(["C", "H", "O"], **MODEL)
     for weight in potential.network.readout.parameters():
-        weight.data *= 0.1  # forces of some eV/Å, with which dynamics is possible
+        weight.data *= 0.05  # forces of an eV/Å, with which dynamics is possible
     save(potential, folder / "potential.safetensors")
     environment = {**os.environ, "GOSSAMER_CACHE": os.environ[KERNELS]}
     for command in (["export", "potential.safetensors", "package", "--to", "lammps"], ["lammps", "build", "--json"]):
@@ -214,19 +214,22 @@ def test_ranks_with_few_atoms_or_none(home: Path, tmp_path: Path, ranks: int, n:
 @needs_lammps
 @needs_compiler
 def test_dynamics_across_ranks(home: Path, tmp_path: Path) -> None:
-    """200 steps of hot water: atoms change ranks, lists are rebuilt, the trajectory is ASE's and energy is conserved."""
+    """100 steps of hot water: atoms change ranks, lists are rebuilt, the trajectory is ASE's and energy is conserved.
+
+    Longer ones show chaos: with random weights two trajectories that differ by 1e-9 Å at first may differ by 1e-5 after 200 steps.
+    """
     atoms = water((3, 3, 4))
     rng = np.random.default_rng(2)
     atoms.set_velocities(rng.normal(size=(len(atoms), 3)) * np.sqrt(900 * units.kB / atoms.get_masses())[:, None])
-    script = PRINT + "timestep 0.0005\nfix 1 all nve\nrun 200\n"
-    rows, tables, _ = lammps(tmp_path, atoms, script, ranks=2, every=200, home=home, skin=0.3)
+    script = PRINT + "timestep 0.0005\nfix 1 all nve\nrun 100\n"
+    rows, tables, _ = lammps(tmp_path, atoms, script, ranks=2, every=100, home=home, skin=0.3)
     assert (tables[0][:, 7] != tables[-1][:, 7]).any()
     assert np.ptp(rows[:, 2]) < 2e-2 * np.ptp(rows[:, 1])
     atoms.calc = calculator(home)
     # in LAMMPS' units, whose constants differ from ASE's in the seventh digit
     step = 0.0005 * np.sqrt(1 / 1.0364269e-4)
     atoms.set_velocities(convert(atoms.get_velocities(), "velocity", "ASE", "metal") * 0.0005 / step)
-    VelocityVerlet(atoms, step).run(200)
+    VelocityVerlet(atoms, step).run(100)
     moved = tables[-1][:, 4:7] - atoms.positions
     moved -= np.round(moved @ np.linalg.inv(atoms.cell.array)) @ atoms.cell.array
     assert np.abs(moved).max() < 1e-5
