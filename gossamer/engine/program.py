@@ -83,8 +83,11 @@ class Program:
         strange = [name for name in wanted if name not in values]
         if strange:
             raise ValueError(f"'{self.path}' holds {strange[0]}, which is no part of the potential.")
-        # neither into a spare copy, nor some of them alone, nor without copying them
-        self._program.load_constants({name: values[name].detach().contiguous() for name in wanted}, False, True, False)
+        given = {name: values[name].detach().contiguous() for name in wanted}
+        try:
+            self._program.load_constants(given, False, True)  # not into a spare copy, and an error unless they are all there
+        except (AttributeError, TypeError) as error:
+            raise ValueError(f"this PyTorch cannot exchange the weights of '{self.path}' ({error}).") from None
 
     def __call__(self, graph: Graph) -> Prediction:
         """
