@@ -10,9 +10,11 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from ase import Atoms
 from ase.build import bulk
 from conftest import make_potential, often
@@ -21,8 +23,8 @@ from gossamer.data.readers import LabelConfig, from_atoms
 from gossamer.engine import engine as engine_module
 from gossamer.engine import program
 from gossamer.engine.agreement import probe
-from gossamer.engine.engine import Engine
-from gossamer.engine.program import Program, cached_program, compare, identity, make_program
+from gossamer.engine.engine import Engine, Way
+from gossamer.engine.program import Program, cache_name, cached_program, compare, identity, make_program
 from gossamer.potential_file import save
 from gossamer.simulation.calculator import Calculator
 from gossamer.simulation.md import md
@@ -272,6 +274,23 @@ def test_wrong_programs_and_sizes(cache: Path, tmp_path: Path) -> None:
         program.export(tmp_path / "p.safetensors", tmp_path / "p.bin")
     assert identity(potential)["weights"] != identity(make_potential(["Si"], seed=1))["weights"]
     assert identity(potential) != identity(potential, batch=True)
+
+
+@pytest.mark.parametrize("name", ["leignn", "weft"])
+def test_names_of_programs(name: str, cache: Path) -> None:
+    """Nothing of the data is part of the name, and all that could be part of the graph."""
+
+    def named(*elements: str, way: Way = "kernels", **options: Any) -> str:
+        engine = Engine(make_potential(list(elements), name=name, **options), way)
+        return cache_name(engine.quick or engine.potential)
+
+    first = named("Si", "O", seed=0)
+    assert named("H", "C", seed=1, energy_scale=0.2, mean_neighbors=40.0) == first
+    others = [
+        named("Si"), named("Si", "O", cutoff=4.5), named("Si", "O", num_layers=1 if name != "weft" else 3), named("Si", "O", dtype=torch.float32),
+        named("Si", "O", zbl=False), named("Si", "O", way="plain"),
+    ]  # fmt: skip
+    assert len({first, *others}) == len(others) + 1
 
 
 def test_long_runs_compile_and_short_ones_do_not(cache: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
