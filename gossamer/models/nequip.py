@@ -94,8 +94,8 @@ class NequIPConfig:
     """Scale the features of every atom to unit mean square before each interaction, with a learned weight per channel (as Nequix
     does); None: in the sound variant, not in the published one."""
     normalize: Literal["both", "features"] = "both"
-    """Where that norm acts: also on what a layer sums up, which it bounds, so that gates see numbers near one and stay smooth; or only on what the
-    next layer takes in (potentials from before this was a setting)."""
+    """Where that norm acts, if there is one: also on what a layer sums up, which it bounds, so that gates see numbers near one and stay smooth; or
+    only on what the next layer takes in (potentials from before this was a setting)."""
     readout_depth: Annotated[int, Field(ge=0, le=100)] = 0
     """Hidden layers of the energy readout; 0 is one linear map."""
     readout_width: Annotated[int, Field(ge=1, le=10_000)] | None = None
