@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import pickle
 import shutil
 import subprocess
@@ -23,6 +24,7 @@ from gossamer.data.readers import LabelConfig, from_atoms
 from gossamer.engine import engine as engine_module
 from gossamer.engine import program
 from gossamer.engine.agreement import probe
+from gossamer.engine.cache import check, keeping, tidy
 from gossamer.engine.engine import Engine, Way
 from gossamer.engine.program import Program, cache_name, cached_program, compare, identity, make_program
 from gossamer.potential_file import save
@@ -247,6 +249,34 @@ def test_a_program_that_differs_is_not_used(cache: Path, monkeypatch: pytest.Mon
     engine = Engine(potential)
     assert engine.expect(10**9, graph) in ("plain", "kernels")
     assert "runs without compilation: no compiler here" in caplog.text
+
+
+def test_the_cache_keeps_what_was_used_last(cache: Path) -> None:
+    cache.mkdir(exist_ok=True)
+    for age, name in enumerate(("lammps-1-plugin.so", "new.pt2", "old.so", "older.pt2")):
+        with keeping(cache / name) as file:
+            file.write_bytes(bytes(1000))
+        os.utime(cache / name, (1e9 - age, 1e9 - age))
+    (cache / "compiler" / "a").mkdir(parents=True)
+    (cache / "compiler" / "a" / "code.so").write_bytes(bytes(1000))
+    for path in (cache / "compiler" / "a" / "code.so", cache / "compiler" / "a"):
+        os.utime(path, (1e9 - 10, 1e9 - 10))
+    (cache / ".half.pt2").write_bytes(bytes(1000))
+
+    def kept() -> set[str]:
+        return {p.name for p in cache.iterdir() if p.suffix != ".sha256"} - {".half.pt2", "lammps-1-plugin.so"}
+
+    check(cache / "older.pt2")  # it is used
+    tidy(4 * 1000 + 5000)
+    assert kept() == {"new.pt2", "old.so", "older.pt2", "compiler"}
+    tidy(3 * 1000)
+    assert kept() == {"new.pt2", "old.so", "older.pt2"}
+    tidy(2 * 1000)
+    assert kept() == {"new.pt2", "older.pt2"}
+    assert not (cache / "old.so.sha256").exists()
+    tidy(0)
+    assert kept() == set()
+    assert {p.name for p in cache.iterdir()} == {".half.pt2", "lammps-1-plugin.so", "lammps-1-plugin.so.sha256"}
 
 
 def test_a_cache_that_cannot_be_written(caplog: pytest.LogCaptureFixture) -> None:

@@ -1,11 +1,12 @@
-"""The packages nequip and mace on a crystal for a stated time on one thread, with the split of our own runs.
+"""The packages nequip, mace and python-ace on a crystal for a stated time on one thread, with the split of our own runs.
 
-    python benchmarks/accuracy/peers.py silicon --minutes 8 --nequip /path/to/nequip/venv --mace /path/to/mace/venv
+    python benchmarks/accuracy/peers.py silicon --minutes 8 --nequip /path/to/nequip/venv --mace /path/to/mace/venv --pace ...
 
 Each package sits in an environment of its own and trains through its own command line; the errors are those of the official
 test frames, from each package's own ASE calculator. Settings: nequip l 2, 32 features, 3 layers, even parity only, cutoff
 5 Å, per-atom MSE of energy, forces and stress, Adam 0.01, EMA 0.999, plateau; mace 64x0e + 64x1o, correlation 2, 2 layers,
-cutoff 5 Å, its universal loss, Adam amsgrad 0.01, EMA 0.99. Both get their packages' recommendations, none of them a search.
+cutoff 5 Å, its universal loss, Adam amsgrad 0.01, EMA 0.99. Both get their packages' recommendations, none of them a search. python-ace: linear, by its
+regression (pace.py), which takes what it takes, whatever --minutes says; stress is not fitted.
 """
 
 from __future__ import annotations
@@ -92,6 +93,7 @@ training_module:
 
 EVALUATE = """
 import json, sys, ase.io, numpy as np
+shift = 0.0
 frames = ase.io.read(sys.argv[2], ":")
 if sys.argv[1] == "nequip":
     from nequip.utils.global_state import set_global_state
@@ -104,6 +106,11 @@ if sys.argv[1] == "nequip":
     transforms = basic_transforms(model.metadata, 5.0, names, handle_chemical_species_map(None, names), neighborlist_backend="matscipy")
     calc = NequIPCalculator(model=model, device="cpu", transforms=transforms)
     parameters = sum(p.numel() for p in model.parameters())
+elif sys.argv[1] == "pace":
+    from pyace import PyACECalculator
+    calc = PyACECalculator(sys.argv[3], recursive_evaluator=True, recursive=True)
+    about = json.load(open(sys.argv[3].replace(".yace", ".json")))
+    parameters, shift = about["num_parameters"], about["energy_per_atom_eV"]
 else:
     from mace.calculators import MACECalculator
     calc = MACECalculator(model_paths=sys.argv[3], device="cpu", default_dtype="float32")
@@ -112,7 +119,7 @@ e, f, s = [], [], []
 for atoms in frames:
     labels = atoms.get_potential_energy(), atoms.get_forces(), atoms.get_stress()
     atoms.calc = calc
-    e.append((atoms.get_potential_energy() - labels[0]) / len(atoms))
+    e.append((atoms.get_potential_energy() - labels[0]) / len(atoms) + shift)
     f.append((atoms.get_forces() - labels[1]).ravel())
     s.append(atoms.get_stress() - labels[2])
 mae = lambda x: 1000 * float(np.abs(np.concatenate([np.ravel(v) for v in x])).mean())
@@ -150,9 +157,10 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs") / "peers")
     parser.add_argument("--nequip", type=Path)
     parser.add_argument("--mace", type=Path)
+    parser.add_argument("--pace", type=Path)
     arguments = parser.parse_args()
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD": "1"}
-    for name in ("nequip", "mace"):
+    for name in ("nequip", "mace", "pace"):
         venv = getattr(arguments, name)
         if venv is None:
             continue
@@ -163,6 +171,9 @@ def main() -> None:
             (folder / "config.yaml").write_text(NEQUIP.format(folder=folder, symbol=SYMBOLS[arguments.set], minutes=arguments.minutes))
             command = [str(venv / "bin" / "nequip-train"), "-cp", str(folder), "-cn", "config"]
             model = folder / "best.ckpt"
+        elif name == "pace":
+            command = [str(venv / "bin" / "python"), str(HERE / "pace.py"), str(folder), SYMBOLS[arguments.set]]
+            model = folder / "pace.yace"
         else:
             command = [
                 str(venv / "bin" / "mace_run_train"), "--name", "m", "--model", "MACE", "--train_file", f"{folder}/train_ref.extxyz",

@@ -7,7 +7,7 @@ sevenn: `sevenn`; chgnet: `chgnet`; schnetpack: `schnetpack==2.0.4`, then 2.1.1 
 `orb-models`; deepmd: `deepmd-kit==3.2.0` without dependencies, then what it imports, its operators for torch 2.11 moved away;
 gotennet: `gotennet` without dependencies, then `torch_geometric e3nn ase omegaconf lightning rich hydra-core python-dotenv
 pyrootutils scikit-learn pandas`; nequix: `nequix` without dependencies (they bring 4.5 GB of CUDA), then `jax equinox e3nn-jax
-jraph matscipy ase ase-db-backends optax h5py tqdm pyyaml cloudpickle wandb wandb-osh`.
+jraph matscipy ase ase-db-backends optax h5py tqdm pyyaml cloudpickle wandb wandb-osh`; pace: `python-ace numpy==2.2.6`.
 
 Every model runs as its users run it, through its ASE calculator (neighbour list included), in float32. Random weights
 unless a package bundles some; SevenNet's and CHGNet's own. One thread: CPU time, fastest of several calls (at least
@@ -271,6 +271,25 @@ def nequix(cutoff: float) -> tuple[Any, int]:
     return calculator, sum(x.size for x in jax.tree_util.tree_leaves(equinox.filter(model, equinox.is_inexact_array)))
 
 
+def pace(functions: int) -> tuple[Any, int]:
+    """Linear ACE for silicon, its recursive evaluator (that of LAMMPS), with random coefficients."""
+    import tempfile
+
+    import numpy as np
+    from pyace import ACEBBasisSet, PyACECalculator
+
+    sys.path.insert(0, str(HERE.parent / "accuracy"))
+    from pace import basis
+
+    configuration = basis("Si", functions, 5.0)
+    count = len(configuration.get_all_coeffs())
+    configuration.set_all_coeffs(1e-3 * np.random.default_rng(0).standard_normal(count))
+    with tempfile.TemporaryDirectory() as folder:
+        file = f"{folder}/pace.yace"
+        ACEBBasisSet(configuration).to_ACECTildeBasisSet().save_yaml(file)
+        return PyACECalculator(file, recursive_evaluator=True, recursive=True), configuration.total_number_of_functions
+
+
 SAME = {"name": "nequip", "variant": "published", "embedding_features": 32, "radial_depth": 1, "radial_width": 128}
 PARITY = {**SAME, "num_layers": 4, "l_max": 2, "num_features": 32, "parity": True}
 WIDE = {"num_features": 128, "num_layers": 3, "num_basis": 20}
@@ -320,6 +339,7 @@ MODELS: dict[str, tuple[str, Callable[[], tuple[Any, int]]]] = {
     "deeppot-se 6 Å": ("deepmd", deeppot),
     "gotennet S": ("gotennet", lambda: gotennet(4)),
     "nequix-mp-1": ("nequix", lambda: nequix(6.0)),
+    "pace linear, 700 functions": ("pace", lambda: pace(700)),  # as trained in ../accuracy/pace.py
 }  # fmt: skip
 
 
@@ -352,6 +372,8 @@ def measure(name: str, threads: int, structures: list[str]) -> None:
     rng, found, peak = np.random.default_rng(0), {}, {}
     for which in structures:
         atoms = structure(which)
+        if MODELS[name][0] == "pace" and which != "silicon512":
+            continue
         if which == "molecule21" and MODELS[name][0] in ("chgnet", "matgl"):  # they want a cell
             atoms.center(vacuum=10.0)
             atoms.pbc = True
@@ -367,7 +389,7 @@ def measure(name: str, threads: int, structures: list[str]) -> None:
         peak[which] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)  # of the process so far
     from importlib.metadata import version
 
-    packages = {"ours": "gossamer", "nequip": "nequip", "mace": "mace-torch", "orb": "orb-models", "deepmd": "deepmd-kit"}
+    packages = {"ours": "gossamer", "nequip": "nequip", "mace": "mace-torch", "orb": "orb-models", "deepmd": "deepmd-kit", "pace": "python-ace"}
     kind = MODELS[name][0]
     answer = {"ms": found, "peak_MiB": peak, "parameters": parameters, "version": f"{packages.get(kind, kind)} {version(packages.get(kind, kind))}",
               "product_ms": [before, product_ms()], "torch": torch.__version__, "mode": getattr(calculator, "mode", None)}  # fmt: skip

@@ -1,19 +1,27 @@
 """Machine code kept from one process to the next, and read back only if it is what was kept.
 
 Beside each file lies its checksum. A file is loaded only if it and its folder belong to this user (or root), nobody else may write
-it, and the checksum is right; a damaged library would end the process, and a foreign one would run in it.
+it, and the checksum is right; a damaged library would end the process, and a foreign one would run in it. The folder holds no more than
+`LIMIT`: what was used longest ago goes.
 """
 
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
+import shutil
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from gossamer.files import atomic_path, cache_folder, write_text
+
+log = logging.getLogger(__name__)
+CHECKSUM = ".sha256"
+LIMIT = 4 * 1024**3
+"""bytes: some hundred programs, or some dozen networks whose training steps were compiled"""
 
 
 class Untrusted(Exception):
@@ -38,6 +46,7 @@ def keeping(path: Path) -> Iterator[Path]:
         yield temporary
         temporary.chmod(0o600)
         write_text(_checksum_file(path), digest(temporary))
+    tidy()
 
 
 def check(path: Path) -> None:
@@ -51,6 +60,8 @@ def check(path: Path) -> None:
         kept = _checksum_file(path).read_text()
         if kept.strip() != digest(path):
             raise Untrusted(f"'{path}' was damaged or altered")
+        with suppress(OSError):  # a folder that cannot be written is read all the same
+            os.utime(path)
     except (OSError, UnicodeDecodeError) as error:
         raise Untrusted(f"'{path}' cannot be checked ({error})") from None
 
@@ -70,6 +81,27 @@ def check_owner(place: Path) -> None:
         raise Untrusted(f"'{place}' can be written by other users")
 
 
+def tidy(limit: int = LIMIT) -> None:
+    """Remove what was used longest ago until no more than ``limit`` bytes are left; a folder within counts as one thing."""
+    found = []
+    with suppress(OSError):  # another process may be tidying
+        for path in cache_folder().iterdir():
+            if path.name.startswith((".", "lammps-")) or path.suffix == CHECKSUM:
+                continue  # being written; LAMMPS loads it by that name from users' inputs; goes with its file
+            files = [p.stat() for p in path.rglob("*")] if path.is_dir() else [path.stat()]
+            found.append((max((f.st_mtime for f in files), default=0.0), sum(f.st_size for f in files), path))
+    total = sum(size for _, size, _ in found)
+    for _, size, path in sorted(found):
+        if total <= limit:
+            return
+        log.info("'%s' is removed: the cache holds more than %.1f GiB", path, limit / 1024**3)
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            forget(path)
+        total -= size
+
+
 def forget(path: Path) -> None:
     """Remove a kept file, as far as that is possible."""
     for file in (path, _checksum_file(path)):
@@ -78,7 +110,7 @@ def forget(path: Path) -> None:
 
 
 def _checksum_file(path: Path) -> Path:
-    return path.with_name(path.name + ".sha256")
+    return path.with_name(path.name + CHECKSUM)
 
 
 def digest(path: Path) -> str:

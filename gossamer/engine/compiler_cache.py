@@ -76,6 +76,7 @@ def kept_compiler_files(name: str) -> Iterator[None]:
         yield
         (own / f"{name}.compiled").touch()
         write_text(own / DIGESTS, json.dumps(digests(own)))
+        cache.tidy()
     except OSError as error:
         log.info("the compiler's files are not kept: %s", error)
     finally:
