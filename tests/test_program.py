@@ -251,8 +251,9 @@ def test_a_program_that_differs_is_not_used(cache: Path, monkeypatch: pytest.Mon
     assert "runs without compilation: no compiler here" in caplog.text
 
 
-def test_the_cache_keeps_what_was_used_last(cache: Path) -> None:
-    cache.mkdir(exist_ok=True)
+def test_the_cache_keeps_what_was_used_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = tmp_path / "cache"
+    monkeypatch.setenv("GOSSAMER_CACHE", str(cache))
     for age, name in enumerate(("lammps-1-plugin.so", "new.pt2", "old.so", "older.pt2")):
         with keeping(cache / name) as file:
             file.write_bytes(bytes(1000))

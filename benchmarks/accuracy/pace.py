@@ -24,16 +24,18 @@ from sklearn.linear_model import Ridge
 
 def basis(symbol: str, functions: int, cutoff: float):
     """The linear basis."""
-    return create_multispecies_basis_config({
-        "deltaSplineBins": 0.001,
-        "elements": [symbol],
-        "embeddings": {"ALL": {"npot": "FinnisSinclairShiftedScaled", "fs_parameters": [1, 1], "ndensity": 1}},
-        "bonds": {"ALL": {"radbase": "SBessel", "radparameters": [5.25], "rcut": cutoff, "dcut": 0.01, "NameOfCutoffFunction": "cos"}},
-        "functions": {
-            "number_of_functions_per_element": functions,
-            "UNARY": {"nradmax_by_orders": [15, 6, 4, 3, 2, 2], "lmax_by_orders": [0, 3, 3, 2, 2, 1]},
-        },
-    })
+    return create_multispecies_basis_config(
+        {
+            "deltaSplineBins": 0.001,
+            "elements": [symbol],
+            "embeddings": {"ALL": {"npot": "FinnisSinclairShiftedScaled", "fs_parameters": [1, 1], "ndensity": 1}},
+            "bonds": {"ALL": {"radbase": "SBessel", "radparameters": [5.25], "rcut": cutoff, "dcut": 0.01, "NameOfCutoffFunction": "cos"}},
+            "functions": {
+                "number_of_functions_per_element": functions,
+                "UNARY": {"nradmax_by_orders": [15, 6, 4, 3, 2, 2], "lmax_by_orders": [0, 3, 3, 2, 2, 1]},
+            },
+        }
+    )
 
 
 def main() -> None:

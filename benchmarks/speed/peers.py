@@ -389,7 +389,14 @@ def measure(name: str, threads: int, structures: list[str]) -> None:
         peak[which] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)  # of the process so far
     from importlib.metadata import version
 
-    packages = {"ours": "gossamer", "nequip": "nequip", "mace": "mace-torch", "orb": "orb-models", "deepmd": "deepmd-kit", "pace": "python-ace"}
+    packages = {
+        "ours": "gossamer",
+        "nequip": "nequip",
+        "mace": "mace-torch",
+        "orb": "orb-models",
+        "deepmd": "deepmd-kit",
+        "pace": "python-ace",
+    }
     kind = MODELS[name][0]
     answer = {"ms": found, "peak_MiB": peak, "parameters": parameters, "version": f"{packages.get(kind, kind)} {version(packages.get(kind, kind))}",
               "product_ms": [before, product_ms()], "torch": torch.__version__, "mode": getattr(calculator, "mode", None)}  # fmt: skip

@@ -1,8 +1,7 @@
 """What PyTorch's compiler made for training steps, kept in our folder: the second training of a network compiles in seconds.
 
-By itself the compiler keeps its files under /tmp, where a restart removes them. A graph is found again if it is the same to the last number, which
-`gossamer.engine.unrolled.lift_factors` sees to: weights and what came from the data are its inputs. `$TORCHINDUCTOR_CACHE_DIR`, where a
-user has set it, is left alone.
+By itself the compiler keeps its files under /tmp, where a restart removes them. A graph is found again if it is the same to the last number:
+weights and what came from the data are its inputs. `$TORCHINDUCTOR_CACHE_DIR`, where a user has set it, is left alone.
 """
 
 from __future__ import annotations

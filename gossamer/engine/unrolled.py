@@ -88,23 +88,6 @@ def unroll(
     return module
 
 
-def lift_factors(module: torch.fx.GraphModule) -> None:
-    """Make buffers of the numbers that tensors are multiplied with, but for multiples of 1/8.
-
-    What comes from the training data (mean number of neighbours, scale of the energy) is then no longer part of the graph, and the compiler
-    finds what it kept of the same network on other data.
-    """
-    products = (torch.ops.aten.mul.Tensor, torch.ops.aten.div.Tensor)
-    for k, node in enumerate(module.graph.nodes):
-        if node.target in products and isinstance(node.args[1], float) and node.args[1] * 8 % 1 and node.meta["val"].dim():
-            like = node.meta["val"]
-            module.register_buffer(f"factor_{k}", torch.tensor([node.args[1]], dtype=like.dtype, device=like.device))
-            with module.graph.inserting_before(node):
-                factor = module.graph.get_attr(f"factor_{k}")
-            node.args = (node.args[0], factor)
-    module.recompile()
-
-
 def rewrite(module: torch.fx.GraphModule, opaque: bool = True) -> None:
     """Remove detach nodes and, if ``opaque``, put our gather and sum in place of those that inductor would fuse."""
     aten, ours = torch.ops.aten, torch.ops.gossamer

@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from typing import Annotated, Any, ClassVar, Literal
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from pydantic import Field, model_validator
@@ -82,19 +83,17 @@ def mean_by_index(values: Float[Tensor, "n ..."], index: Int[Tensor, " n"], size
 class Message(nn.Module):
     """Local message, Eq. 1 and 2: the sums over neighbours of scalar and vector messages."""
 
-    def __init__(self, config: LEIGNNConfig, mean_neighbors: float, relay: bool) -> None:
+    def __init__(self, config: LEIGNNConfig, relay: bool) -> None:
         """
         Args:
             config: Settings of the network.
-            mean_neighbors: Sums of the sound variant are divided by its square root.
             relay: Whether there are vectors yet.
         """
         super().__init__()
         h = config.num_features
         self.P = nn.Sequential(linear(h, h // 2), ScaledSiLU(), linear(h // 2, 3 * h))
-        published = config.variant == "published"
-        scale_x = (1.0 if published else 1 / math.sqrt(mean_neighbors)) / math.sqrt(3)
-        scale_v = 1 / math.sqrt(3 * (h if published else mean_neighbors))
+        scale_x = 1 / math.sqrt(3)
+        scale_v = 1 / math.sqrt(3 * h) if config.variant == "published" else scale_x
         # rows of R as in the paper: for relayed vectors, directions, scalars
         R = RadialLinear(config.num_basis, 3 * h, 3, [(2, scale_x), (1, scale_v), *([(0, scale_v)] if relay else [])])
         self.convolution = VectorConvolution(h, relay, R)
@@ -148,10 +147,10 @@ class Global(nn.Module):
 class Layer(nn.Module):
     """The four phases of one layer."""
 
-    def __init__(self, config: LEIGNNConfig, mean_neighbors: float, first: bool) -> None:
+    def __init__(self, config: LEIGNNConfig, first: bool) -> None:
         super().__init__()
         self.distribute = Global(config.num_features) if config.global_context else None
-        self.message = Message(config, mean_neighbors, relay=not first or config.global_context)
+        self.message = Message(config, relay=not first or config.global_context)
         self.update = Update(config)
         self.aggregate = Global(config.num_features) if config.global_context else None
 
@@ -175,9 +174,10 @@ class LEIGNN(Network):
         self.subtract_isolated, self.local = config.variant == "sound", not config.global_context
         self.embedding = nn.Embedding(len(facts.atomic_numbers), h)
         nn.init.uniform_(self.embedding.weight, -math.sqrt(3), math.sqrt(3))
-        self.basis_scales = Constant(decaying(config.num_basis, config.basis_decay))
+        scales = np.append(decaying(config.num_basis, config.basis_decay), 1.0)
+        self.basis_scales = Constant(scales / math.sqrt(max(facts.mean_neighbors, 1.0)))
         self.global_scalar = nn.Parameter(torch.zeros(1, h)) if config.global_context else None
-        self.layers: Any = nn.ModuleList(Layer(config, max(facts.mean_neighbors, 1.0), first=k == 0) for k in range(config.num_layers))
+        self.layers: Any = nn.ModuleList(Layer(config, first=k == 0) for k in range(config.num_layers))
         self.MLP_E = nn.Sequential(linear(h, h // 2), ScaledSiLU(), linear(h // 2, 1))
         self.W_F = linear(h, 1, bias=False) if config.direct_forces else None
 
@@ -187,9 +187,8 @@ class LEIGNN(Network):
             envelope = polynomial_envelope(x, p=5, k=2)[:, None]
             return cat([gaussian_basis(x, self.config.num_basis) * envelope, torch.ones_like(envelope)], 1)
         envelope = polynomial_envelope(x, p=5, k=3)[:, None]
-        if self.config.radial_basis == "gaussian":
-            return cat([gaussian_basis(x, self.config.num_basis) * envelope, envelope], 1)
-        return cat([bessel_basis(x, self.config.num_basis) * envelope * self.basis_scales(), envelope], 1)
+        basis = gaussian_basis if self.config.radial_basis == "gaussian" else bessel_basis
+        return cat([basis(x, self.config.num_basis) * envelope, envelope], 1) * self.basis_scales()
 
     def forward(
         self,

@@ -9,9 +9,9 @@ Shapes: N atoms, E edges, H channels, B radial functions. Scalars q (N, H), vect
 
 from __future__ import annotations
 
-import math
 from typing import Annotated, Any, ClassVar, Literal
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from pydantic import Field
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from gossamer.models.base import DataFacts, FitDefaults, ModelOutput, Network, distances, read_out
 from gossamer.nn.filters import RadialLinear, VectorConvolution, bessel_basis, cosine_cutoff, gaussian_basis, smooth_length
-from gossamer.nn.layers import cat, linear, polynomial_envelope, split
+from gossamer.nn.layers import Constant, cat, linear, polynomial_envelope, split
 from gossamer.nn.products import Edges
 from gossamer.settings import settings
 
@@ -53,13 +53,13 @@ def dense(num_in: int, num_hidden: int, num_out: int) -> nn.Sequential:
 class Layer(nn.Module):
     """Message (Eq. 7, 8) and update (Eq. 9, 10)."""
 
-    def __init__(self, config: PaiNNConfig, scale: float, first: bool) -> None:
+    def __init__(self, config: PaiNNConfig, first: bool) -> None:
         super().__init__()
         h = config.num_features
         self.published = config.variant == "published"
         self.context = dense(h, h, 3 * h)
         # before the first layer there are no vectors to relay
-        filters = RadialLinear(config.num_basis, 3 * h, 3, [(k, scale) for k in range(2 if first else 3)])
+        filters = RadialLinear(config.num_basis, 3 * h, 3, [(k, 1.0) for k in range(2 if first else 3)])
         self.convolution = VectorConvolution(h, not first, filters)
         self.mix = linear(h, 2 * h, bias=False)
         self.update_net = dense(2 * h, h, 3 * h)
@@ -113,20 +113,20 @@ class PaiNN(Network):
         self.config = config
         published = config.variant == "published"
         self.subtract_isolated = not published
-        scale = 1.0 if published else 1 / math.sqrt(max(facts.mean_neighbors, 1.0))
+        self.scale = Constant(np.array([max(facts.mean_neighbors, 1.0) ** -0.5]))
         self.embedding = nn.Embedding(len(facts.atomic_numbers), h)
-        self.layers: Any = nn.ModuleList(Layer(config, scale, first=k == 0) for k in range(config.num_layers))
+        self.layers: Any = nn.ModuleList(Layer(config, first=k == 0) for k in range(config.num_layers))
         self.readout = dense(h, h // 2, 1)
         self.force_blocks: Any = None
         if config.direct_forces:
             self.force_blocks = nn.ModuleList([GatedBlock(h, h // 2, True, published), GatedBlock(h // 2, 1, False, published)])
 
     def radial_basis(self, x: Float[Tensor, " E"]) -> Float[Tensor, "E columns"]:
-        """Radial functions of distance over cutoff times the envelope, and the envelope itself, for the bias."""
+        """Radial functions of distance over cutoff times the envelope, and the envelope itself, for the bias; scaled for the sums."""
         if self.config.variant == "published":
             basis, envelope = gaussian_basis(x, self.config.num_basis), cosine_cutoff(x)
         else:
-            basis, envelope = bessel_basis(x, self.config.num_basis), polynomial_envelope(x, p=5, k=3)
+            basis, envelope = bessel_basis(x, self.config.num_basis), polynomial_envelope(x, p=5, k=3) * self.scale()
         return cat([basis * envelope[:, None], envelope[:, None]], 1)
 
     def forward(

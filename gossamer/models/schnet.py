@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from typing import Annotated, Any, ClassVar, Literal
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from pydantic import Field
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 
 from gossamer.models.base import DataFacts, FitDefaults, ModelOutput, Network, distances, read_out
 from gossamer.nn.filters import cosine_cutoff, gaussian_basis
-from gossamer.nn.layers import cat, linear, polynomial_envelope, split
+from gossamer.nn.layers import Constant, cat, linear, polynomial_envelope, split
 from gossamer.nn.products import Edges, ScalarConvolution
 from gossamer.settings import settings
 
@@ -54,25 +55,25 @@ class ShiftedSoftplus(nn.Module):
 
 
 class Filters(nn.Sequential):
-    """Radial functions: a small network of the Gaussians, times the envelope (last column) and the scale of the sums."""
+    """Radial functions: a small network of the Gaussians, times the envelope (last column)."""
 
-    def __init__(self, num_basis: int, num_out: int, scale: float) -> None:
+    def __init__(self, num_basis: int, num_out: int) -> None:
         super().__init__(linear(num_basis, num_out), ShiftedSoftplus(), linear(num_out, num_out))
-        self.num_basis, self.scale = num_basis, scale
+        self.num_basis = num_basis
 
     def forward(self, columns: Float[Tensor, "E columns"]) -> Float[Tensor, "E H"]:
         basis, envelope = split(columns, [self.num_basis, 1], 1)
-        return super().forward(basis) * (envelope * self.scale)
+        return super().forward(basis) * envelope
 
 
 class Layer(nn.Module):
     """x_i += f( Σ_j W_in x_j ⊙ filter(r_ij) )."""
 
-    def __init__(self, config: SchNetConfig, scale: float) -> None:
+    def __init__(self, config: SchNetConfig) -> None:
         super().__init__()
         h = config.num_features
         self.to_filters = linear(h, h, bias=False)
-        self.convolution = ScalarConvolution(h, Filters(config.num_basis, h, scale))
+        self.convolution = ScalarConvolution(h, Filters(config.num_basis, h))
         self.out = nn.Sequential(linear(h, h), ShiftedSoftplus(), linear(h, h))
 
     def forward(self, x: Float[Tensor, "N H"], edges: Edges) -> Float[Tensor, "N H"]:
@@ -97,14 +98,14 @@ class SchNet(Network):
         self.config = config
         published = config.variant == "published"
         self.subtract_isolated = not published
-        scale = 1.0 if published else 1 / math.sqrt(max(facts.mean_neighbors, 1.0))
+        self.scale = Constant(np.array([max(facts.mean_neighbors, 1.0) ** -0.5]))
         self.embedding = nn.Embedding(len(facts.atomic_numbers), h)
-        self.layers: Any = nn.ModuleList(Layer(config, scale) for _ in range(config.num_layers))
+        self.layers: Any = nn.ModuleList(Layer(config) for _ in range(config.num_layers))
         self.readout = nn.Sequential(linear(h, h // 2), nn.SiLU(), linear(h // 2, 1))
 
     def radial_basis(self, x: Float[Tensor, " E"]) -> Float[Tensor, "E columns"]:
-        """Gaussians of distance over cutoff, and the envelope that ends them."""
-        envelope = cosine_cutoff(x) if self.config.variant == "published" else polynomial_envelope(x, p=5, k=3)
+        """Gaussians of distance over cutoff, and the envelope that ends them, scaled for the sums."""
+        envelope = cosine_cutoff(x) if self.config.variant == "published" else polynomial_envelope(x, p=5, k=3) * self.scale()
         return cat([gaussian_basis(x, self.config.num_basis), envelope[:, None]], 1)
 
     def forward(

@@ -21,7 +21,7 @@ from gossamer.engine.agreement import TOLERANCE, part_of, rattled
 from gossamer.engine.compiler_cache import kept_compiler_files, step_name
 from gossamer.engine.kernels.attach import attach_kernels
 from gossamer.engine.kernels.cpu import Missing
-from gossamer.engine.unrolled import fx_config, lift_factors, unroll
+from gossamer.engine.unrolled import fx_config, unroll
 from gossamer.graph import FIELDS, Graph
 from gossamer.potential import Potential, Prediction, state_of
 from gossamer.timing import fastest
@@ -125,9 +125,7 @@ class CompiledForward:
 
     def unroll(self, graph: Graph, opaque: bool = True) -> torch.fx.GraphModule:
         """The graph that is compiled."""
-        module = unroll(self.quick, self.state, graph, self.names, opaque)
-        lift_factors(module)
-        return module
+        return unroll(self.quick, self.state, graph, self.names, opaque)
 
     def _compile(self, graph: Graph) -> Any:
         # larger fused kernels compile longer and run slower: 8 takes NequIP from 60 to 26 ms a step (benchmarks/compile)
