@@ -40,7 +40,8 @@ from gossamer.training import loop, state
 from gossamer.training.checkpoint import read_checkpoint
 from gossamer.training.compiled import CompiledForward
 from gossamer.training.losses import LossConfig, conditional_deltas, loss_sums, penalty
-from gossamer.training.muon import orthogonalized, weight_matrices
+from gossamer.training.matrices import weight_matrices
+from gossamer.training.muon import orthogonalized
 from gossamer.training.optim import EMA, Clipper, Schedule, ScheduleConfig, make_optimizer
 from gossamer.training.process_group import shares
 from gossamer.training.progress import expected_error
@@ -109,9 +110,10 @@ def wait_for(path: Path, process: subprocess.Popen, reached: Callable[[Path], bo
 
 
 @pytest.mark.thorough
-def test_killed_and_resumed_is_bitwise_the_same(tmp_path: Path) -> None:
+@pytest.mark.parametrize("optimizer", ["soap", "muon", "adamw"])
+def test_killed_and_resumed_is_bitwise_the_same(optimizer: str, tmp_path: Path) -> None:
     """Killed by SIGKILL, then stopped by SIGTERM (which saves and exits with 143), then finished."""
-    options = dict(steps=40, checkpoint_every=5, valid_every=20)
+    options = dict(steps=40, checkpoint_every=5, valid_every=20, optimizer=optimizer)
     cut, folder = start(tmp_path, "cut", **options)
     wait_for(folder / "checkpoint.safetensors", cut)
     cut.send_signal(signal.SIGKILL)
@@ -954,6 +956,63 @@ def test_muon_orthogonalizes() -> None:
         assert float((found - torch.diag_embed(diagonal)).abs().max()) < 1e-10
         assert float(diagonal.min()) > 0.6
         assert float(diagonal.max()) < 1.25
+
+
+def matrix_steps(gradients: torch.Tensor, **options: float) -> torch.Tensor:
+    """(steps, m, n): weights of one matrix after each step of SOAP from nothing, with these gradients."""
+    layer = torch.nn.Linear(*gradients.shape[:0:-1], bias=False, dtype=torch.float64)
+    torch.nn.init.zeros_(layer.weight)
+    optimizer = make_optimizer(layer, "soap", options.get("lr", 1.0), 0.0, True)
+    found = []
+    for gradient in gradients:
+        layer.weight.grad = gradient.clone()
+        optimizer.step()
+        found.append(layer.weight.detach().clone())
+    return torch.stack(found)
+
+
+def noisy_gradients() -> torch.Tensor:
+    """(35, 9, 9): one direction and noise; of full rank, so that the first bases are not free."""
+    generator = torch.Generator().manual_seed(0)
+    shape = torch.randn(9, 9, dtype=torch.float64, generator=generator) * torch.linspace(3, 0.1, 9)
+    return shape + 0.3 * torch.randn(35, 9, 9, dtype=torch.float64, generator=generator)
+
+
+def test_soap_does_not_see_how_a_matrix_is_turned() -> None:
+    """Adam does; beyond 30 steps the bases have been followed three times."""
+    gradients = noisy_gradients()
+    u, v = torch.linalg.qr(torch.randn(2, 9, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(1)))[0]
+    plain, turned = matrix_steps(gradients), matrix_steps(u @ gradients @ v)
+    torch.testing.assert_close(turned, u @ plain @ v, rtol=1e-8, atol=1e-8)
+    assert float((matrix_steps(2 * gradients) - plain).abs().max()) < 1e-6  # nor how large the gradients are
+
+
+def test_soap_is_adam_in_the_eigenbasis() -> None:
+    """Diagonal gradients have the identity for a basis, up to order and sign, so that the steps are Adam's with both decays 0.95."""
+    gradients = torch.diag_embed(torch.tensor([5.0, 3.0, 1.0], dtype=torch.float64) + 0.2 * torch.rand(25, 3, dtype=torch.float64))
+    found = matrix_steps(gradients, lr=0.1)
+    weight = torch.nn.Parameter(torch.zeros(3, 3, dtype=torch.float64))
+    adam = torch.optim.Adam([weight], lr=0.1, betas=(0.95, 0.95), eps=1e-8)
+    assert float(found[0].abs().max()) == 0
+    for k in range(1, 25):
+        weight.grad = gradients[k].clone()
+        adam.step()
+        torch.testing.assert_close(found[k], weight.detach(), rtol=1e-9, atol=1e-9)
+
+
+def test_soap_goes_on_from_its_state() -> None:
+    gradients, layer = noisy_gradients(), torch.nn.Linear(9, 9, bias=False, dtype=torch.float64)
+    torch.nn.init.zeros_(layer.weight)
+    wanted = matrix_steps(gradients)[-1]
+    optimizer = make_optimizer(layer, "soap", 1.0, 0.0, True)
+    for k, gradient in enumerate(gradients):
+        if k in (1, 15):
+            state = optimizer.state_dict()
+            optimizer = make_optimizer(layer, "soap", 1.0, 0.0, True)
+            optimizer.load_state_dict(state)
+        layer.weight.grad = gradient.clone()
+        optimizer.step()
+    assert torch.equal(layer.weight.detach(), wanted)
 
 
 def test_muon_splits_by_meaning() -> None:

@@ -2,58 +2,20 @@
 
     M <- μ M + (1 - μ) G,    W <- W - η 0.2 sqrt(max(m, n)) U Vᵀ    for the singular vectors U, V of (1 - μ) G + μ M
 
-The factor gives the entries of a step the size that Adam's have, so that learning rates carry over. What is no matrix (biases,
-element tables, norms, maps to one number) goes by AdamW, and so do maps of single elements (`ElementMaps`): a step of Muon is as
-large for an element that the batch lacks as for one that fills it.
+The factor gives the entries of a step the size that Adam's have, so that learning rates carry over.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.adamw import adamw
 
-from gossamer.nn.layers import ElementLinear
-from gossamer.nn.products import EdgeConvolution
+from gossamer.training.matrices import MatrixOptimizer
 
-Matrices = Callable[[Tensor], Sequence[Tensor]]
-"""the matrices (m, n) of a parameter, as views"""
 MOMENTUM, ITERATIONS = 0.95, 5
-BETAS, EPSILON = (0.9, 0.999), 1e-8
-"""of AdamW"""
-
-
-def _whole(weight: Tensor) -> Sequence[Tensor]:
-    return (weight,)
-
-
-def _by_rows(rows: list[int], weight: Tensor) -> Sequence[Tensor]:
-    return weight.split(rows)
-
-
-def _by_attribute(weight: Tensor) -> Sequence[Tensor]:
-    return weight.unbind(1)
-
-
-def weight_matrices(network: nn.Module) -> dict[nn.Parameter, Matrices]:
-    """Trainable parameters that are matrices, split by meaning: one for each attribute of an element, one for each product of a convolution."""
-    found: dict[nn.Parameter, Matrices] = {}
-    for module in network.modules():
-        if isinstance(module, ElementLinear):
-            found[module.weight] = _by_attribute
-        elif not isinstance(module, nn.Embedding):
-            found |= {p: _whole for p in module.parameters(recurse=False) if p.dim() == 2 and min(p.shape) > 1}
-    for module in network.modules():
-        if isinstance(module, EdgeConvolution):
-            last = [p for p in module.radial.parameters() if p in found][-1:]  # none where it gives one number (MACE's density)
-            if last and sum(module.convolution.channels) == len(last[0]):
-                found[last[0]] = partial(_by_rows, module.convolution.channels)
-    return {p: matrices for p, matrices in found.items() if p.requires_grad}
 
 
 def orthogonalized(matrices: Tensor) -> Tensor:
@@ -66,43 +28,10 @@ def orthogonalized(matrices: Tensor) -> Tensor:
     return x.mT if matrices.shape[1] > matrices.shape[2] else x
 
 
-class Muon(torch.optim.Optimizer):
+class Muon(MatrixOptimizer):
     """Muon for the matrices of a network, AdamW for the rest of it."""
 
-    def __init__(self, network: nn.Module, lr: float, weight_decay: float, amsgrad: bool) -> None:
-        """
-        Args:
-            network: Its trainable parameters are optimised.
-            lr: η.
-            weight_decay: Decoupled decay of the matrices.
-            amsgrad: For what goes by AdamW.
-        """
-        self.matrices = weight_matrices(network)
-        rest = [p for p in network.parameters() if p.requires_grad and p not in self.matrices]
-        groups: list[dict[str, Any]] = [
-            {"params": list(self.matrices), "weight_decay": weight_decay, "orthogonal": True},
-            {"params": rest, "weight_decay": 0.0, "orthogonal": False},
-        ]
-        super().__init__([g for g in groups if g["params"]], {"lr": lr, "amsgrad": amsgrad, "capturable": False})
-
-    def allow_recording(self) -> None:
-        """From now on ``lr`` is a tensor on the GPU and no number is needed from there, so that a step can be recorded as a CUDA graph."""
-        for group in self.param_groups:
-            device = group["params"][0].device
-            group["lr"], group["capturable"] = torch.tensor(float(group["lr"]), device=device), True
-            for p in group["params"]:
-                if "step" in self.state[p]:
-                    self.state[p]["step"] = self.state[p]["step"].to(device)
-
-    @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """One step from the gradients as they are."""
-        for group in self.param_groups:
-            parameters = [p for p in group["params"] if p.grad is not None]
-            if parameters:
-                (self._orthogonal_step if group["orthogonal"] else self._adam_step)(parameters, group)
-
-    def _orthogonal_step(self, parameters: list[nn.Parameter], group: dict[str, Any]) -> None:
+    def move_matrices(self, parameters: list[nn.Parameter], group: dict[str, Any]) -> None:
         gradients = [p.grad for p in parameters]
         for p in parameters:
             if not self.state[p]:
@@ -110,27 +39,7 @@ class Muon(torch.optim.Optimizer):
         momenta = [self.state[p]["momentum"] for p in parameters]
         torch._foreach_lerp_(momenta, gradients, 1 - MOMENTUM)
         directions = torch._foreach_lerp(gradients, momenta, MOMENTUM)
-        by_shape: dict[torch.Size, list[tuple[Tensor, Tensor]]] = {}
-        for p, direction in zip(parameters, directions, strict=True):
-            split = self.matrices[p]
-            for weight, part in zip(split(p.data), split(direction), strict=True):
-                by_shape.setdefault(part.shape, []).append((weight, part))
-        if group["weight_decay"]:
-            torch._foreach_mul_([p.data for p in parameters], 1 - group["lr"] * group["weight_decay"])
-        for shape, pairs in by_shape.items():
+        self.decay(parameters, group)
+        for shape, pairs in self.by_shape(parameters, directions).items():
             steps = orthogonalized(torch.stack([part for _, part in pairs]))
             torch._foreach_add_([w for w, _ in pairs], list(steps * (-0.2 * math.sqrt(max(shape)) * group["lr"])))
-
-    def _adam_step(self, parameters: list[nn.Parameter], group: dict[str, Any]) -> None:
-        names = ["exp_avg", "exp_avg_sq", *(["max_exp_avg_sq"] if group["amsgrad"] else [])]
-        for p in parameters:
-            if not self.state[p]:
-                step = torch.zeros((), device=p.device if group["capturable"] else "cpu")
-                self.state[p] = {"step": step, **{name: torch.zeros_like(p) for name in names}}
-        averages = {name: [self.state[p][name] for p in parameters] for name in names}
-        adamw(
-            list(parameters), [p.grad for p in parameters], averages["exp_avg"], averages["exp_avg_sq"],
-            averages.get("max_exp_avg_sq", []), [self.state[p]["step"] for p in parameters], foreach=True, amsgrad=group["amsgrad"],
-            capturable=group["capturable"],
-            beta1=BETAS[0], beta2=BETAS[1], lr=group["lr"], weight_decay=0.0, eps=EPSILON, maximize=False,
-        )  # fmt: skip

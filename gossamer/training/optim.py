@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from gossamer.settings import settings
 from gossamer.training.muon import Muon
+from gossamer.training.soap import Soap
 
 
 @settings
@@ -104,11 +105,11 @@ class EMA:
 
 
 def make_optimizer(
-    module: nn.Module, kind: Literal["muon", "adamw"], learning_rate: float, weight_decay: float, amsgrad: bool
+    module: nn.Module, kind: Literal["soap", "muon", "adamw"], learning_rate: float, weight_decay: float, amsgrad: bool
 ) -> torch.optim.Optimizer:
-    """Muon or AdamW; no weight decay on biases, one-dimensional parameters and element tables."""
-    if kind == "muon":
-        return Muon(module, learning_rate, weight_decay, amsgrad)
+    """SOAP, Muon or AdamW; no weight decay on biases, one-dimensional parameters and element tables."""
+    if kind != "adamw":
+        return (Soap if kind == "soap" else Muon)(module, learning_rate, weight_decay, amsgrad)
     tables = {id(p) for m in module.modules() if isinstance(m, nn.Embedding) for p in m.parameters(recurse=False)}
     trainable = [p for p in module.parameters() if p.requires_grad]
     plain = [p for p in trainable if p.dim() < 2 or id(p) in tables]

@@ -18,7 +18,7 @@ from gossamer.engine.agreement import TOLERANCE
 from gossamer.engine.cuda_graph import Inputs, record, sizes_for
 from gossamer.graph import Graph
 from gossamer.timing import fastest
-from gossamer.training.muon import Muon
+from gossamer.training.matrices import MatrixOptimizer
 
 log = logging.getLogger(__name__)
 MOST_EDGES = 1 << 19
@@ -128,11 +128,11 @@ def flat(tensors: Sequence[Tensor | None]) -> Tensor:
 
 
 class RecordedUpdate:
-    """The step of Muon as a CUDA graph, from its second step on, if it agrees; other optimisers step as always."""
+    """The step of Muon or SOAP as a CUDA graph, from its second step on, if it agrees; AdamW steps as always."""
 
     def __init__(self, optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor], dtype: torch.dtype) -> None:
         self.optimizer, self.parameters, self.tolerance = optimizer, list(parameters), TOLERANCE[dtype]
-        self.on = isinstance(optimizer, Muon)
+        self.on = isinstance(optimizer, MatrixOptimizer)
         self.steps = 0
         self.gradients: list[Tensor] = []
         self.recording: Any = None
@@ -144,6 +144,7 @@ class RecordedUpdate:
         if self.recording is not None and len(found) == len(self.gradients):
             torch._foreach_copy_(self.gradients, found)
             self.recording.replay()
+            self.optimizer.look_around()  # type: ignore[attr-defined]
         elif self.on and self.recording is None and self.steps > 1:
             self._record(found)
         else:
@@ -151,19 +152,19 @@ class RecordedUpdate:
 
     def _record(self, found: list[Tensor]) -> None:
         """Make this step twice, plainly and as recorded, and keep the recording if both come to the same."""
-        assert isinstance(self.optimizer, Muon)
+        assert isinstance(self.optimizer, MatrixOptimizer)
         self.optimizer.allow_recording()
         trained = [p for p in self.parameters if p.grad is not None]
         changing: list[Any] = [*(p.data for p in trained), *(t for p in trained for t in self.optimizer.state[p].values())]
         before = [t.clone() for t in changing]
-        self.optimizer.step()
+        self.optimizer.move()
         wanted = [t.clone() for t in changing]
         torch._foreach_copy_(changing, before)
         self.gradients = [g.clone() for g in found]
         for p, g in zip(trained, self.gradients, strict=True):
             p.grad = g
         try:
-            self.recording, _ = record(self.optimizer.step, warm_ups=0)
+            self.recording, _ = record(self.optimizer.move, warm_ups=0)
             self.recording.replay()
             deviation = float(flat([a - b for a, b in zip(changing, wanted, strict=True)]).norm() / flat(wanted).norm())
             if not deviation < self.tolerance:
@@ -174,3 +175,4 @@ class RecordedUpdate:
             torch._foreach_copy_(changing, wanted)
         for p, g in zip(trained, found, strict=True):
             p.grad = g
+        self.optimizer.look_around()
