@@ -3,17 +3,15 @@
     python benchmarks/accuracy/error_cost.py
 
 Everything is read from committed results. Errors: mlearn silicon, six minutes of training each on one thread (ours: rows of variants.json, minutes of
-CPU time; the packages nequip and mace by peers.py, compare/silicon-6min-*.json, on the same frames). Time: energy and forces of 512 atoms of
-silicon through each ASE calculator, one thread, of the same networks with random weights (../speed/peers-1thread.json); ours as by default
-(kernels) and as a program. That table is older than Weft: its time is NequIP's there times the ratio of the two in ../speed/in_turn.json, from
-another machine.
+CPU time; packages by peers.py, compare/silicon-6min-*.json, on the same frames; linear ACE is done in less than a minute). Time: energy and forces
+of 512 atoms of silicon through each ASE calculator, one thread, of the same networks with random weights, all on one machine one after the other
+(../speed/silicon-1thread.json, by ../speed/peers.py --record silicon --structures silicon512); ours as by default (kernels) and as a program.
 """
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import matplotlib
 
@@ -26,28 +24,28 @@ OURS, THEIRS = "#1f6f8b", "#d1495b"
 PACKAGES = {
     "nequip": ("nequip package", "nequip l2 32, 3 layers, AOTInductor"),
     "mace": ("mace package", "mace 64x0e+64x1o, correlation 2"),
+    "pace": ("linear ACE", "pace linear, 700 functions"),
 }
 """by file of errors: label, and row of the speed table"""
-
-
-def ours(speed: dict[str, Any], name: str) -> list[float]:
-    """ms of a step as a program and by kernels."""
-    rows = [f"{{}} (default), {way}" for way in ("program", "kernels")]
-    if name != "weft":
-        return [float(speed[row.format(name)]["ms"][CELL]) for row in rows]
-    own = json.loads((SPEED / "in_turn.json").read_text())
-    return [speed[r.format("nequip")]["ms"][CELL] * own[r.format(name)]["ms"][CELL] / own[r.format("nequip")]["ms"][CELL] for r in rows]
+NETWORKS = {
+    "Weft": ("weft (default)", "silicon weft training.clock=cpu"),
+    "Weft, 16 channels, 4 Å": ("weft 16, 4 Å", "silicon weft training.clock=cpu model.num_features=16 model.cutoff=4"),
+    "NequIP": ("nequip (default)", "silicon nequip training.clock=cpu"),
+    "Geodite": ("geodite (default)", "silicon geodite training.clock=cpu"),
+    "LEIGNN": ("leignn (default)", "silicon leignn training.clock=cpu"),
+}
+"""by label: row of the speed table, and job of variants.json"""
 
 
 def points() -> list[tuple[str, float, list[float], bool]]:
     """Label, force error in meV/Å, times of a step in ms (the fastest first), and whether it is ours."""
-    speed = json.loads((SPEED / "peers-1thread.json").read_text())
+    speed = json.loads((SPEED / "silicon-1thread.json").read_text())
     trained = {
         r["job"]: r["test_forces_mae_meV_per_A"] for r in json.loads((HERE / "variants.json").read_text()) if r.get("minutes") == 6.0
     }
     found = []
-    for name, label in {"weft": "Weft", "nequip": "NequIP", "geodite": "Geodite", "leignn": "LEIGNN"}.items():
-        found.append((label, trained[f"silicon {name} training.clock=cpu"], ours(speed, name), True))
+    for label, (row, job) in NETWORKS.items():
+        found.append((label, trained[job], [float(speed[f"{row}, {way}"]["ms"][CELL]) for way in ("program", "kernels")], True))
     for file, (label, key) in PACKAGES.items():
         if key not in speed:
             print(f"left out: {label}, whose speed was not measured")

@@ -1,9 +1,9 @@
-"""Muon against AMSGrad: the recipes of a data set, the same number of steps with each, many runs side by side on one thread each.
+"""SOAP, Muon and AMSGrad: the recipes of a data set, the same number of steps with each, many runs side by side on one thread each.
 
-    python benchmarks/accuracy/optimizers.py --data FOLDER [--at-once 8] [--minutes 30] [--out optimizers.json]
+    python benchmarks/accuracy/optimizers.py --data FOLDER [--at-once 8] [--minutes 30] [--optimizers soap muon] [--out optimizers.json]
 
 FOLDER holds the training and test files of the recipes (rMD17 ethanol, mlearn silicon, water). Plain steps with kernels where
-there are any; learning rates, schedules and all else as in the recipes.
+there are any; learning rates, schedules and all else as in the recipes. Rows are added to --out; those that are there stay.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 RECIPES = HERE.parents[1] / "recipes"
 SETS = {"ethanol": ("rmd17", "rmd17_ethanol", 2000), "silicon": ("mlearn", "mlearn_Si", 500), "water": ("water", "water_pbe0ts", 500)}
-NETWORKS = ["nequip", "leignn", "painn", "schnet", "geodite"]
+OPTIMIZERS = ["soap", "muon", "adamw"]
+NETWORKS = ["weft", "nequip", "leignn", "painn", "schnet", "geodite"]
 
 
 def command(job: tuple[str, str, str, int], data: Path, folder: Path) -> list[str]:
@@ -49,11 +50,16 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=60.0, help="no run starts later")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=NETWORKS)
+    parser.add_argument("--optimizers", nargs="+", choices=OPTIMIZERS, default=OPTIMIZERS)
+    parser.add_argument("--sets", nargs="+", choices=[*SETS], default=[*SETS])
     parser.add_argument("--out", type=Path, default=HERE / "optimizers.json")
     arguments = parser.parse_args()
-    jobs = [(d, n, o, s) for s in arguments.seeds for d in SETS for n in arguments.networks for o in ("muon", "adamw")]
+    rows = json.loads(arguments.out.read_text()) if arguments.out.exists() else []
+    there = [tuple(r[k] for k in ("data", "network", "optimizer", "seed")) for r in rows]
+    jobs = [(d, n, o, s) for s in arguments.seeds for d in arguments.sets for n in arguments.networks for o in arguments.optimizers]
+    jobs = [j for j in jobs if j not in there]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "CUDA_VISIBLE_DEVICES": ""}
-    began, running, rows = time.time(), [], []  # type: ignore[var-annotated]
+    began, running = time.time(), []  # type: ignore[var-annotated]
     with tempfile.TemporaryDirectory() as work:
         while jobs or running:
             while jobs and len(running) < arguments.at_once:

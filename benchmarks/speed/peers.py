@@ -297,7 +297,7 @@ MODELS: dict[str, tuple[str, Callable[[], tuple[Any, int]]]] = {
     **{
         f"{label}{suffix}": ("ours", lambda m=model, w=way: ours(m, w))
         for label, model in {
-            "weft (default)": {"name": "weft"}, "leignn (default)": {"name": "leignn"}, "leignn 128": {"name": "leignn", **WIDE}, "painn 128": {"name": "painn", **WIDE},
+            "weft (default)": {"name": "weft"}, "weft 16, 4 Å": {"name": "weft", "num_features": 16, "cutoff": 4.0}, "leignn (default)": {"name": "leignn"}, "leignn 128": {"name": "leignn", **WIDE}, "painn 128": {"name": "painn", **WIDE},
             "schnet 128, 6 layers": {"name": "schnet", "num_features": 128, "num_layers": 6, "num_basis": 20},
             "nequip (default)": {"name": "nequip"}, "nequip S": {"name": "nequip", "preset": "S"}, "nequip M": {"name": "nequip", "preset": "M"},
             "nequip l2 32, both parities, 4 layers": PARITY, "nequip S 6 Å": {"name": "nequip", "preset": "S", "cutoff": 6.0},
