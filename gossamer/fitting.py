@@ -133,15 +133,18 @@ def choose_settings(
     network: dict[str, Any] = {"name": name}
     if preset:
         network["preset"] = preset
-    elif finetune is None:  # a saved potential keeps its own
+    n_forces = 3 * atoms * len(structures)
+    if finetune is None and not preset:  # a saved potential keeps its own
         network["cutoff"] = choose_cutoff(sample[::5])
-        if 3 * atoms * len(structures) < FEW_FORCES and "basis_decay" in {f.name for f in fields(MODELS[name][0])}:
+        if n_forces < FEW_FORCES and "basis_decay" in {f.name for f in fields(MODELS[name][0])}:
             network["basis_decay"] = 1.0
     if speed:
         network["num_features"] = SLIM
     if accuracy:
         network["l_max"] = 3
-    rate = MODELS[name][1].fit_defaults.learning_rate * (1.0 if finetune is None else 0.2)  # near a good solution large steps only destroy
+    defaults = MODELS[name][1].fit_defaults
+    soap = defaults.soap_rate if finetune is None and n_forces >= FEW_FOR_SOAP else None
+    rate = soap or defaults.learning_rate * (1.0 if finetune is None else 0.2)  # near a good solution large steps only destroy
     config = make_config(
         {
             "data": {"train": data, "labels": to_dict(labels), "split": "group" if grouped else "random"},
@@ -152,6 +155,7 @@ def choose_settings(
             "training": {
                 "minutes": minutes,
                 "batch_size": min(batch_size, max(1, len(structures) // 2)),
+                "optimizer": "soap" if soap else "muon",
                 "learning_rate": rate,
             },
             "out": out,
@@ -167,6 +171,8 @@ SLIM = 16
 """channels of the network where dynamics shall be fast: half of its own (benchmarks/accuracy)"""
 FEW_FORCES = 30_000
 """force components below which radial functions that vary fast are held back: fewer of them teach their noise (benchmarks/accuracy)"""
+FEW_FOR_SOAP = 10_000
+"""force components below which Muon is always the optimiser: SOAP learns few frames by heart (benchmarks/accuracy)"""
 FRAMES_OF_BATCH = 50
 """so many times as many frames as a batch holds, at least: what is learned from large ones of few frames holds less well for others (benchmarks/accuracy)"""
 NEIGHBORS = 28.0

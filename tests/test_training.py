@@ -186,10 +186,7 @@ def test_damaged_checkpoint_points_to_the_one_before(tmp_path: Path) -> None:
     whole = path.read_bytes()
     (header,) = struct.unpack("<Q", whole[:8])
     where = json.loads(whole[8 : 8 + header])
-    places = [
-        8 + header + where[name]["data_offsets"][0] + 2
-        for name in ("network.embedding.weight", next(k for k in where if k.endswith(".mean")))
-    ]
+    places = [8 + header + where[name]["data_offsets"][0] + 2 for name in ("network.embedding.weight", "optimizer.0.momentum")]
     places.append(whole.index(b'\\"best\\": ') + len(b'\\"best\\": '))
     for place in places:
         damaged = bytearray(whole)
@@ -704,12 +701,13 @@ def test_fit_compiles_only_where_it_clearly_pays(name: str) -> None:
 
 
 def test_fit_of_few_frames_takes_small_batches_and_slow_radial_functions(tmp_path: Path) -> None:
-    """50 frames of ethanol: 2 a step; 16 of 2,000, which are enough to learn what varies fast."""
+    """50 frames of ethanol: 2 a step, by Muon; 16 of 2,000, which are enough to learn what varies fast, by SOAP."""
     frames = list(read_structures(ETHANOL))
     for count, batch_size, decay in ((50, 2, 1.0), (2_000, 16, 0.0)):
         some = [frames[k % len(frames)] for k in range(count)]
         config = fitting.choose_settings(some, ETHANOL, None, str(tmp_path), 1.0, LabelConfig())
         assert (config.training.batch_size, config.model.basis_decay) == (batch_size, decay)
+        assert (config.training.optimizer, config.training.learning_rate) == (("muon", 0.04) if count == 50 else ("soap", 0.08))
     assert not hasattr(fitting.choose_settings(some[:50], ETHANOL, "painn", str(tmp_path), 1.0, LabelConfig()).model, "basis_decay")
 
 

@@ -53,7 +53,9 @@ class FitDefaults:
     """What `gossamer fit` and `compare` start from."""
 
     learning_rate: float
-    """best of short trials (docs/training.md)"""
+    """of Muon, best of short trials (docs/training.md)"""
+    soap_rate: float | None = None
+    """of SOAP, where that ends lower than Muon (benchmarks/accuracy)"""
     compiled_share: float = 0.7
     """time of a compiled training step over that of a plain one, one CPU thread (benchmarks/compile)"""
     compile_seconds: float = 80.0

@@ -164,7 +164,7 @@ class Interaction(nn.Module):
 class Weft(Network):
     """The network: species and edge vectors in, per-atom energies out."""
 
-    fit_defaults: ClassVar = FitDefaults(learning_rate=4e-2, compiled_share=0.7, compile_seconds=130.0)
+    fit_defaults: ClassVar = FitDefaults(learning_rate=4e-2, soap_rate=8e-2, compiled_share=0.7, compile_seconds=130.0)
     earlier: ClassVar = {"normalize": "features"}
     presets: ClassVar = PRESETS
     subtract_isolated = False
