@@ -31,8 +31,8 @@ class TrainingConfig:
     """Largest learning rate, reached after the warm-up."""
     optimizer: Literal["muon", "soap", "adamw"] = "muon"
     """"muon" makes the steps of weight matrices orthogonal and leaves the rest to AdamW: force errors a tenth to a half smaller after as
-    many steps, at the same learning rates. "soap" goes by Adam in the eigenbasis of each matrix's gradients: best for Weft from a few hundred
-    frames on, at twice the rate (benchmarks/accuracy)."""
+    many steps, at the same learning rates. "soap" goes by Adam in the eigenbasis of each matrix's gradients: best for Weft where frames are not
+    few, at twice the rate (benchmarks/accuracy)."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """Decoupled decay of weight matrices; biases and element tables are never decayed."""
     amsgrad: bool = True
