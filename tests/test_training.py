@@ -36,7 +36,7 @@ from gossamer.graph import FIELDS, Graph
 from gossamer.models import MODELS
 from gossamer.potential_file import load
 from gossamer.runs import evaluate, train
-from gossamer.training import loop, state
+from gossamer.training import loop, soap, state
 from gossamer.training.checkpoint import read_checkpoint
 from gossamer.training.compiled import CompiledForward
 from gossamer.training.losses import LossConfig, conditional_deltas, loss_sums, penalty
@@ -979,13 +979,29 @@ def noisy_gradients() -> torch.Tensor:
     return shape + 0.3 * torch.randn(35, 9, 9, dtype=torch.float64, generator=generator)
 
 
-def test_soap_does_not_see_how_a_matrix_is_turned() -> None:
+@pytest.mark.parametrize("way", ["as on a CPU", "as on a GPU"])
+def test_soap_does_not_see_how_a_matrix_is_turned(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Adam does; beyond 30 steps the bases have been followed three times."""
+    if way == "as on a GPU":
+        monkeypatch.setattr(soap, "orthonormal", soap.by_cholesky)
     gradients = noisy_gradients()
     u, v = torch.linalg.qr(torch.randn(2, 9, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(1)))[0]
     plain, turned = matrix_steps(gradients), matrix_steps(u @ gradients @ v)
     torch.testing.assert_close(turned, u @ plain @ v, rtol=1e-8, atol=1e-8)
     assert float((matrix_steps(2 * gradients) - plain).abs().max()) < 1e-6  # nor how large the gradients are
+
+
+@pytest.mark.parametrize("rank", [0, 1, 16, 32])
+def test_bases_by_cholesky_are_those_by_qr(rank: int) -> None:
+    """Gradients over six powers of ten and of any rank: orthonormal in any case, and the same where there is something to see."""
+    generator = torch.Generator().manual_seed(0)
+    gradients = torch.randn(4, 32, rank, generator=generator) * torch.logspace(0, -6, rank)
+    bases = torch.linalg.qr(torch.randn(4, 32, 32, generator=generator))[0]
+    matrices = gradients @ gradients.mT
+    found, wanted = soap.by_cholesky(matrices, bases), soap.orthonormal(matrices, bases)
+    torch.testing.assert_close(found.mT @ found, torch.eye(32).expand(4, 32, 32), rtol=0, atol=2e-6)
+    alike = (found * wanted).sum(dim=-2).abs()[:, : -(-rank // 4)]
+    torch.testing.assert_close(alike, torch.ones_like(alike), rtol=0, atol=2e-4)
 
 
 def test_soap_is_adam_in_the_eigenbasis() -> None:

@@ -20,6 +20,8 @@ BETA = 0.95
 """of L, R and both averages of Adam, as published"""
 EVERY = 10
 EPSILON = 1e-8
+RIDGE = 1e-5
+"""of the mean eigenvalue"""
 
 
 class Soap(MatrixOptimizer):
@@ -79,15 +81,42 @@ class Soap(MatrixOptimizer):
         self.steps += 1
         if self.steps % EVERY:
             return
-        for stack in self.stacks.values():
-            for side, dim in (("left", -2), ("right", -1)):
-                old, matrix, mean, square = stack[f"{side}_basis"], stack[side], stack["mean"], stack["square"]
-                order = (old.mT @ matrix @ old).diagonal(dim1=-2, dim2=-1).argsort(dim=-1, descending=True)
-                new = torch.linalg.qr(matrix @ old.gather(-1, order[:, None].expand_as(old)))[0]
-                turn = new.mT @ old
+        sides = [(stack, side) for stack in self.stacks.values() for side in ("left", "right")]
+        for size in sorted({len(stack[side][0]) for stack, side in sides}):  # those of one size together: a GPU waits for launches
+            alike = [(stack, side) for stack, side in sides if len(stack[side][0]) == size]
+            matrices = torch.cat([stack[side] for stack, side in alike])
+            old = torch.cat([stack[f"{side}_basis"] for stack, side in alike])
+            order = (old * (matrices @ old)).sum(dim=-2).argsort(dim=-1, descending=True)
+            new = orthonormal(matrices, old.gather(-1, order[:, None].expand_as(old)))
+            numbers = [len(stack[side]) for stack, side in alike]
+            parts = zip(alike, *(t.split(numbers) for t in (new, new.mT @ old, order)), strict=True)
+            for (stack, side), basis, turn, places in parts:
+                mean, square = stack["mean"], stack["square"]
                 mean.copy_(turn @ mean if side == "left" else mean @ turn.mT)
-                square.copy_(square.gather(dim, order.unsqueeze(-1 if side == "left" else -2).expand_as(square)))
-                old.copy_(new)
+                dim, places = (-2, places[:, :, None]) if side == "left" else (-1, places[:, None])
+                square.copy_(square.gather(dim, places.expand_as(square)))
+                stack[f"{side}_basis"].copy_(basis)
+
+
+def orthonormal(matrices: Tensor, bases: Tensor) -> Tensor:
+    """Q of the QR decomposition of ``matrices`` (b, n, n) times ``bases``.
+
+    On a GPU, where that goes matrix by matrix, by Cholesky's decomposition, twice in float64; what is added to the diagonal turns no
+    eigenvector and keeps it well-conditioned.
+    """
+    if not matrices.is_cuda:
+        return torch.linalg.qr(matrices @ bases)[0]
+    return by_cholesky(matrices, bases)
+
+
+def by_cholesky(matrices: Tensor, bases: Tensor) -> Tensor:
+    """As `orthonormal`, up to the signs of columns."""
+    scale = matrices.diagonal(dim1=-2, dim2=-1).mean(dim=-1)[:, None, None].clamp(min=torch.finfo(matrices.dtype).tiny)
+    found = ((matrices / scale) @ bases).double() + RIDGE * bases
+    for _ in range(2):
+        upper = torch.linalg.cholesky_ex(found.mT @ found, upper=True)[0]
+        found = torch.linalg.solve_triangular(upper, found, upper=True, left=False)
+    return found.to(matrices)
 
 
 def eigenvectors(matrices: Tensor) -> Tensor:
