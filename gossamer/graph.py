@@ -84,6 +84,12 @@ class Graph:
         moved = {k: v.to(device, non_blocking=True) for k, v in moved.items() if isinstance(v, Tensor)}
         return replace(self, **moved, extras={k: v.to(device, non_blocking=True) for k, v in self.extras.items()})
 
+    def double(self) -> Graph:
+        """Real numbers in float64."""
+        found: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
+        found = {k: v.double() for k, v in found.items() if isinstance(v, Tensor) and v.is_floating_point()}
+        return replace(self, **found, extras={k: v.double() if v.is_floating_point() else v for k, v in self.extras.items()})
+
     def edge_vectors(self) -> Float[Tensor, "n_edges 3"]:
         """Vectors in Å from each receiver (centre) to its sender (neighbour): r_j + shift · cell - r_i.
 

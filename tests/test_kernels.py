@@ -17,13 +17,15 @@ import torch
 from ase import Atoms
 from ase.build import bulk, molecule
 from ase.data import chemical_symbols, covalent_radii
-from conftest import DIRECT, GLOBAL, MODELS, SMOOTH, make_potential, often
+from conftest import DIRECT, ETHANOL, GLOBAL, MODELS, SMOOTH, make_potential, often
 from test_training import settings, weights
 
 from gossamer.checks.conservation import force_gradient_error, nve_conservation, stress_gradient_error
 from gossamer.checks.smoothness import cutoff_exponent, energy_jump
 from gossamer.checks.symmetry import net_force, separation_error, supercell_error, symmetry_errors
-from gossamer.data.readers import LabelConfig, from_atoms
+from gossamer.config import make_config
+from gossamer.data.readers import LabelConfig, from_atoms, read_structures
+from gossamer.data.statistics import compute_statistics
 from gossamer.engine import cache as engine_cache
 from gossamer.engine import engine as engine_module
 from gossamer.engine.agreement import TABLE_TOLERANCE, agree, part_of, probe, rattled
@@ -33,14 +35,17 @@ from gossamer.engine.kernels import cpu, gpu, ops
 from gossamer.engine.kernels.attach import EdgeKernel, FixedMaps, TableKernel, attach_kernels, sort_edges
 from gossamer.engine.kernels.cpu import Missing
 from gossamer.engine.kernels.table import TOLERANCE, derivatives, interpolate, tabulate
+from gossamer.graph import Graph
 from gossamer.models import MODELS as NETWORKS
 from gossamer.models.sevennet import xplor_envelope
 from gossamer.nn.coupling import Coupling, Irrep, paths_between
 from gossamer.nn.filters import VectorConvolution
 from gossamer.nn.products import Convolution, Edges, Product, ScalarConvolution
+from gossamer.potential import Potential, Prediction
 from gossamer.runs import evaluate, train
 from gossamer.simulation.calculator import Calculator
 from gossamer.simulation.md import md
+from gossamer.training.compiled import CompiledForward
 
 NAMES = list(MODELS)
 ELEMENTS = ["H", "C", "O", "Si"]
@@ -734,3 +739,25 @@ def test_wrong_training_kernels_are_refused(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(EdgeKernel, "forward", lambda self, features, edges: right(self, 1.001 * features, edges))
     train(settings(tmp_path / "run", steps=3), progress=False)
     assert "training runs without kernels: the accelerated" in caplog.text
+
+
+def test_rounding_is_no_reason_to_refuse_kernels(caplog: pytest.LogCaptureFixture) -> None:
+    """Before training SevenNet's float32 is off by more than the tolerance, plain or by kernels; one part in ten is refused as ever."""
+    torch.manual_seed(0)
+    structures = list(read_structures(ETHANOL))[:10]
+    config = make_config({"data": {"train": "-"}, "model": {"name": "sevennet"}})
+    potential = Potential(config.model, compute_statistics(structures, 5.0)).train()
+    graph = potential.collate(structures)
+    forward = CompiledForward(potential, forces=True, stress=False, compile=False, kernels=True)
+    plain, exact = forward._results(forward.plain, graph)[-1], forward._exact(graph)[-1]
+    assert float((plain - exact).norm() / exact.norm()) > 2e-5
+    forward(graph)
+    assert forward.quick is not potential, caplog.text
+
+    def wrong(graph: Graph) -> Prediction:
+        found = forward.uncompiled(graph)
+        assert found.forces is not None
+        return replace(found, forces=found.forces * 1.1)
+
+    with pytest.raises(RuntimeError, match="the altered forces differs from the plain one"):
+        forward._agree(wrong, graph, "altered")
