@@ -13,6 +13,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,7 @@ def digest(value: Any) -> str:
 
 
 def targets(folder: Path, machine: bool, package: bool) -> list[Target]:
-    """All of them, written into the folder; kernels and programs, and the package for LAMMPS, take minutes to build."""
+    """All of them, written into the folder; kernels and programs, and the package for LAMMPS and a training step, take minutes to build."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     data = samples.data_files(folder / "data")
@@ -78,7 +79,8 @@ def targets(folder: Path, machine: bool, package: bool) -> list[Target]:
         Target("import", foreign["plain.pt"], archive, 3),
         Target("import nequip", foreign["nequip.ckpt"], archive, 3),
     ]
-    return [*found, *(machine_code(folder / "code") if machine else []), *([lammps(folder / "lammps")] if package else [])]
+    compiled = [lammps(folder / "lammps"), compiled_step(folder / "compiled")] if package else []
+    return [*found, *(machine_code(folder / "code") if machine else []), *compiled]
 
 
 # --- what is read -----------------------------------------------------------------------------------------------------
@@ -208,6 +210,42 @@ def lammps(folder: Path) -> Target:
     return Target("package for LAMMPS", folder / "package", energies, 1)
 
 
+STEP = """
+import hashlib, logging, torch
+from gossamer.config import make_config
+from gossamer.data.statistics import Statistics
+from gossamer.engine.agreement import probe
+from gossamer.potential import Potential
+from gossamer.training.compiled import CompiledForward
+logging.basicConfig(level=logging.WARNING)
+torch.manual_seed(0)
+model = make_config({"data": {"train": "-"}, "model": {"name": "schnet", "preset": "tiny", "num_layers": 1}}).model
+potential = Potential(model, Statistics(elements=["H", "O"], reference_energies={"H": 0.0, "O": 0.0}, mean_neighbors=10.0)).train()
+forward, graph = CompiledForward(potential, forces=True, stress=False), probe(potential, 8, 3)
+forward(graph)
+results = forward._results(forward._run, graph)
+print(hashlib.sha256(b"".join(r.numpy().tobytes() for r in results)).hexdigest())
+"""
+
+
+def compiled_step(folder: Path) -> Target:
+    """What PyTorch's compiler made for a training step, and another process that trains with it: damaged files are made again."""
+    folder.mkdir()
+
+    def numbers(path: Path) -> str:
+        environment = {k: v for k, v in os.environ.items() if not k.startswith("TORCHINDUCTOR")} | {"GOSSAMER_CACHE": str(path)}
+        done = subprocess.run([sys.executable, "-c", STEP], env=environment, capture_output=True, text=True, timeout=600, check=False)
+        if done.returncode < 0:
+            raise SystemError(f"training ended by signal {-done.returncode}")
+        if done.returncode:
+            raise SystemError(f"training failed: {done.stderr[-200:]}")
+        return done.stdout
+
+    (folder / "cache").mkdir(mode=0o700)
+    numbers(folder / "cache")
+    return Target("compiled training step", folder / "cache", numbers, 1)
+
+
 # --- cases ------------------------------------------------------------------------------------------------------------
 
 
@@ -263,6 +301,6 @@ def outcome(target: Target, path: Path, sound: str, chosen: Path) -> str:
 def run(count: int, seed: int, minutes: float, out: Path, only: str = "") -> dict[str, Any]:
     """Damage so many files; see the module."""
     os.environ["GOSSAMER_CACHE"] = str(out / "cache")
-    package = count >= 1000 or only == "package"
+    package = count >= 1000 or only in ("package", "compiled")
     settings = {"package": package, **({"only": only} if only else {})}
     return campaign("damage", make_case(seed, out / "damage", only, True, package), count, seed, minutes, out, settings)
