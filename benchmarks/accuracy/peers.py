@@ -1,12 +1,13 @@
-"""The packages nequip, mace and python-ace on a crystal for a stated time on one thread, with the split of our own runs.
+"""The packages nequip, mace and python-ace, and `gossamer fit`, on a data set for a stated time on one thread, with one split for all.
 
-    python benchmarks/accuracy/peers.py silicon --minutes 8 --nequip /path/to/nequip/venv --mace /path/to/mace/venv --pace ...
+    python benchmarks/accuracy/peers.py silicon --minutes 8 --nequip /path/to/nequip/venv --mace /path/to/mace/venv --pace ... [--fit]
 
 Each package sits in an environment of its own and trains through its own command line; the errors are those of the official
-test frames, from each package's own ASE calculator. Settings: nequip l 2, 32 features, 3 layers, even parity only, cutoff
-5 Å, per-atom MSE of energy, forces and stress, Adam 0.01, EMA 0.999, plateau; mace 64x0e + 64x1o, correlation 2, 2 layers,
-cutoff 5 Å, its universal loss, Adam amsgrad 0.01, EMA 0.99. Both get their packages' recommendations, none of them a search. python-ace: linear, by its
-regression (pace.py), which takes what it takes, whatever --minutes says; stress is not fitted.
+test frames (of 3BPA, whose are not at hand, every tenth of the training frames), from each package's own ASE calculator. Settings: nequip l 2, 32
+features, 3 layers, even parity only, cutoff 5 Å, per-atom MSE of energy, forces and stress, Adam 0.01, EMA 0.999, plateau; mace 64x0e + 64x1o,
+correlation 2, 2 layers, cutoff 5 Å, Adam amsgrad 0.01, EMA 0.99, its universal loss where there is stress, else its default. Both get their packages'
+recommendations, none of them a search. python-ace: linear, by its regression (pace.py), which takes what it takes, whatever --minutes says; stress
+is not fitted. `fit`: what it chooses for the training frames and the minutes, by the clock as the others, steps not compiled.
 """
 
 from __future__ import annotations
@@ -15,19 +16,29 @@ import argparse
 import datetime
 import json
 import os
+import re
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 HERE = Path(__file__).resolve().parent
-SYMBOLS = {"silicon": "Si", "germanium": "Ge", "molybdenum": "Mo"}
+SETS: dict[str, tuple[str, dict[str, int], int]] = {
+    "silicon": ("mlearn_Si", {"valid_size": 20}, 2),
+    "germanium": ("mlearn_Ge", {"valid_size": 20}, 2),
+    "molybdenum": ("mlearn_Mo", {"valid_size": 20}, 2),
+    "aspirin": ("rmd17_aspirin", {"valid_size": 50}, 5),
+    "3bpa": ("3bpa", {"valid_size": 50}, 5),
+    "water": ("water_pbe0ts", {"valid_size": 10}, 1),
+}
+"""files, split, and structures in a batch of the packages"""
 
 NEQUIP = """
 run: [train]
 hydra: {{run: {{dir: {folder}/hydra}}, output_subdir: null}}
 cutoff_radius: 5.0
-chemical_symbols: [{symbol}]
+chemical_symbols: [{symbols}]
 model_type_names: ${{chemical_symbols}}
 data:
   _target_: nequip.data.datamodule.ASEDataModule
@@ -37,7 +48,7 @@ data:
   transforms:
     - {{_target_: nequip.data.transforms.ChemicalSpeciesToAtomTypeMapper, model_type_names: "${{model_type_names}}"}}
     - {{_target_: nequip.data.transforms.NeighborListTransform, r_max: "${{cutoff_radius}}"}}
-  train_dataloader: {{_target_: torch.utils.data.DataLoader, batch_size: 2, shuffle: true}}
+  train_dataloader: {{_target_: torch.utils.data.DataLoader, batch_size: {batch}, shuffle: true}}
   val_dataloader: {{_target_: torch.utils.data.DataLoader, batch_size: 4}}
   stats_manager:
     _target_: nequip.data.CommonDataStatisticsManager
@@ -60,12 +71,12 @@ training_module:
   _target_: nequip.train.EMALightningModule
   ema_decay: 0.999
   loss:
-    _target_: nequip.train.EnergyForceStressLoss
+    _target_: nequip.train.EnergyForce{Stress}Loss
     per_atom_energy: true
-    coeffs: {{total_energy: 1.0, forces: 1.0, stress: 1.0}}
+    coeffs: {{total_energy: 1.0, forces: 1.0{stress}}}
   val_metrics:
-    _target_: nequip.train.EnergyForceStressMetrics
-    coeffs: {{per_atom_energy_mae: 1.0, forces_mae: 1.0, stress_mae: 1.0}}
+    _target_: nequip.train.EnergyForce{Stress}Metrics
+    coeffs: {{per_atom_energy_mae: 1.0, forces_mae: 1.0{stress_mae}}}
   train_metrics: ${{training_module.val_metrics}}
   test_metrics: ${{training_module.val_metrics}}
   optimizer: {{_target_: torch.optim.Adam, lr: 0.01}}
@@ -90,6 +101,8 @@ training_module:
     per_type_energy_scales: ${{training_data_stats:per_type_forces_rms}}
     per_type_energy_shifts: ${{training_data_stats:per_atom_energy_mean}}
 """
+
+MACE_STRESS = ["--loss", "universal", "--energy_weight", "1", "--forces_weight", "10", "--stress_weight", "10", "--compute_stress", "True"]
 
 EVALUATE = """
 import json, sys, ase.io, numpy as np
@@ -117,72 +130,103 @@ else:
     parameters = sum(p.numel() for p in calc.models[0].parameters())
 e, f, s = [], [], []
 for atoms in frames:
-    labels = atoms.get_potential_energy(), atoms.get_forces(), atoms.get_stress()
+    labels = atoms.get_potential_energy(), atoms.get_forces(), atoms.calc.results.get("stress")
     atoms.calc = calc
     e.append((atoms.get_potential_energy() - labels[0]) / len(atoms) + shift)
     f.append((atoms.get_forces() - labels[1]).ravel())
-    s.append(atoms.get_stress() - labels[2])
+    s += [] if labels[2] is None else [atoms.get_stress() - labels[2]]
 mae = lambda x: 1000 * float(np.abs(np.concatenate([np.ravel(v) for v in x])).mean())
-print("RESULT " + json.dumps({"energy_mae_meV_per_atom": mae(e), "forces_mae_meV_per_A": mae(f), "stress_mae_meV_per_A3": mae(s),
+print("RESULT " + json.dumps({"energy_mae_meV_per_atom": mae(e), "forces_mae_meV_per_A": mae(f), **({"stress_mae_meV_per_A3": mae(s)} if s else {}),
                               "num_parameters": parameters}))
 """
 
 
-def split(symbol: str, data: Path, folder: Path) -> None:
-    """The frames our own runs train, validate and test on, as plain files."""
+def split(name: str, data: Path, folder: Path) -> tuple[list[str], bool]:
+    """The frames to train, validate and test on, as plain files; their elements, and whether they have stress."""
     import ase.io
 
     from gossamer.config import make_config
     from gossamer.data.dataset import load_data
 
-    files = {k: str(data / "mlearn" / f"mlearn_{symbol}_{k}.extxyz.xz") for k in ("train", "test")}
-    parts = load_data(make_config({"data": {**files, "valid_size": 20}}).data)
+    prefix, sizes, _ = SETS[name]
     folder.mkdir(parents=True, exist_ok=True)
-    for name, part in zip(("train", "valid", "test"), parts, strict=True):
-        frames = [s.to_ase() for s in part]
-        ase.io.write(folder / f"{name}.extxyz", frames)
-        for atoms in frames:  # mace reads its labels under names of its own
+    files = {k: next(data.rglob(f"{prefix}_{k}*.extxyz.xz"), None) for k in ("train", "test")}
+    if files["test"] is None:
+        frames: list[Any] = ase.io.read(files["train"], ":")
+        ase.io.write(folder / "kept.extxyz", frames[::10])
+        ase.io.write(folder / "rest.extxyz", [a for k, a in enumerate(frames) if k % 10])
+        files = {"train": folder / "rest.extxyz", "test": folder / "kept.extxyz"}
+    parts = load_data(make_config({"data": {**{k: str(v) for k, v in files.items()}, **sizes}}).data)
+    for part, structures in zip(("train", "valid", "test"), parts, strict=True):
+        labelled: list[Any] = [s.to_ase() for s in structures]
+        ase.io.write(folder / f"{part}.extxyz", labelled)
+        for atoms in labelled:  # mace reads its labels under names of its own
             results = atoms.calc.results
-            atoms.info |= {"REF_energy": results["energy"], "REF_stress": results["stress"]}
+            atoms.info |= {f"REF_{k}": results[k] for k in ("energy", "stress") if k in results}
             atoms.arrays["REF_forces"] = results["forces"]
             atoms.calc = None
-        ase.io.write(folder / f"{name}_ref.extxyz", frames)
+        ase.io.write(folder / f"{part}_ref.extxyz", labelled)
+    return sorted({e for a in labelled for e in a.get_chemical_symbols()}), "REF_stress" in labelled[0].info
+
+
+def fit(folder: Path, minutes: float) -> dict[str, Any]:
+    """Errors of what `gossamer fit` chooses."""
+    from gossamer.config import make_config
+    from gossamer.data.dataset import open_dataset
+    from gossamer.data.labels import LabelConfig
+    from gossamer.fitting import choose_settings
+    from gossamer.runs import train
+    from gossamer.settings import to_dict
+
+    data = str(folder / "train.extxyz")
+    chosen = to_dict(choose_settings(open_dataset(data), data, None, str(folder / "run"), minutes, LabelConfig()))
+    parts = {k: str(folder / f"{k}.extxyz") for k in ("train", "valid", "test")}
+    results = train(make_config({**chosen, "data": parts}, ["training.compile=false"]), progress=False)
+    errors = {k: v for k, v in results["test"].items() if re.match("(energy|forces|stress)_mae", k)}
+    return {**errors, "num_parameters": results["num_parameters"], "steps": results["steps"], "network": chosen["model"]["name"]}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("set", choices=[*SYMBOLS])
+    parser.add_argument("set", choices=[*SETS])
     parser.add_argument("--minutes", type=int, default=8)
     parser.add_argument("--data", type=Path, default=HERE.parents[2] / "shared" / "data")
     parser.add_argument("--runs", type=Path, default=Path("runs") / "peers")
     parser.add_argument("--nequip", type=Path)
     parser.add_argument("--mace", type=Path)
     parser.add_argument("--pace", type=Path)
+    parser.add_argument("--fit", action="store_true", help="ours too")
     arguments = parser.parse_args()
+    if arguments.fit:
+        folder = (arguments.runs / f"fit-{arguments.set}").resolve()
+        split(arguments.set, arguments.data, folder)
+        keep("gossamer fit", "fit", arguments, fit(folder, arguments.minutes))
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD": "1"}
     for name in ("nequip", "mace", "pace"):
         venv = getattr(arguments, name)
         if venv is None:
             continue
         folder = (arguments.runs / f"{name}-{arguments.set}").resolve()
-        split(SYMBOLS[arguments.set], arguments.data, folder)
+        elements, stress = split(arguments.set, arguments.data, folder)
         began = time.perf_counter()
         if name == "nequip":
-            (folder / "config.yaml").write_text(NEQUIP.format(folder=folder, symbol=SYMBOLS[arguments.set], minutes=arguments.minutes))
+            words = ("Stress", ", stress: 1.0", ", stress_mae: 1.0") if stress else ("", "", "")
+            wanted = dict(zip(("Stress", "stress", "stress_mae"), words, strict=True)) | {"symbols": ", ".join(elements)}
+            batch = SETS[arguments.set][2]
+            (folder / "config.yaml").write_text(NEQUIP.format(folder=folder, minutes=arguments.minutes, batch=batch, **wanted))
             command = [str(venv / "bin" / "nequip-train"), "-cp", str(folder), "-cn", "config"]
             model = folder / "best.ckpt"
         elif name == "pace":
-            command = [str(venv / "bin" / "python"), str(HERE / "pace.py"), str(folder), SYMBOLS[arguments.set]]
+            command = [str(venv / "bin" / "python"), str(HERE / "pace.py"), str(folder), *elements]
             model = folder / "pace.yace"
         else:
             command = [
                 str(venv / "bin" / "mace_run_train"), "--name", "m", "--model", "MACE", "--train_file", f"{folder}/train_ref.extxyz",
                 "--valid_file", f"{folder}/valid_ref.extxyz", "--E0s", "average", "--hidden_irreps", "64x0e + 64x1o", "--correlation", "2",
-                "--r_max", "5.0", "--batch_size", "2", "--valid_batch_size", "4", "--max_num_epochs", "100000", "--loss", "universal",
-                "--energy_weight", "1", "--forces_weight", "10", "--stress_weight", "10", "--compute_stress", "True", "--ema", "--amsgrad",
+                "--r_max", "5.0", "--batch_size", str(SETS[arguments.set][2]), "--valid_batch_size", "4", "--max_num_epochs", "100000", "--ema", "--amsgrad",
                 "--ema_decay", "0.99", "--default_dtype", "float32", "--device", "cpu", "--seed", "0", "--work_dir", str(folder),
                 "--energy_key", "REF_energy", "--forces_key", "REF_forces", "--stress_key", "REF_stress", "--scheduler_patience", "5",
-                "--lr_factor", "0.6", "--eval_interval", "1",
+                "--lr_factor", "0.6", "--eval_interval", "1", *(MACE_STRESS if stress else []),
             ]  # fmt: skip
             model = folder / "best.model"
         with open(folder / "train.log", "w") as log:
@@ -204,12 +248,16 @@ def main() -> None:
         lines = [line for line in out.stdout.splitlines() if line.startswith("RESULT ")]
         if not lines:
             sys.exit(f"{name}: no result\n{out.stdout[-2000:]}{out.stderr[-2000:]}")
-        record = {"name": f"{name} package", "set": arguments.set, "minutes": arguments.minutes, "wall_seconds": round(seconds),
-                  **json.loads(lines[0][7:]), "date": datetime.date.today().isoformat()}  # fmt: skip
-        target = HERE / "compare" / f"{arguments.set}-{arguments.minutes}min-{name}.json"
-        target.parent.mkdir(exist_ok=True)
-        target.write_text(json.dumps(record, indent=1) + "\n")
-        print(json.dumps(record), flush=True)
+        keep(f"{name} package", name, arguments, {"wall_seconds": round(seconds), **json.loads(lines[0][7:])})
+
+
+def keep(name: str, short: str, arguments: argparse.Namespace, found: dict[str, Any]) -> None:
+    """Write a row down."""
+    record = {"name": name, "set": arguments.set, "minutes": arguments.minutes, **found, "date": datetime.date.today().isoformat()}
+    target = HERE / "compare" / f"{arguments.set}-{arguments.minutes}min-{short}.json"
+    target.parent.mkdir(exist_ok=True)
+    target.write_text(json.dumps(record, indent=1) + "\n")
+    print(json.dumps(record), flush=True)
 
 
 if __name__ == "__main__":
