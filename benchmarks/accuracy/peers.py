@@ -158,7 +158,7 @@ def split(name: str, data: Path, folder: Path) -> tuple[list[str], bool]:
         files = {"train": folder / "rest.extxyz", "test": folder / "kept.extxyz"}
     parts = load_data(make_config({"data": {**{k: str(v) for k, v in files.items()}, **sizes}}).data)
     for part, structures in zip(("train", "valid", "test"), parts, strict=True):
-        labelled: list[Any] = [s.to_ase() for s in structures]
+        labelled: list[Any] = [s.to_ase() for s in structures or ()]
         ase.io.write(folder / f"{part}.extxyz", labelled)
         for atoms in labelled:  # mace reads its labels under names of its own
             results = atoms.calc.results
