@@ -152,7 +152,7 @@ def split(name: str, data: Path, folder: Path) -> tuple[list[str], bool]:
     folder.mkdir(parents=True, exist_ok=True)
     files = {k: next(data.rglob(f"{prefix}_{k}*.extxyz.xz"), None) for k in ("train", "test")}
     if files["test"] is None:
-        frames: list[Any] = ase.io.read(files["train"], ":")
+        frames: Any = ase.io.read(str(files["train"]), ":")
         ase.io.write(folder / "kept.extxyz", frames[::10])
         ase.io.write(folder / "rest.extxyz", [a for k, a in enumerate(frames) if k % 10])
         files = {"train": folder / "rest.extxyz", "test": folder / "kept.extxyz"}
@@ -179,7 +179,7 @@ def fit(folder: Path, minutes: float) -> dict[str, Any]:
     from gossamer.settings import to_dict
 
     data = str(folder / "train.extxyz")
-    chosen = to_dict(choose_settings(open_dataset(data), data, None, str(folder / "run"), minutes, LabelConfig()))
+    chosen = to_dict(choose_settings(open_dataset(data), data, None, str(folder / f"{minutes}min"), minutes, LabelConfig()))
     parts = {k: str(folder / f"{k}.extxyz") for k in ("train", "valid", "test")}
     results = train(make_config({**chosen, "data": parts}, ["training.compile=false"]), progress=False)
     errors = {k: v for k, v in results["test"].items() if re.match("(energy|forces|stress)_mae", k)}
