@@ -24,15 +24,20 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-SETS: dict[str, tuple[str, dict[str, int], int]] = {
-    "silicon": ("mlearn_Si", {"valid_size": 20}, 2),
-    "germanium": ("mlearn_Ge", {"valid_size": 20}, 2),
-    "molybdenum": ("mlearn_Mo", {"valid_size": 20}, 2),
-    "aspirin": ("rmd17_aspirin", {"valid_size": 50}, 5),
-    "3bpa": ("3bpa", {"valid_size": 50}, 5),
-    "water": ("water_pbe0ts", {"valid_size": 10}, 1),
+SETS: dict[str, tuple[str, str, int, int]] = {
+    "silicon": ("mlearn_Si_train", "mlearn_Si_test", 20, 2),
+    "germanium": ("mlearn_Ge_train", "mlearn_Ge_test", 20, 2),
+    "molybdenum": ("mlearn_Mo_train", "mlearn_Mo_test", 20, 2),
+    "lithium": ("mlearn_Li_train", "mlearn_Li_test", 20, 2),
+    "copper": ("mlearn_Cu_train", "mlearn_Cu_test", 20, 2),
+    "alloys": ("hea_monbtaw_train", "hea_monbtaw_test", 260, 2),
+    "lips": ("lips_train", "lips_test", 10, 1),
+    "water": ("water_pbe0ts_train", "water_pbe0ts_test", 10, 1),
+    "aspirin": ("rmd17_aspirin_train", "rmd17_aspirin_test", 50, 5),
+    "acac": ("acac_train_300K", "acac_test_MD_300K", 50, 5),
+    "3bpa": ("3bpa_train_300K", "", 50, 5),
 }
-"""files, split, and structures in a batch of the packages"""
+"""files, frames that choose the best weights, and structures in a batch of the packages"""
 
 NEQUIP = """
 run: [train]
@@ -141,22 +146,22 @@ print("RESULT " + json.dumps({"energy_mae_meV_per_atom": mae(e), "forces_mae_meV
 """
 
 
-def split(name: str, data: Path, folder: Path) -> tuple[list[str], bool]:
+def split(name: str, data: Path, folder: Path, seed: int = 0) -> tuple[list[str], bool]:
     """The frames to train, validate and test on, as plain files; their elements, and whether they have stress."""
     import ase.io
 
     from gossamer.config import make_config
     from gossamer.data.dataset import load_data
 
-    prefix, sizes, _ = SETS[name]
+    train, test, valid_size, _ = SETS[name]
     folder.mkdir(parents=True, exist_ok=True)
-    files = {k: next(data.rglob(f"{prefix}_{k}*.extxyz.xz"), None) for k in ("train", "test")}
-    if files["test"] is None:
+    files = {k: next(data.rglob(f"{stem}.extxyz.xz")) for k, stem in (("train", train), ("test", test)) if stem}
+    if not test:
         frames: Any = ase.io.read(str(files["train"]), ":")
         ase.io.write(folder / "kept.extxyz", frames[::10])
         ase.io.write(folder / "rest.extxyz", [a for k, a in enumerate(frames) if k % 10])
         files = {"train": folder / "rest.extxyz", "test": folder / "kept.extxyz"}
-    parts = load_data(make_config({"data": {**{k: str(v) for k, v in files.items()}, **sizes}}).data)
+    parts = load_data(make_config({"data": {**{k: str(v) for k, v in files.items()}, "valid_size": valid_size, "seed": seed}}).data)
     for part, structures in zip(("train", "valid", "test"), parts, strict=True):
         labelled: list[Any] = [s.to_ase() for s in structures or ()]
         ase.io.write(folder / f"{part}.extxyz", labelled)
@@ -169,7 +174,7 @@ def split(name: str, data: Path, folder: Path) -> tuple[list[str], bool]:
     return sorted({e for a in labelled for e in a.get_chemical_symbols()}), "REF_stress" in labelled[0].info
 
 
-def fit(folder: Path, minutes: float) -> dict[str, Any]:
+def fit(folder: Path, minutes: float, seed: int) -> dict[str, Any]:
     """Errors of what `gossamer fit` chooses."""
     from gossamer.config import make_config
     from gossamer.data.dataset import open_dataset
@@ -181,7 +186,7 @@ def fit(folder: Path, minutes: float) -> dict[str, Any]:
     data = str(folder / "train.extxyz")
     chosen = to_dict(choose_settings(open_dataset(data), data, None, str(folder / f"{minutes}min"), minutes, LabelConfig()))
     parts = {k: str(folder / f"{k}.extxyz") for k in ("train", "valid", "test")}
-    results = train(make_config({**chosen, "data": parts}, ["training.compile=false"]), progress=False)
+    results = train(make_config({**chosen, "data": parts}, ["training.compile=false", f"training.seed={seed}"]), progress=False)
     errors = {k: v for k, v in results["test"].items() if re.match("(energy|forces|stress)_mae", k)}
     return {**errors, "num_parameters": results["num_parameters"], "steps": results["steps"], "network": chosen["model"]["name"]}
 
@@ -196,11 +201,13 @@ def main() -> None:
     parser.add_argument("--mace", type=Path)
     parser.add_argument("--pace", type=Path)
     parser.add_argument("--fit", action="store_true", help="ours too")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of --fit: of split, weights and order; packages have 0")
     arguments = parser.parse_args()
     if arguments.fit:
-        folder = (arguments.runs / f"fit-{arguments.set}").resolve()
-        split(arguments.set, arguments.data, folder)
-        keep("gossamer fit", "fit", arguments, fit(folder, arguments.minutes))
+        for seed in arguments.seeds:
+            folder = (arguments.runs / f"fit-{arguments.set}-{seed}").resolve()
+            split(arguments.set, arguments.data, folder, seed)
+            keep("gossamer fit", f"fit-{seed}" if seed else "fit", arguments, {"seed": seed, **fit(folder, arguments.minutes, seed)})
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD": "1"}
     for name in ("nequip", "mace", "pace"):
         venv = getattr(arguments, name)
@@ -212,7 +219,7 @@ def main() -> None:
         if name == "nequip":
             words = ("Stress", ", stress: 1.0", ", stress_mae: 1.0") if stress else ("", "", "")
             wanted = dict(zip(("Stress", "stress", "stress_mae"), words, strict=True)) | {"symbols": ", ".join(elements)}
-            batch = SETS[arguments.set][2]
+            batch = SETS[arguments.set][3]
             (folder / "config.yaml").write_text(NEQUIP.format(folder=folder, minutes=arguments.minutes, batch=batch, **wanted))
             command = [str(venv / "bin" / "nequip-train"), "-cp", str(folder), "-cn", "config"]
             model = folder / "best.ckpt"
@@ -223,7 +230,7 @@ def main() -> None:
             command = [
                 str(venv / "bin" / "mace_run_train"), "--name", "m", "--model", "MACE", "--train_file", f"{folder}/train_ref.extxyz",
                 "--valid_file", f"{folder}/valid_ref.extxyz", "--E0s", "average", "--hidden_irreps", "64x0e + 64x1o", "--correlation", "2",
-                "--r_max", "5.0", "--batch_size", str(SETS[arguments.set][2]), "--valid_batch_size", "4", "--max_num_epochs", "100000", "--ema", "--amsgrad",
+                "--r_max", "5.0", "--batch_size", str(SETS[arguments.set][3]), "--valid_batch_size", "4", "--max_num_epochs", "100000", "--ema", "--amsgrad",
                 "--ema_decay", "0.99", "--default_dtype", "float32", "--device", "cpu", "--seed", "0", "--work_dir", str(folder),
                 "--energy_key", "REF_energy", "--forces_key", "REF_forces", "--stress_key", "REF_stress", "--scheduler_patience", "5",
                 "--lr_factor", "0.6", "--eval_interval", "1", *(MACE_STRESS if stress else []),
