@@ -94,27 +94,49 @@ def fit(
     if report.errors and not force:
         raise ValueError("The data is not fit for training: " + "; ".join(report.errors) + ". Mend it, or insist with --force.")
     finetune = None if start is None else {"start": str(start), **tuning}
-    config = choose_settings(structures, str(data), model, str(out), minutes, labels or LabelConfig(), finetune, speed, report, accuracy)
+    config = choose_settings(
+        data,
+        structures,
+        model=model,
+        out=out,
+        minutes=minutes,
+        labels=labels,
+        finetune=finetune,
+        speed=speed,
+        accuracy=accuracy,
+        report=report,
+    )
     log.info("training for %g minutes; settings are in '%s'", minutes, folder / "config.yaml")
     return train(config, progress=progress)
 
 
 def choose_settings(
-    structures: Sequence[Structure],
-    data: str,
-    model: str | None,
-    out: str,
-    minutes: float,
-    labels: LabelConfig,
+    data: Path | str,
+    structures: Sequence[Structure] | None = None,
+    *,
+    model: str | None = None,
+    out: Path | str = "fit",
+    minutes: float = 30.0,
+    labels: LabelConfig | None = None,
     finetune: Mapping[str, Any] | None = None,
     speed: bool = False,
-    report: Inspection | None = None,
     accuracy: bool = False,
+    report: Inspection | None = None,
 ) -> Config:
     """Settings that suit a data set: which labels, which split, how far and how sharply atoms see, how many structures per step, compiled or not.
 
-    ``report`` is what inspection said of the structures, where they were inspected before.
+    Args:
+        data: Labelled structures.
+        structures: Those of them to choose by; by default all.
+        model: As for `fit`; so are ``out``, ``minutes``, ``labels``, ``speed`` and ``accuracy``.
+        finetune: Section of the settings, with a ``start``.
+        report: What inspection said of the structures, where they were inspected before.
+
+    Raises:
+        ValueError: neither energies nor forces are in every frame.
     """
+    labels = labels or LabelConfig()
+    structures = open_dataset(data, labels) if structures is None else structures
     sample = [structures[k] for k in range(0, len(structures), max(1, len(structures) // 200))]
     atoms = float(np.mean([s.n_atoms for s in sample]))
     has = {label: all(label in s.labels for s in structures) for label in QUANTITIES}
@@ -147,7 +169,7 @@ def choose_settings(
     rate = soap or defaults.learning_rate * (1.0 if finetune is None else 0.2)  # near a good solution large steps only destroy
     config = make_config(
         {
-            "data": {"train": data, "labels": to_dict(labels), "split": "group" if grouped else "random"},
+            "data": {"train": str(data), "labels": to_dict(labels), "split": "group" if grouped else "random"},
             "model": network,
             **({} if finetune is None else {"finetune": dict(finetune)}),
             # stress in eV/Å³ is small: 20 makes it about the virial per atom
@@ -158,7 +180,7 @@ def choose_settings(
                 "optimizer": "soap" if soap else "muon",
                 "learning_rate": rate,
             },
-            "out": out,
+            "out": str(out),
         }
     )
     n_elements = len({int(z) for s in sample for z in s.atomic_numbers})

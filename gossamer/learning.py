@@ -29,7 +29,6 @@ from gossamer.config import make_config
 from gossamer.data.atoms import read_frames
 from gossamer.data.dataset import open_dataset
 from gossamer.data.fingerprint import SeenFrames
-from gossamer.data.labels import LabelConfig
 from gossamer.data.structure import Structure, as_structure
 from gossamer.evaluation import evaluate_potential
 from gossamer.files import InputError, atomic_path, locked, write_bytes, write_json
@@ -282,11 +281,8 @@ def _fit(current: Path, potential: Potential, old: Sequence[Structure], config: 
             ase.io.write(temporary, frames, format="extxyz")
     if not sides["train"] or not sides["valid"]:
         raise RuntimeError(f"{len(new)} labelled frames are too few to train and to validate: raise frames, or give data.")
-    labelled = open_dataset(folder / "train.extxyz")
-    chosen = choose_settings(
-        labelled, str(folder / "train.extxyz"), None, str(folder / "fit"), config.minutes, LabelConfig(), {"start": str(current)}
-    )
-    values = to_dict(chosen)
+    start = {"start": str(current)}
+    values = to_dict(choose_settings(folder / "train.extxyz", out=folder / "fit", minutes=config.minutes, finetune=start))
     values["data"] |= {"valid": str(folder / "valid.extxyz"), "split": "random"}
     values["training"] |= {"device": config.device} | ({"minutes": None, "steps": config.train_steps} if config.train_steps else {})
     answer = train(make_config(values), resume=True, progress=False)

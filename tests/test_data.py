@@ -861,7 +861,7 @@ def test_inspection_finds_the_sign_and_unit_of_stress(factor: float, message: st
 
 
 @pytest.mark.parametrize("offset", [0.0, 0.01, -0.01])
-def test_inspection_finds_a_constant_in_the_stress(offset: float, tmp_path: Path) -> None:
+def test_inspection_finds_a_constant_in_the_stress(offset: float) -> None:
     """Pulay stress: a pressure that the energies do not have. It is measured to 10 %, said, and `fit` does not train on such stress."""
     structures = [replace(s, stress=s.stress + offset * np.eye(3)) for s in emt_structures(40, rattle=0.0, strain=0.01)]
     report = inspect(structures)
@@ -869,7 +869,7 @@ def test_inspection_finds_a_constant_in_the_stress(offset: float, tmp_path: Path
     assert report.numbers["stress_offset"]["offset"] == pytest.approx(offset, abs=1e-3), report.numbers
     assert sum("that the energies lack" in w for w in report.warnings) == (offset != 0), report.warnings
     assert (report.stress_offset is None) is (offset == 0)
-    config = choose_settings(structures, "none.extxyz", None, str(tmp_path), 1.0, LabelConfig())
+    config = choose_settings("none.extxyz", structures)
     assert (config.loss.stress == 0) is (offset != 0)
 
 

@@ -700,15 +700,15 @@ def test_fit_compiles_only_where_it_clearly_pays(name: str) -> None:
     assert compile_pays(name, 10, kept=True)
 
 
-def test_fit_of_few_frames_takes_small_batches_and_slow_radial_functions(tmp_path: Path) -> None:
+def test_fit_of_few_frames_takes_small_batches_and_slow_radial_functions() -> None:
     """50 frames of ethanol: 2 a step, by Muon; 16 of 2,000, which are enough to learn what varies fast, by SOAP."""
     frames = list(read_structures(ETHANOL))
     for count, batch_size, decay in ((50, 2, 1.0), (2_000, 16, 0.0)):
         some = [frames[k % len(frames)] for k in range(count)]
-        config = fitting.choose_settings(some, ETHANOL, None, str(tmp_path), 1.0, LabelConfig())
+        config = fitting.choose_settings(ETHANOL, some)
         assert (config.training.batch_size, config.model.basis_decay) == (batch_size, decay)
         assert (config.training.optimizer, config.training.learning_rate) == (("muon", 0.04) if count == 50 else ("soap", 0.08))
-    assert not hasattr(fitting.choose_settings(some[:50], ETHANOL, "painn", str(tmp_path), 1.0, LabelConfig()).model, "basis_decay")
+    assert not hasattr(fitting.choose_settings(ETHANOL, some[:50], model="painn").model, "basis_decay")
 
 
 def test_fit_for_speed_or_accuracy_takes_another_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

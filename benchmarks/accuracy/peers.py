@@ -177,14 +177,11 @@ def split(name: str, data: Path, folder: Path, seed: int = 0) -> tuple[list[str]
 def fit(folder: Path, minutes: float, seed: int) -> dict[str, Any]:
     """Errors of what `gossamer fit` chooses."""
     from gossamer.config import make_config
-    from gossamer.data.dataset import open_dataset
-    from gossamer.data.labels import LabelConfig
     from gossamer.fitting import choose_settings
     from gossamer.runs import train
     from gossamer.settings import to_dict
 
-    data = str(folder / "train.extxyz")
-    chosen = to_dict(choose_settings(open_dataset(data), data, None, str(folder / f"{minutes}min"), minutes, LabelConfig()))
+    chosen = to_dict(choose_settings(folder / "train.extxyz", out=folder / f"{minutes}min", minutes=minutes))
     parts = {k: str(folder / f"{k}.extxyz") for k in ("train", "valid", "test")}
     results = train(make_config({**chosen, "data": parts}, ["training.compile=false", f"training.seed={seed}"]), progress=False)
     errors = {k: v for k, v in results["test"].items() if re.match("(energy|forces|stress)_mae", k)}

@@ -26,7 +26,6 @@ import torch
 import gossamer
 from gossamer.config import make_config
 from gossamer.data.dataset import open_dataset
-from gossamer.data.labels import LabelConfig
 from gossamer.files import write_json
 from gossamer.fitting import choose_settings
 from gossamer.runs import train
@@ -43,7 +42,7 @@ def run(molecule: str, frames: int, minutes: float, seed: int, data: Path, chang
     files = {side: str(data / "rmd17" / f"rmd17_{molecule}_{side}.extxyz.xz") for side in ("train", "test")}
     structures = open_dataset(files["train"])
     with tempfile.TemporaryDirectory() as folder:
-        chosen = choose_settings([structures[k] for k in range(frames)], files["train"], None, folder, minutes, LabelConfig())
+        chosen = choose_settings(files["train"], structures[:frames], out=folder, minutes=minutes)
         split = {"train_size": frames, "valid_size": 50, "valid_fraction": 0.1, "test": files["test"], "seed": seed}
         asked = to_dict(chosen) | {"data": to_dict(chosen.data) | split}
         config = make_config(asked, ["training.clock=cpu", f"training.seed={seed}", *changes])

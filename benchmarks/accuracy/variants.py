@@ -51,12 +51,11 @@ def command(job: str, minutes: float, data: Path, folder: Path) -> list[str]:
 
 def chosen(recipe: Path, data: Path | None, minutes: float, path: Path) -> Path:
     """Writes the settings that `gossamer fit` chooses, on the recipe's split."""
-    from gossamer.data.dataset import open_dataset
-    from gossamer.data.labels import LabelConfig
     from gossamer.fitting import choose_settings
     from gossamer.settings import to_dict
 
-    settings = to_dict(choose_settings(open_dataset(str(data)), str(data), None, "-", minutes, LabelConfig()))
+    assert data is not None
+    settings = to_dict(choose_settings(data, out="-", minutes=minutes))
     path.write_text(yaml.safe_dump({**settings, "data": yaml.safe_load(recipe.read_text())["data"]}))
     return path
 

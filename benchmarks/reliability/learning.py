@@ -34,7 +34,6 @@ import gossamer
 from gossamer.checks.source import find_sources
 from gossamer.config import make_config
 from gossamer.data.dataset import open_dataset
-from gossamer.data.labels import LabelConfig
 from gossamer.evaluation import evaluate_potential
 from gossamer.files import atomic_path, write_json
 from gossamer.fitting import choose_settings
@@ -74,7 +73,7 @@ def reference(temperature: float, n: int, spacing: int, seed: int, out: Path) ->
 def begin(data: Path, network: str | None, steps: int, out: Path) -> Path:
     """The potential that all ways start from: what `fit` chooses, for a number of steps."""
     if not (out / "results.json").exists():
-        chosen = to_dict(choose_settings(open_dataset(data), str(data), network, str(out), 1.0, LabelConfig()))
+        chosen = to_dict(choose_settings(data, model=network, out=out))
         chosen["data"] |= {"valid_size": 4}
         chosen["training"] |= {"minutes": None, "steps": steps, "compile": False}
         gossamer.train(make_config(chosen), resume=True, progress=False)

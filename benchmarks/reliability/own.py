@@ -28,7 +28,6 @@ import gossamer
 from gossamer.config import make_config
 from gossamer.data.atoms import read_frames
 from gossamer.data.dataset import open_dataset
-from gossamer.data.labels import LabelConfig
 from gossamer.engine.engine import Engine
 from gossamer.evaluation import evaluate_potential
 from gossamer.files import write_json
@@ -66,7 +65,7 @@ def run(network: str, system: str, arguments: argparse.Namespace) -> dict[str, A
     folder = arguments.out / f"{network}-{system}"
     file = folder / "potential.safetensors"
     if not (folder / "results.json").exists():
-        config = choose_settings(open_dataset(train_file), str(train_file), network, str(folder), arguments.minutes, LabelConfig())
+        config = choose_settings(train_file, model=network, out=folder, minutes=arguments.minutes)
         changes = ["training.clock=cpu", "training.compile=false", *arguments.set]
         train(make_config(to_dict(config), changes), resume=(folder / "checkpoint.safetensors").exists(), progress=False)
     trained = json.loads((folder / "results.json").read_text())

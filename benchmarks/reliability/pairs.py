@@ -31,7 +31,6 @@ import gossamer
 from gossamer.checks.candidate import bond_length
 from gossamer.config import make_config
 from gossamer.data.dataset import open_dataset
-from gossamer.data.labels import LabelConfig
 from gossamer.engine.engine import Engine
 from gossamer.evaluation import evaluate_potential
 from gossamer.fitting import choose_settings
@@ -104,7 +103,7 @@ def run(network: str, system: str, data: Path, minutes: float, out: Path, change
     train_file, test_file = (data / name for name in SYSTEMS[system])
     folder = out / f"{network}-{system}"
     if not (folder / "results.json").exists():
-        config = choose_settings(open_dataset(train_file), str(train_file), network, str(folder), minutes, LabelConfig())
+        config = choose_settings(train_file, model=network, out=folder, minutes=minutes)
         settings = make_config(to_dict(config), ["training.clock=cpu", "training.compile=false", *changes])
         train(settings, resume=(folder / "checkpoint.safetensors").exists(), progress=False)
     results = json.loads((folder / "results.json").read_text())
