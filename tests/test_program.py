@@ -26,7 +26,7 @@ from gossamer.engine import program
 from gossamer.engine.agreement import probe
 from gossamer.engine.cache import check, keeping, tidy
 from gossamer.engine.engine import Engine, Way
-from gossamer.engine.program import Program, cache_name, cached_program, compare, identity, make_program
+from gossamer.engine.program import Program, cache_name, cached_program, compare, identity, make_program, open_program
 from gossamer.potential_file import save
 from gossamer.simulation.calculator import Calculator
 from gossamer.simulation.md import md
@@ -362,3 +362,27 @@ def test_calculators_in_threads_and_copies() -> None:
     np.testing.assert_array_equal(found, wanted * 3)
     for other in (copy.deepcopy(calculator), pickle.loads(pickle.dumps(calculator))):
         assert other.get_potential_energy(frames[0].copy()) == wanted[0]
+
+
+@pytest.mark.parametrize("signal", [0, 11])
+def test_a_loader_that_crashes_ends_another_process(signal: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once found to open programs, a machine is not asked again, in this process or another; one that does not is an error, or goes without."""
+    monkeypatch.setenv("GOSSAMER_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(program, "_sure", set())
+    monkeypatch.setattr(program, "OPEN", f"import os; os.kill(os.getpid(), {signal})")
+    opened: list[str] = []
+    monkeypatch.setattr(torch._C._aoti, "AOTIModelPackageLoader", lambda path, *_: opened.append(path))
+    (tmp_path / "cache").mkdir(mode=0o700)
+    path = tmp_path / "p.pt2"
+    if signal:
+        with pytest.raises(program.Crash, match="ends by signal 11 on this machine"):
+            open_program(path)
+        assert not opened
+        assert not list((tmp_path / "cache").iterdir())
+        return
+    open_program(path)
+    monkeypatch.setattr(program, "OPEN", "import os; os.kill(os.getpid(), 9)")
+    open_program(path)
+    monkeypatch.setattr(program, "_sure", set())
+    open_program(path)
+    assert opened == [str(path)] * 3

@@ -13,12 +13,15 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import platform
+import subprocess
+import sys
 import time
 import warnings
 import zipfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +44,45 @@ from gossamer.settings import to_dict
 from gossamer.timing import fastest
 
 log = logging.getLogger(__name__)
+OPEN = """
+import sys
+import torch
+from gossamer.engine.kernels import ops, polynomial  # operators that a program may name
+torch._C._aoti.AOTIModelPackageLoader(sys.argv[1], "model", False, 1, -1)
+"""
 NAMES = ["energy", "node_energies", "forces", "stress"]
+
+
+_sure: set[str] = set()
+"""that programs open, of the machine as it is: what was found in this process"""
+
+
+class Crash(RuntimeError):
+    """PyTorch ends the process that opens a program."""
+
+
+def open_program(path: Path) -> Any:
+    """PyTorch's loader of a program, which `torch._inductor.aoti_load_package` wraps; importing that module takes seconds.
+
+    On one machine (NVIDIA H200, torch 2.11) opening any program ended the process. So the first program on a machine is opened by a process
+    of its own; a file in the cache says that this went well.
+
+    Raises:
+        Crash: it did not.
+        RuntimeError: no program.
+    """
+    version = f"{torch.__version__} {sys.version} {processor()} {torch.cuda.is_available()}"
+    sure = f"opens-{hashlib.sha256(version.encode()).hexdigest()[:16]}"
+    if sure not in _sure and not (cache_folder() / sure).exists():
+        command = [sys.executable, "-W", "ignore", "-c", OPEN, str(path)]
+        done = subprocess.run(command, capture_output=True, check=False, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
+        if done.returncode < 0:
+            raise Crash(f"PyTorch {torch.__version__} ends by signal {-done.returncode} on this machine when it opens a compiled potential")
+        if done.returncode == 0:
+            _sure.add(sure)
+            with suppress(OSError):
+                cache.cached(sure).touch(mode=0o600)
+    return torch._C._aoti.AOTIModelPackageLoader(str(path), "model", False, 1, -1)  # type: ignore[attr-defined]
 
 
 class Program:
@@ -57,15 +98,17 @@ class Program:
 
         Raises:
             ValueError: not a program, or of another potential, precision, device or PyTorch.
+            Crash: this PyTorch opens no program on this machine.
         """
         self.path, self.names, self.batch = path, names_of(potential), batch
         values = inputs_of(potential)
         self._tables = [values[name].contiguous() for name in tables_of(potential)]
         try:
             _sound(path)
-            # what torch._inductor.aoti_load_package wraps; importing that module takes seconds
-            self._program = torch._C._aoti.AOTIModelPackageLoader(str(path), "model", False, 1, -1)  # type: ignore[attr-defined]
+            self._program = open_program(path)
             found = json.loads(self._program.get_metadata()["gossamer"])
+        except Crash:
+            raise
         except (RuntimeError, KeyError, ValueError, TypeError, OSError) as error:
             text = " ".join(str(error).split())[:200]
             raise ValueError(f"'{path}' is not a compiled potential ({text}). Make it again with gossamer export.") from None

@@ -32,7 +32,7 @@ from gossamer.engine.agreement import probe
 from gossamer.engine.domain import Domain, compare, compile_domain
 from gossamer.engine.kernels import cpu, ops, polynomial
 from gossamer.engine.kernels.attach import AttentionKernel
-from gossamer.engine.program import identity
+from gossamer.engine.program import identity, open_program
 from gossamer.files import InputError, atomic_folder
 from gossamer.graph import Graph
 from gossamer.potential import Potential
@@ -80,7 +80,7 @@ def export_lammps(model: Path | str, out: Path | str, dtype: str | None = None, 
     domain, graph, began = Domain(potential), probe(potential), time.perf_counter()
     with atomic_folder(out) as folder:
         keys = compile_domain(domain, graph, folder / "program.pt2")
-        run = torch._C._aoti.AOTIModelPackageLoader(str(folder / "program.pt2"), "model", False, 1, -1)  # type: ignore[attr-defined]
+        run = open_program(folder / "program.pt2")
         energies, slopes = compare(lambda *tensors: run.run(list(tensors)), potential, graph)
         write_selftest(folder / "selftest.bin", graph, energies, slopes)
         kernels = [f"kernel {line}" for line in copy_kernels(domain, keys, folder)] if device == "cpu" else []
