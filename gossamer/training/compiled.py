@@ -29,6 +29,7 @@ from gossamer.timing import fastest
 
 log = logging.getLogger(__name__)
 NOISE = 3.0
+"""times as far from float64 as the plain step in its own precision: the farthest that is right"""
 LARGEST = 50_000
 """edges of the part of a batch that is timed on a GPU"""
 COMPARED = 5_000
