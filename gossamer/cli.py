@@ -57,6 +57,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.print_help()
         return 2
     logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s", stream=sys.stderr)
+    logging.getLogger("torch_sim").setLevel(logging.WARNING)  # 0.6 tells of every batch
     try:
         return int(arguments.run(arguments))
     except BrokenPipeError:  # whoever read the output has gone, as head does

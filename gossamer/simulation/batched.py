@@ -122,7 +122,7 @@ def _relaxed(model: TorchSimModel, structures: Sequence[Atoms], config: RelaxCon
 
     batcher = torch_sim.InFlightAutoBatcher(model, memory_scales_with="n_atoms", max_memory_scaler=sum(map(len, structures)))
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*max steps.*")  # "not converged" is in the answer
+        warnings.filterwarnings("ignore", message=".*(max steps|maximum number of steps).*")  # "not converged" is in the answer
         final = torch_sim.optimize(
             system=[_plain(a) for a in structures], model=model, convergence_fn=criterion, autobatcher=batcher, max_steps=config.steps,
             steps_between_swaps=min(BETWEEN, config.steps), **(CELL if config.cell else ATOMS),
