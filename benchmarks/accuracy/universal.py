@@ -138,9 +138,8 @@ def main() -> None:
     parser.add_argument("--beside", nargs="*", default=[], metavar="NAME=POTENTIAL", help="saved potentials to test on the same frames")
     parser.add_argument("--table", action="store_true", help="only print the table of what was recorded")
     arguments = parser.parse_args()
-    rows = json.loads(RECORD.read_text()) if RECORD.exists() else []
     if arguments.table:
-        print(table(rows), end="")
+        print(table(json.loads(RECORD.read_text())), end="")
         return
     prepare(arguments.data, arguments.out)
     found = []
@@ -160,6 +159,7 @@ def main() -> None:
                 "errors": errors(folder / "potential.safetensors", arguments.out),
                 "date": datetime.date.today().isoformat(), "machine": machine(), "versions": versions(),
             })  # fmt: skip
+    rows = json.loads(RECORD.read_text()) if RECORD.exists() else []  # now: another call may have added to them
     rows = [r for r in rows if r["name"] not in {f["name"] for f in found}] + found
     write_json(RECORD, rows)
     print(table(found), end="")
