@@ -95,17 +95,8 @@ def fit(
         raise ValueError("The data is not fit for training: " + "; ".join(report.errors) + ". Mend it, or insist with --force.")
     finetune = None if start is None else {"start": str(start), **tuning}
     config = choose_settings(
-        data,
-        structures,
-        model=model,
-        out=out,
-        minutes=minutes,
-        labels=labels,
-        finetune=finetune,
-        speed=speed,
-        accuracy=accuracy,
-        report=report,
-    )
+        data, structures, model=model, out=out, minutes=minutes, labels=labels, finetune=finetune, speed=speed, accuracy=accuracy, report=report
+    )  # fmt: skip
     log.info("training for %g minutes; settings are in '%s'", minutes, folder / "config.yaml")
     return train(config, progress=progress)
 

@@ -6,7 +6,7 @@ the centre to the neighbour; rows of `cell` are lattice vectors.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -80,15 +80,16 @@ class Graph:
         return torch.zeros(self.n_graphs, dtype=self.cell.dtype, device=ones.device).index_add(0, self.graph_index, ones)
 
     def to(self, device: torch.device | str) -> Graph:
-        moved: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
-        moved = {k: v.to(device, non_blocking=True) for k, v in moved.items() if isinstance(v, Tensor)}
-        return replace(self, **moved, extras={k: v.to(device, non_blocking=True) for k, v in self.extras.items()})
+        return self._changed(lambda v: v.to(device, non_blocking=True))
 
     def double(self) -> Graph:
         """Real numbers in float64."""
+        return self._changed(lambda v: v.double() if v.is_floating_point() else v)
+
+    def _changed(self, change: Callable[[Tensor], Tensor]) -> Graph:
         found: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
-        found = {k: v.double() for k, v in found.items() if isinstance(v, Tensor) and v.is_floating_point()}
-        return replace(self, **found, extras={k: v.double() if v.is_floating_point() else v for k, v in self.extras.items()})
+        changed: dict[str, Any] = {k: change(v) for k, v in found.items() if isinstance(v, Tensor)}
+        return replace(self, **changed, extras={k: change(v) for k, v in self.extras.items()})
 
     def edge_vectors(self) -> Float[Tensor, "n_edges 3"]:
         """Vectors in Å from each receiver (centre) to its sender (neighbour): r_j + shift · cell - r_i.

@@ -366,7 +366,7 @@ def test_calculators_in_threads_and_copies() -> None:
 
 @pytest.mark.parametrize("signal", [0, 11])
 def test_a_loader_that_crashes_ends_another_process(signal: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Once found to open programs, a machine is not asked again, in this process or another; one that does not is an error, or goes without."""
+    """Once found to open programs, a machine is not asked again, in this process or another; one that crashes is an error."""
     monkeypatch.setenv("GOSSAMER_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(program, "_sure", set())
     monkeypatch.setattr(program, "OPEN", f"import os; os.kill(os.getpid(), {signal})")

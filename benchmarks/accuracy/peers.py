@@ -196,7 +196,7 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs") / "peers")
     parser.add_argument("--nequip", type=Path)
     parser.add_argument("--mace", type=Path)
-    parser.add_argument("--pace", type=Path)
+    parser.add_argument("--pace", type=Path, help="sets of one element only")
     parser.add_argument("--fit", action="store_true", help="ours too")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of --fit: of split, weights and order; packages have 0")
     arguments = parser.parse_args()

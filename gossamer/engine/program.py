@@ -51,8 +51,6 @@ from gossamer.engine.kernels import ops, polynomial  # operators that a program 
 torch._C._aoti.AOTIModelPackageLoader(sys.argv[1], "model", False, 1, -1)
 """
 NAMES = ["energy", "node_energies", "forces", "stress"]
-
-
 _sure: set[str] = set()
 """that programs open, of the machine as it is: what was found in this process"""
 
@@ -77,7 +75,10 @@ def open_program(path: Path) -> Any:
         command = [sys.executable, "-W", "ignore", "-c", OPEN, str(path)]
         done = subprocess.run(command, capture_output=True, check=False, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
         if done.returncode < 0:
-            raise Crash(f"PyTorch {torch.__version__} ends by signal {-done.returncode} on this machine when it opens a compiled potential")
+            raise Crash(
+                f"PyTorch {torch.__version__} ends by signal {-done.returncode} on this machine when it opens a compiled potential: "
+                "run it without (way kernels or auto), or try another version of PyTorch"
+            )
         if done.returncode == 0:
             _sure.add(sure)
             with suppress(OSError):

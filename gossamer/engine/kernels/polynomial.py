@@ -127,7 +127,7 @@ WANTED = {"value": "y", "to_x": "d", "to_coefficients": "k", "second": "ydk"}
 def generate_triton(monomials: Monomials, training: bool = False) -> str:
     """Triton source of the same functions: one warp for each node and 32 channels; nothing is kept between pieces but the results.
 
-    Second derivatives are cut finer: those of MACE's default size then compile in 20 s, not 50.
+    Second derivatives are cut finer, since compilers take longest for them (benchmarks/speed, GPU).
     """
     functions = [
         _triton(f"{name}_{number}", piece, monomials, name == "second", WANTED[name])
