@@ -1,13 +1,13 @@
 """Every network trained shortly on four data sets, judged, and simulated for 50 ps.
 
     python benchmarks/reliability/own.py --data ../shared/data --out runs/own leignn:silicon weft:ethanol ...
-    python benchmarks/reliability/own.py --table runs/own > benchmarks/reliability/own.md
+    python benchmarks/reliability/own.py --keep runs/own            # the finished rows, into own.json and own.md here
 
 Each NETWORK:SYSTEM is a row: trained with the settings that `gossamer fit` chooses for so many minutes of CPU time (those count, not the
 clock on the wall, so that other jobs do not), then judged at the quick level, with all pairs of elements and dynamics of the length given.
 The same command again does what is missing: a training or simulation that was cut goes on, finished rows are kept, and where longer dynamics
-are asked for than a row has, they go on from their end. One JSON file for each row holds every number of the judge; own.json has them all, and
-the table says of each row what did not pass, and why.
+are asked for than a row has, they go on from their end. One JSON file for each row holds every number of the judge; own.json here keeps its
+verdicts, and the table says of each row what did not pass, and why.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from gossamer.data.atoms import read_frames
 from gossamer.data.dataset import open_dataset
 from gossamer.engine.engine import Engine
 from gossamer.evaluation import evaluate_potential
-from gossamer.files import write_json
+from gossamer.files import write_json, write_text
 from gossamer.fitting import choose_settings
 from gossamer.runs import train
 from gossamer.settings import to_dict
@@ -104,10 +104,17 @@ def verdict_of(result: Any) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def records(folder: Path) -> list[dict[str, Any]]:
-    """Finished rows: by system, then in the order of the networks."""
-    found = [json.loads(path.read_text()) for path in folder.glob("*-*.json")]
-    return sorted(found, key=lambda r: (list(SYSTEMS).index(r["system"]), NETWORKS.index(r["network"])))
+def keep(folder: Path) -> list[dict[str, Any]]:
+    """All rows that own.json holds, with those of a folder, which replace older ones of the same network, system, time and settings."""
+    file = HERE / "own.json"
+    old = json.loads(file.read_text()) if file.exists() else []
+    new = [json.loads(path.read_text()) for path in folder.glob("*-*.json")]
+    for record in new:
+        record["verdicts"] = {name: {key: v[key] for key in ("status", "not_passed")} for name, v in record["verdicts"].items()}
+    rows = {(r["network"], r["system"], r["minutes"], *r["changes"]): r for r in (*old, *new)}
+    kept = sorted(rows.values(), key=lambda r: (list(SYSTEMS).index(r["system"]), NETWORKS.index(r["network"]), r["changes"]))
+    write_json(file, kept)
+    return kept
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -158,13 +165,11 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, default=Path("runs") / "own")
     parser.add_argument("--set", nargs="*", default=[], help="settings to change, as for gossamer train")
-    parser.add_argument("--table", type=Path, metavar="FOLDER", help="only the table of the finished rows; writes FOLDER/own.json too")
+    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="only put the finished rows of a folder into own.json and own.md")
     arguments = parser.parse_args()
     arguments.picoseconds = {"": 50.0, **dict(arguments.picoseconds)}
-    if arguments.table is not None:
-        rows = records(arguments.table)
-        write_json(arguments.table / "own.json", rows)
-        print(table(rows), end="")
+    if arguments.keep is not None:
+        write_text(HERE / "own.md", table(keep(arguments.keep)))
         return
     names = arguments.names or [f"{network}:{system}" for network in NETWORKS for system in SYSTEMS]
     for name in names:
