@@ -32,6 +32,8 @@ from gossamer.simulation.guard import degrees_of_freedom, find_bonds
 from gossamer.simulation.md import bring_to_rest, md
 
 log = logging.getLogger(__name__)
+logging.getLogger("pymbar").setLevel(logging.ERROR)  # what physical_validation is built on advertises on import
+
 Array = NDArray[np.float64]
 BINS, R_MAX = 500, 6.0
 SHORTEST_DISTRIBUTION = 20.0
@@ -183,7 +185,6 @@ def kinetic_energy_deviation(log: dict[str, Array], n_freedom: int, temperature:
 
     By the `physical_validation` package (Merz and Shirts, PLoS ONE 13, e0202764 (2018)), Eq. 7: a gamma distribution.
     """
-    logging.getLogger("pymbar").setLevel(logging.ERROR)  # it advertises on import
     import physical_validation
     from physical_validation.data import EnsembleData, ObservableData, SimulationData, SystemData, UnitData
 
@@ -200,7 +201,6 @@ def kinetic_energy_deviation(log: dict[str, Array], n_freedom: int, temperature:
 
 def ensemble_deviation(first: dict[str, Array], second: dict[str, Array], temperatures: tuple[float, float], n_atoms: int) -> float:
     """Standard errors between the ratio of two canonical energy distributions and its Boltzmann factor (`physical_validation`, Eq. 4)."""
-    logging.getLogger("pymbar").setLevel(logging.ERROR)
     import physical_validation
     from physical_validation.data import EnsembleData, ObservableData, SimulationData, UnitData
 
