@@ -258,6 +258,51 @@ def test_two_processes_equal_one(tmp_path: Path, steps: int) -> None:
     assert "rank 1 of 2" in (tmp_path / "two" / "rank-1.log").read_text()
 
 
+UNEVEN = """
+import json, os, sys, torch
+from safetensors.torch import save_file
+from gossamer.runs import train
+from gossamer.training import loop, soap
+
+rank, eigenvectors, step, validate = os.environ["RANK"], soap.eigenvectors, loop.train_step, loop.validate
+
+def uneven(state, *rest):
+    step(state, *rest)
+    for p in state.potential.network.parameters():
+        p.data *= 1.01
+
+def watched(state, *rest):
+    row = validate(state, *rest)
+    save_file({name: value.clone(memory_format=torch.contiguous_format) for name, value in loop.state_tensors(state).items()}, f"{sys.argv[2]}/{rank}.safetensors")
+    return row
+
+if rank == "1":
+    soap.eigenvectors, loop.train_step = lambda matrices: -eigenvectors(matrices), uneven
+loop.validate = watched
+train(json.load(open(sys.argv[1])), progress=False)
+"""
+
+
+@pytest.mark.thorough
+def test_processes_that_round_differently_stay_together(tmp_path: Path) -> None:
+    """Rank 1 turns its first bases of SOAP and moves its weights after every step; rank 0's numbers go on, and the log tells."""
+    (tmp_path / "uneven.py").write_text(UNEVEN)
+    config = settings(tmp_path / "run", steps=6, dtype="float64", valid_every=3, optimizer="soap", learning_rate=0.01)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*command, "uneven.py", "config.json", "."], cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    first, second = (load_file(tmp_path / f"{rank}.safetensors") for rank in (0, 1))
+    assert first.keys() == second.keys()
+    assert any("left_basis" in name for name in first)
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name
+    told = (tmp_path / "run" / "rank-0.log").read_text()
+    assert re.findall(r"WARNING: step (\d+): numbers of the processes were up to", told) == ["1", "3", "6"], told
+
+
 def test_work_is_shared_out_evenly() -> None:
     rng = np.random.default_rng(0)
     for n in (1, 2, 3, 8):

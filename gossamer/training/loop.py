@@ -35,7 +35,7 @@ from gossamer.training.losses import LossConfig, loss_counts
 from gossamer.training.optim import set_rate
 from gossamer.training.process_group import ProcessGroup, shares
 from gossamer.training.progress import Bar, Log
-from gossamer.training.state import State, make_state, save_state  # noqa: F401 - make_state is for loops of your own, beside train_step
+from gossamer.training.state import State, make_state, save_state, state_tensors  # noqa: F401 - make_state is for loops of your own, beside train_step
 
 log = logging.getLogger(__name__)
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
@@ -45,6 +45,8 @@ MANY = 20_000
 """structures from which their numbers of edges are kept for a run that goes on"""
 WAITING = 0.2
 """share of the time that goes into waiting for batches from which the log says so"""
+DRIFT = 1e-3
+"""of a tensor's largest value, by which processes may differ between two validations without a warning"""
 
 
 def train_step(state: State, graph: Graph, loss: LossConfig, config: TrainingConfig, group: ProcessGroup) -> float:
@@ -175,6 +177,7 @@ def run_training(
                 state.step, state.batch, state.seconds = state.step + 1, state.batch + 1, elapsed()
                 if state.step == 1:
                     state.first_seconds = state.seconds
+                    align(state, group)  # SOAP has chosen its first bases, which rounding decides
                 if state.step > first + 1:  # the first one may compile
                     state.step_seconds, state.timed_steps = state.step_seconds + state.seconds - before, state.timed_steps + 1
                 bar.show(state.step, state.seconds)
@@ -203,6 +206,14 @@ def run_training(
                 state.epoch, state.batch = state.epoch + 1, 0
         report_waiting(loader, time.perf_counter() - started, config)
     return state
+
+
+def align(state: State, group: ProcessGroup) -> None:
+    """All processes go on with the first one's weights and optimiser: machines of different kinds round differently, which adds up."""
+    apart = group.align(state_tensors(state).values())
+    if apart > 0 and group.rank == 0:
+        say = log.warning if apart > DRIFT else log.info
+        say("step %d: numbers of the processes were up to %.1e of the largest apart; those of the first one go on", state.step, apart)
 
 
 def report_waiting(loader: Loader, seconds: float, config: TrainingConfig) -> None:
@@ -306,7 +317,8 @@ def validate(
     group: ProcessGroup,
     save_best: Callable[[Potential], None],
 ) -> dict[str, Any]:
-    """Errors of the averaged weights; saves them if they are the best so far; returns a row of the log."""
+    """Errors of the averaged weights, of which rank 0's count; saves them if they are the best so far; returns a row of the log."""
+    align(state, group)
     row: dict[str, Any] = {"step": state.step, "epoch": state.epoch, "learning_rate": float(state.optimizer.param_groups[0]["lr"])}
     evaluation = shared_evaluation(state, valid, group)
     metric = group.broadcast(validation_loss(evaluation, loss))

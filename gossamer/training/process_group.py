@@ -6,7 +6,7 @@ import datetime
 import logging
 import os
 import platform
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,6 +56,21 @@ class ProcessGroup:
         if self.world > 1:
             dist.broadcast(tensor, 0)
         return float(tensor)
+
+    @torch.no_grad()
+    def align(self, tensors: Iterable[Tensor]) -> float:
+        """Give the tensors rank 0's values, in place; the largest difference there was on any rank, relative to a tensor's largest value."""
+        if self.world == 1:
+            return 0.0
+        apart = torch.zeros((), device=self.device)
+        for tensor in (t for t in tensors if t.numel()):
+            value = tensor.to(self.device, copy=True).contiguous()
+            dist.broadcast(value, 0)
+            difference = (value.double() - tensor.to(value).double()).abs().max() / value.double().abs().max().clamp(min=1e-30)
+            apart = torch.maximum(apart, difference.float())
+            tensor.copy_(value)
+        dist.all_reduce(apart, dist.ReduceOp.MAX)
+        return float(apart)
 
     def close(self) -> None:
         if self.world > 1 and dist.is_initialized():

@@ -144,12 +144,16 @@ def gradients(
     return Gradients(total.detach(), sums.detach(), list(torch.autograd.grad(total, parameters, allow_unused=True)))
 
 
-def save_state(state: State, path: Path, identity: dict[str, Any]) -> None:
-    """Write a checkpoint; ``identity`` is compared when it is read back."""
+def state_tensors(state: State) -> dict[str, Tensor]:
+    """Weights, averaged weights and what the optimiser keeps, by the names they have in a checkpoint."""
     tensors = {f"network.{k}": v for k, v in state.potential.network.state_dict().items()}
     tensors |= {f"ema.{k}": v for k, v in state.ema.module.network.state_dict().items()}
-    tensors |= optimizer_tensors(state.optimizer)
-    tensors["rng"] = torch.get_rng_state()
+    return tensors | optimizer_tensors(state.optimizer)
+
+
+def save_state(state: State, path: Path, identity: dict[str, Any]) -> None:
+    """Write a checkpoint; ``identity`` is compared when it is read back."""
+    tensors = {**state_tensors(state), "rng": torch.get_rng_state()}
     scalars = {k: getattr(state, k) for k in SCALARS}
     extra = {"schedule": state.schedule.state(), "clipper": state.clipper.state(), "ema_updates": state.ema.updates, "identity": identity}
     save_checkpoint(path, tensors, {**scalars, **extra})
