@@ -36,8 +36,9 @@ def candidate_of(
 ) -> Candidate:
     """Copper for every check, with as little effort as it takes; options are those of the judge."""
     found = [bulk("Cu", cubic=True)] if structures is None else structures
+    config = JudgeConfig(**{"timestep": 2.0, **options})
     return Candidate("it", make, list(elements), found, {"Cu": bulk("Cu", cubic=True)}, {"Cu": bulk("Cu", cubic=True)}, folder, TINY,
-                     JudgeConfig(**{"timestep": 2.0, **options}), list(labelled), progress=False)  # fmt: skip
+                     config, labelled=list(labelled), references=dict(zip(["Cu"], config.references, strict=False)), progress=False)  # fmt: skip
 
 
 def by_name(result: Result, part: str) -> Any:

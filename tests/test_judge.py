@@ -301,7 +301,7 @@ def test_the_machine_is_named() -> None:
         ({"calculator": "ase.calculators.emt:EMT", "temperature": -3}, "temperature: .*greater than 0.*-3"),
         ({"calculator": ["ase.calculators.emt:EMT", "ase.calculators.emt:EMT"]}, "Two potentials are called 'EMT'"),
         ({"models": "ase.calculators.emt:EMT"}, "For a calculator write --calculator"),
-        ({"calculator": "ase.calculators.emt:EMT", "references": [__file__, __file__]}, "2 references for 0 systems"),
+        ({"calculator": "ase.calculators.emt:EMT", "references": [__file__, __file__]}, "2 references for 1 system"),
         ({"calculator": "ase.calculators.emt:EMT", "elements": ["Si"]}, "could not evaluate any pair"),
         ({"calculator": "ase.calculators.emt:EMT", "elements": ["Sx"]}, "'Sx' is not the symbol of an element"),
         ({"calculator": "ase.calculators.emt:EMT", "only": ["speed"], "skip": ["speed"]}, "No check is left"),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -140,7 +139,7 @@ def test_dynamics_beside_a_reference(tmp_path: Path) -> None:
     dynamics.check(candidate)
     frames, _ = dynamics.read_trajectory(tmp_path / "dynamics" / "Cu")
     ase.io.write(tmp_path / "same.extxyz", frames[len(frames) // 2 :])
-    candidate.config = replace(candidate.config, references=(str(tmp_path / "same.extxyz"),))
+    candidate.references = {"Cu": str(tmp_path / "same.extxyz")}
     result = dynamics.check(candidate)
     assert by_name(result, "overlap of g(r), all pairs").value == pytest.approx(1, abs=1e-6)
     molten = [
@@ -148,7 +147,7 @@ def test_dynamics_beside_a_reference(tmp_path: Path) -> None:
         for k, f in enumerate(frames)
     ]
     ase.io.write(tmp_path / "other.extxyz", molten)
-    candidate.config = replace(candidate.config, references=(str(tmp_path / "other.extxyz"),))
+    candidate.references = {"Cu": str(tmp_path / "other.extxyz")}
     result = dynamics.check(candidate)
     assert result.status == "failed"
     assert by_name(result, "overlap of g(r), all pairs").status == "failed"

@@ -44,7 +44,8 @@ def test_a_kink_at_the_cutoff_fails(tmp_path: Path) -> None:
     result = smoothness.check(candidate_of(cut, tmp_path))
     assert result.status == "failed"
     assert by_name(result, "jump of the energy as an atom leaves").status in ("weak", "failed")
-    assert by_name(result, "distance of the largest jump").value == pytest.approx(5.0, abs=0.1)
+    place = by_name(result, "distance of the largest jump").value
+    assert min(abs(place - 5.0), abs(place - 3.62)) < 0.1  # where it is 5 Å from the second atom, or from the first
 
 
 def test_noise_has_its_size() -> None:

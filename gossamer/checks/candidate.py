@@ -78,6 +78,8 @@ class Candidate:
     effort: Effort = LEVELS["quick"]
     config: JudgeConfig = field(default_factory=JudgeConfig)
     """what the judge was asked"""
+    references: dict[str, str] = field(default_factory=dict)
+    """reference trajectories of systems"""
     labelled: list[Atoms] = field(default_factory=list)
     """frames with labels, for the errors"""
     builtin_crystals: bool = True

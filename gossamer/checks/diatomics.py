@@ -138,12 +138,12 @@ def check(candidate: Candidate) -> Result:
         name = f"{first}-{second}"
         energies, forces = dimer_curve(candidate.calculator, first, second, distances)
         found[name] = curve_metrics(distances, energies, forces, bond_length(first, second))
-        answered = np.isfinite(energies)
+        answered = np.isfinite(energies) & np.isfinite(forces)
         energies = energies - (energies[answered][-1] if answered.any() else 0.0)  # counted from the farthest distance with an answer
         missing[name] = float((~answered).mean())
         curves: list[Curve] = [curve(distances, energies)]
-        if name in reference:
-            r, e = reference[name]
+        if known := [pair for pair in (name, f"{second}-{first}") if pair in reference]:
+            r, e = reference[known[0]]
             curves.append(curve(r, e - e[-1], "DFT", reference=True))
             far = (r >= 0.8 * bond_length(first, second)) & (r <= LONGEST)
             if far.any() and answered.any():

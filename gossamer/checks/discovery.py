@@ -109,7 +109,10 @@ def relax_one(calculator: Any, atoms: Atoms, fmax: float = FMAX, steps: int = ST
     try:
         optimizer = FIRE(FrechetCellFilter(work), logfile=None)
         converged = optimizer.run(fmax=fmax, steps=steps)
-        return {"energy": float(work.get_potential_energy()), "converged": bool(converged), "steps": int(optimizer.nsteps), "numbers": work.numbers.tolist(),
+        energy = float(work.get_potential_energy())
+        if not np.isfinite(energy):
+            raise ValueError(f"the energy is {energy}")
+        return {"energy": energy, "converged": bool(converged), "steps": int(optimizer.nsteps), "numbers": work.numbers.tolist(),
                 "positions": work.positions.tolist(), "cell": work.cell.array.tolist()}  # fmt: skip
     except Exception as error:
         return {"energy": None, "converged": False, "error": f"{type(error).__name__}: {error}"[:300]}

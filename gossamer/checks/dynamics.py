@@ -239,8 +239,8 @@ def check(candidate: Candidate) -> Result:
     metrics: list[Metric] = []
     panels: list[Panel] = []
     notes: list[str] = []
-    references = [*candidate.config.references, *[None] * len(candidate.systems)]
-    for (name, atoms), reference in zip(candidate.systems.items(), references, strict=False):
+    for name, atoms in candidate.systems.items():
+        reference = candidate.references.get(name)
         system = enlarged(atoms, candidate.effort.md_atoms) if candidate.builtin_systems else atoms
         protocol, picoseconds = asked(candidate, atoms)
         metrics += attempt(
@@ -253,7 +253,7 @@ def check(candidate: Candidate) -> Result:
         metrics,
         panels,
         notes,
-        "Stable, at the temperature asked for" + (", with the structure of the reference." if candidate.config.references else "."),
+        "Stable, at the temperature asked for" + (", with the structure of the reference." if candidate.references else "."),
     )
 
 
@@ -390,13 +390,12 @@ def _bulk(
                 )
         panels.append(Panel(f"g(r), {label}, {name}", "r, Å", "g(r)", curves))
     positions, masses = liquids.unwrapped_positions(kept), kept[0].get_masses()
-    chosen = np.array([protocol.species in (None, s) for s in kept[0].get_chemical_symbols()])
-    if not chosen.any():
-        chosen[:] = True
+    chosen = _diffusing(kept[0], protocol)
     msd = liquids.mean_squared_displacement(positions, masses, chosen)
     displacements = [_thinned(msd, interval)]
-    if known and candidate.config.reference_interval:
-        true = liquids.mean_squared_displacement(liquids.unwrapped_positions(known), masses, chosen)
+    if known and candidate.config.reference_interval:  # whose atoms may be more, and in another order
+        theirs = liquids.unwrapped_positions(known), known[0].get_masses(), _diffusing(known[0], protocol)
+        true = liquids.mean_squared_displacement(*theirs)
         displacements.append(_thinned(true, candidate.config.reference_interval, len(msd) * interval, "reference"))
     panels.append(Panel(f"Mean squared displacement, {name}", "time, ps", "Å²", displacements))
     if len(kept) * interval < SHORTEST_DIFFUSION:
@@ -406,8 +405,7 @@ def _bulk(
     metrics += [measured(f"{name}: diffusivity of {who}", mean, "1e-9 m²/s"), measured(f"{name}: its standard error", error, "1e-9 m²/s"),
                 measured(f"{name}: diffusivity by the end of the window", liquids.diffusivity(msd, interval), "1e-9 m²/s")]  # fmt: skip
     if known and candidate.config.reference_interval:
-        true_positions = liquids.unwrapped_positions(known)
-        target, target_error = liquids.diffusivity_blocks(true_positions, masses, chosen, candidate.config.reference_interval)
+        target, target_error = liquids.diffusivity_blocks(*theirs, candidate.config.reference_interval)
         allowed = 2 * float(np.hypot(error, target_error))
         metrics.append(
             at_most(
@@ -420,6 +418,12 @@ def _bulk(
             )
         )
     return metrics
+
+
+def _diffusing(atoms: Atoms, protocol: Protocol) -> NDArray[np.bool_]:
+    """Which atoms are of the protocol's species; all, if none is."""
+    chosen = np.array([protocol.species in (None, s) for s in atoms.get_chemical_symbols()])
+    return chosen if chosen.any() else np.ones_like(chosen)
 
 
 def _thinned(msd: Array, interval: float, longest: float = np.inf, label: str = "") -> Curve:

@@ -61,19 +61,23 @@ def _full(stress: Any) -> Array:
     return voigt_6_to_full_3x3_stress(array) if array.shape == (6,) else array.reshape(3, 3)
 
 
-def aligned_energies(entries: Sequence[dict[str, Any]]) -> tuple[Array, Array, Array]:
-    """Errors of the energy per atom (meV): as they are, and after fitting one constant per element; and the labels per atom (eV).
+def aligned_energies(entries: Sequence[dict[str, Any]]) -> tuple[Array, Array, Array, Array]:
+    """Energies per atom: errors (meV) as they are and after fitting one constant per element, and labels (eV) as they are and likewise.
 
     Potentials count energies from different zeros (isolated atoms, elements, nothing), so the second says how good the
-    energy differences are.
+    energy differences are, and the fourth what there is to predict of them. With no more frames than elements nothing is left of either.
     """
     kept = [e for e in entries if e["energy"][0] is not None]
     elements = sorted({s for e in kept for s in e["symbols"]})
     counts = np.array([[(e["symbols"] == s).sum() for s in elements] for e in kept], dtype=float)
     sizes = counts.sum(axis=1)
     errors = np.array([e["energy"][1] - e["energy"][0] for e in kept])
-    constants = np.linalg.lstsq(counts / sizes[:, None], errors / sizes, rcond=None)[0]
-    return 1000 * errors / sizes, 1000 * (errors / sizes - counts @ constants / sizes), np.array([e["energy"][0] for e in kept]) / sizes
+    labels = np.array([e["energy"][0] for e in kept])
+    shares, found = counts / sizes[:, None], np.stack([errors, labels], axis=1) / sizes[:, None]
+    left = found - shares @ np.linalg.lstsq(shares, found, rcond=None)[0]
+    if len(kept) <= np.linalg.matrix_rank(shares):
+        left[:] = 0.0
+    return 1000 * found[:, 0], 1000 * left[:, 0], found[:, 1], left[:, 1]
 
 
 def force_errors(entries: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -153,6 +157,7 @@ def check(candidate: Candidate) -> Result:
     fresh, metrics, notes = unseen(candidate, known)
     limit = {"quick": 100, "standard": 1000}.get(candidate.config.level, len(fresh))
     chosen = fresh[:: max(1, int(np.ceil(len(fresh) / limit)))]
+    places = {id(frame): k for k, frame in enumerate(frames)}
     entries = predict(candidate.calculator, chosen, lambda items: candidate.bar(items, "errors"))
     lost = [e["error"] for e in entries if "error" in e]
     metrics.append(
@@ -162,18 +167,27 @@ def check(candidate: Candidate) -> Result:
         metrics[-1].reason += f" ({' '.join(lost[0].split())[:150]})"
     panels: list[Panel] = []
     if any(e["energy"][0] is not None for e in entries):
-        raw, shifted, labels = aligned_energies(entries)
+        raw, shifted, labels, differing = aligned_energies(entries)
         metrics += [
             measured("energy, mean absolute error", float(np.abs(raw).mean()), "meV/atom", "low"),
             measured("energy, with one constant per element fitted", float(np.abs(shifted).mean()), "meV/atom", "low"),
         ]
-        if not candidate.config.same_zero:
-            raw = shifted
-        spread = float(labels.std()) or 1.0
-        panels.append(Panel("Energies", "label, eV/atom", "error, meV/atom", [curve(labels, raw)], points=True))
-        metrics.append(
-            at_most("energy error over the spread of the labels", float(np.abs(raw).mean() / 1000 / spread), "", 0.2, 1.0, INACCURATE)
+        panels.append(
+            Panel(
+                "Energies",
+                "label, eV/atom",
+                "error, meV/atom",
+                [curve(labels, raw if candidate.config.same_zero else shifted)],
+                points=True,
+            )
         )
+        title = "energy error over the spread of the labels"
+        if candidate.config.same_zero:
+            metrics.append(at_most(title, float(np.abs(raw).mean() / 1000 / (labels.std() or 1.0)), "", 0.2, 1.0, INACCURATE))
+        elif differing.any():
+            metrics.append(at_most(title, float(np.abs(shifted).mean() / 1000 / differing.std()), "", 0.2, 1.0, INACCURATE))
+        else:
+            metrics.append(Metric(title, None, "", "skipped", reason="needs more frames than elements, of different energies"))
     if any(e["forces"][0] is not None for e in entries):
         f = force_errors(entries)
         metrics += [
@@ -213,7 +227,7 @@ def check(candidate: Candidate) -> Result:
             measured("errors within one uncertainty", honest["within_1"], "(0.68 if normal)"),
         ]
     notes.insert(0, f"{len(chosen)} of {len(frames)} frames." + ("" if honest else " The potential gives no uncertainty."))
-    worst = _worst(chosen, entries, candidate.folder / "worst.extxyz")
+    worst = _worst(chosen, [places[id(frame)] for frame in chosen], entries, candidate.folder / "worst.extxyz")
     notes.append(f"The frames with the largest errors: {worst}, in {candidate.name}/worst.extxyz.")
     return conclude(metrics, panels, notes, "Errors are small against what there is to predict.")
 
@@ -233,7 +247,9 @@ def unseen(candidate: Candidate, frames: list[Atoms]) -> tuple[list[Atoms], list
     return frames, [at_most("frames that were trained on", 100.0, "%", 0.0, 0.0, TRAINED)], notes
 
 
-def _worst(frames: Sequence[Atoms], entries: Sequence[dict[str, Any]], path: Path, n: int = 10) -> str:
+def _worst(frames: Sequence[Atoms], places: Sequence[int], entries: Sequence[dict[str, Any]], path: Path, n: int = 10) -> str:
+    """Write the worst frames, and name the three worst by their ``places`` in the file."""
+
     def size(k: int) -> float:
         if "error" in entries[k]:
             return float("inf")
@@ -249,4 +265,8 @@ def _worst(frames: Sequence[Atoms], entries: Sequence[dict[str, Any]], path: Pat
     buffer = io.StringIO()
     ase.io.write(buffer, [frames[k] for k in order], format="extxyz")
     write_text(path, buffer.getvalue())
-    return ", ".join(f"{k} ({1000 * size(k):.0f} meV/Å)" for k in order[:3])
+    units = ["meV/atom" if "error" not in entries[k] and entries[k]["forces"][0] is None else "meV/Å" for k in order[:3]]
+    return ", ".join(
+        f"{places[k]} ({'no answer' if 'error' in entries[k] else f'{1000 * size(k):.0f} {unit}'})"
+        for k, unit in zip(order, units, strict=False)
+    )

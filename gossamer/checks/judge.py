@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import re
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -127,9 +126,12 @@ def judge(
         read_all(structures, LEVELS[config.level].n_structures), read_all(crystals), read_all(systems, 1),
         errors.read_labelled(config.data) if config.data else [],
     )  # fmt: skip
-    n_systems = len(inputs.systems) or len(inputs.structures)
-    if len(config.references) > max(1, n_systems):
-        raise ValueError(f"{len(config.references)} references for {n_systems} systems: give one for each, in the same order.")
+    n_systems = len(inputs.systems) or 1
+    if len(config.references) > n_systems:
+        raise ValueError(
+            f"{len(config.references)} references for {n_systems} {'systems' if inputs.systems else 'system (the first structure)'}: "
+            "give systems, and one reference for each, in the same order."
+        )
     sources = find_sources(_listed(models), _listed(calculator), config.device, config.dtype, config.way, config.dispersion)
     folder = Path(out)
     results: dict[str, dict[str, Result]] = {}
@@ -205,7 +207,7 @@ def make_candidate(source: Source, config: JudgeConfig, folder: Path, inputs: In
     """One potential with the structures that its elements allow; built-in ones where none were given."""
     effort = LEVELS[config.level]
     own = Candidate(
-        source.name, source.make, [], [], {}, {}, folder, effort, config, inputs.labelled, builtin_crystals=not inputs.crystals,
+        source.name, source.make, [], [], {}, {}, folder, effort, config, labelled=inputs.labelled, builtin_crystals=not inputs.crystals,
         builtin_systems=not (inputs.systems or inputs.structures), conservative=source.conservative, cutoff=source.cutoff, progress=progress, seen=source.seen,
         ours=source.ours,
     )  # fmt: skip
@@ -222,7 +224,7 @@ def make_candidate(source: Source, config: JudgeConfig, folder: Path, inputs: In
         given, own.origin = tested_structures(source.run, effort.n_structures)
     builtin = builtin_crystals(own.elements, effort.n_crystals)
     if inputs.crystals:
-        own.crystals = {_name(a, k): a for k, a in enumerate(fitting(inputs.crystals))}
+        own.crystals = named(fitting(inputs.crystals))
     elif not given or any(a.pbc.all() for a in given):  # a potential of molecules is not asked about crystals
         own.crystals = builtin
     molecules = builtin_molecules(own.elements, 1)
@@ -231,8 +233,22 @@ def make_candidate(source: Source, config: JudgeConfig, folder: Path, inputs: In
         apart = bond_length(own.elements[0], own.elements[0])
         own.structures = [Atoms([own.elements[0]] * 2, [[0, 0, 0], [apart, 0, 0]])]
     own.origin = own.origin or "built-in crystals and molecules"
-    own.systems = {_name(a, k): a for k, a in enumerate(fitting(inputs.systems) or own.structures[:1])}
+    add_systems(own, inputs, allowed)
     return own
+
+
+def add_systems(own: Candidate, inputs: Inputs, allowed: set[str]) -> None:
+    """What dynamics is judged on, and the reference of each: those systems whose elements the potential knows, or its first structure."""
+    systems, references = inputs.systems or own.structures[:1], own.config.references
+    if references and inputs.structures and not inputs.systems and systems[0] is not inputs.structures[0]:
+        log.warning("%s: no reference, as it does not know the elements of the first structure, to which that belongs", own.name)
+        references = ()
+    everything = named(systems)
+    fitting = [name for name, atoms in everything.items() if set(atoms.symbols) <= allowed]
+    if lacking := [name for name in everything if name not in fitting]:
+        log.warning("%s: no dynamics of %s, whose elements it does not know", own.name, ", ".join(lacking))
+    own.systems = {name: everything[name] for name in fitting}
+    own.references = {n: r for n, r in zip(everything, references, strict=False) if n in fitting}
 
 
 def known_elements(source: Source, own: Candidate, wanted: Sequence[str] | None) -> list[str]:
@@ -255,9 +271,17 @@ def known_elements(source: Source, own: Candidate, wanted: Sequence[str] | None)
     return known
 
 
-def _name(atoms: Atoms, k: int) -> str:
-    name = str(atoms.info.get("name") or atoms.get_chemical_formula(empirical=True))
-    return re.sub(r"[^\w.+-]+", "_", name) or f"system{k}"
+def named(found: Sequence[Atoms]) -> dict[str, Atoms]:
+    """Structures by their names, or else their formulas; where two have the same, they are numbered."""
+    out: dict[str, Atoms] = {}
+    for atoms in found:
+        name = str(atoms.info.get("name") or atoms.get_chemical_formula(empirical=True))
+        name = re.sub(r"[^\w.+-]+", "_", name) or "system"
+        k = 1
+        while (unique := name if k == 1 else f"{name}-{k}") in out:
+            k += 1
+        out[unique] = atoms
+    return out
 
 
 # --- one check ------------------------------------------------------------------------------------------------------
@@ -332,13 +356,21 @@ def question_key(name: str, candidate: Candidate) -> str:
                 digest.update(str(atoms.info.get("temperature_K")).encode())
                 for array in (atoms.numbers, atoms.positions.round(6), atoms.cell.array.round(6), atoms.pbc):
                     digest.update(np.ascontiguousarray(array).tobytes())
+        elif used == "references":
+            for system, path in candidate.references.items():
+                digest.update(f"{system} {_contents(path)}".encode())
         elif used in FILES:
-            file = getattr(candidate.config, used)
-            digest.update(str(file and (Path(file).name, os.stat(file).st_size)).encode())
+            path = getattr(candidate.config, used)
+            digest.update(str(path and _contents(path)).encode())
         else:
             owner = candidate if used.startswith("builtin_") else candidate.config
             digest.update(f"{used}={getattr(owner, used)}".encode())
     return digest.hexdigest()[:8]
+
+
+def _contents(path: str) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 # --- all of them ----------------------------------------------------------------------------------------------------

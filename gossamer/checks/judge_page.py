@@ -54,14 +54,14 @@ def write_page(path: Path, everyone: dict[str, dict[str, Any]], checks: dict[str
 def headline(name: str, found: dict[str, Result], checks: dict[str, tuple[str, str, str]]) -> dict[str, Any]:
     """Verdict of one potential, its worst finding, and how the other checks went."""
     groups = {s: [c for c in checks if c in found and found[c].status == s] for s in ORDER}
-    status = next((s for s in ("failed", "weak") if groups[s]), "passed")
-    first = groups[status][0] if status != "passed" else None
+    status = next((s for s in ("failed", "weak", "passed", "measured", "skipped") if groups[s]), "skipped")
+    first = groups[status][0] if status in ("failed", "weak") else None
     rest = [f"{'also ' if s == status else ''}{s}: {', '.join(checks[c][0].lower() for c in groups[s] if c != first)}"
             for s in ("failed", "weak") if [c for c in groups[s] if c != first]]  # fmt: skip
     rest += [f"{len(groups[s])} {s}" for s in ("passed", "measured", "skipped") if groups[s]]
     told = f"{'; '.join(rest)}." if rest else ""
     return {
-        "name": name, "status": status, "finding": found[first].reason if first else "Nothing failed.", "consequence": found[first].consequence if first else "",
+        "name": name, "status": status, "finding": found[first].reason if first else "Nothing failed." if status == "passed" else "Nothing was judged.", "consequence": found[first].consequence if first else "",
         "link": {"id": first, "title": checks[first][0]} if first else None, "rest": told[:1].upper() + told[1:],
     }  # fmt: skip
 

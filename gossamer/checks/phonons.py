@@ -33,20 +33,22 @@ def quiet() -> Iterator[None]:
 
 
 def to_phonopy(atoms: Atoms) -> Any:
-    """phonopy's atoms."""
+    """phonopy's atoms, with masses of their own where they have some."""
     from phonopy.structure.atoms import PhonopyAtoms
 
-    return PhonopyAtoms(symbols=atoms.get_chemical_symbols(), cell=atoms.cell.array, scaled_positions=atoms.get_scaled_positions())
+    masses = atoms.get_masses() if atoms.has("masses") else None
+    places = atoms.get_scaled_positions()
+    return PhonopyAtoms(symbols=atoms.get_chemical_symbols(), cell=atoms.cell.array, scaled_positions=places, masses=masses)
 
 
-def forces_of(calculator: Any, supercells: Sequence[Any], bar: Any = iter) -> Array:
-    """(n, n_atoms, 3) forces in eV/Å on phonopy's displaced supercells, the net force of each removed."""
+def forces_of(calculator: Any, supercells: Sequence[Any], bar: Any = iter, net: bool = False) -> Array:
+    """(n, n_atoms, 3) forces in eV/Å on phonopy's displaced supercells, the net force of each removed unless ``net`` is to stay."""
     out = []
     for cell in bar(supercells):
         atoms = Atoms(cell.symbols, scaled_positions=cell.scaled_positions, cell=cell.cell, pbc=True)
         atoms.calc = calculator
         forces = atoms.get_forces()
-        out.append(forces - forces.mean(axis=0))
+        out.append(forces if net else forces - forces.mean(axis=0))
     return np.array(out)
 
 
@@ -58,7 +60,7 @@ def supercell_for(atoms: Atoms, length: float = 9.5) -> list[int]:
 def make_phonons(calculator: Any, atoms: Atoms, supercell: Sequence[int] | None = None, displacement: float = 0.01, bar: Any = iter) -> Any:
     """A `phonopy.Phonopy` with force constants from finite displacements (Å) of a relaxed structure.
 
-    The force constants are as computed: ``sum_rule_error`` looks at them before they are made to obey the sum rule.
+    The force constants are as computed, net forces and all: ``sum_rule_error`` looks at them before they are made to obey the sum rule.
     """
     from phonopy import Phonopy
 
@@ -66,7 +68,7 @@ def make_phonons(calculator: Any, atoms: Atoms, supercell: Sequence[int] | None 
         phonons = Phonopy(to_phonopy(atoms), supercell_matrix=np.diag(supercell or supercell_for(atoms)), primitive_matrix="auto")
     phonons.generate_displacements(distance=displacement)
     assert phonons.supercells_with_displacements is not None
-    phonons.forces = forces_of(calculator, phonons.supercells_with_displacements, bar)
+    phonons.forces = forces_of(calculator, phonons.supercells_with_displacements, bar, net=True)
     phonons.produce_force_constants()
     return phonons
 
@@ -191,12 +193,16 @@ def check(candidate: Candidate) -> Result:
     metrics: list[Metric] = []
     panels: list[Panel] = []
     known = read_reference(candidate.config.phonons_reference) if candidate.config.phonons_reference else {}
+    notes = [
+        "Cells relaxed first; displacements of 0.01 Å in supercells of at least 9.5 Å; without the non-analytical term of polar crystals."
+    ]
+    if unused := [name for name in known if name not in candidate.crystals]:
+        notes.append(f"References not used: {', '.join(unused)}; the crystals are {', '.join(candidate.crystals)}.")
     for name, atoms in candidate.crystals.items():
         metrics += attempt(
             f"{name}: phonons", lambda n=name, a=atoms: _phonons(candidate, n, a, panels, known.get(n, {})), IMAGINARY, "failed"
         )
-    return conclude(metrics, panels, ["Cells relaxed first; displacements of 0.01 Å in supercells of at least 9.5 Å; without the non-analytical term of polar crystals."],
-                    "No imaginary modes; the acoustic sum rule holds.")  # fmt: skip
+    return conclude(metrics, panels, notes, "No imaginary modes; the acoustic sum rule holds.")
 
 
 def _phonons(candidate: Candidate, name: str, atoms: Atoms, panels: list[Panel], reference: dict[str, Array]) -> list[Metric]:

@@ -137,6 +137,11 @@ def close_to(name: str, value: float, unit: str, target: float, good: float, poo
     return _metric(name, value, unit, status, f"{target:g} ± {good:g}", "", consequence)
 
 
+def largest(values: Iterable[float]) -> float:
+    """The largest of some numbers; NaN if one of them is no number, which `max` may pass over."""
+    return float(np.max([float(v) for v in values]))
+
+
 def measured(name: str, value: float, unit: str = "", best: Best = "") -> Metric:
     """A number nobody judges."""
     return Metric(name, float(value) if math.isfinite(value) else None, unit, best=best)

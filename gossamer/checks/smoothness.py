@@ -113,12 +113,15 @@ def _response(order: int) -> float:
 
 
 def leaving_atom(first: str, second: str, cutoff: float | None) -> tuple[Atoms, NDArray[np.float64], Array]:
-    """A bonded pair with another atom of the first element 1 Å from the second; the direction that takes it away; distances, Å, to 1.15 cutoffs."""
+    """A bonded pair with another atom of the first element 1 Å from the second; the direction that takes it away; distances, Å, to 1.15 cutoffs.
+
+    Where the cutoff is not known, they go to `FAR`.
+    """
     bond = bond_length(first, second)
     start = Atoms([first, second, first], [[-0.3 * bond, 0.9 * bond, 0], [0, 0, 0], [1.0, 0, 0]])
     pull = np.zeros((3, 3))
     pull[2, 0] = 1.0
-    return start, pull, np.linspace(max(2.2, 1.3 * bond), 1.15 * cutoff if cutoff else 8.0, 300)
+    return start, pull, np.linspace(max(2.2, 1.3 * bond), 1.15 * cutoff if cutoff else FAR, 300 if cutoff else 780)
 
 
 def refined_jump(
@@ -175,6 +178,8 @@ def tortuosity(energies: NDArray[np.float64]) -> float:
 
 # --- verdict --------------------------------------------------------------------------------------------------------
 
+FAR = 15.0
+"""Å, to which an atom is followed where the cutoff is not known"""
 KINK = "Energy is not conserved whenever a neighbour comes or goes, and third-order force constants (thermal conductivity) are wrong."
 NOISE = "Relaxations stop short of tight convergence, and finite differences (phonons) are noisy."
 
@@ -251,7 +256,10 @@ def check(candidate: Candidate) -> Result:
             NOISE,
             "failed",
         )
-    return conclude(metrics, panels, passed="Smooth where atoms come and go, along lines, and quiet.")
+    notes = [
+        f"An atom leaves {a}-{b} to {lengths[-1]:.1f} Å{'' if cutoff else '; the cutoff is not known, so what lies beyond is not judged'}."
+    ]
+    return conclude(metrics, panels, notes, "Smooth where atoms come and go, along lines, and quiet.")
 
 
 def _is_double(calculator: Any, atoms: Atoms) -> bool:

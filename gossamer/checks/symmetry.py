@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from scipy.spatial.transform import Rotation
 
 from gossamer.checks.candidate import Candidate, rattled
-from gossamer.checks.result import Metric, Result, at_most, attempt, conclude
+from gossamer.checks.result import Metric, Result, at_most, attempt, conclude, largest
 
 
 def evaluate_on(calculator: Any, atoms: Atoms) -> tuple[float, NDArray[np.float64]]:
@@ -58,7 +58,7 @@ def symmetry_errors(calculator: Any, atoms: Atoms, seed: int = 0) -> dict[str, d
         e, f = evaluate_on(calculator, other)
         energy_error = abs(e - energy) / len(atoms)
         forces_error = float(np.abs(f - expected).max())
-        errors[name] = {"energy": energy_error, "forces": forces_error, "relative": max(energy_error, forces_error / scale)}
+        errors[name] = {"energy": energy_error, "forces": forces_error, "relative": largest([energy_error, forces_error / scale])}
     return errors
 
 
@@ -77,12 +77,11 @@ def displaced(atoms: Atoms, by: NDArray[np.float64]) -> Atoms:
     return copy
 
 
-def supercell_error(calculator: Any, atoms: Atoms, repeats: tuple[int, int, int] = (2, 1, 1)) -> float:
-    """|E(supercell)/copies - E| in eV/atom; periodic axes only are repeated."""
-    repeats = tuple(n if periodic else 1 for n, periodic in zip(repeats, atoms.pbc, strict=True))  # type: ignore[assignment]
+def supercell_error(calculator: Any, atoms: Atoms) -> float:
+    """Largest |E(supercell)/2 - E| in eV/atom of cells doubled along each periodic axis in turn."""
     energy, _ = evaluate_on(calculator, atoms)
-    larger, _ = evaluate_on(calculator, atoms.repeat(repeats))
-    return abs(larger / np.prod(repeats) - energy) / len(atoms)
+    doubled = (evaluate_on(calculator, atoms.repeat([1 + (k == axis) for k in range(3)]))[0] for axis in np.flatnonzero(atoms.pbc))
+    return largest(abs(larger / 2 - energy) / len(atoms) for larger in doubled)
 
 
 def separation_error(calculator: Any, atoms: Atoms, distance: float = 100.0, prepare: Callable[[Atoms], Atoms] = lone) -> float:
@@ -114,7 +113,7 @@ def isolated_atom_error(calculator: Any, element: str, distance: float = 100.0, 
     """Largest of the force on a lone atom (eV/Å) and the interaction of two of them ``distance`` Å apart (eV)."""
     energy, force = evaluate_on(calculator, prepare(Atoms([element])))
     both, forces = evaluate_on(calculator, prepare(Atoms([element] * 2, [[0, 0, 0], [distance, 0, 0]])))
-    return max(abs(both - 2 * energy), float(np.abs(force).max()), float(np.abs(forces).max()))
+    return largest([abs(both - 2 * energy), np.abs(force).max(), np.abs(forces).max()])
 
 
 # --- verdict --------------------------------------------------------------------------------------------------------
@@ -151,7 +150,7 @@ def check(candidate: Candidate) -> Result:
         for name, values in errors.items():
             known = worst.setdefault(name, dict.fromkeys(values, 0.0))
             for key, value in values.items():
-                known[key] = max(known[key], value) if np.isfinite(value) else value
+                known[key] = largest([known[key], value])
     for name, values in worst.items():
         metrics.append(at_most(f"{name}, energy", values["energy"] * 1000, "meV/atom", 0.02, 1.0, CHANGES[name]))
         metrics.append(at_most(f"{name}, forces relative to the largest", values["relative"], "", 5e-4, 1e-2, CHANGES[name]))
@@ -183,7 +182,7 @@ def check(candidate: Candidate) -> Result:
     elements = sorted({s for a in candidate.structures for s in a.symbols}) or candidate.elements[:3]
     metrics += attempt(
         "isolated atoms",
-        lambda: at_most("isolated atoms, interaction at 100 Å and self-force", max(isolated_atom_error(calculator, e, prepare=candidate.free) for e in elements), "eV or eV/Å", 1e-4, 1e-2, lone),
+        lambda: at_most("isolated atoms, interaction at 100 Å and self-force", largest(isolated_atom_error(calculator, e, prepare=candidate.free) for e in elements), "eV or eV/Å", 1e-4, 1e-2, lone),
         lone,
     )  # fmt: skip
     names = ", ".join(a.get_chemical_formula() for a in candidate.structures)

@@ -6,6 +6,7 @@ approximation with isotope scattering.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -57,7 +58,7 @@ def conductivity(
     Args:
         calculator: ASE calculator.
         atoms: Conventional cell. ``atoms.info`` may hold "fc2_supercell", "fc3_supercell" (repeats or matrices),
-            "primitive_matrix" and "q_mesh", as the phononDB set does; otherwise they are chosen (fc3 at least 9.5 Å, fc2 13 Å,
+            "primitive_matrix" and "q_mesh" (or "q_point_mesh"), as the phononDB set does; otherwise they are chosen (fc3 at least 9.5 Å, fc2 13 Å,
             a mesh of 9 points along the shortest axis).
         temperature: K.
         displacement: Å.
@@ -81,10 +82,11 @@ def conductivity(
             primitive_matrix=np.array(info["primitive_matrix"], dtype=float) if "primitive_matrix" in info else "auto",
             symprec=1e-5,
         )
-    solver.mesh_numbers = np.array(info.get("q_mesh", [9, 9, 9]))
+    solver.mesh_numbers = np.array(info.get("q_mesh", info.get("q_point_mesh", [9, 9, 9])))
     solver.generate_fc2_displacements(distance=displacement)
     solver.phonon_forces = forces_of(calculator, solver.phonon_supercells_with_displacements, bar)
     solver.produce_fc2()
+    solver.symmetrize_fc2()
     solver.init_phph_interaction(symmetrize_fc3q=False)
     solver.run_phonon_solver()
     frequencies = np.array(solver.get_phonon_data()[0])
@@ -161,18 +163,18 @@ def relative_errors(predicted: dict[str, Any], reference: dict[str, Any]) -> dic
 
 
 def read_references(path: Path | str) -> dict[str, dict[str, Any]]:
-    """References by material id, from a JSON table of columns (mp_id, kappa_TOT_ave, mode_kappa_TOT_ave, weights), may be compressed."""
+    """References by material id, from a JSON table of columns (mp_id or material_id, kappa_TOT_ave, mode_kappa_TOT_ave, weights), may be compressed."""
     with open_text(Path(path)) as file:
         table = json.load(file)
     try:
         return {
             identifier: {"kappa": float(np.ravel(table["kappa_TOT_ave"][row])[0]), "mode_kappa": _squeeze(table["mode_kappa_TOT_ave"][row]),
                          "weights": np.ravel(table["weights"][row])}
-            for row, identifier in table["mp_id"].items()
+            for row, identifier in table["mp_id" if "mp_id" in table else "material_id"].items()
         }  # fmt: skip
     except (KeyError, TypeError) as error:
         raise InputError(
-            f"'{path}' is not a table of conductivities: expected columns mp_id, kappa_TOT_ave, mode_kappa_TOT_ave and weights ({error!r})."
+            f"'{path}' is not a table of conductivities: expected columns mp_id (or material_id), kappa_TOT_ave, mode_kappa_TOT_ave and weights ({error!r})."
         ) from None
 
 
@@ -201,7 +203,7 @@ def check(candidate: Candidate) -> Result:
     )
     references = read_references(config.conductivity_reference) if config.conductivity_reference else {}
     if references:
-        crystals = [c for c in crystals if c.info.get("mp_id") in references]
+        crystals = [c for c in crystals if identifier(c) in references]
     crystals = [c for c in crystals if set(c.symbols) <= set(candidate.elements)]
     if config.conductivity_count is not None:
         crystals = crystals[: config.conductivity_count]
@@ -209,15 +211,16 @@ def check(candidate: Candidate) -> Result:
         return skipped("None of the crystals is made of the potential's elements (and has a reference).")
     folder = candidate.folder / "conductivity"
     metrics: list[Metric] = []
-    results = {}
+    results: dict[str, dict[str, Any]] = {}
     for atoms in candidate.bar(crystals, "thermal conductivity"):
         name = str(atoms.info.get("name") or atoms.get_chemical_formula(empirical=True))
-        key = str(atoms.info.get("mp_id", name))
+        key = identifier(atoms)
         path = folder / f"{key}.json"
         if not path.exists():
             found = attempt(f"{name}: κ", lambda a=atoms, p=path: _store(candidate, a, p), HEAT, "failed")
             if not path.exists():
                 metrics += found
+                results[key] = {"kappa": np.nan}  # it counts as no prediction
                 continue
         result = {k: np.nan if v is None else v for k, v in json.loads(path.read_text()).items()}
         results[key] = {**result, "name": name}
@@ -244,6 +247,17 @@ def check(candidate: Candidate) -> Result:
                             [curve(true, [results[k]["kappa"] for k in scored]), curve(span, span, "equal", reference=True)], log="xy", points=True))  # fmt: skip
     return conclude(metrics, panels, [f"{len(results)} crystals; displacements of {DISPLACEMENT} Å; without the non-analytical term of polar crystals."],
                     "Thermal conductivities agree with the reference." if scored else "Conductivities are defined; there is no reference to compare with.")  # fmt: skip
+
+
+def identifier(atoms: Atoms) -> str:
+    """Its mp_id or material_id; else its name or formula with eight letters of its structure, so that polymorphs differ."""
+    given = atoms.info.get("mp_id", atoms.info.get("material_id"))
+    if given is not None:
+        return str(given)
+    digest = hashlib.sha256(
+        b"".join(np.ascontiguousarray(a).tobytes() for a in (atoms.numbers, atoms.positions.round(6), atoms.cell.array.round(6)))
+    )
+    return f"{atoms.info.get('name') or atoms.get_chemical_formula(empirical=True)}-{digest.hexdigest()[:8]}"
 
 
 def _store(candidate: Candidate, atoms: Atoms, path: Path) -> list[Metric]:

@@ -1,0 +1,264 @@
+"""What the judge once passed by mistake, or failed: broken potentials and questions that it did not see."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import ase.io
+import numpy as np
+import pytest
+from ase import Atoms
+from ase.build import bulk, molecule
+from ase.calculators.calculator import Calculator, all_changes
+from ase.calculators.emt import EMT
+from ase.calculators.singlepoint import SinglePointCalculator
+from broken_calculators import Defect, by_name, candidate_of, copper
+
+from gossamer.checks import conservation, crystals, diatomics, discovery, dynamics, errors, judge, judge_page, phonons, smoothness, symmetry
+from gossamer.checks import thermal_conductivity as heat
+from gossamer.checks.config import JudgeConfig
+from gossamer.checks.result import Result
+from gossamer.checks.source import find_sources
+
+
+class Pair(Calculator):
+    """A pair curve (energy and slope of distances), over minimum images only or over all images up to ``reach`` Å."""
+
+    implemented_properties = ["energy", "forces"]  # noqa: RUF012 - ASE's own convention
+
+    def __init__(self, curve: Any, reach: float | None = None) -> None:
+        super().__init__()
+        self.curve, self.reach = curve, reach
+
+    def calculate(self, atoms=None, properties=("energy",), system_changes=all_changes) -> None:
+        super().calculate(atoms, properties, system_changes)
+        vectors = self.atoms.get_all_distances(mic=self.atoms.pbc.any(), vector=True)
+        lengths = np.linalg.norm(vectors, axis=-1) + np.eye(len(self.atoms)) * 1e6
+        energies, slopes = self.curve(lengths)
+        forces = (slopes / lengths)[..., None] * vectors
+        self.results = {"energy": 0.5 * energies.sum(), "forces": forces.sum(axis=1)}
+
+
+def morse(lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Morse's curve, switched off smoothly from 4.5 to 6 Å."""
+    x, t = np.exp(-1.5 * (lengths - 2.6)), np.clip((lengths - 4.5) / 1.5, 0, 1)
+    switch, slope = 1 - 10 * t**3 + 15 * t**4 - 6 * t**5, (-30 * t**2 + 60 * t**3 - 30 * t**4) / 1.5
+    energies, slopes = 0.1 * (x * x - 2 * x), 0.1 * 1.5 * (-2 * x * x + 2 * x)
+    return energies * switch, slopes * switch + energies * slope
+
+
+# --- numbers that are none ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("what", ["stress", "forces"])
+def test_results_that_are_no_numbers_fail_conservation(what: str, tmp_path: Path) -> None:
+    def spoil(atoms: Atoms, results: dict[str, Any]) -> None:
+        results[what] = np.full_like(results[what], np.nan) if what in results else None
+
+    result = conservation.check(candidate_of(lambda: Defect(EMT(), spoil), tmp_path, structures=[copper()]))
+    assert result.status == "failed"
+    assert by_name(result, f"{what} against the energy's gradient").status == "failed"
+
+
+def test_forces_of_turned_frames_that_are_no_numbers_fail_symmetry(tmp_path: Path) -> None:
+    def spoil(atoms: Atoms, results: dict[str, Any]) -> None:
+        if atoms.cell.array[0, 1] != 0:
+            results["forces"][:] = np.nan
+
+    result = symmetry.check(candidate_of(lambda: Defect(EMT(), spoil), tmp_path, structures=[copper()]))
+    assert by_name(result, "rotation, forces").status == "failed"
+
+
+def test_forces_of_two_atoms_that_are_no_numbers_are_no_answer(tmp_path: Path) -> None:
+    def spoil(atoms: Atoms, results: dict[str, Any]) -> None:
+        if len(atoms) == 2 and atoms.get_distance(0, 1) < 2.5:
+            results["forces"][:] = np.nan
+
+    assert by_name(diatomics.check(candidate_of(lambda: Defect(EMT(), spoil), tmp_path)), "distances without an answer").status == "failed"
+
+
+def test_energies_that_are_no_numbers_are_no_answer() -> None:
+    found = discovery.relax_one(Defect(EMT(), lambda atoms, results: results.update(energy=np.nan)), bulk("Cu"))
+    assert found["energy"] is None
+    assert "nan" in found["error"]
+
+
+# --- crystals and phonons -------------------------------------------------------------------------------------------
+
+
+def test_a_field_that_holds_atoms_breaks_the_sum_rule(tmp_path: Path) -> None:
+    pytest.importorskip("phonopy")
+    side = bulk("Cu", cubic=True).cell.lengths()[0] / 2  # the field has the crystal's period
+
+    def pin(atoms: Atoms, results: dict[str, Any]) -> None:
+        turns = 2 * np.pi * atoms.positions / side
+        results["energy"] += float(((side / (2 * np.pi)) ** 2 * (1 - np.cos(turns))).sum())
+        results["forces"] = results["forces"] - side / (2 * np.pi) * np.sin(turns)
+        results.pop("stress", None)
+
+    constants = phonons.make_phonons(Defect(EMT(), pin), bulk("Cu", cubic=True), [2, 2, 2])
+    assert phonons.sum_rule_error(constants) == pytest.approx(1.0, rel=0.05)
+    assert phonons.frequencies_at(constants, np.zeros((1, 3)))[0, :3].min() > 1.0
+
+
+def test_phonons_have_the_masses_of_the_atoms() -> None:
+    pytest.importorskip("phonopy")
+    heavy = bulk("Cu")
+    heavy.set_masses([4 * 63.546])
+    light, half = (phonons.mesh_frequencies(phonons.make_phonons(EMT(), a, [2, 2, 2]))[0].max() for a in (bulk("Cu"), heavy))
+    assert half == pytest.approx(light / 2, rel=1e-3)
+
+
+def test_moduli_of_stress_and_energy_are_of_the_same_cells() -> None:
+    from_energy, from_stress = crystals.two_moduli(EMT(), bulk("Cu", a=3.59))
+    assert from_stress == pytest.approx(from_energy, rel=1e-3)
+    wrong = Defect(EMT(), lambda atoms, results: results.update(stress=0.7 * results["stress"]))
+    from_energy, from_stress = crystals.two_moduli(wrong, bulk("Cu", a=3.59))
+    assert from_stress == pytest.approx(0.7 * from_energy, rel=1e-2)
+
+
+def test_crystals_without_an_answer_count_as_no_prediction(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("phono3py")
+    reference: dict[str, dict[str, Any]] = {"material_id": {}, "kappa_TOT_ave": {}, "mode_kappa_TOT_ave": {}, "weights": {}}
+    found = []
+    for k, symbol in enumerate(("Cu", "Ag", "Au")):
+        found.append(bulk(symbol))
+        found[-1].info.update(material_id=f"mp-{k}")
+        for column, value in zip(reference, (f"mp-{k}", [10.0], [[[5.0, 5.0]]], [1.0]), strict=True):
+            reference[column][str(k)] = value
+    ase.io.write(tmp_path / "crystals.extxyz", found)
+    (tmp_path / "reference.json").write_text(json.dumps(reference))
+
+    def perfect_for_copper(calculator: Any, atoms: Atoms, **options: Any) -> dict[str, Any]:
+        if "Cu" not in atoms.symbols:
+            raise RuntimeError("out of memory")
+        return {"kappa": 10.0, "mode_kappa": np.array([[5.0, 5.0]]), "weights": np.ones(1), "imaginary": False, "same_symmetry": True}
+
+    monkeypatch.setattr(heat, "conductivity", perfect_for_copper)
+    options = {"conductivity_crystals": str(tmp_path / "crystals.extxyz"), "conductivity_reference": str(tmp_path / "reference.json")}
+    result = heat.check(candidate_of(EMT, tmp_path, ("Cu", "Ag", "Au"), **options))
+    assert by_name(result, "κ_SRME").value == pytest.approx(4 / 3)
+
+
+def test_polymorphs_have_a_conductivity_each() -> None:
+    first, second = bulk("Cu"), bulk("Cu", "bcc", a=2.87)
+    assert heat.identifier(first) != heat.identifier(second)
+    first.info["material_id"] = "mp-30"
+    assert heat.identifier(first) == "mp-30"
+
+
+# --- symmetry, smoothness, conservation -----------------------------------------------------------------------------
+
+
+def test_images_are_missed_along_any_axis(tmp_path: Path) -> None:
+    long = bulk("Cu", cubic=True).repeat((4, 1, 1))
+    result = symmetry.check(candidate_of(lambda: Pair(morse), tmp_path, structures=[long]))
+    assert by_name(result, "supercell").status == "failed"
+
+
+@pytest.mark.parametrize("cutoff", [None, 9.0])
+def test_a_jump_far_out_is_seen(cutoff: float | None, tmp_path: Path) -> None:
+    def coulomb(lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        near = lengths < 9.0
+        wall = 3 * np.exp(-2 * (lengths - 1))
+        return near * (2.9 / lengths + wall), near * (-2.9 / lengths**2 - 2 * wall)
+
+    candidate = candidate_of(lambda: Pair(coulomb), tmp_path, ("H", "O"), [molecule("H2O")])
+    candidate.cutoff = cutoff
+    result = smoothness.check(candidate)
+    assert by_name(result, "jump of the energy as an atom leaves").status == "failed"
+    assert ("not known" in " ".join(result.notes)) == (cutoff is None)
+
+
+def test_a_lone_atom_first_is_no_fault_of_dynamics(tmp_path: Path) -> None:
+    alone = Atoms("Cu", cell=[15.0] * 3, pbc=True)
+    assert conservation.check(candidate_of(EMT, tmp_path, structures=[alone, copper()])).status == "passed"
+    only = conservation.check(candidate_of(EMT, tmp_path, structures=[Atoms("Cu")]))
+    assert by_name(only, "drift").status == "skipped"
+    assert only.status == "passed"
+
+
+# --- questions ------------------------------------------------------------------------------------------------------
+
+
+def test_structures_of_one_name_are_all_judged(tmp_path: Path) -> None:
+    cold, hot = bulk("Cu"), bulk("Cu")
+    assert list(judge.named([cold, hot, bulk("Au")])) == ["Cu", "Cu-2", "Au"]
+
+
+def test_references_stay_with_their_systems(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    gold, cu = bulk("Au"), bulk("Cu")
+    (source,) = find_sources([], ["ase.calculators.emt:EMT"], None, None, "auto", None)
+    config = JudgeConfig(elements=["Cu"], references=["gold.traj", "copper.traj"])
+    both = judge.make_candidate(source, config, tmp_path, judge.Inputs([], [], [gold, cu], []), False)
+    assert list(both.systems) == ["Cu"]
+    assert both.references == {"Cu": "copper.traj"}
+    assert "Au" in caplog.text
+    none = judge.make_candidate(source, config, tmp_path, judge.Inputs([], [], [gold], []), False)
+    assert none.systems == {}
+
+
+def test_files_of_one_size_are_told_apart(tmp_path: Path) -> None:
+    file = tmp_path / "data.extxyz"
+    keys = []
+    for text in ("1", "2"):
+        file.write_text(text)
+        keys.append(judge.question_key("errors", candidate_of(EMT, tmp_path, data=str(file))))
+        candidate = candidate_of(EMT, tmp_path, references=[str(file)])
+        keys.append(judge.question_key("dynamics", candidate))
+    assert len(set(keys)) == 4
+
+
+def test_a_reference_may_list_its_atoms_otherwise(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    steps = rng.normal(scale=0.15, size=(300, 16, 3))
+    steps[:, :8] *= 0.1
+    frames = [Atoms(["Cu"] * 8 + ["Au"] * 8, x, cell=[9.0] * 3, pbc=True) for x in rng.uniform(0, 9, (16, 3)) + np.cumsum(steps, axis=0)]
+    protocol, candidate = dynamics.Protocol(species="Au"), candidate_of(EMT, tmp_path, reference_interval=0.05)
+    for known in ([f[[*range(8, 16), *range(8)]] for f in frames], [f.repeat((2, 1, 1)) for f in frames]):
+        metrics = dynamics._bulk("gas", frames, frames, 0.05, protocol, known, [], candidate)
+        (off,) = [m for m in metrics if "diffusivity off by" in m.name]
+        assert off.value == pytest.approx(0, abs=0.2)
+        assert off.status == "passed"
+
+
+# --- errors ---------------------------------------------------------------------------------------------------------
+
+
+def labelled(energies: list[float], symbols: list[str]) -> list[Atoms]:
+    found = []
+    for energy, symbol in zip(energies, symbols, strict=True):
+        atoms = molecule("H2O")
+        atoms.symbols[0] = symbol
+        atoms.calc = SinglePointCalculator(atoms, energy=energy)
+        found.append(atoms)
+    return found
+
+
+def test_knowing_nothing_is_no_small_error(tmp_path: Path) -> None:
+    """Energies that differ from element to element by far more than within a composition; the potential always says zero."""
+    rng = np.random.default_rng(0)
+    symbols = ["O", "S", "Se"] * 10
+    energies = [{"O": -400.0, "S": -900.0, "Se": -2000.0}[s] + rng.normal() for s in symbols]
+    zero = lambda: Pair(lambda lengths: (0 * lengths, 0 * lengths))  # noqa: E731
+    result = errors.check(candidate_of(zero, tmp_path, ("H", "O", "S", "Se"), labelled=labelled(energies, symbols)))
+    assert by_name(result, "energy error over the spread").status != "passed"
+    few = errors.check(candidate_of(zero, tmp_path, ("H", "O", "S", "Se"), labelled=labelled(energies[:3], symbols[:3])))
+    assert by_name(few, "energy error over the spread").status == "skipped"
+
+
+def test_the_worst_frame_is_named_as_in_the_file(tmp_path: Path) -> None:
+    energies = [0.0] * 250
+    energies[150] = 9.0
+    frames = labelled(energies, ["O"] * 250)
+    zero = lambda: Pair(lambda lengths: (0 * lengths, 0 * lengths))  # noqa: E731
+    result = errors.check(candidate_of(zero, tmp_path, ("H", "O"), labelled=frames, level="quick"))
+    assert "150 (3000 meV/atom)" in " ".join(result.notes)
+
+
+def test_nothing_judged_is_not_passed() -> None:
+    found = judge_page.headline("it", {"phonons": Result("skipped", "no phonopy")}, {"phonons": ("Phonons", "", "")})
+    assert found["status"] == "skipped"
+    assert found["finding"] == "Nothing was judged."
