@@ -180,6 +180,12 @@ def test_a_lone_atom_first_is_no_fault_of_dynamics(tmp_path: Path) -> None:
     assert only.status == "passed"
 
 
+def test_frames_of_several_atoms_are_chosen() -> None:
+    assert judge.chosen_frames([1, 1, 9, 9, 1, 9], 1) == [2]
+    assert judge.chosen_frames([1, 1], 1) == [0]
+    assert judge.chosen_frames([1, 9], None) == [0, 1]
+
+
 # --- questions ------------------------------------------------------------------------------------------------------
 
 

@@ -168,7 +168,7 @@ class Inputs:
 
 
 def read_all(entries: Any, n: int | None = None) -> list[Atoms]:
-    """Atoms (copied) and frames of structure files, spread evenly if only ``n`` of each file are wanted.
+    """Atoms (copied) and frames of structure files, chosen as by `chosen_frames` if only ``n`` of each file are wanted.
 
     Raises:
         FileNotFoundError: no such file.
@@ -180,11 +180,17 @@ def read_all(entries: Any, n: int | None = None) -> list[Atoms]:
             out.append(entry.copy())
             continue
         frames = read_frames(entry)
-        for k in spread(len(frames), n):
+        for k in chosen_frames([len(f) for f in frames], n):
             frames[k].info.setdefault("name", Path(entry).name.split(".")[0] + (f"-{k}" if len(frames) > 1 else ""))
             frames[k].info["origin"] = f"frame {k} of '{Path(entry).name}'"
             out.append(frames[k])
     return out
+
+
+def chosen_frames(sizes: Sequence[int], n: int | None) -> list[int]:
+    """``n`` frames spread evenly over those of several atoms, or over all where there are none; None: all frames."""
+    several = [k for k, size in enumerate(sizes) if size > 1 or n is None] or list(range(len(sizes)))
+    return [several[k] for k in spread(len(several), n)]
 
 
 def tested_structures(run: Path, n: int) -> tuple[list[Atoms], str]:
@@ -198,7 +204,7 @@ def tested_structures(run: Path, n: int) -> tuple[list[Atoms], str]:
     except (OSError, ValueError) as error:
         log.info("the training data of '%s' cannot be read (%s)", run, error)
         return [], ""
-    picks = spread(len(found), n)
+    picks = chosen_frames([found[k].n_atoms for k in range(len(found))], n)
     what = "test data" if data.test else "training data"
     return [found[k].to_ase() for k in picks], f"frames {', '.join(map(str, picks))} of its run's {what}"
 
