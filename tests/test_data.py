@@ -112,6 +112,11 @@ def test_forces_of_fixed_atoms_are_read_unchanged(tmp_path: Path) -> None:
     (structure,) = read_structures(tmp_path / "fixed.traj")
     assert np.all(structure.forces[0] != 0)
     assert np.flatnonzero(structure.fixed).tolist() == [0, 3]
+    for name in ("again.extxyz", "again.traj"):  # and are fixed in what we write
+        ase.io.write(tmp_path / name, structure.to_ase())
+        (again,) = read_structures(tmp_path / name)
+        assert_same(again, atoms)
+        assert again.fixed.tolist() == structure.fixed.tolist()
 
 
 def test_vasp_output_through_ase(tmp_path: Path) -> None:

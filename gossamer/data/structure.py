@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from ase import Atoms
 from ase.calculators.singlepoint import SinglePointCalculator
+from ase.constraints import FixAtoms
 from ase.stress import full_3x3_to_voigt_6_stress
 from numpy.typing import NDArray
 
@@ -91,8 +92,13 @@ class Structure:
         return self
 
     def to_ase(self) -> Atoms:
-        """The structure as ASE Atoms whose calculator holds energy, forces and stress; further labels are in arrays and info."""
+        """The structure as ASE Atoms whose calculator holds energy, forces and stress; further labels are in arrays and info.
+
+        Fixed atoms get a constraint: ``atoms.get_forces(apply_constraint=False)`` gives their labels too.
+        """
         atoms = Atoms(self.atomic_numbers, self.positions, cell=self.cell, pbc=self.pbc)
+        if self.fixed is not None and self.fixed.any():
+            atoms.set_constraint(FixAtoms(np.flatnonzero(self.fixed)))
         labels: dict[str, Any] = {"energy": self.energy, "forces": self.forces}
         if self.stress is not None:
             labels["stress"] = full_3x3_to_voigt_6_stress(self.stress)
