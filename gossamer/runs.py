@@ -16,7 +16,7 @@ import torch
 
 from gossamer.calibration import measure_uncertainty, plot_honesty
 from gossamer.config import Config, load_config, make_config, save_config
-from gossamer.data.dataset import Subset, load_data, open_dataset, require_labels
+from gossamer.data.dataset import Subset, digest, load_data, open_dataset, require_labels
 from gossamer.data.fingerprint import SeenFrames, leave_out_training_frames
 from gossamer.data.labels import LabelConfig
 from gossamer.data.statistics import compute_statistics, find_limits, widened
@@ -77,7 +77,7 @@ def train(
         potential, frames, tuning = prepare_potential(config, frames, group)
         state = make_state(potential, config.training, config.loss)
         settings = to_dict(config)
-        identity = run_identity(settings, potential, tuning)
+        identity = run_identity(settings, potential, frames, tuning)
         resumed = resume and checkpoint.exists()
         if resumed:
             load_state(state, checkpoint, identity)
@@ -227,9 +227,13 @@ def start_finetuning(config: Config, frames: Frames) -> tuple[Potential, Frames,
     return potential, replace(frames, train=train_set, old=kept), report
 
 
-def run_identity(settings: Mapping[str, Any], potential: Potential, tuning: Mapping[str, Any]) -> dict[str, Any]:
-    """What a checkpoint must share with the run that goes on from it."""
-    identity = {k: settings[k] for k in ("model", "potential", "loss", "training")} | {"data": potential.statistics.fingerprint}
+def run_identity(settings: Mapping[str, Any], potential: Potential, frames: Frames, tuning: Mapping[str, Any]) -> dict[str, Any]:
+    """What a checkpoint must share with the run that goes on from it (`gossamer.training.state.differing`)."""
+    statistics = potential.statistics
+    identity = {k: settings[k] for k in ("model", "potential", "loss", "training")} | {
+        "data": statistics.fingerprint, "elements": statistics.elements, "reference_energies": statistics.reference_energies,
+        "training_frames": digest(frames.train), "validation_frames": digest(frames.valid),
+    }  # fmt: skip
     if tuning:
         identity["finetune"] = settings["finetune"] | {"checksum": tuning["start_checksum"]}
     return identity

@@ -13,8 +13,10 @@ import sys
 import time
 import types
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
+import ase.io
 import numpy as np
 import pytest
 import torch
@@ -28,6 +30,7 @@ from gossamer.config import load_config, make_config
 from gossamer.data.dataset import load_data
 from gossamer.data.readers import LabelConfig, from_atoms, read_structures
 from gossamer.data.statistics import compute_statistics
+from gossamer.data.structure import Structure
 from gossamer.engine.compiler_cache import is_kept, kept_compiler_files
 from gossamer.evaluation import evaluate_potential
 from gossamer.files import locked
@@ -45,6 +48,7 @@ from gossamer.training.muon import orthogonalized
 from gossamer.training.optim import EMA, Clipper, Schedule, ScheduleConfig, make_optimizer
 from gossamer.training.process_group import shares
 from gossamer.training.progress import expected_error
+from gossamer.training.state import LATER
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
@@ -174,8 +178,39 @@ def test_resume_refuses_other_settings(tmp_path: Path) -> None:
         train(settings(tmp_path / "run", steps=20, learning_rate=0.1), resume=True, progress=False)
     changed = settings(tmp_path / "run", steps=20)
     changed["data"]["train_size"] = 50
-    with pytest.raises(ValueError, match="belongs to another run: data differ"):
+    with pytest.raises(ValueError, match="belongs to another run: .*training frames differ"):
         train(changed, resume=True, progress=False)
+
+
+def test_resume_refuses_other_data_wherever_it_lies(tmp_path: Path) -> None:
+    """Whatever of the data decides the numbers counts, to the order of the elements; not where it lies."""
+    structures = [replace(s, cell=20 * np.eye(3), stress=0.01 * np.eye(3)) for s in read_structures(ETHANOL)][:13]
+
+    def write(name: str, chosen: list[Structure]) -> str:
+        ase.io.write(tmp_path / name, [s.to_ase() for s in chosen])
+        return str(tmp_path / name)
+
+    files = {"train": write("train.extxyz", structures[:8]), "valid": write("valid.extxyz", structures[8:12])}
+
+    def run(resume: bool = True, **data) -> dict:
+        config = settings(tmp_path / "run", steps=4, valid_every=2, checkpoint_every=2)
+        return train({**config, "data": {**files, **data}}, resume=resume, progress=False)
+
+    run(resume=False)
+    third = structures[3]
+    others = [replace(third, stress=0.02 * np.eye(3)), replace(third, pbc=np.ones(3, dtype=bool)), replace(third, fixed=np.arange(9) == 2)]
+    for k, other in enumerate(others):
+        with pytest.raises(ValueError, match="belongs to another run: training frames differ"):
+            run(train=write(f"{k}.extxyz", [*structures[:3], other, *structures[4:8]]))
+    for data, what in [
+        ({"valid": write("v.extxyz", structures[9:13])}, "validation frames"),
+        ({"elements": ["O", "C", "H"]}, "elements"),
+        ({"reference_energies": {"H": -13.0, "C": -1000.0, "O": -2000.0}}, "reference energies"),
+    ]:
+        with pytest.raises(ValueError, match=f"belongs to another run: {what} differ"):
+            run(**data)
+    moved = {"train": write("moved.extxyz", structures[:8]), "valid": write("moved_too.extxyz", structures[8:12])}
+    assert run(**moved)["steps"] == 4
 
 
 def test_damaged_checkpoint_points_to_the_one_before(tmp_path: Path) -> None:
@@ -212,6 +247,8 @@ def test_checkpoints_of_older_versions(tmp_path: Path, monkeypatch: pytest.Monke
     tensors, state = read_checkpoint(path)
     for name in ("minutes", "clock"):
         del state["identity"]["training"][name]
+    for name in LATER:
+        del state["identity"][name]
     for name in ("first_seconds", "step_seconds", "timed_steps", "validated_at", "valid_seconds"):
         del state[name]
     save_file(tensors, path, {"state": json.dumps(state)})
@@ -782,16 +819,12 @@ def test_fit_sees_about_as_many_neighbours_in_whatever_it_is_given(spacing: floa
 
 
 def test_fit_of_one_frame(tmp_path: Path) -> None:
-    import ase.io
-
     ase.io.write(tmp_path / "one.extxyz", next(iter(read_structures(ETHANOL))).to_ase())
     with pytest.raises(ValueError, match=r"one\.extxyz' holds one frame.*Give more frames"):
         fit(tmp_path / "one.extxyz", out=tmp_path / "fit", progress=False)
 
 
 def test_fit_refuses_bad_data(tmp_path: Path) -> None:
-    import ase.io
-
     frames = [s.to_ase() for s in read_structures(ETHANOL)][:40]
     for atoms in frames:
         atoms.calc.results["energy"] /= 27.2114
@@ -803,8 +836,6 @@ def test_fit_refuses_bad_data(tmp_path: Path) -> None:
 @pytest.mark.thorough
 def test_training_frames_do_not_count(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     """Of the file trained on, only the other frames are evaluated; their indices are those of the file."""
-    import ase.io
-
     results = train(settings(tmp_path / "run", steps=20), progress=False)
     path = tmp_path / "run" / "potential.safetensors"
     evaluation = evaluate(path, ETHANOL, out=tmp_path / "evaluation", worst=5)

@@ -125,6 +125,17 @@ def identity(structure: Structure) -> bytes:
     return digest.digest()
 
 
+def digest(structures: Sequence[Structure]) -> str:
+    """sha256 over what training reads of structures, in their order: atoms, cells, labels and fixed atoms, wherever the file lies."""
+    total = hashlib.sha256()
+    for s in structures:
+        for part in (s.atomic_numbers, s.positions, s.cell, s.pbc, s.free):
+            total.update(np.ascontiguousarray(part).tobytes())
+        for name, label in sorted(s.labels.items()):
+            total.update(name.encode() + np.ascontiguousarray(label, dtype=np.float64).tobytes())
+    return total.hexdigest()
+
+
 def check_leaks(train: Sequence[Structure], other: Sequence[Structure], label: str, limit: int = 200_000) -> None:
     """Raise ValueError if a frame occurs among the training frames and the others (data up to ``limit`` frames)."""
     if len(train) + len(other) > limit:

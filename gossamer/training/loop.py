@@ -232,7 +232,8 @@ def count_edges(loader: Loader, group: ProcessGroup, folder: Path, identity: Map
     Of many structures that takes minutes, so they are kept in the folder for a run that goes on.
     """
     n, path = len(loader.structures), folder / "edges.npz"
-    key = hashlib.sha256(json.dumps([identity["data"], identity["model"], n], sort_keys=True).encode()).hexdigest()
+    known = [identity[k] for k in ("data", "training_frames", "model") if k in identity]
+    key = hashlib.sha256(json.dumps([*known, n], sort_keys=True).encode()).hexdigest()
     kept = read_counts(path, key, n) if group.rank == 0 else None
     if group.broadcast(float(kept is not None)):
         counts = np.zeros(n) if kept is None else kept
