@@ -201,7 +201,7 @@ def differing(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     now = {k: v for k, v in now.items() if k in before or k not in LATER}
     named = "training_frames" in now
     before, now = decisive(before, named), decisive(now, named)
-    return sorted(k for k in now if not (_close if k == "reference_energies" else _equal)(before.get(k), now[k]))
+    return sorted(k for k in now if before.get(k) != now[k] and not (k == "reference_energies" and _close(before[k], now[k])))
 
 
 def decisive(identity: dict[str, Any], named: bool = True) -> dict[str, Any]:
@@ -212,10 +212,6 @@ def decisive(identity: dict[str, Any], named: bool = True) -> dict[str, Any]:
         if "finetune" in out:
             out["finetune"] = {k: v for k, v in out["finetune"].items() if k not in PLACES}
     return out
-
-
-def _equal(before: Any, now: Any) -> bool:
-    return bool(before == now)
 
 
 def _close(before: dict[str, float], now: dict[str, float]) -> bool:
