@@ -125,7 +125,7 @@ def read_frames(config: Config) -> Frames:
     Raises:
         ValueError: a label is missing, or a frame is on two sides.
     """
-    train_set, valid_set, test_set = load_data(config.data)
+    train_set, valid_set, test_set = load_data(config.data, config.model.cutoff)
     needed = config.loss.needed()
     for part in (train_set, valid_set):
         require_labels(part, needed, "loss.{label} is above 0")

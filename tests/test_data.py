@@ -34,7 +34,7 @@ from small_formats import label, write_mptrj
 from gossamer.config import load_config, make_config
 from gossamer.data.atoms import as_atoms, read_frames
 from gossamer.data.batch import collate
-from gossamer.data.dataset import DataConfig, load_data, open_dataset, require_labels
+from gossamer.data.dataset import DataConfig, Subset, load_data, open_dataset, require_labels, sizes
 from gossamer.data.inspection import inspect
 from gossamer.data.labels import ForceUnit
 from gossamer.data.legacy import _tensor, read_legacy_lmdb, restricted_loads
@@ -368,6 +368,45 @@ def test_splits(tmp_path: Path) -> None:
     assert len(train) == 5
     with pytest.raises(ValueError, match="is the same structure as"):
         load_data(DataConfig(train=path, valid=path))
+
+
+@pytest.mark.parametrize("split", ["random", "group"])
+def test_isolated_atoms_are_trained_on(split: str, tmp_path: Path) -> None:
+    """Bare or in a large periodic box, whatever the seed; single atoms of a crystal are split like all others."""
+
+    def single(name: str, edge: float | None) -> Atoms:
+        atoms = Atoms(name) if edge is None else Atoms(name, cell=np.eye(3) * edge, pbc=True)
+        atoms.calc = SinglePointCalculator(atoms, energy=-float(atoms.numbers[0]), forces=np.zeros((1, 3)))
+        return atoms
+
+    frames = [labelled(k) for k in range(10)] + [single("H", None), single("Si", 12.0), single("O", 15.0), single("C", 9.0)]
+    frames += [single("C", 2.5 + 0.01 * k) for k in range(10)]
+    for k, atoms in enumerate(frames):
+        atoms.info["material"] = f"m{k // 2}"
+    ase.io.write(tmp_path / "a.extxyz", frames)
+    for seed in range(5):
+        config = DataConfig(
+            train=str(tmp_path / "a.extxyz"), valid_fraction=0.5, split=split, seed=seed, labels=LabelConfig(group="material")
+        )
+        train, valid, _ = load_data(config, 4.0)
+        assert sum(s.is_isolated(4.0) for s in train) == 4
+        assert any(s.n_atoms == 1 for s in valid)
+        assert compute_statistics(train, 4.0, "isolated").reference_energies == {"H": -1.0, "C": -6.0, "O": -8.0, "Si": -14.0}
+    if split == "random":
+        train, _, _ = load_data(replace(config, train_size=5), 4.0)
+        assert (len(train), sum(s.is_isolated(4.0) for s in train)) == (5, 4)
+    assert inspect(tmp_path / "a.extxyz").facts["isolated atoms"] == "C, H, O, Si"
+    ase.io.write(tmp_path / "b.extxyz", frames[10:13])
+    with pytest.raises(ValueError, match=r"3 structures in '.*b\.extxyz' cannot be split: 3 are isolated atoms"):
+        load_data(DataConfig(train=str(tmp_path / "b.extxyz")))
+
+
+def test_sizes_of_structures(tmp_path: Path) -> None:
+    structures = [from_atoms(molecule(name), LabelConfig(), name) for name in ("CO", "CH4", "H2O")]
+    write_store(structures, tmp_path / "store")
+    for found in (structures, Store(tmp_path / "store")):
+        assert sizes(found).tolist() == [2, 5, 3]
+        assert sizes(Subset(found, [2, 0])).tolist() == [3, 2]
 
 
 def test_statistics() -> None:

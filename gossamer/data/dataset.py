@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 from pydantic import Field
 
 from gossamer.data.labels import LabelConfig
 from gossamer.data.readers import read_structures, suggestion
 from gossamer.data.store import Store
-from gossamer.data.structure import Structure
+from gossamer.data.structure import REACH, Structure
 from gossamer.settings import settings
 
 
@@ -32,7 +33,7 @@ class DataConfig:
     valid_size: Annotated[int, Field(gt=0)] | None = None
     """Number of validation frames instead of a fraction (random split only)."""
     train_size: Annotated[int, Field(gt=0)] | None = None
-    """Use only this many training frames, chosen at random after the split."""
+    """Use only this many training frames, chosen at random after the split (isolated atoms first)."""
     split: Literal["random", "group"] = "random"
     """"group" keeps frames of one ``labels.group`` on one side, so that similar frames do not leak."""
     seed: int = 0
@@ -47,7 +48,7 @@ class DataConfig:
     elements: list[str] | None = None
     """Element table; by default the elements of the training structures."""
     reference_energies: Literal["auto", "isolated", "least_squares"] | dict[str, float] = "auto"
-    """eV per element, or how to find them: single-atom frames, or a least-squares fit."""
+    """eV per element, or how to find them: frames of a single atom that has no neighbour within the cutoff, or a least-squares fit."""
 
 
 def open_dataset(path: str | Path | Sequence[str | Path], labels: LabelConfig | None = None) -> Sequence[Structure]:
@@ -72,8 +73,12 @@ class Subset(Sequence[Structure]):
         return self.parent[self.indices[index]]
 
 
-def load_data(config: DataConfig) -> tuple[Sequence[Structure], Sequence[Structure], Sequence[Structure] | None]:
+def load_data(config: DataConfig, cutoff: float = REACH) -> tuple[Sequence[Structure], Sequence[Structure], Sequence[Structure] | None]:
     """Training, validation and test structures as the settings say.
+
+    Args:
+        config: Settings.
+        cutoff: Å, within which a single atom that sees no other is an isolated one: these are always trained on.
 
     Raises:
         ValueError: nothing left on one side, or a structure that occurs on both sides.
@@ -83,11 +88,13 @@ def load_data(config: DataConfig) -> tuple[Sequence[Structure], Sequence[Structu
     if config.valid is not None:
         train, valid = everything, open_dataset(config.valid, config.labels)
     else:
-        train, valid = split(everything, config)
+        train, valid = split(everything, config, cutoff)
     if config.train_size is not None:
         if config.train_size > len(train):
             raise ValueError(f"data.train_size is {config.train_size}, but only {len(train)} training frames are there.")
-        chosen = np.random.default_rng(config.seed + 1).permutation(len(train))[: config.train_size]
+        alone = isolated_atoms(train, cutoff)
+        others = np.random.default_rng(config.seed + 1).permutation(np.flatnonzero(~alone))
+        chosen = np.concatenate([np.flatnonzero(alone), others])[: config.train_size]
         train = Subset(train, np.sort(chosen).tolist())
     check_leaks(train, valid, "validation")
     if test is not None:
@@ -95,25 +102,49 @@ def load_data(config: DataConfig) -> tuple[Sequence[Structure], Sequence[Structu
     return train, valid, test
 
 
-def split(structures: Sequence[Structure], config: DataConfig) -> tuple[Subset, Subset]:
-    """Split off the validation frames at random, or by group."""
+def isolated_atoms(structures: Sequence[Structure], cutoff: float = REACH) -> NDArray[np.bool_]:
+    """(n_structures,) which of them are isolated atoms."""
+    found = sizes(structures) == 1
+    for k in np.flatnonzero(found).tolist():
+        found[k] = structures[k].is_isolated(cutoff)
+    return found
+
+
+def sizes(structures: Sequence[Structure]) -> NDArray[np.int64]:
+    """(n_structures,) their numbers of atoms; in a store, nothing else is read."""
+    if isinstance(structures, Store):
+        return structures.sizes
+    if isinstance(structures, Subset):
+        return sizes(structures.parent)[structures.indices]
+    return np.array([s.n_atoms for s in structures], dtype=np.int64)
+
+
+def split(structures: Sequence[Structure], config: DataConfig, cutoff: float = REACH) -> tuple[Subset, Subset]:
+    """Split off the validation frames at random, or by group; isolated atoms, of which there are few, stay among the training frames."""
     n = len(structures)
     rng = np.random.default_rng(config.seed)
     if n < 2:
         raise ValueError(f"{n} structures in '{config.train}' cannot be split. Give more, or a file for data.valid.")
+    alone = isolated_atoms(structures, cutoff)
+    others = np.flatnonzero(~alone)
+    if len(others) < 2:
+        raise ValueError(
+            f"{n} structures in '{config.train}' cannot be split: {n - len(others)} are isolated atoms, which are all trained on. Give "
+            "more of the others, or a file for data.valid."
+        )
     if config.split == "group":
         found = [structures[k].group for k in range(n)]
         if config.labels.group is None and None in found:
             raise ValueError("data.split is 'group', but data.labels.group does not say which entry names the group.")
         groups = np.array(found)
-        names = np.unique(groups)
+        names = np.unique(groups[others])
         chosen = rng.permutation(names)[: max(1, round(config.valid_fraction * len(names)))]
-        is_valid = np.isin(groups, chosen)
+        is_valid = np.isin(groups, chosen) & ~alone
     else:
-        size = config.valid_size or max(1, round(config.valid_fraction * n))
+        size = config.valid_size or max(1, round(config.valid_fraction * len(others)))
         is_valid = np.zeros(n, dtype=bool)
-        is_valid[rng.permutation(n)[:size]] = True
-    if is_valid.all():
+        is_valid[rng.permutation(others)[:size]] = True
+    if is_valid[others].all():
         raise ValueError(f"The split leaves no training frames: {n} frames, {int(is_valid.sum())} of them for validation.")
     return Subset(structures, np.flatnonzero(~is_valid).tolist()), Subset(structures, np.flatnonzero(is_valid).tolist())
 

@@ -98,7 +98,7 @@ def compute_statistics(
         if structure.energy is not None:
             composition_rows.append(np.bincount(structure.atomic_numbers, minlength=119))
             energies.append(structure.energy)
-            if structure.n_atoms == 1 and not structure.pbc.any():
+            if structure.is_isolated(cutoff):
                 isolated.setdefault(int(structure.atomic_numbers[0]), structure.energy)
         if index % stride == 0:
             found, _ = neighbor_list(structure.positions, structure.cell, structure.pbc, cutoff, max_neighbors)
@@ -111,7 +111,7 @@ def compute_statistics(
             f"The data holds {', '.join(chemical_symbols[z] for z in missing)}, which the list of elements "
             f"({', '.join(chemical_symbols[z] for z in table)}) lacks. Add them to data.elements."
         )
-    references = _reference_energies(reference_energies, table, np.array(composition_rows), np.array(energies), isolated)
+    references = _reference_energies(reference_energies, table, np.array(composition_rows), np.array(energies), isolated, cutoff)
     force_rms = float(np.sqrt(force_squares / force_count)) if force_count else 0.0
     element_rms = {chemical_symbols[z]: float(np.sqrt(squares_of[z] / count_of[z])) for z in table if squares_of[z] > 0}
     return Statistics(
@@ -196,7 +196,7 @@ def _spreads(
 
 
 def _reference_energies(
-    kind: ReferenceEnergies, table: list[int], rows: np.ndarray, energies: np.ndarray, isolated: dict[int, float]
+    kind: ReferenceEnergies, table: list[int], rows: np.ndarray, energies: np.ndarray, isolated: dict[int, float], cutoff: float
 ) -> dict[str, float]:
     symbols = [chemical_symbols[z] for z in table]
     if isinstance(kind, Mapping):
@@ -208,7 +208,8 @@ def _reference_energies(
     if kind == "isolated" and lone:
         raise ValueError(
             f"data.reference_energies is 'isolated', but no frame holds a single atom of "
-            f"{', '.join(chemical_symbols[z] for z in lone)} without periodicity. Add one, give numbers, or use 'least_squares'."
+            f"{', '.join(chemical_symbols[z] for z in lone)} that has no neighbour within {cutoff:g} Å. Add one, give numbers, or use "
+            "'least_squares'."
         )
     if kind == "isolated" or (kind == "auto" and not lone):
         return {chemical_symbols[z]: isolated[z] for z in table}

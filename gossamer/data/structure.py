@@ -13,7 +13,11 @@ from ase.constraints import FixAtoms
 from ase.stress import full_3x3_to_voigt_6_stress
 from numpy.typing import NDArray
 
+from gossamer.neighbors import neighbor_list
 from gossamer.quantities import OWN, QUANTITIES
+
+REACH = 6.0
+"""Å, as long a cutoff as networks usually have: a single atom that sees no other within it is an isolated one"""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -60,6 +64,10 @@ class Structure:
     @property
     def volume(self) -> float:
         return float(abs(np.linalg.det(self.cell)))
+
+    def is_isolated(self, cutoff: float = REACH) -> bool:
+        """Whether this is one atom that sees no other, not even its own image: plane-wave codes put isolated atoms into large boxes."""
+        return self.n_atoms == 1 and neighbor_list(self.positions, self.cell, self.pbc, cutoff)[0].size == 0
 
     def validate(self) -> Structure:
         """Return self if shapes and numbers make sense.
