@@ -155,7 +155,9 @@ def run_one(config: Config, minutes: float, folder: Path, progress: bool = True,
         "inference_ms": time_inference(potential, sample[0]),
         "inference_atoms": sample[0].n_atoms,
         "valid": results["valid"],
-        "test": None if test_set is None else evaluate_potential(potential, test_set, keep=0).summary(),
+        "test": None
+        if test_set is None
+        else evaluate_potential(potential, test_set, keep=0, free_atoms_only=config.loss.free_atoms_only).summary(),
         "settings": to_dict(config),
         "machine": machine(potential.device),
         "versions": {"gossamer": __version__, "torch": torch.__version__},

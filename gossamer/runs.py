@@ -14,6 +14,7 @@ import ase.io
 import numpy as np
 import torch
 
+from gossamer import __version__
 from gossamer.calibration import measure_uncertainty, plot_honesty
 from gossamer.config import Config, load_config, make_config, save_config
 from gossamer.data.dataset import Subset, digest, load_data, open_dataset, require_labels
@@ -30,7 +31,7 @@ from gossamer.settings import to_dict
 from gossamer.training.finetune import Concatenated, adapt_statistics, choose_replay, choose_weights, merge_adapters, transfer_weights
 from gossamer.training.loop import finished, run_training
 from gossamer.training.process_group import ProcessGroup, log_of_rank, restarted, start_process_group
-from gossamer.training.state import State, load_state, make_state
+from gossamer.training.state import State, close, load_state, make_state
 
 log = logging.getLogger(__name__)
 POTENTIAL = "potential.safetensors"
@@ -81,6 +82,7 @@ def train(
         resumed = resume and checkpoint.exists()
         if resumed:
             load_state(state, checkpoint, identity)
+            check_statistics(folder / POTENTIAL, potential)
         if group.rank == 0:
             write_start(config, folder, frames, potential, tuning, resumed)
         checks = check_structures(frames.valid)
@@ -99,8 +101,8 @@ def train(
         results: dict[str, Any] = {"steps": state.step, "seconds": round(state.seconds, 1), "out": str(folder)}
         if group.rank == 0:
             if config.training.uncertainty:
-                add_uncertainty(folder / POTENTIAL, frames.train, frames.valid, group.device)
-            results |= step_times(state) | final_errors(folder, frames, tuning, group.device)
+                add_uncertainty(folder / POTENTIAL, frames, group.device, config.loss.free_atoms_only)
+            results |= step_times(state) | final_errors(folder, frames, tuning, group.device, config.loss.free_atoms_only)
             write_json(folder / "results.json", results)
         return results
 
@@ -147,8 +149,9 @@ def prepare_potential(config: Config, frames: Frames, group: ProcessGroup) -> tu
     seen = SeenFrames.of(frames.train, frames.valid)
     if config.finetune is None:
         statistics = compute_statistics(
-            frames.train, config.model.cutoff, config.data.reference_energies, config.data.elements, config.model.max_neighbors
-        )
+            frames.train, config.model.cutoff, config.data.reference_energies, config.data.elements, config.model.max_neighbors,
+            config.loss.free_atoms_only,
+        )  # fmt: skip
         potential = Potential(config.model, statistics, config.potential)
         if potential.needs_limits:
             potential.set_statistics(widened(statistics, *limits_of(potential, frames.train)))
@@ -193,8 +196,9 @@ def start_finetuning(config: Config, frames: Frames) -> tuple[Potential, Frames,
     start = load(tune.start)
     given = config.data.reference_energies
     fresh = compute_statistics(
-        frames.train, config.model.cutoff, "least_squares" if given == "auto" else given, config.data.elements, config.model.max_neighbors
-    )
+        frames.train, config.model.cutoff, "least_squares" if given == "auto" else given, config.data.elements, config.model.max_neighbors,
+        config.loss.free_atoms_only,
+    )  # fmt: skip
     n_new, used, kept = len(frames.train), None, None
     if tune.replay is not None:
         old = open_dataset(tune.replay, tune.replay_labels or config.data.labels)
@@ -239,13 +243,27 @@ def run_identity(settings: Mapping[str, Any], potential: Potential, frames: Fram
     return identity
 
 
+def check_statistics(path: Path, potential: Potential) -> None:
+    """Raise ValueError if the saved potential of a run that goes on has other scales: its weights would mean something else."""
+    if not path.exists():
+        return
+    before, now = (
+        {**s["reference_energies"], "scale": s["energy_scale"]} for s in (read_manifest(path)["statistics"], to_dict(potential.statistics))
+    )
+    if not close(before, now):
+        raise ValueError(
+            f"'{path}' has other reference energies or another scale of energy than gossamer {__version__} finds in the same data: the run was "
+            "begun with an older one. Finish it with that, or fine-tune its potential (finetune.start)."
+        )
+
+
 def write_start(config: Config, folder: Path, frames: Frames, potential: Potential, tuning: dict[str, Any], resumed: bool) -> None:
     """What is known before the first step: settings, frames kept aside, errors of the start of fine-tuning."""
     save_config(config, folder / "config.yaml")
     if config.data.valid is None and not (folder / VALID).exists():
         write_frames(frames.valid, folder / VALID)
     if tuning and not resumed:
-        tuning["before"] = tuning_errors(potential, frames.valid, frames.old)
+        tuning["before"] = tuning_errors(potential, frames.valid, frames.old, config.loss.free_atoms_only)
         write_json(folder / "finetune.json", tuning)
 
 
@@ -267,37 +285,45 @@ def step_times(state: State) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def add_uncertainty(path: Path, train_set: Sequence[Structure], valid_set: Sequence[Structure], device: torch.device) -> None:
+def add_uncertainty(path: Path, frames: Frames, device: torch.device, free_atoms_only: bool = False) -> None:
     """Measure how wrong a saved potential may be, and keep that in its file; a training does not fail because that does."""
     potential = load(path, device)
     try:
-        measure_uncertainty(potential, train_set, valid_set)
+        measure_uncertainty(potential, frames.train, frames.valid, free_atoms_only=free_atoms_only)
     except (ValueError, RuntimeError) as error:
         log.warning("the potential has no uncertainty: %s", str(error).splitlines()[0])
         return
     save_again(potential, path, path)
 
 
-def final_errors(folder: Path, frames: Frames, tuning: dict[str, Any], device: torch.device) -> dict[str, Any]:
+def final_errors(
+    folder: Path, frames: Frames, tuning: dict[str, Any], device: torch.device, free_atoms_only: bool = False
+) -> dict[str, Any]:
     """Errors of the saved potential on validation and test data; with fine-tuning, also finetune.json."""
     best = load(folder / POTENTIAL, device)
-    results: dict[str, Any] = {"num_parameters": best.num_parameters, "valid": evaluate_potential(best, frames.valid).summary()}
-    if frames.test is not None:
-        results["test"] = evaluate_potential(best, frames.test).summary()
+    results: dict[str, Any] = {"num_parameters": best.num_parameters}
+    for name, part in (("valid", frames.valid), ("test", frames.test)):
+        if part is not None:
+            results[name] = evaluate_potential(best, part, free_atoms_only=free_atoms_only).summary()
     if tuning:
         tuning["before"] = json.loads((folder / "finetune.json").read_text())["before"]
-        tuning["after"] = tuning_errors(best, frames.valid, frames.old)
+        tuning["after"] = tuning_errors(best, frames.valid, frames.old, free_atoms_only)
         write_json(folder / "finetune.json", tuning)
         results["finetune"] = {k: v for k, v in tuning.items() if not k.endswith("_weights")}
     return results
 
 
-def tuning_errors(potential: Potential, valid_set: Sequence[Structure], old: Sequence[Structure] | None) -> dict[str, Any]:
+def tuning_errors(
+    potential: Potential, valid_set: Sequence[Structure], old: Sequence[Structure] | None, free_atoms_only: bool
+) -> dict[str, Any]:
     """Errors on the validation frames, and on old frames that were not replayed."""
     was_training = potential.training
-    out = {"valid": evaluate_potential(potential.eval(), valid_set, keep=0).summary()}
-    if old:
-        out["old_data"] = evaluate_potential(potential, old, keep=0).summary()
+    potential.eval()
+    out = {
+        name: evaluate_potential(potential, part, keep=0, free_atoms_only=free_atoms_only).summary()
+        for name, part in (("valid", valid_set), ("old_data", old))
+        if part
+    }
     potential.train(was_training)
     return out
 
@@ -381,11 +407,12 @@ def calibrate(
             f"The potential was trained on all {len(structures)} frames: errors on them are too small. Give also frames kept aside."
         )
     known, new = ([s for s, t in zip(structures, trained, strict=True) if t == wanted] for wanted in (True, False))
-    measure_uncertainty(potential, known, new)
+    free_atoms_only = (read_manifest(model)["training"].get("loss") or {}).get("free_atoms_only", False)  # as it was trained
+    measure_uncertainty(potential, known, new, free_atoms_only=free_atoms_only)
     target = Path(model if out is None else out)
     save_again(potential, model, target)
     assert potential.uncertainty is not None
-    worth = evaluate_potential(potential, new, keep=0).honesty()
+    worth = evaluate_potential(potential, new, keep=0, free_atoms_only=free_atoms_only).honesty()
     ranks = {f"{name}_rank_correlation": numbers["rank"] for name, numbers in worth.items()}
     return {"out": str(target), **potential.uncertainty.record, **ranks}
 

@@ -37,8 +37,8 @@ from gossamer.files import locked
 from gossamer.fitting import compile_pays, fit
 from gossamer.graph import FIELDS, Graph
 from gossamer.models import MODELS
-from gossamer.potential_file import load
-from gossamer.runs import evaluate, train
+from gossamer.potential_file import load, save
+from gossamer.runs import check_statistics, evaluate, train
 from gossamer.training import loop, soap, state
 from gossamer.training.checkpoint import read_checkpoint
 from gossamer.training.compiled import CompiledForward
@@ -211,6 +211,17 @@ def test_resume_refuses_other_data_wherever_it_lies(tmp_path: Path) -> None:
             run(**data)
     moved = {"train": write("moved.extxyz", structures[:8]), "valid": write("moved_too.extxyz", structures[8:12])}
     assert run(**moved)["steps"] == 4
+
+
+def test_resume_refuses_other_scales(tmp_path: Path) -> None:
+    """As an older gossamer may have found them in the same data."""
+    potential, path = make_potential(["H", "C", "O"], dtype=torch.float32), tmp_path / "potential.safetensors"
+    check_statistics(path, potential)
+    save(potential, path)
+    check_statistics(path, potential)
+    potential.statistics = replace(potential.statistics, energy_scale=2 * potential.statistics.energy_scale)
+    with pytest.raises(ValueError, match=r"begun with an older one\. Finish it with that"):
+        check_statistics(path, potential)
 
 
 def test_damaged_checkpoint_points_to_the_one_before(tmp_path: Path) -> None:
@@ -879,6 +890,32 @@ def test_evaluation_adds_up(tmp_path: Path) -> None:
 
 
 # --- pieces -------------------------------------------------------------------------------------------------------
+
+
+def test_fixed_atoms_count_nowhere(tmp_path: Path) -> None:
+    """With loss.free_atoms_only, absurd forces of fixed atoms change neither scales, errors, best weights nor the uncertainty."""
+    structures = list(read_structures(ETHANOL))[:16]
+    fixed = np.arange(9) < 3
+    sound = [replace(s, fixed=fixed) for s in structures]
+    absurd = [replace(s, fixed=fixed, forces=np.where(fixed[:, None], 50.0, s.forces)) for s in structures]
+    found = []
+    for name, chosen in (("sound", sound), ("absurd", absurd)):
+        ase.io.write(tmp_path / f"{name}.extxyz", [s.to_ase() for s in chosen])
+        config = settings(tmp_path / name, steps=4, valid_every=2)
+        config |= {"data": {"train": str(tmp_path / f"{name}.extxyz"), "valid_size": 6}, "loss": {"free_atoms_only": True}}
+        results = train(config, progress=False)
+        potential = load(tmp_path / name / "potential.safetensors")
+        found.append((results["valid"], potential.statistics.energy_scale, potential.uncertainty.record, log_rows(tmp_path / name)))
+        kept = list(read_structures(tmp_path / name / "valid.extxyz"))
+        assert all(s.fixed.tolist() == fixed.tolist() for s in kept)
+    assert found[0] == found[1]
+    every = evaluate_potential(potential, absurd).forces
+    free = evaluate_potential(potential, absurd, free_atoms_only=True).forces
+    assert every.count == 16 * 27
+    assert free.count == 16 * 18
+    assert every.mae > 3 * free.mae
+    held = replace(absurd[0], fixed=np.ones(9, dtype=bool))
+    assert "forces_rmse" not in evaluate_potential(potential, [held], free_atoms_only=True).frames[0]
 
 
 def test_conditional_huber_follows_the_size_of_the_force() -> None:

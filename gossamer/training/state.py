@@ -201,7 +201,7 @@ def differing(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     now = {k: v for k, v in now.items() if k in before or k not in LATER}
     named = "training_frames" in now
     before, now = decisive(before, named), decisive(now, named)
-    return sorted(k for k in now if before.get(k) != now[k] and not (k == "reference_energies" and _close(before[k], now[k])))
+    return sorted(k for k in now if before.get(k) != now[k] and not (k == "reference_energies" and close(before[k], now[k])))
 
 
 def decisive(identity: dict[str, Any], named: bool = True) -> dict[str, Any]:
@@ -214,8 +214,8 @@ def decisive(identity: dict[str, Any], named: bool = True) -> dict[str, Any]:
     return out
 
 
-def _close(before: dict[str, float], now: dict[str, float]) -> bool:
-    """Whether reference energies (eV) are the same but for rounding, which is another on another machine."""
+def close(before: Mapping[str, float], now: Mapping[str, float]) -> bool:
+    """Whether numbers of eV by name are the same but for rounding, which is another on another machine."""
     return before.keys() == now.keys() and all(math.isclose(before[e], now[e], rel_tol=1e-6, abs_tol=1e-3) for e in now)
 
 
