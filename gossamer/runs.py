@@ -17,7 +17,7 @@ import torch
 from gossamer import __version__
 from gossamer.calibration import measure_uncertainty, plot_honesty
 from gossamer.config import Config, load_config, make_config, save_config
-from gossamer.data.dataset import Subset, digest, load_data, open_dataset, require_labels
+from gossamer.data.dataset import Subset, digest, load_data, open_dataset, require_labels, without
 from gossamer.data.fingerprint import SeenFrames, leave_out_training_frames
 from gossamer.data.labels import LabelConfig
 from gossamer.data.statistics import compute_statistics, find_limits, widened
@@ -201,9 +201,10 @@ def start_finetuning(config: Config, frames: Frames) -> tuple[Potential, Frames,
     )  # fmt: skip
     n_new, used, kept = len(frames.train), None, None
     if tune.replay is not None:
-        old = open_dataset(tune.replay, tune.replay_labels or config.data.labels)
+        old = old_frames(config, frames)
         indices, others = choose_replay(old, n_new, tune.replay_fraction, config.data.seed)
-        used, kept = Subset(old, indices), Subset(old, others) if others else None
+        used = Subset(old, indices)
+        kept = without(Subset(old, others), frames.train, used) or None
         require_labels(used, config.loss.needed(), "loss.{label} is above 0 (frames of finetune.replay)")
         for structure in old:
             start.check_elements(structure.atomic_numbers, structure.name)
@@ -229,6 +230,29 @@ def start_finetuning(config: Config, frames: Frames) -> tuple[Potential, Frames,
         tune.start, weights["n_trained"], weights["n_frozen"], weights["adapters"], ", ".join(report["labels"]), n_new, report["n_replayed_frames"],
     )  # fmt: skip
     return potential, replace(frames, train=train_set, old=kept), report
+
+
+def old_frames(config: Config, frames: Frames) -> Sequence[Structure]:
+    """Frames of finetune.replay that are not to validate or to test on.
+
+    Raises:
+        ValueError: there are no others.
+    """
+    tune = config.finetune
+    assert tune is not None
+    assert tune.replay is not None
+    everything = open_dataset(tune.replay, tune.replay_labels or config.data.labels)
+    old = without(everything, frames.valid, frames.test or ())
+    if len(old) == 0:
+        raise ValueError(
+            f"All {len(everything)} frames of finetune.replay ('{tune.replay}') are validation or test frames. Give data that the start "
+            "was trained on."
+        )
+    if len(old) < len(everything):
+        log.warning(
+            "%d of %d frames of finetune.replay are validation or test frames: left out", len(everything) - len(old), len(everything)
+        )
+    return old
 
 
 def run_identity(settings: Mapping[str, Any], potential: Potential, frames: Frames, tuning: Mapping[str, Any]) -> dict[str, Any]:

@@ -156,6 +156,13 @@ def identity(structure: Structure) -> bytes:
     return digest.digest()
 
 
+def without(structures: Sequence[Structure], *others: Sequence[Structure]) -> Sequence[Structure]:
+    """The structures that do not occur among others, by `identity`."""
+    known = {identity(s) for part in others for s in part}
+    kept = [k for k in range(len(structures)) if identity(structures[k]) not in known]
+    return structures if len(kept) == len(structures) else Subset(structures, kept)
+
+
 def digest(structures: Sequence[Structure]) -> str:
     """sha256 over what training reads of structures, in their order: atoms, cells, labels and fixed atoms, wherever the file lies."""
     total = hashlib.sha256()
