@@ -284,11 +284,21 @@ def check_statistics(path: Path, potential: Potential) -> None:
 def write_start(config: Config, folder: Path, frames: Frames, potential: Potential, tuning: dict[str, Any], resumed: bool) -> None:
     """What is known before the first step: settings, frames kept aside, errors of the start of fine-tuning."""
     save_config(config, folder / "config.yaml")
-    if config.data.valid is None and not (folder / VALID).exists():
-        write_frames(frames.valid, folder / VALID)
+    path = folder / VALID
+    if not (resumed and path.exists()) and not _reads(config, path):
+        path.unlink(missing_ok=True)  # of a run that ended before its first checkpoint
+        if config.data.valid is None:
+            write_frames(frames.valid, path)
     if tuning and not resumed:
         tuning["before"] = tuning_errors(potential, frames.valid, frames.old, config.loss.free_atoms_only)
         write_json(folder / "finetune.json", tuning)
+
+
+def _reads(config: Config, path: Path) -> bool:
+    """Whether a file is among the data of the settings."""
+    data = [config.data.train, config.data.valid, config.data.test, config.finetune and config.finetune.replay]
+    paths = [p for part in data if part for p in ([part] if isinstance(part, str) else part)]
+    return path.resolve() in (Path(p).resolve() for p in paths)
 
 
 def write_frames(structures: Sequence[Structure], path: Path) -> None:

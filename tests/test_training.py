@@ -166,6 +166,27 @@ def test_an_interrupt_says_how_to_go_on(tmp_path: Path, monkeypatch: pytest.Monk
     assert re.search(r"interrupted at step 7; --resume goes on from '.*checkpoint\.safetensors'", caplog.text)
 
 
+def test_validation_frames_are_those_of_the_run(tmp_path: Path) -> None:
+    """Also after a run that ended before its first checkpoint, which left others; a file of the settings is left alone."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    frames = [s.to_ase() for s in read_structures(ETHANOL)][:20]
+    for valid in (None, str(tmp_path / "own.extxyz"), str(folder / "valid.extxyz")):
+        for left in ("log.csv", "potential.safetensors", "checkpoint.safetensors"):
+            (folder / left).unlink(missing_ok=True)
+        ase.io.write(folder / "valid.extxyz", frames[:3])
+        ase.io.write(tmp_path / "own.extxyz", frames[:3])
+        ase.io.write(tmp_path / "train.extxyz", frames[3:])
+        config = settings(folder, steps=2)
+        config["data"] = {"train": str(tmp_path / "train.extxyz"), "valid": valid, "valid_size": 5}
+        train(config, progress=False)
+        if valid is None:
+            seen = load(folder / "potential.safetensors").seen
+            assert [seen.where(s) for s in read_structures(folder / "valid.extxyz")] == ["valid"] * 5
+        else:
+            assert (folder / "valid.extxyz").exists() == (Path(valid).parent == folder)
+
+
 def test_one_run_at_a_time(tmp_path: Path) -> None:
     with locked(tmp_path / "run"), pytest.raises(RuntimeError, match=r"run' is in use by process \d+"):
         train(settings(tmp_path / "run", steps=2), progress=False)
