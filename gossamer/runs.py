@@ -141,7 +141,7 @@ def prepare_potential(config: Config, frames: Frames, group: ProcessGroup) -> tu
     """A potential ready to train, the frames with those that fine-tuning adds, and the report of fine-tuning (empty without).
 
     Raises:
-        ValueError: labels that do not vary, or elements that the training frames lack.
+        ValueError: labels that do not vary, elements that the training frames lack, or test frames without labels.
     """
     if config.model.max_neighbors is not None:
         log.warning("model.max_neighbors keeps %d neighbours: energy and forces jump when ranks change", config.model.max_neighbors)
@@ -173,8 +173,14 @@ def prepare_potential(config: Config, frames: Frames, group: ProcessGroup) -> tu
             )
     potential.network.to(DTYPES[config.training.dtype])
     potential.to(group.device)
-    for structure in frames.valid:
-        potential.check_elements(structure.atomic_numbers, structure.name)
+    for part in (frames.valid, frames.test or ()):
+        for structure in part:
+            potential.check_elements(structure.atomic_numbers, structure.name)
+    if frames.test is not None and not any(s.labels for s in frames.test):
+        raise ValueError(
+            f"No frame of data.test ('{config.data.test}') has a label, so there is nothing to compare with. Say under which names they "
+            "are stored (data.labels), or leave data.test out."
+        )
     return potential, frames, tuning
 
 

@@ -187,6 +187,22 @@ def test_validation_frames_are_those_of_the_run(tmp_path: Path) -> None:
             assert (folder / "valid.extxyz").exists() == (Path(valid).parent == folder)
 
 
+def test_faults_of_test_data_show_before_training(tmp_path: Path) -> None:
+    frames = [s.to_ase() for s in read_structures(ETHANOL)][90:93]
+    for atoms in frames:
+        atoms.calc = None
+    ase.io.write(tmp_path / "bare.extxyz", frames)
+    frames[1].numbers[0] = 14
+    ase.io.write(tmp_path / "silicon.extxyz", frames)
+    for name, message in [("bare", r"No frame of data\.test .*bare\.extxyz'\) has a label"), ("silicon", "frame 1.*Si")]:
+        config = settings(tmp_path / "run")
+        config["data"]["test"] = str(tmp_path / f"{name}.extxyz")
+        config["data"]["train_size"] = 30
+        with pytest.raises(ValueError, match=message):
+            train(config, progress=False)
+        assert not (tmp_path / "run" / "log.csv").exists()
+
+
 def test_one_run_at_a_time(tmp_path: Path) -> None:
     with locked(tmp_path / "run"), pytest.raises(RuntimeError, match=r"run' is in use by process \d+"):
         train(settings(tmp_path / "run", steps=2), progress=False)
