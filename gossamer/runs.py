@@ -159,10 +159,13 @@ def prepare_potential(config: Config, frames: Frames, group: ProcessGroup) -> tu
     else:
         potential, frames, tuning = start_finetuning(config, frames)
         potential.seen = seen | potential.seen
-    said: dict[str, Any] = {
-        k: v for k, v in (("functional", config.data.functional), ("dispersion", config.data.dispersion)) if v is not None
-    }
-    potential.statistics = replace(potential.statistics, **said)
+    before = potential.statistics
+    potential.statistics = replace(before, functional=config.data.functional, dispersion=config.data.dispersion)
+    for name in ("functional", "dispersion"):
+        if getattr(before, name) is not None and getattr(potential.statistics, name) is None:
+            log.warning(
+                "data.%s says nothing of the new labels, so it is no longer known; of the start's it was %s", name, getattr(before, name)
+            )
     if config.loss.normalize:
         spreads = potential.statistics.spreads or {}
         absent = [label for label in config.loss.needed() if label not in spreads]

@@ -19,7 +19,7 @@ from gossamer.config import make_config
 from gossamer.data.readers import read_structures
 from gossamer.data.statistics import compute_statistics
 from gossamer.fitting import fit
-from gossamer.potential import Potential
+from gossamer.potential import Potential, PotentialConfig
 from gossamer.potential_file import load, read_manifest, save, unverified
 from gossamer.runs import train
 from gossamer.training.finetune import FineTuneConfig, adapt_statistics, choose_weights, merge_adapters, transfer_weights
@@ -282,6 +282,35 @@ def test_wrong_use(tmp_path: Path) -> None:
         fit(ETHANOL, low_rank=2)
     with pytest.raises(ValueError, match=r"finetune.ranc: unknown setting"):
         make_config(settings(tmp_path / "run", finetune={"start": str(path), "ranc": 2}))
+
+
+def test_settings_of_the_start_stay_but_for_what_is_given(tmp_path: Path) -> None:
+    path = tmp_path / "p.safetensors"
+    potential = make_potential(["H", "C", "O"], dtype=torch.float32)
+    save(Potential(potential.model_config, potential.statistics, PotentialConfig(zbl=False, zbl_power=7)), path)
+    for given, expected in [({}, (False, 7)), ({"zbl_power": 5}, (False, 5)), ({"zbl": True}, (True, 7))]:
+        config = make_config(settings(tmp_path / "run", finetune={"start": str(path)}, potential=given))
+        assert (config.potential.zbl, config.potential.zbl_power) == expected
+    with pytest.raises(ValueError, match=r"potential.zbl_pover: unknown setting"):
+        make_config(settings(tmp_path / "run", finetune={"start": str(path)}, potential={"zbl_pover": 5}))
+    with pytest.raises(ValueError, match="potential: "):
+        make_config(settings(tmp_path / "run", finetune={"start": str(path)}, potential="none"))
+
+
+def test_the_method_of_the_labels_is_that_of_the_new_ones(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "p.safetensors"
+    potential = make_potential(["H", "C", "O"], dtype=torch.float32)
+    potential.statistics = replace(potential.statistics, functional="pbe", dispersion="none")
+    save(potential, path)
+    for k, said in enumerate([{}, {"functional": "r2scan"}, {"functional": "pbe", "dispersion": "included"}]):
+        caplog.clear()
+        config = settings(tmp_path / str(k), finetune={"start": str(path)})
+        config["data"] |= said
+        train(config, progress=False)
+        tuned = load(tmp_path / str(k) / "potential.safetensors").statistics
+        assert {"functional": tuned.functional, "dispersion": tuned.dispersion} == {"functional": None, "dispersion": None, **said}
+        lost = {"functional", "dispersion"} - set(said)
+        assert {name for name in ("functional", "dispersion") if f"data.{name} says nothing of the new labels" in caplog.text} == lost
 
 
 def test_fixed_scales_stay_fixed(tmp_path: Path) -> None:
