@@ -34,7 +34,7 @@ from small_formats import label, write_mptrj
 from gossamer.config import load_config, make_config
 from gossamer.data.atoms import as_atoms, read_frames
 from gossamer.data.batch import collate
-from gossamer.data.dataset import DataConfig, Subset, load_data, open_dataset, require_labels, sizes
+from gossamer.data.dataset import DataConfig, Subset, check_leaks, load_data, open_dataset, require_labels, sizes
 from gossamer.data.inspection import inspect
 from gossamer.data.labels import ForceUnit
 from gossamer.data.legacy import _tensor, read_legacy_lmdb, restricted_loads
@@ -368,6 +368,29 @@ def test_splits(tmp_path: Path) -> None:
     assert len(train) == 5
     with pytest.raises(ValueError, match="is the same structure as"):
         load_data(DataConfig(train=path, valid=path))
+
+
+def test_leaks(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Rounding of a zero hides no frame, test frames that validate are said, and so is what is not looked for."""
+    crystal = bulk("Cu", cubic=True)
+    crystal.calc = SinglePointCalculator(crystal, energy=-1.0)
+    again = crystal.copy()
+    again.positions -= 1e-9
+    again.calc = crystal.calc
+    files = {name: str(tmp_path / f"{name}.extxyz") for name in ("train", "again", "other")}
+    ase.io.write(files["train"], [crystal, labelled(0)])
+    ase.io.write(files["again"], [again, labelled(1)])
+    ase.io.write(files["other"], [labelled(1), labelled(2)])
+    assert "-0.0" in Path(files["again"]).read_text()
+    with pytest.raises(ValueError, match=r"again.extxyz' frame 0 \(validation\) is the same structure as '.*train.extxyz' frame 0"):
+        load_data(DataConfig(train=files["train"], valid=files["again"]))
+    load_data(DataConfig(train=files["train"], valid=files["other"]))
+    assert caplog.text == ""
+    load_data(DataConfig(train=files["train"], valid=files["other"], test=files["other"]))
+    assert "2 of 2 test frames are validation frames too" in caplog.text
+    structures = open_dataset(files["train"])
+    check_leaks(structures, structures, "validation", limit=3)
+    assert "4 frames are too many to look for validation frames among the training frames" in caplog.text
 
 
 @pytest.mark.parametrize("split", ["random", "group"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
@@ -16,6 +17,8 @@ from gossamer.data.readers import read_structures, suggestion
 from gossamer.data.store import Store
 from gossamer.data.structure import REACH, Structure
 from gossamer.settings import settings
+
+log = logging.getLogger(__name__)
 
 
 @settings
@@ -99,6 +102,7 @@ def load_data(config: DataConfig, cutoff: float = REACH) -> tuple[Sequence[Struc
     check_leaks(train, valid, "validation")
     if test is not None:
         check_leaks(train, test, "test")
+        warn_of_shared(valid, test)
     return train, valid, test
 
 
@@ -151,9 +155,10 @@ def split(structures: Sequence[Structure], config: DataConfig, cutoff: float = R
 
 def identity(structure: Structure) -> bytes:
     """A key that two frames with the same atoms, cell and positions (to 1e-6 Å) share."""
-    digest = hashlib.sha256(structure.atomic_numbers.astype(np.int64).tobytes())
-    digest.update(np.round(structure.positions, 6).tobytes() + np.round(structure.cell, 6).tobytes())
-    return digest.digest()
+    key = hashlib.sha256(structure.atomic_numbers.astype(np.int64).tobytes())
+    for lengths in (structure.positions, structure.cell):
+        key.update((np.round(lengths, 6) + 0.0).tobytes())  # of -0.0 and 0.0 the bytes differ
+    return key.digest()
 
 
 def without(structures: Sequence[Structure], *others: Sequence[Structure]) -> Sequence[Structure]:
@@ -177,6 +182,7 @@ def digest(structures: Sequence[Structure]) -> str:
 def check_leaks(train: Sequence[Structure], other: Sequence[Structure], label: str, limit: int = 200_000) -> None:
     """Raise ValueError if a frame occurs among the training frames and the others (data up to ``limit`` frames)."""
     if len(train) + len(other) > limit:
+        log.warning("%d frames are too many to look for %s frames among the training frames", len(train) + len(other), label)
         return
     seen = {identity(s): s.name for s in train}
     for structure in other:
@@ -186,6 +192,17 @@ def check_leaks(train: Sequence[Structure], other: Sequence[Structure], label: s
                 f"{structure.name} ({label}) is the same structure as {twin} (training). Errors on it would mean nothing: "
                 "remove duplicates (gossamer data inspect lists them), or split by group."
             )
+
+
+def warn_of_shared(valid: Sequence[Structure], test: Sequence[Structure], limit: int = 200_000) -> None:
+    """Say so if test frames are validation frames too (data up to ``limit`` frames)."""
+    shared = len(test) - len(without(test, valid)) if len(valid) + len(test) <= limit else 0
+    if shared:
+        log.warning(
+            "%d of %d test frames are validation frames too, which choose the best weights: errors on new frames are a little larger",
+            shared,
+            len(test),
+        )
 
 
 def require_labels(structures: Sequence[Structure], needed: Sequence[str], why: str) -> None:
