@@ -34,7 +34,7 @@ from small_formats import label, write_mptrj
 from gossamer.config import load_config, make_config
 from gossamer.data.atoms import as_atoms, read_frames
 from gossamer.data.batch import collate
-from gossamer.data.dataset import DataConfig, Subset, check_leaks, load_data, open_dataset, require_labels, sizes
+from gossamer.data.dataset import DataConfig, Subset, check_leaks, choose_groups, load_data, open_dataset, require_labels, sizes
 from gossamer.data.inspection import inspect
 from gossamer.data.labels import ForceUnit
 from gossamer.data.legacy import _tensor, read_legacy_lmdb, restricted_loads
@@ -368,6 +368,27 @@ def test_splits(tmp_path: Path) -> None:
     assert len(train) == 5
     with pytest.raises(ValueError, match="is the same structure as"):
         load_data(DataConfig(train=path, valid=path))
+
+
+@pytest.mark.parametrize(("sizes_of_groups", "asked", "expected"), [([18, 2], 2, 2), ([7, 5, 4, 30], 5, 5), ([10, 10], 2, 10), ([4] * 5, 8, 8),
+                                                                     ([1, 9], 9, 9), ([3, 50, 3, 50], 7, 6), ([20], 2, 20)])  # fmt: skip
+def test_groups_are_chosen_by_their_frames(sizes_of_groups: list[int], asked: int, expected: int) -> None:
+    groups = np.repeat([f"g{k}" for k in range(len(sizes_of_groups))], sizes_of_groups)
+    chosen = [choose_groups(groups, asked, np.random.default_rng(seed)).tolist() for seed in range(10)]
+    assert [int(np.isin(groups, c).sum()) for c in chosen] == [expected] * 10
+    assert chosen == [choose_groups(groups, asked, np.random.default_rng(seed)).tolist() for seed in range(10)]
+    if sizes_of_groups in ([10, 10], [4] * 5):  # several ways: the seed decides
+        assert len({tuple(sorted(c)) for c in chosen}) > 1
+
+
+def test_frames_without_a_group_are_named(tmp_path: Path) -> None:
+    structures = [replace(from_atoms(labelled(k), LabelConfig(), f"frame {k}"), group=None if k == 2 else "g") for k in range(4)]
+    write_store(structures, tmp_path / "store")
+    config = DataConfig(train=str(tmp_path / "store"), split="group", labels=LabelConfig(group="traj"))
+    with pytest.raises(ValueError, match=r"store' frame 2 has no group \(data.labels.group: traj\)"):
+        load_data(config)
+    with pytest.raises(ValueError, match=r"data.labels.group does not say which"):
+        load_data(replace(config, labels=LabelConfig()))
 
 
 def test_leaks(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -32,9 +32,9 @@ class DataConfig:
     test: str | list[str] | None = None
     """Test structures, evaluated at the end of training; None skips."""
     valid_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1
-    """Fraction (of frames or groups) split off for validation where ``valid`` is None."""
+    """Fraction of the frames split off for validation where ``valid`` is None; by group, as nearly as whole groups allow."""
     valid_size: Annotated[int, Field(gt=0)] | None = None
-    """Number of validation frames instead of a fraction (random split only)."""
+    """Number of validation frames instead of a fraction."""
     train_size: Annotated[int, Field(gt=0)] | None = None
     """Use only this many training frames, chosen at random after the split (isolated atoms first)."""
     split: Literal["random", "group"] = "random"
@@ -136,21 +136,54 @@ def split(structures: Sequence[Structure], config: DataConfig, cutoff: float = R
             f"{n} structures in '{config.train}' cannot be split: {n - len(others)} are isolated atoms, which are all trained on. Give "
             "more of the others, or a file for data.valid."
         )
+    size = config.valid_size or max(1, round(config.valid_fraction * len(others)))
+    is_valid = np.zeros(n, dtype=bool)
     if config.split == "group":
-        found = [structures[k].group for k in range(n)]
-        if config.labels.group is None and None in found:
-            raise ValueError("data.split is 'group', but data.labels.group does not say which entry names the group.")
-        groups = np.array(found)
-        names = np.unique(groups[others])
-        chosen = rng.permutation(names)[: max(1, round(config.valid_fraction * len(names)))]
-        is_valid = np.isin(groups, chosen) & ~alone
+        groups = np.array([_group(structures[k], config) for k in others.tolist()])
+        is_valid[others] = np.isin(groups, choose_groups(groups, size, rng))
     else:
-        size = config.valid_size or max(1, round(config.valid_fraction * len(others)))
-        is_valid = np.zeros(n, dtype=bool)
         is_valid[rng.permutation(others)[:size]] = True
     if is_valid[others].all():
         raise ValueError(f"The split leaves no training frames: {n} frames, {int(is_valid.sum())} of them for validation.")
     return Subset(structures, np.flatnonzero(~is_valid).tolist()), Subset(structures, np.flatnonzero(is_valid).tolist())
+
+
+def _group(structure: Structure, config: DataConfig) -> str:
+    if structure.group is not None:
+        return structure.group
+    if config.labels.group is None:
+        raise ValueError("data.split is 'group', but data.labels.group does not say which entry names the group.")
+    raise ValueError(
+        f"data.split is 'group', but {structure.name} has no group (data.labels.group: {config.labels.group}): this format holds none, or the "
+        "data was converted without. Split at random, or give a file for data.valid."
+    )
+
+
+def choose_groups(groups: NDArray[np.str_], n_frames: int, rng: np.random.Generator, tries: int = 20) -> NDArray[np.str_]:
+    """Some groups, at least one and never all of several, whose frames are together about ``n_frames``.
+
+    Groups are taken in a random order, each if it brings the number of frames nearer; the best of some orders counts.
+
+    Args:
+        groups: (n_structures,) the group of each.
+        n_frames: How many frames to take.
+        rng: Decides the orders.
+        tries: How many orders.
+    """
+    names, counts = np.unique(groups, return_counts=True)
+    best: list[int] = []
+    nearest = n_frames
+    for _ in range(tries):
+        taken, total = [], 0
+        for k in rng.permutation(len(names)).tolist():
+            more = total + int(counts[k])
+            if abs(more - n_frames) < abs(total - n_frames) and more < len(groups):
+                taken.append(k)
+                total = more
+        if abs(total - n_frames) < nearest:
+            best, nearest = taken, abs(total - n_frames)
+    order = rng.permutation(len(names))
+    return names[best] if best else names[order[[np.argmin(counts[order])]]]  # all are large: one of the smallest
 
 
 def identity(structure: Structure) -> bytes:
