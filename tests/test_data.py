@@ -391,6 +391,15 @@ def test_frames_without_a_group_are_named(tmp_path: Path) -> None:
         load_data(replace(config, labels=LabelConfig()))
 
 
+@pytest.mark.parametrize(
+    ("elements", "message"),
+    [(["H", "Xx"], "'Xx' is not the symbol of an element"), (["X"], "'X' is not"), (["H", "C", "H"], "H is named twice")],
+)
+def test_elements_that_are_none(elements: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=rf"data.elements: .*{message}"):
+        make_config({"data": {"train": "a.extxyz", "elements": elements}})
+
+
 def test_leaks(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Rounding of a zero hides no frame, test frames that validate are said, and so is what is not looked for."""
     crystal = bulk("Cu", cubic=True)

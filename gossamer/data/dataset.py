@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import numpy as np
+from ase.data import chemical_symbols
 from numpy.typing import NDArray
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from gossamer.data.labels import LabelConfig
 from gossamer.data.readers import read_structures, suggestion
@@ -52,6 +53,16 @@ class DataConfig:
     """Element table; by default the elements of the training structures."""
     reference_energies: Literal["auto", "isolated", "least_squares"] | dict[str, float] = "auto"
     """eV per element, or how to find them: frames of a single atom that has no neighbour within the cutoff, or a least-squares fit."""
+
+    @field_validator("elements")
+    @classmethod
+    def _known(cls, elements: list[str] | None) -> list[str] | None:
+        for k, element in enumerate(elements or ()):
+            if element not in chemical_symbols[1:]:
+                raise ValueError(f"'{element}' is not the symbol of an element. Write them as in [H, C, O]")
+            if element in (elements or ())[:k]:
+                raise ValueError(f"{element} is named twice")
+        return elements
 
 
 def open_dataset(path: str | Path | Sequence[str | Path], labels: LabelConfig | None = None) -> Sequence[Structure]:
