@@ -40,7 +40,7 @@ from gossamer.models import MODELS
 from gossamer.potential_file import load, save
 from gossamer.runs import check_statistics, evaluate, train
 from gossamer.training import loop, soap, state
-from gossamer.training.checkpoint import read_checkpoint
+from gossamer.training.checkpoint import read_checkpoint, save_checkpoint
 from gossamer.training.compiled import CompiledForward
 from gossamer.training.losses import LossConfig, conditional_deltas, loss_sums, penalty
 from gossamer.training.matrices import weight_matrices
@@ -284,6 +284,20 @@ def test_damaged_checkpoint_points_to_the_one_before(tmp_path: Path) -> None:
         train(config, resume=True, progress=False)
     path.with_name(path.name + ".previous").rename(path)
     assert train(config, resume=True, progress=False)["steps"] == 20
+
+
+def test_checkpoints_where_hard_links_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    path = tmp_path / "checkpoint.safetensors"
+    monkeypatch.setattr(os, "link", refuse)
+    for step in range(3):
+        save_checkpoint(path, {"weight": torch.full((2,), float(step))}, {"step": step})
+    assert read_checkpoint(path)[1]["step"] == 2
+    previous = path.with_name(path.name + ".previous")
+    assert read_checkpoint(previous)[1]["step"] == 1
+    assert {p.name for p in tmp_path.iterdir()} == {path.name, previous.name}
 
 
 @pytest.mark.thorough
