@@ -30,7 +30,13 @@ DRAWN = 10
 """atoms' worth by which the scale of an element is drawn to that of all"""
 
 
-def measure_uncertainty(potential: Potential, train: Sequence[Structure], valid: Sequence[Structure], run: Run | None = None) -> None:
+def measure_uncertainty(
+    potential: Potential,
+    train: Sequence[Structure],
+    valid: Sequence[Structure],
+    run: Run | None = None,
+    free_atoms_only: bool = False,
+) -> None:
     """Give a potential its uncertainty: features of training frames, errors on validation frames.
 
     Args:
@@ -38,6 +44,7 @@ def measure_uncertainty(potential: Potential, train: Sequence[Structure], valid:
         train: Frames that it was trained on.
         valid: Labelled frames that it was not trained on.
         run: An engine of the potential that evaluates in its place.
+        free_atoms_only: Leave out errors of forces of atoms that were held fixed: it was not trained on them.
 
     Raises:
         ValueError: no training frames, or no labels in the validation frames.
@@ -56,7 +63,7 @@ def measure_uncertainty(potential: Potential, train: Sequence[Structure], valid:
     graph_index = torch.cat([index + int(end) for (_, _, index), end in zip(parts, ends, strict=False)])
     uncertainty = Uncertainty(len(potential.table), features.shape[1]).to(potential.device)
     uncertainty.fit(features, species, graph_index)
-    record = _calibrate(potential, uncertainty, validation, run)
+    record = _calibrate(potential, uncertainty, validation, run, free_atoms_only)
     uncertainty.record = {"n_training_frames": len(training), "n_validation_frames": len(validation), **record}
     potential.uncertainty = uncertainty
 
@@ -87,7 +94,9 @@ def _predictions(
         potential.train(was_training)
 
 
-def _calibrate(potential: Potential, uncertainty: Uncertainty, structures: Sequence[Structure], run: Run | None) -> dict[str, Any]:
+def _calibrate(
+    potential: Potential, uncertainty: Uncertainty, structures: Sequence[Structure], run: Run | None, free_atoms_only: bool
+) -> dict[str, Any]:
     """Set the scales to measured errors over distances; says of how many."""
     n_elements = len(potential.table)
     errors, squares, counts = (torch.zeros(n_elements, dtype=torch.float64) for _ in range(3))
@@ -108,8 +117,9 @@ def _calibrate(potential: Potential, uncertainty: Uncertainty, structures: Seque
         for s, f, z, d in zip(batch, *(x.split(sizes) for x in (prediction.forces, species, distances)), strict=True):
             if s.forces is not None:
                 square = (f.cpu() - torch.from_numpy(s.forces)).pow(2).mean(dim=1)
+                counted = torch.from_numpy(s.free) if free_atoms_only else torch.ones(s.n_atoms, dtype=torch.bool)
                 for total, values in ((errors, square), (squares, d.cpu() ** 2), (counts, torch.ones_like(square))):
-                    total.index_add_(0, z.cpu(), values)
+                    total.index_add_(0, z.cpu()[counted], values[counted])
     uncertainty.force_scales.mul_(_force_scales(errors, squares, counts).to(potential.device))
     known = np.array([pair for pair in energies if np.isfinite(pair).all()]).reshape(-1, 2)
     uncertainty.energy_scale.fill_(float(np.sqrt((known[:, 0] ** 2).mean() / (known[:, 1] ** 2).mean())) if len(known) else np.nan)

@@ -131,7 +131,7 @@ def run_one(config: Config, minutes: float, folder: Path, progress: bool = True,
             f"{results['stopped']}: '{folder}' stopped at step {results['stopped_at_step']}; --resume goes on with the comparison."
         )
     spent = time.perf_counter() - began
-    train_set, valid_set, test_set = load_data(config.data)
+    train_set, valid_set, test_set = load_data(config.data, config.model.cutoff)
     potential = load(folder / POTENTIAL, start_process_group(config.training.device).device)
     sample = test_set if test_set is not None else valid_set
     seen = results["steps"] * min(config.training.batch_size, len(train_set))
@@ -155,7 +155,9 @@ def run_one(config: Config, minutes: float, folder: Path, progress: bool = True,
         "inference_ms": time_inference(potential, sample[0]),
         "inference_atoms": sample[0].n_atoms,
         "valid": results["valid"],
-        "test": None if test_set is None else evaluate_potential(potential, test_set, keep=0).summary(),
+        "test": None
+        if test_set is None
+        else evaluate_potential(potential, test_set, keep=0, free_atoms_only=config.loss.free_atoms_only).summary(),
         "settings": to_dict(config),
         "machine": machine(potential.device),
         "versions": {"gossamer": __version__, "torch": torch.__version__},

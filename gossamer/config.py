@@ -68,7 +68,8 @@ def make_config(values: Mapping[str, Any], overrides: Sequence[str] = ()) -> Con
     if isinstance(start, str):  # the network and its surroundings come from the file
         manifest = read_manifest(start)
         merged["model"] = merge_model(manifest["model"], merged.get("model") or {}, start)
-        merged.setdefault("potential", manifest["potential"])
+        given = merged.get("potential") or {}
+        merged["potential"] = {**manifest["potential"], **given} if isinstance(given, dict) else given
     return build(Config, merged)
 
 

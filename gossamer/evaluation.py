@@ -104,19 +104,22 @@ class Evaluation:
         """What the uncertainties of energy and forces are worth, by `gossamer.calibration.honesty`."""
         return {name: honesty(*np.concatenate(parts, axis=1)) for name, parts in self.expected.items()}
 
-    def expect(self, structure: Structure, predicted: Mapping[str, Any]) -> dict[str, float]:
-        """Add one structure's uncertainties; returns the entries of its frame, in meV/atom and meV/Å (root mean square of its atoms)."""
+    def expect(self, structure: Structure, predicted: Mapping[str, Any], counted: np.ndarray) -> dict[str, float]:
+        """Add one structure's uncertainties; returns the entries of its frame, in meV/atom and meV/Å (root mean square of its atoms).
+
+        ``counted``: (n_atoms,) whether an atom's force counts.
+        """
         entries, n = {}, structure.n_atoms
         if "energy_uncertainty" in predicted:
             sigma = float(predicted["energy_uncertainty"]) / n
             entries["energy_uncertainty"] = 1000 * sigma
             if structure.energy is not None:
                 self.expected.setdefault("energy", []).append(np.array([[(predicted["energy"] - structure.energy) / n], [sigma]]))
-        if "forces_uncertainty" in predicted:
-            sigmas = predicted["forces_uncertainty"]
+        if "forces_uncertainty" in predicted and counted.any():
+            sigmas = predicted["forces_uncertainty"][counted]
             entries["forces_uncertainty"] = 1000 * float(np.sqrt((sigmas**2).mean()))
             if structure.forces is not None:
-                errors = np.sqrt(((predicted["forces"] - structure.forces) ** 2).mean(axis=1))
+                errors = np.sqrt(((predicted["forces"] - structure.forces) ** 2).mean(axis=1))[counted]
                 self.expected.setdefault("forces", []).append(np.stack([errors, sigmas]))
         return entries
 
@@ -158,6 +161,7 @@ def evaluate_potential(
     batch_atoms: int = 2048,
     keep: int = 200_000,
     run: Callable[[Graph, bool], Prediction] | None = None,
+    free_atoms_only: bool = False,
 ) -> Evaluation:
     """Compare predictions with whatever labels the structures have.
 
@@ -167,6 +171,7 @@ def evaluate_potential(
         batch_atoms: Atoms evaluated at once.
         keep: Most force components kept for plots.
         run: An engine of the potential that evaluates in its place.
+        free_atoms_only: Leave out forces of atoms that were held fixed, as `LossConfig.free_atoms_only` does.
 
     Raises:
         ValueError: no labels at all, or an unknown element.
@@ -178,23 +183,27 @@ def evaluate_potential(
         predictions = potential.predict(batch, wants_stress, run, uncertainty=potential.uncertainty is not None)
         for offset, (s, p) in enumerate(zip(batch, predictions, strict=True)):
             frame: dict[str, Any] = {"index": start + offset, "name": s.name}
+            counted = s.free if free_atoms_only else np.ones(s.n_atoms, dtype=bool)
             for name, quantity in QUANTITIES.items():
                 if name in s.labels and p.get(name) is not None:
                     difference = np.asarray(p[name] - s.labels[name])
-                    frame |= out.add(name, difference / s.n_atoms if quantity.error_per_atom else difference)
+                    if name == "forces":
+                        difference = difference[counted]
+                    if difference.size:
+                        frame |= out.add(name, difference / s.n_atoms if quantity.error_per_atom else difference)
             if s.energy is not None:
                 out.shifts.append((p["energy"] - s.energy, np.bincount(s.atomic_numbers, minlength=119)))
                 references = sum(potential.statistics.reference_energies[chemical_symbols[z]] for z in s.atomic_numbers)
                 out.energies.append(((s.energy - references) / s.n_atoms, (p["energy"] - references) / s.n_atoms))
             if s.forces is not None:
                 difference = p["forces"] - s.forces
-                for z in np.unique(s.atomic_numbers):
+                for z in np.unique(s.atomic_numbers[counted]):
                     errors = out.per_element.setdefault(chemical_symbols[z], Errors())
-                    errors.add(difference[s.atomic_numbers == z])
+                    errors.add(difference[counted & (s.atomic_numbers == z)])
                 if kept < keep:
-                    out.components.append(np.stack([s.forces.ravel(), p["forces"].ravel()]))
-                    kept += s.forces.size
-            out.frames.append(frame | out.expect(s, p))
+                    out.components.append(np.stack([s.forces[counted].ravel(), p["forces"][counted].ravel()]))
+                    kept += out.components[-1].shape[1]
+            out.frames.append(frame | out.expect(s, p, counted))
     if not any(errors.count for errors in out.errors.values()):
         raise ValueError("None of the structures has a label (energy, forces or stress), so there is nothing to compare with.")
     return out

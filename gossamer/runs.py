@@ -14,9 +14,10 @@ import ase.io
 import numpy as np
 import torch
 
+from gossamer import __version__
 from gossamer.calibration import measure_uncertainty, plot_honesty
 from gossamer.config import Config, load_config, make_config, save_config
-from gossamer.data.dataset import Subset, load_data, open_dataset, require_labels
+from gossamer.data.dataset import Subset, digest, load_data, open_dataset, require_labels, without
 from gossamer.data.fingerprint import SeenFrames, leave_out_training_frames
 from gossamer.data.labels import LabelConfig
 from gossamer.data.statistics import compute_statistics, find_limits, widened
@@ -30,7 +31,7 @@ from gossamer.settings import to_dict
 from gossamer.training.finetune import Concatenated, adapt_statistics, choose_replay, choose_weights, merge_adapters, transfer_weights
 from gossamer.training.loop import finished, run_training
 from gossamer.training.process_group import ProcessGroup, log_of_rank, restarted, start_process_group
-from gossamer.training.state import State, load_state, make_state
+from gossamer.training.state import State, close, load_state, make_state
 
 log = logging.getLogger(__name__)
 POTENTIAL = "potential.safetensors"
@@ -77,10 +78,11 @@ def train(
         potential, frames, tuning = prepare_potential(config, frames, group)
         state = make_state(potential, config.training, config.loss)
         settings = to_dict(config)
-        identity = run_identity(settings, potential, tuning)
+        identity = run_identity(settings, potential, frames, tuning)
         resumed = resume and checkpoint.exists()
         if resumed:
             load_state(state, checkpoint, identity)
+            check_statistics(folder / POTENTIAL, potential)
         if group.rank == 0:
             write_start(config, folder, frames, potential, tuning, resumed)
         checks = check_structures(frames.valid)
@@ -99,8 +101,8 @@ def train(
         results: dict[str, Any] = {"steps": state.step, "seconds": round(state.seconds, 1), "out": str(folder)}
         if group.rank == 0:
             if config.training.uncertainty:
-                add_uncertainty(folder / POTENTIAL, frames.train, frames.valid, group.device)
-            results |= step_times(state) | final_errors(folder, frames, tuning, group.device)
+                add_uncertainty(folder / POTENTIAL, frames, group.device, config.loss.free_atoms_only)
+            results |= step_times(state) | final_errors(folder, frames, tuning, group.device, config.loss.free_atoms_only)
             write_json(folder / "results.json", results)
         return results
 
@@ -125,7 +127,7 @@ def read_frames(config: Config) -> Frames:
     Raises:
         ValueError: a label is missing, or a frame is on two sides.
     """
-    train_set, valid_set, test_set = load_data(config.data)
+    train_set, valid_set, test_set = load_data(config.data, config.model.cutoff)
     needed = config.loss.needed()
     for part in (train_set, valid_set):
         require_labels(part, needed, "loss.{label} is above 0")
@@ -139,7 +141,7 @@ def prepare_potential(config: Config, frames: Frames, group: ProcessGroup) -> tu
     """A potential ready to train, the frames with those that fine-tuning adds, and the report of fine-tuning (empty without).
 
     Raises:
-        ValueError: labels that do not vary, or elements that the training frames lack.
+        ValueError: labels that do not vary, elements that the training frames lack, or test frames without labels.
     """
     if config.model.max_neighbors is not None:
         log.warning("model.max_neighbors keeps %d neighbours: energy and forces jump when ranks change", config.model.max_neighbors)
@@ -147,8 +149,9 @@ def prepare_potential(config: Config, frames: Frames, group: ProcessGroup) -> tu
     seen = SeenFrames.of(frames.train, frames.valid)
     if config.finetune is None:
         statistics = compute_statistics(
-            frames.train, config.model.cutoff, config.data.reference_energies, config.data.elements, config.model.max_neighbors
-        )
+            frames.train, config.model.cutoff, config.data.reference_energies, config.data.elements, config.model.max_neighbors,
+            config.loss.free_atoms_only,
+        )  # fmt: skip
         potential = Potential(config.model, statistics, config.potential)
         if potential.needs_limits:
             potential.set_statistics(widened(statistics, *limits_of(potential, frames.train)))
@@ -156,10 +159,13 @@ def prepare_potential(config: Config, frames: Frames, group: ProcessGroup) -> tu
     else:
         potential, frames, tuning = start_finetuning(config, frames)
         potential.seen = seen | potential.seen
-    said: dict[str, Any] = {
-        k: v for k, v in (("functional", config.data.functional), ("dispersion", config.data.dispersion)) if v is not None
-    }
-    potential.statistics = replace(potential.statistics, **said)
+    before = potential.statistics
+    potential.statistics = replace(before, functional=config.data.functional, dispersion=config.data.dispersion)
+    for name in ("functional", "dispersion"):
+        if getattr(before, name) is not None and getattr(potential.statistics, name) is None:
+            log.warning(
+                "data.%s says nothing of the new labels, so it is no longer known; of the start's it was %s", name, getattr(before, name)
+            )
     if config.loss.normalize:
         spreads = potential.statistics.spreads or {}
         absent = [label for label in config.loss.needed() if label not in spreads]
@@ -170,8 +176,14 @@ def prepare_potential(config: Config, frames: Frames, group: ProcessGroup) -> tu
             )
     potential.network.to(DTYPES[config.training.dtype])
     potential.to(group.device)
-    for structure in frames.valid:
-        potential.check_elements(structure.atomic_numbers, structure.name)
+    for part in (frames.valid, frames.test or ()):
+        for structure in part:
+            potential.check_elements(structure.atomic_numbers, structure.name)
+    if frames.test is not None and not any(s.labels for s in frames.test):
+        raise ValueError(
+            f"No frame of data.test ('{config.data.test}') has a label, so there is nothing to compare with. Say under which names they "
+            "are stored (data.labels), or leave data.test out."
+        )
     return potential, frames, tuning
 
 
@@ -193,13 +205,15 @@ def start_finetuning(config: Config, frames: Frames) -> tuple[Potential, Frames,
     start = load(tune.start)
     given = config.data.reference_energies
     fresh = compute_statistics(
-        frames.train, config.model.cutoff, "least_squares" if given == "auto" else given, config.data.elements, config.model.max_neighbors
-    )
+        frames.train, config.model.cutoff, "least_squares" if given == "auto" else given, config.data.elements, config.model.max_neighbors,
+        config.loss.free_atoms_only,
+    )  # fmt: skip
     n_new, used, kept = len(frames.train), None, None
     if tune.replay is not None:
-        old = open_dataset(tune.replay, tune.replay_labels or config.data.labels)
+        old = old_frames(config, frames)
         indices, others = choose_replay(old, n_new, tune.replay_fraction, config.data.seed)
-        used, kept = Subset(old, indices), Subset(old, others) if others else None
+        used = Subset(old, indices)
+        kept = without(Subset(old, others), frames.train, used) or None
         require_labels(used, config.loss.needed(), "loss.{label} is above 0 (frames of finetune.replay)")
         for structure in old:
             start.check_elements(structure.atomic_numbers, structure.name)
@@ -227,22 +241,73 @@ def start_finetuning(config: Config, frames: Frames) -> tuple[Potential, Frames,
     return potential, replace(frames, train=train_set, old=kept), report
 
 
-def run_identity(settings: Mapping[str, Any], potential: Potential, tuning: Mapping[str, Any]) -> dict[str, Any]:
-    """What a checkpoint must share with the run that goes on from it."""
-    identity = {k: settings[k] for k in ("model", "potential", "loss", "training")} | {"data": potential.statistics.fingerprint}
+def old_frames(config: Config, frames: Frames) -> Sequence[Structure]:
+    """Frames of finetune.replay that are not to validate or to test on.
+
+    Raises:
+        ValueError: there are no others.
+    """
+    tune = config.finetune
+    assert tune is not None
+    assert tune.replay is not None
+    everything = open_dataset(tune.replay, tune.replay_labels or config.data.labels)
+    old = without(everything, frames.valid, frames.test or ())
+    if len(old) == 0:
+        raise ValueError(
+            f"All {len(everything)} frames of finetune.replay ('{tune.replay}') are validation or test frames. Give data that the start "
+            "was trained on."
+        )
+    if len(old) < len(everything):
+        log.warning(
+            "%d of %d frames of finetune.replay are validation or test frames: left out", len(everything) - len(old), len(everything)
+        )
+    return old
+
+
+def run_identity(settings: Mapping[str, Any], potential: Potential, frames: Frames, tuning: Mapping[str, Any]) -> dict[str, Any]:
+    """What a checkpoint must share with the run that goes on from it (`gossamer.training.state.differing`)."""
+    statistics = potential.statistics
+    identity = {k: settings[k] for k in ("model", "potential", "loss", "training")} | {
+        "data": statistics.fingerprint, "elements": statistics.elements, "reference_energies": statistics.reference_energies,
+        "training_frames": digest(frames.train), "validation_frames": digest(frames.valid),
+    }  # fmt: skip
     if tuning:
         identity["finetune"] = settings["finetune"] | {"checksum": tuning["start_checksum"]}
     return identity
 
 
+def check_statistics(path: Path, potential: Potential) -> None:
+    """Raise ValueError if the saved potential of a run that goes on has other scales: its weights would mean something else."""
+    if not path.exists():
+        return
+    before, now = (
+        {**s["reference_energies"], "scale": s["energy_scale"]} for s in (read_manifest(path)["statistics"], to_dict(potential.statistics))
+    )
+    if not close(before, now):
+        raise ValueError(
+            f"'{path}' has other reference energies or another scale of energy than gossamer {__version__} finds in the same data: the run was "
+            "begun with an older one. Finish it with that, or fine-tune its potential (finetune.start)."
+        )
+
+
 def write_start(config: Config, folder: Path, frames: Frames, potential: Potential, tuning: dict[str, Any], resumed: bool) -> None:
     """What is known before the first step: settings, frames kept aside, errors of the start of fine-tuning."""
     save_config(config, folder / "config.yaml")
-    if config.data.valid is None and not (folder / VALID).exists():
-        write_frames(frames.valid, folder / VALID)
+    path = folder / VALID
+    if not (resumed and path.exists()) and not _reads(config, path):
+        path.unlink(missing_ok=True)  # of a run that ended before its first checkpoint
+        if config.data.valid is None:
+            write_frames(frames.valid, path)
     if tuning and not resumed:
-        tuning["before"] = tuning_errors(potential, frames.valid, frames.old)
+        tuning["before"] = tuning_errors(potential, frames.valid, frames.old, config.loss.free_atoms_only)
         write_json(folder / "finetune.json", tuning)
+
+
+def _reads(config: Config, path: Path) -> bool:
+    """Whether a file is among the data of the settings."""
+    data = [config.data.train, config.data.valid, config.data.test, config.finetune and config.finetune.replay]
+    paths = [p for part in data if part for p in ([part] if isinstance(part, str) else part)]
+    return path.resolve() in (Path(p).resolve() for p in paths)
 
 
 def write_frames(structures: Sequence[Structure], path: Path) -> None:
@@ -263,37 +328,45 @@ def step_times(state: State) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def add_uncertainty(path: Path, train_set: Sequence[Structure], valid_set: Sequence[Structure], device: torch.device) -> None:
+def add_uncertainty(path: Path, frames: Frames, device: torch.device, free_atoms_only: bool = False) -> None:
     """Measure how wrong a saved potential may be, and keep that in its file; a training does not fail because that does."""
     potential = load(path, device)
     try:
-        measure_uncertainty(potential, train_set, valid_set)
+        measure_uncertainty(potential, frames.train, frames.valid, free_atoms_only=free_atoms_only)
     except (ValueError, RuntimeError) as error:
         log.warning("the potential has no uncertainty: %s", str(error).splitlines()[0])
         return
     save_again(potential, path, path)
 
 
-def final_errors(folder: Path, frames: Frames, tuning: dict[str, Any], device: torch.device) -> dict[str, Any]:
+def final_errors(
+    folder: Path, frames: Frames, tuning: dict[str, Any], device: torch.device, free_atoms_only: bool = False
+) -> dict[str, Any]:
     """Errors of the saved potential on validation and test data; with fine-tuning, also finetune.json."""
     best = load(folder / POTENTIAL, device)
-    results: dict[str, Any] = {"num_parameters": best.num_parameters, "valid": evaluate_potential(best, frames.valid).summary()}
-    if frames.test is not None:
-        results["test"] = evaluate_potential(best, frames.test).summary()
+    results: dict[str, Any] = {"num_parameters": best.num_parameters}
+    for name, part in (("valid", frames.valid), ("test", frames.test)):
+        if part is not None:
+            results[name] = evaluate_potential(best, part, free_atoms_only=free_atoms_only).summary()
     if tuning:
         tuning["before"] = json.loads((folder / "finetune.json").read_text())["before"]
-        tuning["after"] = tuning_errors(best, frames.valid, frames.old)
+        tuning["after"] = tuning_errors(best, frames.valid, frames.old, free_atoms_only)
         write_json(folder / "finetune.json", tuning)
         results["finetune"] = {k: v for k, v in tuning.items() if not k.endswith("_weights")}
     return results
 
 
-def tuning_errors(potential: Potential, valid_set: Sequence[Structure], old: Sequence[Structure] | None) -> dict[str, Any]:
+def tuning_errors(
+    potential: Potential, valid_set: Sequence[Structure], old: Sequence[Structure] | None, free_atoms_only: bool
+) -> dict[str, Any]:
     """Errors on the validation frames, and on old frames that were not replayed."""
     was_training = potential.training
-    out = {"valid": evaluate_potential(potential.eval(), valid_set, keep=0).summary()}
-    if old:
-        out["old_data"] = evaluate_potential(potential, old, keep=0).summary()
+    potential.eval()
+    out = {
+        name: evaluate_potential(potential, part, keep=0, free_atoms_only=free_atoms_only).summary()
+        for name, part in (("valid", valid_set), ("old_data", old))
+        if part
+    }
     potential.train(was_training)
     return out
 
@@ -377,11 +450,12 @@ def calibrate(
             f"The potential was trained on all {len(structures)} frames: errors on them are too small. Give also frames kept aside."
         )
     known, new = ([s for s, t in zip(structures, trained, strict=True) if t == wanted] for wanted in (True, False))
-    measure_uncertainty(potential, known, new)
+    free_atoms_only = (read_manifest(model)["training"].get("loss") or {}).get("free_atoms_only", False)  # as it was trained
+    measure_uncertainty(potential, known, new, free_atoms_only=free_atoms_only)
     target = Path(model if out is None else out)
     save_again(potential, model, target)
     assert potential.uncertainty is not None
-    worth = evaluate_potential(potential, new, keep=0).honesty()
+    worth = evaluate_potential(potential, new, keep=0, free_atoms_only=free_atoms_only).honesty()
     ranks = {f"{name}_rank_correlation": numbers["rank"] for name, numbers in worth.items()}
     return {"out": str(target), **potential.uncertainty.record, **ranks}
 

@@ -34,7 +34,7 @@ from small_formats import label, write_mptrj
 from gossamer.config import load_config, make_config
 from gossamer.data.atoms import as_atoms, read_frames
 from gossamer.data.batch import collate
-from gossamer.data.dataset import DataConfig, load_data, open_dataset, require_labels
+from gossamer.data.dataset import DataConfig, Subset, check_leaks, choose_groups, load_data, open_dataset, require_labels, sizes
 from gossamer.data.inspection import inspect
 from gossamer.data.labels import ForceUnit
 from gossamer.data.legacy import _tensor, read_legacy_lmdb, restricted_loads
@@ -112,6 +112,11 @@ def test_forces_of_fixed_atoms_are_read_unchanged(tmp_path: Path) -> None:
     (structure,) = read_structures(tmp_path / "fixed.traj")
     assert np.all(structure.forces[0] != 0)
     assert np.flatnonzero(structure.fixed).tolist() == [0, 3]
+    for name in ("again.extxyz", "again.traj"):  # and are fixed in what we write
+        ase.io.write(tmp_path / name, structure.to_ase())
+        (again,) = read_structures(tmp_path / name)
+        assert_same(again, atoms)
+        assert again.fixed.tolist() == structure.fixed.tolist()
 
 
 def test_vasp_output_through_ase(tmp_path: Path) -> None:
@@ -363,6 +368,98 @@ def test_splits(tmp_path: Path) -> None:
     assert len(train) == 5
     with pytest.raises(ValueError, match="is the same structure as"):
         load_data(DataConfig(train=path, valid=path))
+
+
+@pytest.mark.parametrize(("sizes_of_groups", "asked", "expected"), [([18, 2], 2, 2), ([7, 5, 4, 30], 5, 5), ([10, 10], 2, 10), ([4] * 5, 8, 8),
+                                                                     ([1, 9], 9, 9), ([3, 50, 3, 50], 7, 6), ([20], 2, 20)])  # fmt: skip
+def test_groups_are_chosen_by_their_frames(sizes_of_groups: list[int], asked: int, expected: int) -> None:
+    groups = np.repeat([f"g{k}" for k in range(len(sizes_of_groups))], sizes_of_groups)
+    chosen = [choose_groups(groups, asked, np.random.default_rng(seed)).tolist() for seed in range(10)]
+    assert [int(np.isin(groups, c).sum()) for c in chosen] == [expected] * 10
+    assert chosen == [choose_groups(groups, asked, np.random.default_rng(seed)).tolist() for seed in range(10)]
+    if sizes_of_groups in ([10, 10], [4] * 5):  # several ways: the seed decides
+        assert len({tuple(sorted(c)) for c in chosen}) > 1
+
+
+def test_frames_without_a_group_are_named(tmp_path: Path) -> None:
+    structures = [replace(from_atoms(labelled(k), LabelConfig(), f"frame {k}"), group=None if k == 2 else "g") for k in range(4)]
+    write_store(structures, tmp_path / "store")
+    config = DataConfig(train=str(tmp_path / "store"), split="group", labels=LabelConfig(group="traj"))
+    with pytest.raises(ValueError, match=r"store' frame 2 has no group \(data.labels.group: traj\)"):
+        load_data(config)
+    with pytest.raises(ValueError, match=r"data.labels.group does not say which"):
+        load_data(replace(config, labels=LabelConfig()))
+
+
+@pytest.mark.parametrize(
+    ("elements", "message"),
+    [(["H", "Xx"], "'Xx' is not the symbol of an element"), (["X"], "'X' is not"), (["H", "C", "H"], "H is named twice")],
+)
+def test_elements_that_are_none(elements: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=rf"data.elements: .*{message}"):
+        make_config({"data": {"train": "a.extxyz", "elements": elements}})
+
+
+def test_leaks(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Rounding of a zero hides no frame, test frames that validate are said, and so is what is not looked for."""
+    crystal = bulk("Cu", cubic=True)
+    crystal.calc = SinglePointCalculator(crystal, energy=-1.0)
+    again = crystal.copy()
+    again.positions -= 1e-9
+    again.calc = crystal.calc
+    files = {name: str(tmp_path / f"{name}.extxyz") for name in ("train", "again", "other")}
+    ase.io.write(files["train"], [crystal, labelled(0)])
+    ase.io.write(files["again"], [again, labelled(1)])
+    ase.io.write(files["other"], [labelled(1), labelled(2)])
+    assert "-0.0" in Path(files["again"]).read_text()
+    with pytest.raises(ValueError, match=r"again.extxyz' frame 0 \(validation\) is the same structure as '.*train.extxyz' frame 0"):
+        load_data(DataConfig(train=files["train"], valid=files["again"]))
+    load_data(DataConfig(train=files["train"], valid=files["other"]))
+    assert caplog.text == ""
+    load_data(DataConfig(train=files["train"], valid=files["other"], test=files["other"]))
+    assert "2 of 2 test frames are validation frames too" in caplog.text
+    structures = open_dataset(files["train"])
+    check_leaks(structures, structures, "validation", limit=3)
+    assert "4 frames are too many to look for validation frames among the training frames" in caplog.text
+
+
+@pytest.mark.parametrize("split", ["random", "group"])
+def test_isolated_atoms_are_trained_on(split: str, tmp_path: Path) -> None:
+    """Bare or in a large periodic box, whatever the seed; single atoms of a crystal are split like all others."""
+
+    def single(name: str, edge: float | None) -> Atoms:
+        atoms = Atoms(name) if edge is None else Atoms(name, cell=np.eye(3) * edge, pbc=True)
+        atoms.calc = SinglePointCalculator(atoms, energy=-float(atoms.numbers[0]), forces=np.zeros((1, 3)))
+        return atoms
+
+    frames = [labelled(k) for k in range(10)] + [single("H", None), single("Si", 12.0), single("O", 15.0), single("C", 9.0)]
+    frames += [single("C", 2.5 + 0.01 * k) for k in range(10)]
+    for k, atoms in enumerate(frames):
+        atoms.info["material"] = f"m{k // 2}"
+    ase.io.write(tmp_path / "a.extxyz", frames)
+    for seed in range(5):
+        config = DataConfig(
+            train=str(tmp_path / "a.extxyz"), valid_fraction=0.5, split=split, seed=seed, labels=LabelConfig(group="material")
+        )
+        train, valid, _ = load_data(config, 4.0)
+        assert sum(s.is_isolated(4.0) for s in train) == 4
+        assert any(s.n_atoms == 1 for s in valid)
+        assert compute_statistics(train, 4.0, "isolated").reference_energies == {"H": -1.0, "C": -6.0, "O": -8.0, "Si": -14.0}
+    if split == "random":
+        train, _, _ = load_data(replace(config, train_size=5), 4.0)
+        assert (len(train), sum(s.is_isolated(4.0) for s in train)) == (5, 4)
+    assert inspect(tmp_path / "a.extxyz").facts["isolated atoms"] == "C, H, O, Si"
+    ase.io.write(tmp_path / "b.extxyz", frames[10:13])
+    with pytest.raises(ValueError, match=r"3 structures in '.*b\.extxyz' cannot be split: 3 are isolated atoms"):
+        load_data(DataConfig(train=str(tmp_path / "b.extxyz")))
+
+
+def test_sizes_of_structures(tmp_path: Path) -> None:
+    structures = [from_atoms(molecule(name), LabelConfig(), name) for name in ("CO", "CH4", "H2O")]
+    write_store(structures, tmp_path / "store")
+    for found in (structures, Store(tmp_path / "store")):
+        assert sizes(found).tolist() == [2, 5, 3]
+        assert sizes(Subset(found, [2, 0])).tolist() == [3, 2]
 
 
 def test_statistics() -> None:

@@ -19,7 +19,7 @@ from gossamer.config import make_config
 from gossamer.data.readers import read_structures
 from gossamer.data.statistics import compute_statistics
 from gossamer.fitting import fit
-from gossamer.potential import Potential
+from gossamer.potential import Potential, PotentialConfig
 from gossamer.potential_file import load, read_manifest, save, unverified
 from gossamer.runs import train
 from gossamer.training.finetune import FineTuneConfig, adapt_statistics, choose_weights, merge_adapters, transfer_weights
@@ -159,6 +159,35 @@ def test_new_elements_and_replay(start: Path, tmp_path: Path) -> None:
         train(config | {"finetune": {**tune, "train": ["layers.0.*"]}, "out": str(tmp_path / "x")}, progress=False)
 
 
+def test_replay_takes_no_frames_to_validate_or_test_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Old frames that are new ones too are trained on only if these are, and do not tell what is forgotten."""
+    start = tmp_path / "start.safetensors"
+    save(make_potential(["H", "C", "O"], dtype=torch.float32), start)
+    frames = [s.to_ase() for s in read_structures(ETHANOL)]
+    names = {"new": frames[:20], "old": frames[:40], "valid": frames[40:50], "test": frames[50:60], "all": frames[:60]}
+    files = {name: str(tmp_path / f"{name}.extxyz") for name in names}
+    for name, chosen in names.items():
+        ase.io.write(files[name], chosen)
+    tune = {"start": str(start), "replay": files["all"], "replay_fraction": 1.5}
+    data = {"train": files["new"], "valid": files["valid"], "test": files["test"]}
+    results = train(settings(tmp_path / "run", finetune=tune, data=data), progress=False)
+    assert "20 of 60 frames of finetune.replay are validation or test frames: left out" in caplog.text
+    seen = load(tmp_path / "run" / "potential.safetensors").seen
+    assert [seen.where(a) for a in names["valid"]] == ["valid"] * 10
+    assert [seen.where(a) for a in names["test"]] == ["new"] * 10
+    tested = results["finetune"]["after"]["old_data"]["n_frames"]
+    assert tested == sum(seen.where(a) == "new" for a in names["old"]) > 0
+    data = {"train": files["new"], "valid_size": 4}
+    train(settings(tmp_path / "again", finetune={**tune, "replay": files["new"], "replay_fraction": 1.0}, data=data), progress=False)
+    seen = load(tmp_path / "again" / "potential.safetensors").seen
+    assert [seen.where(s) for s in read_structures(tmp_path / "again" / "valid.extxyz")] == ["valid"] * 4
+    with pytest.raises(ValueError, match="All 10 frames of finetune.replay .* are validation or test frames"):
+        train(
+            settings(tmp_path / "x", finetune={**tune, "replay": files["valid"]}, data={"train": files["new"], "valid": files["valid"]}),
+            progress=False,
+        )
+
+
 def test_references_follow_another_method(start: Path, tmp_path: Path) -> None:
     """Labels shifted by 3 eV per atom: the shift goes into the reference energies, so training begins near the labels."""
     frames = []
@@ -253,6 +282,35 @@ def test_wrong_use(tmp_path: Path) -> None:
         fit(ETHANOL, low_rank=2)
     with pytest.raises(ValueError, match=r"finetune.ranc: unknown setting"):
         make_config(settings(tmp_path / "run", finetune={"start": str(path), "ranc": 2}))
+
+
+def test_settings_of_the_start_stay_but_for_what_is_given(tmp_path: Path) -> None:
+    path = tmp_path / "p.safetensors"
+    potential = make_potential(["H", "C", "O"], dtype=torch.float32)
+    save(Potential(potential.model_config, potential.statistics, PotentialConfig(zbl=False, zbl_power=7)), path)
+    for given, expected in [({}, (False, 7)), ({"zbl_power": 5}, (False, 5)), ({"zbl": True}, (True, 7))]:
+        config = make_config(settings(tmp_path / "run", finetune={"start": str(path)}, potential=given))
+        assert (config.potential.zbl, config.potential.zbl_power) == expected
+    with pytest.raises(ValueError, match=r"potential.zbl_pover: unknown setting"):
+        make_config(settings(tmp_path / "run", finetune={"start": str(path)}, potential={"zbl_pover": 5}))
+    with pytest.raises(ValueError, match="potential: "):
+        make_config(settings(tmp_path / "run", finetune={"start": str(path)}, potential="none"))
+
+
+def test_the_method_of_the_labels_is_that_of_the_new_ones(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "p.safetensors"
+    potential = make_potential(["H", "C", "O"], dtype=torch.float32)
+    potential.statistics = replace(potential.statistics, functional="pbe", dispersion="none")
+    save(potential, path)
+    for k, said in enumerate([{}, {"functional": "r2scan"}, {"functional": "pbe", "dispersion": "included"}]):
+        caplog.clear()
+        config = settings(tmp_path / str(k), finetune={"start": str(path)})
+        config["data"] |= said
+        train(config, progress=False)
+        tuned = load(tmp_path / str(k) / "potential.safetensors").statistics
+        assert {"functional": tuned.functional, "dispersion": tuned.dispersion} == {"functional": None, "dispersion": None, **said}
+        lost = {"functional", "dispersion"} - set(said)
+        assert {name for name in ("functional", "dispersion") if f"data.{name} says nothing of the new labels" in caplog.text} == lost
 
 
 def test_fixed_scales_stay_fixed(tmp_path: Path) -> None:

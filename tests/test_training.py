@@ -13,8 +13,10 @@ import sys
 import time
 import types
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
+import ase.io
 import numpy as np
 import pytest
 import torch
@@ -28,16 +30,17 @@ from gossamer.config import load_config, make_config
 from gossamer.data.dataset import load_data
 from gossamer.data.readers import LabelConfig, from_atoms, read_structures
 from gossamer.data.statistics import compute_statistics
+from gossamer.data.structure import Structure
 from gossamer.engine.compiler_cache import is_kept, kept_compiler_files
 from gossamer.evaluation import evaluate_potential
 from gossamer.files import locked
 from gossamer.fitting import compile_pays, fit
 from gossamer.graph import FIELDS, Graph
 from gossamer.models import MODELS
-from gossamer.potential_file import load
-from gossamer.runs import evaluate, train
+from gossamer.potential_file import load, save
+from gossamer.runs import check_statistics, evaluate, train
 from gossamer.training import loop, soap, state
-from gossamer.training.checkpoint import read_checkpoint
+from gossamer.training.checkpoint import read_checkpoint, save_checkpoint
 from gossamer.training.compiled import CompiledForward
 from gossamer.training.losses import LossConfig, conditional_deltas, loss_sums, penalty
 from gossamer.training.matrices import weight_matrices
@@ -45,6 +48,7 @@ from gossamer.training.muon import orthogonalized
 from gossamer.training.optim import EMA, Clipper, Schedule, ScheduleConfig, make_optimizer
 from gossamer.training.process_group import shares
 from gossamer.training.progress import expected_error
+from gossamer.training.state import LATER
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
@@ -162,6 +166,43 @@ def test_an_interrupt_says_how_to_go_on(tmp_path: Path, monkeypatch: pytest.Monk
     assert re.search(r"interrupted at step 7; --resume goes on from '.*checkpoint\.safetensors'", caplog.text)
 
 
+def test_validation_frames_are_those_of_the_run(tmp_path: Path) -> None:
+    """Also after a run that ended before its first checkpoint, which left others; a file of the settings is left alone."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    frames = [s.to_ase() for s in read_structures(ETHANOL)][:20]
+    for valid in (None, str(tmp_path / "own.extxyz"), str(folder / "valid.extxyz")):
+        for left in ("log.csv", "potential.safetensors", "checkpoint.safetensors"):
+            (folder / left).unlink(missing_ok=True)
+        ase.io.write(folder / "valid.extxyz", frames[:3])
+        ase.io.write(tmp_path / "own.extxyz", frames[:3])
+        ase.io.write(tmp_path / "train.extxyz", frames[3:])
+        config = settings(folder, steps=2)
+        config["data"] = {"train": str(tmp_path / "train.extxyz"), "valid": valid, "valid_size": 5}
+        train(config, progress=False)
+        if valid is None:
+            seen = load(folder / "potential.safetensors").seen
+            assert [seen.where(s) for s in read_structures(folder / "valid.extxyz")] == ["valid"] * 5
+        else:
+            assert (folder / "valid.extxyz").exists() == (Path(valid).parent == folder)
+
+
+def test_faults_of_test_data_show_before_training(tmp_path: Path) -> None:
+    frames = [s.to_ase() for s in read_structures(ETHANOL)][90:93]
+    for atoms in frames:
+        atoms.calc = None
+    ase.io.write(tmp_path / "bare.extxyz", frames)
+    frames[1].numbers[0] = 14
+    ase.io.write(tmp_path / "silicon.extxyz", frames)
+    for name, message in [("bare", r"No frame of data\.test .*bare\.extxyz'\) has a label"), ("silicon", "frame 1.*Si")]:
+        config = settings(tmp_path / "run")
+        config["data"]["test"] = str(tmp_path / f"{name}.extxyz")
+        config["data"]["train_size"] = 30
+        with pytest.raises(ValueError, match=message):
+            train(config, progress=False)
+        assert not (tmp_path / "run" / "log.csv").exists()
+
+
 def test_one_run_at_a_time(tmp_path: Path) -> None:
     with locked(tmp_path / "run"), pytest.raises(RuntimeError, match=r"run' is in use by process \d+"):
         train(settings(tmp_path / "run", steps=2), progress=False)
@@ -174,8 +215,50 @@ def test_resume_refuses_other_settings(tmp_path: Path) -> None:
         train(settings(tmp_path / "run", steps=20, learning_rate=0.1), resume=True, progress=False)
     changed = settings(tmp_path / "run", steps=20)
     changed["data"]["train_size"] = 50
-    with pytest.raises(ValueError, match="belongs to another run: data differ"):
+    with pytest.raises(ValueError, match="belongs to another run: .*training frames differ"):
         train(changed, resume=True, progress=False)
+
+
+def test_resume_refuses_other_data_wherever_it_lies(tmp_path: Path) -> None:
+    """Whatever of the data decides the numbers counts, to the order of the elements; not where it lies."""
+    structures = [replace(s, cell=20 * np.eye(3), stress=0.01 * np.eye(3)) for s in read_structures(ETHANOL)][:13]
+
+    def write(name: str, chosen: list[Structure]) -> str:
+        ase.io.write(tmp_path / name, [s.to_ase() for s in chosen])
+        return str(tmp_path / name)
+
+    files = {"train": write("train.extxyz", structures[:8]), "valid": write("valid.extxyz", structures[8:12])}
+
+    def run(resume: bool = True, **data) -> dict:
+        config = settings(tmp_path / "run", steps=4, valid_every=2, checkpoint_every=2)
+        return train({**config, "data": {**files, **data}}, resume=resume, progress=False)
+
+    run(resume=False)
+    third = structures[3]
+    others = [replace(third, stress=0.02 * np.eye(3)), replace(third, pbc=np.ones(3, dtype=bool)), replace(third, fixed=np.arange(9) == 2)]
+    for k, other in enumerate(others):
+        with pytest.raises(ValueError, match="belongs to another run: training frames differ"):
+            run(train=write(f"{k}.extxyz", [*structures[:3], other, *structures[4:8]]))
+    for data, what in [
+        ({"valid": write("v.extxyz", structures[9:13])}, "validation frames"),
+        ({"elements": ["O", "C", "H"]}, "elements"),
+        ({"reference_energies": {"H": -13.0, "C": -1000.0, "O": -2000.0}}, "reference energies"),
+    ]:
+        with pytest.raises(ValueError, match=f"belongs to another run: {what} differ"):
+            run(**data)
+    moved = {"train": write("moved.extxyz", structures[:8]), "valid": write("moved_too.extxyz", structures[8:12])}
+    assert run(**moved)["steps"] == 4
+
+
+def test_resume_refuses_other_scales(tmp_path: Path) -> None:
+    """As an older gossamer may have found them in the same data."""
+    potential, path = make_potential(["H", "C", "O"], dtype=torch.float32), tmp_path / "potential.safetensors"
+    check_statistics(path, potential)
+    save(potential, path)
+    check_statistics(path, potential)
+    potential.statistics = replace(potential.statistics, energy_scale=2 * potential.statistics.energy_scale)
+    with pytest.raises(ValueError, match=r"begun with an older one\. Finish it with that"):
+        check_statistics(path, potential)
 
 
 def test_damaged_checkpoint_points_to_the_one_before(tmp_path: Path) -> None:
@@ -203,6 +286,20 @@ def test_damaged_checkpoint_points_to_the_one_before(tmp_path: Path) -> None:
     assert train(config, resume=True, progress=False)["steps"] == 20
 
 
+def test_checkpoints_where_hard_links_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    path = tmp_path / "checkpoint.safetensors"
+    monkeypatch.setattr(os, "link", refuse)
+    for step in range(3):
+        save_checkpoint(path, {"weight": torch.full((2,), float(step))}, {"step": step})
+    assert read_checkpoint(path)[1]["step"] == 2
+    previous = path.with_name(path.name + ".previous")
+    assert read_checkpoint(previous)[1]["step"] == 1
+    assert {p.name for p in tmp_path.iterdir()} == {path.name, previous.name}
+
+
 @pytest.mark.thorough
 def test_checkpoints_of_older_versions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a checksum, without what was added to settings and state since: they go on. With other names of weights they are refused."""
@@ -212,6 +309,8 @@ def test_checkpoints_of_older_versions(tmp_path: Path, monkeypatch: pytest.Monke
     tensors, state = read_checkpoint(path)
     for name in ("minutes", "clock"):
         del state["identity"]["training"][name]
+    for name in LATER:
+        del state["identity"][name]
     for name in ("first_seconds", "step_seconds", "timed_steps", "validated_at", "valid_seconds"):
         del state[name]
     save_file(tensors, path, {"state": json.dumps(state)})
@@ -782,16 +881,12 @@ def test_fit_sees_about_as_many_neighbours_in_whatever_it_is_given(spacing: floa
 
 
 def test_fit_of_one_frame(tmp_path: Path) -> None:
-    import ase.io
-
     ase.io.write(tmp_path / "one.extxyz", next(iter(read_structures(ETHANOL))).to_ase())
     with pytest.raises(ValueError, match=r"one\.extxyz' holds one frame.*Give more frames"):
         fit(tmp_path / "one.extxyz", out=tmp_path / "fit", progress=False)
 
 
 def test_fit_refuses_bad_data(tmp_path: Path) -> None:
-    import ase.io
-
     frames = [s.to_ase() for s in read_structures(ETHANOL)][:40]
     for atoms in frames:
         atoms.calc.results["energy"] /= 27.2114
@@ -803,8 +898,6 @@ def test_fit_refuses_bad_data(tmp_path: Path) -> None:
 @pytest.mark.thorough
 def test_training_frames_do_not_count(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     """Of the file trained on, only the other frames are evaluated; their indices are those of the file."""
-    import ase.io
-
     results = train(settings(tmp_path / "run", steps=20), progress=False)
     path = tmp_path / "run" / "potential.safetensors"
     evaluation = evaluate(path, ETHANOL, out=tmp_path / "evaluation", worst=5)
@@ -848,6 +941,32 @@ def test_evaluation_adds_up(tmp_path: Path) -> None:
 
 
 # --- pieces -------------------------------------------------------------------------------------------------------
+
+
+def test_fixed_atoms_count_nowhere(tmp_path: Path) -> None:
+    """With loss.free_atoms_only, absurd forces of fixed atoms change neither scales, errors, best weights nor the uncertainty."""
+    structures = list(read_structures(ETHANOL))[:16]
+    fixed = np.arange(9) < 3
+    sound = [replace(s, fixed=fixed) for s in structures]
+    absurd = [replace(s, fixed=fixed, forces=np.where(fixed[:, None], 50.0, s.forces)) for s in structures]
+    found = []
+    for name, chosen in (("sound", sound), ("absurd", absurd)):
+        ase.io.write(tmp_path / f"{name}.extxyz", [s.to_ase() for s in chosen])
+        config = settings(tmp_path / name, steps=4, valid_every=2)
+        config |= {"data": {"train": str(tmp_path / f"{name}.extxyz"), "valid_size": 6}, "loss": {"free_atoms_only": True}}
+        results = train(config, progress=False)
+        potential = load(tmp_path / name / "potential.safetensors")
+        found.append((results["valid"], potential.statistics.energy_scale, potential.uncertainty.record, log_rows(tmp_path / name)))
+        kept = list(read_structures(tmp_path / name / "valid.extxyz"))
+        assert all(s.fixed.tolist() == fixed.tolist() for s in kept)
+    assert found[0] == found[1]
+    every = evaluate_potential(potential, absurd).forces
+    free = evaluate_potential(potential, absurd, free_atoms_only=True).forces
+    assert every.count == 16 * 27
+    assert free.count == 16 * 18
+    assert every.mae > 3 * free.mae
+    held = replace(absurd[0], fixed=np.ones(9, dtype=bool))
+    assert "forces_rmse" not in evaluate_potential(potential, [held], free_atoms_only=True).frames[0]
 
 
 def test_conditional_huber_follows_the_size_of_the_force() -> None:

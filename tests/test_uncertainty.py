@@ -23,7 +23,7 @@ from gossamer.engine.engine import Engine
 from gossamer.evaluation import evaluate_potential
 from gossamer.potential import Potential
 from gossamer.potential_file import load, read_manifest, save
-from gossamer.runs import add_uncertainty
+from gossamer.runs import Frames, add_uncertainty
 from gossamer.simulation.calculator import Calculator
 from gossamer.simulation.md import md
 
@@ -276,7 +276,8 @@ def test_training_does_not_fail_with_it(tmp_path: Path, caplog: pytest.LogCaptur
     path = tmp_path / "potential.safetensors"
     save(make_potential(["H", "C", "O"], zbl=False), path)
     before = path.read_bytes()
-    add_uncertainty(path, [as_structure(a) for a in walk(3, 0.1)], [as_structure(a) for a in walk(3, 0.1)], torch.device("cpu"))
+    unlabelled = [as_structure(a) for a in walk(3, 0.1)]
+    add_uncertainty(path, Frames(train=unlabelled, valid=unlabelled), torch.device("cpu"))
     assert path.read_bytes() == before
     assert "has no uncertainty: " in caplog.text
 

@@ -67,7 +67,7 @@ def measure(name: str, arguments: argparse.Namespace) -> dict:
     out = arguments.runs / label
     config = make_config(config_of(name, arguments.data, arguments.direct, out, 10_000))
     began = time.perf_counter()
-    structures, _, _ = load_data(config.data)
+    structures, _, _ = load_data(config.data, config.model.cutoff)
     potential = Potential(config.model, compute_statistics(structures, config.model.cutoff), config.potential)
     state, workers = make_state(potential, config.training, config.loss), start_process_group("cpu")
     size = config.training.batch_size

@@ -138,7 +138,8 @@ def main() -> None:
     arguments = parser.parse_args()
     folders = members(arguments)
     potentials = [load(f / "potential.safetensors") for f in folders]
-    training, valid, _ = load_data(load_config(folders[0] / "config.yaml").data)
+    config = load_config(folders[0] / "config.yaml")
+    training, valid, _ = load_data(config.data, config.model.cutoff)
     one = potentials[0]
     began = time.process_time()
     measure_uncertainty(one, training, valid)

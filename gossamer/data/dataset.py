@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
 import numpy as np
-from pydantic import Field
+from ase.data import chemical_symbols
+from numpy.typing import NDArray
+from pydantic import Field, field_validator
 
 from gossamer.data.labels import LabelConfig
 from gossamer.data.readers import read_structures, suggestion
 from gossamer.data.store import Store
-from gossamer.data.structure import Structure
+from gossamer.data.structure import REACH, Structure
 from gossamer.settings import settings
+
+log = logging.getLogger(__name__)
 
 
 @settings
@@ -28,11 +33,11 @@ class DataConfig:
     test: str | list[str] | None = None
     """Test structures, evaluated at the end of training; None skips."""
     valid_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1
-    """Fraction (of frames or groups) split off for validation where ``valid`` is None."""
+    """Fraction of the frames split off for validation where ``valid`` is None; by group, as nearly as whole groups allow."""
     valid_size: Annotated[int, Field(gt=0)] | None = None
-    """Number of validation frames instead of a fraction (random split only)."""
+    """Number of validation frames instead of a fraction."""
     train_size: Annotated[int, Field(gt=0)] | None = None
-    """Use only this many training frames, chosen at random after the split."""
+    """Use only this many training frames, chosen at random after the split (isolated atoms first)."""
     split: Literal["random", "group"] = "random"
     """"group" keeps frames of one ``labels.group`` on one side, so that similar frames do not leak."""
     seed: int = 0
@@ -47,7 +52,17 @@ class DataConfig:
     elements: list[str] | None = None
     """Element table; by default the elements of the training structures."""
     reference_energies: Literal["auto", "isolated", "least_squares"] | dict[str, float] = "auto"
-    """eV per element, or how to find them: single-atom frames, or a least-squares fit."""
+    """eV per element, or how to find them: frames of a single atom that has no neighbour within the cutoff, or a least-squares fit."""
+
+    @field_validator("elements")
+    @classmethod
+    def _known(cls, elements: list[str] | None) -> list[str] | None:
+        for k, element in enumerate(elements or ()):
+            if element not in chemical_symbols[1:]:
+                raise ValueError(f"'{element}' is not the symbol of an element. Write them as in [H, C, O]")
+            if element in (elements or ())[:k]:
+                raise ValueError(f"{element} is named twice")
+        return elements
 
 
 def open_dataset(path: str | Path | Sequence[str | Path], labels: LabelConfig | None = None) -> Sequence[Structure]:
@@ -72,8 +87,12 @@ class Subset(Sequence[Structure]):
         return self.parent[self.indices[index]]
 
 
-def load_data(config: DataConfig) -> tuple[Sequence[Structure], Sequence[Structure], Sequence[Structure] | None]:
+def load_data(config: DataConfig, cutoff: float = REACH) -> tuple[Sequence[Structure], Sequence[Structure], Sequence[Structure] | None]:
     """Training, validation and test structures as the settings say.
+
+    Args:
+        config: Settings.
+        cutoff: Å, within which a single atom that sees no other is an isolated one: these are always trained on.
 
     Raises:
         ValueError: nothing left on one side, or a structure that occurs on both sides.
@@ -83,51 +102,131 @@ def load_data(config: DataConfig) -> tuple[Sequence[Structure], Sequence[Structu
     if config.valid is not None:
         train, valid = everything, open_dataset(config.valid, config.labels)
     else:
-        train, valid = split(everything, config)
+        train, valid = split(everything, config, cutoff)
     if config.train_size is not None:
         if config.train_size > len(train):
             raise ValueError(f"data.train_size is {config.train_size}, but only {len(train)} training frames are there.")
-        chosen = np.random.default_rng(config.seed + 1).permutation(len(train))[: config.train_size]
+        alone = isolated_atoms(train, cutoff)
+        others = np.random.default_rng(config.seed + 1).permutation(np.flatnonzero(~alone))
+        chosen = np.concatenate([np.flatnonzero(alone), others])[: config.train_size]
         train = Subset(train, np.sort(chosen).tolist())
     check_leaks(train, valid, "validation")
     if test is not None:
         check_leaks(train, test, "test")
+        warn_of_shared(valid, test)
     return train, valid, test
 
 
-def split(structures: Sequence[Structure], config: DataConfig) -> tuple[Subset, Subset]:
-    """Split off the validation frames at random, or by group."""
+def isolated_atoms(structures: Sequence[Structure], cutoff: float = REACH) -> NDArray[np.bool_]:
+    """(n_structures,) which of them are isolated atoms."""
+    found = sizes(structures) == 1
+    for k in np.flatnonzero(found).tolist():
+        found[k] = structures[k].is_isolated(cutoff)
+    return found
+
+
+def sizes(structures: Sequence[Structure]) -> NDArray[np.int64]:
+    """(n_structures,) their numbers of atoms; in a store, nothing else is read."""
+    if isinstance(structures, Store):
+        return structures.sizes
+    if isinstance(structures, Subset):
+        return sizes(structures.parent)[structures.indices]
+    return np.array([s.n_atoms for s in structures], dtype=np.int64)
+
+
+def split(structures: Sequence[Structure], config: DataConfig, cutoff: float = REACH) -> tuple[Subset, Subset]:
+    """Split off the validation frames at random, or by group; isolated atoms, of which there are few, stay among the training frames."""
     n = len(structures)
     rng = np.random.default_rng(config.seed)
     if n < 2:
         raise ValueError(f"{n} structures in '{config.train}' cannot be split. Give more, or a file for data.valid.")
+    alone = isolated_atoms(structures, cutoff)
+    others = np.flatnonzero(~alone)
+    if len(others) < 2:
+        raise ValueError(
+            f"{n} structures in '{config.train}' cannot be split: {n - len(others)} are isolated atoms, which are all trained on. Give "
+            "more of the others, or a file for data.valid."
+        )
+    size = config.valid_size or max(1, round(config.valid_fraction * len(others)))
+    is_valid = np.zeros(n, dtype=bool)
     if config.split == "group":
-        found = [structures[k].group for k in range(n)]
-        if config.labels.group is None and None in found:
-            raise ValueError("data.split is 'group', but data.labels.group does not say which entry names the group.")
-        groups = np.array(found)
-        names = np.unique(groups)
-        chosen = rng.permutation(names)[: max(1, round(config.valid_fraction * len(names)))]
-        is_valid = np.isin(groups, chosen)
+        groups = np.array([_group(structures[k], config) for k in others.tolist()])
+        is_valid[others] = np.isin(groups, choose_groups(groups, size, rng))
     else:
-        size = config.valid_size or max(1, round(config.valid_fraction * n))
-        is_valid = np.zeros(n, dtype=bool)
-        is_valid[rng.permutation(n)[:size]] = True
-    if is_valid.all():
+        is_valid[rng.permutation(others)[:size]] = True
+    if is_valid[others].all():
         raise ValueError(f"The split leaves no training frames: {n} frames, {int(is_valid.sum())} of them for validation.")
     return Subset(structures, np.flatnonzero(~is_valid).tolist()), Subset(structures, np.flatnonzero(is_valid).tolist())
 
 
+def _group(structure: Structure, config: DataConfig) -> str:
+    if structure.group is not None:
+        return structure.group
+    if config.labels.group is None:
+        raise ValueError("data.split is 'group', but data.labels.group does not say which entry names the group.")
+    raise ValueError(
+        f"data.split is 'group', but {structure.name} has no group (data.labels.group: {config.labels.group}): this format holds none, or the "
+        "data was converted without. Split at random, or give a file for data.valid."
+    )
+
+
+def choose_groups(groups: NDArray[np.str_], n_frames: int, rng: np.random.Generator, tries: int = 20) -> NDArray[np.str_]:
+    """Some groups, at least one and never all of several, whose frames are together about ``n_frames``.
+
+    Groups are taken in a random order, each if it brings the number of frames nearer; the best of some orders counts.
+
+    Args:
+        groups: (n_structures,) the group of each.
+        n_frames: How many frames to take.
+        rng: Decides the orders.
+        tries: How many orders.
+    """
+    names, counts = np.unique(groups, return_counts=True)
+    best: list[int] = []
+    nearest = n_frames
+    for _ in range(tries):
+        taken, total = [], 0
+        for k in rng.permutation(len(names)).tolist():
+            more = total + int(counts[k])
+            if abs(more - n_frames) < abs(total - n_frames) and more < len(groups):
+                taken.append(k)
+                total = more
+        if abs(total - n_frames) < nearest:
+            best, nearest = taken, abs(total - n_frames)
+    order = rng.permutation(len(names))
+    return names[best] if best else names[order[[np.argmin(counts[order])]]]  # all are large: one of the smallest
+
+
 def identity(structure: Structure) -> bytes:
     """A key that two frames with the same atoms, cell and positions (to 1e-6 Å) share."""
-    digest = hashlib.sha256(structure.atomic_numbers.astype(np.int64).tobytes())
-    digest.update(np.round(structure.positions, 6).tobytes() + np.round(structure.cell, 6).tobytes())
-    return digest.digest()
+    key = hashlib.sha256(structure.atomic_numbers.astype(np.int64).tobytes())
+    for lengths in (structure.positions, structure.cell):
+        key.update((np.round(lengths, 6) + 0.0).tobytes())  # of -0.0 and 0.0 the bytes differ
+    return key.digest()
+
+
+def without(structures: Sequence[Structure], *others: Sequence[Structure]) -> Sequence[Structure]:
+    """The structures that do not occur among others, by `identity`."""
+    known = {identity(s) for part in others for s in part}
+    kept = [k for k in range(len(structures)) if identity(structures[k]) not in known]
+    return structures if len(kept) == len(structures) else Subset(structures, kept)
+
+
+def digest(structures: Sequence[Structure]) -> str:
+    """sha256 over what training reads of structures, in their order: atoms, cells, labels and fixed atoms, wherever the file lies."""
+    total = hashlib.sha256()
+    for s in structures:
+        for part in (s.atomic_numbers, s.positions, s.cell, s.pbc, s.free):
+            total.update(np.ascontiguousarray(part).tobytes())
+        for name, label in sorted(s.labels.items()):
+            total.update(name.encode() + np.ascontiguousarray(label, dtype=np.float64).tobytes())
+    return total.hexdigest()
 
 
 def check_leaks(train: Sequence[Structure], other: Sequence[Structure], label: str, limit: int = 200_000) -> None:
     """Raise ValueError if a frame occurs among the training frames and the others (data up to ``limit`` frames)."""
     if len(train) + len(other) > limit:
+        log.warning("%d frames are too many to look for %s frames among the training frames", len(train) + len(other), label)
         return
     seen = {identity(s): s.name for s in train}
     for structure in other:
@@ -137,6 +236,17 @@ def check_leaks(train: Sequence[Structure], other: Sequence[Structure], label: s
                 f"{structure.name} ({label}) is the same structure as {twin} (training). Errors on it would mean nothing: "
                 "remove duplicates (gossamer data inspect lists them), or split by group."
             )
+
+
+def warn_of_shared(valid: Sequence[Structure], test: Sequence[Structure], limit: int = 200_000) -> None:
+    """Say so if test frames are validation frames too (data up to ``limit`` frames)."""
+    shared = len(test) - len(without(test, valid)) if len(valid) + len(test) <= limit else 0
+    if shared:
+        log.warning(
+            "%d of %d test frames are validation frames too, which choose the best weights: errors on new frames are a little larger",
+            shared,
+            len(test),
+        )
 
 
 def require_labels(structures: Sequence[Structure], needed: Sequence[str], why: str) -> None:

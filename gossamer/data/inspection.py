@@ -100,7 +100,7 @@ def _basics(structures: Sequence[Structure], report: Inspection) -> None:
     }
     if len(structures) == 1:
         report.errors.append("there is one frame: training needs at least one more, to validate on")
-    isolated = sorted({chemical_symbols[s.atomic_numbers[0]] for s in structures if s.n_atoms == 1 and not s.pbc.any()})
+    isolated = sorted({chemical_symbols[s.atomic_numbers[0]] for s in structures if s.is_isolated()})
     if isolated:
         report.facts["isolated atoms"] = ", ".join(isolated)
         if len(isolated) < len(elements):

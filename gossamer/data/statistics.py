@@ -57,6 +57,7 @@ def compute_statistics(
     reference_energies: ReferenceEnergies = "auto",
     elements: Sequence[str] | None = None,
     max_neighbors: int | None = None,
+    free_atoms_only: bool = False,
 ) -> Statistics:
     """One pass over the training structures.
 
@@ -67,6 +68,7 @@ def compute_statistics(
             the first where every element has such a frame, else the second; a mapping gives eV per symbol.
         elements: Element table; by default the elements that occur.
         max_neighbors: Cap of the neighbour list, if the model has one.
+        free_atoms_only: Leave forces of fixed atoms out of the scales, as `LossConfig.free_atoms_only` leaves them out of the loss.
 
     Raises:
         ValueError: an element without a reference energy, or a structure with an element outside the table.
@@ -86,10 +88,12 @@ def compute_statistics(
         for part in (structure.atomic_numbers, structure.positions, structure.cell, structure.forces, structure.energy):
             digest.update(np.ascontiguousarray(0.0 if part is None else part).tobytes())
         if structure.forces is not None:
-            force_squares += float((structure.forces**2).sum())
-            force_count += structure.forces.size
-            np.add.at(squares_of, structure.atomic_numbers, (structure.forces**2).sum(axis=1))
-            np.add.at(count_of, structure.atomic_numbers, 3)
+            counted = structure.free if free_atoms_only else slice(None)
+            forces, numbers = structure.forces[counted], structure.atomic_numbers[counted]
+            force_squares += float((forces**2).sum())
+            force_count += forces.size
+            np.add.at(squares_of, numbers, (forces**2).sum(axis=1))
+            np.add.at(count_of, numbers, 3)
         for name, values in further.items():
             if name in structure.labels:
                 values.append(np.ravel(structure.labels[name]))
@@ -98,20 +102,14 @@ def compute_statistics(
         if structure.energy is not None:
             composition_rows.append(np.bincount(structure.atomic_numbers, minlength=119))
             energies.append(structure.energy)
-            if structure.n_atoms == 1 and not structure.pbc.any():
+            if structure.is_isolated(cutoff):
                 isolated.setdefault(int(structure.atomic_numbers[0]), structure.energy)
         if index % stride == 0:
             found, _ = neighbor_list(structure.positions, structure.cell, structure.pbc, cutoff, max_neighbors)
             edges += found.shape[1]
             edge_atoms += structure.n_atoms
-    table = sorted(present) if elements is None else [number_of[e] for e in elements]
-    missing = sorted(present - set(table))
-    if missing:
-        raise ValueError(
-            f"The data holds {', '.join(chemical_symbols[z] for z in missing)}, which the list of elements "
-            f"({', '.join(chemical_symbols[z] for z in table)}) lacks. Add them to data.elements."
-        )
-    references = _reference_energies(reference_energies, table, np.array(composition_rows), np.array(energies), isolated)
+    table = _element_table(present, elements)
+    references = _reference_energies(reference_energies, table, np.array(composition_rows), np.array(energies), isolated, cutoff)
     force_rms = float(np.sqrt(force_squares / force_count)) if force_count else 0.0
     element_rms = {chemical_symbols[z]: float(np.sqrt(squares_of[z] / count_of[z])) for z in table if squares_of[z] > 0}
     return Statistics(
@@ -126,6 +124,18 @@ def compute_statistics(
         n_structures=len(structures),
         fingerprint=digest.hexdigest(),
     )
+
+
+def _element_table(present: set[int], elements: Sequence[str] | None) -> list[int]:
+    """Atomic numbers of the element table: of ``elements``, or of what is present."""
+    table = sorted(present) if elements is None else [number_of[e] for e in elements]
+    missing = sorted(present - set(table))
+    if missing:
+        raise ValueError(
+            f"The data holds {', '.join(chemical_symbols[z] for z in missing)}, which the list of elements "
+            f"({', '.join(chemical_symbols[z] for z in table)}) lacks. Add them to data.elements."
+        )
+    return table
 
 
 def find_limits(
@@ -196,7 +206,7 @@ def _spreads(
 
 
 def _reference_energies(
-    kind: ReferenceEnergies, table: list[int], rows: np.ndarray, energies: np.ndarray, isolated: dict[int, float]
+    kind: ReferenceEnergies, table: list[int], rows: np.ndarray, energies: np.ndarray, isolated: dict[int, float], cutoff: float
 ) -> dict[str, float]:
     symbols = [chemical_symbols[z] for z in table]
     if isinstance(kind, Mapping):
@@ -208,7 +218,8 @@ def _reference_energies(
     if kind == "isolated" and lone:
         raise ValueError(
             f"data.reference_energies is 'isolated', but no frame holds a single atom of "
-            f"{', '.join(chemical_symbols[z] for z in lone)} without periodicity. Add one, give numbers, or use 'least_squares'."
+            f"{', '.join(chemical_symbols[z] for z in lone)} that has no neighbour within {cutoff:g} Å. Add one, give numbers, or use "
+            "'least_squares'."
         )
     if kind == "isolated" or (kind == "auto" and not lone):
         return {chemical_symbols[z]: isolated[z] for z in table}

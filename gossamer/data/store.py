@@ -145,6 +145,11 @@ class Store(Sequence[Structure]):
     def __len__(self) -> int:
         return len(self._ends)
 
+    @property
+    def sizes(self) -> np.ndarray:
+        """(n_structures,) numbers of atoms"""
+        return np.array(self._frames["n_atoms"], dtype=np.int64)
+
     def __reduce__(self) -> tuple[Any, ...]:
         return Store, (self.path.absolute(),)  # another process maps the files itself
 

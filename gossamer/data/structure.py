@@ -9,10 +9,15 @@ from typing import Any
 import numpy as np
 from ase import Atoms
 from ase.calculators.singlepoint import SinglePointCalculator
+from ase.constraints import FixAtoms
 from ase.stress import full_3x3_to_voigt_6_stress
 from numpy.typing import NDArray
 
+from gossamer.neighbors import neighbor_list
 from gossamer.quantities import OWN, QUANTITIES
+
+REACH = 6.0
+"""Å, as long a cutoff as networks usually have: a single atom that sees no other within it is an isolated one"""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -60,6 +65,10 @@ class Structure:
     def volume(self) -> float:
         return float(abs(np.linalg.det(self.cell)))
 
+    def is_isolated(self, cutoff: float = REACH) -> bool:
+        """Whether this is one atom that sees no other, not even its own image: plane-wave codes put isolated atoms into large boxes."""
+        return self.n_atoms == 1 and neighbor_list(self.positions, self.cell, self.pbc, cutoff)[0].size == 0
+
     def validate(self) -> Structure:
         """Return self if shapes and numbers make sense.
 
@@ -91,8 +100,13 @@ class Structure:
         return self
 
     def to_ase(self) -> Atoms:
-        """The structure as ASE Atoms whose calculator holds energy, forces and stress; further labels are in arrays and info."""
+        """The structure as ASE Atoms whose calculator holds energy, forces and stress; further labels are in arrays and info.
+
+        Fixed atoms get a constraint: ``atoms.get_forces(apply_constraint=False)`` gives their labels too.
+        """
         atoms = Atoms(self.atomic_numbers, self.positions, cell=self.cell, pbc=self.pbc)
+        if self.fixed is not None and self.fixed.any():
+            atoms.set_constraint(FixAtoms(np.flatnonzero(self.fixed)))
         labels: dict[str, Any] = {"energy": self.energy, "forces": self.forces}
         if self.stress is not None:
             labels["stress"] = full_3x3_to_voigt_6_stress(self.stress)

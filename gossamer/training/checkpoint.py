@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from gossamer.files import write_bytes
+from gossamer.files import atomic_path, write_bytes
 from gossamer.tensor_files import read_tensors
 
 FORMAT = 1
@@ -25,9 +26,18 @@ def save_checkpoint(path: Path, tensors: dict[str, Tensor], state: dict[str, Any
     data = safetensors.torch.save(contiguous, {"state": text, "checksum": _checksum(contiguous, text)})
     previous = path.with_name(path.name + ".previous")
     if path.exists():
+        _keep(path, previous)
+    write_bytes(path, data)
+
+
+def _keep(path: Path, previous: Path) -> None:
+    """Give a file a second name, or make a copy where the file system has no hard links."""
+    try:
         previous.unlink(missing_ok=True)
         os.link(path, previous)
-    write_bytes(path, data)
+    except OSError:
+        with atomic_path(previous) as temporary:
+            shutil.copyfile(path, temporary)
 
 
 def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -36,7 +36,8 @@ class FineTuneConfig:
     """Where training starts, and which weights it may change."""
 
     start: str
-    """Saved potential. Its network settings and repulsion are taken over; of ``model`` only direct_forces and dropout may differ."""
+    """Saved potential. Its settings of ``model`` and ``potential`` are taken over; of ``model`` only direct_forces and dropout may differ,
+    of ``potential`` what is given here replaces what it has."""
     train: Literal["all"] | list[str] = "all"
     """Names of the weights to train, with wildcards (``layers.2.*``, ``readout*``); the others stay frozen. `gossamer info --weights`
     lists them. With low_rank, "all" means the adapters alone, and a list means these weights beside the adapters."""

@@ -232,7 +232,8 @@ def count_edges(loader: Loader, group: ProcessGroup, folder: Path, identity: Map
     Of many structures that takes minutes, so they are kept in the folder for a run that goes on.
     """
     n, path = len(loader.structures), folder / "edges.npz"
-    key = hashlib.sha256(json.dumps([identity["data"], identity["model"], n], sort_keys=True).encode()).hexdigest()
+    known = [identity[k] for k in ("data", "training_frames", "model") if k in identity]
+    key = hashlib.sha256(json.dumps([*known, n], sort_keys=True).encode()).hexdigest()
     kept = read_counts(path, key, n) if group.rank == 0 else None
     if group.broadcast(float(kept is not None)):
         counts = np.zeros(n) if kept is None else kept
@@ -320,7 +321,7 @@ def validate(
     """Errors of the averaged weights, of which rank 0's count; saves them if they are the best so far; returns a row of the log."""
     align(state, group)
     row: dict[str, Any] = {"step": state.step, "epoch": state.epoch, "learning_rate": float(state.optimizer.param_groups[0]["lr"])}
-    evaluation = shared_evaluation(state, valid, group)
+    evaluation = shared_evaluation(state, valid, loss, group)
     metric = group.broadcast(validation_loss(evaluation, loss))
     row |= {
         f"valid_{name}_{kind}": value if errors.count else ""
@@ -340,11 +341,11 @@ def validate(
     return row
 
 
-def shared_evaluation(state: State, valid: Sequence[Structure], group: ProcessGroup) -> Evaluation:
+def shared_evaluation(state: State, valid: Sequence[Structure], loss: LossConfig, group: ProcessGroup) -> Evaluation:
     """Errors of the averaged weights on validation structures, of which each process takes some."""
     alone = group.world == 1 or len(valid) < group.world
     part = valid if alone else Subset(valid, range(group.rank, len(valid), group.world))
-    evaluation = evaluate_potential(state.ema.module, part, keep=0, run=state.averaged)
+    evaluation = evaluate_potential(state.ema.module, part, keep=0, run=state.averaged, free_atoms_only=loss.free_atoms_only)
     if not alone:
         for errors in evaluation.errors.values():
             errors.absolute, errors.squared, count = group.add_up([errors.absolute, errors.squared, errors.count])

@@ -40,7 +40,8 @@ class LossConfig:
     energy_per_atom: bool = True
     """Divide energy residuals by the number of atoms (the LEIGNN paper does not)."""
     free_atoms_only: bool = False
-    """Leave forces of atoms that were held fixed out of the loss (OC20)."""
+    """Leave forces of atoms that were held fixed out of the loss (OC20), and with it out of the scales that the data gives, of the errors
+    that choose the best weights, and of the uncertainty."""
 
     @field_validator("extras")
     @classmethod

@@ -166,11 +166,9 @@ def load_state(state: State, path: Path, identity: dict[str, Any]) -> None:
         ValueError: it belongs to other settings or other data, or to an older version of the network.
     """
     tensors, stored = read_checkpoint(path)
-    before, now = (decisive(i) for i in (with_defaults(stored["identity"]), identity))
-    differing = sorted(k for k in now if before.get(k) != now[k])
-    if differing:
+    if found := differing(with_defaults(stored["identity"]), identity):
         raise ValueError(
-            f"The checkpoint '{path}' belongs to another run: {', '.join(differing)} differ. Resume with the settings and data it was "
+            f"The checkpoint '{path}' belongs to another run: {', '.join(found).replace('_', ' ')} differ. Resume with the settings and data it was "
             "made with, or choose another folder (out)."
         )
     weights = {k[8:]: v for k, v in tensors.items() if k.startswith("network.")}
@@ -192,11 +190,33 @@ def load_state(state: State, path: Path, identity: dict[str, Any]) -> None:
 
 FREE = ("num_workers", "timeout", "tensorboard", "wandb")
 """training settings that change no number: a run may go on with others"""
+LATER = ("elements", "reference_energies", "training_frames", "validation_frames")
+"""what checkpoints of an older gossamer do not say of a run: they go on without"""
+PLACES = ("start", "replay", "replay_labels")
+"""settings of fine-tuning that say where something lies: a checksum and the training frames say what it is"""
 
 
-def decisive(identity: dict[str, Any]) -> dict[str, Any]:
-    """What decides the numbers of a run."""
-    return {**identity, "training": {k: v for k, v in identity["training"].items() if k not in FREE}}
+def differing(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Names of what decides the numbers of a run and is not the same in both identities, as a checkpoint and this run have them."""
+    now = {k: v for k, v in now.items() if k in before or k not in LATER}
+    named = "training_frames" in now
+    before, now = decisive(before, named), decisive(now, named)
+    return sorted(k for k in now if before.get(k) != now[k] and not (k == "reference_energies" and close(before[k], now[k])))
+
+
+def decisive(identity: dict[str, Any], named: bool = True) -> dict[str, Any]:
+    """What decides the numbers of a run; ``named``: training frames are known by all that they are, so that they may lie elsewhere."""
+    out = {**identity, "training": {k: v for k, v in identity["training"].items() if k not in FREE}}
+    if named:
+        out.pop("data")  # part of the training frames
+        if "finetune" in out:
+            out["finetune"] = {k: v for k, v in out["finetune"].items() if k not in PLACES}
+    return out
+
+
+def close(before: Mapping[str, float], now: Mapping[str, float]) -> bool:
+    """Whether numbers of eV by name are the same but for rounding, which is another on another machine."""
+    return before.keys() == now.keys() and all(math.isclose(before[e], now[e], rel_tol=1e-6, abs_tol=1e-3) for e in now)
 
 
 def with_defaults(identity: dict[str, Any]) -> dict[str, Any]:
