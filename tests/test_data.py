@@ -150,6 +150,35 @@ def test_md17_npz_in_kcal(tmp_path: Path, layout: str) -> None:
     assert in_ev.energy == pytest.approx(e[0])
 
 
+@pytest.mark.parametrize(("energy_unit", "length_unit"), [("eV", "Ang"), (b"kcal/mol", b"bohr"), (["Ha"], "\u212b"), ("", "")])
+def test_units_that_npz_files_state(tmp_path: Path, energy_unit: Any, length_unit: Any) -> None:
+    """As sGDML writes them: energies, positions and forces follow."""
+    arrays = {"z": np.array([8, 1]), "R": np.ones((2, 2, 3)) * [[[1], [2]]], "E": np.array([1.0, 2.0]), "F": np.ones((2, 2, 3))}
+    np.savez(tmp_path / "a.npz", **arrays, e_unit=energy_unit, r_unit=length_unit)
+    energy = {"eV": 1.0, "Ha": units.Hartree}.get("".join(map(str, energy_unit)), units.kcal / units.mol)
+    length = units.Bohr if length_unit == b"bohr" else 1.0
+    first = next(read_structures(tmp_path / "a.npz"))
+    assert first.energy == pytest.approx(energy)
+    np.testing.assert_allclose(first.positions, length * arrays["R"][0])
+    np.testing.assert_allclose(first.forces, np.full((2, 3), energy / length))
+    forces = next(read_structures(tmp_path / "a.npz", LabelConfig(force_unit="eV/Angstrom"))).forces
+    np.testing.assert_allclose(forces, np.ones((2, 3)))
+
+
+def test_units_that_npz_files_state_are_not_passed_over(tmp_path: Path) -> None:
+    arrays = {"z": np.array([8, 1]), "R": np.ones((2, 2, 3)) * [[[1], [2]]], "E": np.array([1.0, 2.0]), "F": np.ones((2, 2, 3))}
+    path = tmp_path / "a.npz"
+    np.savez(path, **arrays, e_unit="eV", r_unit="Bohr")
+    assert next(read_structures(path, LabelConfig(energy_unit="eV", length_unit="Bohr"))).energy == 1.0
+    with pytest.raises(ValueError, match=r"a\.npz' states e_unit 'eV', but data\.labels\.energy_unit is Hartree\. Leave the setting out"):
+        list(read_structures(path, LabelConfig(energy_unit="Hartree")))
+    with pytest.raises(ValueError, match=r"states r_unit 'Bohr', but data\.labels\.length_unit is Angstrom"):
+        list(read_structures(path, LabelConfig(length_unit="Angstrom")))
+    np.savez(path, **arrays, e_unit="furlong", r_unit="Ang")
+    with pytest.raises(ValueError, match=r"a\.npz' states e_unit 'furlong', expected one of eV, meV, Hartree"):
+        list(read_structures(path))
+
+
 def test_iso17_database(tmp_path: Path) -> None:
     """Databases written by schnetpack keep the energy as a key-value pair and the forces as data."""
     forces = np.random.default_rng(0).normal(size=(3, 3))

@@ -26,9 +26,9 @@ class LabelConfig:
     virial: str | None = None
     """Name of a virial in the file, in the energy's unit, to read instead of a stress: stress = -virial / volume."""
     energy_unit: Literal["eV", "meV", "Hartree", "Ry", "kcal/mol", "kJ/mol"] | None = None
-    """None: eV, or kcal/mol for npz files in the layout of MD17 and rMD17."""
-    length_unit: Literal["Angstrom", "Bohr", "nm"] = "Angstrom"
-    """Unit of positions and cell, and of length in forces."""
+    """None: eV; for npz files in the layout of MD17 and rMD17 what the file states (e_unit), else kcal/mol."""
+    length_unit: Literal["Angstrom", "Bohr", "nm"] | None = None
+    """Unit of positions and cell, and of length in forces. None: Angstrom; for npz files what the file states (r_unit), else Angstrom."""
     force_unit: ForceUnit | None = None
     """None: energy_unit / length_unit. Hartree/Bohr, say, where positions are in Angstrom all the same."""
     stress_unit: Literal["eV/Angstrom^3", "Hartree/Bohr^3", "Ry/Bohr^3", "GPa", "kbar", "bar"] = "eV/Angstrom^3"

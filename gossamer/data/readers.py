@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,11 @@ FORCE_UNITS = {"eV/Angstrom": 1.0, "meV/Angstrom": 1e-3, "Hartree/Bohr": units.H
                "kJ/mol/Angstrom": units.kJ / units.mol, "kJ/mol/nm": 0.1 * units.kJ / units.mol}  # fmt: skip
 STRESS_UNITS = {"eV/Angstrom^3": 1.0, "Hartree/Bohr^3": units.Hartree / units.Bohr**3, "Ry/Bohr^3": units.Rydberg / units.Bohr**3,
                 "GPa": units.GPa, "kbar": 0.1 * units.GPa, "bar": 1e-4 * units.GPa}  # fmt: skip
+STATED_UNITS = {
+    "e_unit": {"ev": "eV", "mev": "meV", "hartree": "Hartree", "ha": "Hartree", "ry": "Ry", "rydberg": "Ry", "kcal/mol": "kcal/mol", "kj/mol": "kJ/mol"},
+    "r_unit": {"ang": "Angstrom", "angstrom": "Angstrom", "a": "Angstrom", "å": "Angstrom", "bohr": "Bohr", "a0": "Bohr", "nm": "nm"},
+}  # fmt: skip
+"""units as npz files of sGDML state them, in small letters"""
 WORDS = {"energy": ("energy", "e", "etot"), "forces": ("force", "f"), "stress": ("stress", "virial")}
 """what names of labels contain, or are if they have one letter"""
 
@@ -41,7 +47,7 @@ WORDS = {"energy": ("energy", "e", "etot"), "forces": ("force", "f"), "stress": 
 def label_scales(labels: LabelConfig, default_energy: str = "eV") -> tuple[float, float, float, float]:
     """Factors of energy, length, forces and stress (or virial) to eV, Å, eV/Å and eV/Å³ (or eV) with the sign of ASE's stress."""
     energy = ENERGY_UNITS[labels.energy_unit or default_energy]
-    length = LENGTH_UNITS[labels.length_unit]
+    length = LENGTH_UNITS[labels.length_unit or "Angstrom"]
     force = energy / length if labels.force_unit is None else FORCE_UNITS[labels.force_unit]
     stress = -energy if labels.is_virial() else STRESS_UNITS[labels.stress_unit]
     return energy, length, force, stress * (-1.0 if labels.stress_sign == "vasp" else 1.0)
@@ -291,7 +297,7 @@ NPZ_LAYOUTS = {
 
 def _read_npz(path: Path, labels: LabelConfig) -> Iterator[Structure]:
     arrays = _npz_arrays(path)
-    energy_scale, length_scale, force_scale, _ = label_scales(labels, "kcal/mol")
+    energy_scale, length_scale, force_scale, _ = label_scales(_with_stated_units(path, labels), "kcal/mol")
     n_frames = len(arrays["positions"])
     for name in ("energy", "forces"):
         if len(arrays[name]) != n_frames:
@@ -319,6 +325,33 @@ def _npz_arrays(path: Path) -> dict[str, np.ndarray]:
         raise ValueError(f"'{path}' holds {', '.join(sorted(names))}, which is neither layout known ({expected}).")
     arrays = read_npz(path, layout.values())
     return {name: arrays[key] for name, key in layout.items()}
+
+
+def _with_stated_units(path: Path, labels: LabelConfig) -> LabelConfig:
+    """The labels with the units that the file itself states, as those of sGDML do (e_unit, r_unit).
+
+    Raises:
+        ValueError: a unit that is not known, or another one than was asked for.
+    """
+    stated = {}
+    for key, value in read_npz(path, STATED_UNITS.keys() & set(npz_names(path))).items():
+        setting, known = {"e_unit": "energy_unit", "r_unit": "length_unit"}[key], STATED_UNITS[key]
+        word = value.ravel()[0] if value.size == 1 else value
+        text = (word.decode(errors="replace") if isinstance(word, bytes) else str(word)).strip()
+        if not text:
+            continue
+        unit = known.get(text.lower())
+        if unit is None:
+            raise ValueError(
+                f"'{path}' states {key} {text[:40]!r}, expected one of {', '.join(dict.fromkeys(known.values()))}. Convert it, and mend {key}."
+            )
+        given = getattr(labels, setting)
+        if given not in (None, unit):
+            raise ValueError(
+                f"'{path}' states {key} {text!r}, but data.labels.{setting} is {given}. Leave the setting out, or mend {key} in the file."
+            )
+        stated[setting] = unit
+    return replace(labels, **stated)
 
 
 def _read_mptrj(path: Path, labels: LabelConfig) -> Iterator[Structure]:
