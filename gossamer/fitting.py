@@ -73,13 +73,19 @@ def fit(
         raise ValueError("speed takes a smaller network than fit's own, accuracy a larger one: leave one of them out, or both.")
     if model is not None and model.split("/")[0] not in MODELS:
         raise ValueError(f"model '{model}' is unknown. Choose one of {', '.join(MODELS)}.")
-    tuning = {"train": list(weights) if weights else None, "low_rank": low_rank, "replay": None if replay is None else str(replay)}
+    tuning: dict[str, Any] = {
+        "train": list(weights) if weights else None,
+        "low_rank": low_rank,
+        "replay": None if replay is None else str(replay),
+    }
     tuning = {k: v for k, v in tuning.items() if v is not None}
     if start is None and tuning:
         raise ValueError(
             f"{', '.join('weights' if k == 'train' else k for k in tuning)}: only fine-tuning has these. "
             "Name the potential to start from (start)."
         )
+    if replay is not None and (Path(replay) / "store.json").exists():  # labels are those of the new data
+        tuning["replay_labels"] = {}
     if not minutes > 0:
         raise ValueError(f"minutes must be positive, found {minutes}.")
     folder = Path(out)

@@ -29,8 +29,9 @@ from ase.calculators.singlepoint import SinglePointCalculator
 from ase.constraints import FixAtoms
 from ase.stress import full_3x3_to_voigt_6_stress
 from conftest import forked, make_potential
-from small_formats import label, write_mptrj
+from small_formats import label, write_mptrj, write_oc20
 
+from gossamer.cli import main
 from gossamer.config import load_config, make_config
 from gossamer.data.atoms import as_atoms, read_frames
 from gossamer.data.batch import collate
@@ -177,6 +178,36 @@ def test_units_that_npz_files_state_are_not_passed_over(tmp_path: Path) -> None:
     np.savez(path, **arrays, e_unit="furlong", r_unit="Ang")
     with pytest.raises(ValueError, match=r"a\.npz' states e_unit 'furlong', expected one of eV, meV, Hartree"):
         list(read_structures(path))
+
+
+@pytest.mark.parametrize(
+    ("name", "labels", "listed"),
+    [
+        ("a.npz", {"energy": "nonsense"}, r"data\.labels\.energy \(nonsense\) would"),
+        ("a.npz", {"group": "traj", "stress_unit": "GPa"}, r"stress_unit \(GPa\), data\.labels\.group \(traj\) would change nothing\. Leave them"),
+        ("mptrj.json", {"energy_unit": "Hartree"}, r"energy_unit \(Hartree\)"),
+        ("a.store", {"forces": "f"}, r"forces \(f\) would change nothing\. Leave it out"),
+        ("s2ef", {"group": "g"}, r"group \(g\)"),
+        ("a.extxyz", {"virial": "v", "stress": "s", "stress_unit": "GPa"}, r"a virial, .*: data\.labels\.stress \(s\), data\.labels\.stress_unit"),
+    ],
+)  # fmt: skip
+def test_settings_of_labels_that_would_change_nothing(tmp_path: Path, sound_files: Path, name: str, labels: dict, listed: str) -> None:
+    path = sound_files / name
+    if name == "a.store":
+        path = tmp_path / name
+        write_store(read_structures(sound_files / "a.traj"), path)
+    elif name == "s2ef":
+        path = write_oc20(tmp_path / name)
+    for read in (read_structures, open_dataset):
+        with pytest.raises(ValueError, match=f"{name}.* (has names and units of its own|is to be read with).*{listed}"):
+            list(read(path, LabelConfig(**labels)))
+        assert len(list(read(path, LabelConfig()))) > 1
+
+
+def test_legacy_conversion_takes_no_labels(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    given = ["data", "convert", "--legacy-lmdb", str(tmp_path / "x.lmdb"), "--out", str(tmp_path / "x.store"), "--energy-unit", "Hartree"]
+    assert main(given) == 2
+    assert "energy_unit (Hartree) would change nothing" in capsys.readouterr().err
 
 
 def test_iso17_database(tmp_path: Path) -> None:

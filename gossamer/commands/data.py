@@ -56,8 +56,11 @@ def _convert(arguments: argparse.Namespace) -> int:
     from gossamer.data.store import write_store
 
     if arguments.legacy_lmdb:
+        from gossamer.data.labels import refuse_unread
         from gossamer.data.legacy import read_legacy_lmdb
 
+        for path in arguments.data:
+            refuse_unread(label_config(arguments), f"'{path}'", ())
         structures: Any = (s for path in arguments.data for s in read_legacy_lmdb(path))
     else:
         from gossamer.data.readers import read_structures

@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 import numpy as np
 from pydantic import Field
 
-from gossamer.data.labels import LabelConfig
+from gossamer.data.labels import LabelConfig, refuse_unread
 from gossamer.data.readers import read_structures, suggestion
 from gossamer.data.store import Store
 from gossamer.data.structure import Structure
@@ -53,6 +53,7 @@ class DataConfig:
 def open_dataset(path: str | Path | Sequence[str | Path], labels: LabelConfig | None = None) -> Sequence[Structure]:
     """Structures by index: a store stays on disk, everything else is read into memory."""
     if isinstance(path, str | Path) and (Path(path) / "store.json").exists():
+        refuse_unread(labels or LabelConfig(), f"'{path}'", ())
         return Store(path)
     return list(read_structures(path, labels))
 

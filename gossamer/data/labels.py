@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Collection
+from dataclasses import fields
+from typing import Any, Literal
 
 from pydantic import field_validator
 
@@ -56,3 +58,30 @@ class LabelConfig:
     def is_virial(self) -> bool:
         """Whether the stress is made from a virial."""
         return self.virial is not None or self.stress.startswith("virial")
+
+    def given(self) -> dict[str, Any]:
+        """Settings that differ from their defaults."""
+        plain = LabelConfig()
+        return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != getattr(plain, f.name)}
+
+
+def refuse_unread(labels: LabelConfig, what: str, read: Collection[str] | None = None) -> None:
+    """Refuse settings that would change nothing.
+
+    Args:
+        labels: Settings.
+        what: The file, for the message.
+        read: Names of the settings by which it is read; None: all.
+
+    Raises:
+        ValueError: another one is given, or the name or unit of a stress beside a virial.
+    """
+    given = labels.given()
+    passed = [name for name in given if read is not None and name not in read]
+    why = "has names and units of its own"
+    if not passed and labels.is_virial():
+        passed = [name for name in ("stress", "stress_unit") if name in given and not (name == "stress" and labels.virial is None)]
+        why = "is to be read with a virial, which takes the place of the stress and is in the energy's unit"
+    if passed:
+        listed = ", ".join(f"data.labels.{name} ({given[name]})" for name in passed)
+        raise ValueError(f"{what} {why}: {listed} would change nothing. Leave {'it' if len(passed) == 1 else 'them'} out.")

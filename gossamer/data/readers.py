@@ -19,7 +19,7 @@ from ase import Atoms, units
 from ase.constraints import FixAtoms
 from ase.stress import voigt_6_to_full_3x3_stress
 
-from gossamer.data.labels import LabelConfig
+from gossamer.data.labels import LabelConfig, refuse_unread
 from gossamer.data.lmdb_file import check_lmdb
 from gossamer.data.npz_file import npz_names, read_npz
 from gossamer.data.structure import Structure, label_fields
@@ -71,8 +71,14 @@ def read_structures(path: Path | str | Sequence[Path | str], labels: LabelConfig
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"There is no data file '{path}'.")
-    structures = _reader(path)(path, labels)
-    yield from _named_errors(path, (structure.validate() for structure in structures))
+    yield from _named_errors(path, (structure.validate() for structure in _labelled(path, labels)))
+
+
+def _labelled(path: Path, labels: LabelConfig) -> Iterator[Structure]:
+    """What the reader of the file or folder makes of it; settings that it would pass over are refused."""
+    reader = _reader(path)
+    refuse_unread(labels, f"'{path}'", READ_BY.get(reader))
+    yield from reader(path, labels)
 
 
 def _named_errors(path: Path, structures: Iterator[Structure]) -> Iterator[Structure]:
@@ -259,6 +265,7 @@ def _read_directory(path: Path, labels: LabelConfig) -> Iterator[Structure]:
     if (path / "store.json").exists():
         from gossamer.data.store import Store
 
+        refuse_unread(labels, f"'{path}'", ())
         yield from Store(path)
         return
     suffixes = (".extxyz", ".xyz", ".db", ".aselmdb", ".npz", ".traj")
@@ -268,11 +275,12 @@ def _read_directory(path: Path, labels: LabelConfig) -> Iterator[Structure]:
     for file in files:
         stem = file.name.split(".")[0]
         twin = next((t for t in (path / f"{stem}.txt", path / f"{stem}.txt.xz") if t.exists()), None)
-        yield from (_reader(file)(file, labels) if twin is None else _read_s2ef(file, twin, labels))
+        yield from (_labelled(file, labels) if twin is None else _read_s2ef(file, twin, labels))
 
 
 def _read_s2ef(path: Path, twin: Path, labels: LabelConfig) -> Iterator[Structure]:
     """OC20 S2EF: the txt holds "system id, frame, reference energy"; the label is the adsorption energy."""
+    refuse_unread(labels, f"'{path}'", labels.given().keys() - {"group"})
     with open_text(twin) as file:
         rows = [line.strip().split(",") for line in file if line.strip()]
     count = 0
@@ -333,7 +341,7 @@ def _with_stated_units(path: Path, labels: LabelConfig) -> LabelConfig:
     Raises:
         ValueError: a unit that is not known, or another one than was asked for.
     """
-    stated = {}
+    stated: dict[str, Any] = {}
     for key, value in read_npz(path, STATED_UNITS.keys() & set(npz_names(path))).items():
         setting, known = {"e_unit": "energy_unit", "r_unit": "length_unit"}[key], STATED_UNITS[key]
         word = value.ravel()[0] if value.size == 1 else value
@@ -392,3 +400,7 @@ def _element(site: dict[str, Any]) -> int:
     from ase.data import atomic_numbers
 
     return atomic_numbers[site["species"][0]["element"]]
+
+
+READ_BY: dict[Any, set[str]] = {_read_npz: {"energy_unit", "length_unit", "force_unit"}, _read_mptrj: set()}
+"""settings of labels that a reader uses; those that are not here use all"""
