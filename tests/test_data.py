@@ -380,6 +380,32 @@ def test_virial_becomes_stress(tmp_path: Path) -> None:
     np.testing.assert_allclose(s.stress, stress, atol=1e-7)
 
 
+@pytest.mark.parametrize("pbc", [(False, False, False), (True, True, False)])
+def test_stress_without_a_volume_is_not_read(tmp_path: Path, pbc: tuple[bool, bool, bool]) -> None:
+    """Molecules and slabs: said once, and `fit` trains on stress only where every frame has it."""
+    frames = [labelled(k) for k in range(6)]
+    for atoms in frames[:4]:
+        atoms.pbc = pbc
+    ase.io.write(tmp_path / "a.extxyz", frames)
+    for atoms in frames:
+        atoms.info["virial"] = np.eye(3)
+    ase.io.write(tmp_path / "b.extxyz", frames)
+    from_file = list(read_structures(tmp_path / "a.extxyz"))
+    old = [replace(s, stress=np.eye(3)) for s in from_file]
+    write_store(old, tmp_path / "old.store")
+    for structures in (
+        from_file,
+        Store(tmp_path / "old.store"),
+        list(read_structures(tmp_path / "b.extxyz", LabelConfig(virial="virial"))),
+    ):
+        assert [s.stress is None for s in structures] == [True] * 4 + [False] * 2
+        said = [w for w in inspect(structures).warnings if "4 of 6 frames have a stress but are not periodic along all axes" in w]
+        assert len(said) == 1
+        assert "frame 0" in said[0]
+        assert choose_settings("none.extxyz", structures).loss.stress == 0
+        assert choose_settings("none.extxyz", structures[4:]).loss.stress > 0
+
+
 def test_store_streams_and_reads_back(tmp_path: Path) -> None:
     frames = [labelled(0), labelled(1, periodic=False), labelled(2)]
     ase.io.write(tmp_path / "a.traj", frames)

@@ -22,6 +22,10 @@ from gossamer.quantities import QUANTITIES
 
 OPPOSITE_SIGN = "stress has the opposite sign, that of VASP (compression positive): set --stress-sign vasp (data.labels.stress_sign)"
 
+REMARKS = {
+    "stress without volume": "have a stress but are not periodic along all axes, so that there is no volume it belongs to: it is not read",
+}
+"""what is said of frames that a reader has remarked on"""
 OFFSET = 3e-3
 """eV/Å³ (0.5 GPa): a smaller constant in the stress is left alone"""
 STILL = 0.02
@@ -118,6 +122,10 @@ def _shortened(listed: Sequence[str], most: int = 12) -> str:
 
 
 def _labels(structures: Sequence[Structure], report: Inspection) -> None:
+    for remark, text in REMARKS.items():
+        marked = [s.name for s in structures if remark in s.remarks]
+        if marked:
+            report.warnings.append(f"{len(marked)} of {len(structures)} frames {text}. The first is {marked[0]}")
     for label, quantity in QUANTITIES.items():
         missing = [s for s in structures if label not in s.labels]
         hint = suggestion(label, missing[0].entries) if missing else ""

@@ -1,7 +1,8 @@
 """Readers: labelled structures from the formats of the field, in our units and signs, one at a time.
 
 Labels are taken as they were stored, with constraints not applied (ASE would zero the forces of fixed atoms). A label
-that is absent is None; whether that is an error is decided by the loss that needs it.
+that is absent is None; whether that is an error is decided by the loss that needs it. The stress of a frame that is not periodic
+along all axes is absent, too: there is no volume that it belongs to.
 """
 
 from __future__ import annotations
@@ -135,6 +136,10 @@ def from_atoms(atoms: Atoms, labels: LabelConfig, name: str, extra: dict[str, An
             raise ValueError(
                 f"{name}: no entry '{key}' (data.labels.{'virial' if key == labels.virial else label}). Found: {_listed(found)}."
             )
+    remarks = []
+    if "stress" in values and not atoms.pbc.all():
+        del values["stress"]
+        remarks.append("stress without volume")
     group = None if labels.group is None else found.get(labels.group)
     if labels.group is not None and group is None:
         raise ValueError(f"{name}: no entry '{labels.group}' (data.labels.group). Found: {_listed(found)}.")
@@ -148,6 +153,7 @@ def from_atoms(atoms: Atoms, labels: LabelConfig, name: str, extra: dict[str, An
         group=None if group is None else str(group),
         name=name,
         entries=tuple(sorted(str(key) for key in found if key not in ("numbers", "positions", *labels.names().values()))),
+        remarks=tuple(remarks),
     )
 
 
