@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from gossamer.config import Config, make_config
+from gossamer.config import Config, expand_preset, load_config, make_config
 from gossamer.data.dataset import open_dataset
 from gossamer.data.inspection import Inspection, inspect
 from gossamer.data.labels import LabelConfig
@@ -24,13 +24,15 @@ from gossamer.runs import train
 from gossamer.settings import to_dict
 
 log = logging.getLogger(__name__)
+MINUTES = 30.0
+"""how long `fit` trains where nothing else is asked"""
 
 
 def fit(
     data: Path | str,
     model: str | None = None,
     out: Path | str = "fit",
-    minutes: float = 30.0,
+    minutes: float | None = None,
     labels: LabelConfig | None = None,
     resume: bool = False,
     force: bool = False,
@@ -48,9 +50,9 @@ def fit(
         data: Labelled structures; one tenth is kept for validation (valid.extxyz in the folder of the run).
         model: Name of the network, or of one of its presets (nequip/M); None: that of ``start``, else weft, which ends lowest.
         out: Folder of the run; its config.yaml holds the settings chosen and can be trained again.
-        minutes: How long to train, by the clock on the wall; reading data and the last errors come on top.
+        minutes: How long to train, by the clock on the wall; reading data and the last errors come on top. None: 30.
         labels: Names and units of the labels.
-        resume: Go on with the run in ``out``.
+        resume: Go on with the run in ``out``, with the arguments that began it; those left out are the run's own.
         force: Train even if inspection finds errors.
         start: Fine-tune this saved potential instead of training from random weights.
         weights: With ``start``: names of the weights to train, with wildcards; the others stay frozen.
@@ -64,7 +66,8 @@ def fit(
         As ``train``.
 
     Raises:
-        ValueError: inspection found errors, the model is unknown, or ``speed`` or ``accuracy`` beside each other, a model or a start.
+        ValueError: inspection found errors, the model is unknown, ``speed`` or ``accuracy`` beside each other, a model or a start, or a
+            run to go on with that other arguments began.
     """
     asked = [name for name, given in (("speed", speed), ("accuracy", accuracy)) if given]
     if asked and (model is not None or start is not None):
@@ -73,24 +76,14 @@ def fit(
         raise ValueError("speed takes a smaller network than fit's own, accuracy a larger one: leave one of them out, or both.")
     if model is not None and model.split("/")[0] not in MODELS:
         raise ValueError(f"model '{model}' is unknown. Choose one of {', '.join(MODELS)}.")
-    tuning: dict[str, Any] = {
-        "train": list(weights) if weights else None,
-        "low_rank": low_rank,
-        "replay": None if replay is None else str(replay),
-    }
-    tuning = {k: v for k, v in tuning.items() if v is not None}
-    if start is None and tuning:
-        raise ValueError(
-            f"{', '.join('weights' if k == 'train' else k for k in tuning)}: only fine-tuning has these. "
-            "Name the potential to start from (start)."
-        )
-    if replay is not None and (Path(replay) / "store.json").exists():  # labels are those of the new data
-        tuning["replay_labels"] = {}
-    if not minutes > 0:
+    finetune = _finetuning(start, weights, low_rank, replay)
+    if minutes is not None and not minutes > 0:
         raise ValueError(f"minutes must be positive, found {minutes}.")
     folder = Path(out)
     if resume and (folder / "config.yaml").exists():
+        _check_same(folder / "config.yaml", data, model, minutes, labels, finetune, speed, accuracy)
         return train(folder / "config.yaml", resume=True, progress=progress)
+    minutes = MINUTES if minutes is None else minutes
     structures = open_dataset(data, labels)
     if len(structures) < 2:
         raise ValueError(f"'{data}' holds one frame: one to train on and one to validate with are the least. Give more frames.")
@@ -99,12 +92,67 @@ def fit(
         log.warning("%s", message)
     if report.errors and not force:
         raise ValueError("The data is not fit for training: " + "; ".join(report.errors) + ". Mend it, or insist with --force.")
-    finetune = None if start is None else {"start": str(start), **tuning}
     config = choose_settings(
         data, structures, model=model, out=out, minutes=minutes, labels=labels, finetune=finetune, speed=speed, accuracy=accuracy, report=report
     )  # fmt: skip
     log.info("training for %g minutes; settings are in '%s'", minutes, folder / "config.yaml")
     return train(config, progress=progress)
+
+
+def _finetuning(
+    start: Path | str | None, weights: Sequence[str] | None, low_rank: int | None, replay: Path | str | None
+) -> dict[str, Any] | None:
+    """The section of the settings for fine-tuning; None without a start."""
+    tuning: dict[str, Any] = {"train": list(weights) if weights else None, "low_rank": low_rank, "replay": replay and str(replay)}
+    tuning = {k: v for k, v in tuning.items() if v is not None}
+    if start is None and tuning:
+        raise ValueError(
+            f"{', '.join('weights' if k == 'train' else k for k in tuning)}: only fine-tuning has these. "
+            "Name the potential to start from (start)."
+        )
+    if replay is not None and (Path(replay) / "store.json").exists():  # labels are those of the new data
+        tuning["replay_labels"] = {}
+    return None if start is None else {"start": str(start), **tuning}
+
+
+def _check_same(
+    path: Path,
+    data: Path | str,
+    model: str | None,
+    minutes: float | None,
+    labels: LabelConfig | None,
+    finetune: Mapping[str, Any] | None,
+    speed: bool,
+    accuracy: bool,
+) -> None:
+    """Refuse arguments of `fit` that contradict the settings of the run to go on with; what is left out contradicts nothing."""
+    before = to_dict(load_config(path))
+    name, _, preset = (model or "").partition("/")
+    network = expand_preset({"name": name, "preset": preset}) if preset else {"name": name} if name else {}
+    if speed or accuracy:
+        network = {"name": ACCURATE, **({"num_features": SLIM} if speed else {"l_max": 3})}
+    asked = {
+        "data": {"train": str(data)},
+        "data.labels": {} if labels is None else labels.given(),
+        "model": network,
+        "finetune": {k: v for k, v in (finetune or {}).items() if k != "replay_labels"},  # follows from replay
+        "training": {} if minutes is None else {"minutes": float(minutes)},
+    }
+    differ = []
+    for section, values in asked.items():
+        found: Any = before
+        for part in section.split("."):
+            found = found[part] or {}
+        differ += [f"{section}.{k} is {found.get(k)} (now {v})" for k, v in values.items() if not _same(found.get(k), v)]
+    if differ:
+        raise ValueError(
+            f"'{path.parent}' was begun with other settings: {', '.join(differ)}. Go on with the arguments that began it, or choose another --out."
+        )
+
+
+def _same(before: Any, now: Any) -> bool:
+    """Whether two settings are alike; files may be written in two ways."""
+    return bool(before == now) or (isinstance(before, str) and isinstance(now, str) and Path(before).resolve() == Path(now).resolve())
 
 
 def choose_settings(
@@ -113,7 +161,7 @@ def choose_settings(
     *,
     model: str | None = None,
     out: Path | str = "fit",
-    minutes: float = 30.0,
+    minutes: float = MINUTES,
     labels: LabelConfig | None = None,
     finetune: Mapping[str, Any] | None = None,
     speed: bool = False,
