@@ -88,7 +88,7 @@ def fit(
     if len(structures) < 2:
         raise ValueError(f"'{data}' holds one frame: one to train on and one to validate with are the least. Give more frames.")
     report = inspect(structures, labels)
-    for message in report.warnings:
+    for message in (*report.warnings, *(report.errors if force else ())):
         log.warning("%s", message)
     if report.errors and not force:
         raise ValueError("The data is not fit for training: " + "; ".join(report.errors) + ". Mend it, or insist with --force.")
@@ -178,19 +178,13 @@ def choose_settings(
         report: What inspection said of the structures, where they were inspected before.
 
     Raises:
-        ValueError: neither energies nor forces are in every frame.
+        ValueError: neither energies nor forces are in every frame, or one of them is in most frames and not in all.
     """
     labels = labels or LabelConfig()
     structures = open_dataset(data, labels) if structures is None else structures
     sample = [structures[k] for k in range(0, len(structures), max(1, len(structures) // 200))]
     atoms = float(np.mean([s.n_atoms for s in sample]))
-    has = {label: all(label in s.labels for s in structures) for label in QUANTITIES}
-    offset = (report or inspect(structures)).stress_offset if has["stress"] else None
-    if offset is not None:
-        has["stress"] = False
-        log.warning("the stress is not trained on: its labels hold a constant %+.3g eV/Å³ that the energies lack", offset)
-    if not has["energy"] and not has["forces"]:
-        raise ValueError(f"Neither energy nor forces are in every frame of '{data}': there is nothing to learn from.")
+    has = _labels_to_train(data, structures, report)
     grouped = all(s.group is not None for s in sample)
     batch_size = min(int(np.clip(round(160 / atoms), 1, 16)), max(2, len(structures) // FRAMES_OF_BATCH))
     if len(structures) < 20:
@@ -232,6 +226,28 @@ def choose_settings(
     training = config.training
     kept = is_kept(step_name(config.model, n_elements, has["forces"], has["stress"], training.batch_size == 1, training.dtype))
     return replace(config, training=replace(training, compile=compile_pays(name, minutes, kept)))
+
+
+def _labels_to_train(data: Path | str, structures: Sequence[Structure], report: Inspection | None) -> dict[str, bool]:
+    """Which labels go into the loss: those that every frame has. What is left out, or stands in the way, is said."""
+    lacking = {label: [s.name for s in structures if label not in s.labels] for label in QUANTITIES}
+    has = {label: not names for label, names in lacking.items()}
+    for label in ("energy", "forces"):
+        n, first = len(lacking[label]), lacking[label][:1]
+        if 0 < n < len(structures) / 2:
+            raise ValueError(
+                f"{n} of the {len(structures)} frames of '{data}' have no {label}, the first is {first[0]}: most have, and a training on {label} "
+                "needs them in every frame. Take the frames without out of the data, or label them."
+            )
+        if 0 < n < len(structures):
+            log.warning("the %s are not trained on: %d of the %d frames have none, the first is %s", label, n, len(structures), first[0])
+    offset = (report or inspect(structures)).stress_offset if has["stress"] else None
+    if offset is not None:
+        has["stress"] = False
+        log.warning("the stress is not trained on: its labels hold a constant %+.3g eV/Å³ that the energies lack", offset)
+    if not has["energy"] and not has["forces"]:
+        raise ValueError(f"Neither energy nor forces are in every frame of '{data}': there is nothing to learn from.")
+    return has
 
 
 SLIM = 16

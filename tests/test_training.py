@@ -815,6 +815,31 @@ def test_fit_goes_on_only_with_what_began_the_run(tmp_path: Path, monkeypatch: p
     assert gone_on == [False]
 
 
+def test_fit_says_what_it_does_not_train_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """--force and a frame without forces: they are never left out without a word."""
+    import ase.io
+
+    monkeypatch.setattr(fitting, "train", lambda config, **_: config)
+    frames = [s.to_ase() for s in read_structures(ETHANOL)][:40]
+    for atoms in frames[3:10]:
+        del atoms.calc.results["forces"]
+    path = tmp_path / "some.extxyz"
+    ase.io.write(path, frames)
+    with pytest.raises(ValueError, match="not fit for training: 7 of 40 frames have no forces"):
+        fit(path, out=tmp_path / "fit")
+    with pytest.raises(
+        ValueError, match=r"7 of the 40 frames of .*some\.extxyz' have no forces, the first is .* frame 3: .*Take the frames"
+    ):
+        fit(path, out=tmp_path / "fit", force=True)
+    assert "7 of 40 frames have no forces" in caplog.text
+    for atoms in frames[10:30]:
+        del atoms.calc.results["forces"]
+    ase.io.write(path, frames)
+    config = fit(path, out=tmp_path / "fit", force=True)
+    assert (config.loss.energy, config.loss.forces) == (5.0, 0.0)
+    assert "the forces are not trained on: 27 of the 40 frames have none, the first is" in caplog.text
+
+
 def test_fit_of_one_frame(tmp_path: Path) -> None:
     import ase.io
 
