@@ -31,12 +31,13 @@ from ase.stress import full_3x3_to_voigt_6_stress
 from conftest import forked, make_potential
 from small_formats import label, write_mptrj, write_oc20
 
+from gossamer import fitting
 from gossamer.cli import main
 from gossamer.config import load_config, make_config
 from gossamer.data.atoms import as_atoms, read_frames
 from gossamer.data.batch import collate
 from gossamer.data.dataset import DataConfig, load_data, open_dataset, require_labels
-from gossamer.data.inspection import inspect
+from gossamer.data.inspection import inspect, without_duplicates
 from gossamer.data.labels import ForceUnit
 from gossamer.data.legacy import _tensor, read_legacy_lmdb, restricted_loads
 from gossamer.data.readers import ENERGY_UNITS, FORCE_UNITS, LabelConfig, from_atoms, read_structures, suggestion
@@ -983,9 +984,42 @@ def test_a_weakly_negative_correlation_is_an_error_where_frames_are_many() -> No
 def test_repeated_frames_are_reported_as_such_alone() -> None:
     frames = morse_frames(100)
     report = inspect([*frames, *([frames[7]] * 20)])
+    assert [e for e in report.errors if "20 duplicate frames: frame 7 and frame 7 ...; a split would" in e] == report.errors
+    assert len(report.errors) == 1
+    assert report.warnings == []
+    grouped = [replace(s, group=str(k // 10)) for k, s in enumerate(frames)]
+    report = inspect([*grouped, *([grouped[7]] * 20)])
     assert report.ok, report.errors
     assert [w for w in report.warnings if "20 duplicate frames" in w] == report.warnings
-    assert inspect([frames[0]] * 20).errors == []
+    (error,) = inspect([*grouped, replace(grouped[7], group="9")]).errors
+    assert "1 duplicate frames" in error
+    assert "--group" not in error
+
+
+def test_inspection_and_fit_agree_on_duplicates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both refuse; what they advise works."""
+    monkeypatch.setattr(fitting, "train", lambda config, **_: load_data(config.data))
+    frames = [s.to_ase() for s in morse_frames(30)]
+    path, store = tmp_path / "a.extxyz", tmp_path / "a.store"
+    ase.io.write(path, [*frames, *frames[:20]])
+    assert main(["data", "inspect", str(path)]) == 1
+    with pytest.raises(ValueError, match="20 duplicate frames.*--drop-duplicates"):
+        fitting.fit(path, out=tmp_path / "fit")
+    with pytest.raises(ValueError, match="is the same structure as.*--drop-duplicates"):
+        fitting.fit(path, out=tmp_path / "fit", force=True)
+    assert main(["data", "convert", str(path), "--out", str(store), "--drop-duplicates"]) == 0
+    assert main(["data", "inspect", str(store)]) == 0
+    train_set, valid_set, _ = fitting.fit(store, out=tmp_path / "fit")
+    assert len(train_set) + len(valid_set) == 30
+    for k, atoms in enumerate(frames):
+        atoms.info["trajectory"] = f"t{k // 5}"
+    ase.io.write(path, [*frames, *frames[:20]])
+    assert main(["data", "inspect", str(path), "--group", "trajectory"]) == 0
+    fitting.fit(path, out=tmp_path / "fit", labels=LabelConfig(group="trajectory"))
+    frames[3].calc.results["energy"] += 1
+    ase.io.write(path, [morse_frames(30)[3].to_ase(), frames[3]])
+    with pytest.raises(ValueError, match="frame 1 is the same structure as .* frame 0, with another energy"):
+        list(without_duplicates(read_structures(path)))
 
 
 def test_pairs_that_are_too_far_are_not_conclusive() -> None:

@@ -136,7 +136,7 @@ def check_leaks(train: Sequence[Structure], other: Sequence[Structure], label: s
         if twin is not None:
             raise ValueError(
                 f"{structure.name} ({label}) is the same structure as {twin} (training). Errors on it would mean nothing: "
-                "remove duplicates (gossamer data inspect lists them), or split by group."
+                "leave copies out (gossamer data convert --drop-duplicates, for copies in one file), or keep them on one side (data.split: group)."
             )
 
 
