@@ -135,6 +135,28 @@ def test_vasp_output_through_ase(tmp_path: Path) -> None:
     assert structure.forces[0].tolist() == [0.5, 0, 0]
     np.testing.assert_allclose(np.diag(structure.stress), [-10 / 1602.1766, -20 / 1602.1766, -30 / 1602.1766], rtol=1e-4)
 
+    (tmp_path / "vasprun.xml").write_text(text.replace('"e_fr_energy">-6.7', '"e_fr_energy">-6.8'))
+    (structure,) = read_structures(tmp_path / "vasprun.xml")
+    assert (structure.energy, structure.remarks) == (-6.7, ("another free energy",))
+    (free,) = read_structures(tmp_path / "vasprun.xml", LabelConfig(energy="free_energy"))
+    assert (free.energy, free.remarks) == (-6.8, ())
+
+
+@pytest.mark.parametrize("suffix", [".extxyz", ".traj", ".db"])
+def test_forces_belong_to_the_free_energy(tmp_path: Path, suffix: str) -> None:
+    """Where both energies are there and differ, inspection says which to take; that one can be taken from every format of ASE."""
+    frames = [labelled(k) for k in range(4)]
+    for k, atoms in enumerate(frames):
+        atoms.calc.results["free_energy"] = atoms.calc.results["energy"] + (0.1 if k else 1e-4)
+    ase.io.write(tmp_path / f"a{suffix}", frames)
+    (said,) = [w for w in inspect(tmp_path / f"a{suffix}").warnings if "free_energy" in w]
+    assert said.startswith("3 of 4 frames have a free_energy more than 1 meV/atom from the energy.")
+    assert "--energy free_energy" in said
+    labels = LabelConfig(energy="free_energy")
+    energies = [s.energy for s in read_structures(tmp_path / f"a{suffix}", labels)]
+    assert energies == pytest.approx([a.calc.results["free_energy"] for a in frames], abs=1e-6)
+    assert not any("free_energy" in w for w in inspect(tmp_path / f"a{suffix}", labels).warnings)
+
 
 @pytest.mark.parametrize("layout", ["md17", "rmd17"])
 def test_md17_npz_in_kcal(tmp_path: Path, layout: str) -> None:

@@ -26,6 +26,8 @@ OPPOSITE_SIGN = "stress has the opposite sign, that of VASP (compression positiv
 
 REMARKS = {
     "stress without volume": "have a stress but are not periodic along all axes, so that there is no volume it belongs to: it is not read",
+    "another free energy": "have a free_energy more than 1 meV/atom from the energy. With smeared electrons forces are the gradient of the free energy "
+    "(VASP and others): train on that with --energy free_energy (data.labels.energy)",
 }
 """what is said of frames that a reader has remarked on"""
 OFFSET = 3e-3

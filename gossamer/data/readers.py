@@ -140,6 +140,11 @@ def from_atoms(atoms: Atoms, labels: LabelConfig, name: str, extra: dict[str, An
     if "stress" in values and not atoms.pbc.all():
         del values["stress"]
         remarks.append("stress without volume")
+    free = found.get("free_energy")
+    if labels.energy == "energy" and "energy" in values and isinstance(free, int | float | np.number):
+        energy_scale = label_scales(labels)[0]
+        if abs(energy_scale * float(free) - values["energy"]) > 1e-3 * len(atoms):
+            remarks.append("another free energy")
     group = None if labels.group is None else found.get(labels.group)
     if labels.group is not None and group is None:
         raise ValueError(f"{name}: no entry '{labels.group}' (data.labels.group). Found: {_listed(found)}.")
