@@ -116,26 +116,28 @@ def test_forces_of_fixed_atoms_are_read_unchanged(tmp_path: Path) -> None:
     assert np.flatnonzero(structure.fixed).tolist() == [0, 3]
 
 
-def test_vasp_output_through_ase(tmp_path: Path) -> None:
-    """A vasprun.xml in VASP's layout (written here); stress in kbar comes out in eV/Å³ with ASE's sign."""
-    vectors = "".join(f"<v>{x} {y} {z}</v>" for x, y, z in np.eye(3) * 5.0)
-    text = f"""<?xml version="1.0" encoding="ISO-8859-1"?><modeling>
+VECTORS = "".join(f"<v>{x} {y} {z}</v>" for x, y, z in np.eye(3) * 5.0)
+VASPRUN = f"""<?xml version="1.0" encoding="ISO-8859-1"?><modeling>
 <incar><i name="NSW" type="int">0</i></incar><kpoints><varray name="kpointlist"><v>0 0 0</v></varray><varray name="weights"><v>1</v></varray></kpoints>
 <parameters><separator name="electronic"><i name="NELECT">2.0</i></separator><separator name="electronic exchange-correlation"></separator></parameters>
 <atominfo><atoms>2</atoms><types>1</types><array name="atoms"><set><rc><c>H</c><c>1</c></rc><rc><c>H</c><c>1</c></rc></set></array></atominfo>
-<structure name="initialpos"><crystal><varray name="basis">{vectors}</varray></crystal><varray name="positions"><v>0 0 0</v><v>0.15 0 0</v></varray></structure>
+<structure name="initialpos"><crystal><varray name="basis">{VECTORS}</varray></crystal><varray name="positions"><v>0 0 0</v><v>0.15 0 0</v></varray></structure>
 <calculation><scstep><energy><i name="e_fr_energy">-6.7</i><i name="e_wo_entrp">-6.7</i><i name="e_0_energy">-6.7</i></energy></scstep>
-<structure><crystal><varray name="basis">{vectors}</varray></crystal><varray name="positions"><v>0 0 0</v><v>0.15 0 0</v></varray></structure>
+<structure><crystal><varray name="basis">{VECTORS}</varray></crystal><varray name="positions"><v>0 0 0</v><v>0.15 0 0</v></varray></structure>
 <varray name="forces"><v>0.5 0 0</v><v>-0.5 0 0</v></varray><varray name="stress"><v>10 0 0</v><v>0 20 0</v><v>0 0 30</v></varray>
 <energy><i name="e_fr_energy">-6.7</i><i name="e_wo_entrp">-6.7</i><i name="e_0_energy">-6.7</i></energy></calculation>
 </modeling>"""
-    (tmp_path / "vasprun.xml").write_text(text)
+
+
+def test_vasp_output_through_ase(tmp_path: Path) -> None:
+    """A vasprun.xml in VASP's layout (written here); stress in kbar comes out in eV/Å³ with ASE's sign."""
+    (tmp_path / "vasprun.xml").write_text(VASPRUN)
     (structure,) = read_structures(tmp_path / "vasprun.xml")
     assert structure.energy == pytest.approx(-6.7)
     assert structure.forces[0].tolist() == [0.5, 0, 0]
     np.testing.assert_allclose(np.diag(structure.stress), [-10 / 1602.1766, -20 / 1602.1766, -30 / 1602.1766], rtol=1e-4)
 
-    (tmp_path / "vasprun.xml").write_text(text.replace('"e_fr_energy">-6.7', '"e_fr_energy">-6.8'))
+    (tmp_path / "vasprun.xml").write_text(VASPRUN.replace('"e_fr_energy">-6.7', '"e_fr_energy">-6.8'))
     (structure,) = read_structures(tmp_path / "vasprun.xml")
     assert (structure.energy, structure.remarks) == (-6.7, ("another free energy",))
     (free,) = read_structures(tmp_path / "vasprun.xml", LabelConfig(energy="free_energy"))
@@ -272,6 +274,31 @@ def test_oc20_folder_subtracts_the_reference(tmp_path: Path) -> None:
     (tmp_path / "1.txt.xz").write_bytes(lzma.compress(b"random1,frame0,-10.5\n"))
     with pytest.raises(ValueError, match="do not belong together"):
         list(read_structures(tmp_path))
+
+
+def test_folders_are_read_whole(tmp_path: Path, sound_files: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Every file that would be read alone, and no other; what is left out is said in one line."""
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for name in ("a.extxyz", "a.extxyz.xz", "a.json", "a.npz", "a.traj", "mptrj.json"):
+        (folder / name).write_bytes((sound_files / name).read_bytes())
+    write_store(read_structures(sound_files / "a.traj"), folder / "a.store")
+    (folder / "vasprun.xml").write_text(VASPRUN)
+    caplog.clear()
+    assert len(list(read_structures(folder))) == 15
+    assert caplog.messages == []
+    others = [".hidden.extxyz", "INCAR", "POSCAR", "README.md", "a.extxyz.bak", "a.extxyz~", "a.json.bak", "info.json", "notes.txt", "old"]
+    for name in others[:-1]:
+        (folder / name).write_text('{"made": "today"}')
+    (folder / "old").mkdir()
+    assert len(list(read_structures(folder))) == 15
+    listed = ", ".join(others[:8])
+    assert caplog.messages == [f"'{folder}': 8 files are read as data, 10 are not: {listed} ..."]
+    (folder / "b.traj").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"b\.traj"):
+        list(read_structures(folder))
+    with pytest.raises(ValueError, match="holds no data files"):
+        list(read_structures(folder / "old"))
 
 
 class _Graph:

@@ -7,6 +7,7 @@ along all axes is absent, too: there is no volume that it belongs to.
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -28,6 +29,7 @@ from gossamer.data.xyz import xyz_frames
 from gossamer.files import COMPRESSIONS, open_text
 from gossamer.quantities import QUANTITIES
 
+log = logging.getLogger(__name__)
 ENERGY_UNITS = {"eV": 1.0, "meV": 1e-3, "Hartree": units.Hartree, "Ry": units.Rydberg, "kcal/mol": units.kcal / units.mol,
                 "kJ/mol": units.kJ / units.mol}  # fmt: skip
 LENGTH_UNITS = {"Angstrom": 1.0, "Bohr": units.Bohr, "nm": 10.0}
@@ -59,7 +61,7 @@ def read_structures(path: Path | str | Sequence[Path | str], labels: LabelConfig
 
     Formats by name: extended XYZ (also .xz .gz .bz2), ASE .db and .aselmdb, ASE .traj, VASP (vasprun.xml, OUTCAR), MD17
     and rMD17 .npz, MPtrj .json, a folder of OC20 S2EF files (extxyz with their txt of reference energies), and whatever
-    else ASE reads.
+    else ASE reads. Of a folder every such file is read; one line of the log says what is not.
 
     Raises:
         FileNotFoundError, ValueError: naming file and frame.
@@ -279,14 +281,52 @@ def _read_directory(path: Path, labels: LabelConfig) -> Iterator[Structure]:
         refuse_unread(labels, f"'{path}'", ())
         yield from Store(path)
         return
-    suffixes = (".extxyz", ".xyz", ".db", ".aselmdb", ".npz", ".traj")
-    files = sorted(p for p in path.iterdir() if any(s in suffixes for s in p.suffixes))
+    there = sorted(path.iterdir())
+    files = [p for p in there if _is_data(p)]
     if not files:
-        raise ValueError(f"Folder '{path}' holds no data files ({', '.join(suffixes)}, also .xz, or a store).")
-    for file in files:
-        stem = file.name.split(".")[0]
-        twin = next((t for t in (path / f"{stem}.txt", path / f"{stem}.txt.xz") if t.exists()), None)
-        yield from (_labelled(file, labels) if twin is None else _read_s2ef(file, twin, labels))
+        raise ValueError(f"Folder '{path}' holds no data files ({', '.join(OURS)}, also .xz, what else ASE reads, or a store).")
+    twins = {p: _twin(p) for p in files}
+    skipped = [p.name for p in there if p not in files and p not in twins.values()]
+    if skipped:
+        shown = ", ".join(skipped[:8]) + (" ..." if len(skipped) > 8 else "")
+        log.warning("'%s': %d files are read as data, %d are not: %s", path, len(files), len(skipped), shown)
+    for file, twin in twins.items():
+        yield from _named_errors(file, _labelled(file, labels) if twin is None else _read_s2ef(file, twin, labels))
+
+
+OURS = (".extxyz", ".xyz", ".db", ".aselmdb", ".npz", ".traj")
+"""endings that a folder's data has; .json and others are looked into"""
+NO_DATA = {".txt", ".md", ".rst", ".yaml", ".yml", ".toml", ".ini", ".py", ".ipynb", ".sh", ".log", ".err", ".csv", ".tsv", ".html", ".pdf", ".png",
+           ".jpg", ".svg", ".in", ".inp", ".bak", ".old", ".orig", ".tmp", ".part", ".lock", ".safetensors", ".pt", ".pth"}  # fmt: skip
+"""endings of files in a folder that are not read even where ASE would try: notes, inputs, scripts, logs, pictures, spare copies, potentials"""
+NO_LABELS = ("POSCAR", "CONTCAR", "XDATCAR", "slurm-")
+"""likewise beginnings: VASP's files without labels, output of jobs"""
+
+
+def _is_data(path: Path) -> bool:
+    """Whether a file in a folder is to be read: one that would be read alone, unless its name says that it is something else."""
+    if path.is_dir():
+        return not path.name.startswith(".") and (path / "store.json").exists()
+    suffix = path.with_suffix("").suffix if path.suffix in COMPRESSIONS else path.suffix
+    if path.name.startswith((".", *NO_LABELS)) or path.name.endswith(("~", "-lock")) or suffix.lower() in NO_DATA:
+        return False
+    if suffix in (*OURS, ".lmdb"):  # of the last, the reader says what to do
+        return True
+    if suffix == ".json":
+        with open(path, "rb") as file:
+            head = file.read(2**14)
+        return not head or re.search(rb'"(unique_id|__ndarray__|structure|uncorrected_total_energy)"', head) is not None
+    try:
+        return ase.io.formats.filetype(str(path)) in ase.io.formats.ioformats
+    except ase.io.formats.UnknownFileTypeError:
+        return False
+
+
+def _twin(path: Path) -> Path | None:
+    """The txt of reference energies that belongs to a file of OC20's S2EF."""
+    stem = path.name.split(".")[0]
+    found = (path.with_name(f"{stem}.txt"), path.with_name(f"{stem}.txt.xz"))
+    return next((t for t in found if t.exists()), None) if {".extxyz", ".xyz"} & set(path.suffixes) else None
 
 
 def _read_s2ef(path: Path, twin: Path, labels: LabelConfig) -> Iterator[Structure]:
