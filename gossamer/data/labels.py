@@ -60,9 +60,10 @@ class LabelConfig:
         return self.virial is not None or self.stress.startswith("virial")
 
     def given(self) -> dict[str, Any]:
-        """Settings that differ from their defaults."""
-        plain = LabelConfig()
-        return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != getattr(plain, f.name)}
+        """Settings that differ from their defaults, or from those that older versions wrote down."""
+        found = {f.name: getattr(self, f.name) for f in fields(self)}
+        plain, old = LabelConfig(), {"length_unit": "Angstrom"}
+        return {name: value for name, value in found.items() if value not in (getattr(plain, name), old.get(name))}
 
 
 def refuse_unread(labels: LabelConfig, what: str, read: Collection[str] | None = None) -> None:
