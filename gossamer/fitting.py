@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from gossamer.config import Config, make_config
+from gossamer.config import Config, expand_preset, load_config, make_config
 from gossamer.data.dataset import open_dataset
 from gossamer.data.inspection import Inspection, inspect
 from gossamer.data.labels import LabelConfig
@@ -24,13 +24,15 @@ from gossamer.runs import train
 from gossamer.settings import to_dict
 
 log = logging.getLogger(__name__)
+MINUTES = 30.0
+"""how long `fit` trains where nothing else is asked"""
 
 
 def fit(
     data: Path | str,
     model: str | None = None,
     out: Path | str = "fit",
-    minutes: float = 30.0,
+    minutes: float | None = None,
     labels: LabelConfig | None = None,
     resume: bool = False,
     force: bool = False,
@@ -48,9 +50,9 @@ def fit(
         data: Labelled structures; one tenth is kept for validation (valid.extxyz in the folder of the run).
         model: Name of the network, or of one of its presets (nequip/M); None: that of ``start``, else weft, which ends lowest.
         out: Folder of the run; its config.yaml holds the settings chosen and can be trained again.
-        minutes: How long to train, by the clock on the wall; reading data and the last errors come on top.
+        minutes: How long to train, by the clock on the wall; reading data and the last errors come on top. None: 30.
         labels: Names and units of the labels.
-        resume: Go on with the run in ``out``.
+        resume: Go on with the run in ``out``, with the arguments that began it; those left out are the run's own.
         force: Train even if inspection finds errors.
         start: Fine-tune this saved potential instead of training from random weights.
         weights: With ``start``: names of the weights to train, with wildcards; the others stay frozen.
@@ -64,7 +66,8 @@ def fit(
         As ``train``.
 
     Raises:
-        ValueError: inspection found errors, the model is unknown, or ``speed`` or ``accuracy`` beside each other, a model or a start.
+        ValueError: inspection found errors, the model is unknown, ``speed`` or ``accuracy`` beside each other, a model or a start, or a
+            run to go on with that other arguments began.
     """
     asked = [name for name, given in (("speed", speed), ("accuracy", accuracy)) if given]
     if asked and (model is not None or start is not None):
@@ -73,32 +76,83 @@ def fit(
         raise ValueError("speed takes a smaller network than fit's own, accuracy a larger one: leave one of them out, or both.")
     if model is not None and model.split("/")[0] not in MODELS:
         raise ValueError(f"model '{model}' is unknown. Choose one of {', '.join(MODELS)}.")
-    tuning = {"train": list(weights) if weights else None, "low_rank": low_rank, "replay": None if replay is None else str(replay)}
+    finetune = _finetuning(start, weights, low_rank, replay)
+    if minutes is not None and not minutes > 0:
+        raise ValueError(f"minutes must be positive, found {minutes}.")
+    folder = Path(out)
+    if resume and (folder / "config.yaml").exists():
+        _check_same(folder / "config.yaml", data, model, minutes, labels, finetune, speed, accuracy)
+        return train(folder / "config.yaml", resume=True, progress=progress)
+    minutes = MINUTES if minutes is None else minutes
+    structures = open_dataset(data, labels)
+    if len(structures) < 2:
+        raise ValueError(f"'{data}' holds one frame: one to train on and one to validate with are the least. Give more frames.")
+    report = inspect(structures, labels)
+    for message in (*report.warnings, *(report.errors if force else ())):
+        log.warning("%s", message)
+    if report.errors and not force:
+        raise ValueError("The data is not fit for training: " + "; ".join(report.errors) + ". Mend it, or insist with --force.")
+    config = choose_settings(
+        data, structures, model=model, out=out, minutes=minutes, labels=labels, finetune=finetune, speed=speed, accuracy=accuracy, report=report
+    )  # fmt: skip
+    log.info("training for %g minutes; settings are in '%s'", minutes, folder / "config.yaml")
+    return train(config, progress=progress)
+
+
+def _finetuning(
+    start: Path | str | None, weights: Sequence[str] | None, low_rank: int | None, replay: Path | str | None
+) -> dict[str, Any] | None:
+    """The section of the settings for fine-tuning; None without a start."""
+    tuning: dict[str, Any] = {"train": list(weights) if weights else None, "low_rank": low_rank, "replay": replay and str(replay)}
     tuning = {k: v for k, v in tuning.items() if v is not None}
     if start is None and tuning:
         raise ValueError(
             f"{', '.join('weights' if k == 'train' else k for k in tuning)}: only fine-tuning has these. "
             "Name the potential to start from (start)."
         )
-    if not minutes > 0:
-        raise ValueError(f"minutes must be positive, found {minutes}.")
-    folder = Path(out)
-    if resume and (folder / "config.yaml").exists():
-        return train(folder / "config.yaml", resume=True, progress=progress)
-    structures = open_dataset(data, labels)
-    if len(structures) < 2:
-        raise ValueError(f"'{data}' holds one frame: one to train on and one to validate with are the least. Give more frames.")
-    report = inspect(structures, labels)
-    for message in report.warnings:
-        log.warning("%s", message)
-    if report.errors and not force:
-        raise ValueError("The data is not fit for training: " + "; ".join(report.errors) + ". Mend it, or insist with --force.")
-    finetune = None if start is None else {"start": str(start), **tuning}
-    config = choose_settings(
-        data, structures, model=model, out=out, minutes=minutes, labels=labels, finetune=finetune, speed=speed, accuracy=accuracy, report=report
-    )  # fmt: skip
-    log.info("training for %g minutes; settings are in '%s'", minutes, folder / "config.yaml")
-    return train(config, progress=progress)
+    if replay is not None and (Path(replay) / "store.json").exists():  # labels are those of the new data
+        tuning["replay_labels"] = {}
+    return None if start is None else {"start": str(start), **tuning}
+
+
+def _check_same(
+    path: Path,
+    data: Path | str,
+    model: str | None,
+    minutes: float | None,
+    labels: LabelConfig | None,
+    finetune: Mapping[str, Any] | None,
+    speed: bool,
+    accuracy: bool,
+) -> None:
+    """Refuse arguments of `fit` that contradict the settings of the run to go on with; what is left out contradicts nothing."""
+    before = to_dict(load_config(path))
+    name, _, preset = (model or "").partition("/")
+    network = expand_preset({"name": name, "preset": preset}) if preset else {"name": name} if name else {}
+    if speed or accuracy:
+        network = {"name": ACCURATE, **({"num_features": SLIM} if speed else {"l_max": 3})}
+    asked = {
+        "data": {"train": str(data)},
+        "data.labels": {} if labels is None else labels.given(),
+        "model": network,
+        "finetune": {k: v for k, v in (finetune or {}).items() if k != "replay_labels"},  # follows from replay
+        "training": {} if minutes is None else {"minutes": float(minutes)},
+    }
+    differ = []
+    for section, values in asked.items():
+        found: Any = before
+        for part in section.split("."):
+            found = found[part] or {}
+        differ += [f"{section}.{k} is {found.get(k)} (now {v})" for k, v in values.items() if not _same(found.get(k), v)]
+    if differ:
+        raise ValueError(
+            f"'{path.parent}' was begun with other settings: {', '.join(differ)}. Go on with the arguments that began it, or choose another --out."
+        )
+
+
+def _same(before: Any, now: Any) -> bool:
+    """Whether two settings are alike; files may be written in two ways."""
+    return bool(before == now) or (isinstance(before, str) and isinstance(now, str) and Path(before).resolve() == Path(now).resolve())
 
 
 def choose_settings(
@@ -107,7 +161,7 @@ def choose_settings(
     *,
     model: str | None = None,
     out: Path | str = "fit",
-    minutes: float = 30.0,
+    minutes: float = MINUTES,
     labels: LabelConfig | None = None,
     finetune: Mapping[str, Any] | None = None,
     speed: bool = False,
@@ -124,19 +178,13 @@ def choose_settings(
         report: What inspection said of the structures, where they were inspected before.
 
     Raises:
-        ValueError: neither energies nor forces are in every frame.
+        ValueError: neither energies nor forces are in every frame, or one of them is in most frames and not in all.
     """
     labels = labels or LabelConfig()
     structures = open_dataset(data, labels) if structures is None else structures
     sample = [structures[k] for k in range(0, len(structures), max(1, len(structures) // 200))]
     atoms = float(np.mean([s.n_atoms for s in sample]))
-    has = {label: all(label in s.labels for s in structures) for label in QUANTITIES}
-    offset = (report or inspect(structures)).stress_offset if has["stress"] else None
-    if offset is not None:
-        has["stress"] = False
-        log.warning("the stress is not trained on: its labels hold a constant %+.3g eV/Å³ that the energies lack", offset)
-    if not has["energy"] and not has["forces"]:
-        raise ValueError(f"Neither energy nor forces are in every frame of '{data}': there is nothing to learn from.")
+    has = _labels_to_train(data, structures, report)
     grouped = all(s.group is not None for s in sample)
     batch_size = min(int(np.clip(round(160 / atoms), 1, 16)), max(2, len(structures) // FRAMES_OF_BATCH))
     if len(structures) < 20:
@@ -178,6 +226,28 @@ def choose_settings(
     training = config.training
     kept = is_kept(step_name(config.model, n_elements, has["forces"], has["stress"], training.batch_size == 1, training.dtype))
     return replace(config, training=replace(training, compile=compile_pays(name, minutes, kept)))
+
+
+def _labels_to_train(data: Path | str, structures: Sequence[Structure], report: Inspection | None) -> dict[str, bool]:
+    """Which labels go into the loss: those that every frame has. What is left out, or stands in the way, is said."""
+    lacking = {label: [s.name for s in structures if label not in s.labels] for label in QUANTITIES}
+    has = {label: not names for label, names in lacking.items()}
+    for label in ("energy", "forces"):
+        n, first = len(lacking[label]), lacking[label][:1]
+        if 0 < n < len(structures) / 2:
+            raise ValueError(
+                f"{n} of the {len(structures)} frames of '{data}' have no {label}, the first is {first[0]}: most have, and a training on {label} "
+                "needs them in every frame. Take the frames without out of the data, or label them."
+            )
+        if 0 < n < len(structures):
+            log.warning("the %s are not trained on: %d of the %d frames have none, the first is %s", label, n, len(structures), first[0])
+    offset = (report or inspect(structures)).stress_offset if has["stress"] else None
+    if offset is not None:
+        has["stress"] = False
+        log.warning("the stress is not trained on: its labels hold a constant %+.3g eV/Å³ that the energies lack", offset)
+    if not has["energy"] and not has["forces"]:
+        raise ValueError(f"Neither energy nor forces are in every frame of '{data}': there is nothing to learn from.")
+    return has
 
 
 SLIM = 16

@@ -173,6 +173,16 @@ def as_potential(
     return potential
 
 
+def check_device(device: str | torch.device) -> None:
+    """Raise ValueError if PyTorch cannot put a tensor there: no such device, or a PyTorch without support for it."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # the latter of a PyTorch built without CUDA
+        reason = (str(error).splitlines() or [""])[0].rstrip(".")[:160]
+        there = ["cpu", *(f"cuda:{k}" for k in range(torch.cuda.device_count()))]
+        raise ValueError(f"device '{device}' cannot be used here ({reason}). PyTorch {torch.__version__} has {', '.join(there)}.") from None
+
+
 def load(path: Path | str, device: str | torch.device = "cpu", dtype: str | torch.dtype | None = None) -> Potential:
     """Read a saved potential, and recompute its stored predictions on this device and dtype.
 
@@ -182,9 +192,10 @@ def load(path: Path | str, device: str | torch.device = "cpu", dtype: str | torc
         dtype: "float32" or "float64"; by default as saved.
 
     Raises:
-        ValueError: truncated or altered file, newer format, or predictions that do not come out as stored.
+        ValueError: truncated or altered file, newer format, predictions that do not come out as stored, or a device that is not there.
     """
     path = Path(path)
+    check_device(device)
     manifest, tensors = _open(path)
     altered = "kinds" in manifest and manifest["kinds"] != _kinds(tensors)  # files of older versions do not say
     if altered or _checksum(tensors, manifest) != manifest.get("checksum"):

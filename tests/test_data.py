@@ -29,13 +29,15 @@ from ase.calculators.singlepoint import SinglePointCalculator
 from ase.constraints import FixAtoms
 from ase.stress import full_3x3_to_voigt_6_stress
 from conftest import forked, make_potential
-from small_formats import label, write_mptrj
+from small_formats import label, write_mptrj, write_oc20
 
+from gossamer import fitting
+from gossamer.cli import main
 from gossamer.config import load_config, make_config
 from gossamer.data.atoms import as_atoms, read_frames
 from gossamer.data.batch import collate
 from gossamer.data.dataset import DataConfig, Subset, check_leaks, choose_groups, load_data, open_dataset, require_labels, sizes
-from gossamer.data.inspection import inspect
+from gossamer.data.inspection import inspect, without_duplicates
 from gossamer.data.labels import ForceUnit
 from gossamer.data.legacy import _tensor, read_legacy_lmdb, restricted_loads
 from gossamer.data.readers import ENERGY_UNITS, FORCE_UNITS, LabelConfig, from_atoms, read_structures, suggestion
@@ -119,24 +121,48 @@ def test_forces_of_fixed_atoms_are_read_unchanged(tmp_path: Path) -> None:
         assert again.fixed.tolist() == structure.fixed.tolist()
 
 
-def test_vasp_output_through_ase(tmp_path: Path) -> None:
-    """A vasprun.xml in VASP's layout (written here); stress in kbar comes out in eV/Å³ with ASE's sign."""
-    vectors = "".join(f"<v>{x} {y} {z}</v>" for x, y, z in np.eye(3) * 5.0)
-    text = f"""<?xml version="1.0" encoding="ISO-8859-1"?><modeling>
+VECTORS = "".join(f"<v>{x} {y} {z}</v>" for x, y, z in np.eye(3) * 5.0)
+VASPRUN = f"""<?xml version="1.0" encoding="ISO-8859-1"?><modeling>
 <incar><i name="NSW" type="int">0</i></incar><kpoints><varray name="kpointlist"><v>0 0 0</v></varray><varray name="weights"><v>1</v></varray></kpoints>
 <parameters><separator name="electronic"><i name="NELECT">2.0</i></separator><separator name="electronic exchange-correlation"></separator></parameters>
 <atominfo><atoms>2</atoms><types>1</types><array name="atoms"><set><rc><c>H</c><c>1</c></rc><rc><c>H</c><c>1</c></rc></set></array></atominfo>
-<structure name="initialpos"><crystal><varray name="basis">{vectors}</varray></crystal><varray name="positions"><v>0 0 0</v><v>0.15 0 0</v></varray></structure>
+<structure name="initialpos"><crystal><varray name="basis">{VECTORS}</varray></crystal><varray name="positions"><v>0 0 0</v><v>0.15 0 0</v></varray></structure>
 <calculation><scstep><energy><i name="e_fr_energy">-6.7</i><i name="e_wo_entrp">-6.7</i><i name="e_0_energy">-6.7</i></energy></scstep>
-<structure><crystal><varray name="basis">{vectors}</varray></crystal><varray name="positions"><v>0 0 0</v><v>0.15 0 0</v></varray></structure>
+<structure><crystal><varray name="basis">{VECTORS}</varray></crystal><varray name="positions"><v>0 0 0</v><v>0.15 0 0</v></varray></structure>
 <varray name="forces"><v>0.5 0 0</v><v>-0.5 0 0</v></varray><varray name="stress"><v>10 0 0</v><v>0 20 0</v><v>0 0 30</v></varray>
 <energy><i name="e_fr_energy">-6.7</i><i name="e_wo_entrp">-6.7</i><i name="e_0_energy">-6.7</i></energy></calculation>
 </modeling>"""
-    (tmp_path / "vasprun.xml").write_text(text)
+
+
+def test_vasp_output_through_ase(tmp_path: Path) -> None:
+    """A vasprun.xml in VASP's layout (written here); stress in kbar comes out in eV/Å³ with ASE's sign."""
+    (tmp_path / "vasprun.xml").write_text(VASPRUN)
     (structure,) = read_structures(tmp_path / "vasprun.xml")
     assert structure.energy == pytest.approx(-6.7)
     assert structure.forces[0].tolist() == [0.5, 0, 0]
     np.testing.assert_allclose(np.diag(structure.stress), [-10 / 1602.1766, -20 / 1602.1766, -30 / 1602.1766], rtol=1e-4)
+
+    (tmp_path / "vasprun.xml").write_text(VASPRUN.replace('"e_fr_energy">-6.7', '"e_fr_energy">-6.8'))
+    (structure,) = read_structures(tmp_path / "vasprun.xml")
+    assert (structure.energy, structure.remarks) == (-6.7, ("another free energy",))
+    (free,) = read_structures(tmp_path / "vasprun.xml", LabelConfig(energy="free_energy"))
+    assert (free.energy, free.remarks) == (-6.8, ())
+
+
+@pytest.mark.parametrize("suffix", [".extxyz", ".traj", ".db"])
+def test_forces_belong_to_the_free_energy(tmp_path: Path, suffix: str) -> None:
+    """Where both energies are there and differ, inspection says which to take; that one can be taken from every format of ASE."""
+    frames = [labelled(k) for k in range(4)]
+    for k, atoms in enumerate(frames):
+        atoms.calc.results["free_energy"] = atoms.calc.results["energy"] + (0.1 if k else 1e-4)
+    ase.io.write(tmp_path / f"a{suffix}", frames)
+    (said,) = [w for w in inspect(tmp_path / f"a{suffix}").warnings if "free_energy" in w]
+    assert said.startswith("3 of 4 frames have a free_energy more than 1 meV/atom from the energy.")
+    assert "--energy free_energy" in said
+    labels = LabelConfig(energy="free_energy")
+    energies = [s.energy for s in read_structures(tmp_path / f"a{suffix}", labels)]
+    assert energies == pytest.approx([a.calc.results["free_energy"] for a in frames], abs=1e-6)
+    assert not any("free_energy" in w for w in inspect(tmp_path / f"a{suffix}", labels).warnings)
 
 
 @pytest.mark.parametrize("layout", ["md17", "rmd17"])
@@ -153,6 +179,65 @@ def test_md17_npz_in_kcal(tmp_path: Path, layout: str) -> None:
     np.testing.assert_allclose(structures[2].forces, f[2] * factor, rtol=1e-6)
     (in_ev, *_) = read_structures(tmp_path / "data.npz", LabelConfig(energy_unit="eV"))
     assert in_ev.energy == pytest.approx(e[0])
+
+
+@pytest.mark.parametrize(("energy_unit", "length_unit"), [("eV", "Ang"), (b"kcal/mol", b"bohr"), (["Ha"], "\u212b"), ("", "")])
+def test_units_that_npz_files_state(tmp_path: Path, energy_unit: Any, length_unit: Any) -> None:
+    """As sGDML writes them: energies, positions and forces follow."""
+    arrays = {"z": np.array([8, 1]), "R": np.ones((2, 2, 3)) * [[[1], [2]]], "E": np.array([1.0, 2.0]), "F": np.ones((2, 2, 3))}
+    np.savez(tmp_path / "a.npz", **arrays, e_unit=energy_unit, r_unit=length_unit)
+    energy = {"eV": 1.0, "Ha": units.Hartree}.get("".join(map(str, energy_unit)), units.kcal / units.mol)
+    length = units.Bohr if length_unit == b"bohr" else 1.0
+    first = next(read_structures(tmp_path / "a.npz"))
+    assert first.energy == pytest.approx(energy)
+    np.testing.assert_allclose(first.positions, length * arrays["R"][0])
+    np.testing.assert_allclose(first.forces, np.full((2, 3), energy / length))
+    forces = next(read_structures(tmp_path / "a.npz", LabelConfig(force_unit="eV/Angstrom"))).forces
+    np.testing.assert_allclose(forces, np.ones((2, 3)))
+
+
+def test_units_that_npz_files_state_are_not_passed_over(tmp_path: Path) -> None:
+    arrays = {"z": np.array([8, 1]), "R": np.ones((2, 2, 3)) * [[[1], [2]]], "E": np.array([1.0, 2.0]), "F": np.ones((2, 2, 3))}
+    path = tmp_path / "a.npz"
+    np.savez(path, **arrays, e_unit="eV", r_unit="Bohr")
+    assert next(read_structures(path, LabelConfig(energy_unit="eV", length_unit="Bohr"))).energy == 1.0
+    with pytest.raises(ValueError, match=r"a\.npz' states e_unit 'eV', but data\.labels\.energy_unit is Hartree\. Leave the setting out"):
+        list(read_structures(path, LabelConfig(energy_unit="Hartree")))
+    with pytest.raises(ValueError, match=r"states r_unit 'Bohr', but data\.labels\.length_unit is Angstrom"):
+        list(read_structures(path, LabelConfig(length_unit="Angstrom")))
+    np.savez(path, **arrays, e_unit="furlong", r_unit="Ang")
+    with pytest.raises(ValueError, match=r"a\.npz' states e_unit 'furlong', expected one of eV, meV, Hartree"):
+        list(read_structures(path))
+
+
+@pytest.mark.parametrize(
+    ("name", "labels", "listed"),
+    [
+        ("a.npz", {"energy": "nonsense"}, r"data\.labels\.energy \(nonsense\) would"),
+        ("a.npz", {"group": "traj", "stress_unit": "GPa"}, r"stress_unit \(GPa\), data\.labels\.group \(traj\) would change nothing\. Leave them"),
+        ("mptrj.json", {"energy_unit": "Hartree"}, r"energy_unit \(Hartree\)"),
+        ("a.store", {"forces": "f"}, r"forces \(f\) would change nothing\. Leave it out"),
+        ("s2ef", {"group": "g"}, r"group \(g\)"),
+        ("a.extxyz", {"virial": "v", "stress": "s", "stress_unit": "GPa"}, r"a virial, .*: data\.labels\.stress \(s\), data\.labels\.stress_unit"),
+    ],
+)  # fmt: skip
+def test_settings_of_labels_that_would_change_nothing(tmp_path: Path, sound_files: Path, name: str, labels: dict, listed: str) -> None:
+    path = sound_files / name
+    if name == "a.store":
+        path = tmp_path / name
+        write_store(read_structures(sound_files / "a.traj"), path)
+    elif name == "s2ef":
+        path = write_oc20(tmp_path / name)
+    for read in (read_structures, open_dataset):
+        with pytest.raises(ValueError, match=f"{name}.* (has names and units of its own|is to be read with).*{listed}"):
+            list(read(path, LabelConfig(**labels)))
+        assert len(list(read(path, LabelConfig(length_unit="Angstrom")))) > 1  # as runs of older versions wrote it down
+
+
+def test_legacy_conversion_takes_no_labels(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    given = ["data", "convert", "--legacy-lmdb", str(tmp_path / "x.lmdb"), "--out", str(tmp_path / "x.store"), "--energy-unit", "Hartree"]
+    assert main(given) == 2
+    assert "energy_unit (Hartree) would change nothing" in capsys.readouterr().err
 
 
 def test_iso17_database(tmp_path: Path) -> None:
@@ -194,6 +279,31 @@ def test_oc20_folder_subtracts_the_reference(tmp_path: Path) -> None:
     (tmp_path / "1.txt.xz").write_bytes(lzma.compress(b"random1,frame0,-10.5\n"))
     with pytest.raises(ValueError, match="do not belong together"):
         list(read_structures(tmp_path))
+
+
+def test_folders_are_read_whole(tmp_path: Path, sound_files: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Every file that would be read alone, and no other; what is left out is said in one line."""
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for name in ("a.extxyz", "a.extxyz.xz", "a.json", "a.npz", "a.traj", "mptrj.json"):
+        (folder / name).write_bytes((sound_files / name).read_bytes())
+    write_store(read_structures(sound_files / "a.traj"), folder / "a.store")
+    (folder / "vasprun.xml").write_text(VASPRUN)
+    caplog.clear()
+    assert len(list(read_structures(folder))) == 15
+    assert caplog.messages == []
+    others = [".hidden.extxyz", "INCAR", "POSCAR", "README.md", "a.extxyz.bak", "a.extxyz~", "a.json.bak", "info.json", "notes.txt", "old"]
+    for name in others[:-1]:
+        (folder / name).write_text('{"made": "today"}')
+    (folder / "old").mkdir()
+    assert len(list(read_structures(folder))) == 15
+    listed = ", ".join(others[:8])
+    assert caplog.messages == [f"'{folder}': 8 files are read as data, 10 are not: {listed} ..."]
+    (folder / "b.traj").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"b\.traj"):
+        list(read_structures(folder))
+    with pytest.raises(ValueError, match="holds no data files"):
+        list(read_structures(folder / "old"))
 
 
 class _Graph:
@@ -323,6 +433,32 @@ def test_virial_becomes_stress(tmp_path: Path) -> None:
     ase.io.write(tmp_path / "a.extxyz", atoms)
     (s,) = read_structures(tmp_path / "a.extxyz", LabelConfig(stress="virial"))
     np.testing.assert_allclose(s.stress, stress, atol=1e-7)
+
+
+@pytest.mark.parametrize("pbc", [(False, False, False), (True, True, False)])
+def test_stress_without_a_volume_is_not_read(tmp_path: Path, pbc: tuple[bool, bool, bool]) -> None:
+    """Molecules and slabs: said once, and `fit` trains on stress only where every frame has it."""
+    frames = [labelled(k) for k in range(6)]
+    for atoms in frames[:4]:
+        atoms.pbc = pbc
+    ase.io.write(tmp_path / "a.extxyz", frames)
+    for atoms in frames:
+        atoms.info["virial"] = np.eye(3)
+    ase.io.write(tmp_path / "b.extxyz", frames)
+    from_file = list(read_structures(tmp_path / "a.extxyz"))
+    old = [replace(s, stress=np.eye(3)) for s in from_file]
+    write_store(old, tmp_path / "old.store")
+    for structures in (
+        from_file,
+        Store(tmp_path / "old.store"),
+        list(read_structures(tmp_path / "b.extxyz", LabelConfig(virial="virial"))),
+    ):
+        assert [s.stress is None for s in structures] == [True] * 4 + [False] * 2
+        said = [w for w in inspect(structures).warnings if "4 of 6 frames have a stress but are not periodic along all axes" in w]
+        assert len(said) == 1
+        assert "frame 0" in said[0]
+        assert choose_settings("none.extxyz", structures).loss.stress == 0
+        assert choose_settings("none.extxyz", structures[4:]).loss.stress > 0
 
 
 def test_store_streams_and_reads_back(tmp_path: Path) -> None:
@@ -994,9 +1130,42 @@ def test_a_weakly_negative_correlation_is_an_error_where_frames_are_many() -> No
 def test_repeated_frames_are_reported_as_such_alone() -> None:
     frames = morse_frames(100)
     report = inspect([*frames, *([frames[7]] * 20)])
+    assert [e for e in report.errors if "20 duplicate frames: frame 7 and frame 7 ...; a split would" in e] == report.errors
+    assert len(report.errors) == 1
+    assert report.warnings == []
+    grouped = [replace(s, group=str(k // 10)) for k, s in enumerate(frames)]
+    report = inspect([*grouped, *([grouped[7]] * 20)])
     assert report.ok, report.errors
     assert [w for w in report.warnings if "20 duplicate frames" in w] == report.warnings
-    assert inspect([frames[0]] * 20).errors == []
+    (error,) = inspect([*grouped, replace(grouped[7], group="9")]).errors
+    assert "1 duplicate frames" in error
+    assert "--group" not in error
+
+
+def test_inspection_and_fit_agree_on_duplicates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both refuse; what they advise works."""
+    monkeypatch.setattr(fitting, "train", lambda config, **_: load_data(config.data))
+    frames = [s.to_ase() for s in morse_frames(30)]
+    path, store = tmp_path / "a.extxyz", tmp_path / "a.store"
+    ase.io.write(path, [*frames, *frames[:20]])
+    assert main(["data", "inspect", str(path)]) == 1
+    with pytest.raises(ValueError, match="20 duplicate frames.*--drop-duplicates"):
+        fitting.fit(path, out=tmp_path / "fit")
+    with pytest.raises(ValueError, match="is the same structure as.*--drop-duplicates"):
+        fitting.fit(path, out=tmp_path / "fit", force=True)
+    assert main(["data", "convert", str(path), "--out", str(store), "--drop-duplicates"]) == 0
+    assert main(["data", "inspect", str(store)]) == 0
+    train_set, valid_set, _ = fitting.fit(store, out=tmp_path / "fit")
+    assert len(train_set) + len(valid_set) == 30
+    for k, atoms in enumerate(frames):
+        atoms.info["trajectory"] = f"t{k // 5}"
+    ase.io.write(path, [*frames, *frames[:20]])
+    assert main(["data", "inspect", str(path), "--group", "trajectory"]) == 0
+    fitting.fit(path, out=tmp_path / "fit", labels=LabelConfig(group="trajectory"))
+    frames[3].calc.results["energy"] += 1
+    ase.io.write(path, [morse_frames(30)[3].to_ase(), frames[3]])
+    with pytest.raises(ValueError, match="frame 1 is the same structure as .* frame 0, with another energy"):
+        list(without_duplicates(read_structures(path)))
 
 
 def test_pairs_that_are_too_far_are_not_conclusive() -> None:

@@ -15,9 +15,12 @@ from ase.build import molecule
 from ase.calculators.singlepoint import SinglePointCalculator
 from conftest import ETHANOL, make_potential, often
 
+from gossamer import fitting
 from gossamer.config import make_config
+from gossamer.data.labels import LabelConfig
 from gossamer.data.readers import read_structures
 from gossamer.data.statistics import compute_statistics
+from gossamer.data.store import write_store
 from gossamer.fitting import fit
 from gossamer.potential import Potential, PotentialConfig
 from gossamer.potential_file import load, read_manifest, save, unverified
@@ -328,6 +331,17 @@ def test_fit_refuses_another_model_beside_a_start(tmp_path: Path) -> None:
     save(make_potential(["H", "C", "O"], dtype=torch.float32), path)
     with pytest.raises(ValueError, match="holds a leignn network, but model.name is geodite"):
         fit(ETHANOL, model="geodite", out=tmp_path / "run", start=path)
+
+
+def test_fit_reads_a_replayed_store_by_no_labels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Names and units are those of the new data; a store has its own."""
+    path = tmp_path / "p.safetensors"
+    save(make_potential(["H", "C", "O"], dtype=torch.float32), path)
+    write_store(list(read_structures(ETHANOL))[:20], tmp_path / "old.store")
+    monkeypatch.setattr(fitting, "train", lambda config, **_: config)
+    labels = LabelConfig(force_unit="eV/Angstrom")
+    config = fit(ETHANOL, out=tmp_path / "run", start=path, replay=tmp_path / "old.store", labels=labels)
+    assert (config.finetune.replay_labels, config.data.labels) == (LabelConfig(), labels)
 
 
 @pytest.mark.thorough

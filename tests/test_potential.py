@@ -14,8 +14,9 @@ import torch
 from ase import Atoms
 from ase.build import molecule
 from ase.data import chemical_symbols
-from conftest import MODELS, make_potential
+from conftest import ETHANOL, MODELS, make_potential
 
+from gossamer.cli import main
 from gossamer.commands.common import print_errors
 from gossamer.config import make_config
 from gossamer.data.batch import collate
@@ -124,6 +125,21 @@ def test_truncated_file_is_refused(tmp_path: Path, ethanol: Atoms) -> None:
         path.write_bytes(data[:size])
         with pytest.raises(ValueError, match="not a readable safetensors file .* truncated"):
             load(path)
+
+
+@pytest.mark.parametrize(
+    "command", [["evaluate", "{}", ETHANOL], ["calibrate", "{}", ETHANOL], ["md", "{}", "{}"], ["export", "{}"], ["parity", "{}"], ["judge", "{}"]]
+)  # fmt: skip
+@pytest.mark.parametrize("device", ["cuda:99", "gpu"])
+def test_devices_that_are_not_there(tmp_path: Path, ethanol: Atoms, capsys: pytest.CaptureFixture, command: list[str], device: str) -> None:
+    path = tmp_path / "p.safetensors"
+    save(make_potential(["H", "C", "O"], dtype=torch.float32), path)
+    with pytest.raises(ValueError, match=f"device '{device}' cannot be used here .*PyTorch .* has cpu"):
+        load(path, device)
+    ethanol.write(tmp_path / "a.xyz")
+    given = [word.replace("{}", str(tmp_path / "a.xyz" if k == 2 else path)) for k, word in enumerate(command)]
+    assert main([*given, "--device", device]) == 2
+    assert f"device '{device}' cannot be used here" in capsys.readouterr().err
 
 
 def test_altered_weights_and_manifest_are_refused(tmp_path: Path, ethanol: Atoms) -> None:

@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 
 from gossamer import fitting
 from gossamer.cli import main
-from gossamer.config import load_config, make_config
+from gossamer.config import load_config, make_config, save_config
 from gossamer.data.dataset import load_data
 from gossamer.data.readers import LabelConfig, from_atoms, read_structures
 from gossamer.data.statistics import compute_statistics
@@ -878,6 +878,65 @@ def test_fit_sees_about_as_many_neighbours_in_whatever_it_is_given(spacing: floa
 
     structure = from_atoms(Atoms("X", cell=[spacing] * 3, pbc=True), LabelConfig(), "crystal")
     assert fitting.choose_cutoff([structure] * 3) == pytest.approx(cutoff)
+
+
+@pytest.mark.parametrize(
+    ("asked", "differ"),
+    [
+        ({}, None),
+        ({"minutes": 5, "model": "nequip/S", "labels": LabelConfig(force_unit="eV/Angstrom"), "force": True}, None),
+        ({"data": "nothing.extxyz"}, r"data\.train is .*ethanol.* \(now nothing\.extxyz\)"),
+        ({"minutes": 30}, r"training\.minutes is 5\.0 \(now 30\.0\)"),
+        ({"model": "schnet"}, r"model\.name is nequip \(now schnet\)"),
+        ({"model": "nequip/M"}, r"model\.num_layers is 2 \(now 4\), model\.l_max is 1 \(now 2\), model\.num_features is \[128, 64\]"),
+        ({"labels": LabelConfig(energy="zzz")}, r"data\.labels\.energy is energy \(now zzz\)"),
+        ({"accuracy": True}, r"model\.name is nequip \(now weft\), model\.l_max is 1 \(now 3\)"),
+        ({"start": "p.safetensors", "weights": ["a"]}, r"finetune\.start is None \(now p\.safetensors\), finetune\.train is None"),
+    ],
+)  # fmt: skip
+def test_fit_goes_on_only_with_what_began_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: dict, differ: str | None) -> None:
+    """The same command line with --resume goes on, and so does a shorter one; what contradicts the run is named."""
+    gone_on = []
+    monkeypatch.setattr(fitting, "train", lambda config, resume=False, **_: gone_on.append(resume) or config)
+    labels = LabelConfig(force_unit="eV/Angstrom")
+    config = fit(ETHANOL, out=tmp_path / "fit", minutes=5, model="nequip/S", labels=labels)
+    (tmp_path / "fit").mkdir()
+    save_config(config, tmp_path / "fit" / "config.yaml")
+    arguments = {"data": ETHANOL, "out": tmp_path / "fit", "resume": True, **asked}
+    if differ is None:
+        fit(**arguments)
+        assert gone_on == [False, True]
+        return
+    with pytest.raises(
+        ValueError, match=f"fit' was begun with other settings: {differ}.*Go on with the arguments that began it, or choose"
+    ):
+        fit(**arguments)
+    assert gone_on == [False]
+
+
+def test_fit_says_what_it_does_not_train_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """--force and a frame without forces: they are never left out without a word."""
+    import ase.io
+
+    monkeypatch.setattr(fitting, "train", lambda config, **_: config)
+    frames = [s.to_ase() for s in read_structures(ETHANOL)][:40]
+    for atoms in frames[3:10]:
+        del atoms.calc.results["forces"]
+    path = tmp_path / "some.extxyz"
+    ase.io.write(path, frames)
+    with pytest.raises(ValueError, match="not fit for training: 7 of 40 frames have no forces"):
+        fit(path, out=tmp_path / "fit")
+    with pytest.raises(
+        ValueError, match=r"7 of the 40 frames of .*some\.extxyz' have no forces, the first is .* frame 3: .*Take the frames"
+    ):
+        fit(path, out=tmp_path / "fit", force=True)
+    assert "7 of 40 frames have no forces" in caplog.text
+    for atoms in frames[10:30]:
+        del atoms.calc.results["forces"]
+    ase.io.write(path, frames)
+    config = fit(path, out=tmp_path / "fit", force=True)
+    assert (config.loss.energy, config.loss.forces) == (5.0, 0.0)
+    assert "the forces are not trained on: 27 of the 40 frames have none, the first is" in caplog.text
 
 
 def test_fit_of_one_frame(tmp_path: Path) -> None:

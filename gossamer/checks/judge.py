@@ -133,6 +133,10 @@ def judge(
             "give systems, and one reference for each, in the same order."
         )
     sources = find_sources(_listed(models), _listed(calculator), config.device, config.dtype, config.way, config.dispersion)
+    if config.device != "cpu" and any(source.ours for source in sources):  # else every check would fail
+        from gossamer.potential_file import check_device
+
+        check_device(config.device)
     folder = Path(out)
     results: dict[str, dict[str, Result]] = {}
     for source in sources:

@@ -24,6 +24,7 @@ def _data_parser(data: argparse.ArgumentParser) -> None:
     convert.add_argument(
         "--legacy-lmdb", action="store_true", help="the files are LMDBs of pickled graphs (read with a restricted unpickler)"
     )
+    convert.add_argument("--drop-duplicates", action="store_true", help="leave out all but the first of equal structures")
     convert.add_argument(
         "--subtract-dispersion",
         metavar="FUNCTIONAL",
@@ -56,13 +57,20 @@ def _convert(arguments: argparse.Namespace) -> int:
     from gossamer.data.store import write_store
 
     if arguments.legacy_lmdb:
+        from gossamer.data.labels import refuse_unread
         from gossamer.data.legacy import read_legacy_lmdb
 
+        for path in arguments.data:
+            refuse_unread(label_config(arguments), f"'{path}'", ())
         structures: Any = (s for path in arguments.data for s in read_legacy_lmdb(path))
     else:
         from gossamer.data.readers import read_structures
 
         structures = read_structures(arguments.data, label_config(arguments))
+    if arguments.drop_duplicates:
+        from gossamer.data.inspection import without_duplicates
+
+        structures = without_duplicates(structures)
     answer = {}
     if arguments.subtract_dispersion is not None:
         from gossamer.dispersion import subtract_dispersion

@@ -36,8 +36,8 @@ def _fit_parser(fit: argparse.ArgumentParser) -> None:
         help="features of degree 3 as well: smaller errors (ethanol: by a tenth), dynamics of many atoms in 1.8 times the time",
     )
     fit.add_argument("--out", default="fit", help="folder of the run (default: fit)")
-    fit.add_argument("--minutes", type=float, default=30.0, help="how long to train (default: 30)")
-    fit.add_argument("--resume", action="store_true", help="go on from the checkpoint of the run")
+    fit.add_argument("--minutes", type=float, help="how long to train (default: 30)")
+    fit.add_argument("--resume", action="store_true", help="go on from the checkpoint of the run, with the options that began it")
     fit.add_argument("--force", action="store_true", help="train even if the data looks wrong")
     tune = fit.add_argument_group("fine-tuning", "start from a saved potential")
     tune.add_argument("--start", metavar="POTENTIAL", help="saved potential whose weights training starts from")

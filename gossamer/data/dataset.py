@@ -13,7 +13,7 @@ from ase.data import chemical_symbols
 from numpy.typing import NDArray
 from pydantic import Field, field_validator
 
-from gossamer.data.labels import LabelConfig
+from gossamer.data.labels import LabelConfig, refuse_unread
 from gossamer.data.readers import read_structures, suggestion
 from gossamer.data.store import Store
 from gossamer.data.structure import REACH, Structure
@@ -68,6 +68,7 @@ class DataConfig:
 def open_dataset(path: str | Path | Sequence[str | Path], labels: LabelConfig | None = None) -> Sequence[Structure]:
     """Structures by index: a store stays on disk, everything else is read into memory."""
     if isinstance(path, str | Path) and (Path(path) / "store.json").exists():
+        refuse_unread(labels or LabelConfig(), f"'{path}'", ())
         return Store(path)
     return list(read_structures(path, labels))
 
@@ -234,7 +235,7 @@ def check_leaks(train: Sequence[Structure], other: Sequence[Structure], label: s
         if twin is not None:
             raise ValueError(
                 f"{structure.name} ({label}) is the same structure as {twin} (training). Errors on it would mean nothing: "
-                "remove duplicates (gossamer data inspect lists them), or split by group."
+                "leave copies out (gossamer data convert --drop-duplicates, for copies in one file), or keep them on one side (data.split: group)."
             )
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter, defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,15 @@ from gossamer.data.structure import Structure
 from gossamer.neighbors import neighbor_list
 from gossamer.quantities import QUANTITIES
 
+log = logging.getLogger(__name__)
 OPPOSITE_SIGN = "stress has the opposite sign, that of VASP (compression positive): set --stress-sign vasp (data.labels.stress_sign)"
 
+REMARKS = {
+    "stress without volume": "have a stress but are not periodic along all axes, so that there is no volume it belongs to: it is not read",
+    "another free energy": "have a free_energy more than 1 meV/atom from the energy. With smeared electrons forces are the gradient of the free energy "
+    "(VASP and others): train on that with --energy free_energy (data.labels.energy)",
+}
+"""what is said of frames that a reader has remarked on"""
 OFFSET = 3e-3
 """eV/Å³ (0.5 GPa): a smaller constant in the stress is left alone"""
 STILL = 0.02
@@ -118,6 +126,10 @@ def _shortened(listed: Sequence[str], most: int = 12) -> str:
 
 
 def _labels(structures: Sequence[Structure], report: Inspection) -> None:
+    for remark, text in REMARKS.items():
+        marked = [s.name for s in structures if remark in s.remarks]
+        if marked:
+            report.warnings.append(f"{len(marked)} of {len(structures)} frames {text}. The first is {marked[0]}")
     for label, quantity in QUANTITIES.items():
         missing = [s for s in structures if label not in s.labels]
         hint = suggestion(label, missing[0].entries) if missing else ""
@@ -199,21 +211,67 @@ def _symmetric(s: Structure) -> np.ndarray:
 
 
 def _duplicates(structures: Sequence[Structure], report: Inspection) -> list[Structure]:
-    """Report frames that occur more than once; returns one of each."""
+    """Report frames that occur more than once; returns one of each.
+
+    `check_leaks` refuses a split that puts a frame and its copy on either side: an error, unless both are of one group.
+    """
     seen: dict[bytes, Structure] = {}
-    same: list[str] = []
+    together: list[str] = []
+    apart: list[str] = []
     different: list[str] = []
+    grouped = all(s.group is not None for s in structures)
     for s in structures:
-        twin = seen.setdefault(identity(s), s)
-        if twin is not s:
-            agree = twin.energy is None or s.energy is None or abs(twin.energy - s.energy) <= 1e-3 * s.n_atoms
-            (same if agree else different).append(f"{s.name} and {twin.name}")
-    if same:
-        report.warnings.append(f"{len(same)} duplicate frames: {same[0]}{' ...' if len(same) > 1 else ''}; a random split would leak")
+        key = identity(s)
+        twin = seen.get(key)
+        if twin is None:
+            seen[key] = s
+            continue
+        found = different if not _agree(s, twin) else together if grouped and s.group == twin.group else apart
+        found.append(f"{s.name} and {twin.name}")
+    if together:
+        report.warnings.append(f"{len(together)} duplicate frames{_shown(together)}; a split by group keeps them on one side")
+    if apart:
+        report.errors.append(
+            f"{len(apart)} duplicate frames{_shown(apart)}; a split would put some into training and validation alike. Leave copies out: "
+            "gossamer data convert DATA --out NAME.store --drop-duplicates"
+            + ("" if grouped else ", or name an entry that groups them (--group)")
+        )
     if different:
         report.errors.append(f"{len(different)} pairs of equal structures with different energies: {different[0]}")
-    report.numbers["duplicates"] = len(same) + len(different)
+    report.numbers["duplicates"] = len(together) + len(apart) + len(different)
     return list(seen.values())
+
+
+def _shown(pairs: Sequence[str]) -> str:
+    return f": {pairs[0]}{' ...' if len(pairs) > 1 else ''}"
+
+
+def _agree(a: Structure, b: Structure) -> bool:
+    """Whether the energies of two equal structures are the same to 1 meV/atom."""
+    return a.energy is None or b.energy is None or abs(a.energy - b.energy) <= 1e-3 * a.n_atoms
+
+
+def without_duplicates(structures: Iterable[Structure]) -> Iterator[Structure]:
+    """Each structure once, the first of its copies; how many were left out goes to the log.
+
+    Raises:
+        ValueError: a copy with another energy.
+    """
+    seen: dict[bytes, tuple[str, float | None]] = {}
+    n_left = 0
+    for s in structures:
+        key = identity(s)
+        if key not in seen:
+            seen[key] = (s.name, s.energy)
+            yield s
+            continue
+        name, energy = seen[key]
+        if energy is not None and not _agree(s, replace(s, energy=energy)):
+            raise ValueError(
+                f"{s.name} is the same structure as {name}, with another energy. Find out which is right, and remove the other."
+            )
+        n_left += 1
+    log.info("%d duplicate frames are left out, %d are kept", n_left, len(seen))
 
 
 def _energies(structures: Sequence[Structure], report: Inspection) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Collection
+from dataclasses import fields
+from typing import Any, Literal
 
 from pydantic import field_validator
 
@@ -26,9 +28,9 @@ class LabelConfig:
     virial: str | None = None
     """Name of a virial in the file, in the energy's unit, to read instead of a stress: stress = -virial / volume."""
     energy_unit: Literal["eV", "meV", "Hartree", "Ry", "kcal/mol", "kJ/mol"] | None = None
-    """None: eV, or kcal/mol for npz files in the layout of MD17 and rMD17."""
-    length_unit: Literal["Angstrom", "Bohr", "nm"] = "Angstrom"
-    """Unit of positions and cell, and of length in forces."""
+    """None: eV; for npz files in the layout of MD17 and rMD17 what the file states (e_unit), else kcal/mol."""
+    length_unit: Literal["Angstrom", "Bohr", "nm"] | None = None
+    """Unit of positions and cell, and of length in forces. None: Angstrom; for npz files what the file states (r_unit), else Angstrom."""
     force_unit: ForceUnit | None = None
     """None: energy_unit / length_unit. Hartree/Bohr, say, where positions are in Angstrom all the same."""
     stress_unit: Literal["eV/Angstrom^3", "Hartree/Bohr^3", "Ry/Bohr^3", "GPa", "kbar", "bar"] = "eV/Angstrom^3"
@@ -56,3 +58,31 @@ class LabelConfig:
     def is_virial(self) -> bool:
         """Whether the stress is made from a virial."""
         return self.virial is not None or self.stress.startswith("virial")
+
+    def given(self) -> dict[str, Any]:
+        """Settings that differ from their defaults, or from those that older versions wrote down."""
+        found = {f.name: getattr(self, f.name) for f in fields(self)}
+        plain, old = LabelConfig(), {"length_unit": "Angstrom"}
+        return {name: value for name, value in found.items() if value not in (getattr(plain, name), old.get(name))}
+
+
+def refuse_unread(labels: LabelConfig, what: str, read: Collection[str] | None = None) -> None:
+    """Refuse settings that would change nothing.
+
+    Args:
+        labels: Settings.
+        what: The file, for the message.
+        read: Names of the settings by which it is read; None: all.
+
+    Raises:
+        ValueError: another one is given, or the name or unit of a stress beside a virial.
+    """
+    given = labels.given()
+    passed = [name for name in given if read is not None and name not in read]
+    why = "has names and units of its own"
+    if not passed and labels.is_virial():
+        passed = [name for name in ("stress", "stress_unit") if name in given and not (name == "stress" and labels.virial is None)]
+        why = "is to be read with a virial, which takes the place of the stress and is in the energy's unit"
+    if passed:
+        listed = ", ".join(f"data.labels.{name} ({given[name]})" for name in passed)
+        raise ValueError(f"{what} {why}: {listed} would change nothing. Leave {'it' if len(passed) == 1 else 'them'} out.")

@@ -1,13 +1,16 @@
 """Readers: labelled structures from the formats of the field, in our units and signs, one at a time.
 
 Labels are taken as they were stored, with constraints not applied (ASE would zero the forces of fixed atoms). A label
-that is absent is None; whether that is an error is decided by the loss that needs it.
+that is absent is None; whether that is an error is decided by the loss that needs it. The stress of a frame that is not periodic
+along all axes is absent, too: there is no volume that it belongs to.
 """
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +21,7 @@ from ase import Atoms, units
 from ase.constraints import FixAtoms
 from ase.stress import voigt_6_to_full_3x3_stress
 
-from gossamer.data.labels import LabelConfig
+from gossamer.data.labels import LabelConfig, refuse_unread
 from gossamer.data.lmdb_file import check_lmdb
 from gossamer.data.npz_file import npz_names, read_npz
 from gossamer.data.structure import Structure, label_fields
@@ -26,6 +29,7 @@ from gossamer.data.xyz import xyz_frames
 from gossamer.files import COMPRESSIONS, open_text
 from gossamer.quantities import QUANTITIES
 
+log = logging.getLogger(__name__)
 ENERGY_UNITS = {"eV": 1.0, "meV": 1e-3, "Hartree": units.Hartree, "Ry": units.Rydberg, "kcal/mol": units.kcal / units.mol,
                 "kJ/mol": units.kJ / units.mol}  # fmt: skip
 LENGTH_UNITS = {"Angstrom": 1.0, "Bohr": units.Bohr, "nm": 10.0}
@@ -34,6 +38,11 @@ FORCE_UNITS = {"eV/Angstrom": 1.0, "meV/Angstrom": 1e-3, "Hartree/Bohr": units.H
                "kJ/mol/Angstrom": units.kJ / units.mol, "kJ/mol/nm": 0.1 * units.kJ / units.mol}  # fmt: skip
 STRESS_UNITS = {"eV/Angstrom^3": 1.0, "Hartree/Bohr^3": units.Hartree / units.Bohr**3, "Ry/Bohr^3": units.Rydberg / units.Bohr**3,
                 "GPa": units.GPa, "kbar": 0.1 * units.GPa, "bar": 1e-4 * units.GPa}  # fmt: skip
+STATED_UNITS = {
+    "e_unit": {"ev": "eV", "mev": "meV", "hartree": "Hartree", "ha": "Hartree", "ry": "Ry", "rydberg": "Ry", "kcal/mol": "kcal/mol", "kj/mol": "kJ/mol"},
+    "r_unit": {"ang": "Angstrom", "angstrom": "Angstrom", "a": "Angstrom", "å": "Angstrom", "bohr": "Bohr", "a0": "Bohr", "nm": "nm"},
+}  # fmt: skip
+"""units as npz files of sGDML state them, in small letters"""
 WORDS = {"energy": ("energy", "e", "etot"), "forces": ("force", "f"), "stress": ("stress", "virial")}
 """what names of labels contain, or are if they have one letter"""
 
@@ -41,7 +50,7 @@ WORDS = {"energy": ("energy", "e", "etot"), "forces": ("force", "f"), "stress": 
 def label_scales(labels: LabelConfig, default_energy: str = "eV") -> tuple[float, float, float, float]:
     """Factors of energy, length, forces and stress (or virial) to eV, Å, eV/Å and eV/Å³ (or eV) with the sign of ASE's stress."""
     energy = ENERGY_UNITS[labels.energy_unit or default_energy]
-    length = LENGTH_UNITS[labels.length_unit]
+    length = LENGTH_UNITS[labels.length_unit or "Angstrom"]
     force = energy / length if labels.force_unit is None else FORCE_UNITS[labels.force_unit]
     stress = -energy if labels.is_virial() else STRESS_UNITS[labels.stress_unit]
     return energy, length, force, stress * (-1.0 if labels.stress_sign == "vasp" else 1.0)
@@ -52,7 +61,7 @@ def read_structures(path: Path | str | Sequence[Path | str], labels: LabelConfig
 
     Formats by name: extended XYZ (also .xz .gz .bz2), ASE .db and .aselmdb, ASE .traj, VASP (vasprun.xml, OUTCAR), MD17
     and rMD17 .npz, MPtrj .json, a folder of OC20 S2EF files (extxyz with their txt of reference energies), and whatever
-    else ASE reads.
+    else ASE reads. Of a folder every such file is read; one line of the log says what is not.
 
     Raises:
         FileNotFoundError, ValueError: naming file and frame.
@@ -65,8 +74,14 @@ def read_structures(path: Path | str | Sequence[Path | str], labels: LabelConfig
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"There is no data file '{path}'.")
-    structures = _reader(path)(path, labels)
-    yield from _named_errors(path, (structure.validate() for structure in structures))
+    yield from _named_errors(path, (structure.validate() for structure in _labelled(path, labels)))
+
+
+def _labelled(path: Path, labels: LabelConfig) -> Iterator[Structure]:
+    """What the reader of the file or folder makes of it; settings that it would pass over are refused."""
+    reader = _reader(path)
+    refuse_unread(labels, f"'{path}'", READ_BY.get(reader))
+    yield from reader(path, labels)
 
 
 def _named_errors(path: Path, structures: Iterator[Structure]) -> Iterator[Structure]:
@@ -123,6 +138,15 @@ def from_atoms(atoms: Atoms, labels: LabelConfig, name: str, extra: dict[str, An
             raise ValueError(
                 f"{name}: no entry '{key}' (data.labels.{'virial' if key == labels.virial else label}). Found: {_listed(found)}."
             )
+    remarks = []
+    if "stress" in values and not atoms.pbc.all():
+        del values["stress"]
+        remarks.append("stress without volume")
+    free = found.get("free_energy")
+    if labels.energy == "energy" and "energy" in values and isinstance(free, int | float | np.number):
+        energy_scale = label_scales(labels)[0]
+        if abs(energy_scale * float(free) - values["energy"]) > 1e-3 * len(atoms):
+            remarks.append("another free energy")
     group = None if labels.group is None else found.get(labels.group)
     if labels.group is not None and group is None:
         raise ValueError(f"{name}: no entry '{labels.group}' (data.labels.group). Found: {_listed(found)}.")
@@ -136,6 +160,7 @@ def from_atoms(atoms: Atoms, labels: LabelConfig, name: str, extra: dict[str, An
         group=None if group is None else str(group),
         name=name,
         entries=tuple(sorted(str(key) for key in found if key not in ("numbers", "positions", *labels.names().values()))),
+        remarks=tuple(remarks),
     )
 
 
@@ -253,20 +278,60 @@ def _read_directory(path: Path, labels: LabelConfig) -> Iterator[Structure]:
     if (path / "store.json").exists():
         from gossamer.data.store import Store
 
+        refuse_unread(labels, f"'{path}'", ())
         yield from Store(path)
         return
-    suffixes = (".extxyz", ".xyz", ".db", ".aselmdb", ".npz", ".traj")
-    files = sorted(p for p in path.iterdir() if any(s in suffixes for s in p.suffixes))
+    there = sorted(path.iterdir())
+    files = [p for p in there if _is_data(p)]
     if not files:
-        raise ValueError(f"Folder '{path}' holds no data files ({', '.join(suffixes)}, also .xz, or a store).")
-    for file in files:
-        stem = file.name.split(".")[0]
-        twin = next((t for t in (path / f"{stem}.txt", path / f"{stem}.txt.xz") if t.exists()), None)
-        yield from (_reader(file)(file, labels) if twin is None else _read_s2ef(file, twin, labels))
+        raise ValueError(f"Folder '{path}' holds no data files ({', '.join(OURS)}, also .xz, what else ASE reads, or a store).")
+    twins = {p: _twin(p) for p in files}
+    skipped = [p.name for p in there if p not in files and p not in twins.values()]
+    if skipped:
+        shown = ", ".join(skipped[:8]) + (" ..." if len(skipped) > 8 else "")
+        log.warning("'%s': %d files are read as data, %d are not: %s", path, len(files), len(skipped), shown)
+    for file, twin in twins.items():
+        yield from _named_errors(file, _labelled(file, labels) if twin is None else _read_s2ef(file, twin, labels))
+
+
+OURS = (".extxyz", ".xyz", ".db", ".aselmdb", ".npz", ".traj")
+"""endings that a folder's data has; .json and others are looked into"""
+NO_DATA = {".txt", ".md", ".rst", ".yaml", ".yml", ".toml", ".ini", ".py", ".ipynb", ".sh", ".log", ".err", ".csv", ".tsv", ".html", ".pdf", ".png",
+           ".jpg", ".svg", ".in", ".inp", ".bak", ".old", ".orig", ".tmp", ".part", ".lock", ".safetensors", ".pt", ".pth"}  # fmt: skip
+"""endings of files in a folder that are not read even where ASE would try: notes, inputs, scripts, logs, pictures, spare copies, potentials"""
+NO_LABELS = ("POSCAR", "CONTCAR", "XDATCAR", "slurm-")
+"""likewise beginnings: VASP's files without labels, output of jobs"""
+
+
+def _is_data(path: Path) -> bool:
+    """Whether a file in a folder is to be read: one that would be read alone, unless its name says that it is something else."""
+    if path.is_dir():
+        return not path.name.startswith(".") and (path / "store.json").exists()
+    suffix = path.with_suffix("").suffix if path.suffix in COMPRESSIONS else path.suffix
+    if path.name.startswith((".", *NO_LABELS)) or path.name.endswith(("~", "-lock")) or suffix.lower() in NO_DATA:
+        return False
+    if suffix in (*OURS, ".lmdb"):  # of the last, the reader says what to do
+        return True
+    if suffix == ".json":
+        with open(path, "rb") as file:
+            head = file.read(2**14)
+        return not head or re.search(rb'"(unique_id|__ndarray__|structure|uncorrected_total_energy)"', head) is not None
+    try:
+        return ase.io.formats.filetype(str(path)) in ase.io.formats.ioformats
+    except ase.io.formats.UnknownFileTypeError:
+        return False
+
+
+def _twin(path: Path) -> Path | None:
+    """The txt of reference energies that belongs to a file of OC20's S2EF."""
+    stem = path.name.split(".")[0]
+    found = (path.with_name(f"{stem}.txt"), path.with_name(f"{stem}.txt.xz"))
+    return next((t for t in found if t.exists()), None) if {".extxyz", ".xyz"} & set(path.suffixes) else None
 
 
 def _read_s2ef(path: Path, twin: Path, labels: LabelConfig) -> Iterator[Structure]:
     """OC20 S2EF: the txt holds "system id, frame, reference energy"; the label is the adsorption energy."""
+    refuse_unread(labels, f"'{path}'", labels.given().keys() - {"group"})
     with open_text(twin) as file:
         rows = [line.strip().split(",") for line in file if line.strip()]
     count = 0
@@ -291,7 +356,7 @@ NPZ_LAYOUTS = {
 
 def _read_npz(path: Path, labels: LabelConfig) -> Iterator[Structure]:
     arrays = _npz_arrays(path)
-    energy_scale, length_scale, force_scale, _ = label_scales(labels, "kcal/mol")
+    energy_scale, length_scale, force_scale, _ = label_scales(_with_stated_units(path, labels), "kcal/mol")
     n_frames = len(arrays["positions"])
     for name in ("energy", "forces"):
         if len(arrays[name]) != n_frames:
@@ -319,6 +384,33 @@ def _npz_arrays(path: Path) -> dict[str, np.ndarray]:
         raise ValueError(f"'{path}' holds {', '.join(sorted(names))}, which is neither layout known ({expected}).")
     arrays = read_npz(path, layout.values())
     return {name: arrays[key] for name, key in layout.items()}
+
+
+def _with_stated_units(path: Path, labels: LabelConfig) -> LabelConfig:
+    """The labels with the units that the file itself states, as those of sGDML do (e_unit, r_unit).
+
+    Raises:
+        ValueError: a unit that is not known, or another one than was asked for.
+    """
+    stated: dict[str, Any] = {}
+    for key, value in read_npz(path, STATED_UNITS.keys() & set(npz_names(path))).items():
+        setting, known = {"e_unit": "energy_unit", "r_unit": "length_unit"}[key], STATED_UNITS[key]
+        word = value.ravel()[0] if value.size == 1 else value
+        text = (word.decode(errors="replace") if isinstance(word, bytes) else str(word)).strip()
+        if not text:
+            continue
+        unit = known.get(text.lower())
+        if unit is None:
+            raise ValueError(
+                f"'{path}' states {key} {text[:40]!r}, expected one of {', '.join(dict.fromkeys(known.values()))}. Convert it, and mend {key}."
+            )
+        given = getattr(labels, setting)
+        if given not in (None, unit):
+            raise ValueError(
+                f"'{path}' states {key} {text!r}, but data.labels.{setting} is {given}. Leave the setting out, or mend {key} in the file."
+            )
+        stated[setting] = unit
+    return replace(labels, **stated)
 
 
 def _read_mptrj(path: Path, labels: LabelConfig) -> Iterator[Structure]:
@@ -359,3 +451,7 @@ def _element(site: dict[str, Any]) -> int:
     from ase.data import atomic_numbers
 
     return atomic_numbers[site["species"][0]["element"]]
+
+
+READ_BY: dict[Any, set[str]] = {_read_npz: {"energy_unit", "length_unit", "force_unit"}, _read_mptrj: set()}
+"""settings of labels that a reader uses; those that are not here use all"""

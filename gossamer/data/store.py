@@ -176,6 +176,7 @@ class Store(Sequence[Structure]):
         labels: dict[str, Any] = {name: value for name, value in (frame | atom).items() if name in QUANTITIES and not np.isnan(value).any()}
         if "energy" in labels:
             labels["energy"] = float(labels["energy"])
+        idle = not frame["pbc"].all() and labels.pop("stress", None) is not None  # stores that older versions wrote
         return Structure(
             atomic_numbers=atom["atomic_numbers"].astype(np.int64),
             positions=atom["positions"],
@@ -185,6 +186,7 @@ class Store(Sequence[Structure]):
             fixed=atom["fixed"] if atom["fixed"].any() else None,
             group=group or None,
             name=f"'{self.path}' frame {index}",
+            remarks=("stress without volume",) if idle else (),
         )
 
     def __iter__(self) -> Iterator[Structure]:

@@ -46,6 +46,8 @@ class Structure:
     """file and frame, for messages"""
     entries: tuple[str, ...] = ()
     """names of what else the file holds for the frame, for messages"""
+    remarks: tuple[str, ...] = ()
+    """what reading met in the frame's labels, which inspection counts (`inspection.REMARKS`)"""
 
     @property
     def labels(self) -> dict[str, Any]:
