@@ -1199,3 +1199,15 @@ def test_inspection_gives_numbers_for_programs() -> None:
     assert answer["numbers"]["atoms"] == {"fewest": 4, "most": 4, "total": 48}
     assert answer["numbers"]["stress"]["rms"] > 0
     assert answer["ok"] is True
+
+
+def test_the_force_on_an_only_atom_is_zero(tmp_path: Path) -> None:
+    """Files of isolated atoms often hold energies alone; they stand in the way of no training on forces."""
+    path = tmp_path / "lone.extxyz"
+    path.write_text(
+        '1\nProperties=species:S:1:pos:R:3 REF_energy=-1.0 pbc="F F F"\nO 0 0 0\n'
+        '2\nProperties=species:S:1:pos:R:3:REF_forces:R:3 REF_energy=-3.0 pbc="F F F"\nO 0 0 0 0 0 1\nO 0 0 1.2 0 0 -1\n'
+    )
+    lone, pair = read_structures(path, LabelConfig(energy="REF_energy", forces="REF_forces"))
+    assert lone.forces.tolist() == [[0.0, 0.0, 0.0]]
+    assert pair.forces[0, 2] == 1.0

@@ -1,7 +1,7 @@
 """Readers: labelled structures from the formats of the field, in our units and signs, one at a time.
 
 Labels are taken as they were stored, with constraints not applied (ASE would zero the forces of fixed atoms). A label
-that is absent is None; whether that is an error is decided by the loss that needs it. The stress of a frame that is not periodic
+that is absent is None (the force on an only atom is zero by symmetry); whether that is an error is decided by the loss that needs it. The stress of a frame that is not periodic
 along all axes is absent, too: there is no volume that it belongs to.
 """
 
@@ -134,10 +134,12 @@ def from_atoms(atoms: Atoms, labels: LabelConfig, name: str, extra: dict[str, An
     for label, key in labels.names().items():
         if key in found and found[key] is not None:
             values[label] = _value(label, found[key], key, atoms, labels, name)
-        elif key != label and key not in found and (label != "stress" or atoms.pbc.all()):
+        elif key != label and key not in found and (label != "stress" or atoms.pbc.all()) and (label != "forces" or len(atoms) > 1):
             raise ValueError(
                 f"{name}: no entry '{key}' (data.labels.{'virial' if key == labels.virial else label}). Found: {_listed(found)}."
             )
+    if len(atoms) == 1 and "energy" in values:
+        values.setdefault("forces", np.zeros((1, 3)))  # by symmetry, also of a crystal of one atom: files of isolated atoms often have none
     remarks = []
     if "stress" in values and not atoms.pbc.all():
         del values["stress"]
