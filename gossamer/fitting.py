@@ -185,7 +185,7 @@ def choose_settings(
     sample = [structures[k] for k in range(0, len(structures), max(1, len(structures) // 200))]
     atoms = float(np.mean([s.n_atoms for s in sample]))
     has = _labels_to_train(data, structures, report)
-    grouped = all(s.group is not None for s in sample)
+    grouped = all(s.group is not None for s in sample) and len({s.group for s in structures}) > 1
     batch_size = min(int(np.clip(round(160 / atoms), 1, 16)), max(2, len(structures) // FRAMES_OF_BATCH))
     if len(structures) < 20:
         log.warning("%d frames are few: expect large errors", len(structures))
