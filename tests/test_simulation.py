@@ -18,11 +18,12 @@ import ase.io
 import numpy as np
 import pytest
 import torch
-from ase import Atoms
+from ase import Atoms, units
 from ase.build import bulk, molecule
 from ase.calculators.calculator import PropertyNotImplementedError
 from ase.calculators.emt import EMT
 from ase.calculators.lj import LennardJones
+from ase.constraints import FixAtoms, FixBondLengths, FixSymmetry
 from conftest import make_potential, often
 
 from gossamer.data.atoms import as_atoms
@@ -273,6 +274,60 @@ def test_direct_forces_warn(tmp_path: Path, caplog: pytest.LogCaptureFixture) ->
     potential = make_potential(["Ar"], direct_forces=True)
     md(potential, argon(1), temperature=10, steps=2, out=tmp_path / "run", max_temperature=1e12, progress=False)
     assert "not the gradient of an energy" in caplog.text
+
+
+def slab_of_copper() -> tuple[Atoms, np.ndarray]:
+    """And which of its atoms are free: the upper half."""
+    atoms = bulk("Cu", cubic=True).repeat((2, 1, 2))
+    atoms.center(vacuum=6.0, axis=2)
+    free = atoms.positions[:, 2] > atoms.positions[:, 2].mean()
+    atoms.set_constraint(FixAtoms(mask=~free))
+    return atoms, free
+
+
+@pytest.mark.parametrize("ensemble", ["langevin", "nve"])
+def test_fixed_atoms_stay_and_the_others_have_the_temperature(ensemble: str, tmp_path: Path) -> None:
+    atoms, free = slab_of_copper()
+    options = MDConfig(temperature=300, steps=300 if ensemble == "langevin" else 5, timestep=4, interval=5, thermostat_time=40, seed=1)
+    md(EMT(), atoms, options, ensemble=ensemble, out=tmp_path, progress=False)
+    frames = ase.io.read(tmp_path / "trajectory.traj", ":")
+    assert all((frame.positions[~free] == atoms.positions[~free]).all() for frame in frames)
+    kinetic = [frame.get_kinetic_energy() for frame in frames]
+    logged = np.array([float(row["temperature_K"]) for row in table(tmp_path)])
+    np.testing.assert_allclose(logged, 2 * np.array(kinetic) / (3 * free.sum() * units.kB))
+    assert np.abs(frames[0].get_momenta().sum(axis=0)).max() > 1.0, "no momentum is taken from atoms that push against fixed ones"
+    if ensemble == "langevin":
+        assert logged[len(logged) // 4 :].mean() == pytest.approx(300, rel=0.15)
+
+
+def test_constraints_that_would_not_hold_are_refused(tmp_path: Path) -> None:
+    atoms, _ = slab_of_copper()
+    atoms.pbc = True
+    options: dict[str, Any] = {"steps": 2, "out": tmp_path / "run", "progress": False}
+    for ensemble in ("nose-hoover", "npt", "npt-anisotropic"):
+        with pytest.raises(ValueError, match=f"{ensemble} does not hold constraints, found FixAtoms: .* Choose ensemble langevin"):
+            md(EMT(), atoms, ensemble=ensemble, **options)
+    atoms.set_constraint(FixBondLengths([[0, 1]]))
+    with pytest.raises(ValueError, match="langevin does not hold FixBondLengths: it knows FixAtoms, .*Choose ensemble nve"):
+        md(EMT(), atoms, **options)
+    atoms.set_constraint(FixSymmetry(bulk("Cu", cubic=True).repeat((2, 1, 2))))
+    with pytest.raises(ValueError, match="does not say how many degrees of freedom FixSymmetry takes"):
+        md(EMT(), atoms, ensemble="nve", **options)
+    atoms.set_constraint(FixAtoms(range(len(atoms))))
+    with pytest.raises(ValueError, match="hold every atom"):
+        md(EMT(), atoms, **options)
+
+
+def test_constraints_are_counted() -> None:
+    from gossamer.simulation.guard import degrees_of_freedom
+
+    atoms, free = slab_of_copper()
+    assert degrees_of_freedom(atoms, "langevin") == degrees_of_freedom(atoms, "nve") == 3 * free.sum()
+    water = molecule("H2O")
+    water.set_constraint(FixBondLengths([[0, 1], [0, 2]]))
+    assert (degrees_of_freedom(water, "langevin"), degrees_of_freedom(water, "nve")) == (7, 1)
+    water.set_momenta([[1, 0, 0], [-1, 0, 0], [0, 0, 0]])
+    assert degrees_of_freedom(water, "nve") == 4, "it turns: the centre of mass alone is at rest"
 
 
 @pytest.mark.thorough

@@ -23,7 +23,7 @@ from gossamer.files import locked
 from gossamer.settings import configured
 from gossamer.signals import StopRequested
 from gossamer.simulation.dispersion import with_dispersion
-from gossamer.simulation.guard import Guard, SimulationBroken, degrees_of_freedom, rotates
+from gossamer.simulation.guard import Guard, SimulationBroken, check_constraints, degrees_of_freedom, drifts, rotates
 from gossamer.simulation.options import MDConfig, Way
 from gossamer.simulation.recorder import Recorder, read_state, run_settings, state_of, stored_settings, write_broken
 from gossamer.simulation.state import numbers_of, put_back, put_back_atoms
@@ -178,12 +178,13 @@ def _prepare(model: Any, structure: Atoms | Path | str, config: MDConfig) -> _Ru
 
 
 def bring_to_rest(atoms: Atoms, ensemble: str) -> None:
-    """Take out the motion of the centre of mass, and what Nosé-Hoover chains cannot thermostat.
+    """Take out the motion of the centre of mass, unless constraints hold atoms in space, and what Nosé-Hoover chains cannot thermostat.
 
     They scale the angular momentum of what is not periodic and leave its direction. So its rotation never gets its share of the heat, and
     vibrations get too much or too little (nine atoms: 12 %, typically): it starts without rotation.
     """
-    Stationary(atoms, preserve_temperature=False)
+    if drifts(atoms):
+        Stationary(atoms, preserve_temperature=False)
     if ensemble == "nose-hoover" and not atoms.pbc.any():
         ZeroRotation(atoms, preserve_temperature=False)
 
@@ -193,7 +194,10 @@ def give_velocities(atoms: Atoms, config: MDConfig, rng: np.random.Generator) ->
     if not atoms.has("momenta"):
         thermalize_momenta(atoms, config.temperature, rng=rng)
         bring_to_rest(atoms, config.ensemble)
-    elif config.ensemble == "nose-hoover" and not atoms.pbc.any() and rotates(atoms):
+        return
+    if atoms.constraints:
+        atoms.set_momenta(atoms.get_momenta())  # those that constraints allow
+    if config.ensemble == "nose-hoover" and not atoms.pbc.any() and rotates(atoms):
         log.warning(
             "the given velocities turn the structure, which is not periodic: nose-hoover keeps the direction of the angular momentum, so that "
             "rotation is not at the temperature asked for, and vibrations neither. Take langevin, or a start without momenta"
@@ -204,6 +208,7 @@ def _set_calculator(atoms: Atoms, model: Any, config: MDConfig, before: dict[str
     """Give the atoms their calculator; a resumed run goes on in the way it began."""
     way = config.way if isinstance(model, BaseCalculator) else way_before(config, before)
     atoms.calc = as_calculator(model, config.device, config.dtype, way, (config.steps, atoms), config.dispersion)
+    check_constraints(atoms, config.ensemble)
     direct = has_direct_forces(atoms.calc)
     if config.ensemble in NPT and (not atoms.pbc.all() or direct):
         raise ValueError(
@@ -242,7 +247,9 @@ def _advance(run: _Run, config: MDConfig, progress: bool) -> tuple[str | None, s
 
 
 def thermostat_temperature(atoms: Atoms, ensemble: str, temperature: float) -> float:
-    """ASE's chains count 3 N degrees of freedom, of which 3 are at rest: without this 9 atoms would be 12 % too hot."""
+    """ASE's chains count 3 N degrees of freedom, of which 3 are at rest: without this 9 atoms would be 12 % too hot. Langevin heats each by itself."""
+    if ensemble == "langevin":
+        return temperature
     return temperature * degrees_of_freedom(atoms, ensemble) / (3 * len(atoms))
 
 
