@@ -184,8 +184,11 @@ def _explore(
         if walk["stopped"]:
             raise Stopped(f"stopped by {walk['stopped']} while walking; the same command goes on")
         broken += walk["broken"] is not None
-        with open(out / "log.csv", newline="") as file:
-            largest += [float(row["max_forces_uncertainty_eV_per_A"]) for row in csv.DictReader(file)]
+        if (out / "log.csv").exists():  # not of a walk that broke before its first frame
+            with open(out / "log.csv", newline="") as file:
+                largest += [float(row["max_forces_uncertainty_eV_per_A"]) for row in csv.DictReader(file)]
+    if not largest:
+        raise RuntimeError(f"Every walk of round {number} broke before its first frame: look at the structures, and at '{folder}'.")
     share = float(np.mean(np.array(largest) > limit))
     log.info("round %d: %.1f %% of the frames are uncertain, %d walks broke", number, 100 * share, broken)
     return {"broken": broken, "uncertain_share": share, "median_uncertainty_eV_per_A": float(np.median(largest))}

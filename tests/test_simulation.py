@@ -386,6 +386,39 @@ def test_two_runs_on_one_folder_are_refused(tmp_path: Path) -> None:
         relax(EMT(), bulk("Cu"), out=tmp_path / "r.extxyz")
 
 
+def test_dynamics_write_over_nothing_of_others(tmp_path: Path) -> None:
+    """Not over the file that is read, and not over a log; a run that could not begin leaves nothing that would stand in the way."""
+    frames = [argon(1) for _ in range(3)]
+    (run := tmp_path / "run").mkdir()
+    ase.io.write(run / "trajectory.traj", frames)
+    (run / "log.csv").write_text("mine\n")
+    with pytest.raises(FileExistsError, match=r"trajectory.traj and log.csv of no simulation \(there is no state.npz\)"):
+        md(lj(), run / "trajectory.traj", steps=5, out=run, resume=True, progress=False)
+    assert len(ase.io.read(run / "trajectory.traj", ":")) == 3
+    assert (run / "log.csv").read_text() == "mine\n"
+    with pytest.raises(NotImplementedError):
+        md(EMT(), argon(1), steps=5, ensemble="nve", out=tmp_path / "new", progress=False)
+    md(lj(), argon(1), steps=5, out=tmp_path / "new", progress=False)
+
+
+def test_a_run_that_broke_at_its_start_is_resumed(tmp_path: Path) -> None:
+    """With what it had collected; before, there was no state, and the file of collected frames stood in the way."""
+
+    class Unsure(LennardJones):
+        def calculate(self, *arguments: Any) -> None:
+            super().calculate(*arguments)
+            self.results["forces_std"] = np.ones((len(self.atoms), 3))
+
+    close = argon(1)
+    close.positions[1] = close.positions[0] + [0.8, 0, 0]
+    options = MDConfig(steps=5, out=tmp_path / "run", max_uncertainty=0.1, collect=tmp_path / "run" / "u.extxyz", resume=True)
+    for _ in range(2):
+        answer = md(Unsure(epsilon=0.0103, sigma=3.4, rc=6.5), close, options, progress=False)
+        assert "Å apart" in answer["broken"] or "temperature" in answer["broken"]
+        assert (answer["steps"], answer["collected"]) == (0, 1)
+        assert len(ase.io.read(tmp_path / "run" / "trajectory.traj", ":")) == len(table(tmp_path / "run")) == 1
+
+
 @pytest.mark.thorough
 def test_runs_of_earlier_versions_resume(tmp_path: Path) -> None:
     """States said "compiled" where they say "way" today, and had no ramps."""
@@ -528,6 +561,37 @@ def test_stopped_relaxation_says_so_and_resumes_exactly(tmp_path: Path, caplog: 
             whole["steps"],
             pytest.approx(whole["energy_eV"], rel=1e-12),
         )
+
+
+def test_relaxation_writes_over_nothing_of_others(tmp_path: Path) -> None:
+    frames = [bulk("Cu", a=a) for a in (3.5, 3.6, 3.7)]
+    for name in ("relaxed.traj", "others.traj", "start.extxyz"):
+        ase.io.write(tmp_path / name, frames)
+    for structure, out, message in (
+        ("relaxed.traj", "relaxed.extxyz", "'.*relaxed.traj' is read, and the path to '.*relaxed.extxyz' would be written over it"),
+        ("start.extxyz", "others.extxyz", "others.traj' is of no relaxation .there is no 'others.state.npz' beside it"),
+        ("start.extxyz", "start.extxyz", "start.extxyz' is the structure that is to be relaxed"),
+    ):
+        with pytest.raises(FileExistsError, match=message):
+            relax(EMT(), tmp_path / structure, frame=1, out=tmp_path / out)
+    (answer,) = relax_files(EMT(), [tmp_path / "others.traj"], RelaxConfig(out=tmp_path))
+    assert "would be written over it" in answer["error"]
+    assert all(len(ase.io.read(tmp_path / name, ":")) == 3 for name in ("relaxed.traj", "others.traj", "start.extxyz"))
+
+    class Starting(EMT):
+        ready = False
+
+        def calculate(self, *arguments: Any) -> None:
+            if not self.ready:
+                raise RuntimeError("not yet")
+            super().calculate(*arguments)
+
+    options = dict(out=tmp_path / "new.extxyz", cell=True, fmax=0.002)
+    with pytest.raises(RuntimeError, match="not yet"):
+        relax(Starting(), atoms := bulk("Cu", a=3.5, cubic=True), **options)
+    Starting.ready = True
+    steps = {resume: relax(Starting(), atoms, resume=resume, **options)["steps"] for resume in (True, False)}
+    assert steps[True] == steps[False] == len(ase.io.read(tmp_path / "new.traj", ":")) - 1, "what did not come to its first step is begun"
 
 
 def write(path: Path, atoms: Atoms) -> Path:

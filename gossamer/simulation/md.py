@@ -25,7 +25,7 @@ from gossamer.signals import StopRequested
 from gossamer.simulation.dispersion import with_dispersion
 from gossamer.simulation.guard import Guard, SimulationBroken, check_constraints, degrees_of_freedom, drifts, rotates
 from gossamer.simulation.options import MDConfig, Way
-from gossamer.simulation.recorder import Recorder, read_state, run_settings, state_of, stored_settings, write_broken
+from gossamer.simulation.recorder import STATE, Recorder, begun, read_state, run_settings, state_of, stored_settings, write_broken
 from gossamer.simulation.state import numbers_of, put_back, put_back_atoms
 from gossamer.simulation.uncertain import UncertainError
 
@@ -127,7 +127,7 @@ def md(
         beyond it that were written, and "stopped": None or the signal that ended it early.
 
     Raises:
-        FileExistsError: the folder holds a run and ``resume`` is False.
+        FileExistsError: the folder holds a run and ``resume`` is False, or files of the names of its own that are of no run.
         RuntimeError: another process runs in the folder.
         ValueError: unknown options, or options that do not fit together.
     """
@@ -157,10 +157,7 @@ class _Run:
 
 def _prepare(model: Any, structure: Atoms | Path | str, config: MDConfig) -> _Run:
     """Everything up to the first step: the atoms at the start, or where the stored run was."""
-    state_file = config.out / "state.npz"
-    resumed = state_file.exists()
-    if resumed and not config.resume:
-        raise FileExistsError(f"'{config.out}' holds a simulation already. Go on with it (--resume), or choose another folder (--out).")
+    state_file, resumed = config.out / STATE, begun(config)
     atoms = as_atoms(structure, config.frame, config.supercell)
     before = stored_settings(state_file) if resumed else None
     _set_calculator(atoms, model, config, before)

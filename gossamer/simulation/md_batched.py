@@ -28,7 +28,7 @@ from gossamer.simulation.batched import batches
 from gossamer.simulation.guard import Guard, SimulationBroken
 from gossamer.simulation.md import give_velocities, thermostat_temperature
 from gossamer.simulation.options import MDConfig
-from gossamer.simulation.recorder import Recorder, read_state, run_settings, state_of, stored_settings, write_broken
+from gossamer.simulation.recorder import STATE, Recorder, begun, read_state, run_settings, state_of, stored_settings, write_broken
 from gossamer.simulation.state import put_back_atoms
 from gossamer.simulation.torchsim import TorchSimModel
 from gossamer.simulation.uncertain import UncertainError
@@ -111,10 +111,7 @@ def md_batched(
 
 def _start(atoms: Atoms, config: MDConfig, model: TorchSimModel) -> _Walker:
     """A structure at its start, or where its stored run was."""
-    state_file = config.out / "state.npz"
-    resumed = state_file.exists()
-    if resumed and not config.resume:
-        raise FileExistsError(f"'{config.out}' holds a simulation already. Go on with it (--resume), or choose another folder (--out).")
+    state_file, resumed = config.out / STATE, begun(config)
     if config.temperature_end is not None and config.ensemble == "nve":
         raise ValueError("temperature_end needs a thermostat, and nve has none. Choose another ensemble.")
     give_velocities(atoms, config, np.random.default_rng(config.seed))

@@ -26,6 +26,7 @@ from gossamer.simulation.state import cut_trajectory, damaged_advice, numbers_of
 from gossamer.simulation.uncertain import UncertainError, Watch
 
 log = logging.getLogger(__name__)
+STATE, TRAJECTORY, TABLE = "state.npz", "trajectory.traj", "log.csv"
 COLUMNS = ["step", "time_fs", "temperature_K", "potential_energy_eV", "total_energy_eV", "conserved_energy_eV", "pressure_GPa", "volume_A3",
            "max_forces_uncertainty_eV_per_A"]  # fmt: skip
 
@@ -46,6 +47,25 @@ def run_settings(config: MDConfig, way: str) -> dict[str, Any]:
              "dispersion", "engine")  # fmt: skip
     ramp = config.steps if config.temperature_end is not None else None
     return {**{name: getattr(config, name) for name in names}, "ramp_steps": ramp, "way": way}
+
+
+def begun(config: MDConfig) -> bool:
+    """Whether the folder holds a run that is to go on.
+
+    Raises:
+        FileExistsError: it holds one that is not to go on, or files that would be written over.
+    """
+    if (config.out / STATE).exists():
+        if not config.resume:
+            raise FileExistsError(f"'{config.out}' holds a simulation already. Go on with it (--resume), or choose another folder (--out).")
+        return True
+    foreign = [name for name in (TRAJECTORY, TABLE) if (config.out / name).exists()]
+    if foreign:
+        raise FileExistsError(
+            f"'{config.out}' holds {' and '.join(foreign)} of no simulation (there is no {STATE}), which would be written over. "
+            "Move them away, or choose another folder (--out)."
+        )
+    return False
 
 
 @contextmanager
@@ -97,16 +117,18 @@ class Recorder:
         self.temperatures: list[float] = []
         self.brief = ""
         self.watch = Watch(config.max_uncertainty, config.collect, config.collect_spacing, dynamics.nsteps if resumed else None)
-        trajectory, table = config.out / "trajectory.traj", config.out / "log.csv"
+        trajectory, table = config.out / TRAJECTORY, config.out / TABLE
         rows: list[list[str]] = []
-        if resumed:
-            kept = dynamics.nsteps // config.interval + 1 if dynamics.nsteps else 0  # that of step 0 is written at the start, now again
-            rows = _cut_back(trajectory, table, kept)
+        if not resumed:
+            self.save_state()  # before the others, which are known by it as a simulation's
+        goes_on = resumed and dynamics.nsteps > 0  # what belongs to step 0 is written at the start, now again
+        if goes_on:
+            rows = _cut_back(trajectory, table, dynamics.nsteps // config.interval + 1)
             self.temperatures = [float(row[COLUMNS.index("temperature_K")]) for row in rows]
         with atomic_path(table) as temporary, open(temporary, "w", newline="") as file:
             csv.writer(file).writerows([COLUMNS, *rows])
         self.table = open(table, "a", newline="")  # noqa: SIM115 - closed by close()
-        self.trajectory = Trajectory(trajectory, "a" if resumed else "w")
+        self.trajectory = Trajectory(trajectory, "a" if goes_on else "w")
 
     def __call__(self) -> None:
         atoms, dynamics = self.atoms, self.dynamics
@@ -163,7 +185,7 @@ class Recorder:
         if isinstance(self.dynamics, LangevinBAOAB):
             arrays["rng"] = np.array(json.dumps(self.dynamics.rng.bit_generator.state))
         atoms = self.atoms
-        with atomic_path(self.config.out / "state.npz") as temporary:
+        with atomic_path(self.config.out / STATE) as temporary:
             np.savez(
                 temporary, numbers=atoms.numbers, positions=atoms.positions, momenta=atoms.get_momenta(), cell=atoms.cell.array,
                 settings=np.array(json.dumps(self.settings)), **arrays,
@@ -189,8 +211,12 @@ class Recorder:
         return round(float(np.mean(half)), 2) if half else float("nan")
 
     def close(self) -> None:
+        """Close the files; a run that did not come to its first frame leaves none."""
         self.table.close()
         self.trajectory.close()
+        if not self.temperatures:
+            for name in (TRAJECTORY, TABLE, STATE):
+                (self.config.out / name).unlink(missing_ok=True)
 
 
 def _cut_back(trajectory: Path, table: Path, kept: int) -> list[list[str]]:

@@ -56,6 +56,7 @@ def relax(model: Any, structure: Atoms | Path | str, config: RelaxConfig | None 
 
     Raises:
         ValueError: unknown options, a cell asked for without periodicity or stress, a file format that cannot be written, nothing to resume.
+        FileExistsError: a file would be written over that is the structure, or the path (.traj) of no relaxation.
         RuntimeError: another process writes the same file.
     """
     config = configured(RelaxConfig, config, options)
@@ -74,7 +75,10 @@ def relax(model: Any, structure: Atoms | Path | str, config: RelaxConfig | None 
         converged = bool(algorithm.run(fmax=config.fmax, steps=config.steps))
     else:
         kind = _format(config.out)
+        _keep_input(structure, config.out)
         with locked(config.out.parent, config.out.name):
+            if not config.resume:
+                _check_path(structure, config.out)
             converged, stopped, algorithm = _relax_to_disk(atoms, config, config.out)
             if stopped is None:
                 with atomic_path(config.out) as temporary:
@@ -176,6 +180,7 @@ def _on_torchsim(model: Any, asked: Sequence[tuple[Job, Path]], config: RelaxCon
             log.info("%s: done before, in '%s'", named[out], out)
             continue
         try:
+            _keep_input(job.path, out)
             atoms = as_atoms(job.path, job.frame, config.supercell)
             check_atoms(potential, atoms)
             if config.cell and not atoms.pbc.all():
@@ -204,16 +209,21 @@ def _relax_to_disk(atoms: Atoms, config: RelaxConfig, out: Path) -> tuple[bool, 
     way = way_of(atoms.calc)
     algorithm = _algorithm(atoms, config)  # from the original cell also when resuming: the filter measures strain from there
     stored = _go_back(atoms, path, memory, kind, algorithm) if config.resume else {}
-    with Trajectory(path, "a" if config.resume else "w", atoms) as trajectory:
+
+    def remember() -> None:
+        state: dict[str, Any] = {f"optimizer.{k}": v for k, v in numbers_of(algorithm).items()}
+        with atomic_path(memory) as temporary:
+            np.savez(temporary, kind=kind, way=way, numbers=atoms.numbers, positions=atoms.positions, cell=atoms.cell.array, **state)
+
+    done = int(stored.get("nsteps", 0))
+    if not stored:
+        remember()  # before the path, which is known by it as a relaxation's
+    with Trajectory(path, "a" if done else "w", atoms) as trajectory:
 
         def record() -> None:
-            if algorithm.nsteps > int(stored.get("nsteps", -1)):
+            if algorithm.nsteps > done or not done:
                 trajectory.write()
-                state: dict[str, Any] = {f"optimizer.{k}": v for k, v in numbers_of(algorithm).items()}
-                with atomic_path(memory) as temporary:
-                    np.savez(
-                        temporary, kind=kind, way=way, numbers=atoms.numbers, positions=atoms.positions, cell=atoms.cell.array, **state
-                    )
+                remember()
 
         algorithm.attach(record)
         converged = False
@@ -223,6 +233,26 @@ def _relax_to_disk(atoms: Atoms, config: RelaxConfig, out: Path) -> tuple[bool, 
                     log.warning("%s: stopped at step %d; --resume goes on from '%s'", stop.signal.name, algorithm.nsteps, memory)
                     return False, stop.signal.name, algorithm
     return bool(converged), None, algorithm
+
+
+def _keep_input(structure: Atoms | Path | str, out: Path) -> None:
+    """Refuse to write a relaxed structure over the one that is read."""
+    if not isinstance(structure, Atoms) and out.exists() and out.samefile(structure):
+        raise FileExistsError(f"'{out}' is the structure that is to be relaxed, and would be written over. Choose another --out.")
+
+
+def _check_path(structure: Atoms | Path | str, out: Path) -> None:
+    """Refuse to write the path of a new relaxation over what is read, or what is of no relaxation."""
+    path, memory = out.with_suffix(".traj"), out.with_suffix(".state.npz")
+    if not path.exists():
+        return
+    if not isinstance(structure, Atoms) and path.samefile(structure):
+        raise FileExistsError(f"'{path}' is read, and the path to '{out}' would be written over it. Choose another --out.")
+    if not memory.exists():
+        raise FileExistsError(
+            f"'{path}' is of no relaxation (there is no '{memory.name}' beside it), and the path to '{out}' would be written over it. "
+            "Move it away, or choose another --out."
+        )
 
 
 def _format(out: Path) -> str:
@@ -256,7 +286,7 @@ def _bare(atoms: Atoms) -> Atoms:
 
 def _go_back(atoms: Atoms, path: Path, memory: Path, kind: list[str], algorithm: Any) -> dict[str, Any]:
     """Put atoms and optimiser where a relaxation left them, and its path back to there; returns the optimiser's numbers."""
-    if not (path.exists() and memory.exists()):
+    if not memory.exists():
         raise ValueError(f"There is nothing to resume: '{memory}' does not exist. Start without --resume.")
     stored = read_npz(memory)
     if not np.array_equal(stored.get("numbers", ()), atoms.numbers):
@@ -275,5 +305,8 @@ def _go_back(atoms: Atoms, path: Path, memory: Path, kind: list[str], algorithm:
         raise ValueError(
             f"'{memory}' does not hold the state of this relaxation ({type(error).__name__}: {error}). Start without --resume."
         ) from None
-    cut_trajectory(path, steps + 1)
+    if steps and not path.exists():
+        raise ValueError(f"There is nothing to resume: '{path}' does not exist. Start without --resume.")
+    if steps:
+        cut_trajectory(path, steps + 1)
     return numbers
