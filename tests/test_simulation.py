@@ -537,6 +537,19 @@ def test_resumed_relaxation_is_exact(optimizer: str, cell: bool, tmp_path: Path)
         relax(EMT(), bulk("Cu"), out=tmp_path / "parts.extxyz", resume=True)
 
 
+def test_a_resumed_cell_takes_fixed_atoms_along(tmp_path: Path) -> None:
+    """They move with the cell, and resuming puts them where they were then."""
+    atoms = bulk("Cu", cubic=True, a=3.7)
+    atoms.rattle(0.08, seed=1)
+    atoms.set_constraint(FixAtoms([0, 2]))
+    options = dict(fmax=1e-8, cell=True)
+    whole = relax(EMT(), atoms, steps=12, out=tmp_path / "whole.extxyz", **options)
+    relax(EMT(), atoms, steps=5, out=tmp_path / "parts.extxyz", **options)
+    parts = relax(EMT(), atoms, steps=12, out=tmp_path / "parts.extxyz", resume=True, **options)
+    assert np.abs(whole["atoms"].positions - atoms.positions)[2].max() > 1e-3
+    np.testing.assert_allclose(whole["atoms"].positions, parts["atoms"].positions, rtol=0, atol=1e-10)
+
+
 def test_stopped_relaxation_says_so_and_resumes_exactly(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     atoms = bulk("Cu", cubic=True)
     atoms.rattle(0.2, seed=0)

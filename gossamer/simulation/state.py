@@ -52,7 +52,7 @@ def put_back(target: Any, numbers: Mapping[str, NDArray[Any]]) -> None:
 
 
 def put_back_atoms(atoms: Atoms, stored: Mapping[str, NDArray[Any]]) -> None:
-    """Positions and cell, and momenta where there are some.
+    """Positions and cell, and momenta where there are some, as they were stored: constraints would leave fixed atoms where they began.
 
     Raises:
         KeyError, ValueError: they are not there, or are none of so many atoms.
@@ -61,10 +61,10 @@ def put_back_atoms(atoms: Atoms, stored: Mapping[str, NDArray[Any]]) -> None:
     for name, expected in (("positions", shape), ("cell", (3, 3)), *([("momenta", shape)] if "momenta" in stored else [])):
         if stored[name].shape != expected or stored[name].dtype.kind != "f" or not np.isfinite(stored[name]).all():
             raise ValueError(f"{name} are not {list(expected)} finite numbers")
-    atoms.set_cell(stored["cell"])
-    atoms.set_positions(stored["positions"])
+    atoms.set_cell(stored["cell"], apply_constraint=False)
+    atoms.set_positions(stored["positions"], apply_constraint=False)
     if "momenta" in stored:
-        atoms.set_momenta(stored["momenta"])
+        atoms.set_momenta(stored["momenta"], apply_constraint=False)
 
 
 def cut_trajectory(path: Path, kept: int) -> int:
