@@ -41,6 +41,7 @@ from gossamer.signals import Stopped
 from gossamer.simulation.calculator import Calculator
 from gossamer.simulation.md import md
 from gossamer.simulation.options import LearnConfig
+from gossamer.simulation.state import bare
 
 log = logging.getLogger(__name__)
 OUTSIDE = 3.0
@@ -248,8 +249,8 @@ def _labelled(chosen: Sequence[Atoms], make: Any, folder: Path) -> list[Atoms]:
     calculator = None
     for k in sorted(set(range(len(chosen))) - done):
         calculator = make() if calculator is None else calculator
-        atoms = Atoms(chosen[k].numbers, chosen[k].positions, cell=chosen[k].cell, pbc=chosen[k].pbc)
-        atoms.info = {"candidate": k}
+        atoms = bare(chosen[k])
+        atoms.info["candidate"] = k
         work = atoms.copy()
         work.calc = calculator
         try:

@@ -28,14 +28,13 @@ from gossamer.signals import StopRequested
 from gossamer.simulation.md import as_calculator, foretell, has_direct_forces, way_of
 from gossamer.simulation.options import RelaxConfig
 from gossamer.simulation.several import Job, failed, jobs
-from gossamer.simulation.state import cut_trajectory, numbers_of, put_back, put_back_atoms
+from gossamer.simulation.state import CHARGED, ELECTRONS, cut_trajectory, numbers_of, put_back, put_back_atoms
 
 log = logging.getLogger(__name__)
 OPTIMIZERS = {"fire": FIRE, "lbfgs": LBFGS}
 STEPS = 60
 """of a typical relaxation: decides, before any is done, whether compiling the potential pays"""
-KEPT_ARRAYS = ("numbers", "positions", "tags", "masses", "initial_charges", "initial_magmoms")
-KEPT_INFO = ("charge", "spin")
+KEPT_ARRAYS = ("numbers", "positions", "tags", "masses", *ELECTRONS)
 """what a relaxed structure keeps of the frame it came from, beside names: all else (velocities, labels, times) was said of other positions"""
 
 
@@ -276,7 +275,7 @@ def _bare(atoms: Atoms) -> Atoms:
     bare = atoms.copy()
     for name in set(bare.arrays) - set(KEPT_ARRAYS):
         del bare.arrays[name]
-    bare.info = {k: v for k, v in bare.info.items() if isinstance(v, str) or k in KEPT_INFO}
+    bare.info = {k: v for k, v in bare.info.items() if isinstance(v, str) or k in CHARGED}
     results = {"energy": atoms.get_potential_energy(), "forces": atoms.get_forces()}
     if "stress" in atoms.calc.results:
         results["stress"] = atoms.calc.results["stress"]

@@ -1,4 +1,5 @@
-"""Every number that one of ASE's integrators or optimisers holds, so that it can go on exactly where it stopped; and its path so far."""
+"""Every number that one of ASE's integrators or optimisers holds, so that it can go on exactly where it stopped; its path so far; and what
+atoms are beside where they are."""
 
 from __future__ import annotations
 
@@ -14,6 +15,8 @@ from numpy.typing import NDArray
 from gossamer.files import atomic_path
 
 OWNED = ("_thermostat", "_barostat", "state")
+ELECTRONS, CHARGED = ("initial_charges", "initial_magmoms"), ("charge", "spin")
+"""arrays and entries of info that say to calculators how many electrons there are, and their spins"""
 
 
 def numbers_of(value: Any, prefix: str = "") -> dict[str, NDArray[Any]]:
@@ -65,6 +68,17 @@ def put_back_atoms(atoms: Atoms, stored: Mapping[str, NDArray[Any]]) -> None:
     atoms.set_positions(stored["positions"], apply_constraint=False)
     if "momenta" in stored:
         atoms.set_momenta(stored["momenta"], apply_constraint=False)
+
+
+def bare(atoms: Atoms) -> Atoms:
+    """Elements, positions, cell, charges and spins alone: nothing that was said of one frame."""
+    copy = Atoms(
+        atoms.numbers, atoms.positions, cell=atoms.cell, pbc=atoms.pbc, info={k: atoms.info[k] for k in CHARGED if k in atoms.info}
+    )
+    for name in ELECTRONS:
+        if name in atoms.arrays:
+            copy.set_array(name, atoms.arrays[name])
+    return copy
 
 
 def cut_trajectory(path: Path, kept: int) -> int:
