@@ -5,11 +5,13 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
@@ -30,7 +32,9 @@ from gossamer.data.atoms import as_atoms
 from gossamer.files import locked
 from gossamer.potential_file import save
 from gossamer.simulation.calculator import Calculator
+from gossamer.simulation.dispersion import with_dispersion
 from gossamer.simulation.md import md
+from gossamer.simulation.md_files import md_files
 from gossamer.simulation.options import MDConfig, RelaxConfig
 from gossamer.simulation.relax import relax, relax_files
 
@@ -268,6 +272,65 @@ def test_dynamics_refuse_to_overwrite_and_to_resume_something_else(tmp_path: Pat
     (tmp_path / "run" / "state.npz").write_bytes(b"not a state")
     with pytest.raises(ValueError, match="cannot be read"):
         md(lj(), argon(1), temperature=40, steps=20, out=tmp_path / "run", resume=True, progress=False)
+
+
+@pytest.mark.parametrize("engine", ["ase", "torchsim"])
+def test_a_run_goes_on_with_what_it_began_with(engine: str, tmp_path: Path) -> None:
+    """Not with another potential, other masses, periodicity or constraints; states of older versions, which do not say, pass."""
+    if engine == "torchsim":
+        pytest.importorskip("torch_sim")
+    potential, other = (make_potential(["Ar"], cutoff=5.0, seed=seed) for seed in (0, 1))
+    atoms = argon(1)
+    atoms.set_momenta(np.ones((4, 3)))
+    heavy, slab, held = atoms.copy(), atoms.copy(), atoms.copy()
+    heavy.set_masses([80.0] * 4)
+    slab.pbc = False
+    held.set_constraint(FixAtoms([0]))
+
+    def run(model: Any, start: Atoms, steps: int, resume: bool = True) -> dict[str, Any]:
+        ase.io.write(tmp_path / "ar.traj", start)
+        options = MDConfig(steps=steps, way="plain", temperature=40, max_temperature=1e9, engine=engine, out=tmp_path, resume=resume)
+        (answer,) = md_files(model, [tmp_path / "ar.traj"], options, progress=False)
+        return answer
+
+    assert run(potential, atoms, 5, False)["steps"] == 5
+    for model, start, message in (
+        (other, atoms, r"belongs to something else: potential [0-9a-f]{12} \(now [0-9a-f]{12}\)"),
+        (potential, heavy, r"masses 159.8 \(.*\) \(now 320.0"),
+        (potential, slab, r"pbc T T T \(now F F F\)"),
+        *([(potential, held, r"constraints none \(now FixAtoms \(")] if engine == "ase" else []),
+    ):
+        assert re.search(message, run(model, start, 10)["error"])
+    assert run(deepcopy(potential).to(torch.float32), atoms, 10)["steps"] == 10, "in another precision it is the same"
+    state = tmp_path / "ar" / "state.npz"
+    with np.load(state) as data:
+        arrays = dict(data)
+    settings = json.loads(str(arrays["settings"]))
+    del settings["belonging"]
+    np.savez(state, **{**arrays, "settings": np.array(json.dumps(settings))})
+    assert run(other, atoms, 12)["steps"] == 12
+
+
+def test_a_relaxation_goes_on_with_what_it_began_with(tmp_path: Path) -> None:
+    options = dict(out=tmp_path / "r.extxyz", fmax=1e-9)
+    atoms = argon(1)
+    relax(lj(), atoms, steps=2, **options)
+    held = atoms.copy()
+    held.set_constraint(FixAtoms([0]))
+    pytest.importorskip("dftd3")
+    for model, start, message in (
+        (LennardJones(epsilon=0.02, sigma=3.4, rc=6.5, smooth=True), atoms, r"potential LennardJones \(.{8}\) \(now LennardJones \("),
+        (EMT(), atoms, r"potential LennardJones \(.{8}\) \(now EMT"),
+        (with_dispersion(lj(), "pbe"), atoms, r"now LennardJones \(.{8}\) \+ D3Calculator"),
+        (lj(), held, r"constraints none \(now FixAtoms"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            relax(model, start, steps=4, resume=True, **options)
+    memory = tmp_path / "r.state.npz"
+    with np.load(memory) as data:
+        arrays = {k: v for k, v in data.items() if k != "belonging"}
+    np.savez(memory, **arrays)
+    assert relax(lj(), held, steps=4, resume=True, **options)["steps"] == 4
 
 
 def test_direct_forces_warn(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -557,17 +620,22 @@ def test_stopped_relaxation_says_so_and_resumes_exactly(tmp_path: Path, caplog: 
     whole = relax(EMT(), atoms, out=tmp_path / "whole.extxyz", **options)
 
     class Stopping(EMT):
+        armed = True
+
         def calculate(self, *arguments: Any) -> None:
             super().calculate(*arguments)
             self.n = getattr(self, "n", 0) + 1
-            if self.n == 4:
+            if self.n == 4 and self.armed:
                 signal.raise_signal(signal.SIGTERM)
 
     stopped = relax_files(Stopping(), [write(tmp_path / n, atoms) for n in ("a.xyz", "b.xyz")], RelaxConfig(out=tmp_path / "r", **options))
     assert [(a["stopped"], a["converged"], a["steps"]) for a in stopped] == [("SIGTERM", False, 3)]
     assert "SIGTERM: stopped at step 3; --resume goes on from" in caplog.text
     assert not (tmp_path / "r" / "a.extxyz").exists()
-    first, second = relax_files(EMT(), [tmp_path / n for n in ("a.xyz", "b.xyz")], RelaxConfig(out=tmp_path / "r", resume=True, **options))
+    Stopping.armed = False
+    first, second = relax_files(
+        Stopping(), [tmp_path / n for n in ("a.xyz", "b.xyz")], RelaxConfig(out=tmp_path / "r", resume=True, **options)
+    )
     for answer in (first, second):
         assert (answer["stopped"], answer["steps"], answer["energy_eV"]) == (
             None,

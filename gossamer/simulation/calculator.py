@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import threading
 from pathlib import Path
@@ -220,6 +221,14 @@ class Calculator(ASECalculator):
         else:
             close = ""
         raise ValueError(f"The potential's forces are not finite.{close} Separate overlapping atoms.")
+
+
+def digest_of(potential: Potential, dispersion: Any = None) -> str:
+    """Short, and another for other weights or another D3; the same in any precision, on any device and in later versions."""
+    tensors = [t.detach().cpu().to(torch.float32 if t.is_floating_point() else t.dtype) for t in potential.state_dict().values()]
+    weights = sorted(hashlib.sha256(t.contiguous().numpy().tobytes()).digest() for t in tensors)
+    name = hashlib.sha256(b"".join(weights)).hexdigest()[:12]
+    return name if dispersion is None else f"{name} with D3 of {dispersion}"
 
 
 def _on_the_cpu(*tensors: torch.Tensor) -> list[NDArray[Any]]:

@@ -25,11 +25,12 @@ from gossamer.files import locked
 from gossamer.potential import Potential
 from gossamer.signals import StopRequested
 from gossamer.simulation.batched import batches
+from gossamer.simulation.calculator import digest_of
 from gossamer.simulation.guard import Guard, SimulationBroken
 from gossamer.simulation.md import give_velocities, thermostat_temperature
 from gossamer.simulation.options import MDConfig
 from gossamer.simulation.recorder import STATE, Recorder, begun, read_state, run_settings, state_of, stored_settings, write_broken
-from gossamer.simulation.state import put_back_atoms
+from gossamer.simulation.state import belonging, put_back_atoms
 from gossamer.simulation.torchsim import TorchSimModel
 from gossamer.simulation.uncertain import UncertainError
 
@@ -115,7 +116,8 @@ def _start(atoms: Atoms, config: MDConfig, model: TorchSimModel) -> _Walker:
     if config.temperature_end is not None and config.ensemble == "nve":
         raise ValueError("temperature_end needs a thermostat, and nve has none. Choose another ensemble.")
     give_velocities(atoms, config, np.random.default_rng(config.seed))
-    clock, settings, guard = _Clock(), run_settings(config, model.engine.way), Guard.of(atoms, config)
+    who = belonging(atoms, digest_of(model.potential, model.engine.dispersion))
+    clock, settings, guard = _Clock(), run_settings(config, model.engine.way, who), Guard.of(atoms, config)
     if resumed:
         stored = read_state(state_file, stored_settings(state_file), settings, atoms)
         with state_of(state_file):

@@ -22,7 +22,7 @@ from gossamer.data.npz_file import read_npz
 from gossamer.files import atomic_path
 from gossamer.simulation.guard import Guard, SimulationBroken, temperature_of
 from gossamer.simulation.options import MDConfig
-from gossamer.simulation.state import cut_trajectory, damaged_advice, numbers_of
+from gossamer.simulation.state import cut_trajectory, damaged_advice, numbers_of, strange
 from gossamer.simulation.uncertain import UncertainError, Watch
 
 log = logging.getLogger(__name__)
@@ -41,12 +41,12 @@ def write_broken(atoms: Atoms, step: int, config: MDConfig, error: Exception) ->
     return why
 
 
-def run_settings(config: MDConfig, way: str) -> dict[str, Any]:
-    """What a resumed run must share with the one before."""
+def run_settings(config: MDConfig, way: str, belonging: dict[str, str]) -> dict[str, Any]:
+    """What a resumed run must share with the one before; ``belonging`` says to which potential and atoms it belongs."""
     names = ("ensemble", "timestep", "temperature", "temperature_end", "pressure", "thermostat_time", "barostat_time", "interval",
              "dispersion", "engine")  # fmt: skip
     ramp = config.steps if config.temperature_end is not None else None
-    return {**{name: getattr(config, name) for name in names}, "ramp_steps": ramp, "way": way}
+    return {**{name: getattr(config, name) for name in names}, "ramp_steps": ramp, "way": way, "belonging": belonging}
 
 
 def begun(config: MDConfig) -> bool:
@@ -94,7 +94,7 @@ def stored_settings(path: Path) -> dict[str, Any]:
 def read_state(path: Path, before: dict[str, Any], settings: dict[str, Any], atoms: Atoms) -> dict[str, Any]:
     """Arrays of a stored run that had the same settings and atoms."""
     stored = read_npz(path)
-    changed = sorted(k for k in settings if before.get(k) != settings[k] and k != "way")
+    changed = sorted(k for k in settings if before.get(k) != settings[k] and k not in ("way", "belonging"))
     if changed:
         raise ValueError(
             f"'{path}' was made with other settings: {', '.join(f'{k} {before.get(k)} (now {settings[k]})' for k in changed)}. "
@@ -102,6 +102,9 @@ def read_state(path: Path, before: dict[str, Any], settings: dict[str, Any], ato
         )
     if not np.array_equal(stored.get("numbers", ()), atoms.numbers):
         raise ValueError(f"'{path}' belongs to other atoms than this structure. Resume with the same structure, or use another folder.")
+    others = strange(before.get("belonging", {}), settings["belonging"])
+    if others:
+        raise ValueError(f"'{path}' belongs to something else: {others}. Resume with the same, or start in another folder (--out).")
     if before["way"] != settings["way"]:
         log.warning(
             "'%s' was made the %s way, and goes on the %s way: the same to rounding, not to the bit", path, before["way"], settings["way"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
@@ -25,10 +26,10 @@ from gossamer.potential import Potential
 from gossamer.potential_file import as_potential
 from gossamer.settings import configured
 from gossamer.signals import StopRequested
-from gossamer.simulation.md import as_calculator, foretell, has_direct_forces, way_of
+from gossamer.simulation.md import as_calculator, foretell, has_direct_forces, identity_of, way_of
 from gossamer.simulation.options import RelaxConfig
 from gossamer.simulation.several import Job, failed, jobs
-from gossamer.simulation.state import CHARGED, ELECTRONS, cut_trajectory, numbers_of, put_back, put_back_atoms
+from gossamer.simulation.state import CHARGED, ELECTRONS, belonging, cut_trajectory, numbers_of, put_back, put_back_atoms, strange
 
 log = logging.getLogger(__name__)
 OPTIMIZERS = {"fire": FIRE, "lbfgs": LBFGS}
@@ -206,13 +207,17 @@ def _relax_to_disk(atoms: Atoms, config: RelaxConfig, out: Path) -> tuple[bool, 
     path, memory = out.with_suffix(".traj"), out.with_suffix(".state.npz")
     kind = [config.optimizer, str(config.cell), *([] if config.dispersion is None else [config.dispersion])]
     way = way_of(atoms.calc)
+    who = {k: v for k, v in belonging(atoms, identity_of(atoms.calc)).items() if k != "masses"}
     algorithm = _algorithm(atoms, config)  # from the original cell also when resuming: the filter measures strain from there
-    stored = _go_back(atoms, path, memory, kind, algorithm) if config.resume else {}
+    stored = _go_back(atoms, path, memory, kind, who, algorithm) if config.resume else {}
 
     def remember() -> None:
         state: dict[str, Any] = {f"optimizer.{k}": v for k, v in numbers_of(algorithm).items()}
         with atomic_path(memory) as temporary:
-            np.savez(temporary, kind=kind, way=way, numbers=atoms.numbers, positions=atoms.positions, cell=atoms.cell.array, **state)
+            np.savez(
+                temporary, kind=kind, way=way, belonging=json.dumps(who), numbers=atoms.numbers, positions=atoms.positions,
+                cell=atoms.cell.array, **state,
+            )  # fmt: skip
 
     done = int(stored.get("nsteps", 0))
     if not stored:
@@ -283,7 +288,7 @@ def _bare(atoms: Atoms) -> Atoms:
     return bare
 
 
-def _go_back(atoms: Atoms, path: Path, memory: Path, kind: list[str], algorithm: Any) -> dict[str, Any]:
+def _go_back(atoms: Atoms, path: Path, memory: Path, kind: list[str], who: dict[str, str], algorithm: Any) -> dict[str, Any]:
     """Put atoms and optimiser where a relaxation left them, and its path back to there; returns the optimiser's numbers."""
     if not memory.exists():
         raise ValueError(f"There is nothing to resume: '{memory}' does not exist. Start without --resume.")
@@ -295,6 +300,9 @@ def _go_back(atoms: Atoms, path: Path, memory: Path, kind: list[str], algorithm:
             f"'{memory}' was made with optimizer, cell and dispersion {np.ravel(stored.get('kind', ())).tolist()}, now {kind}. "
             "Resume with the same options."
         )
+    others = strange(_belonging(stored, memory), who)
+    if others:
+        raise ValueError(f"'{memory}' belongs to something else: {others}. Resume with the same, or choose another --out.")
     numbers = {k.removeprefix("optimizer."): v for k, v in stored.items() if k.startswith("optimizer.")}
     try:
         put_back_atoms(atoms, stored)
@@ -309,3 +317,11 @@ def _go_back(atoms: Atoms, path: Path, memory: Path, kind: list[str], algorithm:
     if steps:
         cut_trajectory(path, steps + 1)
     return numbers
+
+
+def _belonging(stored: dict[str, Any], memory: Path) -> dict[str, Any]:
+    """What the memory of a relaxation says that it belongs to; nothing in those of older versions."""
+    try:
+        return dict(json.loads(str(stored.get("belonging", "{}"))))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ValueError(f"'{memory}' cannot be read ({error}). Start without --resume.") from None

@@ -3,6 +3,7 @@ atoms are beside where they are."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,32 @@ def put_back_atoms(atoms: Atoms, stored: Mapping[str, NDArray[Any]]) -> None:
     atoms.set_positions(stored["positions"], apply_constraint=False)
     if "momenta" in stored:
         atoms.set_momenta(stored["momenta"], apply_constraint=False)
+
+
+def belonging(atoms: Atoms, potential: str) -> dict[str, str]:
+    """What a state belongs to beside its elements, so that it goes on with nothing else: one word or two for each."""
+    return {
+        "potential": potential,
+        "masses": f"{atoms.get_masses().sum():.1f} ({_digest(atoms.get_masses().round(2).tolist())})",
+        "pbc": " ".join("FT"[p] for p in atoms.pbc.astype(int)),
+        "constraints": ", ".join(f"{type(c).__name__} ({_digest(_told(c))})" for c in atoms.constraints) or "none",
+    }
+
+
+def strange(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """What differs, and how; what is not known of the state (of older versions) passes."""
+    return ", ".join(f"{k} {before[k]} (now {now[k]})" for k in sorted(now) if k in before and before[k] != now[k])
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(repr(value).encode()).hexdigest()[:8]
+
+
+def _told(constraint: Any) -> Any:
+    try:
+        return constraint.todict()
+    except NotImplementedError:
+        return None
 
 
 def bare(atoms: Atoms) -> Atoms:
