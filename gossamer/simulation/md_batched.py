@@ -129,7 +129,10 @@ def _start(atoms: Atoms, config: MDConfig, model: TorchSimModel) -> _Walker:
 def _run(
     model: TorchSimModel, walkers: list[_Walker], config: MDConfig, stop: StopRequested, bar: Any
 ) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """Move a batch until each has taken its steps, has broken, or all are told to stop; those that are done leave it."""
+    """Move a batch until each has taken its steps, has broken, or all are told to stop; those that are done, some from the start, leave it."""
+    for walker in [w for w in walkers if w.clock.nsteps >= config.steps]:
+        yield walker.config.out, walker.answer()
+    walkers = [w for w in walkers if w.clock.nsteps < config.steps]
     if not walkers:
         return
     watched = _Watched(model)
