@@ -100,7 +100,7 @@ def relax_files(model: Any, structures: Sequence[Path | str], config: RelaxConfi
     Args:
         model: Saved potential, potential, or (with ASE) any ASE calculator.
         structures: Files; the relaxed ones have their names, with ``config.all_frames`` and the frame's number, and the ending .extxyz.
-        config: Options of each. With TorchSim ``resume`` leaves out what is in the folder already.
+        config: Options of each. With TorchSim ``resume`` leaves out what converged before, as the files in the folder say, and begins the others.
 
     Returns:
         For each structure "structure" and either the answer of ``relax`` without the atoms, with "out", or
@@ -161,7 +161,7 @@ def _on_ase(model: Any, chosen: Sequence[tuple[Job, Path]], config: RelaxConfig)
 
 def _on_torchsim(model: Any, asked: Sequence[tuple[Job, Path]], config: RelaxConfig) -> list[dict[str, Any]]:
     """Many at once."""
-    from gossamer.simulation.batched import relax_batched
+    from gossamer.simulation.batched import done_before, relax_batched
     from gossamer.simulation.torchsim import check_atoms
 
     if not isinstance(model, str | Path | Potential):
@@ -176,11 +176,13 @@ def _on_torchsim(model: Any, asked: Sequence[tuple[Job, Path]], config: RelaxCon
     named: dict[Path, str] = {}
     for job, out in asked:
         named[out] = job.said
-        if config.resume and out.exists():
-            log.info("%s: done before, in '%s'", named[out], out)
-            continue
         try:
             _keep_input(job.path, out)
+            before = done_before(out, config) if config.resume else None
+            if before is not None:
+                log.info("%s: done before, in '%s'", named[out], out)
+                answers.append({"structure": named[out], **before, "out": str(out)})
+                continue
             atoms = as_atoms(job.path, job.frame, config.supercell)
             check_atoms(potential, atoms)
             if config.cell and not atoms.pbc.all():
