@@ -12,6 +12,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -254,11 +255,7 @@ def _labelled(chosen: Sequence[Atoms], make: Any, folder: Path) -> list[Atoms]:
         work = atoms.copy()
         work.calc = calculator
         try:
-            values = {"energy": work.get_potential_energy(), "forces": work.get_forces()}
-            if atoms.pbc.all():
-                values["stress"] = work.get_stress()
-        except PropertyNotImplementedError:  # of the stress
-            pass
+            values = _labels(work)
         except Exception as error:  # a calculator may raise anything; the other frames still count
             failed[str(k)] = f"{type(error).__name__}: {error}"
             write_json(failures, failed)
@@ -268,6 +265,23 @@ def _labelled(chosen: Sequence[Atoms], make: Any, folder: Path) -> list[Atoms]:
         with atomic_path(file) as temporary:
             ase.io.write(temporary, found, format="extxyz")
     return list(found)
+
+
+def _labels(atoms: Atoms) -> dict[str, Any]:
+    """Energy, forces, and stress where the calculator of these atoms gives one.
+
+    Raises:
+        ValueError: one of them is not finite.
+        Exception: a calculator may raise anything.
+    """
+    values = {"energy": atoms.get_potential_energy(), "forces": atoms.get_forces()}
+    if atoms.pbc.all():
+        with suppress(PropertyNotImplementedError):
+            values["stress"] = atoms.get_stress()
+    strange = [name for name, value in values.items() if not np.isfinite(value).all()]
+    if strange:
+        raise ValueError(f"{' and '.join(strange)} of the calculator are not finite")
+    return values
 
 
 def _fit(current: Path, potential: Potential, old: Sequence[Structure], config: LearnConfig, folder: Path) -> dict[str, Any]:

@@ -116,8 +116,13 @@ def test_cut_while_labelling_nothing_is_labelled_twice(start: dict[str, Any], mo
 @pytest.mark.thorough
 def test_frames_that_cannot_be_labelled_are_left_out(start: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Counting, "fails_at", 1)
-    assert learn(**start)["n_labelled"] == 3
-    assert "no convergence" in json.loads((start["out"] / "round-01" / "failed.json").read_text())["1"]
+    monkeypatch.setattr(Counting, "nan_at", 2)
+    for _ in range(2):
+        assert learn(**start)["n_labelled"] == 2
+    failed = json.loads((start["out"] / "round-01" / "failed.json").read_text())
+    assert "no convergence" in failed["1"]
+    assert failed["2"] == "ValueError: forces of the calculator are not finite"
+    assert len(read(start["out"] / "round-01" / "labelled.extxyz", ":")) == 2
 
 
 @pytest.mark.thorough
