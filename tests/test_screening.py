@@ -28,6 +28,7 @@ from ase.constraints import FixAtoms
 from conftest import make_potential
 
 import gossamer
+from gossamer.checks.source import find_sources
 from gossamer.cli import main
 from gossamer.data.atoms import count_frames
 from gossamer.files import InputError
@@ -179,6 +180,13 @@ def test_constraints_hold_on_ase_and_are_refused_elsewhere(potential: Path) -> N
     (row,) = blocks(ask(steps=20), [atoms], 1).values()
     relaxed = ase.io.read(StringIO(row.structure), format="extxyz")
     np.testing.assert_allclose(relaxed.positions[0], atoms.positions[0], atol=1e-7)
+    stored = relaxed.get_forces(apply_constraint=False)
+    relaxed.set_constraint()
+    relaxed.calc = find_sources([], [EMT])[0].make()
+    forces = relaxed.get_forces()
+    assert np.linalg.norm(forces[0]) > 1e-3
+    np.testing.assert_allclose(stored, forces, atol=1e-5)  # of the fixed atom too: it is no label of zero
+    assert row.max_force == pytest.approx(np.linalg.norm(forces[1:], axis=1).max(), abs=1e-5)
     (refused,) = blocks(ask(task="elastic"), [atoms], 1).values()
     assert "Constraints" in refused.reason
 

@@ -710,6 +710,21 @@ def test_relaxed_files_have_the_format_of_their_name_and_nothing_stale(tmp_path:
             relax(EMT(), atoms, out=tmp_path / name)
 
 
+def test_fixed_atoms_keep_their_forces_in_the_file(tmp_path: Path) -> None:
+    """Zero would be read as a label; what must vanish are those of the others."""
+    atoms = bulk("Cu", cubic=True, a=3.6)
+    atoms.rattle(0.1, seed=0)
+    atoms.set_constraint(FixAtoms([0]))
+    answer = relax(EMT(), atoms, fmax=0.01, out=tmp_path / "r.extxyz")
+    relaxed = ase.io.read(tmp_path / "r.extxyz")
+    stored = relaxed.get_forces(apply_constraint=False)
+    relaxed.set_constraint()
+    relaxed.calc = EMT()
+    np.testing.assert_allclose(stored, relaxed.get_forces(), atol=1e-6)
+    assert answer["converged"]
+    assert answer["max_force_eV_per_A"] <= 0.01
+
+
 @pytest.mark.thorough
 def test_several_files_are_relaxed_into_a_folder(tmp_path: Path) -> None:
     for name, atoms in (("a.extxyz", bulk("Cu", a=3.5)), ("b.cif", bulk("Cu", a=3.7)), ("fe.extxyz", bulk("Fe"))):

@@ -278,12 +278,12 @@ def _format(out: Path) -> str:
 
 
 def _bare(atoms: Atoms) -> Atoms:
-    """The relaxed atoms with their energy, forces and stress, without what was said of the frame they came from."""
+    """The relaxed atoms with their energy, forces (of fixed atoms too) and stress, without what was said of the frame they came from."""
     bare = atoms.copy()
     for name in set(bare.arrays) - set(KEPT_ARRAYS):
         del bare.arrays[name]
     bare.info = {k: v for k, v in bare.info.items() if isinstance(v, str) or k in CHARGED}
-    results = {"energy": atoms.get_potential_energy(), "forces": atoms.get_forces()}
+    results = {"energy": atoms.get_potential_energy(), "forces": atoms.get_forces(apply_constraint=False)}
     if "stress" in atoms.calc.results:
         results["stress"] = atoms.calc.results["stress"]
     bare.calc = SinglePointCalculator(bare, **results)
