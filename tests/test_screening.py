@@ -291,6 +291,13 @@ def test_ids_say_file_frame_and_content(tmp_path: Path) -> None:
     assert digest_of(items[0].atoms) == items[0].digest
     with pytest.raises(FileNotFoundError):
         list(read_items([tmp_path / "c.cif"]))
+    ordinary, isotope = items[0].atoms.copy(), items[0].atoms.copy()
+    ordinary.set_masses(ordinary.get_masses())
+    isotope.set_masses([65.0, *isotope.get_masses()[1:]])
+    assert digest_of(ordinary) == items[0].digest != digest_of(isotope)
+    ase.io.write(tmp_path / "isotope.extxyz", isotope)
+    (read,) = read_items([tmp_path / "isotope.extxyz"])
+    assert read.atoms.get_masses()[0] == 65.0
 
 
 def test_a_file_that_breaks_off_is_screened_up_to_there(tmp_path: Path) -> None:
