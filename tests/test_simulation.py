@@ -226,6 +226,14 @@ def test_guard_watches_collapse_and_bonds(tmp_path: Path) -> None:
     assert "bond 0-1 has changed by" in result["broken"]
 
 
+@pytest.mark.parametrize("ensemble", ["npt", "npt-anisotropic"])
+@pytest.mark.filterwarnings("ignore:overflow encountered", "ignore:invalid value encountered")
+def test_a_cell_that_leaves_sanity_breaks_the_run(ensemble: str, tmp_path: Path) -> None:
+    answer = md(lj(), argon(1), steps=40, timestep=500, ensemble=ensemble, out=tmp_path / "run", progress=False)
+    assert "the cell has left sanity" in answer["broken"] or "not finite" in answer["broken"]
+    assert (tmp_path / "run" / "broken.extxyz").exists()
+
+
 def test_velocities_of_the_structure_are_kept(tmp_path: Path) -> None:
     atoms = argon()
     atoms.set_momenta(np.tile([0.1, 0.0, -0.1], (32, 1)))
@@ -250,6 +258,7 @@ def test_velocities_of_the_structure_are_kept(tmp_path: Path) -> None:
         (dict(supercell=(2, 0, 1)), "supercell.1: Input should be greater than or equal to 1"),
         (dict(structure=molecule("H2O"), supercell=(1, 2, 1)), "supercell 1 2 1 repeats along axes that are not periodic"),
         (dict(ensemble="nve", temperature_end=10), "temperature_end needs a thermostat, and nve has none"),
+        (dict(pressure=1.5), "pressure 1.5 GPa needs a barostat, and langevin has none. Choose npt or npt-anisotropic"),
         (dict(structure=molecule("H2O"), ensemble="npt-anisotropic"), "npt-anisotropic needs a structure that is periodic"),
         (dict(structure=Atoms("H2", positions=[[0, 0, 0], [1, 0, 0]]), ensemble="npt"), "npt needs a structure that is periodic"),
         (dict(structure="nowhere.xyz"), "There is no structure file 'nowhere.xyz'"),

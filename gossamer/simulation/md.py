@@ -76,6 +76,20 @@ def as_calculator(
     return calculator
 
 
+def check_options(config: MDConfig) -> None:
+    """Refuse options that the ensemble would ignore.
+
+    Raises:
+        ValueError: says which.
+    """
+    if config.temperature_end is not None and config.ensemble == "nve":
+        raise ValueError("temperature_end needs a thermostat, and nve has none. Choose another ensemble.")
+    if config.pressure and config.ensemble not in NPT:
+        raise ValueError(
+            f"pressure {config.pressure:g} GPa needs a barostat, and {config.ensemble} has none. Choose {' or '.join(NPT)}, or leave it out."
+        )
+
+
 def foretell(calculator: BaseCalculator, n_evaluations: int, atoms: Atoms) -> None:
     """Say that about so many evaluations of such atoms will come, from which one of ours may choose to compile."""
     from gossamer.simulation.calculator import Calculator
@@ -147,6 +161,7 @@ def md(
         ValueError: unknown options, or options that do not fit together.
     """
     config = configured(MDConfig, config, options)
+    check_options(config)
     if config.engine != "ase" or config.all_frames:
         raise ValueError("engine and all_frames are for several structures: gossamer.md_files, or the command line.")
     with locked(config.out):
@@ -228,8 +243,6 @@ def _set_calculator(atoms: Atoms, model: Any, config: MDConfig, before: dict[str
         )
     if direct:
         log.warning("this potential predicts forces directly: they are not the gradient of an energy, and energy is not conserved")
-    if config.temperature_end is not None and config.ensemble == "nve":
-        raise ValueError("temperature_end needs a thermostat, and nve has none. Choose another ensemble.")
 
 
 def _advance(run: _Run, config: MDConfig, progress: bool) -> tuple[str | None, str | None, str | None]:
@@ -251,11 +264,23 @@ def _advance(run: _Run, config: MDConfig, progress: bool) -> tuple[str | None, s
             where = f"step {dynamics.nsteps} ({dynamics.nsteps * config.timestep / 1000:.3f} ps): {error}"
             log.warning("stopped at %s; the state is saved, resume with a larger max_uncertainty goes on", where)
             return None, where, None
-        except (SimulationBroken, ValueError) as error:
-            if not isinstance(error, SimulationBroken) and "finite" not in str(error):
+        except (SimulationBroken, ValueError, ArithmeticError) as error:
+            reason = _insane(error, run.atoms)
+            if reason is None:
                 raise
-            return write_broken(run.atoms, dynamics.nsteps, config, error), None, None
+            return write_broken(run.atoms, dynamics.nsteps, config, reason), None, None
     return None, None, None
+
+
+def _insane(error: Exception, atoms: Atoms) -> Exception | None:
+    """Why the run is broken, if this error comes of a structure that has left sanity, and not of a wrong question."""
+    if isinstance(error, SimulationBroken) or "finite" in str(error):
+        return error
+    if isinstance(error, np.linalg.LinAlgError):  # of the matrices by which cells of any shape move
+        return SimulationBroken(f"the cell has left sanity ({error})")
+    if not (np.isfinite(atoms.positions).all() and np.isfinite(atoms.cell.array).all()):
+        return SimulationBroken(f"positions or cell are not finite ({error})")
+    return None
 
 
 def thermostat_temperature(atoms: Atoms, ensemble: str, temperature: float) -> float:

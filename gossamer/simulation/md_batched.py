@@ -27,7 +27,7 @@ from gossamer.signals import StopRequested
 from gossamer.simulation.batched import batches
 from gossamer.simulation.calculator import digest_of
 from gossamer.simulation.guard import Guard, SimulationBroken
-from gossamer.simulation.md import give_velocities, thermostat_temperature
+from gossamer.simulation.md import check_options, give_velocities, thermostat_temperature
 from gossamer.simulation.options import MDConfig
 from gossamer.simulation.recorder import STATE, Recorder, begun, read_state, run_settings, state_of, stored_settings, write_broken
 from gossamer.simulation.state import belonging, put_back_atoms
@@ -113,8 +113,7 @@ def md_batched(
 def _start(atoms: Atoms, config: MDConfig, model: TorchSimModel) -> _Walker:
     """A structure at its start, or where its stored run was."""
     state_file, resumed = config.out / STATE, begun(config)
-    if config.temperature_end is not None and config.ensemble == "nve":
-        raise ValueError("temperature_end needs a thermostat, and nve has none. Choose another ensemble.")
+    check_options(config)
     give_velocities(atoms, config, np.random.default_rng(config.seed))
     who = belonging(atoms, digest_of(model.potential, model.engine.dispersion))
     clock, settings, guard = _Clock(), run_settings(config, model.engine.way, who), Guard.of(atoms, config)

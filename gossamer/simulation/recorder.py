@@ -94,7 +94,8 @@ def stored_settings(path: Path) -> dict[str, Any]:
 def read_state(path: Path, before: dict[str, Any], settings: dict[str, Any], atoms: Atoms) -> dict[str, Any]:
     """Arrays of a stored run that had the same settings and atoms."""
     stored = read_npz(path)
-    changed = sorted(k for k in settings if before.get(k) != settings[k] and k not in ("way", "belonging"))
+    passing = ["way", "belonging", *([] if settings["ensemble"].startswith("npt") else ["pressure"])]  # which older versions ignored there
+    changed = sorted(k for k in settings if before.get(k) != settings[k] and k not in passing)
     if changed:
         raise ValueError(
             f"'{path}' was made with other settings: {', '.join(f'{k} {before.get(k)} (now {settings[k]})' for k in changed)}. "
