@@ -37,6 +37,7 @@ from gossamer.simulation.md import md
 from gossamer.simulation.md_files import md_files
 from gossamer.simulation.options import MDConfig, RelaxConfig
 from gossamer.simulation.relax import relax, relax_files
+from gossamer.simulation.state import without_labels
 
 ELEMENTS = ["H", "C", "O", "Si"]
 
@@ -447,6 +448,29 @@ def test_stopped_dynamics_say_so_and_resume_exactly(tmp_path: Path, caplog: pyte
     assert "SIGTERM: stopped at step 17 of 40; the state is saved, resume goes on" in caplog.text
     md(lj(), argon(1), options, out=folder, resume=True, progress=False)
     assert table(folder) == table(tmp_path / "whole")
+
+
+def test_the_end_is_kept_where_no_frame_is_due(tmp_path: Path) -> None:
+    """The state is that of the last step, and frames stay at equal distances, as if there had been no end there."""
+    options = MDConfig(temperature=40, timestep=4, interval=10, seed=2, resume=True)
+    for steps in (25, 25, 40):
+        assert md(lj(), argon(1), options, steps=steps, out=tmp_path / "parts", progress=False)["steps"] == steps
+        assert int(np.load(tmp_path / "parts" / "state.npz")["integrator.nsteps"]) == steps
+    md(lj(), argon(1), options, steps=40, out=tmp_path / "whole", progress=False)
+    assert table(tmp_path / "parts") == table(tmp_path / "whole")
+    assert len(ase.io.read(tmp_path / "parts" / "trajectory.traj", ":")) == 5
+
+
+def test_labels_of_the_start_are_not_those_of_later_frames(tmp_path: Path) -> None:
+    atoms = argon(1)
+    atoms.info = {"REF_energy": -99.0, "name": "argon", "charge": 0, "REF_stress": np.zeros(6), "step": 3}
+    atoms.set_array("REF_forces", np.ones((4, 3)))
+    atoms.set_array("residuenumbers", np.arange(4))
+    atoms.set_masses([40.0] * 4)
+    md(lj(), atoms, steps=2, interval=1, out=tmp_path / "run", progress=False)
+    for frame in ase.io.read(tmp_path / "run" / "trajectory.traj", ":"):
+        assert frame.info == {"name": "argon", "charge": 0}
+    assert set(without_labels(atoms).arrays) == {"numbers", "positions", "masses", "residuenumbers"}
 
 
 def test_two_runs_on_one_folder_are_refused(tmp_path: Path) -> None:

@@ -260,6 +260,7 @@ def _advance(run: _Run, config: MDConfig, progress: bool) -> tuple[str | None, s
                 if config.temperature_end is not None:
                     reached = dynamics.nsteps / config.steps
                     _set_temperature(dynamics, config, config.temperature + reached * (config.temperature_end - config.temperature))
+            run.recorder.finish()
         except UncertainError as error:
             where = f"step {dynamics.nsteps} ({dynamics.nsteps * config.timestep / 1000:.3f} ps): {error}"
             log.warning("stopped at %s; the state is saved, resume with a larger max_uncertainty goes on", where)

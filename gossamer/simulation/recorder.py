@@ -22,7 +22,7 @@ from gossamer.data.npz_file import read_npz
 from gossamer.files import atomic_path
 from gossamer.simulation.guard import Guard, SimulationBroken, temperature_of
 from gossamer.simulation.options import MDConfig
-from gossamer.simulation.state import cut_trajectory, damaged_advice, numbers_of, strange
+from gossamer.simulation.state import cut_trajectory, damaged_advice, numbers_of, strange, without_labels
 from gossamer.simulation.uncertain import UncertainError, Watch
 
 log = logging.getLogger(__name__)
@@ -35,7 +35,7 @@ def write_broken(atoms: Atoms, step: int, config: MDConfig, error: Exception) ->
     """Write the frame that broke a run; returns where and why."""
     frame = config.out / "broken.extxyz"
     with atomic_path(frame) as temporary:
-        ase.io.write(temporary, atoms.copy(), format="extxyz")
+        ase.io.write(temporary, without_labels(atoms), format="extxyz")
     why = f"step {step} ({step * config.timestep / 1000:.3f} ps): {error}"
     log.error("stopped at %s; the frame is in '%s'", why, frame)
     return why
@@ -162,6 +162,14 @@ class Recorder:
         if doubt is not None:
             raise UncertainError(doubt)
 
+    def finish(self) -> None:
+        """At the last step: the guard and the state, where no frame is due; a frame would not be one of equal distances."""
+        if self.dynamics.nsteps % self.config.interval:
+            problem = self.guard.problem(self.atoms)
+            if problem is not None:
+                raise SimulationBroken(problem)
+            self.save_state()
+
     def _conserved(self, total: float) -> float:
         """The integrator's conserved quantity in eV.
 
@@ -178,7 +186,7 @@ class Recorder:
 
     def _frame(self) -> Atoms:
         """The atoms with plain results: ASE's writer would also store the calculator's parameters, and fails on some."""
-        frame = self.atoms.copy()
+        frame = without_labels(self.atoms)
         results = {k: v for k, v in self.atoms.calc.results.items() if k in ("energy", "free_energy", "forces", "stress")}
         frame.calc = SinglePointCalculator(frame, **results)
         return frame

@@ -18,6 +18,8 @@ from gossamer.files import atomic_path
 OWNED = ("_thermostat", "_barostat", "state")
 ELECTRONS, CHARGED = ("initial_charges", "initial_magmoms"), ("charge", "spin")
 """arrays and entries of info that say to calculators how many electrons there are, and their spins"""
+MOVING = ("positions", "momenta", "masses", *ELECTRONS)
+"""arrays of floats that every frame of a simulation has"""
 
 
 def numbers_of(value: Any, prefix: str = "") -> dict[str, NDArray[Any]]:
@@ -95,6 +97,18 @@ def _told(constraint: Any) -> Any:
         return constraint.todict()
     except NotImplementedError:
         return None
+
+
+def without_labels(atoms: Atoms) -> Atoms:
+    """A copy that moves as the atoms do, without numbers that were said of the frame they came from: labels, times, uncertainties.
+
+    Arrays of floats go, but for those of `MOVING`, and all entries of info that are no words, charge or spin. Names of residues and the like stay.
+    """
+    copy = atoms.copy()
+    for name in [k for k, v in copy.arrays.items() if k not in MOVING and v.dtype.kind == "f"]:
+        del copy.arrays[name]
+    copy.info = {k: v for k, v in copy.info.items() if isinstance(v, str) or k in CHARGED}
+    return copy
 
 
 def bare(atoms: Atoms) -> Atoms:
