@@ -19,7 +19,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from ase.data import chemical_symbols
-from ase.geometry import complete_cell
 from ase.units import Bohr, Hartree
 from numpy.typing import NDArray
 
@@ -95,23 +94,46 @@ class D3:
             pbc: (3,); axes that are not periodic have no images.
 
         Raises:
-            ValueError: an element without parameters, or atoms on one spot.
+            ValueError: an element without parameters, a periodic axis without a vector, or atoms on one spot.
         """
         heavy = sorted({int(z) for z in atomic_numbers if z > HEAVIEST})
         if heavy:
             raise ValueError(
                 f"D3 has no parameters for {', '.join(chemical_symbols[z] for z in heavy)}: it ends with {chemical_symbols[HEAVIEST]}."
             )
-        periodic = bool(pbc.any())
-        try:
-            model = self._model(
-                atomic_numbers, positions / Bohr, complete_cell(cell) / Bohr if periodic else None, pbc if periodic else None
+        axes = np.flatnonzero(pbc)
+        if len(axes) and np.linalg.matrix_rank(cell[axes], tol=1e-6) < len(axes):
+            raise ValueError(
+                f"Axes {axes.tolist()} are periodic, but their lattice vectors {cell[axes].tolist()} are zero or linearly dependent. "
+                "Give a cell with a volume, or switch periodicity off along that axis."
             )
+        if 0 < len(axes) < 3:
+            positions, cell = _with_room(positions, cell, pbc)
+        around = (cell / Bohr, np.ones(3, dtype=bool)) if len(axes) else (None, None)
+        try:
+            model = self._model(atomic_numbers, positions / Bohr, *around)
             model.set_realspace_cutoff(PAIRS, COORDINATION, COORDINATION, SMOOTH, 0.0)
             found = model.get_dispersion(self._parameters, grad=True)
         except RuntimeError as error:
             raise ValueError(f"D3 cannot be computed: {error}. Separate overlapping atoms.") from None
         return Dispersed(float(found["energy"]) * Hartree, found["gradient"] * (-Hartree / Bohr), found["virial"] * Hartree)
+
+
+def _with_room(
+    positions: NDArray[np.float64], cell: NDArray[np.float64], pbc: NDArray[np.bool_]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """The atoms in the middle of a cell that may be periodic along all axes: across the open ones, images are beyond the end of pairs.
+
+    simple-dftd3 wraps atoms along open axes too, from where they lie outside the cell to elsewhere, and finds too few images of a slab that
+    does not lie along x and y.
+    """
+    axes = np.linalg.svd(cell[pbc])[2][int(pbc.sum()) :]
+    along = positions @ axes.T
+    lowest, highest = along.min(axis=0), along.max(axis=0)
+    lengths = highest - lowest + PAIRS * Bohr
+    roomy = cell.copy()
+    roomy[~pbc] = axes * lengths[:, None]
+    return positions + ((lengths - lowest - highest) / 2) @ axes, roomy
 
 
 def _functionals(damping: str) -> list[str]:

@@ -12,6 +12,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,7 @@ from gossamer.signals import Stopped
 from gossamer.simulation.calculator import Calculator
 from gossamer.simulation.md import md
 from gossamer.simulation.options import LearnConfig
+from gossamer.simulation.state import bare
 
 log = logging.getLogger(__name__)
 OUTSIDE = 3.0
@@ -184,8 +186,11 @@ def _explore(
         if walk["stopped"]:
             raise Stopped(f"stopped by {walk['stopped']} while walking; the same command goes on")
         broken += walk["broken"] is not None
-        with open(out / "log.csv", newline="") as file:
-            largest += [float(row["max_forces_uncertainty_eV_per_A"]) for row in csv.DictReader(file)]
+        if (out / "log.csv").exists():  # not of a walk that broke before its first frame
+            with open(out / "log.csv", newline="") as file:
+                largest += [float(row["max_forces_uncertainty_eV_per_A"]) for row in csv.DictReader(file)]
+    if not largest:
+        raise RuntimeError(f"Every walk of round {number} broke before its first frame: look at the structures, and at '{folder}'.")
     share = float(np.mean(np.array(largest) > limit))
     log.info("round %d: %.1f %% of the frames are uncertain, %d walks broke", number, 100 * share, broken)
     return {"broken": broken, "uncertain_share": share, "median_uncertainty_eV_per_A": float(np.median(largest))}
@@ -245,16 +250,12 @@ def _labelled(chosen: Sequence[Atoms], make: Any, folder: Path) -> list[Atoms]:
     calculator = None
     for k in sorted(set(range(len(chosen))) - done):
         calculator = make() if calculator is None else calculator
-        atoms = Atoms(chosen[k].numbers, chosen[k].positions, cell=chosen[k].cell, pbc=chosen[k].pbc)
-        atoms.info = {"candidate": k}
+        atoms = bare(chosen[k])
+        atoms.info["candidate"] = k
         work = atoms.copy()
         work.calc = calculator
         try:
-            values = {"energy": work.get_potential_energy(), "forces": work.get_forces()}
-            if atoms.pbc.all():
-                values["stress"] = work.get_stress()
-        except PropertyNotImplementedError:  # of the stress
-            pass
+            values = _labels(work)
         except Exception as error:  # a calculator may raise anything; the other frames still count
             failed[str(k)] = f"{type(error).__name__}: {error}"
             write_json(failures, failed)
@@ -264,6 +265,23 @@ def _labelled(chosen: Sequence[Atoms], make: Any, folder: Path) -> list[Atoms]:
         with atomic_path(file) as temporary:
             ase.io.write(temporary, found, format="extxyz")
     return list(found)
+
+
+def _labels(atoms: Atoms) -> dict[str, Any]:
+    """Energy, forces, and stress where the calculator of these atoms gives one.
+
+    Raises:
+        ValueError: one of them is not finite.
+        Exception: a calculator may raise anything.
+    """
+    values = {"energy": atoms.get_potential_energy(), "forces": atoms.get_forces()}
+    if atoms.pbc.all():
+        with suppress(PropertyNotImplementedError):
+            values["stress"] = atoms.get_stress()
+    strange = [name for name, value in values.items() if not np.isfinite(value).all()]
+    if strange:
+        raise ValueError(f"{' and '.join(strange)} of the calculator are not finite")
+    return values
 
 
 def _fit(current: Path, potential: Potential, old: Sequence[Structure], config: LearnConfig, folder: Path) -> dict[str, Any]:

@@ -304,9 +304,9 @@ atom_style atomic
 newton on
 boundary {boundary}
 read_data atoms.data
-plugin load {plugin}
+plugin load "{plugin}"
 pair_style gossamer
-pair_coeff * * {package} {elements}
+pair_coeff * * "{package}" {elements}
 neighbor 0.5 bin
 dump 1 all custom {steps} dump id fx fy fz
 dump_modify 1 sort id format float %.16g

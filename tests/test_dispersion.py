@@ -8,7 +8,7 @@ import ase.io
 import numpy as np
 import pytest
 from ase import Atoms
-from ase.build import bulk, molecule
+from ase.build import bulk, fcc111, molecule
 from ase.calculators.emt import EMT
 from ase.calculators.singlepoint import SinglePointCalculator
 from ase.units import Bohr, Hartree
@@ -19,6 +19,7 @@ from gossamer.checks.source import find_sources
 from gossamer.cli import main
 from gossamer.data.dataset import open_dataset
 from gossamer.data.structure import as_structure
+from gossamer.dispersion import D3
 from gossamer.engine.engine import Engine
 from gossamer.potential_file import load, read_manifest, save
 from gossamer.runs import evaluate, train
@@ -66,6 +67,42 @@ def test_axes_without_periodicity_have_no_images() -> None:
         energies.append(atoms.get_potential_energy())
     assert energies[0] == energies[1]
     assert energies[2] < energies[1] - 1e-3
+
+
+COPPER = fcc111("Cu", (1, 1, 3), vacuum=8.0)
+
+
+def roomy(atoms: Atoms, periodic: int) -> Atoms:
+    """In much vacuum, and periodic along all axes."""
+    cell = atoms.cell.array.copy()
+    cell[periodic:] = 60.0 * np.linalg.svd(cell[:periodic])[2][periodic:]
+    apart = Atoms(atoms.numbers, atoms.positions, cell=cell, pbc=True)
+    apart.center(axis=range(periodic, 3))
+    return apart
+
+
+@pytest.mark.parametrize("periodic", [2, 1])
+def test_open_axes_may_lie_anywhere(periodic: int) -> None:
+    """A slab and a wire beside their cell, in cells of any open vectors, turned, their axes in any order: always as in much vacuum."""
+    atoms = rattled(COPPER)
+    d3, pbc = D3("pbe"), np.arange(3) < periodic
+    free = roomy(atoms, periodic)
+    expected = d3(free.numbers, free.positions, free.cell.array, free.pbc)
+    rng = np.random.default_rng(0)
+    for shift in (0.0, -7.9, -8.1, -9.0, -11.0, 20.0):
+        moved = atoms.positions + shift * np.array([0.3, -0.2, 1.0])
+        for open_vectors in (atoms.cell.array, np.zeros((3, 3)), rng.normal(size=(3, 3))):
+            cell = np.where(pbc[:, None], atoms.cell.array, open_vectors)
+            turn = np.linalg.qr(rng.normal(size=(3, 3)))[0]
+            order = rng.permutation(3)
+            found = d3(atoms.numbers, moved @ turn, (cell @ turn)[order], pbc[order])
+            assert found.energy == pytest.approx(expected.energy, abs=1e-10)
+            np.testing.assert_allclose(found.forces @ turn.T, expected.forces, atol=1e-10)
+            np.testing.assert_allclose(turn @ found.virial @ turn.T, expected.virial, atol=1e-10)
+    if periodic == 2:
+        assert d3(COPPER.numbers, COPPER.positions, COPPER.cell.array, pbc).energy == pytest.approx(-1.1457, abs=1e-4)
+    with pytest.raises(ValueError, match=r"Axes \[0\] are periodic, but their lattice vectors \[\[0.0, 0.0, 0.0\]\] are zero"):
+        d3(atoms.numbers, atoms.positions, np.zeros((3, 3)), np.arange(3) < 1)
 
 
 @pytest.mark.parametrize("system", [molecule("CH3CH2OH"), GRAPHITE])

@@ -181,8 +181,9 @@ def test_symmetry_and_extensivity(system: str, request: pytest.FixtureRequest) -
 def test_net_charge(net_charge: str, message: str | None, crystal: Atoms) -> None:
     calculator = Calculator(with_charges(net_charge=net_charge), way="plain")
     if message is not None:
-        with pytest.raises(ValueError, match=message):
-            calculator.get_potential_energy(bulk("Si"))
+        for _ in range(2):  # asked again, it refuses again
+            with pytest.raises(ValueError, match=message):
+                calculator.get_potential_energy(bulk("Si"))
         calculator.get_potential_energy(molecule("SiH4"))
         return
     assert force_gradient_error(calculator, crystal, step=1e-3, n_atoms=2) < 1e-6

@@ -22,9 +22,11 @@ from ase.md.verlet import VelocityVerlet
 from conftest import KERNELS, make_potential
 from test_kernels import needs_compiler
 
+from gossamer.engine.agreement import probe
 from gossamer.potential_file import save
 from gossamer.simulation.calculator import Calculator
-from gossamer.simulation.lammps import OPERATORS, export_lammps, installation, mpi_headers, seal
+from gossamer.simulation.lammps import EXAMPLE, OPERATORS, export_lammps, installation, mpi_headers, seal, surroundings, write_example
+from gossamer.ways import INPUT
 
 BIN = Path(sys.executable).parent
 needs_lammps = pytest.mark.skipif(
@@ -69,6 +71,20 @@ def test_what_is_no_installation_is_refused(tmp_path: Path) -> None:
     (tmp_path / "mpi.h").write_text("#define MPICH_VERSION")
     with pytest.raises(ValueError, match="is of MPICH"):
         installation(tmp_path, tmp_path)
+
+
+@needs_lammps
+def test_folders_may_have_spaces_in_their_names(tmp_path: Path) -> None:
+    """LAMMPS reads the example's structure, and then wants the plugin."""
+    potential = make_potential(["C", "H", "O"])
+    (folder := tmp_path / "my packages").mkdir()
+    write_example(folder, potential, probe(potential), folder)
+    command = [str(installation().executable), "-in", str(folder / "in.example"), "-log", "none", "-var", "plugin", "nowhere.so"]
+    said = subprocess.run(command, env=surroundings(), cwd=tmp_path, capture_output=True, text=True, check=False).stdout
+    assert f" {len(probe(potential).atomic_numbers)} atoms" in said
+    assert "Unrecognized pair style 'gossamer'" in said
+    for text, paths in ((EXAMPLE, ("data", "package")), (INPUT, ("plugin", "package"))):
+        assert all(f'"{{{path}}}"' in text for path in paths)
 
 
 # --- LAMMPS itself ----------------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -27,6 +27,9 @@ class Counting(EMT):
     calls = 0
     fails_at: int | None = None
     cut_at: int | None = None
+    nan_at: int | None = None
+    electrons: ClassVar[set[tuple[Any, ...]]] = set()
+    """charges, magnetic moments, charge and spin that it was asked for"""
 
     def calculate(self, *arguments: Any, **keywords: Any) -> None:
         if Counting.calls == Counting.cut_at:
@@ -35,6 +38,11 @@ class Counting(EMT):
         if Counting.calls - 1 == Counting.fails_at:
             raise RuntimeError("no convergence")
         super().calculate(*arguments, **keywords)
+        atoms = self.atoms
+        sums = float(atoms.get_initial_charges().sum()), float(atoms.get_initial_magnetic_moments().sum())
+        Counting.electrons.add((*sums, atoms.info.get("charge"), atoms.info.get("spin")))
+        if Counting.calls - 1 == Counting.nan_at:
+            self.results["forces"][0, 0] = np.nan
 
 
 def copper(size: float, seed: int) -> Atoms:
@@ -49,7 +57,7 @@ def copper(size: float, seed: int) -> Atoms:
 @pytest.fixture
 def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """A random potential that was measured, its frames, and options of a short loop."""
-    for name, value in (("calls", 0), ("fails_at", None), ("cut_at", None)):
+    for name, value in (("calls", 0), ("fails_at", None), ("cut_at", None), ("nan_at", None), ("electrons", set())):
         monkeypatch.setattr(Counting, name, value)
     potential = make_potential(["Cu"], cutoff=3.5)
     write(tmp_path / "old.extxyz", [copper(0.05, k) for k in range(8)])
@@ -64,12 +72,18 @@ def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
 
 def test_a_loop_and_the_same_again(start: dict[str, Any]) -> None:
-    """New frames are labelled by the calculator and trained on beside the old ones; the same command again does nothing."""
+    """New frames are labelled by the calculator, as ions and magnets if they are some, and trained on beside the old ones; the same command
+    again does nothing."""
+    walker = start["structures"][0]
+    walker.set_initial_charges([1, 0, 0, 0])
+    walker.set_initial_magnetic_moments([2, 0, 0, 0])
+    walker.info |= {"charge": 1, "spin": 3}
     answer = learn(**start)
     folder = start["out"] / "round-01"
     labelled = read(folder / "labelled.extxyz", ":")
     assert (answer["n_labelled"], answer["rounds"], answer["held"]) == (4, 1, False)
     assert len(labelled) == 4
+    assert Counting.electrons == {(1.0, 2.0, 1, 3)}
     for atoms in labelled:
         expected = atoms.copy()
         expected.calc = EMT()
@@ -102,8 +116,13 @@ def test_cut_while_labelling_nothing_is_labelled_twice(start: dict[str, Any], mo
 @pytest.mark.thorough
 def test_frames_that_cannot_be_labelled_are_left_out(start: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Counting, "fails_at", 1)
-    assert learn(**start)["n_labelled"] == 3
-    assert "no convergence" in json.loads((start["out"] / "round-01" / "failed.json").read_text())["1"]
+    monkeypatch.setattr(Counting, "nan_at", 2)
+    for _ in range(2):
+        assert learn(**start)["n_labelled"] == 2
+    failed = json.loads((start["out"] / "round-01" / "failed.json").read_text())
+    assert "no convergence" in failed["1"]
+    assert failed["2"] == "ValueError: forces of the calculator are not finite"
+    assert len(read(start["out"] / "round-01" / "labelled.extxyz", ":")) == 2
 
 
 @pytest.mark.thorough

@@ -112,6 +112,9 @@ def test_a_resumed_batch_is_the_same(potential: Potential, files: list[str], tmp
     assert "holds a simulation already" in refused["error"]
     answers = run(potential, files, steps=20, resume=True, **common)
     assert [a["steps"] for a in answers] == [20] * 4
+    written = (tmp_path / "md" / "si-0" / "state.npz").read_bytes()
+    assert [a["steps"] for a in run(potential, files, steps=20, resume=True, **common)] == [20] * 4, "nothing is left to do"
+    assert (tmp_path / "md" / "si-0" / "state.npz").read_bytes() == written
     whole = run(potential, files, steps=20, ensemble="nve", out=tmp_path / "whole")
     for name in (Path(a["out"]).name for a in whole):
         np.testing.assert_allclose(table(tmp_path / "md" / name), table(tmp_path / "whole" / name), rtol=1e-9, atol=1e-7)

@@ -28,6 +28,7 @@ from ase.constraints import FixAtoms
 from conftest import make_potential
 
 import gossamer
+from gossamer.checks.source import find_sources
 from gossamer.cli import main
 from gossamer.data.atoms import count_frames
 from gossamer.files import InputError
@@ -179,6 +180,13 @@ def test_constraints_hold_on_ase_and_are_refused_elsewhere(potential: Path) -> N
     (row,) = blocks(ask(steps=20), [atoms], 1).values()
     relaxed = ase.io.read(StringIO(row.structure), format="extxyz")
     np.testing.assert_allclose(relaxed.positions[0], atoms.positions[0], atol=1e-7)
+    stored = relaxed.get_forces(apply_constraint=False)
+    relaxed.set_constraint()
+    relaxed.calc = find_sources([], [EMT])[0].make()
+    forces = relaxed.get_forces()
+    assert np.linalg.norm(forces[0]) > 1e-3
+    np.testing.assert_allclose(stored, forces, atol=1e-5)  # of the fixed atom too: it is no label of zero
+    assert row.max_force == pytest.approx(np.linalg.norm(forces[1:], axis=1).max(), abs=1e-5)
     (refused,) = blocks(ask(task="elastic"), [atoms], 1).values()
     assert "Constraints" in refused.reason
 
@@ -283,6 +291,13 @@ def test_ids_say_file_frame_and_content(tmp_path: Path) -> None:
     assert digest_of(items[0].atoms) == items[0].digest
     with pytest.raises(FileNotFoundError):
         list(read_items([tmp_path / "c.cif"]))
+    ordinary, isotope = items[0].atoms.copy(), items[0].atoms.copy()
+    ordinary.set_masses(ordinary.get_masses())
+    isotope.set_masses([65.0, *isotope.get_masses()[1:]])
+    assert digest_of(ordinary) == items[0].digest != digest_of(isotope)
+    ase.io.write(tmp_path / "isotope.extxyz", isotope)
+    (read,) = read_items([tmp_path / "isotope.extxyz"])
+    assert read.atoms.get_masses()[0] == 65.0
 
 
 def test_a_file_that_breaks_off_is_screened_up_to_there(tmp_path: Path) -> None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
@@ -18,20 +20,24 @@ import ase.io
 import numpy as np
 import pytest
 import torch
-from ase import Atoms
+from ase import Atoms, units
 from ase.build import bulk, molecule
 from ase.calculators.calculator import PropertyNotImplementedError
 from ase.calculators.emt import EMT
 from ase.calculators.lj import LennardJones
+from ase.constraints import FixAtoms, FixBondLengths, FixSymmetry
 from conftest import make_potential, often
 
 from gossamer.data.atoms import as_atoms
 from gossamer.files import locked
 from gossamer.potential_file import save
 from gossamer.simulation.calculator import Calculator
+from gossamer.simulation.dispersion import with_dispersion
 from gossamer.simulation.md import md
+from gossamer.simulation.md_files import md_files
 from gossamer.simulation.options import MDConfig, RelaxConfig
 from gossamer.simulation.relax import relax, relax_files
+from gossamer.simulation.state import without_labels
 
 ELEMENTS = ["H", "C", "O", "Si"]
 
@@ -221,6 +227,14 @@ def test_guard_watches_collapse_and_bonds(tmp_path: Path) -> None:
     assert "bond 0-1 has changed by" in result["broken"]
 
 
+@pytest.mark.parametrize("ensemble", ["npt", "npt-anisotropic"])
+@pytest.mark.filterwarnings("ignore:overflow encountered", "ignore:invalid value encountered")
+def test_a_cell_that_leaves_sanity_breaks_the_run(ensemble: str, tmp_path: Path) -> None:
+    answer = md(lj(), argon(1), steps=40, timestep=500, ensemble=ensemble, out=tmp_path / "run", progress=False)
+    assert "the cell has left sanity" in answer["broken"] or "not finite" in answer["broken"]
+    assert (tmp_path / "run" / "broken.extxyz").exists()
+
+
 def test_velocities_of_the_structure_are_kept(tmp_path: Path) -> None:
     atoms = argon()
     atoms.set_momenta(np.tile([0.1, 0.0, -0.1], (32, 1)))
@@ -245,6 +259,7 @@ def test_velocities_of_the_structure_are_kept(tmp_path: Path) -> None:
         (dict(supercell=(2, 0, 1)), "supercell.1: Input should be greater than or equal to 1"),
         (dict(structure=molecule("H2O"), supercell=(1, 2, 1)), "supercell 1 2 1 repeats along axes that are not periodic"),
         (dict(ensemble="nve", temperature_end=10), "temperature_end needs a thermostat, and nve has none"),
+        (dict(pressure=1.5), "pressure 1.5 GPa needs a barostat, and langevin has none. Choose npt or npt-anisotropic"),
         (dict(structure=molecule("H2O"), ensemble="npt-anisotropic"), "npt-anisotropic needs a structure that is periodic"),
         (dict(structure=Atoms("H2", positions=[[0, 0, 0], [1, 0, 0]]), ensemble="npt"), "npt needs a structure that is periodic"),
         (dict(structure="nowhere.xyz"), "There is no structure file 'nowhere.xyz'"),
@@ -269,10 +284,123 @@ def test_dynamics_refuse_to_overwrite_and_to_resume_something_else(tmp_path: Pat
         md(lj(), argon(1), temperature=40, steps=20, out=tmp_path / "run", resume=True, progress=False)
 
 
+@pytest.mark.parametrize("engine", ["ase", "torchsim"])
+def test_a_run_goes_on_with_what_it_began_with(engine: str, tmp_path: Path) -> None:
+    """Not with another potential, other masses, periodicity or constraints; states of older versions, which do not say, pass."""
+    if engine == "torchsim":
+        pytest.importorskip("torch_sim")
+    potential, other = (make_potential(["Ar"], cutoff=5.0, seed=seed) for seed in (0, 1))
+    atoms = argon(1)
+    atoms.set_momenta(np.ones((4, 3)))
+    heavy, slab, held = atoms.copy(), atoms.copy(), atoms.copy()
+    heavy.set_masses([80.0] * 4)
+    slab.pbc = False
+    held.set_constraint(FixAtoms([0]))
+
+    def run(model: Any, start: Atoms, steps: int, resume: bool = True) -> dict[str, Any]:
+        ase.io.write(tmp_path / "ar.traj", start)
+        options = MDConfig(steps=steps, way="plain", temperature=40, max_temperature=1e9, engine=engine, out=tmp_path, resume=resume)
+        (answer,) = md_files(model, [tmp_path / "ar.traj"], options, progress=False)
+        return answer
+
+    assert run(potential, atoms, 5, False)["steps"] == 5
+    for model, start, message in (
+        (other, atoms, r"belongs to something else: potential [0-9a-f]{12} \(now [0-9a-f]{12}\)"),
+        (potential, heavy, r"masses 159.8 \(.*\) \(now 320.0"),
+        (potential, slab, r"pbc T T T \(now F F F\)"),
+        *([(potential, held, r"constraints none \(now FixAtoms \(")] if engine == "ase" else []),
+    ):
+        assert re.search(message, run(model, start, 10)["error"])
+    assert run(deepcopy(potential).to(torch.float32), atoms, 10)["steps"] == 10, "in another precision it is the same"
+    state = tmp_path / "ar" / "state.npz"
+    with np.load(state) as data:
+        arrays = dict(data)
+    settings = json.loads(str(arrays["settings"]))
+    del settings["belonging"]
+    np.savez(state, **{**arrays, "settings": np.array(json.dumps(settings))})
+    assert run(other, atoms, 12)["steps"] == 12
+
+
+def test_a_relaxation_goes_on_with_what_it_began_with(tmp_path: Path) -> None:
+    options = dict(out=tmp_path / "r.extxyz", fmax=1e-9)
+    atoms = argon(1)
+    relax(lj(), atoms, steps=2, **options)
+    held = atoms.copy()
+    held.set_constraint(FixAtoms([0]))
+    pytest.importorskip("dftd3")
+    for model, start, message in (
+        (LennardJones(epsilon=0.02, sigma=3.4, rc=6.5, smooth=True), atoms, r"potential LennardJones \(.{8}\) \(now LennardJones \("),
+        (EMT(), atoms, r"potential LennardJones \(.{8}\) \(now EMT"),
+        (with_dispersion(lj(), "pbe"), atoms, r"now LennardJones \(.{8}\) \+ D3Calculator"),
+        (lj(), held, r"constraints none \(now FixAtoms"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            relax(model, start, steps=4, resume=True, **options)
+    memory = tmp_path / "r.state.npz"
+    with np.load(memory) as data:
+        arrays = {k: v for k, v in data.items() if k != "belonging"}
+    np.savez(memory, **arrays)
+    assert relax(lj(), held, steps=4, resume=True, **options)["steps"] == 4
+
+
 def test_direct_forces_warn(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     potential = make_potential(["Ar"], direct_forces=True)
     md(potential, argon(1), temperature=10, steps=2, out=tmp_path / "run", max_temperature=1e12, progress=False)
     assert "not the gradient of an energy" in caplog.text
+
+
+def slab_of_copper() -> tuple[Atoms, np.ndarray]:
+    """And which of its atoms are free: the upper half."""
+    atoms = bulk("Cu", cubic=True).repeat((2, 1, 2))
+    atoms.center(vacuum=6.0, axis=2)
+    free = atoms.positions[:, 2] > atoms.positions[:, 2].mean()
+    atoms.set_constraint(FixAtoms(mask=~free))
+    return atoms, free
+
+
+@pytest.mark.parametrize("ensemble", ["langevin", "nve"])
+def test_fixed_atoms_stay_and_the_others_have_the_temperature(ensemble: str, tmp_path: Path) -> None:
+    atoms, free = slab_of_copper()
+    options = MDConfig(temperature=300, steps=300 if ensemble == "langevin" else 5, timestep=4, interval=5, thermostat_time=40, seed=1)
+    md(EMT(), atoms, options, ensemble=ensemble, out=tmp_path, progress=False)
+    frames = ase.io.read(tmp_path / "trajectory.traj", ":")
+    assert all((frame.positions[~free] == atoms.positions[~free]).all() for frame in frames)
+    kinetic = [frame.get_kinetic_energy() for frame in frames]
+    logged = np.array([float(row["temperature_K"]) for row in table(tmp_path)])
+    np.testing.assert_allclose(logged, 2 * np.array(kinetic) / (3 * free.sum() * units.kB))
+    assert np.abs(frames[0].get_momenta().sum(axis=0)).max() > 1.0, "no momentum is taken from atoms that push against fixed ones"
+    if ensemble == "langevin":
+        assert logged[len(logged) // 4 :].mean() == pytest.approx(300, rel=0.15)
+
+
+def test_constraints_that_would_not_hold_are_refused(tmp_path: Path) -> None:
+    atoms, _ = slab_of_copper()
+    atoms.pbc = True
+    options: dict[str, Any] = {"steps": 2, "out": tmp_path / "run", "progress": False}
+    for ensemble in ("nose-hoover", "npt", "npt-anisotropic"):
+        with pytest.raises(ValueError, match=f"{ensemble} does not hold constraints, found FixAtoms: .* Choose ensemble langevin"):
+            md(EMT(), atoms, ensemble=ensemble, **options)
+    atoms.set_constraint(FixBondLengths([[0, 1]]))
+    with pytest.raises(ValueError, match="langevin does not hold FixBondLengths: it knows FixAtoms, .*Choose ensemble nve"):
+        md(EMT(), atoms, **options)
+    atoms.set_constraint(FixSymmetry(bulk("Cu", cubic=True).repeat((2, 1, 2))))
+    with pytest.raises(ValueError, match="does not say how many degrees of freedom FixSymmetry takes"):
+        md(EMT(), atoms, ensemble="nve", **options)
+    atoms.set_constraint(FixAtoms(range(len(atoms))))
+    with pytest.raises(ValueError, match="hold every atom"):
+        md(EMT(), atoms, **options)
+
+
+def test_constraints_are_counted() -> None:
+    from gossamer.simulation.guard import degrees_of_freedom
+
+    atoms, free = slab_of_copper()
+    assert degrees_of_freedom(atoms, "langevin") == degrees_of_freedom(atoms, "nve") == 3 * free.sum()
+    water = molecule("H2O")
+    water.set_constraint(FixBondLengths([[0, 1], [0, 2]]))
+    assert (degrees_of_freedom(water, "langevin"), degrees_of_freedom(water, "nve")) == (7, 1)
+    water.set_momenta([[1, 0, 0], [-1, 0, 0], [0, 0, 0]])
+    assert degrees_of_freedom(water, "nve") == 4, "it turns: the centre of mass alone is at rest"
 
 
 @pytest.mark.thorough
@@ -322,6 +450,29 @@ def test_stopped_dynamics_say_so_and_resume_exactly(tmp_path: Path, caplog: pyte
     assert table(folder) == table(tmp_path / "whole")
 
 
+def test_the_end_is_kept_where_no_frame_is_due(tmp_path: Path) -> None:
+    """The state is that of the last step, and frames stay at equal distances, as if there had been no end there."""
+    options = MDConfig(temperature=40, timestep=4, interval=10, seed=2, resume=True)
+    for steps in (25, 25, 40):
+        assert md(lj(), argon(1), options, steps=steps, out=tmp_path / "parts", progress=False)["steps"] == steps
+        assert int(np.load(tmp_path / "parts" / "state.npz")["integrator.nsteps"]) == steps
+    md(lj(), argon(1), options, steps=40, out=tmp_path / "whole", progress=False)
+    assert table(tmp_path / "parts") == table(tmp_path / "whole")
+    assert len(ase.io.read(tmp_path / "parts" / "trajectory.traj", ":")) == 5
+
+
+def test_labels_of_the_start_are_not_those_of_later_frames(tmp_path: Path) -> None:
+    atoms = argon(1)
+    atoms.info = {"REF_energy": -99.0, "name": "argon", "charge": 0, "REF_stress": np.zeros(6), "step": 3}
+    atoms.set_array("REF_forces", np.ones((4, 3)))
+    atoms.set_array("residuenumbers", np.arange(4))
+    atoms.set_masses([40.0] * 4)
+    md(lj(), atoms, steps=2, interval=1, out=tmp_path / "run", progress=False)
+    for frame in ase.io.read(tmp_path / "run" / "trajectory.traj", ":"):
+        assert frame.info == {"name": "argon", "charge": 0}
+    assert set(without_labels(atoms).arrays) == {"numbers", "positions", "masses", "residuenumbers"}
+
+
 def test_two_runs_on_one_folder_are_refused(tmp_path: Path) -> None:
     with locked(tmp_path / "run"), pytest.raises(RuntimeError, match=rf"in use by process {os.getpid()} on"):
         md(lj(), argon(1), steps=5, out=tmp_path / "run", progress=False)
@@ -329,6 +480,39 @@ def test_two_runs_on_one_folder_are_refused(tmp_path: Path) -> None:
     assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["log.csv", "state.npz", "trajectory.traj"]
     with locked(tmp_path, "r.extxyz"), pytest.raises(RuntimeError, match="choose another --out"):
         relax(EMT(), bulk("Cu"), out=tmp_path / "r.extxyz")
+
+
+def test_dynamics_write_over_nothing_of_others(tmp_path: Path) -> None:
+    """Not over the file that is read, and not over a log; a run that could not begin leaves nothing that would stand in the way."""
+    frames = [argon(1) for _ in range(3)]
+    (run := tmp_path / "run").mkdir()
+    ase.io.write(run / "trajectory.traj", frames)
+    (run / "log.csv").write_text("mine\n")
+    with pytest.raises(FileExistsError, match=r"trajectory.traj and log.csv of no simulation \(there is no state.npz\)"):
+        md(lj(), run / "trajectory.traj", steps=5, out=run, resume=True, progress=False)
+    assert len(ase.io.read(run / "trajectory.traj", ":")) == 3
+    assert (run / "log.csv").read_text() == "mine\n"
+    with pytest.raises(NotImplementedError):
+        md(EMT(), argon(1), steps=5, ensemble="nve", out=tmp_path / "new", progress=False)
+    md(lj(), argon(1), steps=5, out=tmp_path / "new", progress=False)
+
+
+def test_a_run_that_broke_at_its_start_is_resumed(tmp_path: Path) -> None:
+    """With what it had collected; before, there was no state, and the file of collected frames stood in the way."""
+
+    class Unsure(LennardJones):
+        def calculate(self, *arguments: Any) -> None:
+            super().calculate(*arguments)
+            self.results["forces_std"] = np.ones((len(self.atoms), 3))
+
+    close = argon(1)
+    close.positions[1] = close.positions[0] + [0.8, 0, 0]
+    options = MDConfig(steps=5, out=tmp_path / "run", max_uncertainty=0.1, collect=tmp_path / "run" / "u.extxyz", resume=True)
+    for _ in range(2):
+        answer = md(Unsure(epsilon=0.0103, sigma=3.4, rc=6.5), close, options, progress=False)
+        assert "Å apart" in answer["broken"] or "temperature" in answer["broken"]
+        assert (answer["steps"], answer["collected"]) == (0, 1)
+        assert len(ase.io.read(tmp_path / "run" / "trajectory.traj", ":")) == len(table(tmp_path / "run")) == 1
 
 
 @pytest.mark.thorough
@@ -449,6 +633,19 @@ def test_resumed_relaxation_is_exact(optimizer: str, cell: bool, tmp_path: Path)
         relax(EMT(), bulk("Cu"), out=tmp_path / "parts.extxyz", resume=True)
 
 
+def test_a_resumed_cell_takes_fixed_atoms_along(tmp_path: Path) -> None:
+    """They move with the cell, and resuming puts them where they were then."""
+    atoms = bulk("Cu", cubic=True, a=3.7)
+    atoms.rattle(0.08, seed=1)
+    atoms.set_constraint(FixAtoms([0, 2]))
+    options = dict(fmax=1e-8, cell=True)
+    whole = relax(EMT(), atoms, steps=12, out=tmp_path / "whole.extxyz", **options)
+    relax(EMT(), atoms, steps=5, out=tmp_path / "parts.extxyz", **options)
+    parts = relax(EMT(), atoms, steps=12, out=tmp_path / "parts.extxyz", resume=True, **options)
+    assert np.abs(whole["atoms"].positions - atoms.positions)[2].max() > 1e-3
+    np.testing.assert_allclose(whole["atoms"].positions, parts["atoms"].positions, rtol=0, atol=1e-10)
+
+
 def test_stopped_relaxation_says_so_and_resumes_exactly(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     atoms = bulk("Cu", cubic=True)
     atoms.rattle(0.2, seed=0)
@@ -456,23 +653,59 @@ def test_stopped_relaxation_says_so_and_resumes_exactly(tmp_path: Path, caplog: 
     whole = relax(EMT(), atoms, out=tmp_path / "whole.extxyz", **options)
 
     class Stopping(EMT):
+        armed = True
+
         def calculate(self, *arguments: Any) -> None:
             super().calculate(*arguments)
             self.n = getattr(self, "n", 0) + 1
-            if self.n == 4:
+            if self.n == 4 and self.armed:
                 signal.raise_signal(signal.SIGTERM)
 
     stopped = relax_files(Stopping(), [write(tmp_path / n, atoms) for n in ("a.xyz", "b.xyz")], RelaxConfig(out=tmp_path / "r", **options))
     assert [(a["stopped"], a["converged"], a["steps"]) for a in stopped] == [("SIGTERM", False, 3)]
     assert "SIGTERM: stopped at step 3; --resume goes on from" in caplog.text
     assert not (tmp_path / "r" / "a.extxyz").exists()
-    first, second = relax_files(EMT(), [tmp_path / n for n in ("a.xyz", "b.xyz")], RelaxConfig(out=tmp_path / "r", resume=True, **options))
+    Stopping.armed = False
+    first, second = relax_files(
+        Stopping(), [tmp_path / n for n in ("a.xyz", "b.xyz")], RelaxConfig(out=tmp_path / "r", resume=True, **options)
+    )
     for answer in (first, second):
         assert (answer["stopped"], answer["steps"], answer["energy_eV"]) == (
             None,
             whole["steps"],
             pytest.approx(whole["energy_eV"], rel=1e-12),
         )
+
+
+def test_relaxation_writes_over_nothing_of_others(tmp_path: Path) -> None:
+    frames = [bulk("Cu", a=a) for a in (3.5, 3.6, 3.7)]
+    for name in ("relaxed.traj", "others.traj", "start.extxyz"):
+        ase.io.write(tmp_path / name, frames)
+    for structure, out, message in (
+        ("relaxed.traj", "relaxed.extxyz", "'.*relaxed.traj' is read, and the path to '.*relaxed.extxyz' would be written over it"),
+        ("start.extxyz", "others.extxyz", "others.traj' is of no relaxation .there is no 'others.state.npz' beside it"),
+        ("start.extxyz", "start.extxyz", "start.extxyz' is the structure that is to be relaxed"),
+    ):
+        with pytest.raises(FileExistsError, match=message):
+            relax(EMT(), tmp_path / structure, frame=1, out=tmp_path / out)
+    (answer,) = relax_files(EMT(), [tmp_path / "others.traj"], RelaxConfig(out=tmp_path))
+    assert "would be written over it" in answer["error"]
+    assert all(len(ase.io.read(tmp_path / name, ":")) == 3 for name in ("relaxed.traj", "others.traj", "start.extxyz"))
+
+    class Starting(EMT):
+        ready = False
+
+        def calculate(self, *arguments: Any) -> None:
+            if not self.ready:
+                raise RuntimeError("not yet")
+            super().calculate(*arguments)
+
+    options = dict(out=tmp_path / "new.extxyz", cell=True, fmax=0.002)
+    with pytest.raises(RuntimeError, match="not yet"):
+        relax(Starting(), atoms := bulk("Cu", a=3.5, cubic=True), **options)
+    Starting.ready = True
+    steps = {resume: relax(Starting(), atoms, resume=resume, **options)["steps"] for resume in (True, False)}
+    assert steps[True] == steps[False] == len(ase.io.read(tmp_path / "new.traj", ":")) - 1, "what did not come to its first step is begun"
 
 
 def write(path: Path, atoms: Atoms) -> Path:
@@ -508,6 +741,21 @@ def test_relaxed_files_have_the_format_of_their_name_and_nothing_stale(tmp_path:
                           ("noname", "ASE writes no file format of this name"), ("", "is a folder")):  # fmt: skip
         with pytest.raises(ValueError, match=message):
             relax(EMT(), atoms, out=tmp_path / name)
+
+
+def test_fixed_atoms_keep_their_forces_in_the_file(tmp_path: Path) -> None:
+    """Zero would be read as a label; what must vanish are those of the others."""
+    atoms = bulk("Cu", cubic=True, a=3.6)
+    atoms.rattle(0.1, seed=0)
+    atoms.set_constraint(FixAtoms([0]))
+    answer = relax(EMT(), atoms, fmax=0.01, out=tmp_path / "r.extxyz")
+    relaxed = ase.io.read(tmp_path / "r.extxyz")
+    stored = relaxed.get_forces(apply_constraint=False)
+    relaxed.set_constraint()
+    relaxed.calc = EMT()
+    np.testing.assert_allclose(stored, relaxed.get_forces(), atol=1e-6)
+    assert answer["converged"]
+    assert answer["max_force_eV_per_A"] <= 0.01
 
 
 @pytest.mark.thorough

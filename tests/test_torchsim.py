@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -169,8 +170,8 @@ class TestTorchSim:
             path.unlink()
         assert main([*command, "--steps", "2000", "--resume"]) == 1
         answers = {Path(a.get("out", "gold")).stem: a for a in json.loads(capsys.readouterr().out)}
-        assert set(answers) == {"gold", "a-0", "a-1", "a-2", *([] if cell else ["a-4"])}  # the other lay in the folder
-        for k, name in enumerate(n for n in sorted(answers) if n != "gold"):
+        assert set(answers) == {"gold", "a-0", "a-1", "a-2", "b-0", *([] if cell else ["a-4"])}
+        for k, name in enumerate(n for n in sorted(answers) if n.startswith("a-")):
             relaxed, start = read(tmp_path / "out" / f"{name}.extxyz"), frames[min(k + k // 3, 4)].copy()
             stored = relaxed.get_potential_energy()
             relaxed.calc = start.calc = Calculator(potential, way="plain")
@@ -182,6 +183,33 @@ class TestTorchSim:
                 assert np.linalg.norm(relaxed.get_stress(voigt=False), axis=1).max() * relaxed.get_volume() / len(relaxed) <= 0.002 + 1e-6
             else:
                 assert np.array_equal(relaxed.cell, start.cell)
+
+    @pytest.mark.filterwarnings("ignore::DeprecationWarning")
+    def test_what_did_not_converge_is_relaxed_again(self, tmp_path: Path) -> None:
+        """What did is answered from its file; asked for smaller forces, it is relaxed again."""
+        potential = make_potential(ELEMENTS, name="schnet")
+        write(tmp_path / "a.extxyz", crystals()[0])
+        config = RelaxConfig(out=tmp_path / "out", engine="torchsim", way="plain", fmax=0.01, steps=1)
+
+        def again(**options: Any) -> dict[str, Any]:
+            (answer,) = relax_files(potential, [tmp_path / "a.extxyz"], replace(config, resume=True, **options))
+            return answer
+
+        (short,) = relax_files(potential, [tmp_path / "a.extxyz"], config)
+        (whole,) = relax_files(potential, [tmp_path / "a.extxyz"], replace(config, out=tmp_path / "whole", steps=500))
+        assert (short["converged"], whole["converged"]) == (False, True)
+        assert {**again(steps=500), "out": None} == {**whole, "out": None}
+        first, written = json.loads(json.dumps(again(steps=1))), (tmp_path / "out" / "a.extxyz").stat().st_mtime_ns
+        assert (first["converged"], first["steps"]) == (True, whole["steps"])
+        assert first["energy_eV"] == pytest.approx(whole["energy_eV"], abs=1e-6)
+        assert written == (tmp_path / "out" / "a.extxyz").stat().st_mtime_ns
+        unsure = read(tmp_path / "out" / "a.extxyz")
+        unsure.info["converged"] = False  # say, of the cell
+        write(tmp_path / "out" / "a.extxyz", unsure)
+        assert again(steps=1)["converged"] is False
+        assert again(fmax=0.001, steps=2000)["max_force_eV_per_A"] < 0.001
+        (answer,) = relax_files(potential, [tmp_path / "a.extxyz"], replace(config, out=tmp_path))
+        assert "is the structure that is to be relaxed" in answer["error"]
 
     @pytest.mark.filterwarnings("ignore::DeprecationWarning")
     def test_each_structure_tells_its_own_steps(self) -> None:

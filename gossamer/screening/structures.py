@@ -10,12 +10,13 @@ from pathlib import Path
 
 import numpy as np
 from ase import Atoms
+from ase.data import atomic_masses
 from ase.neighborlist import neighbor_list
 
 from gossamer.data.atoms import iterate_frames
 from gossamer.files import InputError
 
-KEPT = ("numbers", "positions", "tags", "initial_charges", "initial_magmoms")
+KEPT = ("numbers", "positions", "tags", "masses", "initial_charges", "initial_magmoms")
 CLOSEST = 0.4
 """Å: no two atoms of any molecule or crystal are nearer (H2 has 0.74)"""
 
@@ -28,7 +29,7 @@ class Item:
     """its file, as given"""
     frame: int
     digest: str
-    """of elements, positions, cell, periodicity and constraints; of the file where it cannot be read"""
+    """of elements, masses, positions, cell, periodicity and constraints; of the file where it cannot be read"""
     atoms: Atoms | None
     """without labels; None where the file cannot be read"""
     problem: str = ""
@@ -70,7 +71,7 @@ def sources_of(paths: Sequence[Path | str]) -> list[str]:
 
 
 def bare(atoms: Atoms) -> Atoms:
-    """Elements, positions, cell, charges, constraints and name, without labels and velocities."""
+    """Elements, masses, positions, cell, charges, constraints and name, without labels and velocities."""
     copy = atoms.copy()
     for name in set(copy.arrays) - set(KEPT):
         del copy.arrays[name]
@@ -86,11 +87,13 @@ def _digest_of_file(path: Path) -> str:
 
 
 def digest_of(atoms: Atoms) -> str:
-    """Sixteen letters of what a calculator sees."""
+    """Sixteen letters of what a calculator sees, and of masses that are not the elements' own."""
     found = hashlib.sha256()
     also = [atoms.arrays[name] for name in ("initial_charges", "initial_magmoms") if name in atoms.arrays]
     for array in (atoms.numbers.astype(np.int64), atoms.positions, atoms.cell.array, np.asarray(atoms.pbc), *also):
         found.update(np.ascontiguousarray(array).tobytes())
+    if atoms.has("masses") and not np.allclose(atoms.get_masses(), atomic_masses[atoms.numbers], rtol=1e-4):
+        found.update(b"masses" + atoms.get_masses().tobytes())
     for constraint in atoms.constraints:
         found.update(repr(constraint.todict()).encode())
     return found.hexdigest()[:16]

@@ -215,8 +215,8 @@ def _alone(name: str, atoms: Atoms, work: Callable[[Atoms], Row]) -> Row:
 
 
 def _row(atoms: Atoms, status: str, reason: str = "", steps: int | None = None, **numbers: Any) -> Row:
-    """Of atoms with a calculator."""
-    energy, forces = float(atoms.get_potential_energy()), atoms.get_forces()
+    """Of atoms with a calculator; the largest force is of those that may move, and fixed ones keep theirs in the structure."""
+    energy, forces, free = float(atoms.get_potential_energy()), atoms.get_forces(apply_constraint=False), atoms.get_forces()
     if not (np.isfinite(energy) and np.isfinite(forces).all()):
         raise ValueError("Energy or forces are not finite.")
     try:
@@ -224,7 +224,7 @@ def _row(atoms: Atoms, status: str, reason: str = "", steps: int | None = None, 
     except (PropertyNotImplementedError, NotImplementedError):
         stress = None
     return Row(
-        "", status, reason, atoms.get_chemical_formula(), len(atoms), energy, float(np.linalg.norm(forces, axis=1).max()), stress,
+        "", status, reason, atoms.get_chemical_formula(), len(atoms), energy, float(np.linalg.norm(free, axis=1).max()), stress,
         float(atoms.get_volume()) if atoms.pbc.all() else None, steps, structure=_text(atoms, energy, forces, stress), numbers=numbers,
     )  # fmt: skip
 

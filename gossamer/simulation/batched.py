@@ -16,6 +16,7 @@ from ase.calculators.singlepoint import SinglePointCalculator
 from ase.stress import full_3x3_to_voigt_6_stress
 from tqdm import tqdm
 
+from gossamer.data.atoms import as_atoms
 from gossamer.files import atomic_path
 from gossamer.potential import Potential
 from gossamer.signals import StopRequested
@@ -38,6 +39,10 @@ BATCH_ATOMS = 2048
 all, and late ones would get fewer"""
 BETWEEN = 5
 """steps between two looks at which structures are finished"""
+TOLD = ("converged", "steps")
+"""of an answer, kept in the info of a relaxed file"""
+ROUNDED = 1e-7
+"""eV/Å that forces in files may be off"""
 
 
 def relax_batched(
@@ -64,13 +69,35 @@ def relax_batched(
             for (_, out), atoms, n_steps in zip(block, relaxed, steps, strict=True):
                 answer = _judged(model, atoms, n_steps, config)
                 if "error" not in answer:
+                    left = bare(atoms)
+                    left.info |= {name: answer[name] for name in TOLD}
                     with atomic_path(out) as temporary:
-                        ase.io.write(temporary, bare(atoms), format="extxyz")
+                        ase.io.write(temporary, left, format="extxyz")
                 bar.update()
                 yield out, {**answer, "stopped": stopped}
             if stopped is not None:
                 log.warning("%s: stopped after %d of %d structures; --resume goes on", stopped, bar.n, len(structures))
                 return
+
+
+def done_before(out: Path, config: RelaxConfig) -> dict[str, Any] | None:
+    """What was answered of a structure that converged before, as its file says; None where it has to be relaxed.
+
+    Raises:
+        ValueError: the file cannot be read.
+    """
+    if not out.exists():
+        return None
+    atoms = as_atoms(out)
+    if atoms.calc is None or not atoms.info.get("converged", True):  # older versions did not say
+        return None
+    largest = float(np.linalg.norm(atoms.get_forces(apply_constraint=False), axis=1).max())
+    if largest > config.fmax + ROUNDED:
+        return None
+    return {
+        "converged": True, **({"steps": int(atoms.info["steps"])} if "steps" in atoms.info else {}), "energy_eV": float(atoms.get_potential_energy()), "max_force_eV_per_A": largest,
+        "volume_A3": float(atoms.get_volume()) if atoms.pbc.all() else None, "stopped": None,
+    }  # fmt: skip
 
 
 def batches(structures: Sequence[Atoms]) -> list[list[int]]:

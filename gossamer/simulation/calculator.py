@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import threading
 from pathlib import Path
@@ -146,15 +147,17 @@ class Calculator(ASECalculator):
         energy, energies, forces, *found = _on_the_cpu(out.energy, out.node_energies, out.forces, *([] if stress is None else [stress]))
         if not np.isfinite(forces).all():
             self._explain_not_finite(graph)
+        charges = None if out.charges is None else out.charges.cpu().numpy()
+        if charges is not None:
+            self._check_charge(charges)  # before there are results, which ASE would give to the next who asks
         self._last = out, graph
         self.results = {"energy": float(energy[0]), "free_energy": float(energy[0]), "energies": energies, "forces": forces}
         if self.engine.dispersion is not None:
             del self.results["energies"]
         if found:
             self.results["stress"] = full_3x3_to_voigt_6_stress(found[0][0])
-        if out.charges is not None:
-            self.results["charges"] = out.charges.cpu().numpy()
-            self._check_charge(self.results["charges"])
+        if charges is not None:
+            self.results["charges"] = charges
         if "stresses" in wanted:
             try:
                 virials = self.potential.virials(graph).cpu().numpy()
@@ -220,6 +223,14 @@ class Calculator(ASECalculator):
         else:
             close = ""
         raise ValueError(f"The potential's forces are not finite.{close} Separate overlapping atoms.")
+
+
+def digest_of(potential: Potential, dispersion: Any = None) -> str:
+    """Short, and another for other weights or another D3; the same in any precision, on any device and in later versions."""
+    tensors = [t.detach().cpu().to(torch.float32 if t.is_floating_point() else t.dtype) for t in potential.state_dict().values()]
+    weights = sorted(hashlib.sha256(t.contiguous().numpy().tobytes()).digest() for t in tensors)
+    name = hashlib.sha256(b"".join(weights)).hexdigest()[:12]
+    return name if dispersion is None else f"{name} with D3 of {dispersion}"
 
 
 def _on_the_cpu(*tensors: torch.Tensor) -> list[NDArray[Any]]:

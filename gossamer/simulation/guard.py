@@ -6,11 +6,17 @@ from dataclasses import dataclass, field
 
 import numpy as np
 from ase import Atoms, units
+from ase.constraints import FixAtoms, FixBondLengths, FixCartesian, FixCom, FixedLine, FixedPlane, FixInternals, FixLinearTriatomic
 from ase.data import covalent_radii
 from numpy.typing import NDArray
 
 from gossamer.neighbors import neighbor_list
 from gossamer.simulation.options import MDConfig
+
+HOLDING = (FixAtoms, FixCartesian, FixedLine, FixedPlane, FixCom)
+"""constraints that hold by what they take from the momenta, whoever integrates"""
+INTERNAL = (FixBondLengths, FixInternals, FixLinearTriatomic)
+"""constraints between atoms: the centre of mass moves as without them"""
 
 
 @dataclass(frozen=True)
@@ -77,11 +83,44 @@ def lengths_of(atoms: Atoms, bonds: NDArray[np.int64]) -> NDArray[np.float64]:
 
 
 def degrees_of_freedom(atoms: Atoms, ensemble: str) -> int:
-    """3 N, less what starts at rest and stays there in all ensembles but Langevin: the centre of mass, and in a vacuum the rotation; at least 1."""
-    if ensemble == "langevin":
-        return 3 * len(atoms)
+    """3 N less what constraints take, and less what starts at rest and stays there in all ensembles but Langevin, unless constraints hold atoms
+    in space: the centre of mass, and in a vacuum the rotation; at least 1."""
+    free = 3 * len(atoms) - int(sum(constraint.get_removed_dof(atoms) for constraint in atoms.constraints))
+    if ensemble == "langevin" or not drifts(atoms):
+        return max(1, free)
     at_rest = 3 if atoms.pbc.any() or rotates(atoms) else min(6, len(atoms) + 3)
-    return max(1, 3 * len(atoms) - at_rest)
+    return max(1, free - at_rest)
+
+
+def drifts(atoms: Atoms) -> bool:
+    """Whether the centre of mass moves freely: no constraint holds atoms in space."""
+    return all(isinstance(constraint, INTERNAL) for constraint in atoms.constraints)
+
+
+def check_constraints(atoms: Atoms, ensemble: str) -> None:
+    """Refuse constraints that the integrator of an ensemble does not hold, or whose degrees of freedom are not known.
+
+    Raises:
+        ValueError: says which constraint, and what to do.
+    """
+    for constraint in atoms.constraints:
+        name = type(constraint).__name__
+        if ensemble == "langevin" and not isinstance(constraint, HOLDING):
+            known = ", ".join(kind.__name__ for kind in HOLDING)
+            raise ValueError(f"langevin does not hold {name}: it knows {known}. Choose ensemble nve, or remove the constraint.")
+        if ensemble not in ("langevin", "nve"):
+            raise ValueError(
+                f"{ensemble} does not hold constraints, found {name}: ASE's chains would take the heat away. "
+                "Choose ensemble langevin, or remove the constraint."
+            )
+        try:
+            constraint.get_removed_dof(atoms)
+        except NotImplementedError:
+            raise ValueError(
+                f"ASE does not say how many degrees of freedom {name} takes, so that there is no temperature. Remove the constraint."
+            ) from None
+    if atoms.constraints and atoms.get_number_of_degrees_of_freedom() <= 0:
+        raise ValueError("The constraints hold every atom: nothing is left to move. Remove some.")
 
 
 def rotates(atoms: Atoms) -> bool:

@@ -164,10 +164,10 @@ units metal            # eV, Angstrom, ps
 atom_style atomic
 newton on
 boundary p p p
-read_data {data}
+read_data "{data}"
 plugin load ${{plugin}}
 pair_style gossamer
-pair_coeff * * {package} {elements}   # the element of each atom type
+pair_coeff * * "{package}" {elements}   # the element of each atom type
 timestep 0.0005
 velocity all create 300 1
 fix 1 all nve

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import time
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 from ase import Atoms, units
 from ase.calculators.calculator import BaseCalculator
+from ase.calculators.mixing import SumCalculator
 from ase.md.langevinbaoab import LangevinBAOAB
 from ase.md.nose_hoover_chain import MTKNPT, IsotropicMTKNPT, NoseHooverChainNVT
 from ase.md.velocitydistribution import Stationary, ZeroRotation, thermalize_momenta
@@ -23,10 +25,10 @@ from gossamer.files import locked
 from gossamer.settings import configured
 from gossamer.signals import StopRequested
 from gossamer.simulation.dispersion import with_dispersion
-from gossamer.simulation.guard import Guard, SimulationBroken, degrees_of_freedom, rotates
+from gossamer.simulation.guard import Guard, SimulationBroken, check_constraints, degrees_of_freedom, drifts, rotates
 from gossamer.simulation.options import MDConfig, Way
-from gossamer.simulation.recorder import Recorder, read_state, run_settings, state_of, stored_settings, write_broken
-from gossamer.simulation.state import numbers_of, put_back, put_back_atoms
+from gossamer.simulation.recorder import STATE, Recorder, begun, read_state, run_settings, state_of, stored_settings, write_broken
+from gossamer.simulation.state import belonging, numbers_of, put_back, put_back_atoms
 from gossamer.simulation.uncertain import UncertainError
 
 log = logging.getLogger(__name__)
@@ -74,6 +76,20 @@ def as_calculator(
     return calculator
 
 
+def check_options(config: MDConfig) -> None:
+    """Refuse options that the ensemble would ignore.
+
+    Raises:
+        ValueError: says which.
+    """
+    if config.temperature_end is not None and config.ensemble == "nve":
+        raise ValueError("temperature_end needs a thermostat, and nve has none. Choose another ensemble.")
+    if config.pressure and config.ensemble not in NPT:
+        raise ValueError(
+            f"pressure {config.pressure:g} GPa needs a barostat, and {config.ensemble} has none. Choose {' or '.join(NPT)}, or leave it out."
+        )
+
+
 def foretell(calculator: BaseCalculator, n_evaluations: int, atoms: Atoms) -> None:
     """Say that about so many evaluations of such atoms will come, from which one of ours may choose to compile."""
     from gossamer.simulation.calculator import Calculator
@@ -93,6 +109,19 @@ def way_of(calculator: BaseCalculator) -> str:
     from gossamer.simulation.calculator import Calculator
 
     return calculator.engine.way if isinstance(calculator, Calculator) else "plain"
+
+
+def identity_of(calculator: Any) -> str:
+    """Which potential it is, as far as can be told: a digest of the weights of ours; of others the class, and a digest of plain parameters."""
+    from gossamer.simulation.calculator import Calculator, digest_of
+
+    if isinstance(calculator, Calculator):
+        return digest_of(calculator.potential, calculator.engine.dispersion)
+    if isinstance(calculator, SumCalculator):
+        return " + ".join(identity_of(part) for part in calculator.mixer.calcs)
+    parameters = getattr(calculator, "parameters", None) or {}
+    plain = sorted((k, v) for k, v in dict(parameters).items() if isinstance(v, bool | int | float | str))
+    return type(calculator).__name__ + (f" ({hashlib.sha256(repr(plain).encode()).hexdigest()[:8]})" if plain else "")
 
 
 def has_direct_forces(calculator: BaseCalculator) -> bool:
@@ -127,11 +156,12 @@ def md(
         beyond it that were written, and "stopped": None or the signal that ended it early.
 
     Raises:
-        FileExistsError: the folder holds a run and ``resume`` is False.
+        FileExistsError: the folder holds a run and ``resume`` is False, or files of the names of its own that are of no run.
         RuntimeError: another process runs in the folder.
         ValueError: unknown options, or options that do not fit together.
     """
     config = configured(MDConfig, config, options)
+    check_options(config)
     if config.engine != "ase" or config.all_frames:
         raise ValueError("engine and all_frames are for several structures: gossamer.md_files, or the command line.")
     with locked(config.out):
@@ -157,17 +187,14 @@ class _Run:
 
 def _prepare(model: Any, structure: Atoms | Path | str, config: MDConfig) -> _Run:
     """Everything up to the first step: the atoms at the start, or where the stored run was."""
-    state_file = config.out / "state.npz"
-    resumed = state_file.exists()
-    if resumed and not config.resume:
-        raise FileExistsError(f"'{config.out}' holds a simulation already. Go on with it (--resume), or choose another folder (--out).")
+    state_file, resumed = config.out / STATE, begun(config)
     atoms = as_atoms(structure, config.frame, config.supercell)
     before = stored_settings(state_file) if resumed else None
     _set_calculator(atoms, model, config, before)
     rng = np.random.default_rng(config.seed)
     give_velocities(atoms, config, rng)
     guard = Guard.of(atoms, config)
-    settings = run_settings(config, way_of(atoms.calc))
+    settings = run_settings(config, way_of(atoms.calc), belonging(atoms, identity_of(atoms.calc)))
     stored = read_state(state_file, before, settings, atoms) if before is not None else None
     dynamics = _integrator(atoms, config, rng)
     if stored is not None:
@@ -178,12 +205,13 @@ def _prepare(model: Any, structure: Atoms | Path | str, config: MDConfig) -> _Ru
 
 
 def bring_to_rest(atoms: Atoms, ensemble: str) -> None:
-    """Take out the motion of the centre of mass, and what Nosé-Hoover chains cannot thermostat.
+    """Take out the motion of the centre of mass, unless constraints hold atoms in space, and what Nosé-Hoover chains cannot thermostat.
 
     They scale the angular momentum of what is not periodic and leave its direction. So its rotation never gets its share of the heat, and
     vibrations get too much or too little (nine atoms: 12 %, typically): it starts without rotation.
     """
-    Stationary(atoms, preserve_temperature=False)
+    if drifts(atoms):
+        Stationary(atoms, preserve_temperature=False)
     if ensemble == "nose-hoover" and not atoms.pbc.any():
         ZeroRotation(atoms, preserve_temperature=False)
 
@@ -193,7 +221,10 @@ def give_velocities(atoms: Atoms, config: MDConfig, rng: np.random.Generator) ->
     if not atoms.has("momenta"):
         thermalize_momenta(atoms, config.temperature, rng=rng)
         bring_to_rest(atoms, config.ensemble)
-    elif config.ensemble == "nose-hoover" and not atoms.pbc.any() and rotates(atoms):
+        return
+    if atoms.constraints:
+        atoms.set_momenta(atoms.get_momenta())  # those that constraints allow
+    if config.ensemble == "nose-hoover" and not atoms.pbc.any() and rotates(atoms):
         log.warning(
             "the given velocities turn the structure, which is not periodic: nose-hoover keeps the direction of the angular momentum, so that "
             "rotation is not at the temperature asked for, and vibrations neither. Take langevin, or a start without momenta"
@@ -204,6 +235,7 @@ def _set_calculator(atoms: Atoms, model: Any, config: MDConfig, before: dict[str
     """Give the atoms their calculator; a resumed run goes on in the way it began."""
     way = config.way if isinstance(model, BaseCalculator) else way_before(config, before)
     atoms.calc = as_calculator(model, config.device, config.dtype, way, (config.steps, atoms), config.dispersion)
+    check_constraints(atoms, config.ensemble)
     direct = has_direct_forces(atoms.calc)
     if config.ensemble in NPT and (not atoms.pbc.all() or direct):
         raise ValueError(
@@ -211,8 +243,6 @@ def _set_calculator(atoms: Atoms, model: Any, config: MDConfig, before: dict[str
         )
     if direct:
         log.warning("this potential predicts forces directly: they are not the gradient of an energy, and energy is not conserved")
-    if config.temperature_end is not None and config.ensemble == "nve":
-        raise ValueError("temperature_end needs a thermostat, and nve has none. Choose another ensemble.")
 
 
 def _advance(run: _Run, config: MDConfig, progress: bool) -> tuple[str | None, str | None, str | None]:
@@ -230,19 +260,34 @@ def _advance(run: _Run, config: MDConfig, progress: bool) -> tuple[str | None, s
                 if config.temperature_end is not None:
                     reached = dynamics.nsteps / config.steps
                     _set_temperature(dynamics, config, config.temperature + reached * (config.temperature_end - config.temperature))
+            run.recorder.finish()
         except UncertainError as error:
             where = f"step {dynamics.nsteps} ({dynamics.nsteps * config.timestep / 1000:.3f} ps): {error}"
             log.warning("stopped at %s; the state is saved, resume with a larger max_uncertainty goes on", where)
             return None, where, None
-        except (SimulationBroken, ValueError) as error:
-            if not isinstance(error, SimulationBroken) and "finite" not in str(error):
+        except (SimulationBroken, ValueError, ArithmeticError) as error:
+            reason = _insane(error, run.atoms)
+            if reason is None:
                 raise
-            return write_broken(run.atoms, dynamics.nsteps, config, error), None, None
+            return write_broken(run.atoms, dynamics.nsteps, config, reason), None, None
     return None, None, None
 
 
+def _insane(error: Exception, atoms: Atoms) -> Exception | None:
+    """Why the run is broken, if this error comes of a structure that has left sanity, and not of a wrong question."""
+    if isinstance(error, SimulationBroken) or "finite" in str(error):
+        return error
+    if isinstance(error, np.linalg.LinAlgError):  # of the matrices by which cells of any shape move
+        return SimulationBroken(f"the cell has left sanity ({error})")
+    if not (np.isfinite(atoms.positions).all() and np.isfinite(atoms.cell.array).all()):
+        return SimulationBroken(f"positions or cell are not finite ({error})")
+    return None
+
+
 def thermostat_temperature(atoms: Atoms, ensemble: str, temperature: float) -> float:
-    """ASE's chains count 3 N degrees of freedom, of which 3 are at rest: without this 9 atoms would be 12 % too hot."""
+    """ASE's chains count 3 N degrees of freedom, of which 3 are at rest: without this 9 atoms would be 12 % too hot. Langevin heats each by itself."""
+    if ensemble == "langevin":
+        return temperature
     return temperature * degrees_of_freedom(atoms, ensemble) / (3 * len(atoms))
 
 

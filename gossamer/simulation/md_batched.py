@@ -25,11 +25,12 @@ from gossamer.files import locked
 from gossamer.potential import Potential
 from gossamer.signals import StopRequested
 from gossamer.simulation.batched import batches
+from gossamer.simulation.calculator import digest_of
 from gossamer.simulation.guard import Guard, SimulationBroken
-from gossamer.simulation.md import give_velocities, thermostat_temperature
+from gossamer.simulation.md import check_options, give_velocities, thermostat_temperature
 from gossamer.simulation.options import MDConfig
-from gossamer.simulation.recorder import Recorder, read_state, run_settings, state_of, stored_settings, write_broken
-from gossamer.simulation.state import put_back_atoms
+from gossamer.simulation.recorder import STATE, Recorder, begun, read_state, run_settings, state_of, stored_settings, write_broken
+from gossamer.simulation.state import belonging, put_back_atoms
 from gossamer.simulation.torchsim import TorchSimModel
 from gossamer.simulation.uncertain import UncertainError
 
@@ -111,14 +112,11 @@ def md_batched(
 
 def _start(atoms: Atoms, config: MDConfig, model: TorchSimModel) -> _Walker:
     """A structure at its start, or where its stored run was."""
-    state_file = config.out / "state.npz"
-    resumed = state_file.exists()
-    if resumed and not config.resume:
-        raise FileExistsError(f"'{config.out}' holds a simulation already. Go on with it (--resume), or choose another folder (--out).")
-    if config.temperature_end is not None and config.ensemble == "nve":
-        raise ValueError("temperature_end needs a thermostat, and nve has none. Choose another ensemble.")
+    state_file, resumed = config.out / STATE, begun(config)
+    check_options(config)
     give_velocities(atoms, config, np.random.default_rng(config.seed))
-    clock, settings, guard = _Clock(), run_settings(config, model.engine.way), Guard.of(atoms, config)
+    who = belonging(atoms, digest_of(model.potential, model.engine.dispersion))
+    clock, settings, guard = _Clock(), run_settings(config, model.engine.way, who), Guard.of(atoms, config)
     if resumed:
         stored = read_state(state_file, stored_settings(state_file), settings, atoms)
         with state_of(state_file):
@@ -130,7 +128,10 @@ def _start(atoms: Atoms, config: MDConfig, model: TorchSimModel) -> _Walker:
 def _run(
     model: TorchSimModel, walkers: list[_Walker], config: MDConfig, stop: StopRequested, bar: Any
 ) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """Move a batch until each has taken its steps, has broken, or all are told to stop; those that are done leave it."""
+    """Move a batch until each has taken its steps, has broken, or all are told to stop; those that are done, some from the start, leave it."""
+    for walker in [w for w in walkers if w.clock.nsteps >= config.steps]:
+        yield walker.config.out, walker.answer()
+    walkers = [w for w in walkers if w.clock.nsteps < config.steps]
     if not walkers:
         return
     watched = _Watched(model)

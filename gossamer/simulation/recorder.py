@@ -22,10 +22,11 @@ from gossamer.data.npz_file import read_npz
 from gossamer.files import atomic_path
 from gossamer.simulation.guard import Guard, SimulationBroken, temperature_of
 from gossamer.simulation.options import MDConfig
-from gossamer.simulation.state import cut_trajectory, damaged_advice, numbers_of
+from gossamer.simulation.state import cut_trajectory, damaged_advice, numbers_of, strange, without_labels
 from gossamer.simulation.uncertain import UncertainError, Watch
 
 log = logging.getLogger(__name__)
+STATE, TRAJECTORY, TABLE = "state.npz", "trajectory.traj", "log.csv"
 COLUMNS = ["step", "time_fs", "temperature_K", "potential_energy_eV", "total_energy_eV", "conserved_energy_eV", "pressure_GPa", "volume_A3",
            "max_forces_uncertainty_eV_per_A"]  # fmt: skip
 
@@ -34,18 +35,37 @@ def write_broken(atoms: Atoms, step: int, config: MDConfig, error: Exception) ->
     """Write the frame that broke a run; returns where and why."""
     frame = config.out / "broken.extxyz"
     with atomic_path(frame) as temporary:
-        ase.io.write(temporary, atoms.copy(), format="extxyz")
+        ase.io.write(temporary, without_labels(atoms), format="extxyz")
     why = f"step {step} ({step * config.timestep / 1000:.3f} ps): {error}"
     log.error("stopped at %s; the frame is in '%s'", why, frame)
     return why
 
 
-def run_settings(config: MDConfig, way: str) -> dict[str, Any]:
-    """What a resumed run must share with the one before."""
+def run_settings(config: MDConfig, way: str, belonging: dict[str, str]) -> dict[str, Any]:
+    """What a resumed run must share with the one before; ``belonging`` says to which potential and atoms it belongs."""
     names = ("ensemble", "timestep", "temperature", "temperature_end", "pressure", "thermostat_time", "barostat_time", "interval",
              "dispersion", "engine")  # fmt: skip
     ramp = config.steps if config.temperature_end is not None else None
-    return {**{name: getattr(config, name) for name in names}, "ramp_steps": ramp, "way": way}
+    return {**{name: getattr(config, name) for name in names}, "ramp_steps": ramp, "way": way, "belonging": belonging}
+
+
+def begun(config: MDConfig) -> bool:
+    """Whether the folder holds a run that is to go on.
+
+    Raises:
+        FileExistsError: it holds one that is not to go on, or files that would be written over.
+    """
+    if (config.out / STATE).exists():
+        if not config.resume:
+            raise FileExistsError(f"'{config.out}' holds a simulation already. Go on with it (--resume), or choose another folder (--out).")
+        return True
+    foreign = [name for name in (TRAJECTORY, TABLE) if (config.out / name).exists()]
+    if foreign:
+        raise FileExistsError(
+            f"'{config.out}' holds {' and '.join(foreign)} of no simulation (there is no {STATE}), which would be written over. "
+            "Move them away, or choose another folder (--out)."
+        )
+    return False
 
 
 @contextmanager
@@ -74,7 +94,8 @@ def stored_settings(path: Path) -> dict[str, Any]:
 def read_state(path: Path, before: dict[str, Any], settings: dict[str, Any], atoms: Atoms) -> dict[str, Any]:
     """Arrays of a stored run that had the same settings and atoms."""
     stored = read_npz(path)
-    changed = sorted(k for k in settings if before.get(k) != settings[k] and k != "way")
+    passing = ["way", "belonging", *([] if settings["ensemble"].startswith("npt") else ["pressure"])]  # which older versions ignored there
+    changed = sorted(k for k in settings if before.get(k) != settings[k] and k not in passing)
     if changed:
         raise ValueError(
             f"'{path}' was made with other settings: {', '.join(f'{k} {before.get(k)} (now {settings[k]})' for k in changed)}. "
@@ -82,6 +103,9 @@ def read_state(path: Path, before: dict[str, Any], settings: dict[str, Any], ato
         )
     if not np.array_equal(stored.get("numbers", ()), atoms.numbers):
         raise ValueError(f"'{path}' belongs to other atoms than this structure. Resume with the same structure, or use another folder.")
+    others = strange(before.get("belonging", {}), settings["belonging"])
+    if others:
+        raise ValueError(f"'{path}' belongs to something else: {others}. Resume with the same, or start in another folder (--out).")
     if before["way"] != settings["way"]:
         log.warning(
             "'%s' was made the %s way, and goes on the %s way: the same to rounding, not to the bit", path, before["way"], settings["way"]
@@ -97,16 +121,18 @@ class Recorder:
         self.temperatures: list[float] = []
         self.brief = ""
         self.watch = Watch(config.max_uncertainty, config.collect, config.collect_spacing, dynamics.nsteps if resumed else None)
-        trajectory, table = config.out / "trajectory.traj", config.out / "log.csv"
+        trajectory, table = config.out / TRAJECTORY, config.out / TABLE
         rows: list[list[str]] = []
-        if resumed:
-            kept = dynamics.nsteps // config.interval + 1 if dynamics.nsteps else 0  # that of step 0 is written at the start, now again
-            rows = _cut_back(trajectory, table, kept)
+        if not resumed:
+            self.save_state()  # before the others, which are known by it as a simulation's
+        goes_on = resumed and dynamics.nsteps > 0  # what belongs to step 0 is written at the start, now again
+        if goes_on:
+            rows = _cut_back(trajectory, table, dynamics.nsteps // config.interval + 1)
             self.temperatures = [float(row[COLUMNS.index("temperature_K")]) for row in rows]
         with atomic_path(table) as temporary, open(temporary, "w", newline="") as file:
             csv.writer(file).writerows([COLUMNS, *rows])
         self.table = open(table, "a", newline="")  # noqa: SIM115 - closed by close()
-        self.trajectory = Trajectory(trajectory, "a" if resumed else "w")
+        self.trajectory = Trajectory(trajectory, "a" if goes_on else "w")
 
     def __call__(self) -> None:
         atoms, dynamics = self.atoms, self.dynamics
@@ -136,6 +162,14 @@ class Recorder:
         if doubt is not None:
             raise UncertainError(doubt)
 
+    def finish(self) -> None:
+        """At the last step: the guard and the state, where no frame is due; a frame would not be one of equal distances."""
+        if self.dynamics.nsteps % self.config.interval:
+            problem = self.guard.problem(self.atoms)
+            if problem is not None:
+                raise SimulationBroken(problem)
+            self.save_state()
+
     def _conserved(self, total: float) -> float:
         """The integrator's conserved quantity in eV.
 
@@ -152,7 +186,7 @@ class Recorder:
 
     def _frame(self) -> Atoms:
         """The atoms with plain results: ASE's writer would also store the calculator's parameters, and fails on some."""
-        frame = self.atoms.copy()
+        frame = without_labels(self.atoms)
         results = {k: v for k, v in self.atoms.calc.results.items() if k in ("energy", "free_energy", "forces", "stress")}
         frame.calc = SinglePointCalculator(frame, **results)
         return frame
@@ -163,7 +197,7 @@ class Recorder:
         if isinstance(self.dynamics, LangevinBAOAB):
             arrays["rng"] = np.array(json.dumps(self.dynamics.rng.bit_generator.state))
         atoms = self.atoms
-        with atomic_path(self.config.out / "state.npz") as temporary:
+        with atomic_path(self.config.out / STATE) as temporary:
             np.savez(
                 temporary, numbers=atoms.numbers, positions=atoms.positions, momenta=atoms.get_momenta(), cell=atoms.cell.array,
                 settings=np.array(json.dumps(self.settings)), **arrays,
@@ -189,8 +223,12 @@ class Recorder:
         return round(float(np.mean(half)), 2) if half else float("nan")
 
     def close(self) -> None:
+        """Close the files; a run that did not come to its first frame leaves none."""
         self.table.close()
         self.trajectory.close()
+        if not self.temperatures:
+            for name in (TRAJECTORY, TABLE, STATE):
+                (self.config.out / name).unlink(missing_ok=True)
 
 
 def _cut_back(trajectory: Path, table: Path, kept: int) -> list[list[str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
@@ -25,17 +26,16 @@ from gossamer.potential import Potential
 from gossamer.potential_file import as_potential
 from gossamer.settings import configured
 from gossamer.signals import StopRequested
-from gossamer.simulation.md import as_calculator, foretell, has_direct_forces, way_of
+from gossamer.simulation.md import as_calculator, foretell, has_direct_forces, identity_of, way_of
 from gossamer.simulation.options import RelaxConfig
 from gossamer.simulation.several import Job, failed, jobs
-from gossamer.simulation.state import cut_trajectory, numbers_of, put_back, put_back_atoms
+from gossamer.simulation.state import CHARGED, ELECTRONS, belonging, cut_trajectory, numbers_of, put_back, put_back_atoms, strange
 
 log = logging.getLogger(__name__)
 OPTIMIZERS = {"fire": FIRE, "lbfgs": LBFGS}
 STEPS = 60
 """of a typical relaxation: decides, before any is done, whether compiling the potential pays"""
-KEPT_ARRAYS = ("numbers", "positions", "tags", "masses", "initial_charges", "initial_magmoms")
-KEPT_INFO = ("charge", "spin")
+KEPT_ARRAYS = ("numbers", "positions", "tags", "masses", *ELECTRONS)
 """what a relaxed structure keeps of the frame it came from, beside names: all else (velocities, labels, times) was said of other positions"""
 
 
@@ -56,6 +56,7 @@ def relax(model: Any, structure: Atoms | Path | str, config: RelaxConfig | None 
 
     Raises:
         ValueError: unknown options, a cell asked for without periodicity or stress, a file format that cannot be written, nothing to resume.
+        FileExistsError: a file would be written over that is the structure, or the path (.traj) of no relaxation.
         RuntimeError: another process writes the same file.
     """
     config = configured(RelaxConfig, config, options)
@@ -74,7 +75,10 @@ def relax(model: Any, structure: Atoms | Path | str, config: RelaxConfig | None 
         converged = bool(algorithm.run(fmax=config.fmax, steps=config.steps))
     else:
         kind = _format(config.out)
+        _keep_input(structure, config.out)
         with locked(config.out.parent, config.out.name):
+            if not config.resume:
+                _check_path(structure, config.out)
             converged, stopped, algorithm = _relax_to_disk(atoms, config, config.out)
             if stopped is None:
                 with atomic_path(config.out) as temporary:
@@ -96,7 +100,7 @@ def relax_files(model: Any, structures: Sequence[Path | str], config: RelaxConfi
     Args:
         model: Saved potential, potential, or (with ASE) any ASE calculator.
         structures: Files; the relaxed ones have their names, with ``config.all_frames`` and the frame's number, and the ending .extxyz.
-        config: Options of each. With TorchSim ``resume`` leaves out what is in the folder already.
+        config: Options of each. With TorchSim ``resume`` leaves out what converged before, as the files in the folder say, and begins the others.
 
     Returns:
         For each structure "structure" and either the answer of ``relax`` without the atoms, with "out", or
@@ -157,7 +161,7 @@ def _on_ase(model: Any, chosen: Sequence[tuple[Job, Path]], config: RelaxConfig)
 
 def _on_torchsim(model: Any, asked: Sequence[tuple[Job, Path]], config: RelaxConfig) -> list[dict[str, Any]]:
     """Many at once."""
-    from gossamer.simulation.batched import relax_batched
+    from gossamer.simulation.batched import done_before, relax_batched
     from gossamer.simulation.torchsim import check_atoms
 
     if not isinstance(model, str | Path | Potential):
@@ -172,10 +176,13 @@ def _on_torchsim(model: Any, asked: Sequence[tuple[Job, Path]], config: RelaxCon
     named: dict[Path, str] = {}
     for job, out in asked:
         named[out] = job.said
-        if config.resume and out.exists():
-            log.info("%s: done before, in '%s'", named[out], out)
-            continue
         try:
+            _keep_input(job.path, out)
+            before = done_before(out, config) if config.resume else None
+            if before is not None:
+                log.info("%s: done before, in '%s'", named[out], out)
+                answers.append({"structure": named[out], **before, "out": str(out)})
+                continue
             atoms = as_atoms(job.path, job.frame, config.supercell)
             check_atoms(potential, atoms)
             if config.cell and not atoms.pbc.all():
@@ -202,18 +209,27 @@ def _relax_to_disk(atoms: Atoms, config: RelaxConfig, out: Path) -> tuple[bool, 
     path, memory = out.with_suffix(".traj"), out.with_suffix(".state.npz")
     kind = [config.optimizer, str(config.cell), *([] if config.dispersion is None else [config.dispersion])]
     way = way_of(atoms.calc)
+    who = {k: v for k, v in belonging(atoms, identity_of(atoms.calc)).items() if k != "masses"}
     algorithm = _algorithm(atoms, config)  # from the original cell also when resuming: the filter measures strain from there
-    stored = _go_back(atoms, path, memory, kind, algorithm) if config.resume else {}
-    with Trajectory(path, "a" if config.resume else "w", atoms) as trajectory:
+    stored = _go_back(atoms, path, memory, kind, who, algorithm) if config.resume else {}
+
+    def remember() -> None:
+        state: dict[str, Any] = {f"optimizer.{k}": v for k, v in numbers_of(algorithm).items()}
+        with atomic_path(memory) as temporary:
+            np.savez(
+                temporary, kind=kind, way=way, belonging=json.dumps(who), numbers=atoms.numbers, positions=atoms.positions,
+                cell=atoms.cell.array, **state,
+            )  # fmt: skip
+
+    done = int(stored.get("nsteps", 0))
+    if not stored:
+        remember()  # before the path, which is known by it as a relaxation's
+    with Trajectory(path, "a" if done else "w", atoms) as trajectory:
 
         def record() -> None:
-            if algorithm.nsteps > int(stored.get("nsteps", -1)):
+            if algorithm.nsteps > done or not done:
                 trajectory.write()
-                state: dict[str, Any] = {f"optimizer.{k}": v for k, v in numbers_of(algorithm).items()}
-                with atomic_path(memory) as temporary:
-                    np.savez(
-                        temporary, kind=kind, way=way, numbers=atoms.numbers, positions=atoms.positions, cell=atoms.cell.array, **state
-                    )
+                remember()
 
         algorithm.attach(record)
         converged = False
@@ -223,6 +239,26 @@ def _relax_to_disk(atoms: Atoms, config: RelaxConfig, out: Path) -> tuple[bool, 
                     log.warning("%s: stopped at step %d; --resume goes on from '%s'", stop.signal.name, algorithm.nsteps, memory)
                     return False, stop.signal.name, algorithm
     return bool(converged), None, algorithm
+
+
+def _keep_input(structure: Atoms | Path | str, out: Path) -> None:
+    """Refuse to write a relaxed structure over the one that is read."""
+    if not isinstance(structure, Atoms) and out.exists() and out.samefile(structure):
+        raise FileExistsError(f"'{out}' is the structure that is to be relaxed, and would be written over. Choose another --out.")
+
+
+def _check_path(structure: Atoms | Path | str, out: Path) -> None:
+    """Refuse to write the path of a new relaxation over what is read, or what is of no relaxation."""
+    path, memory = out.with_suffix(".traj"), out.with_suffix(".state.npz")
+    if not path.exists():
+        return
+    if not isinstance(structure, Atoms) and path.samefile(structure):
+        raise FileExistsError(f"'{path}' is read, and the path to '{out}' would be written over it. Choose another --out.")
+    if not memory.exists():
+        raise FileExistsError(
+            f"'{path}' is of no relaxation (there is no '{memory.name}' beside it), and the path to '{out}' would be written over it. "
+            "Move it away, or choose another --out."
+        )
 
 
 def _format(out: Path) -> str:
@@ -242,21 +278,21 @@ def _format(out: Path) -> str:
 
 
 def _bare(atoms: Atoms) -> Atoms:
-    """The relaxed atoms with their energy, forces and stress, without what was said of the frame they came from."""
+    """The relaxed atoms with their energy, forces (of fixed atoms too) and stress, without what was said of the frame they came from."""
     bare = atoms.copy()
     for name in set(bare.arrays) - set(KEPT_ARRAYS):
         del bare.arrays[name]
-    bare.info = {k: v for k, v in bare.info.items() if isinstance(v, str) or k in KEPT_INFO}
-    results = {"energy": atoms.get_potential_energy(), "forces": atoms.get_forces()}
+    bare.info = {k: v for k, v in bare.info.items() if isinstance(v, str) or k in CHARGED}
+    results = {"energy": atoms.get_potential_energy(), "forces": atoms.get_forces(apply_constraint=False)}
     if "stress" in atoms.calc.results:
         results["stress"] = atoms.calc.results["stress"]
     bare.calc = SinglePointCalculator(bare, **results)
     return bare
 
 
-def _go_back(atoms: Atoms, path: Path, memory: Path, kind: list[str], algorithm: Any) -> dict[str, Any]:
+def _go_back(atoms: Atoms, path: Path, memory: Path, kind: list[str], who: dict[str, str], algorithm: Any) -> dict[str, Any]:
     """Put atoms and optimiser where a relaxation left them, and its path back to there; returns the optimiser's numbers."""
-    if not (path.exists() and memory.exists()):
+    if not memory.exists():
         raise ValueError(f"There is nothing to resume: '{memory}' does not exist. Start without --resume.")
     stored = read_npz(memory)
     if not np.array_equal(stored.get("numbers", ()), atoms.numbers):
@@ -266,6 +302,9 @@ def _go_back(atoms: Atoms, path: Path, memory: Path, kind: list[str], algorithm:
             f"'{memory}' was made with optimizer, cell and dispersion {np.ravel(stored.get('kind', ())).tolist()}, now {kind}. "
             "Resume with the same options."
         )
+    others = strange(_belonging(stored, memory), who)
+    if others:
+        raise ValueError(f"'{memory}' belongs to something else: {others}. Resume with the same, or choose another --out.")
     numbers = {k.removeprefix("optimizer."): v for k, v in stored.items() if k.startswith("optimizer.")}
     try:
         put_back_atoms(atoms, stored)
@@ -275,5 +314,16 @@ def _go_back(atoms: Atoms, path: Path, memory: Path, kind: list[str], algorithm:
         raise ValueError(
             f"'{memory}' does not hold the state of this relaxation ({type(error).__name__}: {error}). Start without --resume."
         ) from None
-    cut_trajectory(path, steps + 1)
+    if steps and not path.exists():
+        raise ValueError(f"There is nothing to resume: '{path}' does not exist. Start without --resume.")
+    if steps:
+        cut_trajectory(path, steps + 1)
     return numbers
+
+
+def _belonging(stored: dict[str, Any], memory: Path) -> dict[str, Any]:
+    """What the memory of a relaxation says that it belongs to; nothing in those of older versions."""
+    try:
+        return dict(json.loads(str(stored.get("belonging", "{}"))))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ValueError(f"'{memory}' cannot be read ({error}). Start without --resume.") from None

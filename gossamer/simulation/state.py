@@ -1,7 +1,9 @@
-"""Every number that one of ASE's integrators or optimisers holds, so that it can go on exactly where it stopped; and its path so far."""
+"""Every number that one of ASE's integrators or optimisers holds, so that it can go on exactly where it stopped; its path so far; and what
+atoms are beside where they are."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,10 @@ from numpy.typing import NDArray
 from gossamer.files import atomic_path
 
 OWNED = ("_thermostat", "_barostat", "state")
+ELECTRONS, CHARGED = ("initial_charges", "initial_magmoms"), ("charge", "spin")
+"""arrays and entries of info that say to calculators how many electrons there are, and their spins"""
+MOVING = ("positions", "momenta", "masses", *ELECTRONS)
+"""arrays of floats that every frame of a simulation has"""
 
 
 def numbers_of(value: Any, prefix: str = "") -> dict[str, NDArray[Any]]:
@@ -52,7 +58,7 @@ def put_back(target: Any, numbers: Mapping[str, NDArray[Any]]) -> None:
 
 
 def put_back_atoms(atoms: Atoms, stored: Mapping[str, NDArray[Any]]) -> None:
-    """Positions and cell, and momenta where there are some.
+    """Positions and cell, and momenta where there are some, as they were stored: constraints would leave fixed atoms where they began.
 
     Raises:
         KeyError, ValueError: they are not there, or are none of so many atoms.
@@ -61,10 +67,59 @@ def put_back_atoms(atoms: Atoms, stored: Mapping[str, NDArray[Any]]) -> None:
     for name, expected in (("positions", shape), ("cell", (3, 3)), *([("momenta", shape)] if "momenta" in stored else [])):
         if stored[name].shape != expected or stored[name].dtype.kind != "f" or not np.isfinite(stored[name]).all():
             raise ValueError(f"{name} are not {list(expected)} finite numbers")
-    atoms.set_cell(stored["cell"])
-    atoms.set_positions(stored["positions"])
+    atoms.set_cell(stored["cell"], apply_constraint=False)
+    atoms.set_positions(stored["positions"], apply_constraint=False)
     if "momenta" in stored:
-        atoms.set_momenta(stored["momenta"])
+        atoms.set_momenta(stored["momenta"], apply_constraint=False)
+
+
+def belonging(atoms: Atoms, potential: str) -> dict[str, str]:
+    """What a state belongs to beside its elements, so that it goes on with nothing else: one word or two for each."""
+    return {
+        "potential": potential,
+        "masses": f"{atoms.get_masses().sum():.1f} ({_digest(atoms.get_masses().round(2).tolist())})",
+        "pbc": " ".join("FT"[p] for p in atoms.pbc.astype(int)),
+        "constraints": ", ".join(f"{type(c).__name__} ({_digest(_told(c))})" for c in atoms.constraints) or "none",
+    }
+
+
+def strange(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """What differs, and how; what is not known of the state (of older versions) passes."""
+    return ", ".join(f"{k} {before[k]} (now {now[k]})" for k in sorted(now) if k in before and before[k] != now[k])
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(repr(value).encode()).hexdigest()[:8]
+
+
+def _told(constraint: Any) -> Any:
+    try:
+        return constraint.todict()
+    except NotImplementedError:
+        return None
+
+
+def without_labels(atoms: Atoms) -> Atoms:
+    """A copy that moves as the atoms do, without numbers that were said of the frame they came from: labels, times, uncertainties.
+
+    Arrays of floats go, but for those of `MOVING`, and all entries of info that are no words, charge or spin. Names of residues and the like stay.
+    """
+    copy = atoms.copy()
+    for name in [k for k, v in copy.arrays.items() if k not in MOVING and v.dtype.kind == "f"]:
+        del copy.arrays[name]
+    copy.info = {k: v for k, v in copy.info.items() if isinstance(v, str) or k in CHARGED}
+    return copy
+
+
+def bare(atoms: Atoms) -> Atoms:
+    """Elements, positions, cell, charges and spins alone: nothing that was said of one frame."""
+    copy = Atoms(
+        atoms.numbers, atoms.positions, cell=atoms.cell, pbc=atoms.pbc, info={k: atoms.info[k] for k in CHARGED if k in atoms.info}
+    )
+    for name in ELECTRONS:
+        if name in atoms.arrays:
+            copy.set_array(name, atoms.arrays[name])
+    return copy
 
 
 def cut_trajectory(path: Path, kept: int) -> int:

@@ -11,6 +11,7 @@ from ase import Atoms
 from numpy.typing import NDArray
 
 from gossamer.files import atomic_path
+from gossamer.simulation.state import bare
 
 NAMES = ("forces_uncertainty", "forces_std")
 """entries of a calculator's results that hold the standard deviation of force components in eV/Å, for each atom or each component"""
@@ -99,8 +100,8 @@ class Watch:
 
     def _keep(self, atoms: Atoms, sigma: NDArray[np.float64], step: int, time: float) -> None:
         assert self.collect is not None
-        frame = Atoms(atoms.numbers, atoms.positions, cell=atoms.cell, pbc=atoms.pbc)  # no predictions that might pass for labels
-        frame.info = {"step": step, "time_fs": time, "max_forces_uncertainty": float(sigma.max())}
+        frame = bare(atoms)  # no predictions that might pass for labels
+        frame.info |= {"step": step, "time_fs": time, "max_forces_uncertainty": float(sigma.max())}
         frame.arrays["forces_uncertainty"] = sigma
         self.frames.append(frame)
         self.collect.parent.mkdir(parents=True, exist_ok=True)
