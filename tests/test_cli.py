@@ -157,7 +157,7 @@ def test_the_whole_path(tmp_path: Path, capsys: pytest.CaptureFixture, monkeypat
         (dict(), ["data.elements=[H, C]"], "The data holds O, which the list of elements (H, C) lacks"),
         (dict(), ["data.reference_energies={H: -13.6}"], "data.reference_energies has no value for C, O"),
         (dict(), ["data.reference_energies=isolated"], "no frame holds a single atom of H, C, O"),
-        (dict(), ["data.split=group"], "data.labels.group does not say which entry names the group"),
+        (dict(), ["data.split=group"], "data.labels.group does not say which entry names it"),
         (dict(), ["data.valid=" + ETHANOL], "is the same structure as"),
         (dict(), ["training.device=cuda"], "PyTorch sees no GPU here"),
         (dict(), ["training.dtype=float16"], "training.dtype: Input should be 'float32' or 'float64'"),

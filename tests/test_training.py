@@ -221,7 +221,8 @@ def test_resume_refuses_other_settings(tmp_path: Path) -> None:
 
 def test_resume_refuses_other_data_wherever_it_lies(tmp_path: Path) -> None:
     """Whatever of the data decides the numbers counts, to the order of the elements; not where it lies."""
-    structures = [replace(s, cell=20 * np.eye(3), stress=0.01 * np.eye(3)) for s in read_structures(ETHANOL)][:13]
+    cell = {"cell": 20 * np.eye(3), "pbc": np.ones(3, dtype=bool), "stress": 0.01 * np.eye(3)}
+    structures = [replace(s, **cell) for s in read_structures(ETHANOL)][:13]
 
     def write(name: str, chosen: list[Structure]) -> str:
         ase.io.write(tmp_path / name, [s.to_ase() for s in chosen])
@@ -235,7 +236,7 @@ def test_resume_refuses_other_data_wherever_it_lies(tmp_path: Path) -> None:
 
     run(resume=False)
     third = structures[3]
-    others = [replace(third, stress=0.02 * np.eye(3)), replace(third, pbc=np.ones(3, dtype=bool)), replace(third, fixed=np.arange(9) == 2)]
+    others = [replace(third, stress=0.02 * np.eye(3)), replace(third, pbc=np.zeros(3, dtype=bool)), replace(third, fixed=np.arange(9) == 2)]
     for k, other in enumerate(others):
         with pytest.raises(ValueError, match="belongs to another run: training frames differ"):
             run(train=write(f"{k}.extxyz", [*structures[:3], other, *structures[4:8]]))

@@ -151,7 +151,7 @@ def split(structures: Sequence[Structure], config: DataConfig, cutoff: float = R
     size = config.valid_size or max(1, round(config.valid_fraction * len(others)))
     is_valid = np.zeros(n, dtype=bool)
     if config.split == "group":
-        groups = np.array([_group(structures[k], config) for k in others.tolist()])
+        groups = np.array([_group(structures[k]) for k in others.tolist()])
         is_valid[others] = np.isin(groups, choose_groups(groups, size, rng))
     else:
         is_valid[rng.permutation(others)[:size]] = True
@@ -160,15 +160,13 @@ def split(structures: Sequence[Structure], config: DataConfig, cutoff: float = R
     return Subset(structures, np.flatnonzero(~is_valid).tolist()), Subset(structures, np.flatnonzero(is_valid).tolist())
 
 
-def _group(structure: Structure, config: DataConfig) -> str:
-    if structure.group is not None:
-        return structure.group
-    if config.labels.group is None:
-        raise ValueError("data.split is 'group', but data.labels.group does not say which entry names the group.")
-    raise ValueError(
-        f"data.split is 'group', but {structure.name} has no group (data.labels.group: {config.labels.group}): this format holds none, or the "
-        "data was converted without. Split at random, or give a file for data.valid."
-    )
+def _group(structure: Structure) -> str:
+    if structure.group is None:
+        raise ValueError(
+            f"data.split is 'group', but {structure.name} has no group: data.labels.group does not say which entry names it, this format holds "
+            "none, or the data was converted without. Split at random, or give a file for data.valid."
+        )
+    return structure.group
 
 
 def choose_groups(groups: NDArray[np.str_], n_frames: int, rng: np.random.Generator, tries: int = 20) -> NDArray[np.str_]:
