@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import time
@@ -13,7 +12,6 @@ from typing import Any
 import numpy as np
 from ase import Atoms, units
 from ase.calculators.calculator import BaseCalculator
-from ase.calculators.mixing import SumCalculator
 from ase.md.langevinbaoab import LangevinBAOAB
 from ase.md.nose_hoover_chain import MTKNPT, IsotropicMTKNPT, NoseHooverChainNVT
 from ase.md.velocitydistribution import Stationary, ZeroRotation, thermalize_momenta
@@ -28,7 +26,7 @@ from gossamer.simulation.dispersion import with_dispersion
 from gossamer.simulation.guard import Guard, SimulationBroken, check_constraints, degrees_of_freedom, drifts, rotates
 from gossamer.simulation.options import MDConfig, Way
 from gossamer.simulation.recorder import STATE, Recorder, begun, read_state, run_settings, state_of, stored_settings, write_broken
-from gossamer.simulation.state import belonging, numbers_of, put_back, put_back_atoms
+from gossamer.simulation.state import belonging, check_energy, numbers_of, put_back, put_back_atoms
 from gossamer.simulation.uncertain import UncertainError
 
 log = logging.getLogger(__name__)
@@ -111,17 +109,11 @@ def way_of(calculator: BaseCalculator) -> str:
     return calculator.engine.way if isinstance(calculator, Calculator) else "plain"
 
 
-def identity_of(calculator: Any) -> str:
-    """Which potential it is, as far as can be told: a digest of the weights of ours; of others the class, and a digest of plain parameters."""
+def identity_of(calculator: Any) -> str | None:
+    """A digest of the weights of a potential of ours; None for other calculators, of which energies alone tell (`check_energy`)."""
     from gossamer.simulation.calculator import Calculator, digest_of
 
-    if isinstance(calculator, Calculator):
-        return digest_of(calculator.potential, calculator.engine.dispersion)
-    if isinstance(calculator, SumCalculator):
-        return " + ".join(identity_of(part) for part in calculator.mixer.calcs)
-    parameters = getattr(calculator, "parameters", None) or {}
-    plain = sorted((k, v) for k, v in dict(parameters).items() if isinstance(v, bool | int | float | str))
-    return type(calculator).__name__ + (f" ({hashlib.sha256(repr(plain).encode()).hexdigest()[:8]})" if plain else "")
+    return digest_of(calculator.potential, calculator.engine.dispersion) if isinstance(calculator, Calculator) else None
 
 
 def has_direct_forces(calculator: BaseCalculator) -> bool:
@@ -199,6 +191,7 @@ def _prepare(model: Any, structure: Atoms | Path | str, config: MDConfig) -> _Ru
     dynamics = _integrator(atoms, config, rng)
     if stored is not None:
         _restore(dynamics, atoms, stored, state_file)
+        check_energy(atoms, stored, state_file)
     recorder = Recorder(config, atoms, dynamics, settings, guard, resumed)
     dynamics.attach(recorder, interval=config.interval)
     return _Run(atoms, dynamics, recorder)

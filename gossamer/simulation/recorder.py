@@ -197,6 +197,8 @@ class Recorder:
         if isinstance(self.dynamics, LangevinBAOAB):
             arrays["rng"] = np.array(json.dumps(self.dynamics.rng.bit_generator.state))
         atoms = self.atoms
+        if self.temperatures:
+            arrays["energy"] = np.array(float(atoms.calc.results["energy"]))
         with atomic_path(self.config.out / STATE) as temporary:
             np.savez(
                 temporary, numbers=atoms.numbers, positions=atoms.positions, momenta=atoms.get_momenta(), cell=atoms.cell.array,

@@ -29,7 +29,17 @@ from gossamer.signals import StopRequested
 from gossamer.simulation.md import as_calculator, foretell, has_direct_forces, identity_of, way_of
 from gossamer.simulation.options import RelaxConfig
 from gossamer.simulation.several import Job, failed, jobs
-from gossamer.simulation.state import CHARGED, ELECTRONS, belonging, cut_trajectory, numbers_of, put_back, put_back_atoms, strange
+from gossamer.simulation.state import (
+    CHARGED,
+    ELECTRONS,
+    belonging,
+    check_energy,
+    cut_trajectory,
+    numbers_of,
+    put_back,
+    put_back_atoms,
+    strange,
+)
 
 log = logging.getLogger(__name__)
 OPTIMIZERS = {"fire": FIRE, "lbfgs": LBFGS}
@@ -215,6 +225,8 @@ def _relax_to_disk(atoms: Atoms, config: RelaxConfig, out: Path) -> tuple[bool, 
 
     def remember() -> None:
         state: dict[str, Any] = {f"optimizer.{k}": v for k, v in numbers_of(algorithm).items()}
+        if algorithm.nsteps:
+            state["energy"] = np.array(float(atoms.calc.get_potential_energy(atoms)))
         with atomic_path(memory) as temporary:
             np.savez(
                 temporary, kind=kind, way=way, belonging=json.dumps(who), numbers=atoms.numbers, positions=atoms.positions,
@@ -314,6 +326,7 @@ def _go_back(atoms: Atoms, path: Path, memory: Path, kind: list[str], who: dict[
         raise ValueError(
             f"'{memory}' does not hold the state of this relaxation ({type(error).__name__}: {error}). Start without --resume."
         ) from None
+    check_energy(atoms, stored, memory)
     if steps and not path.exists():
         raise ValueError(f"There is nothing to resume: '{path}' does not exist. Start without --resume.")
     if steps:

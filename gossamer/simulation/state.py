@@ -18,6 +18,8 @@ from gossamer.files import atomic_path
 OWNED = ("_thermostat", "_barostat", "state")
 ELECTRONS, CHARGED = ("initial_charges", "initial_magmoms"), ("charge", "spin")
 """arrays and entries of info that say to calculators how many electrons there are, and their spins"""
+SAME = 1e-3
+"""eV per atom that energies of one potential may differ by: precision, devices, and where a density functional code converges"""
 MOVING = ("positions", "momenta", "masses", *ELECTRONS)
 """arrays of floats that every frame of a simulation has"""
 
@@ -73,10 +75,10 @@ def put_back_atoms(atoms: Atoms, stored: Mapping[str, NDArray[Any]]) -> None:
         atoms.set_momenta(stored["momenta"], apply_constraint=False)
 
 
-def belonging(atoms: Atoms, potential: str) -> dict[str, str]:
-    """What a state belongs to beside its elements, so that it goes on with nothing else: one word or two for each."""
+def belonging(atoms: Atoms, potential: str | None) -> dict[str, str]:
+    """What a state belongs to beside its elements, so that it goes on with nothing else: one word or two for each that is known."""
     return {
-        "potential": potential,
+        **({} if potential is None else {"potential": potential}),
         "masses": f"{atoms.get_masses().sum():.1f} ({_digest(atoms.get_masses().round(2).tolist())})",
         "pbc": " ".join("FT"[p] for p in atoms.pbc.astype(int)),
         "constraints": ", ".join(f"{type(c).__name__} ({_digest(_told(c))})" for c in atoms.constraints) or "none",
@@ -86,6 +88,23 @@ def belonging(atoms: Atoms, potential: str) -> dict[str, str]:
 def strange(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     """What differs, and how; what is not known of the state (of older versions) passes."""
     return ", ".join(f"{k} {before[k]} (now {now[k]})" for k in sorted(now) if k in before and before[k] != now[k])
+
+
+def check_energy(atoms: Atoms, stored: Mapping[str, NDArray[Any]], path: Path) -> None:
+    """Refuse a calculator that gives the stored atoms another energy.
+
+    Raises:
+        ValueError: says both.
+    """
+    before = stored.get("energy")
+    if before is None or before.ndim or before.dtype.kind != "f":  # of older versions, or before the first step
+        return
+    now = float(atoms.calc.get_potential_energy(atoms))
+    if not abs(now - float(before)) <= SAME * len(atoms):
+        raise ValueError(
+            f"'{path}' belongs to another potential: its energy is {float(before):.6g} eV there, and now {now:.6g} eV. "
+            "Resume with the same, or choose another --out."
+        )
 
 
 def _digest(value: Any) -> str:
