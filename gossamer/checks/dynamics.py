@@ -276,12 +276,14 @@ def _system(
         f"{name}: {atoms.get_chemical_formula()}, {protocol.ensemble}, {protocol.temperature:g} K, {protocol.timestep:g} fs, {picoseconds:g} ps. "
         f"Start: {run['prepared']}."
     )
-    frames, log = read_trajectory(run["folder"])
-    times = log["time_fs"] / 1000
     stable = run["time_ps"] if run["broken"] else picoseconds
     metrics = [at_least(f"{name}: time before it breaks", stable, "ps", picoseconds * (1 - 1e-9), picoseconds * (1 - 1e-9), BROKE)]
     if run["broken"]:
         metrics[0].reason += f" ({run['broken']})"
+        if not (Path(run["folder"]) / "log.csv").exists():  # before its first frame
+            return metrics
+    frames, log = read_trajectory(run["folder"])
+    times = log["time_fs"] / 1000
     metrics.append(measured(f"{name}: speed", run["seconds"] / max(run["steps"], 1) * 1000, "ms/step", "low"))
     target = curve([times[0], times[-1]], [protocol.temperature] * 2, "target", reference=True)
     panels.append(Panel(f"Temperature, {name}", "time, ps", "K", [curve(times, log["temperature_K"]), target]))
