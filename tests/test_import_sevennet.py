@@ -109,8 +109,8 @@ def test_files_are_recognised_and_kept(tmp_path: Path) -> None:
     for name, source in (("x.pth", "sevennet"), ("x.nqx", "nequix")):
         whole = read_potential(open_tree(tmp_path / name), ImportOptions())
         assert whole[0] == source
-        import_potential(tmp_path / name, tmp_path / "potential.safetensors", elements=["H", "O"])
-        part = load(tmp_path / "potential.safetensors")
+        import_potential(tmp_path / name, tmp_path / f"{source}.safetensors", elements=["H", "O"])
+        part = load(tmp_path / f"{source}.safetensors")
         assert part.statistics.elements == ["H", "O"]
         water = Atoms("OHH", [[0, 0, 0], [0.96, 0, 0], [-0.24, 0.93, 0]])
         energies = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -268,3 +269,45 @@ def test_nothing_judged_is_not_passed() -> None:
     found = judge_page.headline("it", {"phonons": Result("skipped", "no phonopy")}, {"phonons": ("Phonons", "", "")})
     assert found["status"] == "skipped"
     assert found["finding"] == "Nothing was judged."
+
+
+# --- calculators ----------------------------------------------------------------------------------------------------
+
+
+def test_a_calculator_whose_file_changed_is_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mine_of_files.py").write_text(
+        "from ase.calculators.lj import LennardJones\n\n\ndef read(path):\n    return LennardJones(rc=float(open(path).read()))\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    text, found = "mine_of_files:read(path='rc.txt')", []
+    for cutoff in ("5.0", "6.0"):
+        Path("rc.txt").write_text(cutoff)
+        found.append(find_sources([], [text])[0].fingerprint)
+    assert found[0] != found[1]
+
+
+def test_wrong_use_is_no_verdict(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mine_that_fails.py").write_text(
+        "from ase.calculators.lj import LennardJones\n\n\ndef make(**options):\n    raise KeyError('licence')\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(RuntimeError, match="'make' cannot be made: KeyError: 'licence'"):
+        judge.judge(calculator="mine_that_fails:make", elements=["Cu"], only=["symmetry"], out="out", progress=False)
+
+
+def test_an_error_is_asked_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = judge.CHECKS["symmetry"]
+
+    def raises(candidate: Any) -> Result:
+        raise MemoryError("no room")
+
+    question = {"calculator": "ase.calculators.emt:EMT", "elements": ["Cu"], "only": ["symmetry"], "out": tmp_path, "progress": False}
+    with monkeypatch.context() as patch:
+        patch.setitem(judge.CHECKS, "symmetry", replace(whole, run=raises))
+        assert judge.judge(**question)["EMT"]["symmetry"].status == "failed"
+    assert judge.judge(**question)["EMT"]["symmetry"].status == "passed"
+
+
+def test_paths_may_hold_the_sign_of_names(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="lr=0.01/potential"):
+        find_sources([str(tmp_path / "lr=0.01" / "potential.safetensors")], [])

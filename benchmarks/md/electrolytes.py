@@ -66,7 +66,8 @@ def argyrodite(data: Path) -> tuple[list[Atoms], float]:
 def label(arguments: argparse.Namespace) -> None:
     """Frames of the argyrodite with SevenNet-0's energies, forces and stresses."""
     potential = arguments.runs / "sevennet0.safetensors"
-    gossamer.import_potential(arguments.sevennet, potential, elements="Li,P,S,Cl")
+    if not potential.exists():
+        gossamer.import_potential(arguments.sevennet, potential, elements="Li,P,S,Cl")
     calculator = gossamer.Calculator(potential)
     labelled = []
     for atoms in argyrodite(arguments.data)[0]:

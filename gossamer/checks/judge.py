@@ -35,7 +35,7 @@ from gossamer.checks.candidate import LEVELS, Candidate, bond_length, builtin_cr
 from gossamer.checks.config import FILES, JudgeConfig
 from gossamer.checks.judge_page import write_page
 from gossamer.checks.result import ORDER, Result, skipped
-from gossamer.checks.source import Source, find_sources, supported_elements
+from gossamer.checks.source import Source, contents_of, find_sources, supported_elements
 from gossamer.data.atoms import read_frames
 from gossamer.data.structure import spread
 from gossamer.files import InputError, write_json
@@ -43,6 +43,8 @@ from gossamer.machine import machine, versions
 from gossamer.settings import build, to_dict
 
 log = logging.getLogger(__name__)
+ENDED = "The check ended with an error"
+"""how the reason of such a result begins; the same question is asked again"""
 PACKAGES = ("ase", "numpy", "torch", "phonopy", "phono3py", "chgnet", "sevenn", "mace-torch", "orb-models", "tblite")
 
 
@@ -275,6 +277,7 @@ def known_elements(source: Source, own: Candidate, wanted: Sequence[str] | None)
     else:
         if not wanted:
             log.info("%s: finding out which elements it knows (give --elements to save this time)", source.name)
+        make_calculator(own)
         known = supported_elements(own.calculator, wanted or chemical_symbols[1:95])
     if not known:
         raise ValueError(f"'{source.name}' could not evaluate any pair of atoms. Is it an ASE calculator with its weights in place?")
@@ -308,7 +311,8 @@ def claim(folder: Path, source: Source, config: JudgeConfig) -> None:
         before = json.loads(about.read_text())
         if before.get("fingerprint") != source.fingerprint:
             raise ValueError(
-                f"'{folder}' holds the judgement of another potential called '{source.name}'. Give this one a name (name=...), or use another --out."
+                f"'{folder}' holds the judgement of another potential called '{source.name}', or of files or a package that have changed since. "
+                "Give this one a name (name=...), or use another --out."
             )
         return
     facts = {"name": source.name, "fingerprint": source.fingerprint, "ours": source.ours, "n_train": source.n_train, "unverified": source.unverified,
@@ -322,12 +326,13 @@ def run_check(name: str, candidate: Candidate, folder: Path) -> Result:
     key = question_key(name, candidate)
     path = folder / f"{name}.json"
     stored = _stored(path)
-    if stored and stored["key"] == key and stored["result"]["status"] != "skipped":
+    if stored and stored["key"] == key and stored["result"]["status"] != "skipped" and not stored["result"]["reason"].startswith(ENDED):
         return Result.from_dict(stored["result"])
     candidate.folder = folder / f"{name}-{key}"
     candidate.renew()
     log.info("%s: %s", candidate.name, check.title)
     began = time.perf_counter()
+    make_calculator(candidate)
     if not getattr(candidate, check.needs):
         result = skipped(f"Nothing to judge it on: no {check.needs} that fit the potential's elements. Give --{check.needs} FILE.")
     else:
@@ -337,15 +342,27 @@ def run_check(name: str, candidate: Candidate, folder: Path) -> Result:
             raise
         except Exception as error:  # a judged calculator may raise anything; the others still count
             log.exception("%s: %s", candidate.name, name)
-            result = Result(
-                "failed", f"The check ended with an error: {type(error).__name__}: {str(error)[:300]}", "It cannot be used for this."
-            )
+            result = Result("failed", f"{ENDED}: {type(error).__name__}: {str(error)[:300]}", "It cannot be used for this.")
     if "structures" in check.uses:
         result.notes.append(f"Structures: {candidate.origin}.")
     result.seconds = round(time.perf_counter() - began, 2)
     record = {"key": key, "level": candidate.config.level, "result": result.to_dict(), "date": date.today().isoformat()}
     write_json(path, record)
     return result
+
+
+def make_calculator(candidate: Candidate) -> None:
+    """Make the calculator: what fails here is wrong use, or a package that is missing, and no verdict on the potential.
+
+    Raises:
+        RuntimeError: it cannot be made, with what its factory said; errors that the command line knows pass as they are.
+    """
+    try:
+        candidate.calculator  # noqa: B018
+    except (ValueError, RuntimeError, ImportError, OSError):
+        raise
+    except Exception as error:
+        raise RuntimeError(f"'{candidate.name}' cannot be made: {type(error).__name__}: {error}") from error
 
 
 def _stored(path: Path) -> dict[str, Any] | None:
@@ -368,19 +385,14 @@ def question_key(name: str, candidate: Candidate) -> str:
                     digest.update(np.ascontiguousarray(array).tobytes())
         elif used == "references":
             for system, path in candidate.references.items():
-                digest.update(f"{system} {_contents(path)}".encode())
+                digest.update(f"{system} {contents_of(path)}".encode())
         elif used in FILES:
             path = getattr(candidate.config, used)
-            digest.update(str(path and _contents(path)).encode())
+            digest.update(str(path and contents_of(path)).encode())
         else:
             owner = candidate if used.startswith("builtin_") else candidate.config
             digest.update(f"{used}={getattr(owner, used)}".encode())
     return digest.hexdigest()[:8]
-
-
-def _contents(path: str) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 # --- all of them ----------------------------------------------------------------------------------------------------

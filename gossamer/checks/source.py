@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import hashlib
 import inspect
 import logging
 import re
@@ -98,8 +99,7 @@ def find_sources(
     found = [_saved(str(entry), device, dtype, way, dispersion) for entry in models]
     for text in calculators:
         name, _ = parse_calculator(text)
-        fingerprint = text.rpartition("=")[2] if "(" not in text else text
-        found.append(Source(name, AnyCalculator(text, dispersion), fingerprint + _also(dispersion)))
+        found.append(Source(name, AnyCalculator(text, dispersion), fingerprint_of(text) + _also(dispersion)))
     if not found:
         raise ValueError("There is nothing to judge: give a saved potential, or --calculator module:factory.")
     for source in found:
@@ -117,7 +117,8 @@ def _also(dispersion: str | None) -> str:
 def _saved(entry: str, device: str, dtype: str | None, way: str, dispersion: str | None) -> Source:
     """A saved potential from "[name=]FILE"."""
     name, equals, path = entry.partition("=")
-    path = path if equals else entry
+    if not equals or "/" in name or Path(entry).is_file():  # a path may hold the sign, too
+        name, equals, path = "", "", entry
     if ":" in path and not Path(path).exists():
         raise ValueError(f"'{path}' is not a file. For a calculator write --calculator {path}.")
     from gossamer.data.fingerprint import read_seen_frames
@@ -144,8 +145,47 @@ def parse_calculator(text: str) -> tuple[str, Callable[[], Any]]:
         ValueError: not of this form, or the factory cannot be found or makes no calculators.
         ImportError: the module is not installed.
     """
+    name, module, path, keywords = _parts(text)
+    found = _import(text, module, path)
+    check_factory(found, text)
+
+    def make() -> Any:
+        calculator = found(**keywords)
+        if not isinstance(calculator, GetPropertiesMixin):
+            raise ValueError(f"'{text}' made a {type(calculator).__name__}, which is not an ASE calculator.")
+        return calculator
+
+    return (name or path.split(".")[-1]), make
+
+
+def fingerprint_of(text: str) -> str:
+    """What a calculator depends on: its call, the contents of files that it names, the version of its package, a module of one's own.
+
+    Raises:
+        ValueError, ImportError: as `parse_calculator`.
+    """
+    _, module, path, keywords = _parts(text)
+    _import(text, module, path)
+    named = [v for value in keywords.values() for v in (value if isinstance(value, list | tuple) else [value]) if isinstance(v, str)]
+    files = [Path(v) for v in named if Path(v).is_file()]
+    source = getattr(sys.modules[module], "__file__", None)
+    if source is not None and Path.cwd() in Path(source).resolve().parents:
+        files.append(Path(source))
+    version = getattr(sys.modules.get(module.split(".")[0]), "__version__", "")
+    call = text.rpartition("=")[2] if "(" not in text else text
+    return " ".join([call, str(version), *(contents_of(file)[:16] for file in files)])
+
+
+def contents_of(path: Path | str) -> str:
+    """SHA-256 of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _parts(text: str) -> tuple[str, str, str, dict[str, Any]]:
+    """Name (or ""), module, path of the factory in it, and keywords of a calculator's text."""
     head, _, rest = text.partition(":")
-    name, equals, module = head.rpartition("=")
+    name, _, module = head.rpartition("=")
     try:
         node = ast.parse(rest, mode="eval").body
         keywords: dict[str, Any] = {}
@@ -159,16 +199,7 @@ def parse_calculator(text: str) -> tuple[str, Callable[[], Any]]:
             raise ValueError("names")
     except (SyntaxError, ValueError):
         raise ValueError(f"'{text}' is not a calculator. {FORM}") from None
-    found = _import(text, module, path)
-    check_factory(found, text)
-
-    def make() -> Any:
-        calculator = found(**keywords)
-        if not isinstance(calculator, GetPropertiesMixin):
-            raise ValueError(f"'{text}' made a {type(calculator).__name__}, which is not an ASE calculator.")
-        return calculator
-
-    return (name if equals else path.split(".")[-1]), make
+    return name, module, path, keywords
 
 
 def _import(text: str, module: str, path: str) -> Any:

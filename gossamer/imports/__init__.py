@@ -50,6 +50,7 @@ def import_potential(
         What was brought, and how far it is from the reference.
 
     Raises:
+        FileExistsError: ``out`` exists.
         FileNotFoundError: no such file or interpreter.
         ValueError: a file no source knows, or one with a tensor or a setting that is not known, or predictions that differ from the
             reference.
@@ -58,6 +59,8 @@ def import_potential(
     options = build(
         ImportOptions, {"modal": modal, "elements": None if chosen is None else list(chosen), "head": head, "given": _pairs(given)}
     )
+    if Path(out).exists():
+        raise FileExistsError(f"'{out}' exists already, and would be written over. Name another file (--out), or move it away.")
     tree = open_tree(path)
     name, potential = read_potential(tree, options)
     known = potential.statistics.elements
