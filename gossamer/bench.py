@@ -148,6 +148,9 @@ def _in_own_process(job: dict[str, Any]) -> dict[str, Any]:
     elif process.exitcode:
         record["stopped"] = f"the process died at the next size (exit {process.exitcode}; out of memory?)"
     rows = record["rows"]
+    for row in rows if "ceilings" in record else []:
+        row["floor_ms"] = floor(row, record["ceilings"])
+        row["times_floor"] = row["network_ms"] / row["floor_ms"]
     slow = [r for r in rows if r["ms"] > 20]
     if len(slow) > 2:
         record["growth"] = growth_exponent([r["atoms"] for r in slow], [r["ms"] for r in slow])
@@ -196,7 +199,6 @@ def measure(job: dict[str, Any], report: Callable[[dict[str, Any]], None]) -> di
         "atoms": atoms, "system": atoms.get_chemical_formula(empirical=True), "clock": "CPU time, one thread" if one_thread else "wall time",
         "stopped": "the largest size asked for", "machine": machine(potential.device if own else None), "date": datetime.date.today().isoformat(), "versions": versions(_packages(job)),
     }  # fmt: skip
-    ceiling = ceilings(potential) if own else None
     last = 0
     previous: dict[str, Any] | None = None
     for size in job["sizes"]:
@@ -218,11 +220,12 @@ def measure(job: dict[str, Any], report: Callable[[dict[str, Any]], None]) -> di
             calculator = foreign
         row = time_one(calculator, system, clock, job["seconds"])
         if own:
-            assert ceiling is not None
-            row.update(details(calculator, system, clock, ceiling))
+            row.update(details(calculator, system, clock))
             facts.update(way=calculator.engine.way, parameters=potential.num_parameters)
         report(row)
         previous = row
+    if own:  # last, as their arrays would count as memory of the potential
+        facts["ceilings"] = ceilings(potential)
     return facts
 
 
@@ -248,20 +251,18 @@ def time_one(calculator: Any, atoms: Atoms, clock: Callable[[], float], seconds:
     }
 
 
-def details(calculator: Any, atoms: Atoms, clock: Callable[[], float], ceiling: dict[str, float]) -> dict[str, Any]:
-    """What only our own calculators tell: pairs, the network and the neighbour list alone, the floor."""
+def details(calculator: Any, atoms: Atoms, clock: Callable[[], float]) -> dict[str, Any]:
+    """What only our own calculators tell: pairs, the network and the neighbour list alone, the least work."""
     from gossamer.neighbors import neighbor_list
 
     graph = calculator.graph(atoms)
     network = fastest(lambda: calculator.engine(graph, bool(atoms.pbc.all())), 7, 2.0, clock)
     whole = fastest(lambda: neighbor_list(atoms.positions, atoms.cell.array, atoms.pbc, calculator.potential.cutoff), 3, 2.0, clock)
-    least = floor(calculator.engine, graph, ceiling)
     return {
         "edges": graph.n_edges,
         "network_ms": 1000 * network,
         "new_list_ms": 1000 * whole,
-        **least,
-        "times_floor": 1000 * network / least["floor_ms"],
+        **least_work(calculator.engine, graph),
     }
 
 
@@ -281,8 +282,13 @@ def ceilings(potential: Any) -> dict[str, float]:
     return {"macs": n**3 / fastest(lambda: torch.mm(a, b), 8), "bytes": 8 * length / fastest(lambda: target.copy_(source), 8)}
 
 
-def floor(engine: Any, graph: Any, ceiling: dict[str, float]) -> dict[str, float]:
-    """Least time of energy and forces: the larger of arithmetic over its ceiling and bytes over theirs.
+def floor(work: dict[str, Any], ceiling: dict[str, float]) -> float:
+    """Least time of energy and forces in ms: the larger of arithmetic over its ceiling and bytes over theirs."""
+    return 1000 * max(work["multiply_adds"] / ceiling["macs"], work["bytes"] / ceiling["bytes"])
+
+
+def least_work(engine: Any, graph: Any) -> dict[str, float]:
+    """Multiply-adds and bytes of energy and forces that no program is without.
 
     Arithmetic: matrix products as PyTorch counts them, and the kernels' own. Where a network has kernels, radial networks
     are tables and do not count. Bytes: weights once; features and sums of each kernel, and their gradients, once; of each edge
@@ -317,7 +323,7 @@ def floor(engine: Any, graph: Any, ceiling: dict[str, float]) -> dict[str, float
         macs += polynomial.operations(monomials) * graph.n_atoms * channels
         moved += 2 * size * graph.n_atoms * (monomials.n_in + monomials.n_out) * channels
     moved += 4 * size * graph.n_edges * sum(m.channels for m in potential.modules() if isinstance(m, Attention | AttentionKernel))
-    return {"multiply_adds": float(macs), "bytes": float(moved), "floor_ms": 1000 * max(macs / ceiling["macs"], moved / ceiling["bytes"])}
+    return {"multiply_adds": float(macs), "bytes": float(moved)}
 
 
 # --- what came of it --------------------------------------------------------------------------------------------------
