@@ -159,8 +159,7 @@ def _in_own_process(job: dict[str, Any]) -> dict[str, Any]:
 
 def _child(job: dict[str, Any], pipe: Any) -> None:
     try:
-        facts = measure(job, lambda row: pipe.send(("row", row)))
-        pipe.send(("facts", facts))
+        measure(job, lambda kind, value: pipe.send((kind, value)))
     except Exception as error:
         try:
             pipe.send(("error", error))
@@ -170,8 +169,8 @@ def _child(job: dict[str, Any], pipe: Any) -> None:
         pipe.close()
 
 
-def measure(job: dict[str, Any], report: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
-    """Time one candidate over the sizes; every row is reported as soon as it is known."""
+def measure(job: dict[str, Any], report: Callable[[str, dict[str, Any]], None]) -> None:
+    """Time one candidate over the sizes; facts and every row are reported as soon as they are known, as an error or a crash may follow."""
     own = "model" in job
     potential: Any = None
     if own:
@@ -195,38 +194,47 @@ def measure(job: dict[str, Any], report: Callable[[dict[str, Any]], None]) -> di
         atoms = stored[0].to_ase() if stored else default_structure(elements)
         atoms.calc = None
     clock = time.process_time if one_thread else time.perf_counter
-    facts: dict[str, Any] = {
+    facts = {
         "atoms": atoms, "system": atoms.get_chemical_formula(empirical=True), "clock": "CPU time, one thread" if one_thread else "wall time",
-        "stopped": "the largest size asked for", "machine": machine(potential.device if own else None), "date": datetime.date.today().isoformat(), "versions": versions(_packages(job)),
+        "machine": machine(potential.device if own else None), "date": datetime.date.today().isoformat(), "versions": versions(_packages(job)),
     }  # fmt: skip
+    report("facts", {**facts, "parameters": potential.num_parameters} if own else facts)
+    try:
+        stopped = _over_sizes(job, atoms, potential if own else foreign, clock, report)
+    finally:
+        if own:  # last, as their arrays would count as memory of the potential
+            with contextlib.suppress(RuntimeError, MemoryError):  # where memory is full there are no floors
+                report("facts", {"ceilings": ceilings(potential)})
+    report("facts", {"stopped": stopped})
+
+
+def _over_sizes(
+    job: dict[str, Any], atoms: Atoms, candidate: Any, clock: Callable[[], float], report: Callable[[str, dict[str, Any]], None]
+) -> str:
+    """Report a row for each size; returns why there is no larger one. The candidate is a potential of ours, or a calculator."""
     last = 0
     previous: dict[str, Any] | None = None
     for size in job["sizes"]:
         system = rattled(enlarged(atoms, size), 0.02)
         if len(system) == last and not atoms.pbc.all():
-            facts["stopped"] = "one molecule"
-            break
+            return "one molecule"
         if len(system) == last:  # a large cell serves several of the sizes asked for
             continue
         if previous is not None and previous["ms"] / 1000 * len(system) / last > job["seconds"]:
-            facts["stopped"] = f"{len(system)} atoms would take more than {job['seconds']:g} s"
-            break
+            return f"{len(system)} atoms would take more than {job['seconds']:g} s"
         last = len(system)
-        if own:
+        calculator = candidate
+        if "model" in job:
             from gossamer.simulation.calculator import Calculator
 
-            calculator: Any = Calculator(potential, way=job["way"])
-        else:
-            calculator = foreign
+            calculator = Calculator(candidate, way=job["way"])
         row = time_one(calculator, system, clock, job["seconds"])
-        if own:
+        if "model" in job:
             row.update(details(calculator, system, clock))
-            facts.update(way=calculator.engine.way, parameters=potential.num_parameters)
-        report(row)
+            report("facts", {"way": calculator.engine.way})
+        report("row", row)
         previous = row
-    if own:  # last, as their arrays would count as memory of the potential
-        facts["ceilings"] = ceilings(potential)
-    return facts
+    return "the largest size asked for"
 
 
 def default_structure(elements: Sequence[str]) -> Atoms:

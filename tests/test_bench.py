@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import ase.io
 import pytest
@@ -90,8 +91,22 @@ def test_memory_is_read_before_the_ceilings_are_measured(saved: Path, monkeypatc
     """Their arrays, 268 MB, are no potential's."""
     told: list[str] = []
     monkeypatch.setattr(bench_module, "ceilings", lambda potential: told.append("ceilings") or {"macs": 1e9, "bytes": 1e9})
-    bench_module.measure({**JOB, "model": saved}, lambda *_: told.append("row"))
+    bench_module.measure({**JOB, "model": saved}, lambda kind, value: told.append(kind) if kind == "row" else None)
     assert told == ["row", "row", "ceilings"]
+
+
+def test_a_candidate_that_fails_has_its_notes_and_gives_its_structure_to_the_next(tmp_path: Path) -> None:
+    save(
+        make_potential(["H", "O"], dtype=torch.float32), tmp_path / "o.safetensors", check=[from_atoms(molecule("H2O"), LabelConfig(), "")]
+    )
+    said: dict[str, Any] = {}
+    job = {**JOB, "model": tmp_path / "o.safetensors", "atoms": None, "way": "nonsense"}
+    with pytest.raises(ValueError, match="nonsense"):
+        bench_module.measure(job, lambda kind, value: said.update(value))
+    assert said["system"] == "H2O"
+    assert len(said["atoms"]) == 3
+    assert {"clock", "machine", "date", "versions", "parameters"} <= said.keys()
+    assert "stopped" not in said
 
 
 def test_wrong_use(saved: Path, tmp_path: Path) -> None:
