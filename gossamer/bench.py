@@ -54,7 +54,8 @@ def bench(
             potential's file, else a simple crystal or molecule.
         sizes: Numbers of atoms, at least; the next size is left out when an evaluation would take longer than ``seconds``.
         seconds: Longest single evaluation.
-        threads: Of PyTorch and OpenMP; by default as they find. With one thread CPU time is taken, otherwise wall time.
+        threads: Of PyTorch and OpenMP; by default as they find. With ``threads=1`` on a CPU the CPU time of all candidates is taken, otherwise the wall time
+            of all.
         way: How our potentials are evaluated (`gossamer.engine.engine`).
         device: Of our potentials.
         dtype: "float32" or "float64" of our potentials; by default as saved.
@@ -95,6 +96,7 @@ def bench(
             "sizes": sorted(set(sizes)),
             "seconds": seconds,
             "threads": threads,
+            "cpu_time": threads == 1 and (device == "cpu" or not models),
             "way": way,
             "device": device,
             "dtype": dtype,
@@ -183,19 +185,17 @@ def measure(job: dict[str, Any], report: Callable[[str, dict[str, Any]], None]) 
         potential = load(job["model"], job["device"], job["dtype"])
         elements = list(potential.statistics.elements)
         stored = stored_structures(job["model"])
-        one_thread = torch.get_num_threads() == 1 and potential.device.type == "cpu"
     else:
         _, make = parse_calculator(job["calculator"])
         foreign, stored = make(), []
         elements = [] if job["atoms"] is not None else supported_elements(foreign)
-        one_thread = job["threads"] == 1
     atoms = job["atoms"]
     if atoms is None:
         atoms = stored[0].to_ase() if stored else default_structure(elements)
         atoms.calc = None
-    clock = time.process_time if one_thread else time.perf_counter
+    clock = time.process_time if job["cpu_time"] else time.perf_counter
     facts = {
-        "atoms": atoms, "system": atoms.get_chemical_formula(empirical=True), "clock": "CPU time, one thread" if one_thread else "wall time",
+        "atoms": atoms, "system": atoms.get_chemical_formula(empirical=True), "clock": "CPU time, one thread" if job["cpu_time"] else "wall time",
         "machine": machine(potential.device if own else None), "date": datetime.date.today().isoformat(), "versions": versions(_packages(job)),
     }  # fmt: skip
     report("facts", {**facts, "parameters": potential.num_parameters} if own else facts)

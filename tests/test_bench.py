@@ -84,7 +84,16 @@ def test_a_large_cell_serves_several_sizes(saved: Path, tmp_path: Path) -> None:
     assert record["stopped"] == "the largest size asked for"
 
 
-JOB = {"sizes": [4, 32], "seconds": 0.1, "threads": None, "way": "plain", "device": "cpu", "dtype": None, "atoms": bulk("Cu", cubic=True)}
+JOB = {
+    "sizes": [4, 32],
+    "seconds": 0.1,
+    "threads": None,
+    "cpu_time": False,
+    "way": "plain",
+    "device": "cpu",
+    "dtype": None,
+    "atoms": bulk("Cu", cubic=True),
+}
 
 
 def test_memory_is_read_before_the_ceilings_are_measured(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -107,6 +116,22 @@ def test_a_candidate_that_fails_has_its_notes_and_gives_its_structure_to_the_nex
     assert len(said["atoms"]) == 3
     assert {"clock", "machine", "date", "versions", "parameters"} <= said.keys()
     assert "stopped" not in said
+
+
+@pytest.mark.parametrize(("options", "cpu_time"), [({}, False), ({"threads": 1}, True), ({"threads": 1, "device": "cuda"}, False)])
+def test_one_clock_for_all(options: dict[str, Any], cpu_time: bool, saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the surroundings say: times in one column compare."""
+    jobs: list[dict[str, Any]] = []
+    record = {"rows": [], "stopped": "", "growth": None}
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setattr(bench_module, "_in_own_process", lambda job: jobs.append(job) or {"name": job["name"], **record})
+    bench([saved], ["ase.calculators.emt:EMT"], out=tmp_path / "out", **options)
+    assert [job["cpu_time"] for job in jobs] == [cpu_time] * 2
+    for name in ({"model": saved}, {"calculator": "ase.calculators.emt:EMT"}):
+        clocks: list[str] = []
+        job = {**JOB, **name, "sizes": [], "cpu_time": cpu_time}
+        bench_module.measure(job, lambda kind, value, clocks=clocks: clocks.extend([value["clock"]] if "clock" in value else []))
+        assert clocks == ["CPU time, one thread" if cpu_time else "wall time"]
 
 
 def test_wrong_use(saved: Path, tmp_path: Path) -> None:
