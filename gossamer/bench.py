@@ -70,8 +70,8 @@ def bench(
     """
     candidates: list[dict[str, Any]] = []
     for text in models:
-        head, equals, path = str(text).partition("=")
-        candidates.append({"name": head if equals else _short_name(Path(str(text))), "model": path if equals else str(text)})
+        name, path = _named(str(text))
+        candidates.append({"name": name, "model": path})
     for text in calculator:
         candidates.append({"name": parse_calculator(text)[0], "calculator": text})
     names = [c["name"] for c in candidates]
@@ -108,6 +108,14 @@ def bench(
         records.append({k: v for k, v in record.items() if k != "atoms"})
         write_summary(records, Path(out))
     return records
+
+
+def _named(text: str) -> tuple[str, str]:
+    """Name and path from ``PATH`` or ``NAME=PATH``; the path may hold a "=" of its own."""
+    name, equals, path = text.partition("=")
+    if not equals or "/" in name or Path(text).exists():
+        return _short_name(Path(text)), text
+    return name, path
 
 
 def _short_name(path: Path) -> str:

@@ -134,6 +134,22 @@ def test_one_clock_for_all(options: dict[str, Any], cpu_time: bool, saved: Path,
         assert clocks == ["CPU time, one thread" if cpu_time else "wall time"]
 
 
+def test_names_of_potentials(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = Path("rate=0.01") / "potential.safetensors"
+    path.parent.mkdir()
+    path.touch()
+    for text, found in (
+        (str(path), ("rate=0.01", str(path))),
+        (f"{tmp_path}/{path}", ("rate=0.01", f"{tmp_path}/{path}")),
+        (f"small={path}", ("small", str(path))),
+        ("small=cu.safetensors", ("small", "cu.safetensors")),
+        ("./rate=0.1/cu.safetensors", ("cu", "./rate=0.1/cu.safetensors")),
+        ("cu.safetensors", ("cu", "cu.safetensors")),
+    ):
+        assert bench_module._named(text) == found
+
+
 def test_wrong_use(saved: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="nothing to time"):
         bench()
