@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from datetime import datetime
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ VERSION = 2
 APPLICATION = 0x676F7373
 """ "goss", in the file's header"""
 STATUSES = ("done", "converged", "not converged", "timed out", "failed")
+ENDINGS = (".parquet", ".csv", ".json", ".extxyz", ".xyz")
+"""of files that results are exported to"""
 TABLES = f"""
 create table about (name text primary key, value text not null);
 create table run (mark text primary key, host text not null, process integer not null, began text not null, ended text);
@@ -255,13 +258,27 @@ class _Transaction:
         self.connection.execute("commit" if kind is None else "rollback")
 
 
+def check_export(out: Path | str) -> None:
+    """Whether results can be written under this name.
+
+    Raises:
+        ValueError: its ending is none of `ENDINGS`.
+        ImportError: pyarrow is not installed.
+    """
+    ending = Path(out).suffix
+    if ending not in ENDINGS:
+        raise ValueError(f"'{out}': results are written as .parquet, .csv, .json or .extxyz. Choose one of these endings.")
+    if ending == ".parquet" and find_spec("pyarrow") is None:
+        raise ImportError("Parquet is written by the package pyarrow: pip install pyarrow, or choose --out results.csv.")
+
+
 def export(path: Path | str, out: Path | str) -> int:
     """Write all rows as .parquet (needs pyarrow), .csv, .json or .extxyz (structures with energies); returns how many.
 
     Raises:
-        ValueError: another ending.
-        ImportError: pyarrow is not installed.
+        ValueError, ImportError: as `check_export`.
     """
+    check_export(out)
     out = Path(out)
     with closing(Results(path)) as results:
         rows = results.rows()
@@ -271,11 +288,9 @@ def export(path: Path | str, out: Path | str) -> int:
         write_text(out, json.dumps(rows, indent=1) + "\n")
     elif out.suffix == ".csv":
         write_text(out, _csv(rows))
-    elif out.suffix in (".extxyz", ".xyz"):
+    else:
         rows = [r for r in rows if r["structure"]]
         write_text(out, "".join(r["structure"] for r in rows))
-    else:
-        raise ValueError(f"'{out}': results are written as .parquet, .csv, .json or .extxyz. Choose one of these endings.")
     return len(rows)
 
 
@@ -284,11 +299,9 @@ def _names(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _parquet(rows: Sequence[Mapping[str, Any]], out: Path) -> None:
-    try:
-        import pyarrow
-        from pyarrow import parquet
-    except ImportError:
-        raise ImportError("Parquet is written by the package pyarrow: pip install pyarrow, or choose --out results.csv.") from None
+    import pyarrow
+    from pyarrow import parquet
+
     table = pyarrow.table({name: [r.get(name) for r in rows] for name in _names(rows)})
     with atomic_path(out) as temporary:
         parquet.write_table(table, temporary)
