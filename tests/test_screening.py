@@ -495,6 +495,10 @@ def test_results_are_sorted_and_exported(tmp_path: Path, capsys: pytest.CaptureF
     assert "-3" in shown
     assert shown.splitlines()[1].split() == ["eV"]
     assert "3 converged, 1 failed" in shown
+    assert main(["screen", "show", str(path), "--status", "converged", "--top", "2", "--json"]) == 0
+    assert [r["id"] for r in json.loads(capsys.readouterr().out)] == ["0", "2"]
+    assert main(["screen", "show", str(path), "--top", "-1"]) == 2
+    assert "top must not be negative, found -1" in capsys.readouterr().err
     for name in ("r.csv", "r.json"):
         assert export(path, tmp_path / name) == 4
     assert len(json.loads((tmp_path / "r.json").read_text())) == 4

@@ -102,9 +102,8 @@ def _show(arguments: argparse.Namespace) -> int:
     from gossamer.screening.database import Results
 
     with Results(arguments.results) as results:
-        rows = results.rows(arguments.sort, None, arguments.descending)
+        rows = results.rows(arguments.sort, arguments.top, arguments.descending, arguments.status)
         counts = results.counts()
-    rows = [r for r in rows if arguments.status in (None, r["status"])][: arguments.top]
     if arguments.json:
         print(json.dumps(rows))
         return 0

@@ -216,17 +216,22 @@ class Results:
         """Structures by status."""
         return dict(tuple(r) for r in self.connection.execute("select status, count(*) from result group by status order by status"))
 
-    def rows(self, sort: str | None = None, top: int | None = None, descending: bool = False) -> list[dict[str, Any]]:
+    def rows(
+        self, sort: str | None = None, top: int | None = None, descending: bool = False, status: str | None = None
+    ) -> list[dict[str, Any]]:
         """Rows with what the task measured as columns of their own.
 
         Args:
             sort: Column or measured number; rows without it come last, equal ones by id. By default by source and frame.
             top: Only the first so many.
             descending: Largest first.
+            status: Only rows with it.
 
         Raises:
-            ValueError: no such column or number.
+            ValueError: no such column or number, or a negative ``top``.
         """
+        if top is not None and top < 0:
+            raise ValueError(f"top must not be negative, found {top}.")
         found = [
             {**dict(r), **json.loads(r["numbers"] or "{}")}
             for r in self.connection.execute("select * from result order by source, frame, id")
@@ -242,7 +247,7 @@ class Results:
             having.sort(key=lambda r: r["id"])
             having.sort(key=lambda r: r[sort], reverse=descending)
             found = having + [r for r in found if r.get(sort) is None]
-        return found[:top]
+        return [r for r in found if status in (None, r["status"])][:top]
 
 
 class _Transaction:
