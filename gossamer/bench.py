@@ -54,7 +54,8 @@ def bench(
             potential's file, else a simple crystal or molecule.
         sizes: Numbers of atoms, at least; the next size is left out when an evaluation would take longer than ``seconds``.
         seconds: Longest single evaluation.
-        threads: Of PyTorch and OpenMP; by default as they find. With one thread CPU time is taken, otherwise wall time.
+        threads: Of PyTorch and OpenMP; by default as they find. With ``threads=1`` on a CPU the CPU time of all candidates is taken, otherwise the wall time
+            of all.
         way: How our potentials are evaluated (`gossamer.engine.engine`).
         device: Of our potentials.
         dtype: "float32" or "float64" of our potentials; by default as saved.
@@ -69,8 +70,8 @@ def bench(
     """
     candidates: list[dict[str, Any]] = []
     for text in models:
-        head, equals, path = str(text).partition("=")
-        candidates.append({"name": head if equals else _short_name(Path(str(text))), "model": path if equals else str(text)})
+        name, path = _named(str(text))
+        candidates.append({"name": name, "model": path})
     for text in calculator:
         candidates.append({"name": parse_calculator(text)[0], "calculator": text})
     names = [c["name"] for c in candidates]
@@ -95,6 +96,7 @@ def bench(
             "sizes": sorted(set(sizes)),
             "seconds": seconds,
             "threads": threads,
+            "cpu_time": threads == 1 and (device == "cpu" or not models),
             "way": way,
             "device": device,
             "dtype": dtype,
@@ -106,6 +108,14 @@ def bench(
         records.append({k: v for k, v in record.items() if k != "atoms"})
         write_summary(records, Path(out))
     return records
+
+
+def _named(text: str) -> tuple[str, str]:
+    """Name and path from ``PATH`` or ``NAME=PATH``; the path may hold a "=" of its own."""
+    name, equals, path = text.partition("=")
+    if not equals or "/" in name or Path(text).exists():
+        return _short_name(Path(text)), text
+    return name, path
 
 
 def _short_name(path: Path) -> str:
@@ -148,6 +158,9 @@ def _in_own_process(job: dict[str, Any]) -> dict[str, Any]:
     elif process.exitcode:
         record["stopped"] = f"the process died at the next size (exit {process.exitcode}; out of memory?)"
     rows = record["rows"]
+    for row in rows if "ceilings" in record else []:
+        row["floor_ms"] = floor(row, record["ceilings"])
+        row["times_floor"] = row["network_ms"] / row["floor_ms"]
     slow = [r for r in rows if r["ms"] > 20]
     if len(slow) > 2:
         record["growth"] = growth_exponent([r["atoms"] for r in slow], [r["ms"] for r in slow])
@@ -156,8 +169,7 @@ def _in_own_process(job: dict[str, Any]) -> dict[str, Any]:
 
 def _child(job: dict[str, Any], pipe: Any) -> None:
     try:
-        facts = measure(job, lambda row: pipe.send(("row", row)))
-        pipe.send(("facts", facts))
+        measure(job, lambda kind, value: pipe.send((kind, value)))
     except Exception as error:
         try:
             pipe.send(("error", error))
@@ -167,8 +179,8 @@ def _child(job: dict[str, Any], pipe: Any) -> None:
         pipe.close()
 
 
-def measure(job: dict[str, Any], report: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
-    """Time one candidate over the sizes; every row is reported as soon as it is known."""
+def measure(job: dict[str, Any], report: Callable[[str, dict[str, Any]], None]) -> None:
+    """Time one candidate over the sizes; facts and every row are reported as soon as they are known, as an error or a crash may follow."""
     own = "model" in job
     potential: Any = None
     if own:
@@ -181,49 +193,56 @@ def measure(job: dict[str, Any], report: Callable[[dict[str, Any]], None]) -> di
         potential = load(job["model"], job["device"], job["dtype"])
         elements = list(potential.statistics.elements)
         stored = stored_structures(job["model"])
-        one_thread = torch.get_num_threads() == 1 and potential.device.type == "cpu"
     else:
         _, make = parse_calculator(job["calculator"])
         foreign, stored = make(), []
         elements = [] if job["atoms"] is not None else supported_elements(foreign)
-        one_thread = job["threads"] == 1
     atoms = job["atoms"]
     if atoms is None:
         atoms = stored[0].to_ase() if stored else default_structure(elements)
         atoms.calc = None
-    clock = time.process_time if one_thread else time.perf_counter
-    facts: dict[str, Any] = {
-        "atoms": atoms, "system": atoms.get_chemical_formula(empirical=True), "clock": "CPU time, one thread" if one_thread else "wall time",
-        "stopped": "the largest size asked for", "machine": machine(potential.device if own else None), "date": datetime.date.today().isoformat(), "versions": versions(_packages(job)),
+    clock = time.process_time if job["cpu_time"] else time.perf_counter
+    facts = {
+        "atoms": atoms, "system": atoms.get_chemical_formula(empirical=True), "clock": "CPU time, one thread" if job["cpu_time"] else "wall time",
+        "machine": machine(potential.device if own else None), "date": datetime.date.today().isoformat(), "versions": versions(_packages(job)),
     }  # fmt: skip
-    ceiling = ceilings(potential) if own else None
+    report("facts", {**facts, "parameters": potential.num_parameters} if own else facts)
+    try:
+        stopped = _over_sizes(job, atoms, potential if own else foreign, clock, report)
+    finally:
+        if own:  # last, as their arrays would count as memory of the potential
+            with contextlib.suppress(RuntimeError, MemoryError):  # where memory is full there are no floors
+                report("facts", {"ceilings": ceilings(potential)})
+    report("facts", {"stopped": stopped})
+
+
+def _over_sizes(
+    job: dict[str, Any], atoms: Atoms, candidate: Any, clock: Callable[[], float], report: Callable[[str, dict[str, Any]], None]
+) -> str:
+    """Report a row for each size; returns why there is no larger one. The candidate is a potential of ours, or a calculator."""
     last = 0
     previous: dict[str, Any] | None = None
     for size in job["sizes"]:
         system = rattled(enlarged(atoms, size), 0.02)
         if len(system) == last and not atoms.pbc.all():
-            facts["stopped"] = "one molecule"
-            break
+            return "one molecule"
         if len(system) == last:  # a large cell serves several of the sizes asked for
             continue
         if previous is not None and previous["ms"] / 1000 * len(system) / last > job["seconds"]:
-            facts["stopped"] = f"{len(system)} atoms would take more than {job['seconds']:g} s"
-            break
+            return f"{len(system)} atoms would take more than {job['seconds']:g} s"
         last = len(system)
-        if own:
+        calculator = candidate
+        if "model" in job:
             from gossamer.simulation.calculator import Calculator
 
-            calculator: Any = Calculator(potential, way=job["way"])
-        else:
-            calculator = foreign
+            calculator = Calculator(candidate, way=job["way"])
         row = time_one(calculator, system, clock, job["seconds"])
-        if own:
-            assert ceiling is not None
-            row.update(details(calculator, system, clock, ceiling))
-            facts.update(way=calculator.engine.way, parameters=potential.num_parameters)
-        report(row)
+        if "model" in job:
+            row.update(details(calculator, system, clock))
+            report("facts", {"way": calculator.engine.way})
+        report("row", row)
         previous = row
-    return facts
+    return "the largest size asked for"
 
 
 def default_structure(elements: Sequence[str]) -> Atoms:
@@ -248,20 +267,18 @@ def time_one(calculator: Any, atoms: Atoms, clock: Callable[[], float], seconds:
     }
 
 
-def details(calculator: Any, atoms: Atoms, clock: Callable[[], float], ceiling: dict[str, float]) -> dict[str, Any]:
-    """What only our own calculators tell: pairs, the network and the neighbour list alone, the floor."""
+def details(calculator: Any, atoms: Atoms, clock: Callable[[], float]) -> dict[str, Any]:
+    """What only our own calculators tell: pairs, the network and the neighbour list alone, the least work."""
     from gossamer.neighbors import neighbor_list
 
     graph = calculator.graph(atoms)
     network = fastest(lambda: calculator.engine(graph, bool(atoms.pbc.all())), 7, 2.0, clock)
     whole = fastest(lambda: neighbor_list(atoms.positions, atoms.cell.array, atoms.pbc, calculator.potential.cutoff), 3, 2.0, clock)
-    least = floor(calculator.engine, graph, ceiling)
     return {
         "edges": graph.n_edges,
         "network_ms": 1000 * network,
         "new_list_ms": 1000 * whole,
-        **least,
-        "times_floor": 1000 * network / least["floor_ms"],
+        **least_work(calculator.engine, graph),
     }
 
 
@@ -281,8 +298,13 @@ def ceilings(potential: Any) -> dict[str, float]:
     return {"macs": n**3 / fastest(lambda: torch.mm(a, b), 8), "bytes": 8 * length / fastest(lambda: target.copy_(source), 8)}
 
 
-def floor(engine: Any, graph: Any, ceiling: dict[str, float]) -> dict[str, float]:
-    """Least time of energy and forces: the larger of arithmetic over its ceiling and bytes over theirs.
+def floor(work: dict[str, Any], ceiling: dict[str, float]) -> float:
+    """Least time of energy and forces in ms: the larger of arithmetic over its ceiling and bytes over theirs."""
+    return 1000 * max(work["multiply_adds"] / ceiling["macs"], work["bytes"] / ceiling["bytes"])
+
+
+def least_work(engine: Any, graph: Any) -> dict[str, float]:
+    """Multiply-adds and bytes of energy and forces that no program is without.
 
     Arithmetic: matrix products as PyTorch counts them, and the kernels' own. Where a network has kernels, radial networks
     are tables and do not count. Bytes: weights once; features and sums of each kernel, and their gradients, once; of each edge
@@ -317,7 +339,7 @@ def floor(engine: Any, graph: Any, ceiling: dict[str, float]) -> dict[str, float
         macs += polynomial.operations(monomials) * graph.n_atoms * channels
         moved += 2 * size * graph.n_atoms * (monomials.n_in + monomials.n_out) * channels
     moved += 4 * size * graph.n_edges * sum(m.channels for m in potential.modules() if isinstance(m, Attention | AttentionKernel))
-    return {"multiply_adds": float(macs), "bytes": float(moved), "floor_ms": 1000 * max(macs / ceiling["macs"], moved / ceiling["bytes"])}
+    return {"multiply_adds": float(macs), "bytes": float(moved)}
 
 
 # --- what came of it --------------------------------------------------------------------------------------------------

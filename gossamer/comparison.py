@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import date
 from pathlib import Path
 from typing import Any, Literal
@@ -30,6 +30,9 @@ from gossamer.simulation.calculator import Calculator
 from gossamer.training.process_group import start_process_group
 
 log = logging.getLogger(__name__)
+RECORD = "comparison.json"
+UNUSED = ("out", "training.minutes", "training.steps", "training.valid_every", "training.checkpoint_every", "training.clock")
+"""settings that compare chooses, or that a run by the clock does not use"""
 COMPILE_BUDGET = 0.25
 """largest share of the time that compiling may take; a run with less time trains without it"""
 
@@ -60,7 +63,7 @@ def compare(
         One dictionary per model, as in comparison.json.
 
     Raises:
-        ValueError: no configuration, two of one name, or different data.
+        ValueError: no configuration, two of one name, different data, or runs in the folder of another time or other settings.
         Stopped: SIGTERM came during a run.
     """
     if not minutes > 0:
@@ -68,15 +71,15 @@ def compare(
     named = name_configs(configs)
     check_same_data(named)
     folder = Path(out)
+    finished = {name: kept for name, config in named.items() if resume and (kept := finished_run(config, minutes, folder / name))}
     records = []
     for name, config in named.items():
-        path = folder / name / "comparison.json"
-        if resume and path.exists():
-            records.append(json.loads(path.read_text()))
+        if name in finished:
+            records.append(finished[name])
             continue
         log.info("comparing: %s", name)
         record = {"name": name, **run_one(config, minutes, folder / name, progress, resume)}
-        write_json(path, record)
+        write_json(folder / name / RECORD, record)
         records.append(record)
         write_summary(records, folder, minutes)
     write_summary(records, folder, minutes)
@@ -109,6 +112,42 @@ def check_same_data(named: dict[str, Config]) -> None:
             raise ValueError(f"'{first}' and '{name}' differ in {listed}. Errors compare only on the same data.")
 
 
+def finished_run(config: Config, minutes: float, folder: Path) -> dict[str, Any] | None:
+    """The record of a run that is finished in this folder.
+
+    Raises:
+        ValueError: it had another time or other settings.
+    """
+    path = folder / RECORD
+    if not path.exists():
+        return None
+    record: dict[str, Any] = json.loads(path.read_text())
+    check_minutes(record["minutes"], minutes, folder)
+    before, now = flat(record["settings"]), flat(to_dict(config))
+    if now["training.compile"] and not before["training.compile"]:
+        now["training.compile"] = compile_fits(config, minutes)
+    differing = [k for k in now if k in before and before[k] != now[k] and k not in UNUSED]
+    if differing:
+        listed = ", ".join(f"{k} {before[k]!r} (now {now[k]!r})" for k in differing)
+        raise ValueError(f"'{folder}' holds a finished run of other settings: {listed}. Ask the same, or choose another folder.")
+    return record
+
+
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by dotted path; those of fine-tuning, which may be none, as one."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) and key != "finetune" else {f"{prefix}{key}": value}
+    return found
+
+
+def check_minutes(begun: float | None, minutes: float, folder: Path) -> None:
+    """Raise ValueError if the folder's run was begun for another time."""
+    if begun != minutes:
+        found = "a number of steps" if begun is None else f"{begun:g} minutes"
+        raise ValueError(f"'{folder}' holds a run of {found}, not of {minutes:g} minutes: choose another folder.")
+
+
 def run_one(config: Config, minutes: float, folder: Path, progress: bool = True, resume: bool = False) -> dict[str, Any]:
     """Train and test one model; with ``resume``, go on with a run that was cut.
 
@@ -118,10 +157,7 @@ def run_one(config: Config, minutes: float, folder: Path, progress: bool = True,
     """
     before = folder / "config.yaml"
     if resume and before.exists():
-        begun = load_config(before).training.minutes
-        if begun != minutes:
-            found = "a number of steps" if begun is None else f"{begun:g} minutes"
-            raise ValueError(f"'{folder}' holds a run of {found}, not of {minutes:g} minutes: choose another folder.")
+        check_minutes(load_config(before).training.minutes, minutes, folder)
     chosen = {"minutes": minutes, "clock": budget_clock(config), "compile": config.training.compile and compile_fits(config, minutes)}
     config = make_config(to_dict(config), [*(f"training.{k}={v}" for k, v in chosen.items()), f"out={folder}"])
     began = time.perf_counter()

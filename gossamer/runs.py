@@ -491,7 +491,12 @@ def evaluate(
     Returns:
         Errors, with the frames' positions in ``data`` as indices; ``notes`` says what was left out, ``training_error``
         whether there were training frames only.
+
+    Raises:
+        ValueError: a negative ``worst``, or no label to compare with.
     """
+    if worst < 0:
+        raise ValueError(f"worst must not be negative, found {worst}.")
     potential = as_potential(model, device)
     structures = open_dataset(data, labels) if isinstance(data, str | Path) else data
     chosen = leave_out_training_frames(potential.seen, structures, include_training)

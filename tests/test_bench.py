@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import ase.io
 import pytest
@@ -12,7 +13,8 @@ from ase.build import bulk, molecule
 from conftest import make_potential
 from test_kernels import scalar_convolution, vector_convolution
 
-from gossamer.bench import bench, ceilings, floor, table
+from gossamer import bench as bench_module
+from gossamer.bench import bench, ceilings, floor, least_work, table
 from gossamer.cli import main
 from gossamer.data.readers import LabelConfig, from_atoms
 from gossamer.engine.kernels.cpu import operations
@@ -82,6 +84,72 @@ def test_a_large_cell_serves_several_sizes(saved: Path, tmp_path: Path) -> None:
     assert record["stopped"] == "the largest size asked for"
 
 
+JOB = {
+    "sizes": [4, 32],
+    "seconds": 0.1,
+    "threads": None,
+    "cpu_time": False,
+    "way": "plain",
+    "device": "cpu",
+    "dtype": None,
+    "atoms": bulk("Cu", cubic=True),
+}
+
+
+def test_memory_is_read_before_the_ceilings_are_measured(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their arrays, 268 MB, are no potential's."""
+    told: list[str] = []
+    monkeypatch.setattr(bench_module, "ceilings", lambda potential: told.append("ceilings") or {"macs": 1e9, "bytes": 1e9})
+    bench_module.measure({**JOB, "model": saved}, lambda kind, value: told.append(kind) if kind == "row" else None)
+    assert told == ["row", "row", "ceilings"]
+
+
+def test_a_candidate_that_fails_has_its_notes_and_gives_its_structure_to_the_next(tmp_path: Path) -> None:
+    save(
+        make_potential(["H", "O"], dtype=torch.float32), tmp_path / "o.safetensors", check=[from_atoms(molecule("H2O"), LabelConfig(), "")]
+    )
+    said: dict[str, Any] = {}
+    job = {**JOB, "model": tmp_path / "o.safetensors", "atoms": None, "way": "nonsense"}
+    with pytest.raises(ValueError, match="nonsense"):
+        bench_module.measure(job, lambda kind, value: said.update(value))
+    assert said["system"] == "H2O"
+    assert len(said["atoms"]) == 3
+    assert {"clock", "machine", "date", "versions", "parameters"} <= said.keys()
+    assert "stopped" not in said
+
+
+@pytest.mark.parametrize(("options", "cpu_time"), [({}, False), ({"threads": 1}, True), ({"threads": 1, "device": "cuda"}, False)])
+def test_one_clock_for_all(options: dict[str, Any], cpu_time: bool, saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the surroundings say: times in one column compare."""
+    jobs: list[dict[str, Any]] = []
+    record = {"rows": [], "stopped": "", "growth": None}
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setattr(bench_module, "_in_own_process", lambda job: jobs.append(job) or {"name": job["name"], **record})
+    bench([saved], ["ase.calculators.emt:EMT"], out=tmp_path / "out", **options)
+    assert [job["cpu_time"] for job in jobs] == [cpu_time] * 2
+    for name in ({"model": saved}, {"calculator": "ase.calculators.emt:EMT"}):
+        clocks: list[str] = []
+        job = {**JOB, **name, "sizes": [], "cpu_time": cpu_time}
+        bench_module.measure(job, lambda kind, value, clocks=clocks: clocks.extend([value["clock"]] if "clock" in value else []))
+        assert clocks == ["CPU time, one thread" if cpu_time else "wall time"]
+
+
+def test_names_of_potentials(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = Path("rate=0.01") / "potential.safetensors"
+    path.parent.mkdir()
+    path.touch()
+    for text, found in (
+        (str(path), ("rate=0.01", str(path))),
+        (f"{tmp_path}/{path}", ("rate=0.01", f"{tmp_path}/{path}")),
+        (f"small={path}", ("small", str(path))),
+        ("small=cu.safetensors", ("small", "cu.safetensors")),
+        ("./rate=0.1/cu.safetensors", ("cu", "./rate=0.1/cu.safetensors")),
+        ("cu.safetensors", ("cu", "cu.safetensors")),
+    ):
+        assert bench_module._named(text) == found
+
+
 def test_wrong_use(saved: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="nothing to time"):
         bench()
@@ -103,10 +171,9 @@ def test_floor_counts_what_must_be_done() -> None:
     rates = ceilings(potential)
     assert rates["macs"] > 1e8
     assert rates["bytes"] > 1e8
-    small, large = (floor(calculator.engine, calculator.graph(bulk("Si", cubic=True).repeat(n)), rates) for n in (1, 2))
+    small, large = (least_work(calculator.engine, calculator.graph(bulk("Si", cubic=True).repeat(n))) for n in (1, 2))
     assert large["multiply_adds"] == pytest.approx(8 * small["multiply_adds"], rel=0.02)
-    twice = floor(calculator.engine, calculator.graph(bulk("Si", cubic=True)), {k: 2 * v for k, v in rates.items()})
-    assert twice["floor_ms"] == pytest.approx(small["floor_ms"] / 2)
+    assert floor(small, {k: 2 * v for k, v in rates.items()}) == pytest.approx(floor(small, rates) / 2)
     # one product of scalars: spline 5, coefficient 1, sum 1; backward: spline and slope 9, coefficient 1, features and slope 2, harmonic 1 + 1, slope 1
     assert operations(scalar_convolution(1)) == (5 + 1 + 1) + (9 + 1 + 2 + 1 + 1 + 1)
     assert operations(vector_convolution(10, True)) == 10 * operations(vector_convolution(1, True))

@@ -10,8 +10,10 @@ import yaml
 from conftest import ETHANOL
 
 from gossamer.cli import main
-from gossamer.comparison import compare, table
-from gossamer.config import make_config
+from gossamer.comparison import RECORD, compare, finished_run, table
+from gossamer.config import load_config, make_config
+from gossamer.files import write_json
+from gossamer.settings import to_dict
 from gossamer.training import loop
 
 
@@ -77,6 +79,30 @@ def test_a_cut_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert 0 < calls[0] < 2.4
     assert calls[-1] < 2.4 <= record["training_seconds"]
     assert record["steps"] > len(calls)
+
+
+def test_a_finished_run_is_kept_only_for_the_same_question(tmp_path: Path) -> None:
+    path, run = write(tmp_path, "a", {"name": "leignn"}), tmp_path / "out" / "a"
+    config = load_config(path, ["training.minutes=1.0", "training.clock=cpu", f"out={run}"])
+    run.mkdir(parents=True)
+    write_json(run / RECORD, {"name": "a", "minutes": 1.0, "settings": to_dict(config)})
+    record = finished_run(load_config(path), 1.0, run)
+    assert record is not None
+    assert record["name"] == "a"
+    assert finished_run(load_config(path, ["training.steps=7", "training.valid_every=3"]), 1.0, run) == record  # not used by the clock
+    assert finished_run(load_config(path), 1.0, tmp_path) is None
+    with pytest.raises(ValueError, match="holds a run of 1 minutes, not of 2 minutes: choose another folder"):
+        compare([path], 2.0, tmp_path / "out", resume=True, progress=False)
+    for setting, found in (
+        ("training.batch_size=9", r"training.batch_size 4 \(now 9\)"),
+        ("data.train_size=30", r"data.train_size 40 \(now 30\)"),
+    ):
+        with pytest.raises(ValueError, match=f"holds a finished run of other settings: {found}"):
+            finished_run(load_config(path, [setting]), 1.0, run)
+    assert finished_run(load_config(path, ["training.compile=true"]), 1.0, run) == record  # a minute leaves no time to compile
+    write(tmp_path, "a", {"name": "schnet"})
+    with pytest.raises(ValueError, match=r"model.name 'leignn' \(now 'schnet'\)"):
+        compare([path], 1.0, tmp_path / "out", resume=True, progress=False)
 
 
 def test_wrong_use(tmp_path: Path) -> None:

@@ -569,6 +569,21 @@ def test_rounding_in_float32_excuses_nothing_in_float64(error: float) -> None:
         assert verify.compare(potential, check, answer)["float64"]["forces_eV_per_A"] < 1e-12
 
 
+def test_a_stress_that_nobody_gave_is_not_verified() -> None:
+    potential = make_potential(["H", "C"], name="painn")
+    check = verify.structures(["H", "C"], potential.cutoff)[2:6]  # two molecules, two crystals
+    said = potential.predict(check)
+    stress = np.array([np.full(6, np.nan) if p["stress"] is None else p["stress"].ravel()[[0, 4, 8, 5, 2, 1]] for p in said])
+    answer = {"package": "other", "version": "1", "native.energy": np.array([p["energy"] for p in said]),
+              "native.forces": np.concatenate([p["forces"] for p in said]), "native.stress": stress}  # fmt: skip
+    report = verify.compare(potential, check, answer)
+    assert report["float64"]["stress_eV_per_A3"] < 1e-10
+    assert "stress" not in report
+    report = verify.compare(potential, check, {**answer, "native.stress": np.full((4, 6), np.nan)})
+    assert report["float64"].keys() == {"energy_eV_per_atom", "forces_eV_per_A"}
+    assert report["stress"] == "not compared: there is no structure of which both gave one"
+
+
 def test_references_that_cannot_be_had(tmp_path: Path) -> None:
     path = nequip_checkpoint(tmp_path / "a.ckpt", "l1")
     with pytest.raises(FileNotFoundError, match="There is no program"):

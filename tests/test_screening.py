@@ -33,6 +33,7 @@ from gossamer.cli import main
 from gossamer.data.atoms import count_frames
 from gossamer.files import InputError
 from gossamer.potential_file import save
+from gossamer.screening import database
 from gossamer.screening.config import FMAX, MachineConfig, ScreenConfig, load_machine
 from gossamer.screening.database import APPLICATION, COLUMNS, Results, Row, export
 from gossamer.screening.hull import Reference, add_hull, energy_above_hull, fractions_of, read_references
@@ -494,12 +495,53 @@ def test_results_are_sorted_and_exported(tmp_path: Path, capsys: pytest.CaptureF
     assert "-3" in shown
     assert shown.splitlines()[1].split() == ["eV"]
     assert "3 converged, 1 failed" in shown
+    assert main(["screen", "show", str(path), "--status", "converged", "--top", "2", "--json"]) == 0
+    assert [r["id"] for r in json.loads(capsys.readouterr().out)] == ["0", "2"]
+    assert main(["screen", "show", str(path), "--top", "-1"]) == 2
+    assert "top must not be negative, found -1" in capsys.readouterr().err
     for name in ("r.csv", "r.json"):
         assert export(path, tmp_path / name) == 4
     assert len(json.loads((tmp_path / "r.json").read_text())) == 4
     assert (tmp_path / "r.csv").read_text().count("\n") == 5
     with pytest.raises(ValueError, match="parquet"):
         export(path, tmp_path / "r.doc")
+
+
+@pytest.mark.parametrize(
+    ("statuses", "stopped", "status"),
+    [
+        ({"converged": 3, "done": 1}, None, 0),
+        ({}, None, 0),
+        ({"failed": 2}, None, 1),
+        ({"done": 8, "timed out": 1}, None, 1),
+        ({"converged": 8, "not converged": 1}, None, 1),
+        ({"failed": 2}, "SIGTERM", 143),
+    ],
+)
+def test_the_exit_status_says_whether_all_have_an_answer(
+    statuses: dict[str, int], stopped: str | None, status: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("parsl")
+    from gossamer.screening import screen as loop
+
+    answer = {"done": 9, "done_before": 0, "seconds": 1.0, "per_second": 9.0, "statuses": statuses, "out": "r.sqlite", "stopped": stopped}
+    monkeypatch.setattr(loop, "screen", lambda *_, **__: answer)
+    assert main(["screen", "a.xyz", "--calculator", "ase.calculators.emt:EMT"]) == status
+
+
+def test_an_export_that_cannot_be_is_refused_before_the_screening(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    pytest.importorskip("parsl")
+    monkeypatch.chdir(tmp_path)
+    ase.io.write("a.xyz", alloys(1))
+    command = ["screen", "a.xyz", "--calculator", "ase.calculators.emt:EMT", "--export"]
+    assert main([*command, "results.doc"]) == 2
+    assert "'results.doc': results are written as .parquet, .csv, .json or .extxyz" in capsys.readouterr().err
+    monkeypatch.setattr(database, "find_spec", lambda name: None)
+    assert main([*command, "results.parquet"]) == 2
+    assert "pip install pyarrow" in capsys.readouterr().err
+    assert [p.name for p in tmp_path.iterdir()] == ["a.xyz"]
 
 
 def test_parquet_or_which_package_writes_it(tmp_path: Path) -> None:
@@ -888,7 +930,7 @@ def test_one_kill_loses_and_repeats_nothing(tmp_path: Path, monkeypatch: pytest.
     assert left_over(tmp_path / "results.sqlite"), "there is something to clean up"
     sys.path.insert(0, str(ROOT / "tests"))
     try:
-        assert main([*command, "--json"]) == 0
+        assert main([*command, "--json"]) == 1  # one failed
     finally:
         sys.path.pop(0)
     answer = json.loads(capsys.readouterr().out)
@@ -923,14 +965,14 @@ def test_workers_go_on_after_a_structure_that_never_ends(
     frames[2].symbols[0], frames[7].symbols[0] = "Pt", "Au"
     ase.io.write("alloys.extxyz", frames)
     command = ["screen", "alloys.extxyz", "--calculator", "fragile:Fragile", "--task", "single-point", "--workers", "1", "--json"]
-    assert main([*command, "--time-limit", "1"]) == 0
+    assert main([*command, "--time-limit", "1"]) == 1
     assert json.loads(capsys.readouterr().out)["statuses"] == {"done": 10, "failed": 1, "timed out": 1}
     before = rows_of(tmp_path / "results.sqlite")
     assert [key.split("@")[0] for key, row in before.items() if row[1] == "timed out"] == ["alloys.extxyz#2"]
-    assert main([*command, "--time-limit", "1", "--json"]) == 0
+    assert main([*command, "--time-limit", "1", "--json"]) == 1
     assert json.loads(capsys.readouterr().out)["done"] == 0
     assert rows_of(tmp_path / "results.sqlite") == before
-    assert main([*command, "--time-limit", "2", "--again"]) == 0
+    assert main([*command, "--time-limit", "2", "--again"]) == 1
     assert json.loads(capsys.readouterr().out)["done"] == 2
     assert {row[-1] for row in rows_of(tmp_path / "results.sqlite").values() if row[1] == "timed out"} == {
         "took longer than 2 s (--time-limit)"

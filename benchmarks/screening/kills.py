@@ -111,7 +111,7 @@ def disturbed(arguments: list[str], out: Path, kills: int, workers: int, longest
         assert not changed, f"rows lost or done again: {changed[:5]}"
         before = after
         if process.poll() is not None:
-            if process.returncode == 0:
+            if process.returncode in (0, 1):  # 1: some did not converge
                 return {"killed": killed, "rows": len(after)}
             process = start(arguments, out, workers)
         elif sum(killed.values()) < kills:
@@ -145,7 +145,7 @@ def main() -> None:
     answer["seconds"] = round(time.time() - began, 1)
     calm = given.folder / "calm.sqlite"
     began = time.time()
-    assert start(arguments, calm, given.workers).wait() == 0
+    assert start(arguments, calm, given.workers).wait() in (0, 1)
     answer["seconds_undisturbed"] = round(time.time() - began, 1)
     left, first, second = [*marked(out), *marked(calm)], snapshot(out), snapshot(calm)
     assert not left, f"processes are left: {left}"

@@ -74,7 +74,9 @@ def _bench_parser(bench: argparse.ArgumentParser) -> None:
     bench.add_argument("--sizes", nargs="+", type=int, default=[100, 300, 1000, 3000, 10_000, 30_000, 100_000], metavar="ATOMS",
                        help="numbers of atoms (default: 100 to 100000)")  # fmt: skip
     bench.add_argument("--seconds", type=float, default=10.0, help="longest single evaluation; larger systems are left out (default: 10)")
-    bench.add_argument("--threads", type=int, help="of PyTorch and OpenMP; with one, CPU time is taken (default: as they find)")
+    bench.add_argument(
+        "--threads", type=int, help="of PyTorch and OpenMP; with 1, CPU time is taken, else wall time (default: as they find)"
+    )
     add_way(bench)
     bench.add_argument("--device", default="cpu", help="of our potentials (default: cpu)")
     bench.add_argument("--dtype", choices=["float32", "float64"], help="of our potentials (default: as saved)")

@@ -76,14 +76,15 @@ def _hull_options(hull: argparse.ArgumentParser) -> None:
 def _run(arguments: argparse.Namespace) -> int:
     from gossamer.flags import from_flags
     from gossamer.screening.config import ScreenConfig
-    from gossamer.screening.screen import pace, screen
+    from gossamer.screening.database import check_export, export
+    from gossamer.screening.screen import REPEATED, pace, screen
     from gossamer.signals import STOPPED
 
+    if arguments.export:
+        check_export(arguments.export)
     answer = screen(arguments.structures, arguments.model, arguments.calculator, arguments.machine, arguments.workers,
                     config=from_flags(ScreenConfig, arguments))  # fmt: skip
     if arguments.export and not answer["stopped"]:
-        from gossamer.screening.database import export
-
         export(answer["out"], arguments.export)
     if arguments.json:
         print(json.dumps(answer))
@@ -94,16 +95,15 @@ def _run(arguments: argparse.Namespace) -> int:
         print(f"'{answer['out']}': {statuses or 'nothing yet'}")
         if answer["stopped"]:
             print(f"stopped by {answer['stopped']}; the same command goes on")
-    return STOPPED if answer["stopped"] else 0
+    return STOPPED if answer["stopped"] else int(any(answer["statuses"].get(status) for status in REPEATED))
 
 
 def _show(arguments: argparse.Namespace) -> int:
     from gossamer.screening.database import Results
 
     with Results(arguments.results) as results:
-        rows = results.rows(arguments.sort, None, arguments.descending)
+        rows = results.rows(arguments.sort, arguments.top, arguments.descending, arguments.status)
         counts = results.counts()
-    rows = [r for r in rows if arguments.status in (None, r["status"])][: arguments.top]
     if arguments.json:
         print(json.dumps(rows))
         return 0

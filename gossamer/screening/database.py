@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from datetime import datetime
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ VERSION = 2
 APPLICATION = 0x676F7373
 """ "goss", in the file's header"""
 STATUSES = ("done", "converged", "not converged", "timed out", "failed")
+ENDINGS = (".parquet", ".csv", ".json", ".extxyz", ".xyz")
+"""of files that results are exported to"""
 TABLES = f"""
 create table about (name text primary key, value text not null);
 create table run (mark text primary key, host text not null, process integer not null, began text not null, ended text);
@@ -213,17 +216,22 @@ class Results:
         """Structures by status."""
         return dict(tuple(r) for r in self.connection.execute("select status, count(*) from result group by status order by status"))
 
-    def rows(self, sort: str | None = None, top: int | None = None, descending: bool = False) -> list[dict[str, Any]]:
+    def rows(
+        self, sort: str | None = None, top: int | None = None, descending: bool = False, status: str | None = None
+    ) -> list[dict[str, Any]]:
         """Rows with what the task measured as columns of their own.
 
         Args:
             sort: Column or measured number; rows without it come last, equal ones by id. By default by source and frame.
             top: Only the first so many.
             descending: Largest first.
+            status: Only rows with it.
 
         Raises:
-            ValueError: no such column or number.
+            ValueError: no such column or number, or a negative ``top``.
         """
+        if top is not None and top < 0:
+            raise ValueError(f"top must not be negative, found {top}.")
         found = [
             {**dict(r), **json.loads(r["numbers"] or "{}")}
             for r in self.connection.execute("select * from result order by source, frame, id")
@@ -239,7 +247,7 @@ class Results:
             having.sort(key=lambda r: r["id"])
             having.sort(key=lambda r: r[sort], reverse=descending)
             found = having + [r for r in found if r.get(sort) is None]
-        return found[:top]
+        return [r for r in found if status in (None, r["status"])][:top]
 
 
 class _Transaction:
@@ -255,13 +263,27 @@ class _Transaction:
         self.connection.execute("commit" if kind is None else "rollback")
 
 
+def check_export(out: Path | str) -> None:
+    """Whether results can be written under this name.
+
+    Raises:
+        ValueError: its ending is none of `ENDINGS`.
+        ImportError: pyarrow is not installed.
+    """
+    ending = Path(out).suffix
+    if ending not in ENDINGS:
+        raise ValueError(f"'{out}': results are written as .parquet, .csv, .json or .extxyz. Choose one of these endings.")
+    if ending == ".parquet" and find_spec("pyarrow") is None:
+        raise ImportError("Parquet is written by the package pyarrow: pip install pyarrow, or choose --out results.csv.")
+
+
 def export(path: Path | str, out: Path | str) -> int:
     """Write all rows as .parquet (needs pyarrow), .csv, .json or .extxyz (structures with energies); returns how many.
 
     Raises:
-        ValueError: another ending.
-        ImportError: pyarrow is not installed.
+        ValueError, ImportError: as `check_export`.
     """
+    check_export(out)
     out = Path(out)
     with closing(Results(path)) as results:
         rows = results.rows()
@@ -271,11 +293,9 @@ def export(path: Path | str, out: Path | str) -> int:
         write_text(out, json.dumps(rows, indent=1) + "\n")
     elif out.suffix == ".csv":
         write_text(out, _csv(rows))
-    elif out.suffix in (".extxyz", ".xyz"):
+    else:
         rows = [r for r in rows if r["structure"]]
         write_text(out, "".join(r["structure"] for r in rows))
-    else:
-        raise ValueError(f"'{out}': results are written as .parquet, .csv, .json or .extxyz. Choose one of these endings.")
     return len(rows)
 
 
@@ -284,11 +304,9 @@ def _names(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _parquet(rows: Sequence[Mapping[str, Any]], out: Path) -> None:
-    try:
-        import pyarrow
-        from pyarrow import parquet
-    except ImportError:
-        raise ImportError("Parquet is written by the package pyarrow: pip install pyarrow, or choose --out results.csv.") from None
+    import pyarrow
+    from pyarrow import parquet
+
     table = pyarrow.table({name: [r.get(name) for r in rows] for name in _names(rows)})
     with atomic_path(out) as temporary:
         parquet.write_table(table, temporary)

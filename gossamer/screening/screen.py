@@ -38,7 +38,7 @@ NODES_LOST = 5
 SETBACKS = 30
 """deaths of workers in a row, without an answer in between, that end the screening; or as many as there are workers, if that is more"""
 REPEATED = ("failed", "timed out", "not converged")
-"""what --again does once more"""
+"""what --again does once more, and what makes the exit status 1"""
 REPORT = 20.0
 """s between lines of the log, where there is no terminal for a bar"""
 
