@@ -8,6 +8,7 @@ import inspect
 import logging
 import re
 import sys
+import sysconfig
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from importlib import import_module
@@ -169,7 +170,8 @@ def fingerprint_of(text: str) -> str:
     named = [v for value in keywords.values() for v in (value if isinstance(value, list | tuple) else [value]) if isinstance(v, str)]
     files = [Path(v) for v in named if Path(v).is_file()]
     source = getattr(sys.modules[module], "__file__", None)
-    if source is not None and Path.cwd() in Path(source).resolve().parents:
+    installed = {Path(sysconfig.get_path(kind)).resolve() for kind in ("stdlib", "purelib", "platlib")}
+    if source is not None and not installed & set(Path(source).resolve().parents):
         files.append(Path(source))
     version = getattr(sys.modules.get(module.split(".")[0]), "__version__", "")
     call = text.rpartition("=")[2] if "(" not in text else text

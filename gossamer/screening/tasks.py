@@ -75,7 +75,9 @@ class Asked:
         models, calculators = [self.model] if self.model else [], [self.calculator] if self.calculator else []
         (found,) = find_sources(models, calculators, self.device, self.dtype, self.way, self.dispersion)
         if found.fingerprint != self.fingerprint:
-            raise ValueError(f"'{self.model}' is not the potential that the screening began with: it has changed meanwhile.")
+            raise ValueError(
+                f"'{self.model or self.calculator}' is not the potential that the screening began with: it has changed meanwhile."
+            )
         return found
 
 
