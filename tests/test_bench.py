@@ -101,7 +101,9 @@ def test_memory_is_read_before_the_ceilings_are_measured(saved: Path, monkeypatc
     told: list[str] = []
     monkeypatch.setattr(bench_module, "ceilings", lambda potential: told.append("ceilings") or {"macs": 1e9, "bytes": 1e9})
     bench_module.measure({**JOB, "model": saved}, lambda kind, value: told.append(kind) if kind == "row" else None)
-    assert told == ["row", "row", "ceilings"]
+    assert told[:-1] == ["row"] * (len(told) - 1)  # one or two: the second size may take too long
+    assert told[-1] == "ceilings"
+    assert len(told) > 1
 
 
 def test_a_candidate_that_fails_has_its_notes_and_gives_its_structure_to_the_next(tmp_path: Path) -> None:
