@@ -254,7 +254,7 @@ SLIM = 16
 """channels of the network where dynamics shall be fast: half of its own (benchmarks/accuracy)"""
 FEW_FORCES = 30_000
 """force components below which radial functions that vary fast are held back: fewer of them teach their noise (benchmarks/accuracy)"""
-FEW_FOR_SOAP = 10_000
+FEW_FOR_SOAP = 20_000
 """force components below which Muon is always the optimiser: SOAP learns few frames by heart (benchmarks/accuracy)"""
 FRAMES_OF_BATCH = 50
 """so many times as many frames as a batch holds, at least: what is learned from large ones of few frames holds less well for others (benchmarks/accuracy)"""
