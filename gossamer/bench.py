@@ -23,7 +23,7 @@ from gossamer.checks.candidate import (
     enlarged,
     rattled,
 )
-from gossamer.checks.source import parse_calculator, supported_elements
+from gossamer.checks.source import named_path, parse_calculator, supported_elements
 from gossamer.checks.speed import growth_exponent, memory, time_evaluation
 from gossamer.data.atoms import as_atoms
 from gossamer.files import atomic_path, write_json, write_text
@@ -70,7 +70,7 @@ def bench(
     """
     candidates: list[dict[str, Any]] = []
     for text in models:
-        name, path = _named(str(text))
+        name, path = named_path(str(text))
         candidates.append({"name": name, "model": path})
     for text in calculator:
         candidates.append({"name": parse_calculator(text)[0], "calculator": text})
@@ -108,19 +108,6 @@ def bench(
         records.append({k: v for k, v in record.items() if k != "atoms"})
         write_summary(records, Path(out))
     return records
-
-
-def _named(text: str) -> tuple[str, str]:
-    """Name and path from ``PATH`` or ``NAME=PATH``; the path may hold a "=" of its own."""
-    name, equals, path = text.partition("=")
-    if not equals or "/" in name or Path(text).exists():
-        return _short_name(Path(text)), text
-    return name, path
-
-
-def _short_name(path: Path) -> str:
-    """Name of a potential: of its file, or of the run's folder where all files have one name."""
-    return path.resolve().parent.name if path.stem == "potential" else path.stem
 
 
 # --- one candidate ---------------------------------------------------------------------------------------------------

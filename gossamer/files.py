@@ -5,6 +5,7 @@ from __future__ import annotations
 import bz2
 import errno
 import gzip
+import hashlib
 import io
 import json
 import logging
@@ -183,6 +184,12 @@ def explain(error: OSError) -> str:
         return str(error) or type(error).__name__
     where = f"'{error.filename}': " if error.filename else ""
     return f"{where}{error.strerror}. {ADVICE.get(error.errno, '')}".rstrip()
+
+
+def checksum(path: Path | str) -> str:
+    """SHA-256 of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_bytes(path: Path | str, data: bytes) -> None:

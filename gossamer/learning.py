@@ -8,7 +8,6 @@ they exist: a run killed anywhere continues with the same command, and no frame 
 from __future__ import annotations
 
 import csv
-import hashlib
 import json
 import logging
 from collections.abc import Sequence
@@ -32,7 +31,7 @@ from gossamer.data.dataset import open_dataset
 from gossamer.data.fingerprint import SeenFrames
 from gossamer.data.structure import Structure, as_structure
 from gossamer.evaluation import evaluate_potential
-from gossamer.files import InputError, atomic_path, locked, write_bytes, write_json
+from gossamer.files import InputError, atomic_path, checksum, locked, write_bytes, write_json
 from gossamer.fitting import choose_settings
 from gossamer.potential import NO_UNCERTAINTY, Potential
 from gossamer.potential_file import load
@@ -91,7 +90,7 @@ def learn(
     current, held = Path(start), False
     curve: list[dict[str, Any]] = []
     files = [Path(s).name for s in structures if not isinstance(s, Atoms)]
-    question = {"start": hashlib.sha256(Path(start).read_bytes()).hexdigest()[:16], "structures": files, "label": label,
+    question = {"start": checksum(start)[:16], "structures": files, "label": label,
                 "data": None if data is None else Path(data).name, **to_dict(config)}  # fmt: skip
     with locked(config.out):
         _check_question(config.out / "question.json", question)

@@ -15,6 +15,7 @@ from test_kernels import scalar_convolution, vector_convolution
 
 from gossamer import bench as bench_module
 from gossamer.bench import bench, ceilings, floor, least_work, table
+from gossamer.checks.source import named_path
 from gossamer.cli import main
 from gossamer.data.readers import LabelConfig, from_atoms
 from gossamer.engine.kernels.cpu import operations
@@ -149,7 +150,7 @@ def test_names_of_potentials(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         ("./rate=0.1/cu.safetensors", ("cu", "./rate=0.1/cu.safetensors")),
         ("cu.safetensors", ("cu", "cu.safetensors")),
     ):
-        assert bench_module._named(text) == found
+        assert named_path(text) == found
 
 
 def test_wrong_use(saved: Path, tmp_path: Path) -> None:

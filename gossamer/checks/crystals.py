@@ -164,6 +164,7 @@ UNBOUND = "The crystal does not hold together: nothing about this solid can be c
 VOLUME = "Densities, thermal expansion and everything at constant pressure are off."
 PRESSURE = "Stress and energy disagree: pressures are wrong."
 STIFF = "Elastic response, sound and phonons at long wavelengths are off."
+# Limits of vacancies and surfaces: solid argon, which holds and is held by dispersion alone, has 0.08 eV and 0.04 J/m² (Lennard-Jones).
 SOFT = "Defects and surfaces form too easily or for free: the solid disorders by itself in simulations."
 
 

@@ -139,6 +139,8 @@ def read_labelled(path: Path | str) -> list[Atoms]:
 
 # --- verdict --------------------------------------------------------------------------------------------------------
 
+LEAST = 1e-6
+"""eV/atom, spread of labels from which there is something to predict"""
 INACCURATE = "Quantities computed with this potential differ from those of the reference method; how much depends on the quantity."
 TRAINED = "Errors on frames that were trained on say nothing of accuracy: give frames kept aside."
 OVERCONFIDENT = "Uncertainties of the potential cannot be used to decide where to trust it."
@@ -167,27 +169,7 @@ def check(candidate: Candidate) -> Result:
         metrics[-1].reason += f" ({' '.join(lost[0].split())[:150]})"
     panels: list[Panel] = []
     if any(e["energy"][0] is not None for e in entries):
-        raw, shifted, labels, differing = aligned_energies(entries)
-        metrics += [
-            measured("energy, mean absolute error", float(np.abs(raw).mean()), "meV/atom", "low"),
-            measured("energy, with one constant per element fitted", float(np.abs(shifted).mean()), "meV/atom", "low"),
-        ]
-        panels.append(
-            Panel(
-                "Energies",
-                "label, eV/atom",
-                "error, meV/atom",
-                [curve(labels, raw if candidate.config.same_zero else shifted)],
-                points=True,
-            )
-        )
-        title = "energy error over the spread of the labels"
-        if candidate.config.same_zero:
-            metrics.append(at_most(title, float(np.abs(raw).mean() / 1000 / (labels.std() or 1.0)), "", 0.2, 1.0, INACCURATE))
-        elif differing.any():
-            metrics.append(at_most(title, float(np.abs(shifted).mean() / 1000 / differing.std()), "", 0.2, 1.0, INACCURATE))
-        else:
-            metrics.append(Metric(title, None, "", "skipped", reason="needs more frames than elements, of different energies"))
+        metrics += _energies(entries, candidate.config.same_zero, panels)
     if any(e["forces"][0] is not None for e in entries):
         f = force_errors(entries)
         metrics += [
@@ -230,6 +212,21 @@ def check(candidate: Candidate) -> Result:
     worst = _worst(chosen, [places[id(frame)] for frame in chosen], entries, candidate.folder / "worst.extxyz")
     notes.append(f"The frames with the largest errors: {worst}, in {candidate.name}/worst.extxyz.")
     return conclude(metrics, panels, notes, "Errors are small against what there is to predict.")
+
+
+def _energies(entries: Sequence[dict[str, Any]], same_zero: bool, panels: list[Panel]) -> list[Metric]:
+    """Errors of the energy, and beside what there is to predict: of both with one constant per element fitted, unless zeros are the same."""
+    raw, shifted, labels, differing = aligned_energies(entries)
+    counted, spread = (raw, labels.std()) if same_zero else (shifted, differing.std())
+    panels.append(Panel("Energies", "label, eV/atom", "error, meV/atom", [curve(labels, counted)], points=True))
+    title = "energy error over the spread of the labels"
+    return [
+        measured("energy, mean absolute error", float(np.abs(raw).mean()), "meV/atom", "low"),
+        measured("energy, with one constant per element fitted", float(np.abs(shifted).mean()), "meV/atom", "low"),
+        at_most(title, float(np.abs(counted).mean() / 1000 / spread), "", 0.2, 1.0, INACCURATE)
+        if spread > LEAST
+        else Metric(title, None, "", "skipped", reason="needs more frames than elements, of different energies"),
+    ]
 
 
 def unseen(candidate: Candidate, frames: list[Atoms]) -> tuple[list[Atoms], list[Metric], list[str]]:

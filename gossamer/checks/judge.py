@@ -35,10 +35,10 @@ from gossamer.checks.candidate import LEVELS, Candidate, bond_length, builtin_cr
 from gossamer.checks.config import FILES, JudgeConfig
 from gossamer.checks.judge_page import write_page
 from gossamer.checks.result import ORDER, Result, skipped
-from gossamer.checks.source import Source, contents_of, find_sources, supported_elements
+from gossamer.checks.source import Source, find_sources, supported_elements
 from gossamer.data.atoms import read_frames
 from gossamer.data.structure import spread
-from gossamer.files import InputError, write_json
+from gossamer.files import InputError, checksum, write_json
 from gossamer.machine import machine, versions
 from gossamer.settings import build, to_dict
 
@@ -385,10 +385,10 @@ def question_key(name: str, candidate: Candidate) -> str:
                     digest.update(np.ascontiguousarray(array).tobytes())
         elif used == "references":
             for system, path in candidate.references.items():
-                digest.update(f"{system} {contents_of(path)}".encode())
+                digest.update(f"{system} {checksum(path)}".encode())
         elif used in FILES:
             path = getattr(candidate.config, used)
-            digest.update(str(path and contents_of(path)).encode())
+            digest.update(str(path and checksum(path)).encode())
         else:
             owner = candidate if used.startswith("builtin_") else candidate.config
             digest.update(f"{used}={getattr(owner, used)}".encode())

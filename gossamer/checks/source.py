@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import hashlib
 import inspect
 import logging
 import re
@@ -21,6 +20,7 @@ from ase.calculators.abc import GetPropertiesMixin
 from ase.data import chemical_symbols
 
 from gossamer.checks.candidate import SeenFrames
+from gossamer.files import checksum
 
 log = logging.getLogger(__name__)
 FORM = "Write module:factory, module:factory(key=value) or name=module:factory, for example ase.calculators.emt:EMT or small=mace.calculators:mace_mp(model='small')."  # fmt: skip
@@ -115,11 +115,21 @@ def _also(dispersion: str | None) -> str:
     return "" if dispersion is None else f" with D3 of {dispersion}"
 
 
+def named_path(text: str) -> tuple[str, str]:
+    """Name and path of a potential from ``[NAME=]PATH``; the path may hold a "=" of its own.
+
+    Without a name it is that of the file, or of the run's folder where all files have one name.
+    """
+    name, equals, path = text.partition("=")
+    if equals and "/" not in name and not Path(text).exists():
+        return name, path
+    file = Path(text)
+    return (file.resolve().parent.name if file.stem == "potential" else file.stem), text
+
+
 def _saved(entry: str, device: str, dtype: str | None, way: str, dispersion: str | None) -> Source:
     """A saved potential from "[name=]FILE"."""
-    name, equals, path = entry.partition("=")
-    if not equals or "/" in name or Path(entry).is_file():  # a path may hold the sign, too
-        name, equals, path = "", "", entry
+    name, path = named_path(entry)
     if ":" in path and not Path(path).exists():
         raise ValueError(f"'{path}' is not a file. For a calculator write --calculator {path}.")
     from gossamer.data.fingerprint import read_seen_frames
@@ -127,9 +137,8 @@ def _saved(entry: str, device: str, dtype: str | None, way: str, dispersion: str
 
     manifest = read_manifest(path)
     file = Path(path)
-    stem = file.parent.resolve().name if file.stem == "potential" else file.stem
     return Source(
-        name if equals else stem, SavedPotential(path, device, dtype, way, dispersion),
+        name, SavedPotential(path, device, dtype, way, dispersion),
         f"{manifest['checksum']}-{dtype}{'' if way == 'auto' else f'-{way}'}{_also(dispersion)}",
         elements=list(manifest["statistics"]["elements"]), cutoff=manifest["model"].get("cutoff"), conservative=bool(manifest["conservative"]),
         run=file.parent if (file.parent / "config.yaml").exists() else None, n_train=manifest["statistics"].get("n_structures") or None,
@@ -175,13 +184,7 @@ def fingerprint_of(text: str) -> str:
         files.append(Path(source))
     version = getattr(sys.modules.get(module.split(".")[0]), "__version__", "")
     call = text.rpartition("=")[2] if "(" not in text else text
-    return " ".join([call, str(version), *(contents_of(file)[:16] for file in files)])
-
-
-def contents_of(path: Path | str) -> str:
-    """SHA-256 of a file."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return " ".join([call, str(version), *(checksum(file)[:16] for file in files)])
 
 
 def _parts(text: str) -> tuple[str, str, str, dict[str, Any]]:

@@ -7,7 +7,6 @@ it, and the checksum is right; a damaged library would end the process, and a fo
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 import shutil
@@ -16,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from gossamer.files import atomic_path, cache_folder, write_text
+from gossamer.files import atomic_path, cache_folder, checksum, write_text
 
 log = logging.getLogger(__name__)
 CHECKSUM = ".sha256"
@@ -45,7 +44,7 @@ def keeping(path: Path) -> Iterator[Path]:
     with atomic_path(path) as temporary:
         yield temporary
         temporary.chmod(0o600)
-        write_text(_checksum_file(path), digest(temporary))
+        write_text(_checksum_file(path), checksum(temporary))
     tidy()
 
 
@@ -58,7 +57,7 @@ def check(path: Path) -> None:
         check_owner(path.parent)
         check_owner(path)
         kept = _checksum_file(path).read_text()
-        if kept.strip() != digest(path):
+        if kept.strip() != checksum(path):
             raise Untrusted(f"'{path}' was damaged or altered")
         with suppress(OSError):  # a folder that cannot be written is read all the same
             os.utime(path)
@@ -111,8 +110,3 @@ def forget(path: Path) -> None:
 
 def _checksum_file(path: Path) -> Path:
     return path.with_name(path.name + CHECKSUM)
-
-
-def digest(path: Path) -> str:
-    """SHA-256 of a file."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()

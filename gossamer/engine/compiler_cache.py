@@ -21,7 +21,7 @@ import torch
 from gossamer import __version__
 from gossamer.engine import cache
 from gossamer.engine.kernels.cpu import processor
-from gossamer.files import cache_folder, write_text
+from gossamer.files import cache_folder, checksum, write_text
 from gossamer.settings import to_dict
 
 log = logging.getLogger(__name__)
@@ -88,7 +88,7 @@ def kept_compiler_files(name: str) -> Iterator[None]:
 def digests(folder: Path) -> dict[str, str]:
     """SHA-256 of all files in a folder."""
     files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != DIGESTS and p.suffix != ".lock")
-    return {str(p.relative_to(folder)): cache.digest(p) for p in files}
+    return {str(p.relative_to(folder)): checksum(p) for p in files}
 
 
 def remove_altered(folder: Path) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
 import re
 import struct
 import zipfile
@@ -22,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gossamer.files import checksum
 from gossamer.imports.pickle_machine import Inert, loads
 
 MAX_BYTES = 16 << 30
@@ -42,8 +42,7 @@ class Tree:
 
     @cached_property
     def sha256(self) -> str:
-        with open(self.path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return checksum(self.path)
 
     @cached_property
     def head(self) -> bytes:

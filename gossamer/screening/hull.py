@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ from numpy.typing import NDArray
 from scipy.optimize import linprog
 
 from gossamer.data.atoms import read_frames
-from gossamer.files import InputError
+from gossamer.files import InputError, checksum
 from gossamer.screening.database import Results
 
 Composition = dict[str, float]
@@ -93,7 +92,7 @@ def add_hull(results: Path | str, reference: Path | str) -> dict[str, Any]:
         InputError: of ``read_references``.
     """
     references = read_references(reference)
-    content = hashlib.sha256(Path(reference).read_bytes()).hexdigest()[:16]
+    content = checksum(reference)[:16]
     with Results(results) as open_:
         energies = {
             r["id"]: None

@@ -14,7 +14,7 @@ from ase.data import atomic_masses
 from ase.neighborlist import neighbor_list
 
 from gossamer.data.atoms import iterate_frames
-from gossamer.files import InputError
+from gossamer.files import InputError, checksum
 
 KEPT = ("numbers", "positions", "tags", "masses", "initial_charges", "initial_magmoms")
 CLOSEST = 0.4
@@ -82,8 +82,7 @@ def bare(atoms: Atoms) -> Atoms:
 def _digest_of_file(path: Path) -> str:
     if not path.is_file():
         return hashlib.sha256(b"").hexdigest()[:16]
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+    return checksum(path)[:16]
 
 
 def digest_of(atoms: Atoms) -> str:
