@@ -25,13 +25,27 @@ class UsageError(Exception):
 
 
 class _Parser(argparse.ArgumentParser):
+    _mixing = False
+
     def error(self, message: str) -> NoReturn:
         """Raise where argparse would leave the program, so that ``main`` can answer in JSON."""
         raise UsageError(f"{self.format_usage()}{self.prog}: {message}")
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """Refuse here, where options are known, what argparse would refuse at the top, naming neither command nor options."""
-        found, left = super().parse_known_args(args, namespace)
+        """Refuse here, where options are known, what argparse would refuse at the top, naming neither command nor options.
+
+        Of a command, arguments of one list may stand before and after its options: ``train config.yaml --resume training.steps=5``.
+        """
+        if self._mixing:  # argparse's own method for that comes back here
+            return super().parse_known_args(args, namespace)
+        if self._subparsers is not None:
+            found, left = super().parse_known_args(args, namespace)
+        else:
+            self._mixing = True
+            try:
+                found, left = super().parse_known_intermixed_args(args, namespace)
+            finally:
+                self._mixing = False
         if left:
             near = [get_close_matches(word.partition("=")[0], self._option_string_actions, 1) for word in left if word.startswith("-")]
             meant = ", ".join(name for names in near for name in names)

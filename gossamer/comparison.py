@@ -18,7 +18,7 @@ from gossamer.config import Config, load_config, make_config
 from gossamer.data.dataset import load_data
 from gossamer.data.structure import Structure
 from gossamer.evaluation import evaluate_potential
-from gossamer.files import atomic_path, write_json, write_text
+from gossamer.files import atomic_path, checksum, write_json, write_text
 from gossamer.machine import machine
 from gossamer.models import MODELS
 from gossamer.potential import Potential
@@ -130,7 +130,18 @@ def finished_run(config: Config, minutes: float, folder: Path) -> dict[str, Any]
     if differing:
         listed = ", ".join(f"{k} {before[k]!r} (now {now[k]!r})" for k in differing)
         raise ValueError(f"'{folder}' holds a finished run of other settings: {listed}. Ask the same, or choose another folder.")
+    contents = contents_of(config)
+    changed = [path for path, was in record.get("contents", contents).items() if contents.get(path) != was]
+    if changed:
+        raise ValueError(f"'{changed[0]}' has changed since the finished run in '{folder}'. Choose another folder for the new data.")
     return record
+
+
+def contents_of(config: Config) -> dict[str, str]:
+    """Checksums of the files and folders that a run reads, by path."""
+    parts = [config.data.train, config.data.valid, config.data.test]
+    parts += [config.finetune.start, config.finetune.replay] if config.finetune else []
+    return {path: checksum(path) for part in parts if part for path in ([part] if isinstance(part, str) else part)}
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -195,6 +206,7 @@ def run_one(config: Config, minutes: float, folder: Path, progress: bool = True,
         if test_set is None
         else evaluate_potential(potential, test_set, keep=0, free_atoms_only=config.loss.free_atoms_only).summary(),
         "settings": to_dict(config),
+        "contents": contents_of(config),
         "machine": machine(potential.device),
         "versions": {"gossamer": __version__, "torch": torch.__version__},
         "date": date.today().isoformat(),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -131,10 +132,5 @@ def _plain(value: Any) -> Any:
 
 
 def _number(value: Any) -> Any:
-    """YAML 1.1 reads 1e-3 as text; people mean a number."""
-    if isinstance(value, str):
-        try:
-            return float(value) if any(c in value for c in "eE.") and value.lower() not in ("inf", "nan") else value
-        except ValueError:
-            return value
-    return value
+    """YAML 1.1 reads 1e-3 as text; people mean a number. Other texts that look like one were written as texts."""
+    return float(value) if isinstance(value, str) and re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+", value) else value

@@ -187,7 +187,11 @@ def explain(error: OSError) -> str:
 
 
 def checksum(path: Path | str) -> str:
-    """SHA-256 of a file."""
+    """SHA-256 of a file; of a folder, of the names and checksums of all files in it."""
+    path = Path(path)
+    if path.is_dir():
+        inside = sorted(p for p in path.rglob("*") if p.is_file())
+        return hashlib.sha256("".join(f"{p.relative_to(path)} {checksum(p)}\n" for p in inside).encode()).hexdigest()
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

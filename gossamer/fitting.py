@@ -6,7 +6,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -43,6 +43,8 @@ def fit(
     speed: bool = False,
     progress: bool = True,
     accuracy: bool = False,
+    functional: str | None = None,
+    dispersion: Literal["none", "included"] | None = None,
 ) -> dict[str, Any]:
     """Train on a labelled file without a configuration: inspect, split, choose settings, write them down, train.
 
@@ -61,6 +63,8 @@ def fit(
         speed: Take half of its channels: dynamics of many atoms take 0.7 of the time, errors after short trainings are about the same.
         progress: Show a progress bar.
         accuracy: Take features of degree 3 as well: smaller errors (ethanol: by a tenth), dynamics of many atoms take 1.8 times as long.
+        functional: Of the labels, as `DataConfig.functional`.
+        dispersion: Whether the labels hold a dispersion correction, as `DataConfig.dispersion`.
 
     Returns:
         As ``train``.
@@ -77,11 +81,12 @@ def fit(
     if model is not None and model.split("/")[0] not in MODELS:
         raise ValueError(f"model '{model}' is unknown. Choose one of {', '.join(MODELS)}.")
     finetune = _finetuning(start, weights, low_rank, replay)
+    method = {k: v for k, v in (("functional", functional), ("dispersion", dispersion)) if v is not None}
     if minutes is not None and not minutes > 0:
         raise ValueError(f"minutes must be positive, found {minutes}.")
     folder = Path(out)
     if resume and (folder / "config.yaml").exists():
-        _check_same(folder / "config.yaml", data, model, minutes, labels, finetune, speed, accuracy)
+        _check_same(folder / "config.yaml", data, model, minutes, labels, finetune, speed, accuracy, method)
         return train(folder / "config.yaml", resume=True, progress=progress)
     minutes = MINUTES if minutes is None else minutes
     structures = open_dataset(data, labels)
@@ -93,7 +98,8 @@ def fit(
     if report.errors and not force:
         raise ValueError("The data is not fit for training: " + "; ".join(report.errors) + ". Mend it, or insist with --force.")
     config = choose_settings(
-        data, structures, model=model, out=out, minutes=minutes, labels=labels, finetune=finetune, speed=speed, accuracy=accuracy, report=report
+        data, structures, model=model, out=out, minutes=minutes, labels=labels, finetune=finetune, speed=speed, accuracy=accuracy, method=method,
+        report=report,
     )  # fmt: skip
     log.info("training for %g minutes; settings are in '%s'", minutes, folder / "config.yaml")
     return train(config, progress=progress)
@@ -124,6 +130,7 @@ def _check_same(
     finetune: Mapping[str, Any] | None,
     speed: bool,
     accuracy: bool,
+    method: Mapping[str, Any],
 ) -> None:
     """Refuse arguments of `fit` that contradict the settings of the run to go on with; what is left out contradicts nothing."""
     before = to_dict(load_config(path))
@@ -132,7 +139,7 @@ def _check_same(
     if speed or accuracy:
         network = {"name": ACCURATE, **({"num_features": SLIM} if speed else {"l_max": 3})}
     asked = {
-        "data": {"train": str(data)},
+        "data": {"train": str(data), **method},
         "data.labels": {} if labels is None else labels.given(),
         "model": network,
         "finetune": {k: v for k, v in (finetune or {}).items() if k != "replay_labels"},  # follows from replay
@@ -166,6 +173,7 @@ def choose_settings(
     finetune: Mapping[str, Any] | None = None,
     speed: bool = False,
     accuracy: bool = False,
+    method: Mapping[str, Any] | None = None,
     report: Inspection | None = None,
 ) -> Config:
     """Settings that suit a data set: which labels, which split, how far and how sharply atoms see, how many structures per step, compiled or not.
@@ -175,6 +183,7 @@ def choose_settings(
         structures: Those of them to choose by; by default all.
         model: As for `fit`; so are ``out``, ``minutes``, ``labels``, ``speed`` and ``accuracy``.
         finetune: Section of the settings, with a ``start``.
+        method: Settings of the data that say how they were labelled (functional, dispersion).
         report: What inspection said of the structures, where they were inspected before.
 
     Raises:
@@ -208,7 +217,7 @@ def choose_settings(
     rate = soap or defaults.learning_rate * (1.0 if finetune is None else 0.2)  # near a good solution large steps only destroy
     config = make_config(
         {
-            "data": {"train": str(data), "labels": to_dict(labels), "split": "group" if grouped else "random"},
+            "data": {"train": str(data), "labels": to_dict(labels), "split": "group" if grouped else "random", **(method or {})},
             "model": network,
             **({} if finetune is None else {"finetune": dict(finetune)}),
             # stress in eV/Å³ is small: 20 makes it about the virial per atom

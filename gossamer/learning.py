@@ -90,8 +90,9 @@ def learn(
     current, held = Path(start), False
     curve: list[dict[str, Any]] = []
     files = [Path(s).name for s in structures if not isinstance(s, Atoms)]
-    question = {"start": checksum(start)[:16], "structures": files, "label": label,
-                "data": None if data is None else Path(data).name, **to_dict(config)}  # fmt: skip
+    contents = [checksum(s)[:16] for s in (*structures, data) if isinstance(s, str | Path)]
+    question = {"start": checksum(start)[:16], "structures": files, "label": label, "data": None if data is None else Path(data).name,
+                "contents": contents, **to_dict(config)}  # fmt: skip
     with locked(config.out):
         _check_question(config.out / "question.json", question)
         for number in range(1, config.rounds + 1):
@@ -115,6 +116,7 @@ def _check_question(path: Path, question: dict[str, Any]) -> None:
     """Refuse to go on with what other settings began; how many rounds, and on which device, may change."""
     asked = {k: v for k, v in question.items() if k not in ("out", "rounds", "device")}
     before = json.loads(path.read_text()) if path.exists() else asked
+    before = {"contents": asked["contents"], **before}  # older folders do not know them
     differ = [f"{k} {before.get(k)} (now {asked[k]})" for k in asked if before.get(k) != asked[k]]
     if differ:
         raise InputError(
@@ -300,7 +302,8 @@ def _fit(current: Path, potential: Potential, old: Sequence[Structure], config: 
         raise RuntimeError(f"{len(new)} labelled frames are too few to train and to validate: raise frames, or give data.")
     start = {"start": str(current)}
     values = to_dict(choose_settings(folder / "train.extxyz", out=folder / "fit", minutes=config.minutes, finetune=start))
-    values["data"] |= {"valid": str(folder / "valid.extxyz"), "split": "random"}
+    method = {"functional": potential.statistics.functional, "dispersion": potential.statistics.dispersion}  # labels are of the start's
+    values["data"] |= {"valid": str(folder / "valid.extxyz"), "split": "random", **method}
     values["training"] |= {"device": config.device} | ({"minutes": None, "steps": config.train_steps} if config.train_steps else {})
     answer = train(make_config(values), resume=True, progress=False)
     if "stopped" in answer:

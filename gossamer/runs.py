@@ -15,18 +15,16 @@ import numpy as np
 import torch
 
 from gossamer import __version__
-from gossamer.calibration import measure_uncertainty, plot_honesty
+from gossamer.calibration import measure_uncertainty
 from gossamer.config import Config, load_config, make_config, save_config
 from gossamer.data.dataset import Subset, digest, load_data, open_dataset, require_labels, without
-from gossamer.data.fingerprint import SeenFrames, leave_out_training_frames
-from gossamer.data.labels import LabelConfig
+from gossamer.data.fingerprint import SeenFrames
 from gossamer.data.statistics import compute_statistics, find_limits, widened
 from gossamer.data.structure import Structure, spread
-from gossamer.engine.engine import Engine, Way
-from gossamer.evaluation import Evaluation, evaluate_potential
+from gossamer.evaluation import evaluate_potential
 from gossamer.files import atomic_path, locked, write_json
 from gossamer.potential import DTYPES, Potential
-from gossamer.potential_file import as_potential, load, read_manifest, save, save_again
+from gossamer.potential_file import load, read_manifest, save, save_again
 from gossamer.settings import to_dict
 from gossamer.training.finetune import Concatenated, adapt_statistics, choose_replay, choose_weights, merge_adapters, transfer_weights
 from gossamer.training.loop import finished, run_training
@@ -403,129 +401,3 @@ def check_structures(structures: Sequence[Structure], n: int = 3) -> list[Struct
         if len(chosen) == n:
             return chosen
     return chosen + [structures[k] for k in order if structures[k] not in chosen][: n - len(chosen)]
-
-
-# --- uncertainty ----------------------------------------------------------------------------------------------------
-
-
-def calibrate(
-    model: Path | str,
-    data: Path | str | Sequence[Path | str],
-    labels: LabelConfig | None = None,
-    out: Path | str | None = None,
-    device: str = "cpu",
-) -> dict[str, Any]:
-    """Measure how wrong a saved potential may be, and write that into its file (docs/uncertainty.md).
-
-        calibrate("potential.safetensors", ["train.extxyz", "valid.extxyz"])
-
-    The potential tells training frames by their fingerprints: their features say what it knows, the errors on all others what its
-    uncertainties are worth. Of one that remembers none of these frames (imported, say) a random half does each.
-
-    Args:
-        model: Saved potential.
-        data: Labelled structures, training frames and others.
-        labels: Names and units of the labels.
-        out: File to write; by default ``model``.
-        device: Where to compute.
-
-    Returns:
-        "out", numbers of frames and labels, and for energy and forces the rank correlation of uncertainty and error (``honesty``).
-
-    Raises:
-        ValueError: no labels, or no frames that it was not trained on.
-    """
-    paths = [data] if isinstance(data, str | Path) else list(data)
-    structures = [s for path in paths for s in open_dataset(path, labels)]
-    potential = load(model, device)
-    trained = [potential.seen is not None and potential.seen.where(s) == "train" for s in structures]
-    halves = not any(trained)
-    if halves:
-        log.warning(
-            "the potential was trained on none of these frames, as far as it knows: half of them say what it knows, half what it errs"
-        )
-        trained = np.random.default_rng(0).permutation(np.arange(len(structures)) % 2 == 0).tolist()
-    if all(trained):
-        raise ValueError(
-            f"The potential was trained on all {len(structures)} frames: errors on them are too small. Give also frames kept aside."
-        )
-    known, new = ([s for s, t in zip(structures, trained, strict=True) if t == wanted] for wanted in (True, False))
-    free_atoms_only = (read_manifest(model)["training"].get("loss") or {}).get("free_atoms_only", False)  # as it was trained
-    measure_uncertainty(potential, known, new, free_atoms_only=free_atoms_only)
-    target = Path(model if out is None else out)
-    save_again(potential, model, target)
-    assert potential.uncertainty is not None
-    worth = evaluate_potential(potential, new, keep=0, free_atoms_only=free_atoms_only).honesty()
-    ranks = {f"{name}_rank_correlation": numbers["rank"] for name, numbers in worth.items()}
-    return {"out": str(target), **potential.uncertainty.record, **ranks}
-
-
-# --- errors ---------------------------------------------------------------------------------------------------------
-
-
-def evaluate(
-    model: Potential | Path | str,
-    data: Path | str | Sequence[Structure],
-    labels: LabelConfig | None = None,
-    out: Path | str | None = None,
-    worst: int = 20,
-    device: str = "cpu",
-    way: Way = "auto",
-    include_training: bool = False,
-    dispersion: str | None = None,
-) -> Evaluation:
-    """Errors of a potential on labelled data; frames that it was trained on are left out, if there are others.
-
-    Args:
-        model: Potential, or file of one.
-        data: Structures, or where they are.
-        labels: Names and units of the labels.
-        out: Folder for errors.json, worst.extxyz (the frames with the largest errors, labels and predictions) and, of a potential with an
-            uncertainty, uncertainty.png (errors found against errors expected).
-        worst: How many of those.
-        device: Where to compute, if ``model`` is a file.
-        way: How to evaluate (`gossamer.engine.engine`).
-        include_training: Count the frames that it was trained on, too.
-        dispersion: Functional whose D3 is added to the predictions (`gossamer.dispersion.D3`).
-
-    Returns:
-        Errors, with the frames' positions in ``data`` as indices; ``notes`` says what was left out, ``training_error``
-        whether there were training frames only.
-
-    Raises:
-        ValueError: a negative ``worst``, or no label to compare with.
-    """
-    if worst < 0:
-        raise ValueError(f"worst must not be negative, found {worst}.")
-    potential = as_potential(model, device)
-    structures = open_dataset(data, labels) if isinstance(data, str | Path) else data
-    chosen = leave_out_training_frames(potential.seen, structures, include_training)
-    engine = Engine(potential, way, dispersion=dispersion)
-    evaluation = evaluate_potential(potential, Subset(structures, chosen.used), run=engine)
-    for frame in evaluation.frames:
-        frame["index"] = chosen.used[frame["index"]]
-    evaluation.n_training_frames, evaluation.n_validation_frames = chosen.n_train, chosen.n_valid
-    evaluation.training_error, evaluation.notes = chosen.training_error, chosen.notes
-    if out is not None:
-        folder = Path(out)
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / "errors.json", evaluation.summary())
-        if evaluation.expected:
-            plot_honesty(evaluation.honesty(), folder / "uncertainty.png")
-        write_worst(engine, structures, evaluation, folder / "worst.extxyz", worst)
-    return evaluation
-
-
-def write_worst(engine: Engine, structures: Sequence[Structure], evaluation: Evaluation, path: Path, n: int) -> None:
-    """The frames with the largest errors: labels as energy and forces, predictions under names of their own."""
-    frames = []
-    by_index = {f["index"]: f for f in evaluation.frames}
-    for index in evaluation.worst(n):
-        atoms = structures[index].to_ase()
-        predicted = engine.potential.predict([structures[index]], run=engine)[0]
-        atoms.info |= {k: v for k, v in by_index[index].items() if k != "name"} | {"predicted_energy": predicted["energy"]}
-        atoms.info["source"] = structures[index].name.replace("'", "")
-        atoms.arrays["predicted_forces"] = predicted["forces"]
-        frames.append(atoms)
-    with atomic_path(path) as temporary:
-        ase.io.write(temporary, frames, format="extxyz")

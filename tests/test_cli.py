@@ -18,7 +18,7 @@ from ase.build import bulk, molecule
 from ase.calculators.singlepoint import SinglePointCalculator
 from conftest import ETHANOL, make_potential
 
-from gossamer.cli import build_parser, main
+from gossamer.cli import UsageError, build_parser, main
 from gossamer.models import MODELS
 from gossamer.potential_file import save
 from gossamer.signals import Stopped
@@ -79,6 +79,17 @@ def test_flags_share_the_names_of_the_parameters() -> None:
             if action.dest in defaults and action.dest not in ("out", "overrides", "worst"):
                 found = tuple(action.default) if isinstance(action.default, list) else action.default
                 assert found == defaults[action.dest] or str(found) == str(defaults[action.dest]), (name, action.dest)
+
+
+def test_arguments_may_follow_options() -> None:
+    """argparse alone gives a list of arguments the first stretch of them and refuses the rest."""
+    parse = build_parser().parse_args
+    assert parse(["train", "c.yaml", "--resume", "training.steps=5", "--json", "out=x"]).overrides == ["training.steps=5", "out=x"]
+    assert parse(["data", "convert", "a.xyz", "--out", "store", "b.xyz"]).data == ["a.xyz", "b.xyz"]
+    with pytest.raises(UsageError, match="gossamer train: the following arguments are required: config$"):
+        parse(["train", "--resume"])
+    with pytest.raises(UsageError, match="gossamer fit: unrecognized arguments: second.xyz"):
+        parse(["fit", "first.xyz", "--minutes", "1", "second.xyz"])
 
 
 def test_every_command_that_evaluates_asks_which_way(tmp_path: Path) -> None:

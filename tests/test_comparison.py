@@ -10,7 +10,7 @@ import yaml
 from conftest import ETHANOL
 
 from gossamer.cli import main
-from gossamer.comparison import RECORD, compare, finished_run, table
+from gossamer.comparison import RECORD, compare, contents_of, finished_run, table
 from gossamer.config import load_config, make_config
 from gossamer.files import write_json
 from gossamer.settings import to_dict
@@ -100,6 +100,11 @@ def test_a_finished_run_is_kept_only_for_the_same_question(tmp_path: Path) -> No
         with pytest.raises(ValueError, match=f"holds a finished run of other settings: {found}"):
             finished_run(load_config(path, [setting]), 1.0, run)
     assert finished_run(load_config(path, ["training.compile=true"]), 1.0, run) == record  # a minute leaves no time to compile
+    contents = contents_of(load_config(path))
+    assert list(contents) == [to_dict(config)["data"]["train"]]
+    write_json(run / RECORD, {**record, "contents": dict.fromkeys(contents, "of other data")})
+    with pytest.raises(ValueError, match="has changed since the finished run"):
+        finished_run(load_config(path), 1.0, run)
     write(tmp_path, "a", {"name": "schnet"})
     with pytest.raises(ValueError, match=r"model.name 'leignn' \(now 'schnet'\)"):
         compare([path], 1.0, tmp_path / "out", resume=True, progress=False)

@@ -14,6 +14,7 @@ from ase.calculators.singlepoint import SinglePointCalculator
 from ase.units import Bohr, Hartree
 from conftest import make_potential
 
+from gossamer.accuracy import evaluate
 from gossamer.checks.conservation import force_gradient_error, stress_gradient_error
 from gossamer.checks.source import find_sources
 from gossamer.cli import main
@@ -22,7 +23,7 @@ from gossamer.data.structure import as_structure
 from gossamer.dispersion import D3
 from gossamer.engine.engine import Engine
 from gossamer.potential_file import load, read_manifest, save
-from gossamer.runs import evaluate, train
+from gossamer.runs import train
 from gossamer.simulation.calculator import Calculator
 from gossamer.simulation.dispersion import D3Calculator, with_dispersion
 from gossamer.simulation.md import md

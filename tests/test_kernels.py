@@ -20,6 +20,7 @@ from ase.data import chemical_symbols, covalent_radii
 from conftest import DIRECT, ETHANOL, GLOBAL, MODELS, SMOOTH, make_potential, often
 from test_training import settings, weights
 
+from gossamer.accuracy import evaluate
 from gossamer.checks.conservation import force_gradient_error, nve_conservation, stress_gradient_error
 from gossamer.checks.smoothness import cutoff_exponent, energy_jump
 from gossamer.checks.symmetry import net_force, separation_error, supercell_error, symmetry_errors
@@ -43,7 +44,7 @@ from gossamer.nn.coupling import Coupling, Irrep, paths_between
 from gossamer.nn.filters import VectorConvolution
 from gossamer.nn.products import Convolution, Edges, Product, ScalarConvolution
 from gossamer.potential import Potential, Prediction
-from gossamer.runs import evaluate, train
+from gossamer.runs import train
 from gossamer.simulation.calculator import Calculator
 from gossamer.simulation.md import md
 from gossamer.training.compiled import CompiledForward

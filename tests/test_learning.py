@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -18,7 +19,7 @@ from gossamer.calibration import measure_uncertainty
 from gossamer.data.readers import read_structures
 from gossamer.files import InputError
 from gossamer.learning import farthest, learn
-from gossamer.potential_file import load, save
+from gossamer.potential_file import load, read_manifest, save
 
 
 class Counting(EMT):
@@ -63,6 +64,7 @@ def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     write(tmp_path / "old.extxyz", [copper(0.05, k) for k in range(8)])
     frames = list(read_structures(tmp_path / "old.extxyz"))
     measure_uncertainty(potential, frames[:5], frames[5:])
+    potential.statistics = replace(potential.statistics, functional="pbe", dispersion="none")
     save(potential, tmp_path / "start.safetensors")
     limit = 0.3 * potential.uncertainty.record["forces_rmse_eV_per_A"]
     return dict(
@@ -95,6 +97,11 @@ def test_a_loop_and_the_same_again(start: dict[str, Any]) -> None:
     assert learn(**start) == answer
     with pytest.raises(InputError, match=r"begun with other settings: steps 60 \(now 70\)"):
         learn(**start | {"steps": 70})
+    tuned = read_manifest(start["out"] / "potential.safetensors")["statistics"]
+    assert (tuned["functional"], tuned["dispersion"]) == ("pbe", "none")  # labels are of the start's method
+    write(start["data"], [copper(0.05, k) for k in range(9)])
+    with pytest.raises(InputError, match="begun with other settings: contents"):
+        learn(**start)
     assert Counting.calls == calls
 
 

@@ -146,3 +146,9 @@ def test_every_number_of_a_network_has_an_upper_bound(settings_class: type) -> N
     """But for cutoffs of pairs, which are compared with the cutoff."""
     found = list(unbounded(pydantic.TypeAdapter(settings_class).json_schema(), "model"))
     assert not [where for where in found if "pair_cutoffs" not in where]
+
+
+def test_texts_that_look_like_numbers() -> None:
+    """YAML 1.1 takes 1e-3 for a text and it is a number; a folder may be called 1.5."""
+    config = make_config({"data": {"train": "1.5"}, "out": "2026.11", "training": {"learning_rate": "1e-3"}}, ["loss.energy=2E1"])
+    assert (config.data.train, config.out, config.training.learning_rate, config.loss.energy) == ("1.5", "2026.11", 1e-3, 20.0)

@@ -258,7 +258,10 @@ def test_velocities_of_the_structure_are_kept(tmp_path: Path) -> None:
         (dict(frame=1), "frame 1 is asked of Atoms, which are one frame"),
         (dict(supercell=(2, 0, 1)), "supercell.1: Input should be greater than or equal to 1"),
         (dict(structure=molecule("H2O"), supercell=(1, 2, 1)), "supercell 1 2 1 repeats along axes that are not periodic"),
-        (dict(ensemble="nve", temperature_end=10), "temperature_end needs a thermostat, and nve has none"),
+        (dict(ensemble="nve", temperature_end=10), "temperature_end 10 K needs a thermostat, and nve has none"),
+        (dict(ensemble="nve", thermostat_time=50), "thermostat_time 50 fs needs a thermostat, and nve has none"),
+        (dict(barostat_time=500), "barostat_time 500 fs needs a barostat, and langevin has none"),
+        (dict(collect_spacing=50), "there is no collect: give both"),
         (dict(pressure=1.5), "pressure 1.5 GPa needs a barostat, and langevin has none. Choose npt or npt-anisotropic"),
         (dict(structure=molecule("H2O"), ensemble="npt-anisotropic"), "npt-anisotropic needs a structure that is periodic"),
         (dict(structure=Atoms("H2", positions=[[0, 0, 0], [1, 0, 0]]), ensemble="npt"), "npt needs a structure that is periodic"),
@@ -373,8 +376,16 @@ def slab_of_copper() -> tuple[Atoms, np.ndarray]:
 @pytest.mark.parametrize("ensemble", ["langevin", "nve"])
 def test_fixed_atoms_stay_and_the_others_have_the_temperature(ensemble: str, tmp_path: Path) -> None:
     atoms, free = slab_of_copper()
-    options = MDConfig(temperature=300, steps=300 if ensemble == "langevin" else 5, timestep=4, interval=5, thermostat_time=40, seed=1)
-    md(EMT(), atoms, options, ensemble=ensemble, out=tmp_path, progress=False)
+    options = MDConfig(temperature=300, steps=300 if ensemble == "langevin" else 5, timestep=4, interval=5, seed=1)
+    md(
+        EMT(),
+        atoms,
+        options,
+        ensemble=ensemble,
+        out=tmp_path,
+        progress=False,
+        **({"thermostat_time": 40} if ensemble == "langevin" else {}),
+    )
     frames = ase.io.read(tmp_path / "trajectory.traj", ":")
     assert all((frame.positions[~free] == atoms.positions[~free]).all() for frame in frames)
     kinetic = [frame.get_kinetic_energy() for frame in frames]

@@ -25,6 +25,7 @@ from conftest import MODELS as VARIANTS
 from safetensors.torch import load_file, save_file
 
 from gossamer import fitting
+from gossamer.accuracy import evaluate
 from gossamer.cli import main
 from gossamer.config import load_config, make_config, save_config
 from gossamer.data.dataset import load_data
@@ -38,7 +39,7 @@ from gossamer.fitting import compile_pays, fit
 from gossamer.graph import FIELDS, Graph
 from gossamer.models import MODELS
 from gossamer.potential_file import load, save
-from gossamer.runs import check_statistics, evaluate, train
+from gossamer.runs import check_statistics, train
 from gossamer.training import loop, soap, state
 from gossamer.training.checkpoint import read_checkpoint, save_checkpoint
 from gossamer.training.compiled import CompiledForward
@@ -815,9 +816,15 @@ def test_schedule_and_average_by_time() -> None:
 
 def test_fit_needs_no_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(loop.CLOCKS, "wall", Clock(0.05))
-    results = fit(str(DEMO / "ethanol_500K.extxyz.xz"), out=tmp_path / "fit", minutes=0.1, progress=False)
+    results = fit(
+        str(DEMO / "ethanol_500K.extxyz.xz"), out=tmp_path / "fit", minutes=0.1, progress=False, functional="pbe0", dispersion="none"
+    )
     assert results["valid"]["forces_mae_meV_per_A"] < 700
     assert load_config(tmp_path / "fit" / "config.yaml").training.minutes == 0.1
+    said = load(tmp_path / "fit" / "potential.safetensors").statistics
+    assert (said.functional, said.dispersion) == ("pbe0", "none")
+    with pytest.raises(ValueError, match=r"data.functional is pbe0 \(now pbe\)"):
+        fit(str(DEMO / "ethanol_500K.extxyz.xz"), out=tmp_path / "fit", resume=True, functional="pbe")
     # the frames kept aside are there, and are no training frames
     evaluation = evaluate(tmp_path / "fit" / "potential.safetensors", tmp_path / "fit" / "valid.extxyz")
     assert evaluation.summary()["n_frames"] == results["valid"]["n_frames"] == 30
@@ -1025,6 +1032,12 @@ def test_fixed_atoms_count_nowhere(tmp_path: Path) -> None:
     assert every.count == 16 * 27
     assert free.count == 16 * 18
     assert every.mae > 3 * free.mae
+    file = tmp_path / "absurd" / "potential.safetensors"
+    of_file = evaluate(file, absurd, include_training=True)  # as it was trained
+    assert (of_file.forces.count, of_file.notes[-1]) == (
+        16 * 18, "forces of 48 atoms held fixed do not count, as in its training (loss.free_atoms_only)"
+    )  # fmt: skip
+    assert evaluate(load(file), absurd, include_training=True).forces.count == 16 * 27
     held = replace(absurd[0], fixed=np.ones(9, dtype=bool))
     assert "forces_rmse" not in evaluate_potential(potential, [held], free_atoms_only=True).frames[0]
 

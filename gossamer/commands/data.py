@@ -12,12 +12,14 @@ from gossamer.commands.common import Command, add_json, add_labels, label_config
 def _data_parser(data: argparse.ArgumentParser) -> None:
     actions = data.add_subparsers(dest="action", metavar="ACTION")
     data.set_defaults(parser=data)
-    inspect = actions.add_parser("inspect", help="What is in a data file; exit status 1 when training on it would be wrong.")
+    text = "What is in a data file; exit status 1 when training on it would be wrong."
+    inspect = actions.add_parser("inspect", help=text, description=text)
     inspect.set_defaults(run=_inspect)
     inspect.add_argument("data", help="labelled structures")
     add_labels(inspect)
     add_json(inspect)
-    convert = actions.add_parser("convert", help="Stream data into a store: a folder of arrays, read from disk by index.")
+    text = "Stream data into a store: a folder of arrays, read from disk by index."
+    convert = actions.add_parser("convert", help=text, description=text)
     convert.set_defaults(run=_convert)
     convert.add_argument("data", nargs="+", help="files or folders")
     convert.add_argument("--out", required=True, help="folder to make")

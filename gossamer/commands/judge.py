@@ -26,7 +26,7 @@ def _evaluate_parser(evaluate: argparse.ArgumentParser) -> None:
 def _evaluate(arguments: argparse.Namespace) -> int:
     from pathlib import Path
 
-    from gossamer.runs import evaluate
+    from gossamer.accuracy import evaluate
 
     out = arguments.out or str(Path(arguments.model).parent / "evaluation")
     evaluation = evaluate(

@@ -137,7 +137,7 @@ def _calibrate_parser(calibrate: argparse.ArgumentParser) -> None:
 
 
 def _calibrate(arguments: argparse.Namespace) -> int:
-    from gossamer.runs import calibrate
+    from gossamer.accuracy import calibrate
 
     show(arguments, calibrate(arguments.model, arguments.data, label_config(arguments), arguments.out, arguments.device))
     return 0

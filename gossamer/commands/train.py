@@ -11,7 +11,7 @@ from gossamer.signals import STOPPED
 
 def _train_parser(train: argparse.ArgumentParser) -> None:
     train.add_argument("config", help="YAML file with the settings")
-    train.add_argument("overrides", nargs="*", metavar="path.to.key=value", help="settings that replace those of the file")
+    train.add_argument("overrides", nargs="*", default=[], metavar="path.to.key=value", help="settings that replace those of the file")
     train.add_argument("--resume", action="store_true", help="go on from the checkpoint of the run")
     add_json(train)
 
@@ -39,6 +39,10 @@ def _fit_parser(fit: argparse.ArgumentParser) -> None:
     fit.add_argument("--minutes", type=float, help="how long to train (default: 30)")
     fit.add_argument("--resume", action="store_true", help="go on from the checkpoint of the run, with the options that began it")
     fit.add_argument("--force", action="store_true", help="train even if the data looks wrong")
+    fit.add_argument(
+        "--functional", help="of the labels (pbe, r2scan ...): kept with the potential, asked for by --dispersion of its users"
+    )
+    fit.add_argument("--dispersion", choices=["none", "included"], help="whether the labels hold a dispersion correction")
     tune = fit.add_argument_group("fine-tuning", "start from a saved potential")
     tune.add_argument("--start", metavar="POTENTIAL", help="saved potential whose weights training starts from")
     tune.add_argument("--weights", nargs="+", metavar="NAME", help="train only these weights (wildcards); the others stay frozen")
@@ -54,6 +58,7 @@ def _fit(arguments: argparse.Namespace) -> int:
     answer = fit(
         arguments.data, arguments.model, arguments.out, arguments.minutes, label_config(arguments), arguments.resume, arguments.force,
         arguments.start, arguments.weights, arguments.low_rank, arguments.replay, arguments.speed, accuracy=arguments.accuracy,
+        functional=arguments.functional, dispersion=arguments.dispersion,
     )  # fmt: skip
     return _trained(arguments, answer)
 

@@ -80,12 +80,16 @@ def check_options(config: MDConfig) -> None:
     Raises:
         ValueError: says which.
     """
-    if config.temperature_end is not None and config.ensemble == "nve":
-        raise ValueError("temperature_end needs a thermostat, and nve has none. Choose another ensemble.")
-    if config.pressure and config.ensemble not in NPT:
-        raise ValueError(
-            f"pressure {config.pressure:g} GPa needs a barostat, and {config.ensemble} has none. Choose {' or '.join(NPT)}, or leave it out."
-        )
+    usual, ensemble = MDConfig(), config.ensemble
+    thermostat, barostat = (ensemble != "nve", "a thermostat", "another ensemble"), (ensemble in NPT, "a barostat", " or ".join(NPT))
+    for name, unit, (there, needed, others) in (
+        ("temperature_end", "K", thermostat), ("thermostat_time", "fs", thermostat), ("pressure", "GPa", barostat), ("barostat_time", "fs", barostat)
+    ):  # fmt: skip
+        value = getattr(config, name)
+        if not there and value != getattr(usual, name):
+            raise ValueError(f"{name} {value:g} {unit} needs {needed}, and {ensemble} has none. Choose {others}, or leave it out.")
+    if config.collect is None and config.collect_spacing != usual.collect_spacing:
+        raise ValueError("collect_spacing is between the frames that collect writes, and there is no collect: give both.")
 
 
 def foretell(calculator: BaseCalculator, n_evaluations: int, atoms: Atoms) -> None:
