@@ -181,9 +181,16 @@ def read_trajectory(folder: Path) -> tuple[list[Atoms], dict[str, Array]]:
 
 
 def kinetic_energy_deviation(log: dict[str, Array], n_freedom: int, temperature: float) -> tuple[float, float]:
-    """How many standard errors mean and width of the kinetic energy are from the canonical ones.
+    """How many standard errors mean and width of the kinetic energy are from the canonical ones, over the second half of the log.
 
-    By the `physical_validation` package (Merz and Shirts, PLoS ONE 13, e0202764 (2018)), Eq. 7: a gamma distribution.
+    By the `physical_validation` package (Merz and Shirts, PLoS ONE 13, e0202764 (2018)), Eq. 7: a gamma distribution. Its errors, from
+    resampling, are by chance far too small where samples are few: none counts as smaller than that of so many independent samples of the
+    canonical ensemble.
+
+    Args:
+        log: Columns of log.csv, rows so far apart that they are independent.
+        n_freedom: Degrees of freedom that share the heat.
+        temperature: K.
     """
     import physical_validation
     from physical_validation.data import EnsembleData, ObservableData, SimulationData, SystemData, UnitData
@@ -196,7 +203,12 @@ def kinetic_energy_deviation(log: dict[str, Array], n_freedom: int, temperature:
         observables=ObservableData(kinetic_energy=kinetic[n // 2 :], potential_energy=log["potential_energy_eV"][n // 2 :], total_energy=log["total_energy_eV"][n // 2 :]),
     )  # fmt: skip
     mean, width = physical_validation.kinetic_energy.distribution(run, strict=False, verbosity=0, bootstrap_seed=1)  # type: ignore[misc]
-    return float(mean), float(width)
+    late = kinetic[n // 2 :] * units.kJ / units.mol / (units.kB * temperature)
+    shape, m = n_freedom / 2, len(late)  # of the gamma distribution
+    spread = np.sqrt(shape)
+    error_of_width = spread / 2 * np.sqrt(2 / (m - 1) + 6 / (shape * m))
+    expected = abs(late.mean() - shape) / (spread / np.sqrt(m)), abs(late.std(ddof=1) - spread) / error_of_width
+    return min(float(mean), float(expected[0])), min(float(width), float(expected[1]))
 
 
 def ensemble_deviation(first: dict[str, Array], second: dict[str, Array], temperatures: tuple[float, float], n_atoms: int) -> float:
