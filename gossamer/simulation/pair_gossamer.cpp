@@ -247,7 +247,6 @@ class PairGossamer : public Pair {
   void init_style() override {
     if (strcmp(update->unit_style, "metal") != 0) error->all(FLERR, "pair_style gossamer gives eV and Angstrom: set units metal, found units {}", update->unit_style);
     if (!force->newton_pair) error->all(FLERR, "pair_style gossamer needs newton on: forces on ghost atoms go to their owners");
-    if (neighbor->nex_type || neighbor->nex_group || neighbor->nex_mol) error->all(FLERR, "pair_style gossamer needs all pairs: neigh_modify exclude takes some away");
     if (atom->molecular != Atom::ATOMIC && !(neighbor_keeps(1) && neighbor_keeps(2) && neighbor_keeps(3)))
       error->all(FLERR, "pair_style gossamer needs all pairs: special_bonds takes bonded ones away. Set special_bonds lj/coul 1.0 1.0 1.0");
     if (comm->mode != Comm::SINGLE) error->all(FLERR, "pair_style gossamer needs comm_modify mode single");
@@ -274,6 +273,7 @@ class PairGossamer : public Pair {
     at::set_num_threads(comm->nthreads);
     if (neighbor->ago == 0 || (int)place.size() != atom->nlocal + atom->nghost) {
       if (comm->get_comm_cutoff() < reach()) error->all(FLERR, "gossamer: ghost atoms reach {} A, {} are needed: raise comm_modify cutoff", comm->get_comm_cutoff(), reach());
+      check_complete();
       if (!halo) plan();
     }
     if (halo) surround();
@@ -328,6 +328,13 @@ class PairGossamer : public Pair {
   }
   bool neighbor_keeps(int k) const { return force->special_lj[k] != 0.0 || force->special_coul[k] != 0.0; }
   double reach() const { return (halo ? package->hops : 1) * package->cutoff + neighbor->skin; }
+
+  // Only lists that are built say what they lack; fixes that exclude pairs ask for that after init_style.
+  void check_complete() {
+    if (neighbor->nex_type || neighbor->nex_group || neighbor->nex_mol)
+      error->all(FLERR, "pair_style gossamer needs all pairs: neigh_modify exclude, or a fix that uses it (gcmc full_energy), takes some away");
+    if (list->iskip) error->all(FLERR, "pair_style gossamer needs all pairs: hybrid gives some to other styles. Add styles with hybrid/overlay");
+  }
 
   // Which rows other processes own, and who sends what to whom.
   void plan() {
