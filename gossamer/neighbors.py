@@ -27,6 +27,9 @@ FARTHEST = 1e8
 MOST_NEIGHBORS = 100_000
 """of an atom, by the density of a periodic cell: no substance has so many, and a cell in wrong units takes all memory"""
 
+MOST_CELLS, LONG = 1e5, 40
+"""cells of vesin's, and how many cutoffs an open side is long before empty stretches are looked for, or times as long as another"""
+
 
 def company(x: Any) -> Any:
     """How much of a neighbour one at x = distance / cutoff is, (1 - x⁴)⁴ and nothing beyond 1; arrays or tensors."""
@@ -51,7 +54,8 @@ def neighbor_list(
     cell = complete_cell(positions, cell, pbc, cutoff)
     calculator = vesin.NeighborList(cutoff=float(cutoff), full_list=True)
     wrapped, crossed = wrap(positions, cell, pbc)
-    receiver, sender, shifts = calculator.compute(points=wrapped, box=cell, periodic=np.ascontiguousarray(pbc), quantities="ijS")
+    points, box, periodic = in_cells(wrapped, cell, pbc, cutoff)
+    receiver, sender, shifts = calculator.compute(points=points, box=box, periodic=periodic, quantities="ijS")
     receiver, sender = receiver.astype(np.int64), sender.astype(np.int64)
     shifts = shifts.astype(np.int64) - crossed[sender] + crossed[receiver]
     edges = _sorted(sender, receiver, shifts, len(positions))
@@ -64,9 +68,11 @@ def pairs_within(
     """Each pair of a periodic cell once, in no order: first (n_pairs,), second, and whole cell vectors (n_pairs, 3) from first to second."""
     import vesin
 
-    wrapped, crossed = wrap(positions, cell, np.ones(3, dtype=bool))
+    everywhere = np.ones(3, dtype=bool)
+    wrapped, crossed = wrap(positions, cell, everywhere)
+    points, box, _ = in_cells(wrapped, cell, everywhere, cutoff)
     calculator = vesin.NeighborList(cutoff=float(cutoff), full_list=False)
-    first, second, shifts = calculator.compute(points=wrapped, box=cell, periodic=True, quantities="ijS")
+    first, second, shifts = calculator.compute(points=points, box=box, periodic=True, quantities="ijS")
     first, second = first.astype(np.int64), second.astype(np.int64)
     return first, second, shifts.astype(np.int64) - crossed[second] + crossed[first]
 
@@ -80,6 +86,47 @@ def wrap(
     """
     crossed = np.where(pbc, np.floor(positions @ np.linalg.inv(cell) + 0.0), 0.0)
     return positions - crossed @ cell, crossed.astype(np.int64)
+
+
+def in_cells(
+    points: NDArray[np.float64], cell: NDArray[np.float64], pbc: NDArray[np.bool_], cutoff: float
+) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.bool_]]:
+    """Points, box and periodic axes with the same pairs that vesin's cells can hold, of wrapped points in a completed cell.
+
+    vesin 0.6.2 divides space into at most `MOST_CELLS`, as many along each side as its height suggests (along open axes: as the points do),
+    and ends the process where a side gets none. So empty stretches along open axes are cut down to little more than the cutoff, which no
+    pair spans, and short open sides become long ones of a periodic box, whose images are out of reach.
+
+    Raises:
+        ValueError: a periodic cell too flat or too long for that.
+    """
+    box, open_axes = cell.copy(), np.flatnonzero(~pbc)
+    for axis in open_axes:
+        length = float(np.linalg.norm(cell[axis]))
+        if length > LONG * cutoff:
+            direction = cell[axis] / length
+            along = points @ direction
+            order = np.argsort(along, kind="stable")
+            empty = np.maximum(np.diff(along[order]) - (cutoff + 1.0), 0.0)
+            moved = np.zeros(len(points))
+            moved[order[1:]] = np.cumsum(empty)
+            points = points - moved[:, None] * direction
+            box[axis] = direction * (length - empty.sum())
+    heights = 1 / np.linalg.norm(np.linalg.inv(box), axis=0)
+    if np.prod(np.maximum(heights // cutoff, 1)) <= MOST_CELLS:
+        return points, box, np.ascontiguousarray(pbc)
+    for axis in open_axes:
+        direction = box[axis] / heights[axis]
+        points = points - (points @ direction).min() * direction
+        box[axis] = direction * max(heights[axis], heights.max() / LONG)
+    heights = 1 / np.linalg.norm(np.linalg.inv(box), axis=0)
+    cells = np.maximum(heights // cutoff, 1)
+    if cells.min() * np.cbrt(MOST_CELLS / cells.prod()) < 1.01:
+        raise ValueError(
+            f"The periodic cell {cell.tolist()} is too flat or too long for a list of neighbours within {cutoff} Å: its heights are "
+            f"{', '.join(f'{h:.4g}' for h in heights)} Å. Repeat it along the short ones."
+        )
+    return points, box, np.ones(3, dtype=bool)
 
 
 def neighbor_list_reference(positions: NDArray[np.float64], cell: NDArray[np.float64], pbc: NDArray[np.bool_], cutoff: float) -> Edges:

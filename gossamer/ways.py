@@ -160,7 +160,7 @@ def _compared(way: str, frames: Sequence[Atoms], answers: Answers, exact: Answer
     stress = None
     for atoms, a, b in zip(frames, answers, exact, strict=True):
         scale, n = max(float(np.sqrt(np.mean(b["forces"] ** 2))), 0.1 * usual), len(atoms)
-        de, df = abs(a["energy"] - b["energy"]) / n, _distance(a["forces"], b["forces"])
+        de, df = _distance(np.array(a["energy"]), np.array(b["energy"])) / n, _distance(a["forces"], b["forces"])
         energy, forces, relative = max(energy, de), max(forces, df), max(relative, df / scale, de / (1e-2 * max(scale, usual)))
         if b["stress"] is not None and "stress" in a:
             ds = _distance(a["stress"], b["stress"])

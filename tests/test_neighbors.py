@@ -54,6 +54,37 @@ def test_awkward_cells(case: str) -> None:
     np.testing.assert_allclose(positions[sender] + s @ atoms.cell.array - positions[receiver], vectors[order], atol=1e-10)
 
 
+FAR = {
+    "flat and wide": (np.array([[0.0, 0, 0], [2e3, 0, 0], [2e3, 2e3, 0], [2e3, 1998.0, 0], [1.0, 0, 0]]), np.zeros((3, 3)), (0, 0, 0)),
+    "a chain along a diagonal": (np.arange(600)[:, None] * np.array([3.4, 3.4, 0.0]), np.zeros((3, 3)), (0, 0, 0)),
+    "a pair on a wire": (np.array([[0.0, 0, 0], [9.0, 0, 6e5], [9, 1, 6e5 - 3]]), np.diag([0, 12.0, 0]), (0, 1, 0)),
+    "one atom far from a slab": (np.array([[0.0, 0, 0], [11.0, 1, 1], [3, 3, 1e5]]), np.diag([12.0, 12, 20]), (1, 1, 0)),
+    "wide slab": (np.array([[0.0, 0, 0], [2499.0, 0, 1], [700, 700, 0], [701, 700, 0]]), np.diag([2500.0, 2500, 0]), (1, 1, 0)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", FAR)
+def test_atoms_far_apart(case: str) -> None:
+    """vesin alone ends the process where space along one axis is thousands of times another's, and takes a minute before that."""
+    positions, cell, pbc = FAR[case]
+    pbc = np.array(pbc, dtype=bool)
+    found = neighbor_list(positions, cell, pbc, 5.0)
+    (sender, receiver), shifts = found
+    lengths = np.linalg.norm(positions[sender] + shifts @ cell - positions[receiver], axis=1)
+    assert (lengths < 5).all()
+    if len(positions) > 100:
+        assert len(sender) == 2 * (len(positions) - 1)
+    else:
+        assert_equal_edges(found, neighbor_list_reference(positions, cell, pbc, 5.0))
+    edges, device_shifts = device_neighbor_list(positions, cell, pbc, 5.0, torch.device("cpu"))
+    assert_equal_edges(found, (edges.numpy(), device_shifts.numpy().astype(np.int64)))
+
+
+def test_a_periodic_cell_too_long_to_be_divided() -> None:
+    with pytest.raises(ValueError, match=r"too flat or too long for a list of neighbours within 5.0 Å: its heights are 12, 12, 1e\+07 Å"):
+        neighbor_list(np.zeros((1, 3)), np.diag([12.0, 12.0, 1e7]), np.ones(3, dtype=bool), 5.0)
+
+
 @pytest.mark.parametrize("seed", range(40))
 def test_random_cells(seed: int) -> None:
     rng = np.random.default_rng(seed)

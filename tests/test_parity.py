@@ -72,11 +72,16 @@ def test_a_way_that_differs_is_told(model: Path, monkeypatch: pytest.MonkeyPatch
     def broken(potential, frames, work):
         return lambda: [{**a, "forces": np.full_like(a["forces"], np.nan)} for a in right(potential, frames, work)()]
 
+    def lost(potential, frames, work):
+        return lambda: [{**a, "energy": float("nan")} for a in right(potential, frames, work)()]
+
     monkeypatch.setitem(module.WAYS, "kernels", wrong)
     monkeypatch.setitem(module.WAYS, "batch", broken)
-    assert main(["parity", str(model), "--ways", "plain", "kernels", "batch"]) == 1
+    monkeypatch.setitem(module.WAYS, "torchsim", lost)
+    assert main(["parity", str(model), "--ways", "plain", "kernels", "batch", "torchsim"]) == 1
     plain, *others = capsys.readouterr().out.splitlines()[1:]
     assert not plain.endswith("DIFFERS")
+    assert len(others) == 3
     assert all(line.endswith("DIFFERS") for line in others)
 
 

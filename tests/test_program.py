@@ -9,6 +9,7 @@ import pickle
 import shutil
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -362,6 +363,27 @@ def test_calculators_in_threads_and_copies() -> None:
     np.testing.assert_array_equal(found, wanted * 3)
     for other in (copy.deepcopy(calculator), pickle.loads(pickle.dumps(calculator))):
         assert other.get_potential_energy(frames[0].copy()) == wanted[0]
+
+
+def test_copies_in_threads_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Deep copies share an engine, whose tables, programs and recordings answer one at a time."""
+    calculator = Calculator(make_potential(["Si"]), way="plain")
+    original, inside, most = Engine._predict, [], []
+
+    def watched(self: Engine, *arguments: Any) -> Any:
+        inside.append(0)
+        most.append(len(inside))
+        time.sleep(0.02)
+        answer = original(self, *arguments)
+        inside.pop()
+        return answer
+
+    monkeypatch.setattr(Engine, "_predict", watched)
+    copies = [copy.deepcopy(calculator) for _ in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        energies = list(pool.map(lambda one: one.get_potential_energy(bulk("Si", cubic=True)), copies))
+    assert len(set(energies)) == 1
+    assert max(most) == 1
 
 
 @pytest.mark.parametrize("signal", [0, 11])

@@ -293,6 +293,37 @@ def test_honesty() -> None:
     assert honesty(np.zeros(1), np.ones(1)) == {"rank": None, "ratio": None, "curve": []}
 
 
+def test_nothing_of_another_structure_is_left_where_one_fails() -> None:
+    """A molecule has no stress; asked for its uncertainty next, the answer is its own, not that of the structure before."""
+    potential = make_potential(["H", "C", "O"])
+    measure_uncertainty(potential, labelled(potential, walk(10, 0.04)), labelled(potential, walk(5, 0.04, seed=1)))
+    calculator, first, second = Calculator(potential), molecule("CH3CH2OH"), molecule("H2O")
+    calculator.get_property("energy_uncertainty", first)
+    with pytest.raises(PropertyNotImplementedError, match="Stress needs periodicity"):
+        calculator.get_property("stress", second)
+    assert calculator.get_property("forces_uncertainty", second).shape == (3,)
+    calculator.get_property("energy", first)
+    with pytest.raises(ValueError, match="not among the potential's elements"):
+        calculator.calculate(molecule("N2"))
+    assert not calculator.results
+    for atoms, message in ((Atoms(), "has no atoms"), (Atoms("H", cell=[1, np.nan, 1], pbc=True), "not finite")):
+        with pytest.raises(ValueError, match=message):
+            calculator.get_property("energy", atoms)
+
+
+def test_a_calculator_leaves_the_potential_as_it_was() -> None:
+    """One that is being trained goes on to be, and its weights change in both."""
+    potential = make_potential(["H", "C", "O"]).train()
+    calculator = Calculator(potential, way="plain")
+    assert potential.training
+    assert all(p.requires_grad for p in potential.parameters())
+    before = calculator.get_potential_energy(molecule("H2O"))
+    with torch.no_grad():
+        for p in potential.parameters():
+            p.mul_(1.1)
+    assert Calculator(potential, way="plain").get_potential_energy(molecule("H2O")) != before
+
+
 # --- dynamics --------------------------------------------------------------------------------------------------------
 
 

@@ -16,6 +16,7 @@ with one line of the log; a way that was asked for by name and cannot be had is 
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from dataclasses import replace
 from typing import Any, Literal, get_args
@@ -84,6 +85,8 @@ class Engine:
         self._recording: CudaGraph | None = None
         self._atoms, self._in_a_row = 0, 0
         self._isolated: Any = None
+        self._lock = threading.RLock()
+        """tables, programs and recordings answer one at a time"""
         with torch.no_grad():
             self._isolated = None if weights_change else self.potential.isolated_outputs()
         if way != "plain":
@@ -105,7 +108,8 @@ class Engine:
 
         Programs and CUDA graphs leave to the kernels what they cannot take: lone atoms, or batches of which there is no program.
         """
-        out = self._predict(graph, stress)
+        with self._lock:
+            out = self._predict(graph, stress)
         return out if self.dispersion is None else self._dispersed(self.dispersion, out, graph)
 
     def _predict(self, graph: Graph, stress: bool) -> Prediction:
@@ -124,6 +128,10 @@ class Engine:
 
         With "auto" the potential is compiled if that saves more time than it takes. "program" gets one for batches, if this is one.
         """
+        with self._lock:
+            return self._expect(n_evaluations, graph)
+
+    def _expect(self, n_evaluations: int, graph: Graph) -> str:
         batch = graph.n_graphs > 1
         if (
             self.asked in ("plain", "kernels", "graph")
@@ -151,7 +159,7 @@ class Engine:
         return Engine, (self.potential, self.asked, self.weights_change, None if self.dispersion is None else str(self.dispersion))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Engine:
-        return self  # nothing of it belongs to one user
+        return self  # nothing of it belongs to one user; those of several threads take turns
 
     def _dispersed(self, d3: D3, out: Prediction, graph: Graph) -> Prediction:
         """A prediction with the dispersion of each structure."""

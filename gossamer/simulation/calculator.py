@@ -70,8 +70,9 @@ class Calculator(ASECalculator):
         super().__init__(**kwargs)
         if reuse_memory:
             keep_freed_memory()
-        self.potential = as_potential(potential, device, dtype)
-        self.potential.eval().requires_grad_(False)
+        self.engine = Engine(as_potential(potential, device, dtype), way, dispersion=dispersion)
+        self.potential = self.engine.potential
+        """the engine's: whose training goes on, or who differentiates by weights, finds theirs as it was"""
         there = self.potential.device.type != "cpu" and self.potential.max_neighbors is None
         self.neighbors: VerletList = (
             DeviceVerletList(self.potential.cutoff, skin, self.potential.device)
@@ -81,7 +82,6 @@ class Calculator(ASECalculator):
         self.conservative = self.potential.conservative
         if self.potential.max_neighbors is not None:
             log.warning("this potential keeps %d neighbours: energy and forces jump when ranks change", self.potential.max_neighbors)
-        self.engine = Engine(self.potential, way, dispersion=dispersion)
         if uncertainty and self.potential.uncertainty is None:
             raise ValueError(NO_UNCERTAINTY)
         further = [] if self.potential.network.charges is None else ["charges"]
@@ -129,6 +129,8 @@ class Calculator(ASECalculator):
         if all(name in UNCERTAINTIES for name in wanted) and not system_changes and self._last is not None:
             self._add_uncertainties(*self._last)
             return
+        if system_changes:  # nothing of another structure is left where this one fails
+            self.results, self._last = {}, None
         periodic = bool(self.atoms.pbc.all())
         stress_wanted = "stress" in wanted or "stresses" in wanted
         if self.engine.dispersion is not None and {"energies", "stresses"} & set(wanted):
@@ -183,6 +185,8 @@ class Calculator(ASECalculator):
             ValueError: an element that the potential does not know, or positions that are not finite.
         """
         numbers, device = atoms.numbers, self.potential.device
+        if len(numbers) == 0:
+            raise ValueError("The structure has no atoms, so it has no energy.")
         if self._checked != numbers.tobytes():
             self.potential.check_elements(numbers)
             self._checked = numbers.tobytes()

@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
-from gossamer.neighbors import Edges, complete_cell, nearest, neighbor_list, wrap
+from gossamer.neighbors import Edges, complete_cell, in_cells, nearest, neighbor_list, wrap
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +51,7 @@ class VerletList:
 
         With r = r0 F + u (rows; F the change of the cell), a pair at most rc apart was at most |F⁻¹| (rc + 2 max |u|) apart.
         """
-        if not np.isfinite(positions).all():
+        if not (np.isfinite(positions).all() and np.isfinite(cell).all()):
             complete_cell(positions, cell, pbc, self.cutoff)  # says which atom
         if not self.builds or len(positions) != len(self._positions) or np.any(pbc != self._pbc):
             return False
@@ -119,7 +119,8 @@ def device_neighbor_list(
         raise RuntimeError(f"vesin does not build neighbour lists on {device.type}")
     cell = complete_cell(positions, cell, pbc, cutoff)
     wrapped, crossed = wrap(positions, cell, pbc)
-    points, box, periodic, moved = (torch.from_numpy(np.ascontiguousarray(a)).to(device) for a in (wrapped, cell, pbc, crossed))
+    arrays = (*in_cells(wrapped, cell, pbc, cutoff), crossed)
+    points, box, periodic, moved = (torch.from_numpy(np.ascontiguousarray(a)).to(device) for a in arrays)
     calculator = vesin.NeighborList(cutoff=float(cutoff), full_list=True)
     receiver, sender, shifts = calculator.compute(points=points, box=box, periodic=periodic, quantities="ijS")
     receiver, sender, shifts = (t.to(torch.int64) for t in (receiver, sender, shifts))
