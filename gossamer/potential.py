@@ -22,7 +22,7 @@ from gossamer.data.structure import Structure, as_structure
 from gossamer.graph import Graph
 from gossamer.models import MODELS, DataFacts, ModelConfig
 from gossamer.nn.electrostatics import LatentCharges, coulomb_energies, neutralised
-from gossamer.nn.layers import sum_by_index
+from gossamer.nn.layers import Float64, sum_by_index
 from gossamer.nn.limits import Limits, stretch
 from gossamer.nn.products import Ends
 from gossamer.nn.uncertainty import Uncertainty
@@ -95,8 +95,8 @@ def make_zbl(config: PotentialConfig, cutoff: float, shortest: Mapping[str, floa
     return ZBL(radius, cutoff, config.zbl_power, config.zbl_order, shortest)
 
 
-class Potential(nn.Module):
-    """Energies, forces and stress of a batch of structures."""
+class Potential(Float64):
+    """Energies, forces and stress of a batch of structures. ``to(dtype)`` is about the network; energies are summed in float64."""
 
     species_of: Tensor
     reference_energies: Tensor

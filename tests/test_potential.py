@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -267,6 +268,36 @@ def test_energies_of_large_offsets_keep_their_digits(ethanol: Atoms) -> None:
         a, b = potential.predict([structure(ethanol), structure(moved)])
         differences.append(b["energy"] - a["energy"])
     assert differences[0] == pytest.approx(differences[1], abs=1e-7)
+
+
+def test_a_change_of_precision_is_one_of_the_network(ethanol: Atoms) -> None:
+    """Reference energies, limits and the scale of the energy keep their digits, there and back."""
+    from copy import deepcopy
+
+    potential = make_potential(ELEMENTS)
+    references = {"H": -13.587222780835477, "C": -1029.4889999155063, "O": -2041.9816003861047, "Si": -7900.123456789}
+    statistics = replace(
+        potential.statistics, reference_energies=references, energy_scale=1 / 3, shortest_distances={"C-H": 1.05},
+        fewest_neighbors=dict.fromkeys(ELEMENTS, 1.2),
+    )  # fmt: skip
+    potential = Potential(potential.model_config, statistics).eval()
+    network = deepcopy(potential)
+    network.network.to(torch.float64)
+    exact = network.predict(ethanol)[0]
+    for dtypes in ([torch.float32], [torch.float64], [torch.float32, torch.float64], [torch.float16, torch.float32]):
+        changed = deepcopy(potential)
+        for dtype in dtypes:
+            changed.to(dtype)
+        assert changed.dtype == dtypes[-1]
+        for name, values in changed.named_buffers():
+            if not name.startswith("network."):
+                assert torch.equal(values, dict(potential.named_buffers())[name]), name
+    assert changed.half().double().reference_energies.tolist() == list(references.values())
+    double = deepcopy(potential).to(torch.float64).predict(ethanol)[0]
+    assert double["energy"] == exact["energy"]
+    assert np.array_equal(double["forces"], exact["forces"])
+    single = deepcopy(potential).to(torch.float64).to(torch.float32).predict(ethanol)[0]
+    assert single["energy"] == pytest.approx(exact["energy"], abs=1e-5)
 
 
 def test_collate_marks_missing_labels_with_nan(ethanol: Atoms) -> None:

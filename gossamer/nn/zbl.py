@@ -8,9 +8,9 @@ import torch
 from ase.data import atomic_numbers as number_of
 from ase.data import covalent_radii
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
-from gossamer.nn.layers import polynomial_envelope
+from gossamer.nn.layers import Float64, polynomial_envelope
 
 COULOMB = 14.399645
 """e² / (4 pi eps_0) in eV Å"""
@@ -39,7 +39,7 @@ def zbl_energy(
     return COULOMB * z_i * z_j / edge_lengths * screening
 
 
-class ZBL(nn.Module):
+class ZBL(Float64):
     """Half the ZBL energy of every directed edge, times an envelope f_{p,k}.
 
     f_{5,4} ends where the training data begins, or at a fraction of the bond length: no pair in the data feels it, and with
