@@ -48,7 +48,7 @@ class PotentialConfig:
     zbl_radius: Annotated[float, Field(gt=0, le=10)] | Literal["data", "cutoff"] = "data"
     """End of the repulsion. "data": for each pair of elements its shortest distance in the training data; nearer than that, and of atoms
     with fewer neighbours than any in the data, the network is not asked (docs/models.md). A number: a fraction of the sum of the covalent
-    radii (0.8 for pairs that the data lacks). "cutoff": that of the network (as nequip's package)."""
+    radii (0.8 for pairs that the data lacks), and at most the cutoff. "cutoff": that of the network (as nequip's package)."""
     zbl_power: Annotated[int, Field(ge=2, le=100)] = 5
     """Power p of its envelope (nequip: 6)."""
     zbl_order: Literal[2, 3, 4] = 4

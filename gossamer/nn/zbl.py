@@ -60,7 +60,7 @@ class ZBL(Float64):
         """
         Args:
             radius_factor: End of the repulsion as a fraction of the sum of the two covalent radii; None: at ``cutoff``.
-            cutoff: Å; used if ``radius_factor`` is None.
+            cutoff: Å, of the list of neighbours, beyond which no repulsion reaches: one that ended there at another value than zero would jump.
             power: Power p of the envelope.
             order: Number k of its derivatives that vanish at the end.
             shortest: Å at which it ends instead, for pairs of elements ("H-O").
@@ -72,7 +72,7 @@ class ZBL(Float64):
         for pair, distance in (shortest or {}).items():
             first, second = (number_of[symbol] for symbol in pair.split("-"))
             ends[first, second] = ends[second, first] = distance
-        self.register_buffer("pair_ends", ends.flatten(), persistent=False)
+        self.register_buffer("pair_ends", ends.flatten().clamp(max=cutoff), persistent=False)
 
     def forward(
         self,
