@@ -24,7 +24,7 @@ from gossamer.data.fingerprint import SeenFrames
 from gossamer.data.statistics import Statistics
 from gossamer.data.structure import Structure
 from gossamer.files import write_bytes
-from gossamer.models import MODELS, Network
+from gossamer.models import MODELS, Network, NetworkConfig
 from gossamer.nn.uncertainty import Uncertainty
 from gossamer.potential import DTYPES, Potential, PotentialConfig
 from gossamer.quantities import QUANTITIES
@@ -56,7 +56,11 @@ def save(
         check: Structures whose predictions are stored and recomputed on loading.
         training: The complete configuration of the run, kept for the record.
         stored: What to store as predictions of ``check``: those of the package that a potential comes from; None: its own.
+
+    Raises:
+        ValueError: a potential that ``load`` would refuse (`check_sizes`).
     """
+    check_sizes(potential)
     tensors = {f"network.{k}": v.detach().cpu().contiguous() for k, v in potential.network.state_dict().items()}
     if stored is None:
         stored = potential.predict(check) if check else []
@@ -115,9 +119,11 @@ def read_manifest(path: Path | str) -> dict[str, Any]:
 
 
 def model_settings(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings of the network of a potential, or of a checkpoint, with those that came after it was written."""
+    """Settings of the network of a potential, or of a checkpoint, with those that came after it was written, without those of no effect."""
     settings = manifest["model"]
-    return {**MODELS[settings["name"]][1].earlier, **settings}
+    network = MODELS[settings["name"]][1]
+    unused = network.unused(settings)
+    return {**network.earlier, **{name: value for name, value in settings.items() if name not in unused}}
 
 
 def unverified(manifest: Mapping[str, Any]) -> str | None:
@@ -200,8 +206,11 @@ def load(path: Path | str, device: str | torch.device = "cpu", dtype: str | torc
     altered = "kinds" in manifest and manifest["kinds"] != _kinds(tensors)  # files of older versions do not say
     if altered or _checksum(tensors, manifest) != manifest.get("checksum"):
         raise ValueError(f"'{path}' was altered after it was saved (its checksum does not match). Use another copy.")
-    _check_sizes(manifest["model"], tensors, path)
-    model: Any = build(MODELS[manifest["model"]["name"]][0], model_settings(manifest), "model")
+    model = _built(MODELS[manifest["model"]["name"]][0], model_settings(manifest), "model", path)
+    weights = weights_of(tensors, manifest)
+    problem = _oversized(model, weights)
+    if problem is not None:
+        raise ValueError(f"'{path}' has {problem} can be meant. It was altered: use another copy.")
     statistics = build(Statistics, manifest["statistics"], "statistics")
     potential = Potential(model, statistics, build(PotentialConfig, manifest["potential"], "potential"))
     potential.seen = SeenFrames.from_arrays({k: v.numpy() for k, v in tensors.items() if k.startswith("seen.")})
@@ -210,7 +219,6 @@ def load(path: Path | str, device: str | torch.device = "cpu", dtype: str | torc
     if unverified(manifest):
         log.warning("'%s': %s", path, unverified(manifest))
     saved = DTYPES[manifest["dtype"]]
-    weights = weights_of(tensors, manifest)
     try:
         potential.network.to(saved).load_state_dict(weights)
     except RuntimeError as error:
@@ -288,22 +296,36 @@ def _uncertainty(manifest: Mapping[str, Any], tensors: Mapping[str, Tensor], n_e
     return uncertainty
 
 
-def _check_sizes(model: Mapping[str, Any], tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Refuse settings of a network that is larger than its weights in the file, before it is made.
+def _built(settings: type[Any], values: Mapping[str, Any], where: str, path: Path) -> Any:
+    """A part of the manifest as settings.
 
     Raises:
-        ValueError: a size that the weights do not bear out, or a cutoff beyond any use.
+        ValueError: values that these settings cannot have.
     """
-    weights = [t for name, t in tensors.items() if name.startswith("network.")]
-    largest = max(512, len(weights), *(max(t.shape, default=1) for t in weights)) if weights else 512
-    limits = dict.fromkeys(model, largest) | {"cutoff": 100, "num_layers": max(1, len(weights)), "l_max": 16, "max_neighbors": 10**6}
-    for name, value in model.items():
+    try:
+        return build(settings, values, where)
+    except ValueError as error:
+        raise ValueError(f"'{path}' has a manifest that this gossamer {__version__} cannot use ({error}). Use another copy.") from None
+
+
+def _oversized(model: NetworkConfig, weights: Mapping[str, Tensor]) -> str | None:
+    """A setting of a network that is larger than its weights bear out, in words; None: none. Asked before the network is made."""
+    largest = max(512, len(weights), *(max(t.shape, default=1) for t in weights.values())) if weights else 512
+    limits = {"num_layers": max(1, len(weights)), "max_neighbors": 10**6}  # numbers that are not whole size nothing
+    unused = MODELS[model.name][1].unused(to_dict(model))
+    for name, value in to_dict(model).items():
         for number in value if isinstance(value, list) else [value]:
-            if isinstance(number, int | float) and not -1e6 < number <= limits[name]:
-                raise ValueError(
-                    f"'{path}' has model.{name} = {number:g} in its manifest, but {len(weights)} tensors of weights of at most {largest} rows: "
-                    f"at most {limits[name]} can be meant. It was altered: use another copy."
-                )
+            limit = limits.get(name, largest)
+            if isinstance(number, int) and number > limit and name not in unused:
+                return f"model.{name} = {number}, but {len(weights)} tensors of weights of at most {largest} rows: at most {limit}"
+    return None
+
+
+def check_sizes(potential: Potential) -> None:
+    """Raise ValueError for settings that ``load`` would refuse: larger than any weight, so that nothing of the network has that size."""
+    problem = _oversized(potential.model_config, potential.network.state_dict())
+    if problem is not None:
+        raise ValueError(f"This network has {problem} has an effect. Choose a smaller one, or leave it out.")
 
 
 def stored_structures(path: Path | str) -> list[Structure]:

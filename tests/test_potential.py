@@ -25,6 +25,7 @@ from gossamer.data.structure import Structure
 from gossamer.evaluation import evaluate_potential
 from gossamer.potential import Potential
 from gossamer.potential_file import FORMAT, _checksum, as_potential, load, read_manifest, save, stored_structures
+from gossamer.runs import train
 from gossamer.simulation.calculator import Calculator
 
 ELEMENTS = ["H", "C", "O", "Si"]
@@ -213,9 +214,11 @@ def test_a_setting_that_came_later_is_what_it_was(name: str, tmp_path: Path, eth
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ({"num_layers": 10**18}, r"model\.num_layers = 1e\+18 in its manifest, but \d+ tensors"),
-        ({"num_features": 10**9}, r"model\.num_features = 1e\+09"),
-        ({"cutoff": 1e18}, r"model\.cutoff = 1e\+18 .* at most 100 can be meant"),
+        ({"num_layers": 90}, r"p.safetensors' has model\.num_layers = 90, but \d+ tensors .* at most \d+ can be meant. It was altered"),
+        ({"num_features": 10_000}, r"model\.num_features = 10000, but .* at most 512 can be meant"),
+        ({"num_layers": 10**18}, r"p.safetensors' has a manifest .* cannot use \(model\.num_layers: .* or equal to 100"),
+        ({"num_features": 10**9}, r"model\.num_features: .* or equal to 10000"),
+        ({"cutoff": 1e18}, r"model\.cutoff: .* or equal to 100"),
         ({"num_features": 16}, "holds weights that are not those of its network"),
     ],
 )
@@ -223,6 +226,40 @@ def test_forged_sizes_in_a_manifest_are_refused(setting: dict[str, Any], message
     path = altered(tmp_path, ethanol, lambda manifest: manifest["model"].update(setting))
     with pytest.raises(ValueError, match=message):
         load(path)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        {"name": "nequip", "readout_width": 600},
+        {"name": "nequip", "radial_depth": 0, "radial_width": 1024},
+        {"name": "nequip", "readout_width": 600, "readout_depth": 1},
+        {"name": "mace", "num_layers": 1, "readout_width": 1024, "hidden_l_max": 2},
+        {"name": "sevennet", "denominators": [1000.0, 1e6]},
+        {"name": "sevennet", "irreps": ["4x0e", "4x0e+4x1o", "4x0e"], "num_features": 600, "num_layers": 50, "embedding_features": 700},
+    ],
+)
+def test_what_can_be_saved_can_be_loaded(model: dict[str, Any], tmp_path: Path, ethanol: Atoms) -> None:
+    """Settings larger than any weight: of factors, or without effect beside the others."""
+    potential = make_potential(ELEMENTS, **model)
+    save(potential, tmp_path / "p.safetensors", [structure(ethanol)])
+    again = load(tmp_path / "p.safetensors")
+    assert again.predict(ethanol)[0]["energy"] == potential.predict(ethanol)[0]["energy"]
+    assert make_config({"data": {"train": "x"}, "finetune": {"start": str(tmp_path / "p.safetensors")}}).model == again.model_config
+
+
+def test_what_could_not_be_loaded_is_not_saved(tmp_path: Path) -> None:
+    """Channels of a degree that no layer has."""
+    potential = make_potential(ELEMENTS, name="nequip", num_layers=1, num_features=[4, 1024, 4])
+    with pytest.raises(ValueError, match=r"This network has model\.num_features = 1024, but .* at most 512 has an effect"):
+        save(potential, tmp_path / "p.safetensors")
+    assert list(tmp_path.iterdir()) == []
+    settings = {
+        "data": {"train": ETHANOL, "valid_size": 4, "train_size": 8}, "out": str(tmp_path / "run"),
+        "model": {"name": "nequip", "preset": "tiny", "num_layers": 1, "num_features": [4, 1024, 4]},
+    }  # fmt: skip
+    with pytest.raises(ValueError, match=r"num_features = 1024"):
+        train(settings, progress=False)
 
 
 @pytest.mark.parametrize(
