@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import platform
 import re
 from collections.abc import Mapping, Sequence
@@ -17,6 +18,7 @@ from typing import Any
 import numpy as np
 import safetensors.torch
 import torch
+from ase.data import atomic_numbers as number_of
 from torch import Tensor
 
 from gossamer import __version__
@@ -211,8 +213,16 @@ def load(path: Path | str, device: str | torch.device = "cpu", dtype: str | torc
     problem = _oversized(model, weights)
     if problem is not None:
         raise ValueError(f"'{path}' has {problem} can be meant. It was altered: use another copy.")
-    statistics = build(Statistics, manifest["statistics"], "statistics")
-    potential = Potential(model, statistics, build(PotentialConfig, manifest["potential"], "potential"))
+    statistics = _built(Statistics, manifest["statistics"], "statistics", path)
+    problem = _unusable(statistics)
+    if problem is not None:
+        raise ValueError(f"'{path}' has statistics.{problem}. It was altered: use another copy.")
+    strange = [name for name, values in weights.items() if not values.is_floating_point()]
+    if strange:
+        raise ValueError(
+            f"'{path}' holds weights that are no real numbers ({strange[0]} is {weights[strange[0]].dtype}). Use another copy."
+        )
+    potential = Potential(model, statistics, _built(PotentialConfig, manifest["potential"], "potential", path))
     potential.seen = SeenFrames.from_arrays({k: v.numpy() for k, v in tensors.items() if k.startswith("seen.")})
     potential.imported = manifest.get("imported")
     potential.uncertainty = _uncertainty(manifest, tensors, len(statistics.elements), path)
@@ -243,7 +253,12 @@ def _open(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if manifest["format"] > FORMAT:
         raise ValueError(
             f"'{path}' has format {manifest['format']}; this gossamer {__version__} reads up to {FORMAT}. "
-            f"Update gossamer (the file was written by {manifest['gossamer']})."
+            f"Update gossamer (the file was written by {manifest.get('gossamer')})."
+        )
+    stored = sum(name.startswith("check.") and name.endswith(".energy") for name in tensors)
+    if manifest["n_check"] != stored:
+        raise ValueError(
+            f"'{path}' holds {stored} stored predictions, but its manifest has n_check = {manifest['n_check']}. Use another copy."
         )
     return manifest, tensors
 
@@ -258,10 +273,13 @@ def _manifest(text: str, path: Path) -> dict[str, Any]:
         manifest = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"'{path}' has a manifest that is not JSON ({error}). Use another copy.") from None
-    if not isinstance(manifest, dict) or not isinstance(manifest.get("format"), int):
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("format"), int) or manifest["format"] < 1:
         raise ValueError(f"'{path}' has a manifest without a format: it was not written by gossamer, or altered. Use another copy.")
     kinds = {"model": dict, "potential": dict, "statistics": dict, "dtype": str, "n_check": int}
     wrong = [name for name, kind in kinds.items() if not isinstance(manifest.get(name), kind)]
+    wrong += [name for name in ("imported", "uncertainty") if not isinstance(manifest.get(name), dict | None)]
+    if isinstance(manifest.get("uncertainty"), dict) and not isinstance(manifest["uncertainty"].get("version"), int):
+        wrong.append("uncertainty.version")
     if manifest["format"] <= FORMAT and (wrong or manifest["dtype"] not in DTYPES or manifest["model"].get("name") not in MODELS):
         listed = ", ".join(wrong) or f"network {manifest['model'].get('name')!r}, dtype {manifest['dtype']!r}"
         raise ValueError(f"'{path}' has a manifest that this gossamer {__version__} cannot use ({listed}). Use another copy.")
@@ -306,6 +324,29 @@ def _built(settings: type[Any], values: Mapping[str, Any], where: str, path: Pat
         return build(settings, values, where)
     except ValueError as error:
         raise ValueError(f"'{path}' has a manifest that this gossamer {__version__} cannot use ({error}). Use another copy.") from None
+
+
+def _unusable(statistics: Statistics) -> str | None:
+    """An entry of the statistics that no potential can have, in words; None: none."""
+    elements = statistics.elements
+    if not elements or len(set(elements)) < len(elements) or not all(number_of.get(e, 0) > 0 for e in elements):
+        return f"elements = {elements}, expected chemical symbols, each once"
+    for name in ("reference_energies", "element_scales"):
+        values = getattr(statistics, name)
+        absent = [e for e in elements if values is not None and not math.isfinite(values.get(e, math.nan))]
+        if absent:
+            return f"{name} without a finite number for {', '.join(absent)}"
+    if not 0 < abs(statistics.energy_scale) < math.inf:  # an imported network's may be negative
+        return f"energy_scale = {statistics.energy_scale}, expected a finite number other than zero"
+    if not 0 <= statistics.mean_neighbors < math.inf:
+        return f"mean_neighbors = {statistics.mean_neighbors}, expected a finite number, zero or more"
+    for name, symbols in (("shortest_distances", 2), ("fewest_neighbors", 1)):
+        for key, value in (getattr(statistics, name) or {}).items():
+            if [number_of.get(symbol, 0) > 0 for symbol in key.split("-")] != [True] * symbols or not 0 < value < math.inf:
+                return (
+                    f"{name} with {key}: {value}, expected {'a pair of elements' if symbols == 2 else 'an element'} and a number above zero"
+                )
+    return None
 
 
 def _oversized(model: NetworkConfig, weights: Mapping[str, Tensor]) -> str | None:

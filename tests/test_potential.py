@@ -24,7 +24,7 @@ from gossamer.data.batch import collate
 from gossamer.data.structure import Structure
 from gossamer.evaluation import evaluate_potential
 from gossamer.potential import Potential
-from gossamer.potential_file import FORMAT, _checksum, as_potential, load, read_manifest, save, stored_structures
+from gossamer.potential_file import FORMAT, _checksum, _kinds, as_potential, load, read_manifest, save, stored_structures
 from gossamer.runs import train
 from gossamer.simulation.calculator import Calculator
 
@@ -275,6 +275,53 @@ def test_manifests_that_are_none_are_refused(change: Callable[[dict[str, Any]], 
     for read in (load, read_manifest):
         with pytest.raises(ValueError, match=message):
             read(path)
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ({"n_check": 10}, r"holds 1 stored predictions, but its manifest has n_check = 10"),
+        ({"n_check": -1}, r"n_check = -1"),
+        ({"format": -3}, "a manifest without a format"),
+        ({"uncertainty": {}}, r"cannot use \(uncertainty\.version\)"),
+        ({"uncertainty": {"version": "9"}}, r"cannot use \(uncertainty\.version\)"),
+        ({"uncertainty": "x"}, r"cannot use \(uncertainty\)"),
+        ({"imported": "x"}, r"cannot use \(imported\)"),
+        ({"potential": {"zbl_order": 9}}, r"cannot use \(potential\.zbl_order: "),
+        ({"statistics": {"elements": "H"}}, r"cannot use \(statistics\.elements: "),
+        ({"statistics": {"elements": ["Xx", "H", "C", "O"]}}, r"statistics\.elements = \['Xx', .* expected chemical symbols, each once"),
+        ({"statistics": {"elements": ["H", "H", "C", "O"]}}, r"statistics\.elements = \['H', 'H'"),
+        ({"statistics": {"reference_energies": {"H": 1.0, "C": 1.0}}}, r"statistics\.reference_energies without a finite number for O, Si"),
+        ({"statistics": {"reference_energies": dict.fromkeys(ELEMENTS, np.nan)}}, "without a finite number for H, C, O, Si"),
+        ({"statistics": {"element_scales": {"H": 1.0}}}, r"statistics\.element_scales without a finite number for C"),
+        ({"statistics": {"energy_scale": 0.0}}, r"statistics\.energy_scale = 0\.0, expected a finite number other than zero"),
+        ({"statistics": {"energy_scale": np.inf}}, r"statistics\.energy_scale = inf"),
+        ({"statistics": {"mean_neighbors": -5.0}}, r"statistics\.mean_neighbors = -5\.0, expected a finite number, zero or more"),
+        ({"statistics": {"shortest_distances": {"H": 1.0}}}, r"statistics\.shortest_distances with H: 1\.0, expected a pair of elements"),
+        ({"statistics": {"shortest_distances": {"H-H": 0.0}}}, r"with H-H: 0\.0, .* a number above zero"),
+        ({"statistics": {"fewest_neighbors": {"Xx": 1.0}}}, r"statistics\.fewest_neighbors with Xx: 1\.0, expected an element"),
+    ],
+)
+def test_forged_entries_of_a_manifest_are_refused(entry: dict[str, Any], message: str, tmp_path: Path, ethanol: Atoms) -> None:
+    def change(manifest: dict[str, Any]) -> None:
+        for name, value in entry.items():
+            inside = name in ("statistics", "potential")
+            manifest[name] = {**manifest[name], **value} if inside else value
+
+    path = altered(tmp_path, ethanol, change)
+    with pytest.raises(ValueError, match=rf"(?s)p\.safetensors' .*{message}"):
+        load(path)
+
+
+def test_weights_that_are_whole_numbers_are_refused(tmp_path: Path, ethanol: Atoms) -> None:
+    path = saved(tmp_path, ethanol)
+    manifest, tensors = read_manifest(path), safetensors.torch.load_file(path)
+    tensors["network.embedding.weight"] = tensors["network.embedding.weight"].to(torch.int64)
+    manifest["kinds"] = _kinds(tensors)
+    manifest["checksum"] = _checksum(tensors, manifest)
+    safetensors.torch.save_file(tensors, path, {"gossamer": json.dumps(manifest)})
+    with pytest.raises(ValueError, match=r"weights that are no real numbers \(embedding\.weight is torch\.int64\)"):
+        load(path)
 
 
 def test_pickles_are_not_read(tmp_path: Path) -> None:
