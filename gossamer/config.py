@@ -55,12 +55,17 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
 
 
 def make_config(values: Mapping[str, Any], overrides: Sequence[str] = ()) -> Config:
-    """Settings from nested dictionaries, with overrides. ``model.preset`` names a size (`Network.presets`)."""
+    """Settings from nested dictionaries, with overrides. ``model.preset`` names a size (`Network.presets`).
+
+    Raises:
+        ValueError: as ``build``; or a setting of the network that is without effect beside the others, but not as by default.
+    """
     merged = _plain(values)
     for override in overrides:
         _apply(override, merged)
     merged = _plain(merged)
     model, tune = merged.get("model"), merged.get("finetune")
+    written = model if isinstance(model, dict) else {}
     if isinstance(model, dict) and "preset" in model:
         merged["model"] = expand_preset(model)
     elif isinstance(model, dict) and not tune:
@@ -71,7 +76,16 @@ def make_config(values: Mapping[str, Any], overrides: Sequence[str] = ()) -> Con
         merged["model"] = merge_model(manifest["model"], merged.get("model") or {}, start)
         given = merged.get("potential") or {}
         merged["potential"] = {**manifest["potential"], **given} if isinstance(given, dict) else given
-    return build(Config, merged)
+    config = build(Config, merged)
+    unused = MODELS[config.model.name][1].unused(to_dict(config.model))
+    if not unused:
+        return config
+    for name, reason in unused.items():
+        value = getattr(config.model, name)
+        if name in written and value != getattr(type(config.model)(), name):
+            raise ValueError(f"model.{name} is {value}, which has no effect beside {reason}. Leave one of the two out.")
+    # from a preset: it is written as by default, so that what a run writes can be read
+    return build(Config, {**merged, "model": {k: v for k, v in merged["model"].items() if k not in unused}})
 
 
 def _apply(override: str, values: dict[str, Any]) -> None:

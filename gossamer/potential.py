@@ -22,7 +22,7 @@ from gossamer.data.structure import Structure, as_structure
 from gossamer.graph import Graph
 from gossamer.models import MODELS, DataFacts, ModelConfig
 from gossamer.nn.electrostatics import LatentCharges, coulomb_energies, neutralised
-from gossamer.nn.layers import sum_by_index
+from gossamer.nn.layers import Float64, sum_by_index
 from gossamer.nn.limits import Limits, stretch
 from gossamer.nn.products import Ends
 from gossamer.nn.uncertainty import Uncertainty
@@ -48,7 +48,7 @@ class PotentialConfig:
     zbl_radius: Annotated[float, Field(gt=0, le=10)] | Literal["data", "cutoff"] = "data"
     """End of the repulsion. "data": for each pair of elements its shortest distance in the training data; nearer than that, and of atoms
     with fewer neighbours than any in the data, the network is not asked (docs/models.md). A number: a fraction of the sum of the covalent
-    radii (0.8 for pairs that the data lacks). "cutoff": that of the network (as nequip's package)."""
+    radii (0.8 for pairs that the data lacks), and at most the cutoff. "cutoff": that of the network (as nequip's package)."""
     zbl_power: Annotated[int, Field(ge=2, le=100)] = 5
     """Power p of its envelope (nequip: 6)."""
     zbl_order: Literal[2, 3, 4] = 4
@@ -95,8 +95,8 @@ def make_zbl(config: PotentialConfig, cutoff: float, shortest: Mapping[str, floa
     return ZBL(radius, cutoff, config.zbl_power, config.zbl_order, shortest)
 
 
-class Potential(nn.Module):
-    """Energies, forces and stress of a batch of structures."""
+class Potential(Float64):
+    """Energies, forces and stress of a batch of structures. ``to(dtype)`` is about the network; energies are summed in float64."""
 
     species_of: Tensor
     reference_energies: Tensor

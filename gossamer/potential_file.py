@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import platform
 import re
 from collections.abc import Mapping, Sequence
@@ -17,6 +18,7 @@ from typing import Any
 import numpy as np
 import safetensors.torch
 import torch
+from ase.data import atomic_numbers as number_of
 from torch import Tensor
 
 from gossamer import __version__
@@ -24,7 +26,7 @@ from gossamer.data.fingerprint import SeenFrames
 from gossamer.data.statistics import Statistics
 from gossamer.data.structure import Structure
 from gossamer.files import write_bytes
-from gossamer.models import MODELS, Network
+from gossamer.models import MODELS, Network, NetworkConfig
 from gossamer.nn.uncertainty import Uncertainty
 from gossamer.potential import DTYPES, Potential, PotentialConfig
 from gossamer.quantities import QUANTITIES
@@ -56,7 +58,11 @@ def save(
         check: Structures whose predictions are stored and recomputed on loading.
         training: The complete configuration of the run, kept for the record.
         stored: What to store as predictions of ``check``: those of the package that a potential comes from; None: its own.
+
+    Raises:
+        ValueError: a potential that ``load`` would refuse (`check_sizes`).
     """
+    check_sizes(potential)
     tensors = {f"network.{k}": v.detach().cpu().contiguous() for k, v in potential.network.state_dict().items()}
     if stored is None:
         stored = potential.predict(check) if check else []
@@ -115,9 +121,11 @@ def read_manifest(path: Path | str) -> dict[str, Any]:
 
 
 def model_settings(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings of the network of a potential, or of a checkpoint, with those that came after it was written."""
+    """Settings of the network of a potential, or of a checkpoint, with those that came after it was written, without those of no effect."""
     settings = manifest["model"]
-    return {**MODELS[settings["name"]][1].earlier, **settings}
+    network = MODELS[settings["name"]][1]
+    unused = network.unused(settings)
+    return {**network.earlier, **{name: value for name, value in settings.items() if name not in unused}}
 
 
 def unverified(manifest: Mapping[str, Any]) -> str | None:
@@ -200,17 +208,27 @@ def load(path: Path | str, device: str | torch.device = "cpu", dtype: str | torc
     altered = "kinds" in manifest and manifest["kinds"] != _kinds(tensors)  # files of older versions do not say
     if altered or _checksum(tensors, manifest) != manifest.get("checksum"):
         raise ValueError(f"'{path}' was altered after it was saved (its checksum does not match). Use another copy.")
-    _check_sizes(manifest["model"], tensors, path)
-    model: Any = build(MODELS[manifest["model"]["name"]][0], model_settings(manifest), "model")
-    statistics = build(Statistics, manifest["statistics"], "statistics")
-    potential = Potential(model, statistics, build(PotentialConfig, manifest["potential"], "potential"))
+    model = _built(MODELS[manifest["model"]["name"]][0], model_settings(manifest), "model", path)
+    weights = weights_of(tensors, manifest)
+    problem = _oversized(model, weights)
+    if problem is not None:
+        raise ValueError(f"'{path}' has {problem} can be meant. It was altered: use another copy.")
+    statistics = _built(Statistics, manifest["statistics"], "statistics", path)
+    problem = _unusable(statistics)
+    if problem is not None:
+        raise ValueError(f"'{path}' has statistics.{problem}. It was altered: use another copy.")
+    strange = [name for name, values in weights.items() if not values.is_floating_point()]
+    if strange:
+        raise ValueError(
+            f"'{path}' holds weights that are no real numbers ({strange[0]} is {weights[strange[0]].dtype}). Use another copy."
+        )
+    potential = Potential(model, statistics, _built(PotentialConfig, manifest["potential"], "potential", path))
     potential.seen = SeenFrames.from_arrays({k: v.numpy() for k, v in tensors.items() if k.startswith("seen.")})
     potential.imported = manifest.get("imported")
     potential.uncertainty = _uncertainty(manifest, tensors, len(statistics.elements), path)
     if unverified(manifest):
         log.warning("'%s': %s", path, unverified(manifest))
     saved = DTYPES[manifest["dtype"]]
-    weights = weights_of(tensors, manifest)
     try:
         potential.network.to(saved).load_state_dict(weights)
     except RuntimeError as error:
@@ -235,7 +253,12 @@ def _open(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if manifest["format"] > FORMAT:
         raise ValueError(
             f"'{path}' has format {manifest['format']}; this gossamer {__version__} reads up to {FORMAT}. "
-            f"Update gossamer (the file was written by {manifest['gossamer']})."
+            f"Update gossamer (the file was written by {manifest.get('gossamer')})."
+        )
+    stored = sum(name.startswith("check.") and name.endswith(".energy") for name in tensors)
+    if manifest["n_check"] != stored:
+        raise ValueError(
+            f"'{path}' holds {stored} stored predictions, but its manifest has n_check = {manifest['n_check']}. Use another copy."
         )
     return manifest, tensors
 
@@ -250,10 +273,13 @@ def _manifest(text: str, path: Path) -> dict[str, Any]:
         manifest = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"'{path}' has a manifest that is not JSON ({error}). Use another copy.") from None
-    if not isinstance(manifest, dict) or not isinstance(manifest.get("format"), int):
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("format"), int) or manifest["format"] < 1:
         raise ValueError(f"'{path}' has a manifest without a format: it was not written by gossamer, or altered. Use another copy.")
     kinds = {"model": dict, "potential": dict, "statistics": dict, "dtype": str, "n_check": int}
     wrong = [name for name, kind in kinds.items() if not isinstance(manifest.get(name), kind)]
+    wrong += [name for name in ("imported", "uncertainty") if not isinstance(manifest.get(name), dict | None)]
+    if isinstance(manifest.get("uncertainty"), dict) and not isinstance(manifest["uncertainty"].get("version"), int):
+        wrong.append("uncertainty.version")
     if manifest["format"] <= FORMAT and (wrong or manifest["dtype"] not in DTYPES or manifest["model"].get("name") not in MODELS):
         listed = ", ".join(wrong) or f"network {manifest['model'].get('name')!r}, dtype {manifest['dtype']!r}"
         raise ValueError(f"'{path}' has a manifest that this gossamer {__version__} cannot use ({listed}). Use another copy.")
@@ -288,22 +314,59 @@ def _uncertainty(manifest: Mapping[str, Any], tensors: Mapping[str, Tensor], n_e
     return uncertainty
 
 
-def _check_sizes(model: Mapping[str, Any], tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Refuse settings of a network that is larger than its weights in the file, before it is made.
+def _built(settings: type[Any], values: Mapping[str, Any], where: str, path: Path) -> Any:
+    """A part of the manifest as settings.
 
     Raises:
-        ValueError: a size that the weights do not bear out, or a cutoff beyond any use.
+        ValueError: values that these settings cannot have.
     """
-    weights = [t for name, t in tensors.items() if name.startswith("network.")]
-    largest = max(512, len(weights), *(max(t.shape, default=1) for t in weights)) if weights else 512
-    limits = dict.fromkeys(model, largest) | {"cutoff": 100, "num_layers": max(1, len(weights)), "l_max": 16, "max_neighbors": 10**6}
-    for name, value in model.items():
-        for number in value if isinstance(value, list) else [value]:
-            if isinstance(number, int | float) and not -1e6 < number <= limits[name]:
-                raise ValueError(
-                    f"'{path}' has model.{name} = {number:g} in its manifest, but {len(weights)} tensors of weights of at most {largest} rows: "
-                    f"at most {limits[name]} can be meant. It was altered: use another copy."
+    try:
+        return build(settings, values, where)
+    except ValueError as error:
+        raise ValueError(f"'{path}' has a manifest that this gossamer {__version__} cannot use ({error}). Use another copy.") from None
+
+
+def _unusable(statistics: Statistics) -> str | None:
+    """An entry of the statistics that no potential can have, in words; None: none."""
+    elements = statistics.elements
+    if not elements or len(set(elements)) < len(elements) or not all(number_of.get(e, 0) > 0 for e in elements):
+        return f"elements = {elements}, expected chemical symbols, each once"
+    for name in ("reference_energies", "element_scales"):
+        values = getattr(statistics, name)
+        absent = [e for e in elements if values is not None and not math.isfinite(values.get(e, math.nan))]
+        if absent:
+            return f"{name} without a finite number for {', '.join(absent)}"
+    if not 0 < abs(statistics.energy_scale) < math.inf:  # an imported network's may be negative
+        return f"energy_scale = {statistics.energy_scale}, expected a finite number other than zero"
+    if not 0 <= statistics.mean_neighbors < math.inf:
+        return f"mean_neighbors = {statistics.mean_neighbors}, expected a finite number, zero or more"
+    for name, symbols in (("shortest_distances", 2), ("fewest_neighbors", 1)):
+        for key, value in (getattr(statistics, name) or {}).items():
+            if [number_of.get(symbol, 0) > 0 for symbol in key.split("-")] != [True] * symbols or not 0 < value < math.inf:
+                return (
+                    f"{name} with {key}: {value}, expected {'a pair of elements' if symbols == 2 else 'an element'} and a number above zero"
                 )
+    return None
+
+
+def _oversized(model: NetworkConfig, weights: Mapping[str, Tensor]) -> str | None:
+    """A setting of a network that is larger than its weights bear out, in words; None: none. Asked before the network is made."""
+    largest = max(512, len(weights), *(max(t.shape, default=1) for t in weights.values())) if weights else 512
+    limits = {"num_layers": max(1, len(weights)), "max_neighbors": 10**6}  # numbers that are not whole size nothing
+    unused = MODELS[model.name][1].unused(to_dict(model))
+    for name, value in to_dict(model).items():
+        for number in value if isinstance(value, list) else [value]:
+            limit = limits.get(name, largest)
+            if isinstance(number, int) and number > limit and name not in unused:
+                return f"model.{name} = {number}, but {len(weights)} tensors of weights of at most {largest} rows: at most {limit}"
+    return None
+
+
+def check_sizes(potential: Potential) -> None:
+    """Raise ValueError for settings that ``load`` would refuse: larger than any weight, so that nothing of the network has that size."""
+    problem = _oversized(potential.model_config, potential.network.state_dict())
+    if problem is not None:
+        raise ValueError(f"This network has {problem} has an effect. Choose a smaller one, or leave it out.")
 
 
 def stored_structures(path: Path | str) -> list[Structure]:

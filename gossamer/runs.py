@@ -24,7 +24,7 @@ from gossamer.data.structure import Structure, spread
 from gossamer.evaluation import evaluate_potential
 from gossamer.files import atomic_path, locked, write_json
 from gossamer.potential import DTYPES, Potential
-from gossamer.potential_file import load, read_manifest, save, save_again
+from gossamer.potential_file import check_sizes, load, read_manifest, save, save_again
 from gossamer.settings import to_dict
 from gossamer.training.finetune import Concatenated, adapt_statistics, choose_replay, choose_weights, merge_adapters, transfer_weights
 from gossamer.training.loop import finished, run_training
@@ -139,7 +139,8 @@ def prepare_potential(config: Config, frames: Frames, group: ProcessGroup) -> tu
     """A potential ready to train, the frames with those that fine-tuning adds, and the report of fine-tuning (empty without).
 
     Raises:
-        ValueError: labels that do not vary, elements that the training frames lack, or test frames without labels.
+        ValueError: labels that do not vary, elements that the training frames lack, test frames without labels, or settings of the
+            network that no file could hold.
     """
     if config.model.max_neighbors is not None:
         log.warning("model.max_neighbors keeps %d neighbours: energy and forces jump when ranks change", config.model.max_neighbors)
@@ -151,6 +152,7 @@ def prepare_potential(config: Config, frames: Frames, group: ProcessGroup) -> tu
             config.loss.free_atoms_only,
         )  # fmt: skip
         potential = Potential(config.model, statistics, config.potential)
+        check_sizes(potential)
         if potential.needs_limits:
             potential.set_statistics(widened(statistics, *limits_of(potential, frames.train)))
         potential.seen = seen

@@ -213,6 +213,23 @@ def test_training_is_as_before_and_the_file_keeps_the_limits(tmp_path: Path) -> 
     assert limits_of(guarded, train_set) == (guarded.statistics.shortest_distances, guarded.statistics.fewest_neighbors)
 
 
+@pytest.mark.parametrize("pair_cutoffs", [None, {"Cs": 2.0}])
+@pytest.mark.parametrize("radius", ["data", 0.8, 2.0, "cutoff"])
+@pytest.mark.parametrize("limited", [True, False])
+def test_nothing_jumps_where_the_neighbours_end(radius: str | float, pair_cutoffs: dict | None, limited: bool) -> None:
+    """Two atoms whose bond is longer than the cutoff."""
+    potential = make_potential(["Cs", "Br"], name="nequip", cutoff=3.0, pair_cutoffs=pair_cutoffs)
+    statistics = replace(potential.statistics, shortest_distances={"Cs-Br": 2.8}, fewest_neighbors={"Cs": 0.1, "Br": 0.1})
+    potential = Potential(
+        potential.model_config, statistics if limited else potential.statistics, PotentialConfig(zbl_radius=radius)  # type: ignore[arg-type]
+    ).eval()  # fmt: skip
+    potential.network.double()
+    for end in (2.0, 3.0):
+        inside, beyond = potential.predict([Atoms("Cs2", [[0, 0, 0], [end + side, 0, 0]]) for side in (-1e-7, 1e-7)])
+        assert inside["energy"] == pytest.approx(beyond["energy"], abs=1e-5)
+        np.testing.assert_allclose(inside["forces"], beyond["forces"], atol=1e-4)
+
+
 def test_files_from_before_have_no_limits(tmp_path: Path) -> None:
     """Their settings say 0.8, or nothing, and their statistics nothing."""
     potential = make_potential(ELEMENTS)

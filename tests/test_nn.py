@@ -109,6 +109,18 @@ def test_zbl_ends_below_bond_length_and_counts_pairs_once() -> None:
     assert float(zbl(carbon, carbon, torch.full((2,), 1.3, dtype=torch.float64)).sum()) == 0.0
 
 
+@pytest.mark.parametrize(("radius", "cutoff"), [(0.8, 3.0), (2.0, 4.0), (10.0, 3.0), (None, 3.0)])
+def test_zbl_reaches_no_farther_than_the_neighbours(radius: float | None, cutoff: float) -> None:
+    """Four derivatives vanish where the list of neighbours ends, if no earlier; pairs that end before are as they were."""
+    gold, hydrogen = torch.tensor([79]), torch.tensor([1])
+    zbl, far = ZBL(radius, cutoff, shortest={"H-Au": 1.3}), ZBL(radius, 100.0, shortest={"H-Au": 1.3})
+    near, end = (torch.tensor([x], dtype=torch.float64) for x in (1.2, cutoff - 1e-3))
+    assert float(zbl(gold, gold, near)) > 0
+    assert float(zbl(gold, gold, end)) < 1e-10
+    if radius is not None:
+        assert float(zbl(gold, hydrogen, near)) == float(far(gold, hydrogen, near)) > 0
+
+
 # --- harmonics, 3j symbols, products ------------------------------------------------------------------------------
 
 

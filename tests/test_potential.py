@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,8 @@ from gossamer.data.batch import collate
 from gossamer.data.structure import Structure
 from gossamer.evaluation import evaluate_potential
 from gossamer.potential import Potential
-from gossamer.potential_file import FORMAT, _checksum, as_potential, load, read_manifest, save, stored_structures
+from gossamer.potential_file import FORMAT, _checksum, _kinds, as_potential, load, read_manifest, save, stored_structures
+from gossamer.runs import train
 from gossamer.simulation.calculator import Calculator
 
 ELEMENTS = ["H", "C", "O", "Si"]
@@ -212,9 +214,11 @@ def test_a_setting_that_came_later_is_what_it_was(name: str, tmp_path: Path, eth
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ({"num_layers": 10**18}, r"model\.num_layers = 1e\+18 in its manifest, but \d+ tensors"),
-        ({"num_features": 10**9}, r"model\.num_features = 1e\+09"),
-        ({"cutoff": 1e18}, r"model\.cutoff = 1e\+18 .* at most 100 can be meant"),
+        ({"num_layers": 90}, r"p.safetensors' has model\.num_layers = 90, but \d+ tensors .* at most \d+ can be meant. It was altered"),
+        ({"num_features": 10_000}, r"model\.num_features = 10000, but .* at most 512 can be meant"),
+        ({"num_layers": 10**18}, r"p.safetensors' has a manifest .* cannot use \(model\.num_layers: .* or equal to 100"),
+        ({"num_features": 10**9}, r"model\.num_features: .* or equal to 10000"),
+        ({"cutoff": 1e18}, r"model\.cutoff: .* or equal to 100"),
         ({"num_features": 16}, "holds weights that are not those of its network"),
     ],
 )
@@ -222,6 +226,40 @@ def test_forged_sizes_in_a_manifest_are_refused(setting: dict[str, Any], message
     path = altered(tmp_path, ethanol, lambda manifest: manifest["model"].update(setting))
     with pytest.raises(ValueError, match=message):
         load(path)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        {"name": "nequip", "readout_width": 600},
+        {"name": "nequip", "radial_depth": 0, "radial_width": 1024},
+        {"name": "nequip", "readout_width": 600, "readout_depth": 1},
+        {"name": "mace", "num_layers": 1, "readout_width": 1024, "hidden_l_max": 2},
+        {"name": "sevennet", "denominators": [1000.0, 1e6]},
+        {"name": "sevennet", "irreps": ["4x0e", "4x0e+4x1o", "4x0e"], "num_features": 600, "num_layers": 50, "embedding_features": 700},
+    ],
+)
+def test_what_can_be_saved_can_be_loaded(model: dict[str, Any], tmp_path: Path, ethanol: Atoms) -> None:
+    """Settings larger than any weight: of factors, or without effect beside the others."""
+    potential = make_potential(ELEMENTS, **model)
+    save(potential, tmp_path / "p.safetensors", [structure(ethanol)])
+    again = load(tmp_path / "p.safetensors")
+    assert again.predict(ethanol)[0]["energy"] == potential.predict(ethanol)[0]["energy"]
+    assert make_config({"data": {"train": "x"}, "finetune": {"start": str(tmp_path / "p.safetensors")}}).model == again.model_config
+
+
+def test_what_could_not_be_loaded_is_not_saved(tmp_path: Path) -> None:
+    """Channels of a degree that no layer has."""
+    potential = make_potential(ELEMENTS, name="nequip", num_layers=1, num_features=[4, 1024, 4])
+    with pytest.raises(ValueError, match=r"This network has model\.num_features = 1024, but .* at most 512 has an effect"):
+        save(potential, tmp_path / "p.safetensors")
+    assert list(tmp_path.iterdir()) == []
+    settings = {
+        "data": {"train": ETHANOL, "valid_size": 4, "train_size": 8}, "out": str(tmp_path / "run"),
+        "model": {"name": "nequip", "preset": "tiny", "num_layers": 1, "num_features": [4, 1024, 4]},
+    }  # fmt: skip
+    with pytest.raises(ValueError, match=r"num_features = 1024"):
+        train(settings, progress=False)
 
 
 @pytest.mark.parametrize(
@@ -237,6 +275,53 @@ def test_manifests_that_are_none_are_refused(change: Callable[[dict[str, Any]], 
     for read in (load, read_manifest):
         with pytest.raises(ValueError, match=message):
             read(path)
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ({"n_check": 10}, r"holds 1 stored predictions, but its manifest has n_check = 10"),
+        ({"n_check": -1}, r"n_check = -1"),
+        ({"format": -3}, "a manifest without a format"),
+        ({"uncertainty": {}}, r"cannot use \(uncertainty\.version\)"),
+        ({"uncertainty": {"version": "9"}}, r"cannot use \(uncertainty\.version\)"),
+        ({"uncertainty": "x"}, r"cannot use \(uncertainty\)"),
+        ({"imported": "x"}, r"cannot use \(imported\)"),
+        ({"potential": {"zbl_order": 9}}, r"cannot use \(potential\.zbl_order: "),
+        ({"statistics": {"elements": "H"}}, r"cannot use \(statistics\.elements: "),
+        ({"statistics": {"elements": ["Xx", "H", "C", "O"]}}, r"statistics\.elements = \['Xx', .* expected chemical symbols, each once"),
+        ({"statistics": {"elements": ["H", "H", "C", "O"]}}, r"statistics\.elements = \['H', 'H'"),
+        ({"statistics": {"reference_energies": {"H": 1.0, "C": 1.0}}}, r"statistics\.reference_energies without a finite number for O, Si"),
+        ({"statistics": {"reference_energies": dict.fromkeys(ELEMENTS, np.nan)}}, "without a finite number for H, C, O, Si"),
+        ({"statistics": {"element_scales": {"H": 1.0}}}, r"statistics\.element_scales without a finite number for C"),
+        ({"statistics": {"energy_scale": 0.0}}, r"statistics\.energy_scale = 0\.0, expected a finite number other than zero"),
+        ({"statistics": {"energy_scale": np.inf}}, r"statistics\.energy_scale = inf"),
+        ({"statistics": {"mean_neighbors": -5.0}}, r"statistics\.mean_neighbors = -5\.0, expected a finite number, zero or more"),
+        ({"statistics": {"shortest_distances": {"H": 1.0}}}, r"statistics\.shortest_distances with H: 1\.0, expected a pair of elements"),
+        ({"statistics": {"shortest_distances": {"H-H": 0.0}}}, r"with H-H: 0\.0, .* a number above zero"),
+        ({"statistics": {"fewest_neighbors": {"Xx": 1.0}}}, r"statistics\.fewest_neighbors with Xx: 1\.0, expected an element"),
+    ],
+)
+def test_forged_entries_of_a_manifest_are_refused(entry: dict[str, Any], message: str, tmp_path: Path, ethanol: Atoms) -> None:
+    def change(manifest: dict[str, Any]) -> None:
+        for name, value in entry.items():
+            inside = name in ("statistics", "potential")
+            manifest[name] = {**manifest[name], **value} if inside else value
+
+    path = altered(tmp_path, ethanol, change)
+    with pytest.raises(ValueError, match=rf"(?s)p\.safetensors' .*{message}"):
+        load(path)
+
+
+def test_weights_that_are_whole_numbers_are_refused(tmp_path: Path, ethanol: Atoms) -> None:
+    path = saved(tmp_path, ethanol)
+    manifest, tensors = read_manifest(path), safetensors.torch.load_file(path)
+    tensors["network.embedding.weight"] = tensors["network.embedding.weight"].to(torch.int64)
+    manifest["kinds"] = _kinds(tensors)
+    manifest["checksum"] = _checksum(tensors, manifest)
+    safetensors.torch.save_file(tensors, path, {"gossamer": json.dumps(manifest)})
+    with pytest.raises(ValueError, match=r"weights that are no real numbers \(embedding\.weight is torch\.int64\)"):
+        load(path)
 
 
 def test_pickles_are_not_read(tmp_path: Path) -> None:
@@ -267,6 +352,36 @@ def test_energies_of_large_offsets_keep_their_digits(ethanol: Atoms) -> None:
         a, b = potential.predict([structure(ethanol), structure(moved)])
         differences.append(b["energy"] - a["energy"])
     assert differences[0] == pytest.approx(differences[1], abs=1e-7)
+
+
+def test_a_change_of_precision_is_one_of_the_network(ethanol: Atoms) -> None:
+    """Reference energies, limits and the scale of the energy keep their digits, there and back."""
+    from copy import deepcopy
+
+    potential = make_potential(ELEMENTS)
+    references = {"H": -13.587222780835477, "C": -1029.4889999155063, "O": -2041.9816003861047, "Si": -7900.123456789}
+    statistics = replace(
+        potential.statistics, reference_energies=references, energy_scale=1 / 3, shortest_distances={"C-H": 1.05},
+        fewest_neighbors=dict.fromkeys(ELEMENTS, 1.2),
+    )  # fmt: skip
+    potential = Potential(potential.model_config, statistics).eval()
+    network = deepcopy(potential)
+    network.network.to(torch.float64)
+    exact = network.predict(ethanol)[0]
+    for dtypes in ([torch.float32], [torch.float64], [torch.float32, torch.float64], [torch.float16, torch.float32]):
+        changed = deepcopy(potential)
+        for dtype in dtypes:
+            changed.to(dtype)
+        assert changed.dtype == dtypes[-1]
+        for name, values in changed.named_buffers():
+            if not name.startswith("network."):
+                assert torch.equal(values, dict(potential.named_buffers())[name]), name
+    assert changed.half().double().reference_energies.tolist() == list(references.values())
+    double = deepcopy(potential).to(torch.float64).predict(ethanol)[0]
+    assert double["energy"] == exact["energy"]
+    assert np.array_equal(double["forces"], exact["forces"])
+    single = deepcopy(potential).to(torch.float64).to(torch.float32).predict(ethanol)[0]
+    assert single["energy"] == pytest.approx(exact["energy"], abs=1e-5)
 
 
 def test_collate_marks_missing_labels_with_nan(ethanol: Atoms) -> None:

@@ -15,7 +15,7 @@ from gossamer.config import make_config
 from gossamer.flags import add_flags, from_flags
 from gossamer.models import MODELS
 from gossamer.potential import PotentialConfig
-from gossamer.settings import build, configured, settings
+from gossamer.settings import build, configured, settings, to_dict
 
 
 @settings
@@ -127,6 +127,41 @@ def test_objects_and_keywords() -> None:
 def test_sizes_that_no_machine_has_are_refused(name: str, setting: str, message: str) -> None:
     with pytest.raises(ValueError, match=rf"model\.{setting.partition('=')[0]}: .*{message}"):
         make_config({"data": {"train": "x.extxyz"}, "model": {"name": name}}, [f"model.{setting}"])
+
+
+# --- settings without effect ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ({"name": "nequip", "readout_width": 600}, r"model\.readout_width is 600, which has no effect beside readout_depth: 0"),
+        ({"name": "nequip", "radial_depth": 0, "radial_width": 32}, r"model\.radial_width is 32, .* beside radial_depth: 0"),
+        ({"name": "mace", "num_layers": 1, "readout_width": 32}, r"model\.readout_width is 32, .* beside num_layers: 1"),
+        ({"name": "mace", "preset": "tiny", "num_layers": 1, "hidden_l_max": 0}, r"model\.hidden_l_max is 0, .* beside num_layers: 1"),
+        ({"name": "sevennet", "irreps": ["4x0e", "4x0e"], "num_layers": 1}, r"model\.num_layers is 1, .* beside irreps. Leave one"),
+    ],
+)
+def test_settings_without_effect_are_refused(model: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_config({"data": {"train": "x.extxyz"}, "model": model})
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        {"name": "mace", "preset": "tiny", "num_layers": 1},
+        {"name": "nequip", "preset": "S", "radial_depth": 0, "readout_width": None},
+        {"name": "sevennet", "preset": "tiny", "irreps": ["4x0e", "4x0e"]},
+    ],
+)
+def test_settings_without_effect_of_presets_are_as_by_default(model: dict[str, Any]) -> None:
+    """What a run writes of its settings can be read again."""
+    config = make_config({"data": {"train": "x.extxyz"}, "model": model})
+    unused = MODELS[model["name"]][1].unused(to_dict(config.model))
+    assert unused
+    assert all(getattr(config.model, name) == getattr(type(config.model)(), name) for name in unused)
+    assert make_config(to_dict(config)) == config
 
 
 def unbounded(schema: Any, where: str) -> Iterator[str]:

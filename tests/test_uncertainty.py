@@ -138,6 +138,15 @@ def test_precisions_agree(tmp_path: Path) -> None:
             np.testing.assert_allclose(a["forces_uncertainty"], b["forces_uncertainty"], rtol=tolerance)
 
 
+def test_a_change_of_precision_leaves_the_tables() -> None:
+    potential = measured("sound", torch.float32)
+    frames = walk(2, 0.1, seed=2)
+    expected = potential.predict(frames, uncertainty=True)
+    for a, b in zip(potential.double().float().predict(frames, uncertainty=True), expected, strict=True):
+        assert a["energy_uncertainty"] == b["energy_uncertainty"]
+        assert np.array_equal(a["forces_uncertainty"], b["forces_uncertainty"])
+
+
 @pytest.mark.parametrize("name", ["sound", "nequip", "geodite", "mace", "weft"])
 def test_kernels_agree(name: str, kernels: Path) -> None:
     potential = measured(name)

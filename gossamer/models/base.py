@@ -116,6 +116,11 @@ class Network(nn.Module):
         """Å, by centre and neighbour: edges beyond carry nothing and may be left out; None: all reach the cutoff."""
         return None
 
+    @staticmethod
+    def unused(settings: Mapping[str, Any]) -> dict[str, str]:
+        """Settings without effect, each with the other setting that takes it away."""
+        return {}
+
     def energy_rows(self) -> dict[str, tuple[int, Tensor]]:
         """Weights that also serve direct forces: name -> (axis, indices along it that serve the energy).
 

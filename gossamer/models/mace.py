@@ -18,6 +18,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
@@ -357,6 +358,11 @@ class MACE(Network):
         self.own_repulsion = config.repulsion
         self.basis_scale = 1.0
         self.basis_scale = self._unit_scale() if config.variant == "sound" else 1.0
+
+    @staticmethod
+    def unused(settings: Mapping[str, Any]) -> dict[str, str]:
+        """As `Network.unused`: one layer hands on nothing, and its readout is linear."""
+        return dict.fromkeys(("hidden_l_max", "readout_width"), "num_layers: 1") if settings.get("num_layers") == 1 else {}
 
     def _unit_scale(self) -> float:
         """Factor that gives the radial basis unit mean square over neighbours spread evenly in the outer 0.2 < x < 1 (bonds of 2.5 Å)."""

@@ -286,6 +286,11 @@ class NequIP(Network):
             values = facts.scales if config.scales == "per_element" and facts.scales is not None else [1.0] * len(facts.atomic_numbers)
             self.scales = nn.Embedding.from_pretrained(torch.tensor(values)[:, None], freeze=not config.train_scales)
 
+    @staticmethod
+    def unused(settings: Mapping[str, Any]) -> dict[str, str]:
+        """As `Network.unused`: widths of hidden layers that are not there."""
+        return {f"{part}_width": f"{part}_depth: 0" for part in ("radial", "readout") if settings.get(f"{part}_depth") == 0}
+
     def energy_rows(self) -> dict[str, tuple[int, Tensor]]:
         """As `Network.energy_rows`: the scalars of the last layer, and the radial functions of the paths to them."""
         last = self.layers[-1]

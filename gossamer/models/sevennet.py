@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
@@ -64,7 +64,7 @@ class SevenNetConfig:
     parity: Literal["natural", "both", "none"] = "natural"
     """Features of natural parity, of both, or of degrees alone ("none": products that change sign in a mirror are mixed in)."""
     irreps: list[str] | None = None
-    """Features before the first and after every layer, ["32x0e", "32x0e+16x1o", "32x0e"], instead of num_features and num_layers."""
+    """Features before the first and after every layer, ["32x0e", "32x0e+16x1o", "32x0e"], instead of num_features, num_layers and embedding_features."""
     embedding_features: Annotated[int, Field(ge=1, le=10_000)] | None = None
     """Length of the element embedding; None takes the channels of l = 0."""
     train_embedding: bool = True
@@ -260,6 +260,12 @@ class SevenNet(Network):
         if config.scales == "per_element":
             values = facts.scales if facts.scales is not None else [1.0] * n_elements
             self.scales = nn.Embedding.from_pretrained(torch.tensor(values)[:, None], freeze=True)
+
+    @staticmethod
+    def unused(settings: Mapping[str, Any]) -> dict[str, str]:
+        """As `Network.unused`: what irreps say, too."""
+        said = ("num_features", "num_layers", "embedding_features")
+        return {} if settings.get("irreps") is None else dict.fromkeys(said, "irreps")
 
     @property
     def num_hops(self) -> int:

@@ -23,10 +23,10 @@ from collections.abc import Mapping
 import torch
 from ase.data import atomic_numbers as number_of
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
 from gossamer.neighbors import company
-from gossamer.nn.layers import polynomial_envelope, sum_by_index
+from gossamer.nn.layers import Float64, polynomial_envelope, sum_by_index
 
 SOFTNESS = 0.1
 """τ"""
@@ -48,7 +48,7 @@ def stretch(lengths: Float[Tensor, " n_edges"], shortest: Float[Tensor, " n_edge
     return t * (1 - torch.rsqrt(torch.sqrt(1 + fourth))) * shortest / lengths
 
 
-class Limits(nn.Module):
+class Limits(Float64):
     """The least number of neighbours of each element; shortest distances are those at which the repulsion ends."""
 
     least: Tensor

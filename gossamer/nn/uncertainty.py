@@ -20,17 +20,17 @@ from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
-from gossamer.nn.layers import sum_by_index
+from gossamer.nn.layers import Float64, sum_by_index
 
 COMPONENTS = 32
 FLOOR = 1e-6
 """variance of a direction, relative to the largest, below which features are taken not to vary"""
 
 
-class Uncertainty(nn.Module):
-    """Expected errors of energies and forces from last features. All tables are float64."""
+class Uncertainty(Float64):
+    """Expected errors of energies and forces from last features. All tables are float64, whatever the precision of the network."""
 
     centres: Tensor
     axes: Tensor

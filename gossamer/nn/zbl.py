@@ -8,9 +8,9 @@ import torch
 from ase.data import atomic_numbers as number_of
 from ase.data import covalent_radii
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
-from gossamer.nn.layers import polynomial_envelope
+from gossamer.nn.layers import Float64, polynomial_envelope
 
 COULOMB = 14.399645
 """e² / (4 pi eps_0) in eV Å"""
@@ -39,7 +39,7 @@ def zbl_energy(
     return COULOMB * z_i * z_j / edge_lengths * screening
 
 
-class ZBL(nn.Module):
+class ZBL(Float64):
     """Half the ZBL energy of every directed edge, times an envelope f_{p,k}.
 
     f_{5,4} ends where the training data begins, or at a fraction of the bond length: no pair in the data feels it, and with
@@ -60,7 +60,7 @@ class ZBL(nn.Module):
         """
         Args:
             radius_factor: End of the repulsion as a fraction of the sum of the two covalent radii; None: at ``cutoff``.
-            cutoff: Å; used if ``radius_factor`` is None.
+            cutoff: Å, of the list of neighbours, beyond which no repulsion reaches: one that ended there at another value than zero would jump.
             power: Power p of the envelope.
             order: Number k of its derivatives that vanish at the end.
             shortest: Å at which it ends instead, for pairs of elements ("H-O").
@@ -72,7 +72,7 @@ class ZBL(nn.Module):
         for pair, distance in (shortest or {}).items():
             first, second = (number_of[symbol] for symbol in pair.split("-"))
             ends[first, second] = ends[second, first] = distance
-        self.register_buffer("pair_ends", ends.flatten(), persistent=False)
+        self.register_buffer("pair_ends", ends.flatten().clamp(max=cutoff), persistent=False)
 
     def forward(
         self,
