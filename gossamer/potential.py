@@ -22,7 +22,8 @@ from gossamer.data.structure import Structure, as_structure
 from gossamer.graph import Graph
 from gossamer.models import MODELS, DataFacts, ModelConfig
 from gossamer.nn.electrostatics import LatentCharges, coulomb_energies, neutralised
-from gossamer.nn.layers import Float64, sum_by_index
+from gossamer.nn.float64 import Float64
+from gossamer.nn.layers import sum_by_index
 from gossamer.nn.limits import Limits, stretch
 from gossamer.nn.products import Ends
 from gossamer.nn.uncertainty import Uncertainty
@@ -222,7 +223,8 @@ class Potential(Float64):
         known = set(self.table.tolist())
         unknown = sorted(set(np.unique(atomic_numbers).tolist()) - known)
         if unknown:
-            listed = ", ".join(f"{chemical_symbols[z]} ({z})" for z in unknown[:10]) + (" ..." if len(unknown) > 10 else "")
+            names = dict(enumerate(chemical_symbols))
+            listed = ", ".join(f"{names.get(z, 'no element')} ({z})" for z in unknown[:10]) + (" ..." if len(unknown) > 10 else "")
             own = [chemical_symbols[z] for z in sorted(known)]
             has = ", ".join(own) if len(own) <= 20 else f"{', '.join(own[:8])} ... {own[-1]}, {len(own)} in all"
             raise ValueError(

@@ -183,16 +183,3 @@ class Constant(nn.Module):
 
     def forward(self) -> Tensor:
         return self.values
-
-
-class Float64(nn.Module):
-    """A module whose own buffers of float64 move between devices, but stay as they are when it changes its precision."""
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Float64:
-        exact = {name: values for name, values in self._buffers.items() if values is not None and values.dtype == torch.float64}
-        super()._apply(fn, recurse)
-        for name, values in exact.items():
-            moved = self._buffers[name]
-            if moved is not None and moved.dtype != torch.float64:
-                self._buffers[name] = values.to(moved.device)
-        return self

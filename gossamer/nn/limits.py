@@ -26,7 +26,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from gossamer.neighbors import company
-from gossamer.nn.layers import Float64, polynomial_envelope, sum_by_index
+from gossamer.nn.float64 import Float64
+from gossamer.nn.layers import polynomial_envelope, sum_by_index
 
 SOFTNESS = 0.1
 """τ"""

@@ -22,7 +22,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from gossamer.nn.layers import Float64, sum_by_index
+from gossamer.nn.float64 import Float64
+from gossamer.nn.layers import sum_by_index
 
 COMPONENTS = 32
 FLOOR = 1e-6

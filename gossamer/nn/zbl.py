@@ -10,7 +10,8 @@ from ase.data import covalent_radii
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from gossamer.nn.layers import Float64, polynomial_envelope
+from gossamer.nn.float64 import Float64
+from gossamer.nn.layers import polynomial_envelope
 
 COULOMB = 14.399645
 """e² / (4 pi eps_0) in eV Å"""
