@@ -32,6 +32,7 @@ from gossamer.potential_file import read_manifest
 
 REFERENCE = Path(__file__).parent / "reference"
 NEQUIP = np.load(REFERENCE / "nequip.npz", allow_pickle=False)
+FUNCTION = "model.sole_model.model.func."
 SCHNETPACK = np.load(REFERENCE / "schnetpack.npz", allow_pickle=False)
 
 
@@ -145,8 +146,9 @@ for _ in range(60):
 
 
 def nequip_checkpoint(
-    path: Path, variant: str, averaged: bool = True, changes: dict[str, Any] | None = None, extra: dict | None = None
-) -> Path:
+    path: Path, variant: str, averaged: bool = True, changes: dict[str, Any] | None = None, extra: dict | None = None,
+    version: Any = "0.19.0", schedule_free: Any = (),
+) -> Path:  # fmt: skip
     """A checkpoint as nequip-train writes it; with averages, its raw weights are others."""
     settings, elements = json.loads(str(NEQUIP[f"{variant}/settings"])), NEQUIP["elements"].tolist()
     weights = stored_weights(NEQUIP, variant)
@@ -158,8 +160,11 @@ def nequip_checkpoint(
     if settings["zbl"]:
         model["pair_potential"] = {"_target_": "nequip.nn.pair_potential.ZBL", "units": "metal", "chemical_species": elements}
     state = {f"model.sole_model.model.func.{k}": v for k, v in nequip_tensors(weights, settings, elements).items()}
-    root = {"hyper_parameters": {"model": model | (changes or {}), "info_dict": {"versions": {"nequip": "0.19.0"}}}, "state_dict": state}
+    root = {"hyper_parameters": {"model": model | (changes or {}), "info_dict": {"versions": {"nequip": version}}}, "state_dict": state}
     state |= extra or {}
+    if schedule_free != ():
+        root["hyper_parameters"]["optimizer"] = {"_target_": "schedulefree.AdamWScheduleFree", "lr": 0.02}
+        root |= {} if schedule_free is None else {"schedulefree_optimizer_state_dict": schedule_free}
     if averaged:
         for k, name in enumerate(weights):
             state[f"ema.ema_weight_{k}"] = weights[name]
@@ -253,48 +258,135 @@ def irreps(*entries: tuple[int, int, int]) -> Foreign:
     return Foreign("e3nn.o3._irreps.Irreps", (tuple(kinds),))
 
 
-def nequip_package(path: Path, strange: str = "nequip.nn.misc.ApplyFactor") -> Path:
-    """The variant "l2" as nequip-package writes it: modules that say all of the model."""
-    settings, elements = json.loads(str(NEQUIP["l2/settings"])), NEQUIP["elements"].tolist()
-    flat = nequip_tensors(stored_weights(NEQUIP, "l2"), settings, elements)
-    hidden, last = irreps((6, 0, 1), (4, 1, -1), (3, 2, 1)), irreps((6, 0, 1))
+def activation(name: str) -> Foreign:
+    """A function of e3nn's unit variance; torch.tanh is pickled as an attribute of a class."""
+    tanh = Foreign("builtins.getattr", (Foreign("torch._C._VariableFunctionsClass"), "tanh"))
+    function = tanh if name == "tanh" else Foreign(f"torch.nn.functional.{name}")
+    return module("e3nn.math._normalize_activation.normalize2mom", f=function, cst=1.0)
+
+
+def gate(scalars: list[tuple[int, int, int]], n_gates: int, functions: dict[str, str]) -> Foreign:
+    parts = {}
+    for kind, entries in (("scalars", scalars), ("gates", [(4, 0, 1)] * n_gates)):
+        acts = {str(k): activation(functions[f"{kind} {p:+d}"]) for k, (_, _, p) in enumerate(entries)}
+        inside = {"acts": module("torch.nn.modules.container.ModuleList", acts)}
+        parts[f"act_{kind}"] = module("e3nn.nn._activation.Activation", inside, irreps_in=irreps(*entries))
+    return module("e3nn.nn._gate.Gate", parts)
+
+
+def nequip_package(
+    path: Path, variant: str = "l2", factor: str = "nequip.nn.misc.ApplyFactor", functions: dict[str, str] | None = None,
+    metadata: str = "versions: {nequip: 0.19.0}",
+) -> Path:  # fmt: skip
+    """A variant as nequip-package writes it: modules that say all of the model."""
+    settings, elements = json.loads(str(NEQUIP[f"{variant}/settings"])), NEQUIP["elements"].tolist()
+    flat = nequip_tensors(stored_weights(NEQUIP, variant), settings, elements)
+    n_layers, n = settings["num_layers"], settings["num_features"]
+    hidden = [(n[l], l, p) for l in range(len(n)) for p in ((1, -1) if settings["parity"] else ((-1) ** l,))]
     classes: dict[str, tuple[str, dict]] = {
         "": ("nequip.nn._graph_mixin.SequentialGraphNetwork", {}),
         "type_embed.": ("nequip.nn.embedding.node.NodeTypeEmbed", {"do_categorical_graph_field_embed": False}),
-        "spharm.": ("nequip.nn.embedding._edge.SphericalHarmonicEdgeAttrs", {"irreps_edge_sh": irreps((1, 0, 1), (1, 1, -1), (1, 2, 1))}),
+        "spharm.": ("nequip.nn.embedding._edge.SphericalHarmonicEdgeAttrs", {"irreps_edge_sh": irreps(*((1, l, (-1) ** l) for l in range(len(n))))}),
         "spharm.sh.": ("e3nn.o3._spherical_harmonics.SphericalHarmonics", {"normalization": "component"}),
         "edge_norm.": ("nequip.nn.embedding._edge.EdgeLengthNormalizer", {"r_max": 4.0}),
         "bessel_encode.": ("nequip.nn.embedding._edge.BesselEdgeLengthEncoding", {"num_bessels": 8, "trainable": False}),
         "bessel_encode.cutoff.": ("nequip.nn.embedding.cutoffs.PolynomialCutoff", {"p": 6.0}),
-        "factor.": (strange, {"factor": 2 * np.pi / 16}),
-        "per_atom_energy_readout.mlp_module.": ("nequip.nn.mlp.ScalarMLPFunction", {"dims": [6, 1], "bias": False}),
+        "factor.": (factor, {"factor": 2 * np.pi / 16}),
+        "per_atom_energy_readout.mlp_module.": ("nequip.nn.mlp.ScalarMLPFunction", {"dims": [n[0], 1], "bias": False}),
         "per_type_energy_scale_shift.": ("nequip.nn.atomwise.PerTypeScaleShift", {"scales_trainable": False}),
-    }
-    for k in range(3):
-        classes[f"layer{k}_convnet."] = (
-            "nequip.nn.convnetlayer.ConvNetLayer",
-            {"feature_irreps_hidden": last if k == 2 else hidden, "resnet": False},
-        )
-        classes[f"layer{k}_convnet.conv."] = ("nequip.nn.interaction_block.InteractionBlock", {"use_sc": k > 0})
-        dims = [8, 10, flat[f"layer{k}_convnet.conv.edge_mlp.mlp.2.weight"].shape[1]]
-        classes[f"layer{k}_convnet.conv.edge_mlp."] = ("nequip.nn.mlp.ScalarMLPFunction", {"dims": dims, "bias": False})
-        flat[f"layer{k}_convnet.conv.avg_num_neighbors_norm.norm_const"] = torch.tensor(9.0**-0.5, dtype=torch.float64)
+    }  # fmt: skip
+    for k in range(n_layers):
+        layer, last = f"layer{k}_convnet.", k == n_layers - 1
+        irreps_out = irreps((n[0], 0, 1)) if last else irreps(*hidden)
+        classes[layer] = ("nequip.nn.convnetlayer.ConvNetLayer", {"feature_irreps_hidden": irreps_out, "resnet": False})
+        classes[f"{layer}conv."] = ("nequip.nn.interaction_block.InteractionBlock", {"use_sc": k > 0})
+        dims = [8, 10, flat[f"{layer}conv.edge_mlp.mlp.2.weight"].shape[1]]
+        classes[f"{layer}conv.edge_mlp."] = ("nequip.nn.mlp.ScalarMLPFunction", {"dims": dims, "bias": False})
+        flat[f"{layer}conv.avg_num_neighbors_norm.norm_const"] = torch.tensor(9.0**-0.5, dtype=torch.float64)
     function = tree_of(flat, classes)
+    for k in range(n_layers):  # odd scalars come of three products
+        odd = [(n[0], 0, -1)] if settings["parity"] and 2 <= k < n_layers - 1 else []
+        made = gate([(n[0], 0, 1), *odd], 0 if k == n_layers - 1 else 2, GATES | (functions or {}))
+        function.state["_modules"][f"layer{k}_convnet"].state["_modules"]["equivariant_nonlin"] = made
     graph = module("nequip.nn.graph_model.GraphModel", {"model": module("nequip.nn.grad_output.ForceStressOutput", {"func": function})},
                    type_names=elements, model_dtype=torch.float64)  # fmt: skip
     storages: list[torch.Tensor] = []
     members = {"model/eager_model.pkl": dumps(module("torch.nn.modules.container.ModuleDict", {"sole_model": graph}), storages),
-               "model/package_metadata.txt": b"versions: {nequip: 0.19.0}", ".data/version": b"6", ".data/python_version": b"3.11"}  # fmt: skip
+               "model/package_metadata.txt": metadata.encode(), ".data/version": b"6", ".data/python_version": b"3.11"}  # fmt: skip
     return write_archive(path, members, storages, package=True)
 
 
-def test_nequip_packages_say_all_by_their_modules(tmp_path: Path) -> None:
-    potential = imported(nequip_package(tmp_path / "a.nequip.zip"))
+GATES = {"scalars +1": "silu", "scalars -1": "tanh", "gates +1": "silu"}
+
+
+@pytest.mark.parametrize("variant", ["l2", "l1-parity-4"])
+def test_nequip_packages_say_all_by_their_modules(variant: str, tmp_path: Path) -> None:
+    potential = imported(nequip_package(tmp_path / "a.nequip.zip", variant))
     out = potential(graph_of(NEQUIP), stress=True)
     for name in ("energy", "forces"):
-        assert_equal(getattr(out, name), NEQUIP[f"l2/{name}"])
+        assert_equal(getattr(out, name), NEQUIP[f"{variant}/{name}"])
     with pytest.raises(ValueError, match=r"parts that this gossamer does not know: nequip\.nn\.misc\.ApplyMore"):
-        imported(nequip_package(tmp_path / "b.nequip.zip", "nequip.nn.misc.ApplyMore"))
+        imported(nequip_package(tmp_path / "b.nequip.zip", variant, "nequip.nn.misc.ApplyMore"))
+
+
+@pytest.mark.parametrize(
+    ("functions", "message"),
+    [
+        ({"scalars +1": "tanh"}, "has tanh of even scalars"),
+        ({"scalars -1": "silu"}, "has silu of odd scalars"),
+        ({"gates +1": "tanh"}, "has tanh of even gates"),
+        ({"scalars +1": "softplus", "gates +1": "mish"}, "has mish of even gates, softplus of even scalars"),
+    ],
+)
+def test_each_gate_has_the_function_that_is_known(functions: dict, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        imported(nequip_package(tmp_path / "a.nequip.zip", "l1-parity-4", functions=functions))
+
+
+def test_a_version_is_text_or_left_out(tmp_path: Path) -> None:
+    nest = "a0: &a0 [x, x]\n" + "".join(f"a{k}: &a{k} [*a{k - 1}, *a{k - 1}]\n" for k in range(1, 60)) + "versions: {nequip: *a59}\n"
+    assert imported(nequip_package(tmp_path / "a.nequip.zip", metadata=nest)).imported == {"version": None}
+    assert imported(nequip_checkpoint(tmp_path / "a.ckpt", "l1", version=ENDLESS)).imported == {"version": None}
+
+
+@pytest.mark.parametrize("kind", ["adam", "sgd", "evaluating", "new"])
+def test_schedule_free_checkpoints_give_the_smoothed_weights(kind: str, tmp_path: Path) -> None:
+    """Saved while training, the file has y = (1 - beta) z + beta x; the potential is x, which is known here."""
+    weights, beta = stored_weights(NEQUIP, "l1"), 0.8
+    z = {k: v + torch.linspace(-1, 1, v.numel(), dtype=v.dtype).reshape(v.shape) for k, v in weights.items()}
+    training = kind in ("adam", "sgd")
+    extra = {f"{FUNCTION}{k}": v.lerp(z[k], 1 - beta) for k, v in weights.items()} if training else {}
+    group = {
+        "train_mode": kind != "evaluating",
+        "params": list(range(len(z))),
+        **({"momentum": beta} if kind == "sgd" else {"betas": (beta, 0.99)}),
+    }
+    optimizer = {"state": {} if kind == "new" else {k: {"z": v} for k, v in enumerate(z.values())}, "param_groups": [group]}
+    path = nequip_checkpoint(tmp_path / "a.ckpt", "l1", averaged=False, extra=extra, schedule_free=optimizer)
+    assert_equal(imported(path)(graph_of(NEQUIP), stress=True).energy, NEQUIP["l1/energy"])
+    for wrong in (None, {**optimizer, "param_groups": [group, group]}):
+        path = nequip_checkpoint(tmp_path / "b.ckpt", "l1", averaged=False, extra=extra, schedule_free=wrong)
+        with pytest.raises(ValueError, match=r"schedule-free training \(schedulefree\.AdamWScheduleFree\).*Package it"):
+            imported(path)
+
+
+SPARSE = torch.eye(2).to_sparse()
+"""one of the kinds that the reader does not make anew"""
+
+
+def test_tensors_that_are_not_read_are_refused(tmp_path: Path) -> None:
+    path = nequip_checkpoint(tmp_path / "a.ckpt", "l1", averaged=False, extra={f"{FUNCTION}charges": SPARSE})
+    with pytest.raises(ValueError, match=r"charges' is <torch\._utils\._rebuild_sparse_tensor, not run>, expected a plain tensor"):
+        imported(path)
+    torch.save({"atom_emb.embeddings.weight": torch.ones(3, 2), "message_layers.0.x_proj.0.weight": SPARSE}, tmp_path / "model.pt")
+    with pytest.raises(ValueError, match=r"message_layers\.0\.x_proj\.0\.weight' is .* expected a plain tensor"):
+        imported(tmp_path / "model.pt")
+    arguments = {"hidden_channels": 8, "num_layers": 1, "num_heads": 2, "lmax": 1, "n_rbf": 8, "cutoff": 5.0, "radial_basis": "besselbasis",
+                 "edge_updates": "linw_mlpa_ln", "distance_weighting": True}  # fmt: skip
+    state = {"encoder.A_na.weight": torch.ones(3, 8), "SnapshotDecoder.readout": SPARSE}
+    torch.save({"hyper_parameters": {"encoder": {"arch": "Geodite", "args": arguments}}, "state_dict": state}, tmp_path / "a.ckpt")
+    with pytest.raises(ValueError, match=r"SnapshotDecoder\.readout' is .* expected a plain tensor"):
+        imported(tmp_path / "a.ckpt")
 
 
 # --- schnetpack ---------------------------------------------------------------------------------------------------

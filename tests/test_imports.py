@@ -10,6 +10,7 @@ import os
 import pickle
 import pickletools
 import sys
+import tracemalloc
 import zipfile
 from pathlib import Path
 
@@ -18,6 +19,7 @@ import pytest
 import torch
 from torch import nn
 
+from gossamer.imports import inert
 from gossamer.imports.contract import ImportOptions
 from gossamer.imports.inert import Tree, modules_of, open_tree, tensors_of
 from gossamer.imports.pickle_machine import Inert, loads
@@ -41,12 +43,14 @@ def saved(tmp_path: Path, value: object, name: str = "file.pth") -> Tree:
 
 
 def test_dictionaries_are_read_as_torch_reads_them(tmp_path: Path) -> None:
+    noted = torch.ones(2)
+    noted.note = "an attribute of Python"  # type: ignore[attr-defined]
     values = {
         "a": torch.randn(3, 4), "view": torch.arange(24.0).reshape(2, 3, 4)[:, 1].T, "half": torch.randn(2).half(), "none": None, "b": True,
         "bfloat": torch.randn(3).bfloat16(), "long": torch.tensor([1 << 40]), "empty": torch.zeros(0, 3), "complex": torch.randn(2, dtype=torch.complex64),
         "array": np.arange(6.0).reshape(2, 3), "fortran": np.asfortranarray(np.arange(6).reshape(2, 3)), "number": np.float64(1.5),
         "nested": {"list": [1, 2.5, "x", b"\x00\xff"], 3: (1, 2)}, "ordered": collections.OrderedDict(a=1), "set": {1, 2}, "dtype": torch.float64,
-        "parameter": nn.Parameter(torch.ones(2)), "size": torch.Size([2, 3]), "big": 1 << 70, "counts": collections.defaultdict(int, a=2),
+        "parameter": nn.Parameter(torch.ones(2)), "size": torch.Size([2, 3]), "buffer": nn.Buffer(torch.ones(3)), "noted": noted, "big": 1 << 70, "counts": collections.defaultdict(int, a=2),
     }  # fmt: skip
     found = saved(tmp_path, values).root
     assert list(found) == list(values)
@@ -77,6 +81,19 @@ def test_modules_are_read_without_their_classes(tmp_path: Path) -> None:
     assert sorted(tensors) == sorted(expected)
     for name, value in expected.items():
         assert torch.equal(tensors[name], value), name
+
+
+def test_tensors_that_are_not_made_anew_are_refused(tmp_path: Path) -> None:
+    """None is left out: a potential without it would be another one."""
+    module = nn.Linear(2, 1)
+    module.register_buffer("table", torch.eye(2).to_sparse())
+    with pytest.raises(ValueError, match=r"0\.table is <torch\._utils\._rebuild_sparse_tensor, not run>, expected a plain tensor"):
+        tensors_of(saved(tmp_path, nn.Sequential(module)).root)
+    values = torch.conj(torch.randn(2, dtype=torch.complex64))
+    for marked in (values, values.imag):
+        with pytest.raises(ValueError, match="marked as conjugate, negative or otherwise"):
+            _ = saved(tmp_path, marked).root
+    assert torch.equal(saved(tmp_path, values.imag.resolve_neg()).root, values.imag)
 
 
 class Touch:
@@ -150,6 +167,54 @@ def test_depth_and_repetition_are_no_harm() -> None:
     assert [type(k) for k in key] == [Inert]
     far = loads(b"\x80\x02K\x01r\xff\xff\xff\xff.")  # place 4294967295 of the memory
     assert far == 1
+
+
+@pytest.mark.parametrize(
+    ("value", "call"),
+    [
+        (b"X\x40\x42\x0f\x00" + b"x" * 1_000_000 + b"q\x00X\x06\x00\x00\x00latin1q\x01", b"c_codecs\nencode\nh\x00h\x01\x86R"),
+        (b"](" + b"N" * 1_000_000 + b"eq\x00", b"cbuiltins\nset\nh\x00\x85R"),
+        (b"](" + b"N)\x86" * 300_000 + b"eq\x00", b"ccollections\nOrderedDict\nh\x00\x85R"),
+        (b"(" + b"K\x01" * 1_000_000 + b"tq\x00", b"ctorch\nSize\nh\x00\x85R"),
+        (b"B\x40\x42\x0f\x00" + b"x" * 1_000_000 + b"q\x00cnumpy\ndtype\nX\x02\x00\x00\x00u1\x85Rq\x01J\x40\x42\x0f\x00\x85q\x02",
+         b"cnumpy.core.numeric\n_frombuffer\n(h\x00h\x01h\x02X\x01\x00\x00\x00CtR"),
+    ],
+    ids=["text", "set", "dictionary", "size", "array"],
+)  # fmt: skip
+def test_few_bytes_copy_no_gigabytes(value: bytes, call: bytes) -> None:
+    start = b"\x80\x03" + value
+    assert loads(start + call + b".") is not None
+    with pytest.raises(ValueError, match="bytes that copies"):
+        loads(start + b"(" + call * 200 + b"l.")
+
+
+def test_keys_that_a_dictionary_cannot_tell_apart_are_none() -> None:
+    """Whole numbers that differ by 2^61 - 1 have the same hash."""
+    large = [k * ((1 << 61) - 1) for k in range(1, 4)]
+    found = loads(pickle.dumps({1 << 59: 0, -5: 1, **dict.fromkeys(large), (1, 2): 3}, 2))
+    assert [k if isinstance(k, int) else k.args[0] for k in found] == [1 << 59, -5, *large, (1, 2)]
+    assert [type(k) for k in found] == [int, int, *[Inert] * 4]
+
+
+def test_modules_are_not_nested_beyond_measure(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nest(depth: int) -> Inert:
+        top = Inert("Module")
+        for _ in range(depth):
+            outer = Inert("Module")
+            outer.state, top = {"_modules": {"name": top}, "_buffers": {"table": torch.ones(1)}}, outer
+        return top
+
+    assert len(tensors_of(nest(100))) == 100
+    with pytest.raises(ValueError, match="modules 100 deep"):
+        modules_of(nest(101))
+    monkeypatch.setattr(inert, "MAX_NAMES", 1000)
+    assert len(tensors_of(nest(15))) == 15
+    with pytest.raises(ValueError, match=r"names of 1,\d+ letters"):
+        tensors_of(nest(25))
+    odd = Inert("Module")
+    odd.state = {"_modules": {(1, 2): nest(1)}}
+    with pytest.raises(ValueError, match="whose name is a tuple"):
+        modules_of(odd)
 
 
 def forged(shape: tuple, stride: tuple, offset: int, count: int, data: bytes) -> bytes:
@@ -236,6 +301,8 @@ def test_archives_that_no_package_writes_are_refused(tmp_path: Path) -> None:
         archive.writestr("a/data.pkl", empty)
     with pytest.raises(ValueError, match="twice of the same name"):
         open_tree(tmp_path / "twice")
+    with pytest.raises(ValueError, match="'a/data.pkl', which no package writes"):
+        open_tree(archive_of(tmp_path / "packed", {"a/data.pkl": empty}, zipfile.ZIP_LZMA))
     good = archive_of(tmp_path / "good", {"a/data.pkl": empty}).read_bytes()
     (tmp_path / "cut").write_bytes(good[:20] + bytes(8) + good[28:])
     with pytest.raises(ValueError, match=r"damaged archive|no 'data.pkl'"):
@@ -282,6 +349,25 @@ def test_members_that_lie_upon_one_another_are_refused(tmp_path: Path) -> None:
     path.write_bytes(raw)
     with pytest.raises(ValueError, match="would grow to|damaged"):
         open_tree(path).read("1")
+
+
+def test_no_more_of_a_member_is_read_than_allowed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither of a large pickle, nor of a member that says it is small."""
+    monkeypatch.setattr(inert, "MAX_PICKLE", 1000)
+    tree = open_tree(archive_of(tmp_path / "a", {"a/data.pkl": bytes(1001), "a/data/0": bytes(1001)}))
+    for read in (tree.read, tree.pickle):
+        with pytest.raises(ValueError, match=r"data\.pkl: 1,001 bytes, 1,000 at most are read"):
+            read("data.pkl")
+    path = archive_of(tmp_path / "b", {"a/data.pkl": bytes(1 << 26)}, zipfile.ZIP_DEFLATED)
+    raw = bytearray(path.read_bytes())
+    size = raw.rindex(b"PK\x01\x02") + 24
+    raw[size : size + 4] = (500).to_bytes(4, "little")
+    tracemalloc.start()
+    with pytest.raises(ValueError, match="damaged archive"):
+        open_tree(_written(path, raw)).read("data.pkl")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1 << 24
 
 
 def test_every_operation_of_pickles_is_known_or_refused() -> None:

@@ -32,21 +32,36 @@ def irreps(*parts: tuple[int, int, int]) -> Inert:
 
 
 def mace_module(
-    block: str = "RealAgnosticInteractionBlock", sums: tuple = ((4, 0, 1), (4, 1, -1)), cst: float = 1.6791768, **settings: object
-) -> Inert:
-    """A ScaleShiftMACE of one layer."""
-    activation = stand_in("e3nn.math._normalize_activation.normalize2mom", f=Inert("torch.nn.functional.silu"), cst=cst)
+    block: str = "RealAgnosticInteractionBlock", sums: tuple = ((4, 0, 1), (4, 1, -1)), cst: float = 1.6791768,
+    radial_functions: tuple = (True, True, False), readout_function: bool = True, heads: object = ("Default",), **settings: object,
+) -> Inert:  # fmt: skip
+    """A ScaleShiftMACE of one layer; which layers of its radial network have an activation (all the same), and whether its readout has."""
+    silu = stand_in("e3nn.math._normalize_activation.normalize2mom", f=Inert("torch.nn.functional.silu"), cst=cst)
+    radial = stand_in(
+        "e3nn.nn._fc.FullyConnectedNet",
+        {f"layer{k}": stand_in("e3nn.nn._fc._Layer", {"act": silu} if has else {}) for k, has in enumerate(radial_functions)},
+    )
+    acts = stand_in("torch.nn.modules.container.ModuleList", {"0": silu} if readout_function else {})
+    readout = stand_in(
+        "mace.modules.blocks.NonLinearReadoutBlock", {"non_linearity": stand_in("e3nn.nn._activation.Activation", {"acts": acts})}
+    )
     up, down = (stand_in("e3nn.o3._linear.Linear", irreps_out=irreps((4, 0, 1))) for _ in range(2))
     layer = stand_in(
-        f"mace.modules.blocks.{block}", {"linear_up": up, "act": activation}, target_irreps=irreps(*sums), avg_num_neighbors=9.0
+        f"mace.modules.blocks.{block}", {"linear_up": up, "conv_tp_weights": radial}, target_irreps=irreps(*sums), avg_num_neighbors=9.0
     )
     product = stand_in("mace.modules.blocks.EquivariantProductBasisBlock", {"linear": down})
     parts = {
         "radial_embedding": stand_in("mace.modules.blocks.RadialEmbeddingBlock", {"bessel_fn": stand_in("mace.modules.radial.BesselBasis")}),
         **{name: stand_in("torch.nn.modules.container.ModuleList", {"0": part}) for name, part in
-           {"interactions": layer, "products": product, "readouts": stand_in("mace.modules.blocks.LinearReadoutBlock")}.items()},
+           {"interactions": layer, "products": product, "readouts": readout}.items()},
     }  # fmt: skip
-    return stand_in("mace.modules.models.ScaleShiftMACE", parts, training=False, heads=["Default"], **settings)
+    return stand_in("mace.modules.models.ScaleShiftMACE", parts, training=False, heads=heads, **settings)
+
+
+ENDLESS: tuple = (1, 1)
+"""its text would have 2^60 numbers"""
+for _ in range(60):
+    ENDLESS = (ENDLESS, ENDLESS)
 
 
 def test_a_module_without_its_parts_is_refused(tmp_path: Path) -> None:
@@ -62,7 +77,11 @@ def test_a_module_without_its_parts_is_refused(tmp_path: Path) -> None:
     [
         ({"block": "RealAgnosticResidualNonLinearInteractionBlock"}, "interactions.0 is a RealAgnosticResidualNonLinearInteractionBlock, which"),
         ({"sums": ((4, 0, 1), (4, 1, 1))}, "layer 0 has sums"),
-        ({"cst": 1.5}, "the activation torch.nn.functional.silu times 1.5"),
+        ({"cst": 1.5}, "conv_tp_weights has the activations torch.nn.functional.silu times 1.5, torch"),
+        ({"readout_function": False}, "readouts.0 has the activations none, where SiLU of unit variance is known"),
+        ({"radial_functions": (True, False, False)}, "conv_tp_weights has the activations SiLU of unit variance, none, none, where"),
+        ({"radial_functions": (True, True, True)}, "conv_tp_weights has the activations SiLU"),
+        ({"heads": [ENDLESS]}, "heads are a list, expected a list of names"),
         ({"apply_cutoff": False}, "apply_cutoff is False"),
         ({"embedding_specs": {"charge": 1}}, "settings that this gossamer does not know: embedding_specs"),
     ],
@@ -111,6 +130,27 @@ def test_couplings_in_another_basis_are_mapped() -> None:
         theirs[:, i, j] = np.einsum("po,pq->oq", ours[:, :, number[min(i, j), max(i, j)]], mix) / (1 if i == j else 2)
     change = mace.basis_change(torch.from_numpy(theirs), 2, 1, 2, "U")
     np.testing.assert_allclose(np.einsum("pq,pom->qom", change, ours), np.einsum("pq,pom->qom", mix, ours), atol=1e-12)
+
+
+def test_degrees_that_no_coupling_reaches_have_no_weights() -> None:
+    """One factor of degree 1 makes none of degree 2; mace-torch has one coupling there, which is zero."""
+    assert mace.basis_change(torch.zeros(5, 4, 1), 1, 2, 1, "U").shape == (0, 1)
+
+
+def test_functions_that_were_trained_by_little_are_kept() -> None:
+    tensors, kinds = mace_tensors("OFF")
+    name = "radial_embedding.bessel_fn.bessel_weights"
+    potentials = [mace.assemble(tensors | {name: tensors[name] * factor}, kinds, ImportOptions(), "FILE") for factor in (1, 1 + 8e-6)]
+    assert [p.model_config.train_bessel for p in potentials] == [False, True]
+    plain, trained = (p.predict(molecule("H2O"))[0]["energy"] for p in potentials)
+    assert abs(plain - trained) > 1e-9
+
+
+def test_densities_stand_in_the_place_of_numbers_of_neighbours() -> None:
+    tensors, kinds = mace_tensors("MPA")
+    one, other = (mace.assemble(tensors, {**kinds, "neighbors": n}, ImportOptions(), "FILE") for n in ([9.0, 9.0], [9.0, 13.0]))
+    water = molecule("H2O")
+    assert one.predict(water)[0]["energy"] == other.predict(water)[0]["energy"]
 
 
 def test_some_elements_and_one_head_of_mace() -> None:

@@ -26,6 +26,7 @@ from ase.data import atomic_numbers as number_of
 from torch import Tensor, nn
 
 from gossamer.data.statistics import Statistics
+from gossamer.imports.pickle_machine import Inert
 from gossamer.models import NequIPConfig
 from gossamer.potential import Potential
 from gossamer.settings import settings
@@ -73,6 +74,8 @@ def given(options: ImportOptions, where: str, name: str, kind: Callable[[str], A
 
 def short(value: Any) -> str:
     """A value in a message. Nested ones are not spelled out: a small file can hold one whose text has no end."""
+    if isinstance(value, Inert):
+        return repr(value)[:200]
     if isinstance(value, list | tuple) and len(value) <= 20 and all(isinstance(v, str | int | float | None) for v in value):
         return str(value)[:200]
     return str(value)[:200] if isinstance(value, str | int | float | None) else f"a {type(value).__name__}"
@@ -87,6 +90,23 @@ def texts(values: Any, where: str, what: str) -> list[str]:
     if not isinstance(values, list | tuple) or not all(isinstance(v, str) for v in values):
         raise ValueError(f"{where}: {what} are {short(values)}, expected a list of names.")
     return list(values)
+
+
+def text_or_none(value: Any) -> str | None:
+    """Text such as a version; None instead of anything else, whose text might have no end."""
+    return value if isinstance(value, str) else None
+
+
+def tensors_by_name(values: Mapping[Any, Any], where: str) -> dict[str, Tensor]:
+    """The tensors of a state dictionary, without entries that are None.
+
+    Raises:
+        ValueError: something else is among them: a kind of tensor that is not rebuilt, without which the potential would be another one.
+    """
+    for name, value in values.items():
+        if value is not None and not isinstance(value, Tensor):
+            raise ValueError(f"{where}: '{short(name)}' is {short(value)}, expected a plain tensor. It was refused.")
+    return {str(name): value for name, value in values.items() if value is not None}
 
 
 class _Left:

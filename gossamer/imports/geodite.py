@@ -18,7 +18,7 @@ import torch
 from ase.data import chemical_symbols, covalent_radii
 from torch import Tensor
 
-from gossamer.imports.contract import ImportOptions, Known, Weights, choose, chosen_elements, foreign_statistics
+from gossamer.imports.contract import ImportOptions, Known, Weights, choose, chosen_elements, foreign_statistics, tensors_by_name
 from gossamer.imports.inert import Tree, open_tree
 from gossamer.models import GeoditeConfig
 from gossamer.potential import Potential, PotentialConfig
@@ -74,7 +74,7 @@ def potential(tree: Tree, options: ImportOptions) -> Potential:
     encoder = hyper["encoder"]
     Known({"arch": encoder["arch"]}, where).expect("arch", "Geodite")
     config = _config(Known(dict(encoder["args"]), where))
-    weights = Weights({k: v for k, v in tree.root["state_dict"].items() if isinstance(v, Tensor)}, where)
+    weights = Weights(tensors_by_name(tree.root["state_dict"], where), where)
     modal, constants = _constants(weights, options, where)
     energies = _values(constants["e0"]) + float(_values(constants["e_shift"]).ravel()[0])
     known = [chemical_symbols[z] for z in range(1, min(len(energies), 119)) if _values(constants["e0"])[z] != 0]

@@ -22,12 +22,16 @@ import torch
 from torch import Tensor
 
 from gossamer.files import checksum
-from gossamer.imports.pickle_machine import Inert, loads
+from gossamer.imports.pickle_machine import MAX_PICKLE, Inert, loads
 
 MAX_BYTES = 16 << 30
 """bytes of all members of an archive"""
 MAX_RATIO = 100
 """how many times a member may grow when it is decompressed"""
+MAX_DEPTH = 100
+"""of modules inside modules"""
+MAX_NAMES = 1 << 26
+"""letters of all names of modules, or of tensors, with those of the modules they lie in"""
 
 
 @dataclass(frozen=True)
@@ -60,19 +64,22 @@ class Tree:
         return self.pickle("data.pkl") if "data.pkl" in self.members else None
 
     def read(self, member: str) -> bytes:
-        """Bytes of a member.
+        """Bytes of a member other than a storage.
 
         Raises:
-            ValueError: there is none of this name, it is damaged, or it grows beyond measure.
+            ValueError: there is none of this name, it is damaged, or larger than a pickle may be.
         """
         with _archive(self.path) as (archive, prefix):
-            return self._read(archive, prefix, member)
+            return self._read(archive, prefix, member, MAX_PICKLE)
 
-    def _read(self, archive: zipfile.ZipFile, prefix: str, member: str) -> bytes:
+    def _read(self, archive: zipfile.ZipFile, prefix: str, member: str, limit: int = MAX_BYTES) -> bytes:
         if member not in self.members:
             raise ValueError(f"'{self.path}' has no '{member}' inside. It may be another kind of file, or cut: copy it again.")
-        with _damaged(self.path):
-            return archive.read(prefix + member)
+        size = archive.getinfo(prefix + member).file_size
+        if size > limit:
+            raise ValueError(f"'{self.path}', {member}: {size:,} bytes, {limit:,} at most are read. No package writes such members.")
+        with _damaged(self.path), archive.open(prefix + member) as file:
+            return file.read(size)  # no more is decompressed
 
     def text(self, member: str) -> str:
         """Text of a member, as `read`."""
@@ -104,7 +111,7 @@ class Tree:
             return storages[key, dtype]
 
         try:
-            return loads(self._read(archive, prefix, member), storage)
+            return loads(self._read(archive, prefix, member, MAX_PICKLE), storage)
         except ValueError as error:
             where = "" if str(self.path) in str(error) else f"'{self.path}', {member}: "
             raise ValueError(f"{where}{error}") from None
@@ -147,7 +154,10 @@ def _archive(path: Path) -> Iterator[tuple[zipfile.ZipFile, str]]:
     with _damaged(path), zipfile.ZipFile(path) as archive:
         entries = archive.infolist()
         names = [e.filename for e in entries]
-        bad = next((n for n in names if n.startswith(("/", "\\")) or ".." in re.split(r"[/\\]", n) or "\0" in n or ":" in n[:2]), None)
+        bad = next((e.filename for e in entries if e.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)), None)
+        bad = bad or next(
+            (n for n in names if n.startswith(("/", "\\")) or ".." in re.split(r"[/\\]", n) or "\0" in n or ":" in n[:2]), None
+        )
         if bad is not None or len(set(names)) != len(names):
             raise ValueError(
                 f"'{path}' has a member {bad or 'twice of the same name'!r}, which no package writes. It was refused: use another copy."
@@ -192,22 +202,51 @@ def tensors_of(module: Any) -> dict[str, Tensor]:
     """Parameters and buffers of a pickled `torch.nn.Module` and its children by the names of its state dictionary.
 
     Buffers that are not saved in one (persistent=False) are there too.
+
+    Raises:
+        ValueError: a parameter or buffer that is no plain tensor, or as `modules_of`.
     """
-    return {f"{prefix}{name}": value for prefix, child in modules_of(module).items() for name, value in _own_tensors(child)}
+    found, letters = {}, 0
+    for prefix, child in modules_of(module).items():
+        for name, value in _own_tensors(prefix, child):
+            letters = _counted(letters, prefix, name)
+            found[f"{prefix}{name}"] = value
+    return found
 
 
-def _own_tensors(module: Any) -> Iterator[tuple[str, Tensor]]:
+def _counted(letters: int, prefix: str, name: Any) -> int:
+    """The letters of all names with those of one more."""
+    if not isinstance(name, str):
+        raise ValueError(f"a part of '{prefix[:200]}' whose name is a {type(name).__name__}, expected text")
+    letters += len(prefix) + len(name) + 1
+    if letters > MAX_NAMES or prefix.count(".") >= MAX_DEPTH:
+        raise ValueError(
+            f"modules {prefix.count('.')} deep, with names of {letters:,} letters; {MAX_DEPTH} and {MAX_NAMES:,} at most are read. No "
+            "package writes such models."
+        )
+    return letters
+
+
+def _own_tensors(prefix: str, module: Any) -> Iterator[tuple[str, Tensor]]:
     state = module_state(module)
     for group in ("_parameters", "_buffers"):
         for name, value in (state.get(group) or {}).items() if isinstance(state.get(group), dict) else ():
-            if isinstance(value, Tensor):
-                yield str(name), value
+            if value is not None and not isinstance(value, Tensor):
+                kind = repr(value) if isinstance(value, Inert) else f"a {type(value).__name__}"
+                raise ValueError(f"{prefix[:200]}{str(name)[:200]} is {kind}, expected a plain tensor. It was refused.")
+            if value is not None:
+                yield name, value
 
 
 def modules_of(module: Any) -> dict[str, Inert]:
-    """The module and all its children: prefix of the names of its tensors ("", "layers.0.", …) -> stand-in. Each is listed once."""
+    """The module and all its children: prefix of the names of its tensors ("", "layers.0.", …) -> stand-in. Each is listed once.
+
+    Raises:
+        ValueError: modules inside one another, or names, beyond measure.
+    """
     found: dict[str, Inert] = {}
     seen: set[int] = set()
+    letters = 0
     todo = [("", module)]
     while todo:
         prefix, current = todo.pop()
@@ -217,7 +256,9 @@ def modules_of(module: Any) -> dict[str, Inert]:
         found[prefix] = current
         children = module_state(current).get("_modules")
         if isinstance(children, dict):
-            todo += [(f"{prefix}{name}.", child) for name, child in reversed(children.items())]
+            for name, child in reversed(children.items()):
+                letters = _counted(letters, prefix, name)
+                todo.append((f"{prefix}{name}.", child))
     return found
 
 

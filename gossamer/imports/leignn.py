@@ -11,9 +11,8 @@ import re
 from typing import Any
 
 from ase.data import chemical_symbols
-from torch import Tensor
 
-from gossamer.imports.contract import ImportOptions, Weights, choose, foreign_statistics, given
+from gossamer.imports.contract import ImportOptions, Weights, choose, foreign_statistics, given, tensors_by_name
 from gossamer.imports.inert import Tree
 from gossamer.models import LEIGNNConfig
 from gossamer.potential import Potential, PotentialConfig
@@ -52,7 +51,7 @@ def potential(tree: Tree, options: ImportOptions) -> Potential:
     where = f"'{tree.path}'"
     choose("modal", options.modal, [], where)
     choose("head", options.head, [], where)
-    weights = Weights({k: v for k, v in tree.root.items() if isinstance(v, Tensor)}, where)
+    weights = Weights(tensors_by_name(tree.root, where), where)
     weights.drop("radial_basis.*")  # Gaussians on [0, 1], without weights
     table = weights.take("atom_emb.embeddings.weight")
     if options.elements is None:

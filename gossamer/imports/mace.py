@@ -17,7 +17,7 @@ from ase.data import chemical_symbols, covalent_radii
 from numpy.typing import NDArray
 from torch import Tensor
 
-from gossamer.imports.contract import ImportOptions, Known, Weights, choose, chosen_elements, foreign_statistics, keep_elements
+from gossamer.imports.contract import ImportOptions, Known, Weights, choose, chosen_elements, foreign_statistics, keep_elements, texts
 from gossamer.imports.inert import Tree, module_state, modules_of, tensors_of
 from gossamer.imports.pickle_machine import Inert
 from gossamer.models.mace import AGNESI, MACE, SOFT_STEEPNESS, MACEConfig, couplings, monomials
@@ -35,6 +35,7 @@ BLOCKS = {
 """(self-connection, density)"""
 BASES = {"BesselBasis": "bessel", "GaussianBasis": "gaussian"}
 TRANSFORMS = {"AgnesiTransform": "agnesi", "SoftTransform": "soft"}
+SILU = "SiLU of unit variance"
 READOUTS = ("LinearReadoutBlock", "NonLinearReadoutBlock")
 OTHERS = ("LinearNodeEmbeddingBlock", "RadialEmbeddingBlock", "PolynomialCutoff", "ZBLBasis", "AtomicEnergiesBlock", "reshape_irreps",
           "EquivariantProductBasisBlock", "SymmetricContraction", "Contraction", "EmptyParam", "ScaleShiftBlock")  # fmt: skip
@@ -81,14 +82,14 @@ def describe(root: Any, where: str) -> dict[str, Any]:
     for prefix, module in modules.items():
         if module.name.startswith("mace.") and kinds[prefix] not in known:
             raise ValueError(f"{where}: {prefix.rstrip('.')} is a {kinds[prefix]}, which this gossamer does not know. It was refused.")
-        _check_activation(f"{where}: {prefix.rstrip('.')}", module)
+    _check_activations(modules, where)
     settings = Known({k: v for k, v in module_state(root).items() if k[0] != "_" and k != "training"}, where)
     settings.drop("lammps_mliap", "use_reduced_cg", "pair_repulsion")  # the last is told by its module
     for name, allowed in {"apply_cutoff": True, "use_so3": False, "edge_irreps": None, "use_edge_irreps_first": False}.items():
         settings.expect(name, allowed, default=allowed)
     agnostic = settings.expect("use_agnostic_product", True, False, default=False)
     last_only = settings.expect("use_last_readout_only", True, False, default=False)
-    heads = list(settings.take("heads", ["Default"]))
+    heads = texts(settings.take("heads", ["Default"]), where, "heads")
     settings.done()
     n = sum(f"interactions.{k}." in modules for k in range(len(modules)))
     states = [module_state(modules[f"interactions.{k}."]) for k in range(n)]
@@ -108,7 +109,7 @@ def describe(root: Any, where: str) -> dict[str, Any]:
         "basis": kinds["radial_embedding.bessel_fn."],
         "transform": kinds.get("radial_embedding.distance_transform."),
         "repulsion": "pair_repulsion_fn." in kinds,
-        "heads": [str(h) for h in heads],
+        "heads": heads,
         "agnostic": agnostic,
         "last_readout_only": last_only,
     }
@@ -122,13 +123,38 @@ def irreps_of(value: Any) -> list[tuple[int, int, int]]:
     return [(int(part.args[0][0]), *part.args[0][1].args[0]) for part in value.args[0]]
 
 
-def _check_activation(where: str, module: Inert) -> None:
-    """Only SiLU of unit variance is known."""
-    if module.name.endswith(".normalize2mom"):
-        state = module_state(module)
-        name = getattr(state.get("f"), "name", None)
-        if name != "torch.nn.functional.silu" or abs(float(state["cst"]) - UNIT_SILU) > 1e-5:
-            raise ValueError(f"{where}: the activation {name} times {state.get('cst')}, where SiLU times {UNIT_SILU:.6f} is known.")
+def _check_activations(modules: Mapping[str, Inert], where: str) -> None:
+    """SiLU of unit variance, the only one that is known, after every hidden layer, and none after the last."""
+    for prefix, module in modules.items():
+        expected = [SILU]
+        if module.name.endswith(".FullyConnectedNet"):
+            functions = [_children(layer).get("act") for layer in _children(module).values()]
+            expected = [SILU] * (len(functions) - 1) + ["none"]
+        elif module.name.endswith(".NonLinearReadoutBlock"):
+            functions = list(_children(_children(_children(module)["non_linearity"])["acts"]).values()) or [None]
+        elif module.name.endswith(".normalize2mom"):
+            functions = [module]
+        else:
+            continue
+        found = [_activation(function) for function in functions]
+        if found != expected:
+            raise ValueError(
+                f"{where}: {prefix.rstrip('.')} has the activations {', '.join(found)}, where {', '.join(expected)} is known. It was refused."
+            )
+
+
+def _children(module: Any) -> dict[str, Any]:
+    found: dict[str, Any] = module_state(module).get("_modules", {})
+    return found
+
+
+def _activation(function: Any) -> str:
+    """A normalised function in words."""
+    if function is None:
+        return "none"
+    state = module_state(function)
+    name, factor = getattr(state["f"], "name", None), float(state["cst"])
+    return SILU if name == "torch.nn.functional.silu" and abs(factor - UNIT_SILU) < 1e-5 else f"{name} times {factor}"
 
 
 # --- its tensors -------------------------------------------------------------------------------------------------------
@@ -183,8 +209,10 @@ def _config(weights: Weights, kind: Mapping[str, Any], n_elements: int) -> MACEC
     bessel = kind["basis"] == "BesselBasis"
     trained = False
     if bessel:
-        n = torch.arange(1.0, sizes[0][0] + 1)
-        trained = not torch.allclose(weights.found["radial_embedding.bessel_fn.bessel_weights"].float() * cutoff / math.pi, n, rtol=1e-5)
+        found = weights.found["radial_embedding.bessel_fn.bessel_weights"]
+        n = torch.arange(1.0, sizes[0][0] + 1, dtype=torch.float64)
+        rounding = 1e-12 if found.dtype == torch.float64 else 1e-6
+        trained = not torch.allclose(found.double() * cutoff / math.pi, n, rtol=rounding, atol=0)
     hidden = sum(contraction.format(l, 1) in weights for l in range(10)) - 1
     readout = weights.found.get(f"readouts.{len(kind['readouts']) - 1}.linear_2.weight")
     return MACEConfig(
@@ -216,7 +244,7 @@ def _layers(weights: Weights, kind: Mapping[str, Any], network: MACE) -> dict[st
         theirs, ours = f"interactions.{k}.", f"layers.{k}."
         found |= _linears(weights.take(theirs + "linear_up.weight"), layer.linear_in, ours + "linear_in")
         for name, value in _linears(weights.take(theirs + "linear.weight"), layer.linear_sums, ours + "linear_sums").items():
-            found[name] = value * (kind["neighbors"][0] / kind["neighbors"][k])
+            found[name] = value if network.config.density else value * (kind["neighbors"][0] / kind["neighbors"][k])
         found |= _radial(weights, theirs, ours, layer, network.config)
         if layer.density is not None:
             found[ours + "density.radial.0.weight"] = weights.take(theirs + "density_fn.layer0.weight").double().T
@@ -291,7 +319,8 @@ def basis_change(theirs: Tensor, l_max: int, l_out: int, correlation: int, where
     for place in np.flatnonzero(np.abs(values).max(axis=(0, 2))):  # products of the same factors are one monomial
         factors = np.unravel_index(place, (n_in,) * correlation)
         summed[:, :, number[tuple(sorted(int(f) for f in factors))]] += values[:, place].T
-    a, b = ours.reshape(len(ours), -1), summed.reshape(len(summed), -1)
+    size = (2 * l_out + 1) * len(number)
+    a, b = ours.reshape(len(ours), size), summed.reshape(len(summed), size)
     tolerance = (1e-10 if theirs.dtype == torch.float64 else 1e-5) * max(1.0, np.abs(b).max(initial=0))
     if a.shape == b.shape:
         signs = np.where((a * b).sum(axis=1) < 0, -1.0, 1.0)

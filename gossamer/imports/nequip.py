@@ -1,14 +1,16 @@
 """NequIP: packages (`.nequip.zip`, by nequip-package) and checkpoints (`.ckpt`, by nequip-train) of nequip 0.7 and later.
 
 A package holds the model as pickled modules, which say all of it; a checkpoint holds the settings that the model was built from, and of
-a training with averaged weights both the raw and the averaged ones: the averaged are the potential. Both become our published NequIP,
-which equals the package (tests/reference). Flat vectors of weights hold one matrix (inputs, outputs) per degree, one after another.
+a training with averaged weights both the raw and the averaged ones: the averaged are the potential. Of schedule-free training it holds the
+weights at which gradients are taken, and what the potential's are computed from. Both files become our published NequIP, which equals the
+package (tests/reference). Flat vectors of weights hold one matrix (inputs, outputs) per degree, one after another.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +27,8 @@ from gossamer.imports.contract import (
     foreign_statistics,
     keep_elements,
     short,
+    tensors_by_name,
+    text_or_none,
     texts,
 )
 from gossamer.imports.inert import Tree, module_state, modules_of, tensors_of
@@ -55,6 +59,7 @@ CLASSES = {
     "RecursiveScriptModule",
 }  # fmt: skip
 """of the modules inside a package; another one would be another potential"""
+ACTIVATIONS = ("silu of even scalars", "tanh of odd scalars", "silu of even gates")
 
 
 @dataclass
@@ -128,7 +133,7 @@ def _package(tree: Tree, where: str) -> _Found:
         neighbors=[1 / c**2 for c in norms.pop()],
         zbl_power=_power(zbl, where) if "pair_potential." in of else None,
         dtype=dtype if isinstance(dtype, torch.dtype) else torch.float32,
-        version=(metadata.get("versions") or {}).get("nequip"),
+        version=text_or_none((metadata.get("versions") or {}).get("nequip")),
     )
 
 
@@ -147,7 +152,6 @@ def _module_settings(of: Mapping[str, Mapping[str, Any]], tensors: Mapping[str, 
             "equal layers": len({tuple(h) for h in hidden[:-1]}) <= 1 and {(l, p) for _, l, p in hidden[-1]} == {(0, 1)},
             "residual": any(layer["resnet"] for layer in layers),
             "self-connections": [of[f"layer{k}_convnet.conv."].get("use_sc") for k in range(len(layers))],
-            "activations": sorted({_activation(state) for state in of.values() if "cst" in state}),
             "bias": any(state["bias"] for state in of.values() if "bias" in state and "dims" in state),
         },
         where,
@@ -159,9 +163,11 @@ def _module_settings(of: Mapping[str, Mapping[str, Any]], tensors: Mapping[str, 
     facts.expect("equal layers", True)
     facts.expect("residual", False)
     facts.expect("self-connections", [False] + [True] * (len(layers) - 1))
-    facts.expect("activations", ["silu"], ["silu", "tanh"], [])
     facts.expect("bias", False)
     facts.done()
+    strange = sorted({a for k in range(len(layers)) for a in _activations(of, f"layer{k}_convnet.equivariant_nonlin.")} - {*ACTIVATIONS})
+    if strange:
+        raise ValueError(f"{where} has {', '.join(strange)}; this gossamer knows {', '.join(ACTIVATIONS)} only. It was refused.")
     radial = {tuple(of[f"layer{k}_convnet.conv.edge_mlp."]["dims"][:-1]) for k in range(len(layers))}
     if len(radial) != 1:
         raise ValueError(f"{where} has radial networks of several sizes ({radial}); one for all layers is known.")
@@ -217,9 +223,22 @@ def _width(name: str, sizes: Sequence[int], where: str) -> dict[str, Any]:
     return {name: int(sizes[0])} if sizes else {}
 
 
+def _activations(of: Mapping[str, Mapping[str, Any]], gate: str) -> Iterator[str]:
+    """What is done to the even and odd scalars of a gate and to its gates, as in `ACTIVATIONS`."""
+    for kind in ("scalars", "gates"):
+        state = of[f"{gate}act_{kind}."]
+        functions = list(module_state(state["_modules"]["acts"])["_modules"].values())
+        for (_, _, parity), function in itertools.zip_longest(irreps(state["irreps_in"]), functions):
+            yield f"{_activation(module_state(function))} of {'even' if parity == 1 else 'odd'} {kind}"
+
+
 def _activation(state: Mapping[str, Any]) -> str:
+    """The name of a function; torch.tanh is pickled as an attribute of a class."""
     function = state.get("f")
-    return function.name.rpartition(".")[2] if isinstance(function, Inert) else str(function)
+    if not isinstance(function, Inert):
+        return short(function)
+    of_class = function.name.endswith(".getattr") and len(function.args) == 2
+    return short(function.args[1]) if of_class else function.name.rpartition(".")[2]
 
 
 def _power(value: Any, where: str) -> int:
@@ -233,9 +252,9 @@ def _power(value: Any, where: str) -> int:
 
 def _checkpoint(tree: Tree, where: str) -> _Found:
     """What the settings in a checkpoint say, and the averaged weights where there are any."""
-    hyper, state = tree.root["hyper_parameters"], tree.root["state_dict"]
+    hyper = tree.root["hyper_parameters"]
     info = hyper.get("info_dict") or {}
-    version = (info.get("versions") or {}).get("nequip")
+    version = text_or_none((info.get("versions") or {}).get("nequip"))
     model = dict(hyper["model"])
     while short(model.get("_target_", "")).endswith(".modify"):
         modifiers = [short(m.get("modifier")) for m in model.get("modifiers", [])]
@@ -271,7 +290,7 @@ def _checkpoint(tree: Tree, where: str) -> _Found:
     known.drop("seed", "compile_mode", "per_type_energy_scales", "per_type_energy_shifts", "per_type_energy_shifts_trainable")
     known.drop("per_edge_type_cutoff")  # each is a tensor of the state dictionary too
     known.done()
-    tensors = _averaged(state, settings, where)
+    tensors = _averaged(tree.root, settings, where)
     return _Found(
         names=names,
         settings={**settings, "cutoff": cutoff, "embedding_features": tensors["type_embed.embed_module.weight"].shape[1]},
@@ -320,37 +339,63 @@ def _zbl(known: Known, where: str) -> int:
     return power
 
 
-def _averaged(state: Mapping[str, Any], settings: Mapping[str, Any], where: str) -> dict[str, Tensor]:
-    """Tensors of the model by their names below FUNCTION; with the averaged weights in the place of the raw ones.
-
-    The averages have numbers instead of names: they follow the order of the model's parameters, which is that of its names.
-    """
+def _averaged(root: Mapping[str, Any], settings: Mapping[str, Any], where: str) -> dict[str, Tensor]:
+    """Tensors of the model by their names below FUNCTION; with the averaged weights in the place of the raw ones."""
+    state: Mapping[str, Any] = root["state_dict"]
     others = sorted({k.split(".")[1] for k in state if k.startswith("model.")} - {"sole_model"})
     if others:
         raise ValueError(f"{where} holds the models {', '.join(others)} beside or instead of sole_model; one is known.")
-    model = {k.removeprefix("model."): v for k, v in state.items() if k.startswith("model.") and isinstance(v, Tensor) and v.numel()}
+    found = tensors_by_name({k.removeprefix("model."): v for k, v in state.items() if k.startswith("model.")}, where)
+    model = {k: v for k, v in found.items() if v.numel()}
     averages = {k: v for k, v in state.items() if k.startswith("ema.")}
     if averages:
         extra = averages.pop("ema._extra_state", None)
         if not isinstance(extra, dict) or extra.get("is_holding_ema_weights") is not True:
             raise ValueError(f"{where} does not say that its averaged weights are such: it was saved in the middle of something.")
         values = [averages[f"ema.ema_weight_{k}"] for k in range(len(averages))]
-        # frequencies, scales and shifts are parameters only where they were trained
-        kinds = [
-            "weight",
-            *(["bessel_weights"] if settings["train_bessel"] else []),
-            *(["scales"] if settings["train_scales"] else []),
-            "shifts",
-        ]
-        trained = [k for k in model if k.endswith(tuple(kinds))]
-        if len(trained) == len(values) + 1:
-            trained = [k for k in trained if not k.endswith("shifts")]
-        if [tuple(model[k].shape) for k in trained] != [tuple(v.shape) for v in values]:
-            raise ValueError(
-                f"{where} has {len(values)} averaged weights that do not fit its {len(trained)} parameters. Package it instead."
-            )
-        model.update(zip(trained, values, strict=True))
+        model.update(zip(_parameters(model, values, settings, where), values, strict=True))
+    model.update(_schedule_free(root, model, settings, where))
     return {k.removeprefix(FUNCTION): v for k, v in model.items()}
+
+
+def _parameters(model: Mapping[str, Tensor], values: Sequence[Tensor], settings: Mapping[str, Any], where: str) -> list[str]:
+    """Names of the parameters that these values belong to: they have numbers instead of names, in the order of the parameters."""
+    # frequencies, scales and shifts are parameters only where they were trained
+    kinds = [
+        "weight",
+        *(["bessel_weights"] if settings["train_bessel"] else []),
+        *(["scales"] if settings["train_scales"] else []),
+        "shifts",
+    ]
+    trained = [k for k in model if k.endswith(tuple(kinds))]
+    if len(trained) == len(values) + 1:
+        trained = [k for k in trained if not k.endswith("shifts")]
+    if [tuple(model[k].shape) for k in trained] != [tuple(v.shape) for v in values]:
+        raise ValueError(f"{where} has {len(values)} averaged weights that do not fit its {len(trained)} parameters. Package it instead.")
+    return trained
+
+
+def _schedule_free(root: Mapping[str, Any], model: Mapping[str, Tensor], settings: Mapping[str, Any], where: str) -> dict[str, Tensor]:
+    """The potential's weights of a schedule-free training that was saved between validations: Defazio et al. 2024 (arXiv:2405.15682).
+
+    Gradients are taken at y = (1 - beta) z + beta x, which is what the file has as weights. The potential's are x.
+    """
+    optimizer = root.get("schedulefree_optimizer_state_dict")
+    target = short((root["hyper_parameters"].get("optimizer") or {}).get("_target_"))
+    if optimizer is None and not target.endswith("ScheduleFree"):
+        return {}
+    groups = (optimizer or {}).get("param_groups", [])
+    if optimizer is None or len(groups) != 1 or type(groups[0]["train_mode"]) is not bool:
+        raise ValueError(
+            f"{where} is of schedule-free training ({target}), but not with one group of parameters and the state of its optimizer: its "
+            "weights may not be those of the potential. Package it with nequip-package build, and import that."
+        )
+    (group,), state = groups, optimizer["state"]
+    if not group["train_mode"] or not state:
+        return {}
+    beta = float(group["betas"][0] if "betas" in group else group["momentum"])
+    z = [state[k]["z"] for k in group["params"]]
+    return {k: model[k].lerp(v, 1 - 1 / beta) for k, v in zip(_parameters(model, z, settings, where), z, strict=True)}
 
 
 # --- both ---------------------------------------------------------------------------------------------------------

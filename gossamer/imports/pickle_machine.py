@@ -25,7 +25,11 @@ MAX_PICKLE = 512 << 20
 MAX_OPERATIONS = 20_000_000
 """of one pickle: each may make an object"""
 MAX_NUMBERS = 1 << 32
-"""of all tensors and arrays of one pickle: several may share a storage"""
+"""of all tensors of one pickle: several may share a storage"""
+MAX_COPIED = 64 << 20
+"""bytes that one pickle may copy, beside four times its own: arrays, sets, dictionaries, text as bytes"""
+MAX_KEY = 1 << 60
+"""of whole numbers as keys: above it, many can be found that a dictionary does not tell apart at once"""
 MAX_REPEATED = 1 << 20
 """of a tensor that has more numbers than its storage (an expanded one)"""
 SIMPLE_DTYPE = re.compile(r"[<>=|]?(b1|[iu][1248]|[fc][248]|c16)")
@@ -35,6 +39,7 @@ DTYPES = {
     "ByteStorage": torch.uint8, "BoolStorage": torch.bool, "ComplexFloatStorage": torch.complex64, "ComplexDoubleStorage": torch.complex128,
     "UntypedStorage": torch.uint8,
 }  # fmt: skip
+PLAIN_TENSORS = ("torch.Tensor", "torch.nn.parameter.Parameter", "torch.nn.parameter.Buffer")
 NAMED_DTYPES = {str(d).removeprefix("torch."): d for d in (*DTYPES.values(), torch.bfloat16)}
 SCALARS = (str, int, float, bool, bytes, type(None))
 
@@ -113,6 +118,7 @@ class _Machine:
     marks: list[int] = field(default_factory=list)
     memo: dict[int, Any] = field(default_factory=dict)
     numbers: int = 0
+    copied: int = 0
 
     def run(self) -> Any:
         for count, (operation, argument, _) in enumerate(pickletools.genops(io.BytesIO(self.data))):
@@ -234,6 +240,12 @@ class _Machine:
         if self.numbers > MAX_NUMBERS:
             raise ValueError(f"tensors of more than {MAX_NUMBERS:,} numbers together")
 
+    def copy(self, count: int) -> None:
+        """Bytes that are about to be copied: one operation of three bytes can copy any object again."""
+        self.copied += count
+        if self.copied > MAX_COPIED + 4 * len(self.data):
+            raise ValueError(f"a pickle of {len(self.data):,} bytes that copies {self.copied:,} and more, which no package writes")
+
     def persistent(self, pid: Any) -> Any:
         if not (isinstance(pid, tuple) and pid and isinstance(pid[0], str)):
             raise ValueError("a reference to something outside the pickle that is no storage")
@@ -245,8 +257,14 @@ class _Machine:
             raise ValueError("a storage that is not (type, key, place, count)")
         return _Storage(self.storage(str(key), DTYPES[name], count))
 
-    def tensor(self, storage: Any, offset: Any, shape: Any, strides: Any, *rest: Any) -> Tensor:
+    def tensor(
+        self, storage: Any, offset: Any, shape: Any, strides: Any, grad: Any = None, hooks: Any = None, marks: Any = None, *rest: Any
+    ) -> Tensor:
         """A view of the storage that stays inside it."""
+        if marks:  # conjugate, negative: the values are others than those stored
+            raise ValueError(
+                "a tensor that is marked as conjugate, negative or otherwise. Save it again as a copy (resolve_conj, resolve_neg)"
+            )
         fits = isinstance(storage, _Storage) and _sizes((offset,)) and _sizes(shape) and _sizes(strides) and len(shape) == len(strides)
         if not fits:
             raise ValueError("a tensor that is not (storage, offset, shape, strides)")
@@ -259,13 +277,21 @@ class _Machine:
         self.count(size)
         return torch.as_strided(values, shape, strides, offset)
 
-    def typed_tensor(self, storage: Any, offset: Any, shape: Any, strides: Any, grad: Any, hooks: Any, dtype: Any, *rest: Any) -> Tensor:
+    def typed_tensor(
+        self, storage: Any, offset: Any, shape: Any, strides: Any, grad: Any, hooks: Any, dtype: Any, marks: Any = None, *rest: Any
+    ) -> Tensor:
         """Likewise of bytes whose type is told apart (`_rebuild_tensor_v3`)."""
         if not (isinstance(storage, _Storage) and isinstance(dtype, torch.dtype)):
             raise ValueError("a tensor that is not (storage, offset, shape, strides, …, dtype)")
         if storage.values.numel() % dtype.itemsize:
             raise ValueError(f"a storage of {storage.values.numel()} bytes for numbers of {dtype}")
-        return self.tensor(_Storage(storage.values.view(dtype)), offset, shape, strides)
+        return self.tensor(_Storage(storage.values.view(dtype)), offset, shape, strides, grad, hooks, marks)
+
+    def with_attributes(self, function: Any, kind: Any, arguments: Any, *state: Any) -> Any:
+        """A tensor that has attributes of Python, or a Buffer; those of other classes are stand-ins."""
+        if getattr(kind, "name", None) in PLAIN_TENSORS:
+            return self.make(function, arguments)
+        return Inert("torch._tensor._rebuild_from_type_v2", (function, kind, arguments, *state))
 
     def parameter(self, data: Any, *_: Any) -> Tensor:
         if not isinstance(data, Tensor):
@@ -286,7 +312,7 @@ class _Machine:
             raise ValueError("an array that is not (bytes, plain dtype, shape, order)")
         if math.prod(shape) * kind.dtype.itemsize != len(data):
             raise ValueError(f"an array of shape {list(shape)[:8]} with {len(data)} bytes")
-        self.count(math.prod(shape))
+        self.copy(len(data))
         return np.frombuffer(data, kind.dtype).reshape(shape, order=order).copy()
 
     def scalar(self, kind: Any, data: Any) -> Any:
@@ -296,17 +322,20 @@ class _Machine:
         """Bytes as old protocols write them."""
         if not (isinstance(text, str) and encoding == "latin1"):
             raise ValueError("bytes that are not text in latin1")
+        self.copy(len(text))
         return text.encode("latin1")
 
     def collection(self, *values: Any) -> list[Any]:
         """A set, as a list."""
         if len(values) > 1 or (values and not isinstance(values[0], list | tuple)):
             raise ValueError("a set that is not made of a list")
+        self.copy(8 * sum(map(len, values)))
         return list(values[0]) if values else []
 
     def mapping(self, *values: Any) -> dict[Any, Any]:
         """A dictionary, as empty as `collections.OrderedDict()` or from pairs."""
         pairs = values[-1] if values else []
+        self.copy(64 * len(pairs) if isinstance(pairs, dict | list) else 0)
         if isinstance(pairs, dict):
             return dict(pairs)
         if isinstance(pairs, Inert):  # the factory of a defaultdict
@@ -317,6 +346,7 @@ class _Machine:
 
     def size(self, *values: Any) -> tuple[int, ...]:
         found = tuple(values[0]) if values and isinstance(values[0], list | tuple) else ()
+        self.copy(8 * len(found))
         if not _sizes(found):
             raise ValueError("a size that is not made of numbers")
         return found
@@ -327,8 +357,8 @@ def _sizes(values: Any) -> bool:
 
 
 def _key(key: Any) -> Any:
-    """What can be a key: text, numbers, flat tuples of these, stand-ins. (The hash of nested tuples can take for ever.)"""
-    if isinstance(key, (*SCALARS, Inert, torch.dtype)) or (isinstance(key, tuple) and all(isinstance(k, SCALARS) for k in key)):
+    """What can be a key: text, numbers, stand-ins. (Tuples and large numbers can be such that a dictionary of them takes for ever.)"""
+    if isinstance(key, (*SCALARS, Inert, torch.dtype)) and not (isinstance(key, int) and not -MAX_KEY < key < MAX_KEY):
         return key
     return Inert(f"key.{type(key).__name__}", (key,))
 
@@ -384,6 +414,7 @@ _MAKERS: dict[str, Callable[..., Any]] = {
     "torch._utils._rebuild_tensor_v2": _Machine.tensor,
     "torch._utils._rebuild_tensor": _Machine.tensor,
     "torch._utils._rebuild_tensor_v3": _Machine.typed_tensor,
+    "torch._tensor._rebuild_from_type_v2": _Machine.with_attributes,
     "torch._utils._rebuild_parameter": _Machine.parameter,
     "torch._utils._rebuild_parameter_with_state": _Machine.parameter,
     "torch.Size": _Machine.size,

@@ -13,7 +13,7 @@ from ase import units
 from ase.data import chemical_symbols
 from torch import Tensor
 
-from gossamer.imports.contract import ImportOptions, Known, Weights, choose, foreign_statistics, given
+from gossamer.imports.contract import ImportOptions, Known, Weights, choose, foreign_statistics, given, text_or_none
 from gossamer.imports.inert import Tree, module_state, modules_of, tensors_of
 from gossamer.imports.pickle_machine import Inert
 from gossamer.models import PaiNNConfig, SchNetConfig
@@ -76,7 +76,7 @@ def potential(tree: Tree, options: ImportOptions) -> Potential:
     made.network.to(table.dtype)
     made.network.load_state_dict({"embedding.weight": table[rows], **_weights(weights, name, layers)})
     weights.done()
-    made.imported = {"version": module_state(tree.root).get("spk_version"), "given": options.given}
+    made.imported = {"version": text_or_none(module_state(tree.root).get("spk_version")), "given": options.given}
     return made
 
 

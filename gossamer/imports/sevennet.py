@@ -16,7 +16,7 @@ import torch
 from ase.data import chemical_symbols
 from torch import Tensor
 
-from gossamer.imports.contract import ImportOptions, Known, Weights, choose, chosen_elements, foreign_statistics, keep_elements
+from gossamer.imports.contract import ImportOptions, Known, Weights, choose, chosen_elements, foreign_statistics, keep_elements, texts
 from gossamer.imports.inert import Tree
 from gossamer.models.sevennet import BlockLinear, Interaction, SevenNet, SevenNetConfig
 from gossamer.nn.coupling import Irrep, Path, paths_between, reachable
@@ -67,7 +67,7 @@ def from_dictionary(config: Mapping[str, Any], state: Mapping[str, Tensor], opti
     known = Known(config, where)
     weights = Weights({renamed(name): value.double() for name, value in state.items() if value.numel()}, where)
     weights.drop("*.output_mask", "*gate.*_w3j_*", "*_self_connection_intro.*_w3j_*", "*_self_interaction_*._w3j_*")
-    version = str(known.take("version"))
+    (version,) = texts([known.take("version")], where, "versions")
     modals = dict(known.take("_modal_map", {})) if known.take("use_modality", False) else {}
     modal = choose("modal", options.modal, list(modals), where)
     uses = {name for name in USES_MODAL if known.take(f"use_modal_{name}", False) and modals}
@@ -115,7 +115,7 @@ def network_settings(known: Known, weights: Weights, biased: bool) -> dict[str, 
     known.expect("act_radial", "silu")
     for gate in ("act_scalar", "act_gate"):
         known.expect(gate, {"e": "silu", "o": "tanh"})
-    old = tuple(int(v) for v in str(known.found["version"]).split(".")[:2]) < (0, 10)
+    old = tuple(int(v) for v in known.found["version"].split(".")[:2]) < (0, 10)
     l_max, l_node = known.take("lmax"), known.take("lmax_node", -1)
     known.expect("lmax_edge", -1, l_max, default=-1)
     parity = -1 if known.take("is_parity") else 1
