@@ -51,7 +51,6 @@ def execute(name: str) -> str:
     began, here = time.perf_counter(), Path.cwd()
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "demo").symlink_to(ROOT / "demo")
-        (Path(folder) / "runs").mkdir()
         os.chdir(folder)
         try:
             for kind, text in cells((ROOT / "examples" / f"{name}.py").read_text()):

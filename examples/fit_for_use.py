@@ -6,12 +6,15 @@
 # GFN1-xTB. Start it in the root of the checkout. To judge a potential of your own, or anyone's ASE calculator, begin at section 2.
 
 # %%
+from pathlib import Path
+
 import ase.io
 import numpy as np
 
 import gossamer
 
 OUT = "runs/water"
+Path("runs").mkdir(exist_ok=True)
 
 # %% [markdown]
 # ## 1. Somebody's potential

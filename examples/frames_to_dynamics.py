@@ -6,6 +6,8 @@
 # 500 K, 20 fs apart, labelled by GFN2-xTB, which stands for your DFT code. Start it in the root of the checkout. For your own frames, change `DATA` and `TEMPERATURE`.
 
 # %%
+from pathlib import Path
+
 import ase.io
 import numpy as np
 
@@ -13,6 +15,7 @@ import gossamer
 
 DATA, TEMPERATURE = "demo/data/ethanol_500K.extxyz.xz", 500  # K
 OUT = "runs/ethanol"
+Path("runs").mkdir(exist_ok=True)
 
 # %% [markdown]
 # ## 1. Are the labels right?

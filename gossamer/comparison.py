@@ -27,6 +27,7 @@ from gossamer.runs import POTENTIAL, check_loss, train
 from gossamer.settings import to_dict
 from gossamer.signals import Stopped
 from gossamer.simulation.calculator import Calculator
+from gossamer.simulation.several import distinct
 from gossamer.training.process_group import start_process_group
 
 log = logging.getLogger(__name__)
@@ -87,13 +88,14 @@ def compare(
 
 
 def name_configs(configs: Sequence[Path | str | Config]) -> dict[str, Config]:
-    """Settings by name: that of the file, or of the network."""
+    """Settings by name: that of the file (with its folder's where several share one), or of the network."""
     if not configs:
         raise ValueError("There is nothing to compare: give at least one configuration.")
     named: dict[str, Config] = {}
+    files = iter(distinct([c for c in configs if not isinstance(c, Config)]))
     for entry in configs:
         config = entry if isinstance(entry, Config) else load_config(entry)
-        name = config.model.name if isinstance(entry, Config) else Path(entry).stem
+        name = config.model.name if isinstance(entry, Config) else next(files)
         if name in named:
             raise ValueError(f"Two configurations are called '{name}'. Give their files different names.")
         check_loss(config)

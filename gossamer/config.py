@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from gossamer.data.dataset import DataConfig
-from gossamer.files import write_text
+from gossamer.files import parse_yaml, write_text
 from gossamer.models import DEFAULT, MODELS, ModelConfig
 from gossamer.potential import PotentialConfig
 from gossamer.potential_file import read_manifest
@@ -45,7 +45,7 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
     if not path.is_file():
         raise FileNotFoundError(f"There is no configuration file '{path}'.")
     try:
-        values = yaml.safe_load(path.read_text())
+        values = parse_yaml(path.read_text())
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"'{path}' is not valid YAML: {error}") from None
     _check_size(values, path)

@@ -11,6 +11,7 @@ from ase.data import chemical_symbols
 
 from gossamer.calibration import honesty
 from gossamer.data.batch import batches_by_atoms
+from gossamer.data.readers import suggestion
 from gossamer.data.structure import Structure
 from gossamer.graph import Graph
 from gossamer.potential import Potential, Prediction
@@ -205,5 +206,9 @@ def evaluate_potential(
                     kept += out.components[-1].shape[1]
             out.frames.append(frame | out.expect(s, p, counted))
     if not any(errors.count for errors in out.errors.values()):
-        raise ValueError("None of the structures has a label (energy, forces or stress), so there is nothing to compare with.")
+        hints = [hint for label in QUANTITIES if (hint := suggestion(label, structures[0].entries))] if len(structures) else []
+        raise ValueError(
+            "None of the structures has a label (energy, forces or stress), so there is nothing to compare with."
+            + (f" In {structures[0].name}: {'; '.join(hints)}." if hints else "")
+        )
     return out

@@ -67,7 +67,9 @@ def train(
     checkpoint = folder / "checkpoint.safetensors"
     resume = resume or restarted()
     if not resume and ((folder / POTENTIAL).exists() or checkpoint.exists()):
-        raise FileExistsError(f"'{folder}' holds a run already. Go on with it (--resume), or choose another folder (out=...).")
+        raise FileExistsError(
+            f"'{folder}' holds a run already. Go on with it (--resume), or choose another folder (out=..., of gossamer fit --out)."
+        )
     check_loss(config)
     frames = read_frames(config)
     group = start_process_group(config.training.device, config.training.timeout)
@@ -99,6 +101,7 @@ def train(
         results: dict[str, Any] = {"steps": state.step, "seconds": round(state.seconds, 1), "out": str(folder)}
         if group.rank == 0:
             if config.training.uncertainty:
+                log.info("measuring what the potential's uncertainties are worth, and its last errors")
                 add_uncertainty(folder / POTENTIAL, frames, group.device, config.loss.free_atoms_only)
             results |= step_times(state) | final_errors(folder, frames, tuning, group.device, config.loss.free_atoms_only)
             write_json(folder / "results.json", results)

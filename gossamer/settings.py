@@ -47,7 +47,7 @@ def _explain(cls: type, where: str, item: Any) -> tuple[str, str]:
     if unknown:
         prefix = ".".join([where, *parts[:-1]]).strip(".")
         siblings = sorted({f"{where}.{k}".strip(".") for k in known if f"{where}.{k}".strip(".").startswith(prefix)})
-        near = difflib.get_close_matches(path, siblings, n=1, cutoff=0.5)
+        near = difflib.get_close_matches(path, {*siblings, *(s.partition(".")[0] for s in siblings if "." not in path)}, n=1, cutoff=0.5)
         hint = f" Did you mean {near[0]}?" if near else f" Known settings: {', '.join(siblings)}."
         return path, f"unknown setting.{hint}"
     if item["type"] == "union_tag_invalid":  # which of several settings classes

@@ -147,6 +147,7 @@ def test_the_whole_path(tmp_path: Path, capsys: pytest.CaptureFixture, monkeypat
     [
         (dict(model__cutof=4.0), [], "model.cutof: unknown setting. Did you mean model.cutoff?"),
         (dict(learning_rate=1e-3), [], "learning_rate: unknown setting."),
+        (dict(), ["trainin.steps=3"], "trainin: unknown setting. Did you mean training?"),
         (dict(), ["training.lerning_rate=0.1"], "training.lerning_rate: unknown setting. Did you mean training.learning_rate?"),
         (dict(), ["training.steps"], "'training.steps' is not an override. Write path.to.key=value"),
         (dict(), ["training.steps=many"], "training.steps: Input should be a valid integer"),
@@ -276,10 +277,14 @@ def test_wrong_use_of_a_potential(tmp_path: Path, capsys: pytest.CaptureFixture)
     ase.io.write(tmp_path / "ethanol.xyz", molecule("CH3CH2OH"))
     ase.io.write(tmp_path / "twins.xyz", Atoms("CC", positions=[[0, 0, 0], [0, 0, 0]]))
     ase.io.write(tmp_path / "bare.extxyz", molecule("CH4"))
+    named = molecule("CH4")
+    named.info["REF_energy"] = -1.0
+    ase.io.write(tmp_path / "named.extxyz", named)
     out = tmp_path / "md"
     for arguments, message in (
         (["evaluate", model, ETHANOL], "O (8) not among the potential's elements (H, C)"),
         (["evaluate", model, tmp_path / "bare.extxyz"], "there is nothing to compare with"),
+        (["evaluate", model, tmp_path / "named.extxyz"], "found REF_energy: if REF_energy is it, say --energy REF_energy"),
         (["evaluate", tmp_path / "nothing", ETHANOL], "There is no file"),
         (["evaluate", model, ETHANOL, "--worst", "-1"], "worst must not be negative, found -1"),
         (["md", model, tmp_path / "ethanol.xyz", "--out", out], "O (8) not among the potential's elements"),

@@ -10,7 +10,7 @@ import yaml
 from conftest import ETHANOL
 
 from gossamer.cli import main
-from gossamer.comparison import RECORD, compare, contents_of, finished_run, table
+from gossamer.comparison import RECORD, compare, contents_of, finished_run, name_configs, table
 from gossamer.config import load_config, make_config
 from gossamer.files import write_json
 from gossamer.settings import to_dict
@@ -116,6 +116,9 @@ def test_wrong_use(tmp_path: Path) -> None:
         compare([a, b], 1.0, tmp_path / "out")
     with pytest.raises(ValueError, match="Two configurations are called 'leignn'"):
         compare([make_config({"data": {"train": ETHANOL}})] * 2, 1.0, tmp_path / "out")
+    (tmp_path / "c").mkdir()
+    c = write(tmp_path / "c", "a", {"name": "schnet"})
+    assert list(name_configs([a, c])) == [f"{tmp_path.name}-a", "c-a"]  # as two runs of fit, whose files are called config.yaml
     with pytest.raises(ValueError, match="nothing to compare"):
         compare([], 1.0, tmp_path / "out")
     with pytest.raises(ValueError, match="minutes must be positive"):

@@ -28,7 +28,7 @@ import gossamer
 from gossamer.cli import main
 from gossamer.graph import Graph
 from gossamer.imports import ImportOptions, open_tree, read_potential, reference, verify
-from gossamer.potential_file import read_manifest
+from gossamer.potential_file import read_manifest, save
 
 REFERENCE = Path(__file__).parent / "reference"
 NEQUIP = np.load(REFERENCE / "nequip.npz", allow_pickle=False)
@@ -686,6 +686,9 @@ def test_references_that_cannot_be_had(tmp_path: Path) -> None:
 
 def test_files_that_nobody_knows(tmp_path: Path) -> None:
     torch.save({"a": torch.ones(2)}, tmp_path / "a.pth")
+    save(make_potential(["H"]), tmp_path / "ours.safetensors")
+    with pytest.raises(ValueError, match="is a potential of gossamer's already"):
+        gossamer.import_potential(tmp_path / "ours.safetensors", tmp_path / "p.safetensors")
     with pytest.raises(ValueError, match="of no kind that is known"):
         gossamer.import_potential(tmp_path / "a.pth")
     (tmp_path / "b").write_text("hello")

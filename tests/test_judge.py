@@ -295,7 +295,7 @@ def test_the_machine_is_named() -> None:
     ("options", "message"),
     [
         ({}, "nothing to judge"),
-        ({"calculator": "ase.calculators.emt:EMT", "only": ["phonon"]}, "There is no check 'phonon'"),
+        ({"calculator": "ase.calculators.emt:EMT", "only": ["phonon"]}, "There is no check 'phonon'. Did you mean phonons?"),
         ({"calculator": "ase.calculators.emt:EMT", "protocol": "lithium"}, "protocol: Input should be .*lips.*lithium"),
         ({"calculator": "ase.calculators.emt:EMT", "level": "huge"}, "level: Input should be .*quick.*huge"),
         ({"calculator": "ase.calculators.emt:EMT", "temperature": -3}, "temperature: .*greater than 0.*-3"),

@@ -11,7 +11,7 @@ import pydantic
 import pytest
 from pydantic import Field
 
-from gossamer.config import make_config
+from gossamer.config import load_config, make_config
 from gossamer.flags import add_flags, from_flags
 from gossamer.models import MODELS
 from gossamer.potential import PotentialConfig
@@ -187,3 +187,12 @@ def test_texts_that_look_like_numbers() -> None:
     """YAML 1.1 takes 1e-3 for a text and it is a number; a folder may be called 1.5."""
     config = make_config({"data": {"train": "1.5"}, "out": "2026.11", "training": {"learning_rate": "1e-3"}}, ["loss.energy=2E1"])
     assert (config.data.train, config.out, config.training.learning_rate, config.loss.energy) == ("1.5", "2026.11", 1e-3, 20.0)
+
+
+def test_a_key_that_stands_twice_in_a_file(tmp_path: Path) -> None:
+    """YAML keeps the last and loses the others, with all that is in them."""
+    (tmp_path / "config.yaml").write_text("data: {train: a.xyz}\ntraining: {steps: 10, batch_size: 4}\ntraining: {steps: 12}\n")
+    with pytest.raises(ValueError, match=r"config.yaml' is not valid YAML: 'training' stands twice\s+in .*line 3"):
+        load_config(tmp_path / "config.yaml")
+    (tmp_path / "config.yaml").write_text("data: {train: a.xyz}\nloss: &l {energy: 2.0}\nout: x\n")
+    assert load_config(tmp_path / "config.yaml").loss.energy == 2.0

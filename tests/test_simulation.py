@@ -37,6 +37,7 @@ from gossamer.simulation.md import md
 from gossamer.simulation.md_files import md_files
 from gossamer.simulation.options import MDConfig, RelaxConfig
 from gossamer.simulation.relax import relax, relax_files
+from gossamer.simulation.several import distinct
 from gossamer.simulation.state import without_labels
 
 ELEMENTS = ["H", "C", "O", "Si"]
@@ -235,12 +236,20 @@ def test_a_cell_that_leaves_sanity_breaks_the_run(ensemble: str, tmp_path: Path)
     assert (tmp_path / "run" / "broken.extxyz").exists()
 
 
-def test_velocities_of_the_structure_are_kept(tmp_path: Path) -> None:
+def test_velocities_of_the_structure_are_kept(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """And that is said, as a warning where no thermostat will bring them to the temperature; unless new ones are asked for."""
     atoms = argon()
     atoms.set_momenta(np.tile([0.1, 0.0, -0.1], (32, 1)))
     md(lj(), atoms, steps=5, timestep=1, ensemble="nve", out=tmp_path / "run", interval=5, max_temperature=1e9, progress=False)
     first = ase.io.read(tmp_path / "run" / "trajectory.traj", 0)
     np.testing.assert_allclose(first.get_momenta(), atoms.get_momenta())
+    assert f"velocities of the structure are kept: {atoms.get_temperature():.0f} K, where temperature says 300 K" in caplog.text
+    caplog.clear()
+    md(lj(), atoms, steps=5, timestep=1, ensemble="nve", new_velocities=True, out=tmp_path / "new", interval=5, progress=False)
+    first = ase.io.read(tmp_path / "new" / "trajectory.traj", 0)
+    assert first.get_temperature() == pytest.approx(300, rel=0.5)
+    assert not np.allclose(first.get_momenta(), atoms.get_momenta())
+    assert "are kept" not in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -764,6 +773,8 @@ def test_relaxed_files_have_the_format_of_their_name_and_nothing_stale(tmp_path:
                           ("noname", "ASE writes no file format of this name"), ("", "is a folder")):  # fmt: skip
         with pytest.raises(ValueError, match=message):
             relax(EMT(), atoms, out=tmp_path / name)
+    with pytest.raises(ValueError, match="CONTCAR': VASP's format needs a cell, and the structure has none along 3 of its axes"):
+        relax(EMT(), molecule("N2"), out=tmp_path / "CONTCAR")
 
 
 def test_fixed_atoms_keep_their_forces_in_the_file(tmp_path: Path) -> None:
@@ -796,7 +807,8 @@ def test_several_files_are_relaxed_into_a_folder(tmp_path: Path) -> None:
     assert [a["steps"] for a in again] == [a["steps"] for a in answers[:2]]
     (tmp_path / "file").touch()
     (tmp_path / "other").mkdir()
-    for given, out, message in (([files[0], tmp_path / "other" / "a.cif"], tmp_path / "x", "Several structures are called a"),
+    assert distinct([files[0], tmp_path / "other" / "a.cif", tmp_path / "b.cif"]) == [f"{tmp_path.name}-a", "other-a", "b"]
+    for given, out, message in (([files[0], files[0]], tmp_path / "x", "Several structures are called .*-a, folder and all"),
                                 (files, None, "need out: the folder"), (files, tmp_path / "file", "is a file; several structures")):  # fmt: skip
         with pytest.raises((ValueError, FileExistsError), match=message):
             relax_files(EMT(), given, RelaxConfig(out=out))

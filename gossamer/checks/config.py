@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from difflib import get_close_matches
 from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
@@ -91,7 +92,9 @@ class JudgeConfig:
     def _known(cls, value: tuple[str, ...] | None) -> tuple[str, ...] | None:
         unknown = [name for name in value or () if name not in NAMES]
         if unknown:
-            raise ValueError(f"There is no check '{unknown[0]}'. Choose from {', '.join(NAMES)}")
+            near = get_close_matches(unknown[0], NAMES, 1)
+            meant = f"Did you mean {near[0]}?" if near else f"Choose from {', '.join(NAMES)}"
+            raise ValueError(f"There is no check '{unknown[0]}'. {meant}")
         return value
 
     def chosen(self) -> list[str]:

@@ -53,7 +53,8 @@ def show(arguments: argparse.Namespace, answer: dict[str, Any]) -> None:
         print(json.dumps(answer))
         return
     for key, value in answer.items():
-        print(f"{key:36s} {value:.6g}" if isinstance(value, float) else f"{key:36s} {value}")
+        shown = value if not isinstance(value, float) else f"{value:.6f}" if key.endswith("energy_eV") else f"{value:.6g}"
+        print(f"{key:36s} {shown}")
 
 
 def print_errors(summary: dict[str, Any]) -> None:
@@ -65,7 +66,7 @@ def print_errors(summary: dict[str, Any]) -> None:
     for label, quantity in QUANTITIES.items():
         mae, rmse = (summary.get(f"{label}_{kind}_{quantity.error_key}") for kind in ("mae", "rmse"))
         if mae is not None:
-            print(f"  {label:16s}{mae:10.3f}{rmse:10.3f}  {quantity.error_unit}")
+            print(f"  {label:16s} {mae:9.3f} {rmse:9.3f}  {quantity.error_unit}")
     for label, worth in summary.get("uncertainty", {}).items():
         if worth["ratio"] is not None:
             rank = "" if worth["rank"] is None else f", rank correlation {worth['rank']:.2f}"

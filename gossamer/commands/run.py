@@ -81,7 +81,7 @@ def _relax(arguments: argparse.Namespace) -> int:
         for found in answers:
             steps = f" in {found['steps']} steps" if "steps" in found else ""
             said = found.get("error") or (f"{'converged' if found['converged'] else 'NOT converged'}{steps}, "
-                                          f"{found['energy_eV']:.6g} eV, largest force {found['max_force_eV_per_A']:.3g} eV/Å")  # fmt: skip
+                                          f"{found['energy_eV']:.6f} eV, largest force {found['max_force_eV_per_A']:.3g} eV/Å")  # fmt: skip
             print(f"{found['structure']}: {said}")
         print(f"everything is in '{out}'")
     if any(found.get("stopped") for found in answers):

@@ -128,6 +128,8 @@ def read_potential(tree: Tree, options: ImportOptions) -> tuple[str, Potential]:
             if strange:
                 raise ValueError(f"--given {strange[0]}: '{tree.path}' needs {', '.join(known) or 'nothing to be given'}.")
             return name, _of_source(tree, source.potential, tree, options)
+    if tree.path.suffix == ".safetensors" and b"gossamer" in tree.head:
+        raise ValueError(f"'{tree.path}' is a potential of gossamer's already: use it as it is.")
     packages = ", ".join(import_module(f"gossamer.imports.{name}").PACKAGE for name in SOURCES)
     inside = ", ".join(tree.members[:8]) or repr(tree.head[:24])
     raise ValueError(f"'{tree.path}' is of no kind that is known ({packages}). It holds {inside}.")

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import Field
 
+from gossamer.files import parse_yaml
 from gossamer.settings import build, settings
 
 Count = Annotated[int, Field(gt=0)]
@@ -151,7 +152,7 @@ def load_machine(path: Path | str | None, workers: int | None = None) -> Machine
     values: Any = {}
     if path is not None:
         try:
-            values = yaml.safe_load(Path(path).read_text()) or {}
+            values = parse_yaml(Path(path).read_text()) or {}
         except yaml.YAMLError as error:
             raise ValueError(f"'{path}' is not YAML: {' '.join(str(error).split())}") from None
         if not isinstance(values, dict):

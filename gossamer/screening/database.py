@@ -274,7 +274,7 @@ def check_export(out: Path | str) -> None:
     if ending not in ENDINGS:
         raise ValueError(f"'{out}': results are written as .parquet, .csv, .json or .extxyz. Choose one of these endings.")
     if ending == ".parquet" and find_spec("pyarrow") is None:
-        raise ImportError("Parquet is written by the package pyarrow: pip install pyarrow, or choose --out results.csv.")
+        raise ImportError("Parquet is written by the package pyarrow: pip install pyarrow, or choose a name that ends in .csv.")
 
 
 def export(path: Path | str, out: Path | str) -> int:

@@ -51,6 +51,8 @@ class MDConfig:
     """Which frame of the structure file to start from; -1 is the last."""
     supercell: tuple[Repeats, Repeats, Repeats] = (1, 1, 1)
     """How often the structure is repeated along each cell vector; velocities are then drawn anew."""
+    new_velocities: bool = False
+    """Draw velocities of the temperature even if the structure has some, which are kept otherwise."""
     resume: bool = False
     """Go on from state.npz, bit by bit as if never stopped (on TorchSim with other Langevin noise)."""
     max_temperature: Positive | None = None

@@ -85,6 +85,11 @@ def relax(model: Any, structure: Atoms | Path | str, config: RelaxConfig | None 
         converged = bool(algorithm.run(fmax=config.fmax, steps=config.steps))
     else:
         kind = _format(config.out)
+        if kind == "vasp" and atoms.cell.rank < 3:
+            raise ValueError(
+                f"'{config.out}': VASP's format needs a cell, and the structure has none along {3 - atoms.cell.rank} of its axes. Choose another "
+                "--out, for example relaxed.extxyz."
+            )
         _keep_input(structure, config.out)
         with locked(config.out.parent, config.out.name):
             if not config.resume:

@@ -26,6 +26,12 @@ class Job:
     """how it is called in messages and answers"""
 
 
+def distinct(paths: Sequence[Path | str]) -> list[str]:
+    """Names of files without their endings; of those that share one, their folders' in front: a-POSCAR, b-POSCAR."""
+    stems = [Path(p).stem for p in paths]
+    return [s if stems.count(s) == 1 else f"{Path(p).absolute().parent.name}-{s}" for p, s in zip(paths, stems, strict=True)]
+
+
 def jobs(structures: Sequence[Path | str], frame: int, all_frames: bool) -> tuple[list[Job], list[dict[str, Any]]]:
     """The frames asked for, and answers for files that cannot be read.
 
@@ -35,12 +41,14 @@ def jobs(structures: Sequence[Path | str], frame: int, all_frames: bool) -> tupl
         all_frames: Every frame of each.
 
     Raises:
-        ValueError: two files of one name, or both a frame and all frames.
+        ValueError: two files of one name in folders of one name, or both a frame and all frames.
     """
-    names = [Path(s).stem for s in structures]
+    names = distinct(structures)
     twice = sorted({n for n in names if names.count(n) > 1})
     if twice:
-        raise ValueError(f"Several structures are called {', '.join(twice)}, and would be written over each other. Take them one by one.")
+        raise ValueError(
+            f"Several structures are called {', '.join(twice)}, folder and all, and would be written over each other. Take them one by one."
+        )
     if all_frames and frame != 0:
         raise ValueError(f"all_frames takes every frame, and frame {frame} one: give one of them.")
     found: list[Job] = []
