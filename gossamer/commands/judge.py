@@ -72,7 +72,7 @@ def _bench_parser(bench: argparse.ArgumentParser) -> None:
         help="file whose first frame is repeated (default: one that the potential's file holds, else a simple crystal or molecule)",
     )
     bench.add_argument("--sizes", nargs="+", type=int, default=[100, 300, 1000, 3000, 10_000, 30_000, 100_000], metavar="ATOMS",
-                       help="numbers of atoms (default: 100 to 100000)")  # fmt: skip
+                       help="least numbers of atoms, reached by whole supercells; a molecule stays one (default: 100 to 100000)")  # fmt: skip
     bench.add_argument("--seconds", type=float, default=10.0, help="longest single evaluation; larger systems are left out (default: 10)")
     bench.add_argument(
         "--threads", type=int, help="of PyTorch and OpenMP; with 1, CPU time is taken, else wall time (default: as they find)"

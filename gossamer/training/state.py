@@ -168,8 +168,8 @@ def load_state(state: State, path: Path, identity: dict[str, Any]) -> None:
     tensors, stored = read_checkpoint(path)
     if found := differing(with_defaults(stored["identity"]), identity):
         raise ValueError(
-            f"The checkpoint '{path}' belongs to another run: {', '.join(found).replace('_', ' ')} differ. Resume with the settings and data it was "
-            "made with, or choose another folder (out)."
+            f"The checkpoint '{path}' belongs to another run: {', '.join(found)}. Resume with the settings and data it was made with, or choose "
+            "another folder (out); to train longer, start from its potential.safetensors (finetune.start, of gossamer fit --start)."
         )
     weights = {k[8:]: v for k, v in tensors.items() if k.startswith("network.")}
     if weights.keys() != state.potential.network.state_dict().keys():  # the optimiser's state would go to the wrong ones
@@ -197,11 +197,18 @@ PLACES = ("start", "replay", "replay_labels")
 
 
 def differing(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """Names of what decides the numbers of a run and is not the same in both identities, as a checkpoint and this run have them."""
+    """What decides the numbers of a run and is not the same in both identities, as a checkpoint and this run have them, in words."""
     now = {k: v for k, v in now.items() if k in before or k not in LATER}
     named = "training_frames" in now
     before, now = decisive(before, named), decisive(now, named)
-    return sorted(k for k in now if before.get(k) != now[k] and not (k == "reference_energies" and close(before[k], now[k])))
+    found = []
+    for key in sorted(k for k in now if before.get(k) != now[k] and not (k == "reference_energies" and close(before[k], now[k]))):
+        old, new = before.get(key), now[key]
+        if key in ("model", "potential", "loss", "training") and old is not None:
+            found += [f"{key}.{k} is {old.get(k)} (now {new.get(k)})" for k in {**old, **new} if old.get(k) != new.get(k)]
+        else:
+            found.append(f"other {key.replace('_', ' ')}")
+    return found
 
 
 def decisive(identity: dict[str, Any], named: bool = True) -> dict[str, Any]:
