@@ -153,7 +153,8 @@ def _check_same(
         differ += [f"{section}.{k} is {found.get(k)} (now {v})" for k, v in values.items() if not _same(found.get(k), v)]
     if differ:
         raise ValueError(
-            f"'{path.parent}' was begun with other settings: {', '.join(differ)}. Go on with the arguments that began it, or choose another --out."
+            f"'{path.parent}' was begun with other settings: {', '.join(differ)}. Go on with the arguments that began it, or choose another --out "
+            f"(to train longer: --start {path.parent / 'potential.safetensors'})."
         )
 
 
