@@ -476,7 +476,7 @@ def test_processes_that_prepare_batches_change_nothing(tmp_path: Path) -> None:
     for name, value in weights(tmp_path / "plain").items():
         torch.testing.assert_close(weights(tmp_path / "run")[name], value, rtol=0, atol=0)
     assert train(settings(tmp_path / "run", num_workers=0, **options), resume=True, progress=False)["steps"] == 12
-    with pytest.raises(ValueError, match="training differ"):
+    with pytest.raises(ValueError, match="training.batch_edges is 400 .now 500."):
         train(settings(tmp_path / "run", **{**options, "batch_edges": 500}), resume=True, progress=False)
 
 
@@ -791,7 +791,7 @@ def test_time_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.Monke
     results = train(config, resume=True, progress=False)
     assert 30 <= results["seconds"] <= 32
     assert clock.now == pytest.approx(30 - used, abs=2)
-    with pytest.raises(ValueError, match="training differ"):
+    with pytest.raises(ValueError, match="training.minutes is 0.5 .now 2.0."):
         train(config | {"training": config["training"] | {"minutes": 2}}, resume=True, progress=False)
 
 
