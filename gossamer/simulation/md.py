@@ -219,11 +219,12 @@ def give_velocities(atoms: Atoms, config: MDConfig, rng: np.random.Generator) ->
         thermalize_momenta(atoms, config.temperature, rng=rng)
         bring_to_rest(atoms, config.ensemble)
         return
-    log.log(
-        logging.WARNING if config.ensemble == "nve" and abs(atoms.get_temperature() / config.temperature - 1) > 0.2 else logging.INFO,
-        "the velocities of the structure are kept: %.0f K, where temperature says %g K (new_velocities draws others)",
-        atoms.get_temperature(), config.temperature,
-    )  # fmt: skip
+    if abs(atoms.get_temperature() / config.temperature - 1) > 0.2:
+        log.log(
+            logging.WARNING if config.ensemble == "nve" else logging.INFO,
+            "the velocities of the structure are kept: %.0f K, where temperature says %g K (new_velocities draws others)",
+            atoms.get_temperature(), config.temperature,
+        )  # fmt: skip
     if atoms.constraints:
         atoms.set_momenta(atoms.get_momenta())  # those that constraints allow
     if config.ensemble == "nose-hoover" and not atoms.pbc.any() and rotates(atoms):
