@@ -280,7 +280,7 @@ def _manifest(text: str, path: Path) -> dict[str, Any]:
     wrong += [name for name in ("imported", "uncertainty") if not isinstance(manifest.get(name), dict | None)]
     if isinstance(manifest.get("uncertainty"), dict) and not isinstance(manifest["uncertainty"].get("version"), int):
         wrong.append("uncertainty.version")
-    if manifest["format"] <= FORMAT and (wrong or manifest["dtype"] not in DTYPES or manifest["model"].get("name") not in MODELS):
+    if manifest["format"] <= FORMAT and (wrong or manifest["dtype"] not in DTYPES or manifest["model"].get("name") not in tuple(MODELS)):
         listed = ", ".join(wrong) or f"network {manifest['model'].get('name')!r}, dtype {manifest['dtype']!r}"
         raise ValueError(f"'{path}' has a manifest that this gossamer {__version__} cannot use ({listed}). Use another copy.")
     return manifest

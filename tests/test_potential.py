@@ -266,6 +266,7 @@ def test_what_could_not_be_loaded_is_not_saved(tmp_path: Path) -> None:
     ("change", "message"),
     [
         (lambda m: ["no dictionary"], "a manifest without a format"),
+        (lambda m: m["model"].update(name={"a": 1}), "cannot use .network"),
         (lambda m: m.update(model="leignn"), r"cannot use \(model\)"),
         (lambda m: m.update(dtype="int8"), r"cannot use \(network 'leignn', dtype 'int8'\)"),
     ],
