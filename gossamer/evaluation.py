@@ -42,9 +42,9 @@ class Errors:
         return self.factor * float(np.sqrt(self.squared / self.count)) if self.count else float("nan")
 
 
-@dataclass
+@dataclass(repr=False)
 class Evaluation:
-    """Errors on a data set, in the units of the table of quantities: meV/atom, meV/Å, meV/Å³."""
+    """Errors on a data set, in the units of the table of quantities: meV/atom, meV/Å, meV/Å³. Printed, it is a table of them."""
 
     errors: dict[str, Errors] = field(default_factory=lambda: {name: Errors(q.error_factor) for name, q in QUANTITIES.items()})
     """by quantity"""
@@ -101,6 +101,9 @@ class Evaluation:
         out["forces_per_element_meV_per_A"] = {e: {"mae": self.per_element[e].mae, "rmse": self.per_element[e].rmse} for e in elements}
         return out
 
+    def __repr__(self) -> str:
+        return "\n".join([*self.notes, described(self.summary())])
+
     def honesty(self) -> dict[str, dict[str, Any]]:
         """What the uncertainties of energy and forces are worth, by `gossamer.calibration.honesty`."""
         return {name: honesty(*np.concatenate(parts, axis=1)) for name, parts in self.expected.items()}
@@ -154,6 +157,34 @@ class Evaluation:
         """Indices of the frames with the largest errors (forces where there are labels, else energy)."""
         key = "forces_rmse" if any("forces_rmse" in f for f in self.frames) else "energy_error"
         return [f["index"] for f in sorted(self.frames, key=lambda f: -abs(f.get(key, 0.0)))[:n]]
+
+
+def described(summary: Mapping[str, Any]) -> str:
+    """Errors, as `Evaluation.summary` gives them, as a table for people."""
+    lines = [f"{summary['n_frames']} frames{'' if summary['conservative_forces'] else '; forces are NOT the gradient of the energy'}"]
+    lines.append(f"{'':16s}{'MAE':>10s}{'RMSE':>10s}")
+    for label, quantity in QUANTITIES.items():
+        mae, rmse = (summary.get(f"{label}_{kind}_{quantity.error_key}") for kind in ("mae", "rmse"))
+        if mae is not None:
+            lines.append(f"{label:16s} {mae:9.3f} {rmse:9.3f}  {quantity.error_unit}")
+    for label, worth in summary.get("uncertainty", {}).items():
+        if worth["ratio"] is not None:
+            rank = "" if worth["rank"] is None else f", rank correlation {worth['rank']:.2f}"
+            lines.append(f"{label + ' uncertainty':22s}errors are {worth['ratio']:.2f} times what was expected{rank}")
+    if "energy_offset" in summary:
+        offset = summary["energy_offset"]
+        lines.append(
+            f"energies lie {offset['mean_meV_per_atom']:+.6g} meV/atom from the labels on average: another functional, code or zero of energy?"
+        )
+        lines.append(f"without a constant per element the MAE is {offset['mae_without_meV_per_atom']:.4g} meV/atom")
+    of_elements = summary["forces_per_element_meV_per_A"]
+    worst = sorted(of_elements, key=lambda element: -of_elements[element]["mae"])[:8]  # the rest is in the summary
+    for element, errors in of_elements.items():
+        if element in worst:
+            lines.append(f"{'forces on ' + element:16s}{errors['mae']:10.3f}{errors['rmse']:10.3f}  meV/Å")
+    if len(of_elements) > len(worst):
+        lines.append(f"(the {len(worst)} elements with the largest errors of forces, of {len(of_elements)})")
+    return "\n".join(lines)
 
 
 def evaluate_potential(

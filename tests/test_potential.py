@@ -440,6 +440,7 @@ def test_a_constant_offset_between_functionals_is_said(capsys: pytest.CaptureFix
     assert summary["energy_offset"]["mae_without_meV_per_atom"] < 2
     assert list(summary["forces_per_element_meV_per_A"]) == ["H", "C", "O"]
     print_errors(summary)
+    assert str(evaluate_potential(potential, frames)).splitlines()[0] == "24 frames"  # printed in Python, it is the same table
     assert "meV/atom from the labels on average: another functional" in capsys.readouterr().out
     same = [Structure(**{**vars(s), "energy": p["energy"] + rng.normal()}) for s, p in zip(frames, potential.predict(frames), strict=True)]
     assert "energy_offset" not in evaluate_potential(potential, same).summary()

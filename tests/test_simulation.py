@@ -193,8 +193,16 @@ def test_thermostats_hold_the_temperature(tmp_path: Path) -> None:
         copper = bulk("Cu", cubic=True).repeat((2, 1, 1))
         result = md(EMT(), copper, options, ensemble=ensemble, out=tmp_path / ensemble, progress=False)
         assert result["mean_temperature_K"] == pytest.approx(300, rel=0.2), ensemble
+        half = [{k: float(v) for k, v in row.items()} for row in table(tmp_path / ensemble)[40:]]
+        assert result["mean_pressure_GPa"] == pytest.approx(np.mean([row["pressure_GPa"] for row in half]))
+        grams = copper.get_masses().sum() / 6.02214076e23
+        assert result["mean_density_g_per_cm3"] == pytest.approx(grams / (copper.get_volume() * 1e-24), rel=1e-6)
+        assert (result["energy_drift_meV_per_atom_per_ps"] is None) == (ensemble == "langevin")
     conserved = np.array([float(r["conserved_energy_eV"]) for r in table(tmp_path / "nose-hoover")])
     assert np.ptp(conserved) / 8 < 1e-3
+    meV, ps = 1000 * (conserved - conserved.mean())[40:] / 8, 0.025 * np.arange(41)
+    slope = (meV * (ps - ps.mean())).sum() / ((ps - ps.mean()) ** 2).sum()
+    assert result["energy_drift_meV_per_atom_per_ps"] == pytest.approx(slope, rel=1e-6)
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import textwrap
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -59,31 +60,9 @@ def show(arguments: argparse.Namespace, answer: dict[str, Any]) -> None:
 
 def print_errors(summary: dict[str, Any]) -> None:
     """Errors as a table for people."""
-    from gossamer.quantities import QUANTITIES
+    from gossamer.evaluation import described
 
-    print(f"  {summary['n_frames']} frames{'' if summary['conservative_forces'] else '; forces are NOT the gradient of the energy'}")
-    print(f"  {'':16s}{'MAE':>10s}{'RMSE':>10s}")
-    for label, quantity in QUANTITIES.items():
-        mae, rmse = (summary.get(f"{label}_{kind}_{quantity.error_key}") for kind in ("mae", "rmse"))
-        if mae is not None:
-            print(f"  {label:16s} {mae:9.3f} {rmse:9.3f}  {quantity.error_unit}")
-    for label, worth in summary.get("uncertainty", {}).items():
-        if worth["ratio"] is not None:
-            rank = "" if worth["rank"] is None else f", rank correlation {worth['rank']:.2f}"
-            print(f"  {label + ' uncertainty':22s}errors are {worth['ratio']:.2f} times what was expected{rank}")
-    if "energy_offset" in summary:
-        offset = summary["energy_offset"]
-        print(
-            f"  energies lie {offset['mean_meV_per_atom']:+.6g} meV/atom from the labels on average: another functional, code or zero of energy?"
-        )
-        print(f"  without a constant per element the MAE is {offset['mae_without_meV_per_atom']:.4g} meV/atom")
-    of_elements = summary["forces_per_element_meV_per_A"]
-    worst = sorted(of_elements, key=lambda element: -of_elements[element]["mae"])[:8]  # the rest is in the JSON
-    for element, errors in of_elements.items():
-        if element in worst:
-            print(f"  {'forces on ' + element:16s}{errors['mae']:10.3f}{errors['rmse']:10.3f}  meV/Å")
-    if len(of_elements) > len(worst):
-        print(f"  (the {len(worst)} elements with the largest errors of forces, of {len(of_elements)})")
+    print(textwrap.indent(described(summary), "  "))
 
 
 def show_help(arguments: argparse.Namespace) -> int:

@@ -118,7 +118,8 @@ class Recorder:
 
     def __init__(self, config: MDConfig, atoms: Atoms, dynamics: Any, settings: dict[str, Any], guard: Guard, resumed: bool) -> None:
         self.config, self.atoms, self.dynamics, self.settings, self.guard = config, atoms, dynamics, settings, guard
-        self.temperatures: list[float] = []
+        self.rows: list[list[float]] = []
+        """of the log, from its first"""
         self.brief = ""
         self.watch = Watch(config.max_uncertainty, config.collect, config.collect_spacing, dynamics.nsteps if resumed else None)
         trajectory, table = config.out / TRAJECTORY, config.out / TABLE
@@ -128,7 +129,7 @@ class Recorder:
         goes_on = resumed and dynamics.nsteps > 0  # what belongs to step 0 is written at the start, now again
         if goes_on:
             rows = _cut_back(trajectory, table, dynamics.nsteps // config.interval + 1)
-            self.temperatures = [float(row[COLUMNS.index("temperature_K")]) for row in rows]
+            self.rows = [[float(value) for value in row] for row in rows]
         with atomic_path(table) as temporary, open(temporary, "w", newline="") as file:
             csv.writer(file).writerows([COLUMNS, *rows])
         self.table = open(table, "a", newline="")  # noqa: SIM115 - closed by close()
@@ -153,7 +154,7 @@ class Recorder:
         csv.writer(self.table).writerow([repr(float(x)) if isinstance(x, float) else x for x in row])
         self.table.flush()
         self.trajectory.write(self._frame())
-        self.temperatures.append(temperature)
+        self.rows.append(row)
         self.brief = f"{temperature:.0f} K  {potential / len(atoms):.4f} eV/atom"
         problem = self.guard.problem(atoms)
         if problem is not None:
@@ -197,7 +198,7 @@ class Recorder:
         if isinstance(self.dynamics, LangevinBAOAB):
             arrays["rng"] = np.array(json.dumps(self.dynamics.rng.bit_generator.state))
         atoms = self.atoms
-        if self.temperatures:
+        if self.rows:
             arrays["energy"] = np.array(float(atoms.calc.results["energy"]))
         with atomic_path(self.config.out / STATE) as temporary:
             np.savez(
@@ -212,25 +213,45 @@ class Recorder:
             "steps": self.dynamics.nsteps,
             "time_ps": self.dynamics.nsteps * self.config.timestep / 1000,
             "seconds": round(seconds, 2),
-            "mean_temperature_K": self.mean_temperature(),
+            **self.means(),
             "broken": broken,
             "uncertain": uncertain,
             "collected": len(self.watch.frames),
             "stopped": stopped,
         }
 
-    def mean_temperature(self) -> float:
-        """K, over the second half of the frames."""
-        half = self.temperatures[len(self.temperatures) // 2 :]
-        return round(float(np.mean(half)), 2) if half else float("nan")
+    def means(self) -> dict[str, float | None]:
+        """Over the second half of the frames: temperature, pressure and density where there are any; and the drift of what is conserved.
+
+        The drift is the slope of a line through the conserved energy of that half, None for thermostats that conserve nothing.
+        """
+        half = np.array(self.rows[len(self.rows) // 2 :]).reshape(-1, len(COLUMNS))
+        time, temperature, conserved, pressure, volume = (
+            half[:, COLUMNS.index(name)] for name in ("time_fs", "temperature_K", "conserved_energy_eV", "pressure_GPa", "volume_A3")
+        )
+        grams = self.atoms.get_masses().sum() * units._amu * 1e3
+        drift = None
+        if len(half) > 2 and np.isfinite(conserved).all():
+            drift = float(np.polyfit(time / 1000, 1000 * conserved / len(self.atoms), 1)[0])
+        return {
+            "mean_temperature_K": round(float(temperature.mean()), 2) if len(half) else float("nan"),
+            "mean_pressure_GPa": _mean(pressure),
+            "mean_density_g_per_cm3": _mean(grams / (volume * 1e-24)),
+            "energy_drift_meV_per_atom_per_ps": drift,
+        }
 
     def close(self) -> None:
         """Close the files; a run that did not come to its first frame leaves none."""
         self.table.close()
         self.trajectory.close()
-        if not self.temperatures:
+        if not self.rows:
             for name in (TRAJECTORY, TABLE, STATE):
                 (self.config.out / name).unlink(missing_ok=True)
+
+
+def _mean(values: np.ndarray) -> float | None:
+    """None for no values, and for those of structures that have none."""
+    return float(values.mean()) if len(values) and np.isfinite(values).all() else None
 
 
 def _cut_back(trajectory: Path, table: Path, kept: int) -> list[list[str]]:
