@@ -20,8 +20,9 @@ from gossamer.models import ACCURATE, MODELS
 from gossamer.neighbors import neighbor_list
 from gossamer.potential_file import read_manifest
 from gossamer.quantities import QUANTITIES
-from gossamer.runs import train
+from gossamer.runs import check_free, train
 from gossamer.settings import to_dict
+from gossamer.training.process_group import restarted
 
 log = logging.getLogger(__name__)
 MINUTES = 30.0
@@ -70,6 +71,7 @@ def fit(
         As ``train``.
 
     Raises:
+        FileExistsError: ``out`` holds a run, and ``resume`` is False.
         ValueError: inspection found errors, the model is unknown, ``speed`` or ``accuracy`` beside each other, a model or a start, or a
             run to go on with that other arguments began.
     """
@@ -88,6 +90,8 @@ def fit(
     if resume and (folder / "config.yaml").exists():
         _check_same(folder / "config.yaml", data, model, minutes, labels, finetune, speed, accuracy, method)
         return train(folder / "config.yaml", resume=True, progress=progress)
+    if not restarted():
+        check_free(folder)  # before the data is inspected
     minutes = MINUTES if minutes is None else minutes
     structures = open_dataset(data, labels)
     if len(structures) < 2:

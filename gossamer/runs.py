@@ -27,7 +27,7 @@ from gossamer.potential import DTYPES, Potential
 from gossamer.potential_file import check_sizes, load, read_manifest, save, save_again
 from gossamer.settings import to_dict
 from gossamer.training.finetune import Concatenated, adapt_statistics, choose_replay, choose_weights, merge_adapters, transfer_weights
-from gossamer.training.loop import finished, run_training
+from gossamer.training.loop import CHECKPOINT, finished, run_training
 from gossamer.training.process_group import ProcessGroup, log_of_rank, restarted, start_process_group
 from gossamer.training.state import State, close, load_state, make_state
 
@@ -64,12 +64,10 @@ def train(
     """
     config = _as_config(config, overrides)
     folder = Path(config.out)
-    checkpoint = folder / "checkpoint.safetensors"
+    checkpoint = folder / CHECKPOINT
     resume = resume or restarted()
-    if not resume and ((folder / POTENTIAL).exists() or checkpoint.exists()):
-        raise FileExistsError(
-            f"'{folder}' holds a run already. Go on with it (--resume), or choose another folder (out=..., of gossamer fit --out)."
-        )
+    if not resume:
+        check_free(folder)
     check_loss(config)
     frames = read_frames(config)
     group = start_process_group(config.training.device, config.training.timeout)
@@ -106,6 +104,14 @@ def train(
             results |= step_times(state) | final_errors(folder, frames, tuning, group.device, config.loss.free_atoms_only)
             write_json(folder / "results.json", results)
         return results
+
+
+def check_free(folder: Path) -> None:
+    """Refuse, by a FileExistsError, a folder that holds a run."""
+    if (folder / POTENTIAL).exists() or (folder / CHECKPOINT).exists():
+        raise FileExistsError(
+            f"'{folder}' holds a run already. Go on with it (--resume), or choose another folder (out=..., of gossamer fit --out)."
+        )
 
 
 # --- the steps of training --------------------------------------------------------------------------------------------

@@ -825,6 +825,8 @@ def test_fit_needs_no_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert (said.functional, said.dispersion) == ("pbe0", "none")
     with pytest.raises(ValueError, match=r"data.functional is pbe0 \(now pbe\)"):
         fit(str(DEMO / "ethanol_500K.extxyz.xz"), out=tmp_path / "fit", resume=True, functional="pbe")
+    with pytest.raises(FileExistsError, match="holds a run already"):  # at once, before anything is read
+        fit("nothing.extxyz", out=tmp_path / "fit")
     # the frames kept aside are there, and are no training frames
     evaluation = evaluate(tmp_path / "fit" / "potential.safetensors", tmp_path / "fit" / "valid.extxyz")
     assert evaluation.summary()["n_frames"] == results["valid"]["n_frames"] == 30

@@ -38,6 +38,7 @@ from gossamer.training.progress import Bar, Log
 from gossamer.training.state import State, make_state, save_state, state_tensors  # noqa: F401 - make_state is for loops of your own, beside train_step
 
 log = logging.getLogger(__name__)
+CHECKPOINT = "checkpoint.safetensors"
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 TIMED_PARTS = 15
 """a run of a given time is validated this many times, or less often where validating takes long"""
@@ -153,7 +154,7 @@ def run_training(
         RuntimeError: the loss became NaN or infinite; names step, structures and the last good checkpoint.
         ValueError: batches smaller than the number of processes.
     """
-    checkpoint = folder / "checkpoint.safetensors"
+    checkpoint = folder / CHECKPOINT
     began = CLOCKS[config.clock]() - state.seconds
     loader = Loader(state.potential, train, config.num_workers)
     work = None if group.world == 1 and config.batch_edges is None else count_edges(loader, group, folder, identity)
