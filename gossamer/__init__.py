@@ -23,6 +23,7 @@ _PUBLIC = {
     "fit": "gossamer.fitting",
     "evaluate": "gossamer.accuracy",
     "calibrate": "gossamer.accuracy",
+    "predict": "gossamer.predicting",
     "with_dispersion": "gossamer.simulation.dispersion",
     "compare": "gossamer.comparison",
     "learn": "gossamer.learning",

@@ -1,13 +1,39 @@
-"""Commands that simulate: md, relax, screen."""
+"""Commands that run a potential: predict, md, relax, screen."""
 
 from __future__ import annotations
 
 import argparse
 import json
 
-from gossamer.commands.common import Command, add_json, show, show_help
+from gossamer.commands.common import Command, add_json, add_way, show, show_help
 from gossamer.screening import command as screening
 from gossamer.signals import STOPPED
+
+
+def _predict_parser(predict: argparse.ArgumentParser) -> None:
+    predict.add_argument("model", help="saved potential")
+    predict.add_argument("structures", nargs="+", help="structure files; all of their frames")
+    predict.add_argument("--out", default="predicted.extxyz", help="extended XYZ file to write (default: predicted.extxyz)")
+    predict.add_argument("--device", default="cpu", help="default: cpu")
+    predict.add_argument("--dtype", choices=["float32", "float64"], help="default: as saved")
+    add_way(predict)
+    predict.add_argument("--dispersion", metavar="FUNCTIONAL", help="functional whose D3 is added: pbe, r2scan ...")
+    predict.add_argument(
+        "--features", action="store_true", help="also write the last features of every atom, by which environments can be told apart"
+    )
+    predict.add_argument("--batch-atoms", type=int, default=2048, help="atoms evaluated at once (default: 2048)")
+    add_json(predict)
+
+
+def _predict(arguments: argparse.Namespace) -> int:
+    from gossamer.predicting import predict
+
+    answer = predict(
+        arguments.model, arguments.structures, arguments.out, arguments.device, arguments.dtype, arguments.way, arguments.dispersion,
+        arguments.features, arguments.batch_atoms,
+    )  # fmt: skip
+    show(arguments, answer)
+    return 0
 
 
 def _md_parser(md: argparse.ArgumentParser) -> None:
@@ -90,6 +116,7 @@ def _relax(arguments: argparse.Namespace) -> int:
 
 
 COMMANDS = [
+    Command("predict", _predict_parser, _predict, "Energies, forces, stresses and uncertainties of structures, into one file."),
     Command("md", _md_parser, _md, "Molecular dynamics."),
     Command("relax", _relax_parser, _relax, "Relax positions, and the cell with --cell, of one structure or several."),
     Command("screen", screening.add_options, show_help, "One task on thousands of structures, on this machine or on Slurm; restartable."),
