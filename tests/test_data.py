@@ -9,6 +9,7 @@ import json
 import lzma
 import pickle
 import re
+import struct
 import sys
 import warnings
 import zipfile
@@ -40,6 +41,7 @@ from gossamer.data.dataset import DataConfig, Subset, check_leaks, choose_groups
 from gossamer.data.inspection import inspect, without_duplicates
 from gossamer.data.labels import ForceUnit
 from gossamer.data.legacy import _tensor, read_legacy_lmdb, restricted_loads
+from gossamer.data.lmdb_file import HEADER, LEAF
 from gossamer.data.readers import ENERGY_UNITS, FORCE_UNITS, LabelConfig, from_atoms, read_structures, suggestion
 from gossamer.data.statistics import compute_statistics
 from gossamer.data.store import Store, write_store
@@ -949,6 +951,50 @@ def test_truncated_lmdb_files_are_refused_before_they_are_mapped(tmp_path: Path)
     assert len(list(read_structures(tmp_path / "whole.aselmdb"))) == 8
     result = forked(READ_LMDB, str(tmp_path))
     assert (result.returncode, result.stdout[:5]) == (0, "alive"), result.stdout[-2000:]
+
+
+DAMAGED_LMDB = """
+import sys
+from pathlib import Path
+import numpy as np
+from gossamer.data.legacy import read_legacy_lmdb
+folder, rng = Path(sys.argv[1]), np.random.default_rng(0)
+whole = np.frombuffer((folder / "whole.aselmdb").read_bytes(), np.uint8)
+refused = 0
+for k in range(400):
+    damaged = whole.copy()
+    page = rng.integers(0, len(whole) // 4096) * 4096
+    damaged[page + rng.integers(0, 16 if k % 2 else 4096, size=3)] = rng.integers(0, 256, size=3)
+    (folder / "damaged.lmdb").write_bytes(damaged.tobytes())
+    try:
+        list(read_legacy_lmdb(folder / "damaged.lmdb"))
+    except ValueError as error:
+        assert "damaged.lmdb" in str(error), error
+        refused += "damaged page" in str(error)
+print("alive", refused)
+"""
+
+
+def test_damaged_pages_of_lmdb_files_are_refused_before_they_are_mapped(tmp_path: Path) -> None:
+    """LMDB believes what its pages say: a value that is longer than the file, too, would be a SIGBUS."""
+    pytest.importorskip("ase_db_backends")
+    path = tmp_path / "whole.aselmdb"
+    with ase.db.connect(str(path)) as database:
+        for k in range(60):
+            database.write(labelled(k), data={"more": list(range(2000 * (k % 2)))})
+    assert len(list(read_structures(path))) == 60
+    result = forked(DAMAGED_LMDB, str(tmp_path))
+    assert result.returncode == 0, result.stdout[-2000:]
+    assert int(result.stdout.split()[1]) > 20
+    whole = bytearray(path.read_bytes())
+    for page in range(0, len(whole), 4096):
+        number, flags, *_ = HEADER.unpack_from(whole, page)
+        if (number, flags) == (page // 4096, LEAF):
+            (start,) = struct.unpack_from("<H", whole, page + HEADER.size)
+            struct.pack_into("<H", whole, page + start + 2, 0x7FFF)  # the upper half of a value's size: 2 GB
+    path.write_bytes(whole)
+    with pytest.raises(ValueError, match=r"whole.aselmdb' is an LMDB with a damaged page, \d+"):
+        list(read_structures(path))
 
 
 def test_configurations_that_blow_up_or_break(tmp_path: Path) -> None:
