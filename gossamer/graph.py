@@ -86,6 +86,10 @@ class Graph:
         """Real numbers in float64."""
         return self._changed(lambda v: v.double() if v.is_floating_point() else v)
 
+    def differentiable(self) -> Graph:
+        """Copies of tensors that were made under inference mode, which gradients refuse; else the graph itself."""
+        return self._changed(torch.clone) if self.positions.is_inference() or self.atomic_numbers.is_inference() else self
+
     def _changed(self, change: Callable[[Tensor], Tensor]) -> Graph:
         found: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
         changed: dict[str, Any] = {k: change(v) for k, v in found.items() if isinstance(v, Tensor)}

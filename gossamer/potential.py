@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Literal
 
@@ -88,6 +89,17 @@ class Prediction:
         """What is predicted, by the names of the quantities."""
         named = {"energy": self.energy, "forces": self.forces, "stress": self.stress, **self.extras}
         return {name: value for name, value in named.items() if value is not None}
+
+
+@contextmanager
+def undisturbed(device: torch.device) -> Iterator[None]:
+    """Without modes of the caller that make numbers wrong or impossible: autocast rounds them, and inference mode knows no gradients."""
+    with ExitStack() as modes:
+        if torch.is_inference_mode_enabled():
+            modes.enter_context(torch.inference_mode(False))
+            modes.enter_context(torch.no_grad())
+        modes.enter_context(torch.autocast(device.type, enabled=False))
+        yield
 
 
 def make_zbl(config: PotentialConfig, cutoff: float, shortest: Mapping[str, float] | None = None) -> ZBL:
@@ -267,10 +279,12 @@ class Potential(Float64):
         none = self.table.new_zeros((2, 0))
         vectors = torch.zeros((0, 3), dtype=self.dtype, device=self.device)
         species = torch.arange(n, device=self.device)
-        return self.network(species, none, vectors, species, n).node_energies
+        with undisturbed(self.device):
+            return self.network(species, none, vectors, species, n).node_energies
 
     def forward(self, graph: Graph, *, forces: bool = True, stress: bool = False, isolated: Tensor | None = None) -> Prediction:
-        """
+        """In the precision of the weights, whatever autocast says, and under inference mode too.
+
         Args:
             graph: Batch; its elements must be in the table (``collate`` checks).
             forces: Return forces.
@@ -281,7 +295,8 @@ class Potential(Float64):
             float64 predictions, differentiable with respect to the weights in training mode.
         """
         need_gradient = self.conservative and (forces or stress)
-        with torch.set_grad_enabled(torch.is_grad_enabled() or need_gradient):
+        with undisturbed(self.device), torch.set_grad_enabled(torch.is_grad_enabled() or need_gradient):
+            graph = graph.differentiable()
             leaves = self._leaves(graph, need_gradient)
             node_energies, direct, features, charges = self._node_energies(graph, leaves, isolated)
             energy = sum_by_index(node_energies, graph.graph_index, graph.n_graphs)
@@ -457,7 +472,8 @@ class Potential(Float64):
         if not self.conservative or self.long_ranged:
             what = "has terms of positions and cells" if self.conservative else "predicts forces directly"
             raise ValueError(f"A potential that {what} has no virials of atoms.")
-        with torch.enable_grad():
+        with undisturbed(self.device), torch.enable_grad():
+            graph = graph.differentiable()
             (vectors,) = self._leaves(graph, need_gradient=True)
             node_energies, *_ = self._node_energies(graph, (vectors,), None)
             (slopes,) = torch.autograd.grad(node_energies.sum(), (vectors,))

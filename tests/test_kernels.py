@@ -301,6 +301,21 @@ def test_memory_layout_is_checked() -> None:
 # --- networks with kernels -------------------------------------------------------------------------------------------
 
 
+def test_precision_is_checked() -> None:
+    with pytest.raises(TypeError, match="different precision: torch.bfloat16, torch.float32"):
+        cpu.pointers(torch.zeros(4), torch.zeros(4, dtype=torch.bfloat16))
+
+
+@pytest.mark.parametrize("name", often(NETWORKS, ["leignn"]))
+def test_autocast_of_others_changes_nothing(name: str, ethanol: Atoms) -> None:
+    """Kernels go through memory by the precision of the weights."""
+    potential = make_potential(ELEMENTS, dtype=torch.float32, name=name)
+    expected = [Calculator(potential, way=way).get_forces(ethanol) for way in ("plain", "kernels")]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = [Calculator(potential, way=way).get_forces(ethanol) for way in ("plain", "kernels")]
+    np.testing.assert_array_equal(found, expected)
+
+
 def pair(name: str, dtype: torch.dtype = torch.float64) -> tuple[Calculator, Calculator]:
     """A calculator without and one with kernels."""
     potential = make_potential(ELEMENTS, dtype=dtype, **MODELS[name])

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -23,7 +23,7 @@ from gossamer.config import make_config
 from gossamer.data.batch import collate
 from gossamer.data.structure import Structure
 from gossamer.evaluation import evaluate_potential
-from gossamer.potential import Potential
+from gossamer.potential import Potential, PotentialConfig
 from gossamer.potential_file import FORMAT, _checksum, _kinds, as_potential, load, read_manifest, save, stored_structures
 from gossamer.runs import train
 from gossamer.simulation.calculator import Calculator
@@ -67,6 +67,24 @@ def test_lone_atom_table_is_the_same_as_lone_atoms_riding_along(crystal: Atoms) 
     graph = potential.collate([structure(crystal)])
     a, b = potential(graph), potential(graph, isolated=potential.isolated_outputs())
     assert float(a.energy) == pytest.approx(float(b.energy), abs=1e-12)
+
+
+@pytest.mark.parametrize("long_range", [None, "latent_charges"])
+def test_inference_mode_changes_nothing(long_range: Literal["latent_charges"] | None, crystal: Atoms, tmp_path: Path) -> None:
+    """A potential that is loaded, a calculator that is made and a list of neighbours that is kept there serve outside too."""
+    bare = make_potential(ELEMENTS)
+    potential = Potential(bare.model_config, bare.statistics, PotentialConfig(long_range=long_range)).eval()
+    potential.network.double()
+    save(potential, tmp_path / "p.safetensors", [structure(crystal)])
+    expected = Calculator(potential, way="plain").get_forces(crystal)
+    with torch.inference_mode():
+        calculator = Calculator(load(tmp_path / "p.safetensors"), way="plain")
+        inside = calculator.get_forces(crystal), potential.predict(crystal)[0]["forces"]
+        if long_range is None:
+            calculator.get_stresses(crystal)
+    outside = calculator.calculate(crystal) or calculator.results["forces"]
+    for forces in (*inside, outside):
+        np.testing.assert_allclose(forces, expected, atol=1e-12)
 
 
 def test_compiled_shapes_are_checked() -> None:

@@ -32,7 +32,7 @@ from gossamer.engine.kernels.attach import attach_kernels, sharing_copy
 from gossamer.engine.kernels.cpu import Missing
 from gossamer.engine.program import Program, cached_program, fits
 from gossamer.graph import Graph
-from gossamer.potential import Potential, Prediction
+from gossamer.potential import Potential, Prediction, undisturbed
 from gossamer.timing import fastest
 
 log = logging.getLogger(__name__)
@@ -71,7 +71,8 @@ class Engine:
         known = potential.statistics
         self.dispersion: D3 | None = None if dispersion is None else checked(dispersion, known.functional, known.dispersion)
         """what is added to every prediction"""
-        self.potential = sharing_copy(potential, differentiable=False).eval()
+        with undisturbed(potential.device):
+            self.potential = sharing_copy(potential, differentiable=False).eval()
         self.asked, self.weights_change = way, weights_change
         self.quick: Potential | None = None
         """the potential with kernels"""
@@ -87,14 +88,15 @@ class Engine:
         self._isolated: Any = None
         self._lock = threading.RLock()
         """tables, programs and recordings answer one at a time"""
-        with torch.no_grad():
-            self._isolated = None if weights_change else self.potential.isolated_outputs()
-        if way != "plain":
-            self.quick = self._with_kernels()
-        if way == "program":
-            self.program = self._program(make=True)
-        elif way == "auto" and not weights_change and not self._records and not potential.long_ranged:
-            self.program = self._program(make=False)
+        with undisturbed(potential.device):
+            with torch.no_grad():
+                self._isolated = None if weights_change else self.potential.isolated_outputs()
+            if way != "plain":
+                self.quick = self._with_kernels()
+            if way == "program":
+                self.program = self._program(make=True)
+            elif way == "auto" and not weights_change and not self._records and not potential.long_ranged:
+                self.program = self._program(make=False)
 
     @property
     def way(self) -> str:
@@ -108,8 +110,8 @@ class Engine:
 
         Programs and CUDA graphs leave to the kernels what they cannot take: lone atoms, or batches of which there is no program.
         """
-        with self._lock:
-            out = self._predict(graph, stress)
+        with self._lock, undisturbed(self.potential.device):
+            out = self._predict(graph.differentiable(), stress)
         return out if self.dispersion is None else self._dispersed(self.dispersion, out, graph)
 
     def _predict(self, graph: Graph, stress: bool) -> Prediction:
@@ -128,8 +130,8 @@ class Engine:
 
         With "auto" the potential is compiled if that saves more time than it takes. "program" gets one for batches, if this is one.
         """
-        with self._lock:
-            return self._expect(n_evaluations, graph)
+        with self._lock, undisturbed(self.potential.device):
+            return self._expect(n_evaluations, graph.differentiable())
 
     def _expect(self, n_evaluations: int, graph: Graph) -> str:
         batch = graph.n_graphs > 1
