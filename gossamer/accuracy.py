@@ -96,7 +96,7 @@ def write_worst(engine: Engine, structures: Sequence[Structure], evaluation: Eva
     by_index = {f["index"]: f for f in evaluation.frames}
     for index in evaluation.worst(n):
         atoms = structures[index].to_ase()
-        predicted = engine.potential.predict([structures[index]], run=engine)[0]
+        predicted = engine.potential.predict([structures[index]], run=engine, refuse=False)[0]
         atoms.info |= {k: v for k, v in by_index[index].items() if k != "name"} | {"predicted_energy": predicted["energy"]}
         atoms.info["source"] = structures[index].name.replace("'", "")
         atoms.arrays["predicted_forces"] = predicted["forces"]

@@ -212,7 +212,7 @@ def evaluate_potential(
     kept = 0
     for start, batch in batches_by_atoms(structures, batch_atoms):
         wants_stress = potential.conservative and any(s.stress is not None for s in batch)
-        predictions = potential.predict(batch, wants_stress, run, uncertainty=potential.uncertainty is not None)
+        predictions = potential.predict(batch, wants_stress, run, uncertainty=potential.uncertainty is not None, refuse=False)
         for offset, (s, p) in enumerate(zip(batch, predictions, strict=True)):
             frame: dict[str, Any] = {"index": start + offset, "name": s.name}
             counted = s.free if free_atoms_only else np.ones(s.n_atoms, dtype=bool)

@@ -38,6 +38,8 @@ NO_UNCERTAINTY = (
 )
 BONDED = 0.8
 """of the sum of the covalent radii: where the repulsion ends for pairs that the training data lacks"""
+MOST_CHARGE = 0.1
+"""e of a crystal, beyond which ``net_charge: refuse`` refuses it"""
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
 
@@ -62,7 +64,7 @@ class PotentialConfig:
     """Å, σ in erf(r / (sqrt 2 σ)) / r: nearer than this two charges hardly see one another."""
     net_charge: Literal["neutralise", "keep", "refuse"] = "neutralise"
     """What becomes of charges that do not sum to zero. "neutralise": the rest is taken off all atoms alike. "keep": as they are; a crystal
-    then has a uniform background. "refuse": likewise, but the calculator refuses a crystal of more than 0.1 e."""
+    then has a uniform background. "refuse": likewise, but a crystal of more than 0.1 e is refused, however the potential is run."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -336,6 +338,20 @@ class Potential(Float64):
         found = {"energy": energy, "forces": forces}
         return {f"{name}_uncertainty": found[name] for name in self.uncertainty.known}
 
+    def refuse_charged(self, prediction: Prediction, graph: Graph) -> None:
+        """Raise ValueError for a crystal whose latent charges do not sum to zero, if the settings ask for it (`PotentialConfig.net_charge`)."""
+        if prediction.charges is None or self.potential_config.net_charge != "refuse":
+            return
+        sums = sum_by_index(prediction.charges, graph.graph_index, graph.n_graphs)
+        charged = (graph.periodic.all(dim=1) & (sums.abs() > MOST_CHARGE)).nonzero()[:, 0].tolist()
+        if charged:
+            k = charged[0]
+            name = graph.names[k] if graph.names else f"Structure {k}"
+            raise ValueError(
+                f"{name}: its latent charges sum to {float(sums[k]):+.2f} e, and the potential refuses crystals of more than {MOST_CHARGE} "
+                "(potential.net_charge): it is unlike the training data, or charged. Train with net_charge neutralise or keep to have it all the same."
+            )
+
     def _leaves(self, graph: Graph, need_gradient: bool) -> tuple[Tensor, ...]:
         """What energies are differentiated by: edge vectors; for terms that see positions and cells, also positions and strains.
 
@@ -489,6 +505,7 @@ class Potential(Float64):
         run: Callable[[Graph, bool], Prediction] | None = None,
         batch_atoms: int = 2048,
         uncertainty: bool = False,
+        refuse: bool = True,
     ) -> list[dict[str, Any]]:
         """Energy (eV), forces (eV/Å) and stress (eV/Å³; None without a volume) of each structure as numpy arrays, in evaluation mode.
 
@@ -498,9 +515,11 @@ class Potential(Float64):
             run: An engine of this potential that evaluates in its place.
             batch_atoms: Atoms evaluated at once.
             uncertainty: Also `uncertainties`.
+            refuse: Refuse what the settings ask to refuse (`refuse_charged`); without, errors on frames with labels can be told.
 
         Raises:
-            ValueError: an element that is not in the table, a periodic structure without a cell, or no uncertainty where it is asked for.
+            ValueError: an element that is not in the table, a periodic structure without a cell, a charged one that is refused, or no
+                uncertainty where it is asked for.
         """
         given = [structures] if isinstance(structures, Structure | Atoms) else structures
         chosen = [as_structure(s, f"structure {k}") for k, s in enumerate(given)]
@@ -508,18 +527,27 @@ class Potential(Float64):
         self.eval()
         try:
             return [
-                answer for _, batch in batches_by_atoms(chosen, batch_atoms) for answer in self._predict(batch, stress, run, uncertainty)
+                answer
+                for _, batch in batches_by_atoms(chosen, batch_atoms)
+                for answer in self._predict(batch, stress, run, uncertainty, refuse)
             ]
         finally:
             self.train(was_training)
 
     def _predict(
-        self, structures: Sequence[Structure], stress: bool, run: Callable[[Graph, bool], Prediction] | None, uncertainty: bool
+        self,
+        structures: Sequence[Structure],
+        stress: bool,
+        run: Callable[[Graph, bool], Prediction] | None,
+        uncertainty: bool,
+        refuse: bool,
     ) -> list[dict[str, Any]]:
         """The same for one batch."""
         graph = self.collate(structures)
         wanted = stress and self.conservative
         out = self(graph, stress=wanted) if run is None else run(graph, wanted)
+        if refuse:
+            self.refuse_charged(out, graph)
         sizes = [s.n_atoms for s in structures]
         values = {name: value.detach().cpu() for name, value in out.values.items()}
         parts = {name: torch.split(v, sizes) if QUANTITIES[name].per == "atom" else v for name, v in values.items()}

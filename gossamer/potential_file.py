@@ -65,7 +65,7 @@ def save(
     check_sizes(potential)
     tensors = {f"network.{k}": v.detach().cpu().contiguous() for k, v in potential.network.state_dict().items()}
     if stored is None:
-        stored = potential.predict(check) if check else []
+        stored = potential.predict(check, refuse=False) if check else []
     for k, (structure, predicted) in enumerate(zip(check, stored, strict=True)):
         parts = {
             "atomic_numbers": structure.atomic_numbers,
@@ -417,7 +417,7 @@ def _verify(potential: Potential, tensors: Mapping[str, Tensor], n_check: int, p
     for k in range(n_check):
         structure = _stored(tensors, k)
         stored = _stored_prediction(tensors, k)
-        problem = deviates(potential.predict([structure])[0], stored, structure.n_atoms, precision)
+        problem = deviates(potential.predict([structure], refuse=False)[0], stored, structure.n_atoms, precision)
         if problem is not None:
             raise ValueError(
                 f"'{path}' gives {problem} on {structure.name}, on {potential.device} in {potential.dtype}. Do not use it on this machine."

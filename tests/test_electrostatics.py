@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
 from pathlib import Path
 
 import ase.io
@@ -14,6 +16,7 @@ from ase.calculators.singlepoint import SinglePointCalculator
 from conftest import make_potential, often
 from test_training import interrupt
 
+from gossamer.accuracy import evaluate
 from gossamer.checks.conservation import force_gradient_error, stress_gradient_error
 from gossamer.checks.symmetry import net_force, symmetry_errors
 from gossamer.data.batch import collate
@@ -25,6 +28,8 @@ from gossamer.potential_file import load, save
 from gossamer.runs import train
 from gossamer.simulation.calculator import Calculator
 from gossamer.simulation.lammps import export_lammps
+from gossamer.simulation.options import RelaxConfig
+from gossamer.simulation.relax import relax_files
 from gossamer.training.compiled import CompiledForward
 
 LONG = {"long_range": "latent_charges"}
@@ -176,7 +181,7 @@ def test_symmetry_and_extensivity(system: str, request: pytest.FixtureRequest) -
 
 
 @pytest.mark.parametrize(
-    ("net_charge", "message"), [("neutralise", None), ("keep", None), ("refuse", "sum to .* e, and the potential refuses")]
+    ("net_charge", "message"), [("neutralise", None), ("keep", None), ("refuse", "charges sum to .* e, and the potential refuses")]
 )
 def test_net_charge(net_charge: str, message: str | None, crystal: Atoms) -> None:
     calculator = Calculator(with_charges(net_charge=net_charge), way="plain")
@@ -190,6 +195,63 @@ def test_net_charge(net_charge: str, message: str | None, crystal: Atoms) -> Non
     assert (abs(calculator.get_charges(crystal).sum()) < 1e-10) == (net_charge == "neutralise")
     lone = Atoms("O", calculator=calculator)
     assert lone.get_potential_energy() == pytest.approx(calculator.potential.statistics.reference_energies["O"])
+
+
+REFUSED = r"charges sum to [+-].* e, and the potential refuses"
+
+
+@pytest.mark.parametrize("way", ["predict", "torchsim", "relax", "ipi", "openmm"])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::SyntaxWarning")
+def test_charged_crystals_are_refused_wherever_forces_are_asked_for(way: str, tmp_path: Path) -> None:
+    potential = with_charges(net_charge="refuse")
+    neutral, charged = molecule("SiH4"), bulk("Si", cubic=True).repeat(2)
+    if way == "predict":
+        for run in (None, Engine(potential, "plain")):
+            with pytest.raises(ValueError, match=f"structure 1: its latent {REFUSED}"):
+                potential.predict([neutral, charged], run=run)
+    elif way == "torchsim":
+        torch_sim = pytest.importorskip("torch_sim")
+        from gossamer.simulation.torchsim import TorchSimModel
+
+        state = torch_sim.initialize_state([charged, charged], torch.device("cpu"), torch.float64)
+        with pytest.raises(ValueError, match=f"Structure 0: its latent {REFUSED}"):
+            TorchSimModel(potential, way="plain")(state)
+    elif way == "relax":  # the others are relaxed
+        pytest.importorskip("torch_sim")
+        for name, atoms in (("charged", charged), ("neutral", neutral)):
+            ase.io.write(tmp_path / f"{name}.xyz", atoms)
+        files = [tmp_path / "charged.xyz", tmp_path / "neutral.xyz"]
+        refused, relaxed = relax_files(potential, files, RelaxConfig(engine="torchsim", steps=2, out=tmp_path / "out", way="plain"))
+        assert re.search(REFUSED, refused["error"])
+        assert "error" not in relaxed
+    elif way == "ipi":
+        pytest.importorskip("ipi")
+        from gossamer.simulation.ipi_driver import Driver
+
+        ase.io.write(tmp_path / "si.xyz", charged)
+        with pytest.raises(ValueError, match=REFUSED):
+            Driver(potential, tmp_path / "si.xyz", way="plain")(charged.cell.array.T, charged.positions)
+    else:
+        openmm = pytest.importorskip("openmm")
+        from gossamer.simulation.openmm import PotentialImpl, from_ase
+
+        topology, positions, _ = from_ase(charged)
+        system = openmm.System()
+        for _ in charged:
+            system.addParticle(28.0)
+        system.setDefaultPeriodicBoxVectors(*topology.getPeriodicBoxVectors())
+        PotentialImpl(potential, way="plain").addForces(topology, system, None, 0)
+        context = openmm.Context(system, openmm.VerletIntegrator(0.001), openmm.Platform.getPlatformByName("Reference"))
+        context.setPositions(positions)
+        with pytest.raises(openmm.OpenMMException, match=REFUSED):
+            context.getState(energy=True)
+
+
+def test_errors_of_charged_crystals_are_told(tmp_path: Path) -> None:
+    """Validation, evaluation and the structures that a file holds are not refused: what a potential says of labelled frames is to be known."""
+    potential, crystal = with_charges(net_charge="refuse"), as_structure(bulk("Si"))
+    save(potential, tmp_path / "p.safetensors", [crystal])
+    assert evaluate(tmp_path / "p.safetensors", [replace(crystal, energy=-5.0)], out=tmp_path).energy.count == 1
 
 
 def test_two_charges_far_apart_see_one_another() -> None:

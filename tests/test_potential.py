@@ -180,15 +180,15 @@ def test_other_predictions_on_loading_are_refused(tmp_path: Path, ethanol: Atoms
     path = saved(tmp_path, ethanol)
     original = Potential.predict
 
-    def wrong(self, structures, stress=True):
-        out = original(self, structures, stress)
+    def wrong(self, structures, **options):
+        out = original(self, structures, **options)
         return [{**p, "forces": p["forces"] + 0.01} for p in out]
 
     monkeypatch.setattr(Potential, "predict", wrong)
     with pytest.raises(ValueError, match="gives other forces here than when it was saved"):
         load(path)
     monkeypatch.setattr(
-        Potential, "predict", lambda self, s, stress=True: [{**p, "energy": p["energy"] + 1} for p in original(self, s, stress)]
+        Potential, "predict", lambda self, s, **options: [{**p, "energy": p["energy"] + 1} for p in original(self, s, **options)]
     )
     with pytest.raises(ValueError, match="gives another energy here"):
         load(path)

@@ -119,7 +119,8 @@ class Calculator(ASECalculator):
         evaluation; they sum to the stress.
 
         Raises:
-            ValueError: unknown element, positions that are not finite, or two atoms on one spot.
+            ValueError: unknown element, positions that are not finite, two atoms on one spot, or a crystal that is refused
+                (`Potential.refuse_charged`).
             PropertyNotImplementedError: stress or stresses of direct forces, or of a structure without a volume.
         """
         super().calculate(atoms, properties, system_changes)
@@ -150,8 +151,7 @@ class Calculator(ASECalculator):
         if not np.isfinite(forces).all():
             self._explain_not_finite(graph)
         charges = None if out.charges is None else out.charges.cpu().numpy()
-        if charges is not None:
-            self._check_charge(charges)  # before there are results, which ASE would give to the next who asks
+        self.potential.refuse_charged(out, graph)  # before there are results, which ASE would give to the next who asks
         self._last = out, graph
         self.results = {"energy": float(energy[0]), "free_energy": float(energy[0]), "energies": energies, "forces": forces}
         if self.engine.dispersion is not None:
@@ -205,18 +205,9 @@ class Calculator(ASECalculator):
             edge_index=edge_index,
             edge_shifts=edge_shifts,
             pbc=torch.from_numpy(atoms.pbc[None]).to(device),
+            names=("This structure",),
         )
         return self.potential.prune(graph)
-
-    def _check_charge(self, charges: NDArray[np.float64], most: float = 0.1) -> None:
-        """Refuse a crystal whose charges do not sum to zero, if the potential's settings ask for it."""
-        assert self.atoms is not None
-        net = float(charges.sum())
-        if self.potential.potential_config.net_charge == "refuse" and self.atoms.pbc.all() and abs(net) > most:
-            raise ValueError(
-                f"The latent charges of this cell sum to {net:+.2f} e, and the potential refuses more than {most} (potential.net_charge): "
-                "the structure is unlike the training data, or charged. Train with net_charge neutralise or keep to have it all the same."
-            )
 
     def _explain_not_finite(self, graph: Graph) -> None:
         lengths = graph.edge_vectors().norm(dim=1)

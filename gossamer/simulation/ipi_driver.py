@@ -94,7 +94,8 @@ class Driver(Dummy_driver):
             pos: (n_atoms, 3) Bohr.
 
         Raises:
-            ValueError: a number of atoms that the template does not have, or forces that are not finite.
+            ValueError: a number of atoms that the template does not have, forces that are not finite, or a crystal that is refused
+                (`Potential.refuse_charged`).
         """
         if isinstance(cell, list):
             return self.batch(np.array(cell), np.array(pos))
@@ -114,6 +115,7 @@ class Driver(Dummy_driver):
             self.engine.expect(1, graph)  # the program of batches, made or read now
             self._expected = True
         out = self.engine(graph, stress=self.periodic)
+        self.potential.refuse_charged(out, graph)
         assert out.forces is not None
         energies, forces = out.energy.detach().cpu().numpy().astype(np.float64), out.forces.detach().cpu().numpy().astype(np.float64)
         if not np.isfinite(forces).all():

@@ -45,6 +45,8 @@ def check_atoms(potential: Potential, atoms: Atoms) -> None:
     if atoms.constraints:
         raise ValueError("Constraints are not known to TorchSim. Choose engine ase, or remove them.")
     check_axes(atoms)
+    if potential.network.charges is not None:
+        potential.predict(atoms, stress=False)  # what is refused is refused alone, not amid a batch
 
 
 class TorchSimModel(ModelInterface):
@@ -116,7 +118,8 @@ class TorchSimModel(ModelInterface):
 
         Raises:
             TypeError: an unknown keyword.
-            ValueError: an unknown element, or positions that are not finite; says in which structure.
+            ValueError: an unknown element, positions that are not finite, or a crystal that is refused (`Potential.refuse_charged`); says in
+                which structure.
         """
         if kwargs:
             raise TypeError(f"TorchSimModel.forward takes the state alone, found {', '.join(sorted(kwargs))}.")
@@ -126,6 +129,7 @@ class TorchSimModel(ModelInterface):
             self.engine.expect(1, graph)  # the program of batches, made or read now
             self._expected = True
         out = self.engine(graph, stress=self._compute_stress)
+        self.potential.refuse_charged(out, graph)
         self._last = out, graph
         found = {"energy": out.energy}
         if self._compute_forces:

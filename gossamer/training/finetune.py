@@ -131,7 +131,7 @@ def adapt_statistics(start: Potential, fresh: Statistics, structures: Sequence[S
     chosen = [s for s in chosen if s.energy is not None]
     if chosen:
         # the start cannot say anything about frames with new elements but the sum of reference energies
-        predicted = [start.predict([s], stress=False)[0]["energy"] if set(s.atomic_numbers.tolist()) <= known
+        predicted = [start.predict([s], stress=False, refuse=False)[0]["energy"] if set(s.atomic_numbers.tolist()) <= known
                      else sum(base[chemical_symbols[z]] for z in s.atomic_numbers) for s in chosen]  # fmt: skip
         rows = np.array([[float((s.atomic_numbers == number_of[e]).sum()) for e in elements] for s in chosen])
         sizes = rows.sum(axis=1, keepdims=True)
