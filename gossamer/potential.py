@@ -100,7 +100,8 @@ def undisturbed(device: torch.device) -> Iterator[None]:
         if torch.is_inference_mode_enabled():
             modes.enter_context(torch.inference_mode(False))
             modes.enter_context(torch.no_grad())
-        modes.enter_context(torch.autocast(device.type, enabled=False))
+        if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
+            modes.enter_context(torch.autocast(device.type, enabled=False))
         yield
 
 
