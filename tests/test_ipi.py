@@ -71,8 +71,10 @@ class TestIPI:
             atoms.rattle(0.05 * k, seed=k)
             atoms.set_cell((1 + 0.01 * k) * atoms.cell.array, scale_atoms=True)
         write(tmp_path / "template.xyz", frames[0], format="extxyz")
-        potential = make_potential(["Si"])
+        potential = make_potential(["Si"]).train()
         driver = Driver(potential, tmp_path / "template.xyz")
+        assert potential.training  # and may go on
+        assert all(p.requires_grad for p in potential.parameters())
         cells = [atoms.cell.array.T / units.Bohr for atoms in frames]
         together = driver(cells, [atoms.positions / units.Bohr for atoms in frames])
         for atoms, cell, answer in zip(frames, cells, together, strict=True):

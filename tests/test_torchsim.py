@@ -138,6 +138,15 @@ class TestTorchSim:
         torch.testing.assert_close(out["forces"][8:], alone["forces"])
         assert "structures [0] of the batch are not finite" in caplog.text
 
+    def test_a_potential_that_is_given_stays_as_it_was(self) -> None:
+        """Its training goes on."""
+        from gossamer.simulation.torchsim import TorchSimModel
+
+        potential = make_potential(ELEMENTS).train()
+        TorchSimModel(potential, way="plain")(self.state(crystals()))
+        assert potential.training
+        assert all(p.requires_grad for p in potential.parameters())
+
     def test_dynamics_runs_on_its_forces(self) -> None:
         from gossamer.simulation.torchsim import TorchSimModel
 

@@ -71,8 +71,9 @@ class Driver(Dummy_driver):
             raise ValueError("way 'graph' records one structure. For batches choose auto, kernels, program or plain.")
         keep_freed_memory()
         atoms = as_atoms(template, 0)
-        self.potential = as_potential(model, device, dtype)
-        self.potential.eval().requires_grad_(False)
+        self.engine = Engine(as_potential(model, device, dtype), way, dispersion=dispersion)
+        self.potential = self.engine.potential
+        """the engine's: one that is given keeps its training mode and its gradients"""
         self.potential.check_elements(atoms.numbers, f"'{template}'")
         self.periodic = bool(atoms.pbc.any())
         if self.periodic and not atoms.pbc.all():
@@ -82,7 +83,7 @@ class Driver(Dummy_driver):
                 "This potential predicts forces directly: it has no virial, which i-PI asks for with every periodic structure."
             )
         self.numbers = atoms.numbers.astype(np.int64)
-        self.engine, self.graphs = Engine(self.potential, way, dispersion=dispersion), BatchGraphs(self.potential)
+        self.graphs = BatchGraphs(self.potential)
         self._expected = way != "program"
         super().__init__(verbose)
 

@@ -86,9 +86,9 @@ class TorchSimModel(ModelInterface):
         super().__init__()
         if way == "graph":
             raise ValueError("way 'graph' records one structure. For batches choose auto, kernels, program or plain.")
-        self.potential = as_potential(potential, device)
-        self.potential.eval().requires_grad_(False)
-        self.engine = Engine(self.potential, way, dispersion=dispersion)
+        self.engine = Engine(as_potential(potential, device), way, dispersion=dispersion)
+        self.potential = self.engine.potential
+        """the engine's: one that is given keeps its training mode and its gradients"""
         self.graphs = BatchGraphs(self.potential, skin)
         self._device, self._dtype = self.potential.device, dtype
         self._memory_scales_with = "n_atoms_x_density"
