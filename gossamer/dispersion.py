@@ -43,6 +43,11 @@ class Dispersed(NamedTuple):
     """(3, 3) eV, dE/d(strain): stress times volume"""
 
 
+def nothing(n_atoms: int) -> Dispersed:
+    """NaN: of what has no dispersion."""
+    return Dispersed(np.nan, np.full((n_atoms, 3), np.nan), np.full((3, 3), np.nan))
+
+
 class D3:
     """Energy, forces and stress of D3 for one functional."""
 

@@ -75,6 +75,10 @@ class Graph:
         """Which axes are periodic."""
         return self.cell.abs().sum(dim=2) > 0 if self.pbc is None else self.pbc
 
+    def name(self, k: int) -> str:
+        """What messages call a structure."""
+        return self.names[k] if self.names else f"Structure {k}"
+
     def atoms_per_graph(self) -> Float[Tensor, " n_graphs"]:
         ones = torch.ones_like(self.graph_index, dtype=self.cell.dtype)
         return torch.zeros(self.n_graphs, dtype=self.cell.dtype, device=ones.device).index_add(0, self.graph_index, ones)

@@ -347,9 +347,8 @@ class Potential(Float64):
         charged = (graph.periodic.all(dim=1) & (sums.abs() > MOST_CHARGE)).nonzero()[:, 0].tolist()
         if charged:
             k = charged[0]
-            name = graph.names[k] if graph.names else f"Structure {k}"
             raise ValueError(
-                f"{name}: its latent charges sum to {float(sums[k]):+.2f} e, and the potential refuses crystals of more than {MOST_CHARGE} "
+                f"{graph.name(k)}: its latent charges sum to {float(sums[k]):+.2f} e, and the potential refuses crystals of more than {MOST_CHARGE} "
                 "(potential.net_charge): it is unlike the training data, or charged. Train with net_charge neutralise or keep to have it all the same."
             )
 

@@ -138,6 +138,20 @@ class TestTorchSim:
         torch.testing.assert_close(out["forces"][8:], alone["forces"])
         assert "structures [0] of the batch are not finite" in caplog.text
 
+    def test_dispersion_of_atoms_on_one_another(self) -> None:
+        """is none, and that of the others of the batch what it is alone; what has no parameters is named."""
+        from gossamer.simulation.torchsim import TorchSimModel
+
+        model = TorchSimModel(make_potential([*ELEMENTS, "Rf"]), way="plain", dispersion="pbe")
+        structures = crystals()
+        alone = model(self.state(structures[1:]))
+        structures[0].positions[1] = structures[0].positions[0]
+        out = model(self.state(structures))
+        assert out["energy"].isnan().tolist() == [True, *[False] * (len(structures) - 1)]
+        torch.testing.assert_close(out["forces"][8:], alone["forces"])
+        with pytest.raises(ValueError, match="Structure 0: D3 has no parameters for Rf"):
+            model(self.state([bulk("Rf", "fcc", 5.0), bulk("Si")]))
+
     def test_a_potential_that_is_given_stays_as_it_was(self) -> None:
         """Its training goes on."""
         from gossamer.simulation.torchsim import TorchSimModel

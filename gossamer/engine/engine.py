@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gossamer.dispersion import D3, checked
+from gossamer.dispersion import D3, checked, nothing
 from gossamer.engine.agreement import TABLE_TOLERANCE, TOLERANCE, agree, probe, rattled
 from gossamer.engine.cuda_graph import CudaGraph
 from gossamer.engine.kernels.attach import attach_kernels, sharing_copy
@@ -164,11 +164,21 @@ class Engine:
         return self  # nothing of it belongs to one user; those of several threads take turns
 
     def _dispersed(self, d3: D3, out: Prediction, graph: Graph) -> Prediction:
-        """A prediction with the dispersion of each structure."""
+        """A prediction with the dispersion of each structure; NaN where the energy is none, as of atoms on one spot.
+
+        Raises:
+            ValueError: an element without parameters, or a periodic axis without a vector; says in which structure.
+        """
         numbers, positions, index, cells, pbc = (
             t.cpu().numpy() for t in (graph.atomic_numbers, graph.positions, graph.graph_index, graph.cell, graph.periodic)
         )
-        found = [d3(numbers[index == k], positions[index == k], cells[k], pbc[k]) for k in range(graph.n_graphs)]
+        found = []
+        for k, sound in enumerate(out.energy.isfinite().tolist()):
+            own = index == k
+            try:
+                found.append(d3(numbers[own], positions[own], cells[k], pbc[k]) if sound else nothing(int(own.sum())))
+            except ValueError as error:
+                raise ValueError(f"{graph.name(k)}: {error}") from None
         volumes = np.abs(np.linalg.det(cells))
         stresses = [d.virial / v if v > 1e-9 else np.full((3, 3), np.nan) for d, v in zip(found, volumes, strict=True)]
 
