@@ -677,6 +677,10 @@ def test_compiler_files_are_kept_and_those_altered_removed(
         assert not (folder / "two.so").exists()
     assert not is_kept("a")
     assert is_kept("b")
+    with pytest.raises(OSError, match="No space left"), kept_compiler_files("c"):  # the compiler's, whose step must not be used
+        raise OSError("No space left on device")
+    assert not is_kept("c")
+    assert os.environ.get("TORCHINDUCTOR_CACHE_DIR") != str(folder)
 
 
 def test_compiler_files_stay_where_the_user_or_a_broken_cache_wants_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -73,16 +73,17 @@ def kept_compiler_files(name: str) -> Iterator[None]:
     os.environ[VARIABLE] = str(own)
     try:
         yield
-        (own / f"{name}.compiled").touch()
-        write_text(own / DIGESTS, json.dumps(digests(own)))
-        cache.tidy()
-    except OSError as error:
-        log.info("the compiler's files are not kept: %s", error)
     finally:
         if found is None:
             os.environ.pop(VARIABLE, None)
         else:
             os.environ[VARIABLE] = found
+    try:
+        (own / f"{name}.compiled").touch()
+        write_text(own / DIGESTS, json.dumps(digests(own)))
+        cache.tidy()
+    except OSError as error:
+        log.info("the compiler's files are not kept: %s", error)
 
 
 def digests(folder: Path) -> dict[str, str]:
