@@ -310,7 +310,7 @@ class Potential(Float64):
                 if stress:
                     stress_values = self._stress(graph, leaves[0].detach(), slopes)
             elif forces:
-                force_values = direct
+                force_values = direct if direct is None or self.training else direct.detach()
         if not self.training:
             energy, node_energies = energy.detach(), node_energies.detach()
         return Prediction(

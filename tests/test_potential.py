@@ -62,6 +62,15 @@ def test_no_gradient_between_structures(ethanol: Atoms, crystal: Atoms) -> None:
     assert float(slope[~other].abs().max()) > 0
 
 
+@pytest.mark.parametrize("direct", [False, True])
+def test_predictions_are_differentiable_in_training_only(direct: bool, crystal: Atoms) -> None:
+    potential = make_potential(ELEMENTS, direct_forces=direct)
+    graph = potential.collate([structure(crystal)])
+    for training in (False, True):
+        out = potential.train(training)(graph)
+        assert [out.energy.requires_grad, out.node_energies.requires_grad, out.forces.requires_grad] == [training] * 3
+
+
 def test_lone_atom_table_is_the_same_as_lone_atoms_riding_along(crystal: Atoms) -> None:
     potential = make_potential(ELEMENTS)
     graph = potential.collate([structure(crystal)])
