@@ -410,7 +410,8 @@ class Potential(Float64):
             if self.network.charges is not None:
                 charges = self._charges(output.features[:n], species, graph)
                 smearing = self.potential_config.charge_smearing
-                result = result + coulomb_energies(charges, moved, cell, graph.periodic, graph.graph_index, smearing)
+                where = graph.periodic, graph.graph_index
+                result = result + coulomb_energies(charges, moved, cell, *where, smearing, names=graph.names)
         return result, direct, output.features[:n], charges
 
     def _charges(self, features: Tensor, species: Tensor, graph: Graph) -> Float[Tensor, " n_atoms"]:

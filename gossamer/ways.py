@@ -97,7 +97,7 @@ def parity(
         A `Row` for each way, as a dictionary.
 
     Raises:
-        ValueError: an unknown way, no structures, or a setting that cannot be.
+        ValueError: an unknown way, no structures or such as the potential has no forces for, or a setting that cannot be.
         FileNotFoundError: no such file.
     """
     wrong = sorted(set(ways or ()) - set(WAYS))
@@ -115,6 +115,9 @@ def parity(
         potential.check_elements(atoms.numbers, f"Structure {k}")
     limit = tolerance or TABLE_TOLERANCE[potential.dtype]
     exact = load(model, device, "float64").predict(frames, batch_atoms=1)
+    unsound = [k for k, answer in enumerate(exact) if not np.isfinite(answer["forces"]).all()]
+    if unsound:
+        raise ValueError(f"Structures {unsound}: the plain potential's own forces are not finite, as of atoms on one spot. Leave them out.")
     makers = {way: make for way, make in WAYS.items() if ways is None or way in ways}
     if exported is not None:
         makers["exported"] = _exported(Path(exported))

@@ -247,6 +247,13 @@ def test_charged_crystals_are_refused_wherever_forces_are_asked_for(way: str, tm
             context.getState(energy=True)
 
 
+def test_a_slab_is_named() -> None:
+    slab = bulk("Si", cubic=True)
+    slab.pbc = [True, True, False]
+    with pytest.raises(ValueError, match="structure 1 has pbc"):
+        with_charges().predict([bulk("Si"), slab], batch_atoms=2)
+
+
 def test_errors_of_charged_crystals_are_told(tmp_path: Path) -> None:
     """Validation, evaluation and the structures that a file holds are not refused: what a potential says of labelled frames is to be known."""
     potential, crystal = with_charges(net_charge="refuse"), as_structure(bulk("Si"))

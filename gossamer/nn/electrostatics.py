@@ -75,6 +75,7 @@ def coulomb_energies(
     graph_index: Int[Tensor, " N"],
     smearing: float,
     split: float | None = None,
+    names: Sequence[str] = (),
 ) -> Float[Tensor, " N"]:
     """Electrostatic energy of each atom, half of that of its pairs; differentiable twice by charges, positions and cells.
 
@@ -86,6 +87,7 @@ def coulomb_energies(
         graph_index: Structure of each atom, ascending.
         smearing: σ in Å; 0: point charges.
         split: η in Å, not below σ; None: what takes the least time.
+        names: What messages call the structures.
 
     Returns:
         eV, float64 where positions are.
@@ -96,8 +98,9 @@ def coulomb_energies(
     periodic = pbc.all(dim=1).tolist()
     mixed = [k for k, flags in enumerate(pbc.tolist()) if any(flags) and not all(flags)]
     if mixed:
+        name = names[mixed[0]] if names else f"structure {mixed[0]}"
         raise ValueError(
-            f"Long-range charges need a structure that is periodic along all axes or along none; structure {mixed[0]} has "
+            f"Long-range charges need a structure that is periodic along all axes or along none; {name} has "
             f"pbc {pbc[mixed[0]].tolist()}. Give a slab vacuum, and make it periodic along all axes."
         )
     charges = charges.to(positions.dtype)

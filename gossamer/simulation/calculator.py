@@ -205,7 +205,7 @@ class Calculator(ASECalculator):
             edge_index=edge_index,
             edge_shifts=edge_shifts,
             pbc=torch.from_numpy(atoms.pbc[None]).to(device),
-            names=("This structure",),
+            names=("this structure",),
         )
         return self.potential.prune(graph)
 
