@@ -138,6 +138,20 @@ class TestTorchSim:
         torch.testing.assert_close(out["forces"][8:], alone["forces"])
         assert "structures [0] of the batch are not finite" in caplog.text
 
+    def test_states_as_dictionaries(self) -> None:
+        from gossamer.simulation.torchsim import TorchSimModel
+
+        model = TorchSimModel(make_potential(ELEMENTS), way="plain")
+        state = self.state(crystals()[:1])
+        fields = {name: getattr(state, name) for name in ("positions", "cell", "atomic_numbers", "pbc")}
+        torch.testing.assert_close(model(fields)["energy"], model(state)["energy"])
+        with pytest.raises(ValueError, match="lacks atomic_numbers, pbc"):
+            model({name: fields[name] for name in ("positions", "cell")})
+        both = {name: torch.cat([value, value]) if name != "pbc" else value for name, value in fields.items()}
+        mixed = torch.arange(len(both["positions"])) % 2
+        with pytest.raises(ValueError, match="do not stand structure after structure"):  # before, edges of other atoms
+            model(both | {"system_idx": mixed})
+
     def test_dispersion_of_atoms_on_one_another(self) -> None:
         """is none, and that of the others of the batch what it is alone; what has no parameters is named."""
         from gossamer.simulation.torchsim import TorchSimModel

@@ -45,8 +45,11 @@ class BatchGraphs:
             index: (N,) the structure of each atom.
 
         Raises:
-            ValueError: an element that the potential does not know, or positions that are not finite; says in which structure.
+            ValueError: an element that the potential does not know, or positions that are not finite; says in which structure. Or atoms that
+                do not stand structure after structure.
         """
+        if (np.diff(index) < 0).any():
+            raise ValueError("The atoms do not stand structure after structure (system_idx is not ascending): sort them by structure.")
         counts = np.bincount(index, minlength=len(cells))
         if self._checked != numbers.tobytes():
             for k, part in enumerate(np.split(numbers, np.cumsum(counts)[:-1])):

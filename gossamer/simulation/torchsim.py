@@ -155,15 +155,22 @@ class TorchSimModel(ModelInterface):
             log.warning("energies of structures %s of the batch are not finite: atoms lie on one another", bad)
 
     def graph(self, fields: Mapping[str, Any]) -> Graph:
-        """The batch as the potential sees it, on its device.
+        """The batch as the potential sees it, on its device; all atoms are one structure where no system_idx says otherwise, as TorchSim has it.
 
         Raises:
-            ValueError: an element that the potential does not know, or positions that are not finite; says in which structure.
+            ValueError: a field that is missing, an element that the potential does not know, or positions that are not finite; says in which structure.
         """
+        missing = [name for name in ("positions", "cell", "atomic_numbers", "pbc") if name not in fields]
+        if missing:
+            raise ValueError(
+                f"The state lacks {', '.join(missing)}. It needs positions, cell, atomic_numbers, pbc, and system_idx of many structures."
+            )
 
         def on_cpu(name: str, kind: Any) -> Any:
             return np.ascontiguousarray(torch.as_tensor(fields[name]).detach().cpu().numpy(), dtype=kind)
 
         cells = np.ascontiguousarray(on_cpu("cell", np.float64).transpose(0, 2, 1))
         pbc = np.broadcast_to(on_cpu("pbc", bool), (len(cells), 3))
-        return self.graphs(on_cpu("atomic_numbers", np.int64), on_cpu("positions", np.float64), cells, pbc, on_cpu("system_idx", np.int64))
+        numbers = on_cpu("atomic_numbers", np.int64)
+        index = np.zeros(len(numbers), dtype=np.int64) if fields.get("system_idx") is None else on_cpu("system_idx", np.int64)
+        return self.graphs(numbers, on_cpu("positions", np.float64), cells, pbc, index)
