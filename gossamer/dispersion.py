@@ -172,8 +172,8 @@ def checked(functional: str, labels_functional: str | None, labels_dispersion: s
     d3 = D3(functional)
     if labels_dispersion == "included":
         raise ValueError(
-            f"dispersion '{functional}': this potential was trained on labels that hold dispersion already, which would be counted twice. "
-            "Leave it out, or train on labels without (gossamer data convert --subtract-dispersion)."
+            f"dispersion '{functional}': this potential was trained on labels that hold dispersion already, or it is added already, which would "
+            "be counted twice. Leave it out, or train on labels without (gossamer data convert --subtract-dispersion)."
         )
     if labels_functional is not None and labels_functional.lower().replace("-", "") != d3.functional:
         raise ValueError(

@@ -183,10 +183,16 @@ def test_a_potential_knows_whether_its_labels_held_it(
     if said == "included":
         with pytest.raises(ValueError, match=message):
             Calculator(path, way="plain", dispersion="pbe")
+        with pytest.raises(ValueError, match=message):
+            with_dispersion(Calculator(path, way="plain"), "pbe")
         return
     caplog.clear()
     calculator = Calculator(path, way="plain", dispersion="pbe")
     assert ("added on trust" in caplog.text) == (message is not None)
+    with pytest.raises(ValueError, match="added already"):
+        with_dispersion(calculator, "pbe")
+    with pytest.raises(ValueError, match="labels of this potential are of the functional PBE"):
+        with_dispersion(Calculator(path, way="plain"), "b3lyp")
     atoms = open_dataset(labelled)[0].to_ase()
     plain = load(path).predict(atoms)[0]
     expected = D3Calculator("pbe").get_potential_energy(atoms)

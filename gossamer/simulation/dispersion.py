@@ -10,7 +10,7 @@ from ase.calculators.calculator import PropertyNotImplementedError, all_changes
 from ase.calculators.mixing import SumCalculator
 from ase.stress import full_3x3_to_voigt_6_stress
 
-from gossamer.dispersion import D3
+from gossamer.dispersion import D3, checked
 
 
 class D3Calculator(ASECalculator):
@@ -44,5 +44,12 @@ class D3Calculator(ASECalculator):
 
 
 def with_dispersion(calculator: Any, functional: str) -> SumCalculator:
-    """Any ASE calculator with D3 of a functional on top; it gives what both give. One of our potentials takes ``dispersion`` itself."""
+    """Any ASE calculator with D3 of a functional on top; it gives what both give. One of our potentials takes ``dispersion`` itself.
+
+    Raises:
+        ValueError: a calculator of one of our potentials that has dispersion already, by its labels or as it was made, or of another functional.
+    """
+    known = getattr(getattr(calculator, "potential", None), "statistics", None)
+    if known is not None:
+        checked(functional, known.functional, "included" if calculator.engine.dispersion is not None else known.dispersion)
     return SumCalculator([calculator, D3Calculator(functional)])
