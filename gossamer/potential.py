@@ -519,6 +519,7 @@ class Potential(Float64):
             refuse: Refuse what the settings ask to refuse (`refuse_charged`); without, errors on frames with labels can be told.
 
         Raises:
+            TypeError: something else than structures, such as the name of a file.
             ValueError: an element that is not in the table, a periodic structure without a cell, a charged one that is refused, or no
                 uncertainty where it is asked for.
         """

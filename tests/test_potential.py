@@ -21,7 +21,7 @@ from gossamer.cli import main
 from gossamer.commands.common import print_errors
 from gossamer.config import make_config
 from gossamer.data.batch import collate
-from gossamer.data.structure import Structure
+from gossamer.data.structure import Structure, as_structure
 from gossamer.evaluation import evaluate_potential
 from gossamer.potential import Potential, PotentialConfig
 from gossamer.potential_file import FORMAT, _checksum, _kinds, as_potential, load, read_manifest, save, stored_structures
@@ -441,6 +441,17 @@ def test_predict_takes_atoms_of_ase(ethanol: Atoms, crystal: Atoms) -> None:
         potential.predict([ethanol, Atoms("Cu")])
     with pytest.raises(ValueError, match="periodic along"):
         potential.predict(Atoms("H", pbc=True))
+    with pytest.raises(TypeError, match=r"structure: expected ASE's Atoms or a gossamer.Structure, found str. Read files beforehand"):
+        as_structure("frames.xyz")
+
+
+def test_structures_in_single_precision(crystal: Atoms) -> None:
+    """as simulations keep them: sums over charges need one precision."""
+    bare = make_potential(ELEMENTS)
+    potential = Potential(bare.model_config, bare.statistics, PotentialConfig(long_range="latent_charges"))
+    exact = structure(crystal)
+    single = replace(exact, positions=exact.positions.astype(np.float32), cell=exact.cell.astype(np.float32))
+    assert potential.predict(single)[0]["energy"] == pytest.approx(potential.predict(exact)[0]["energy"], abs=1e-4)
 
 
 def test_long_lists_of_elements_are_sorted_and_short() -> None:

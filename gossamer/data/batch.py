@@ -38,8 +38,8 @@ def collate(
 
     return Graph(
         atomic_numbers=torch.from_numpy(np.concatenate([s.atomic_numbers for s in structures]).astype(np.int64)),
-        positions=torch.from_numpy(np.concatenate([s.positions for s in structures])),
-        cell=torch.from_numpy(np.stack([s.cell for s in structures])),
+        positions=torch.from_numpy(np.concatenate([s.positions for s in structures]).astype(np.float64, copy=False)),
+        cell=torch.from_numpy(np.stack([s.cell for s in structures]).astype(np.float64, copy=False)),
         graph_index=torch.from_numpy(np.repeat(np.arange(len(structures)), sizes)),
         edge_index=torch.from_numpy(edge_index.astype(np.int64, copy=False)),
         edge_shifts=torch.from_numpy(edge_shifts.astype(np.float64)),

@@ -130,10 +130,15 @@ def as_structure(atoms: Atoms | Structure, name: str = "structure") -> Structure
     """Atoms without their labels; a Structure as it is.
 
     Raises:
+        TypeError: something else, such as the name of a file.
         ValueError: no atoms, or a periodic axis without a length.
     """
     if isinstance(atoms, Structure):
         return atoms
+    if not isinstance(atoms, Atoms):
+        raise TypeError(
+            f"{name}: expected ASE's Atoms or a gossamer.Structure, found {type(atoms).__name__}. Read files beforehand (ase.io.read)."
+        )
     return Structure(
         atomic_numbers=atoms.numbers.astype(np.int64),
         positions=atoms.positions.astype(np.float64),
