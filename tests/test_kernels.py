@@ -27,6 +27,7 @@ from gossamer.checks.symmetry import net_force, separation_error, supercell_erro
 from gossamer.config import make_config
 from gossamer.data.readers import LabelConfig, from_atoms, read_structures
 from gossamer.data.statistics import compute_statistics
+from gossamer.data.structure import as_structure
 from gossamer.engine import cache as engine_cache
 from gossamer.engine import engine as engine_module
 from gossamer.engine.agreement import TABLE_TOLERANCE, agree, part_of, probe, rattled
@@ -299,6 +300,16 @@ def test_memory_layout_is_checked() -> None:
 
 
 # --- networks with kernels -------------------------------------------------------------------------------------------
+
+
+def test_edges_out_of_order_are_refused(crystal: Atoms) -> None:
+    """The network itself takes them in any order."""
+    potential = make_potential(ELEMENTS)
+    graph = potential.collate([as_structure(crystal)])
+    turned = replace(graph, edge_index=graph.edge_index.flip(1), edge_shifts=graph.edge_shifts.flip(0))
+    torch.testing.assert_close(potential(turned).energy, potential(graph).energy)
+    with pytest.raises(ValueError, match="not sorted by receiver"):
+        Engine(potential, "kernels")(turned)
 
 
 def test_precision_is_checked() -> None:

@@ -68,6 +68,13 @@ def register(convolution: Convolution, dtype: torch.dtype, device: str = "cpu", 
 
 
 def _sort_edges(edge_index: Tensor, nodes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """
+    Raises:
+        ValueError: edges that are not sorted by receiver, whose sums would be those of other atoms.
+    """
+    receiver = edge_index[1]
+    if bool((receiver[1:] < receiver[:-1]).any()):
+        raise ValueError("a kernel was given edges that are not sorted by receiver, as gossamer.neighbors and Graph have them: sort them")
     receiver_starts, sender_starts, by_sender = _fake_sort(edge_index, nodes)
     cpu.sorting().sort_edges(nodes.shape[0], edge_index.shape[1], *cpu.pointers(edge_index, receiver_starts, sender_starts, by_sender))
     return receiver_starts, sender_starts, by_sender
