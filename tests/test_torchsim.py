@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from test_uncertainty import measured, walk
 from gossamer.cli import main
 from gossamer.data.structure import as_structure
 from gossamer.neighbors import neighbor_list
+from gossamer.potential import Potential
 from gossamer.potential_file import save
 from gossamer.simulation.calculator import UNCERTAINTIES, Calculator
 from gossamer.simulation.options import RelaxConfig
@@ -220,6 +222,25 @@ class TestTorchSim:
                 assert np.linalg.norm(relaxed.get_stress(voigt=False), axis=1).max() * relaxed.get_volume() / len(relaxed) <= 0.002 + 1e-6
             else:
                 assert np.array_equal(relaxed.cell, start.cell)
+
+    @pytest.mark.filterwarnings("ignore::DeprecationWarning")
+    def test_answers_of_another_potential_are_not_taken_over(self, tmp_path: Path) -> None:
+        """nor those of other atoms, or with the cell as it was."""
+        potential, other = (make_potential(ELEMENTS, seed, name="schnet") for seed in (0, 1))
+        write(tmp_path / "a.extxyz", bulk("Si"))
+        config = RelaxConfig(out=tmp_path / "out", engine="torchsim", way="plain", steps=5)
+
+        def relaxed(potential: Potential, **options: Any) -> dict[str, Any]:
+            (answer,) = relax_files(potential, [tmp_path / "a.extxyz"], replace(config, **options))
+            return answer
+
+        first = relaxed(potential)
+        assert first["converged"]
+        assert relaxed(potential, resume=True)["energy_eV"] == pytest.approx(first["energy_eV"])
+        assert re.search("relaxed by potential .*; now", relaxed(other, resume=True)["error"])
+        assert ", cell. Relax into another" in relaxed(potential, resume=True, cell=True)["error"]
+        write(tmp_path / "a.extxyz", bulk("Fe"))
+        assert "is Si2 relaxed by" in relaxed(potential, resume=True)["error"]
 
     @pytest.mark.filterwarnings("ignore::DeprecationWarning")
     def test_what_did_not_converge_is_relaxed_again(self, tmp_path: Path) -> None:

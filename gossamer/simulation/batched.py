@@ -17,9 +17,11 @@ from ase.stress import full_3x3_to_voigt_6_stress
 from tqdm import tqdm
 
 from gossamer.data.atoms import as_atoms
+from gossamer.dispersion import D3
 from gossamer.files import atomic_path
 from gossamer.potential import Potential
 from gossamer.signals import StopRequested
+from gossamer.simulation.calculator import digest_of
 from gossamer.simulation.options import RelaxConfig
 from gossamer.simulation.torchsim import TorchSimModel
 
@@ -40,7 +42,7 @@ all, and late ones would get fewer"""
 BETWEEN = 5
 """steps between two looks at which structures are finished"""
 TOLD = ("converged", "steps")
-"""of an answer, kept in the info of a relaxed file"""
+"""of an answer, kept in the info of a relaxed file, with `relaxed_by`"""
 ROUNDED = 1e-7
 """eV/Å that forces in files may be off"""
 
@@ -61,6 +63,7 @@ def relax_batched(
         "stopped" in the last.
     """
     model = TorchSimModel(potential, config.way, compute_stress=config.cell, dispersion=config.dispersion)
+    maker = relaxed_by(potential, config)
     blocks = [[structures[k] for k in batch] for batch in batches([atoms for atoms, _ in structures])]
     with StopRequested() as stop, tqdm(total=len(structures), unit="structure", disable=None) as bar:
         for number, block in enumerate(blocks):
@@ -70,7 +73,7 @@ def relax_batched(
                 answer = _judged(model, atoms, n_steps, config)
                 if "error" not in answer:
                     left = bare(atoms)
-                    left.info |= {name: answer[name] for name in TOLD}
+                    left.info |= {name: answer[name] for name in TOLD} | {"relaxed_by": maker}
                     with atomic_path(out) as temporary:
                         ase.io.write(temporary, left, format="extxyz")
                 bar.update()
@@ -80,15 +83,33 @@ def relax_batched(
                 return
 
 
-def done_before(out: Path, config: RelaxConfig) -> dict[str, Any] | None:
+def relaxed_by(potential: Potential, config: RelaxConfig) -> str:
+    """What relaxes, in words for files: the potential's digest, its dispersion, and whether cells are relaxed."""
+    d3 = None if config.dispersion is None else D3(config.dispersion)
+    return f"potential {digest_of(potential, d3)}{', cell' if config.cell else ''}"
+
+
+def done_before(out: Path, start: Atoms, config: RelaxConfig, maker: str) -> dict[str, Any] | None:
     """What was answered of a structure that converged before, as its file says; None where it has to be relaxed.
 
+    Args:
+        out: The file.
+        start: The structure.
+        config: Options; fmax is used.
+        maker: What relaxes now (`relaxed_by`).
+
     Raises:
-        ValueError: the file cannot be read.
+        ValueError: the file cannot be read, or is of other atoms, another potential or other options.
     """
     if not out.exists():
         return None
     atoms = as_atoms(out)
+    before = atoms.info.get("relaxed_by", maker)  # older versions did not say
+    if before != maker or not np.array_equal(atoms.numbers, start.numbers):
+        raise ValueError(
+            f"'{out}' is {atoms.get_chemical_formula()} relaxed by {before}; now it would be {start.get_chemical_formula()} by {maker}. "
+            "Relax into another folder (--out)."
+        )
     if atoms.calc is None or not atoms.info.get("converged", True):  # older versions did not say
         return None
     largest = float(np.linalg.norm(atoms.get_forces(apply_constraint=False), axis=1).max())

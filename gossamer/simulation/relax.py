@@ -176,7 +176,7 @@ def _on_ase(model: Any, chosen: Sequence[tuple[Job, Path]], config: RelaxConfig)
 
 def _on_torchsim(model: Any, asked: Sequence[tuple[Job, Path]], config: RelaxConfig) -> list[dict[str, Any]]:
     """Many at once."""
-    from gossamer.simulation.batched import done_before, relax_batched
+    from gossamer.simulation.batched import done_before, relax_batched, relaxed_by
     from gossamer.simulation.torchsim import check_atoms
 
     if not isinstance(model, str | Path | Potential):
@@ -186,6 +186,7 @@ def _on_torchsim(model: Any, asked: Sequence[tuple[Job, Path]], config: RelaxCon
         raise ValueError(f"TorchSim relaxes by FIRE, not by {config.optimizer}. Leave optimizer out, or choose engine ase.")
     if config.cell and not potential.conservative:
         raise ValueError("Relaxing the cell needs stress, which a potential with direct forces does not have.")
+    maker = relaxed_by(potential, config)
     answers: list[dict[str, Any]] = []
     chosen: list[tuple[Atoms, Path]] = []
     named: dict[Path, str] = {}
@@ -193,12 +194,12 @@ def _on_torchsim(model: Any, asked: Sequence[tuple[Job, Path]], config: RelaxCon
         named[out] = job.said
         try:
             _keep_input(job.path, out)
-            before = done_before(out, config) if config.resume else None
+            atoms = as_atoms(job.path, job.frame, config.supercell)
+            before = done_before(out, atoms, config, maker) if config.resume else None
             if before is not None:
                 log.info("%s: done before, in '%s'", named[out], out)
                 answers.append({"structure": named[out], **before, "out": str(out)})
                 continue
-            atoms = as_atoms(job.path, job.frame, config.supercell)
             check_atoms(potential, atoms)
             if config.cell and not atoms.pbc.all():
                 raise ValueError(f"Relaxing the cell needs periodicity along all axes, found pbc {atoms.pbc.tolist()}.")
