@@ -172,8 +172,10 @@ class TestTorchSim:
         """Its training goes on."""
         from gossamer.simulation.torchsim import TorchSimModel
 
-        potential = make_potential(ELEMENTS).train()
-        TorchSimModel(potential, way="plain")(self.state(crystals()))
+        potential = make_potential(ELEMENTS, name="geodite", dropout=0.5).train()
+        model, state = TorchSimModel(potential, way="plain"), self.state(crystals())
+        energies = model(state)["energy"]
+        torch.testing.assert_close(model.train().to(torch.float32)(state)["energy"], energies, rtol=0, atol=0)
         assert potential.training
         assert all(p.requires_grad for p in potential.parameters())
 

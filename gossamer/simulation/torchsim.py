@@ -87,8 +87,6 @@ class TorchSimModel(ModelInterface):
         if way == "graph":
             raise ValueError("way 'graph' records one structure. For batches choose auto, kernels, program or plain.")
         self.engine = Engine(as_potential(potential, device), way, dispersion=dispersion)
-        self.potential = self.engine.potential
-        """the engine's: one that is given keeps its training mode and its gradients"""
         self.graphs = BatchGraphs(self.potential, skin)
         self._device, self._dtype = self.potential.device, dtype
         self._memory_scales_with = "n_atoms_x_density"
@@ -97,6 +95,12 @@ class TorchSimModel(ModelInterface):
         self.n_evaluations = 0
         """of batches, so far"""
         self._last: tuple[Prediction, Graph] | None = None
+
+    @property
+    def potential(self) -> Potential:
+        """The engine's: one that is given keeps its training mode and its gradients. No submodule: ``train`` and ``to`` of this one, which is
+        PyTorch's, do not reach it."""
+        return self.engine.potential
 
     @ModelInterface.compute_forces.setter  # type: ignore[attr-defined, misc]
     def compute_forces(self, compute_forces: bool) -> None:
