@@ -223,10 +223,11 @@ def load(path: Path | str, device: str | torch.device = "cpu", dtype: str | torc
         raise ValueError(
             f"'{path}' holds weights that are no real numbers ({strange[0]} is {weights[strange[0]].dtype}). Use another copy."
         )
-    potential = Potential(model, statistics, _built(PotentialConfig, manifest["potential"], "potential", path))
+    with torch.device("cpu"):  # whatever the default is
+        potential = Potential(model, statistics, _built(PotentialConfig, manifest["potential"], "potential", path))
+        potential.uncertainty = _uncertainty(manifest, tensors, len(statistics.elements), path)
     potential.seen = SeenFrames.from_arrays({k: v.numpy() for k, v in tensors.items() if k.startswith("seen.")})
     potential.imported = manifest.get("imported")
-    potential.uncertainty = _uncertainty(manifest, tensors, len(statistics.elements), path)
     if unverified(manifest):
         log.warning("'%s': %s", path, unverified(manifest))
     saved = DTYPES[manifest["dtype"]]

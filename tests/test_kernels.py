@@ -45,6 +45,7 @@ from gossamer.nn.coupling import Coupling, Irrep, paths_between
 from gossamer.nn.filters import VectorConvolution
 from gossamer.nn.products import Convolution, Edges, Product, ScalarConvolution
 from gossamer.potential import Potential, Prediction
+from gossamer.potential_file import save
 from gossamer.runs import train
 from gossamer.simulation.calculator import Calculator
 from gossamer.simulation.md import md
@@ -325,6 +326,20 @@ def test_autocast_of_others_changes_nothing(name: str, ethanol: Atoms) -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         found = [Calculator(potential, way=way).get_forces(ethanol) for way in ("plain", "kernels")]
     np.testing.assert_array_equal(found, expected)
+
+
+def test_the_default_device_changes_nothing(ethanol: Atoms, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of PyTorch, which many set to a GPU; here "meta", where no numbers are."""
+    potential = make_potential(ELEMENTS, name="mace", transform="agnesi")
+    save(potential, tmp_path / "p.safetensors", [as_structure(ethanol)])
+    monkeypatch.setattr(attach_module, "PAIR_BYTES", 0)  # tables of pairs are made when they are met
+    expected = Calculator(potential, way="kernels").get_forces(ethanol)
+    torch.set_default_device("meta")
+    try:
+        found = Calculator(tmp_path / "p.safetensors", way="kernels").get_forces(ethanol)
+    finally:
+        torch.set_default_device(None)
+    np.testing.assert_allclose(found, expected, atol=1e-9)
 
 
 def pair(name: str, dtype: torch.dtype = torch.float64) -> tuple[Calculator, Calculator]:

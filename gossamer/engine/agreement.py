@@ -123,7 +123,7 @@ def agree(plain: Prediction, other: Prediction, potential: Potential, graph: Gra
     volumes = torch.linalg.det(graph.cell).abs().clamp(min=1.0)
     sizes = {
         "energy": 1e-2 * max(scale, potential.energy_scale) * atoms,
-        "forces": torch.as_tensor(scale),
+        "forces": plain.forces.new_tensor(scale),
         "stress": (scale * atoms / volumes)[:, None, None],
     }
     for name, size in sizes.items():

@@ -49,7 +49,8 @@ def attach_kernels(potential: Potential, use: Use = "inference") -> Potential:
     exact = copy.deepcopy(network).cpu().double() if use == "inference" else None
     replaced = 0
     for path, operation in list(network.named_modules()):
-        kernel = _kernel_for(operation, path, network, exact, use)
+        with torch.device("cpu"):  # there tables are made, whatever the default is
+            kernel = _kernel_for(operation, path, network, exact, use)
         if kernel is not None:
             parent, _, name = path.rpartition(".")
             setattr(network.get_submodule(parent), name, kernel)
@@ -201,7 +202,8 @@ class TableKernel(nn.Module):
         if self.pairs:
             slots = self.slots.index_select(0, edges.pair)
             if not self.complete and (slots < 0).any():
-                self._add(edges.pair[slots < 0].unique().tolist(), self.table)
+                with torch.device("cpu"):
+                    self._add(edges.pair[slots < 0].unique().tolist(), self.table)
                 slots = self.slots.index_select(0, edges.pair)
             start = slots * (self.intervals + 1 + len(self.kinks))
             row = start if row is None else start + row
