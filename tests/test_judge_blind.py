@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import ase.io
 import numpy as np
@@ -110,6 +110,39 @@ def test_phonons_have_the_masses_of_the_atoms() -> None:
     heavy.set_masses([4 * 63.546])
     light, half = (phonons.mesh_frequencies(phonons.make_phonons(EMT(), a, [2, 2, 2]))[0].max() for a in (bulk("Cu"), heavy))
     assert half == pytest.approx(light / 2, rel=1e-3)
+
+
+def test_phonons_keep_isotopes_apart() -> None:
+    pytest.importorskip("phonopy")
+    ordered = bulk("Cu", cubic=True)
+    ordered.set_masses([200.0, 200.0, 63.546, 63.546])
+    found = phonons.make_phonons(EMT(), ordered, [2, 2, 2])
+    assert sorted(found.primitive.masses) == pytest.approx([63.546, 200.0])  # one of them alone: 4.4 or 7.8 THz instead of 6.9
+    assert phonons.mesh_frequencies(found)[0].max() == pytest.approx(6.911, abs=1e-3)  # of all four atoms, without symmetry
+    with pytest.raises(ValueError, match="several masses"):
+        heat.conductivity(EMT(), ordered)
+
+
+def test_phonons_of_magnets_have_their_moments() -> None:
+    pytest.importorskip("phonopy")
+
+    class Magnet(EMT):
+        """EMT that asks for the moments of every structure."""
+
+        moments: ClassVar[list[float]] = []
+
+        def calculate(self, atoms: Any = None, *rest: Any) -> None:
+            super().calculate(atoms, *rest)
+            self.moments += [*np.abs(atoms.get_initial_magnetic_moments()).tolist(), atoms.get_initial_magnetic_moments().sum() + 2.0]
+
+    magnet = bulk("Cu", cubic=True)
+    magnet.set_initial_magnetic_moments([2.0, 2.0, -2.0, -2.0])
+    found = phonons.make_phonons(Magnet(), magnet, [2, 2, 2])
+    assert len(found.primitive) == 2  # up and down are different
+    assert set(Magnet.moments) == {2.0}
+    magnet.info["charge"] = 1
+    with pytest.raises(ValueError, match=r"charge 1 and spin 1\. Give initial magnetic moments"):
+        phonons.make_phonons(EMT(), magnet, [2, 2, 2])
 
 
 def test_moduli_of_stress_and_energy_are_of_the_same_cells() -> None:

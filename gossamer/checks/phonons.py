@@ -29,23 +29,51 @@ def quiet() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="primitive_matrix defaulted")
         warnings.filterwarnings("ignore", message=".*acoustic mode.* at Gamma")
+        warnings.filterwarnings("ignore", message=".*magnetic ordering that breaks")
         yield
 
 
 def to_phonopy(atoms: Atoms) -> Any:
-    """phonopy's atoms, with masses of their own where they have some."""
+    """phonopy's atoms, with masses and magnetic moments of their own where they have some.
+
+    Isotopes of one element get numbers ("Fe", "Fe1"): no symmetry may exchange them, where phonopy is told to look at the numbers.
+
+    Raises:
+        ValueError: a charge, or a spin of the whole: of a supercell neither is known.
+    """
     from phonopy.structure.atoms import PhonopyAtoms
 
+    charge = atoms.info.get("charge", 0) or atoms.get_initial_charges().sum()
+    if abs(charge) > 1e-6 or atoms.info.get("spin", 1) not in (0, 1):
+        raise ValueError(
+            f"Vibrations are those of supercells, whose charge and spin are not known: this cell has charge {charge:g} and spin "
+            f"{atoms.info.get('spin', 1)}. Give initial magnetic moments in place of a spin; charged crystals have no supercell."
+        )
     masses = atoms.get_masses() if atoms.has("masses") else None
-    places = atoms.get_scaled_positions()
-    return PhonopyAtoms(symbols=atoms.get_chemical_symbols(), cell=atoms.cell.array, scaled_positions=places, masses=masses)
+    moments = atoms.get_initial_magnetic_moments()
+    return PhonopyAtoms(
+        symbols=_numbered(atoms), cell=atoms.cell.array, scaled_positions=atoms.get_scaled_positions(), masses=masses,
+        magnetic_moments=moments if moments.any() else None,
+    )  # fmt: skip
+
+
+def _numbered(atoms: Atoms) -> list[str]:
+    """Symbols; the second and further masses of an element have a number."""
+    kinds: dict[str, list[float]] = {}
+    found = []
+    for symbol, mass in zip(atoms.get_chemical_symbols(), atoms.get_masses().tolist(), strict=True):
+        known = kinds.setdefault(symbol, [])
+        if mass not in known:
+            known.append(mass)
+        found.append(f"{symbol}{known.index(mass) or ''}")
+    return found
 
 
 def forces_of(calculator: Any, supercells: Sequence[Any], bar: Any = iter, net: bool = False) -> Array:
     """(n, n_atoms, 3) forces in eV/Å on phonopy's displaced supercells, the net force of each removed unless ``net`` is to stay."""
     out = []
     for cell in bar(supercells):
-        atoms = Atoms(cell.symbols, scaled_positions=cell.scaled_positions, cell=cell.cell, pbc=True)
+        atoms = Atoms(cell.numbers, scaled_positions=cell.scaled_positions, cell=cell.cell, pbc=True, magmoms=cell.magnetic_moments)
         atoms.calc = calculator
         forces = atoms.get_forces()
         out.append(forces if net else forces - forces.mean(axis=0))
@@ -65,7 +93,12 @@ def make_phonons(calculator: Any, atoms: Atoms, supercell: Sequence[int] | None 
     from phonopy import Phonopy
 
     with quiet():
-        phonons = Phonopy(to_phonopy(atoms), supercell_matrix=np.diag(supercell or supercell_for(atoms)), primitive_matrix="auto")
+        phonons = Phonopy(
+            to_phonopy(atoms),
+            supercell_matrix=np.diag(supercell or supercell_for(atoms)),
+            primitive_matrix="auto",
+            distinguish_symbol_index=True,
+        )
     phonons.generate_displacements(distance=displacement)
     assert phonons.supercells_with_displacements is not None
     phonons.forces = forces_of(calculator, phonons.supercells_with_displacements, bar, net=True)
@@ -212,7 +245,7 @@ def _phonons(candidate: Candidate, name: str, atoms: Atoms, panels: list[Panel],
     scale = float(np.abs(phonons.force_constants).max())
     acoustic = float(np.abs(np.sort(np.abs(frequencies_at(phonons, np.zeros((1, 3)))[0]))[:3]).max())
     phonons.symmetrize_force_constants()
-    primitive = Atoms(phonons.primitive.symbols, scaled_positions=phonons.primitive.scaled_positions, cell=phonons.primitive.cell, pbc=True)
+    primitive = Atoms(phonons.primitive.numbers, scaled_positions=phonons.primitive.scaled_positions, cell=phonons.primitive.cell, pbc=True)
     qpoints, x, ticks = band_path(primitive)
     bands = frequencies_at(phonons, qpoints)
     drawn, compared = beside_reference(phonons, primitive, ticks, reference, name) if reference else ([], [])

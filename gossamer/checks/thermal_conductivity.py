@@ -69,10 +69,15 @@ def conductivity(
         ``kappa`` (W/m/K, mean of the three directions; NaN if a frequency is imaginary or symmetry was lost), ``mode_kappa``
         (n_q, n_bands; weighted, sums to kappa times the sum of weights), ``weights``, ``frequencies`` (THz), ``converged``,
         ``same_symmetry``, ``imaginary``.
+
+    Raises:
+        ValueError: several isotopes of one element, or what ``to_phonopy`` refuses.
     """
     from phono3py import Phono3py
 
     info = atoms.info
+    if any(symbol[-1].isdigit() for symbol in to_phonopy(atoms).symbols):
+        raise ValueError("Atoms of one element have several masses, which phono3py's symmetry would exchange. Give each element one mass.")
     cell, converged, same = relax_symmetric(calculator, atoms) if relax else (atoms.copy(), True, True)
     with quiet():
         solver = Phono3py(
