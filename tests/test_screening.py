@@ -296,6 +296,10 @@ def test_ids_say_file_frame_and_content(tmp_path: Path) -> None:
     ordinary.set_masses(ordinary.get_masses())
     isotope.set_masses([65.0, *isotope.get_masses()[1:]])
     assert digest_of(ordinary) == items[0].digest != digest_of(isotope)
+    ions = [ordinary.copy() for _ in range(3)]
+    for ion, charge in zip(ions[1:], (1, -1), strict=True):
+        ion.info["charge"] = charge
+    assert len({digest_of(ion) for ion in ions}) == 3
     ase.io.write(tmp_path / "isotope.extxyz", isotope)
     (read,) = read_items([tmp_path / "isotope.extxyz"])
     assert read.atoms.get_masses()[0] == 65.0

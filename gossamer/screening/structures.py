@@ -17,6 +17,8 @@ from gossamer.data.atoms import iterate_frames
 from gossamer.files import InputError, checksum
 
 KEPT = ("numbers", "positions", "tags", "masses", "initial_charges", "initial_magmoms")
+ELECTRONS = ("charge", "spin")
+"""entries of info that calculators read"""
 CLOSEST = 0.4
 """Å: no two atoms of any molecule or crystal are nearer (H2 has 0.74)"""
 
@@ -29,7 +31,7 @@ class Item:
     """its file, as given"""
     frame: int
     digest: str
-    """of elements, masses, positions, cell, periodicity and constraints; of the file where it cannot be read"""
+    """of elements, masses, positions, cell, periodicity, charges, spins and constraints; of the file where it cannot be read"""
     atoms: Atoms | None
     """without labels; None where the file cannot be read"""
     problem: str = ""
@@ -75,7 +77,7 @@ def bare(atoms: Atoms) -> Atoms:
     copy = atoms.copy()
     for name in set(copy.arrays) - set(KEPT):
         del copy.arrays[name]
-    copy.info = {k: v for k, v in copy.info.items() if k in ("charge", "spin", "name", "material_id")}
+    copy.info = {k: v for k, v in copy.info.items() if k in (*ELECTRONS, "name", "material_id")}
     return copy
 
 
@@ -93,6 +95,9 @@ def digest_of(atoms: Atoms) -> str:
         found.update(np.ascontiguousarray(array).tobytes())
     if atoms.has("masses") and not np.allclose(atoms.get_masses(), atomic_masses[atoms.numbers], rtol=1e-4):
         found.update(b"masses" + atoms.get_masses().tobytes())
+    for name in ELECTRONS:
+        if name in atoms.info:
+            found.update(f"{name} {atoms.info[name]}".encode())
     for constraint in atoms.constraints:
         found.update(repr(constraint.todict()).encode())
     return found.hexdigest()[:16]
