@@ -457,7 +457,7 @@ def test_near_atoms_are_found_across_the_cell() -> None:
 
 def written(path: Path, energies: list[float | None], **question: Any) -> Path:
     """Results of copper and gold, by hand."""
-    with Results(path, {"task": "relax", **question}) as results:
+    with Results(path, {"task": "relax", "fingerprint": "abc-None", **question}) as results:
         rows = [Row(str(k), "failed" if e is None else "converged", "", "CuAu" if k % 2 else "Cu2", 2, e and 2 * e, numbers={"hardness": -k})
                 for k, e in enumerate(energies)]  # fmt: skip
         results.write([row.columns("a.xyz", k, "potential") for k, row in enumerate(rows)])
@@ -480,7 +480,7 @@ def test_results_of_version_1_go_on(tmp_path: Path) -> None:
     late = Row("2", "timed out").columns("a.xyz", 2, "potential")
     with Results(path) as results, pytest.raises(sqlite3.IntegrityError):
         results.write([late])
-    with Results(path, {"task": "relax"}) as results:
+    with Results(path, {"task": "relax", "fingerprint": "abc-None"}) as results:
         assert results.rows() == before
         results.write([late])
         assert results.counts() == {"converged": 1, "failed": 1, "timed out": 1}
@@ -642,6 +642,20 @@ def test_the_hull_goes_into_the_results(tmp_path: Path) -> None:
     ase.io.write(tmp_path / "none.extxyz", [bulk("Cu")])
     with pytest.raises(InputError, match="frame 0: no energy"):
         read_references(tmp_path / "none.extxyz")
+    (tmp_path / "nan.extxyz").write_text('1\nProperties=species:S:1:pos:R:3 energy=nan pbc="F F F"\nCu 0 0 0\n')
+    with pytest.raises(InputError, match="frame 0: the energy is nan"):
+        read_references(tmp_path / "nan.extxyz")
+
+
+def test_the_hull_of_another_potential_is_none(tmp_path: Path) -> None:
+    path = written(tmp_path / "r.sqlite", [-1.0, -2.0])
+    same = written(tmp_path / "same.sqlite", [-1.5, -2.5], fingerprint="abc-float64-plain")
+    assert add_hull(path, same)["placed"] == 2
+    other = written(tmp_path / "other.sqlite", [-1.5, -2.5], fingerprint="def-None")
+    dispersed = written(tmp_path / "d3.sqlite", [-1.5, -2.5], fingerprint="abc-None with D3 of pbe", dispersion="pbe")
+    for reference in (other, dispersed):
+        with pytest.raises(InputError, match="was screened by another potential"):
+            add_hull(path, reference)
 
 
 # --- the machine ------------------------------------------------------------------------------------------------------

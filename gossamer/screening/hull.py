@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,17 +68,33 @@ def read_references(path: Path | str) -> list[Reference]:
         InputError: it cannot be read, or a frame has no energy.
     """
     path = Path(path)
-    if path.exists() and path.read_bytes()[:15] == b"SQLite format 3":
+    if _is_screening(path):
         with Results(path) as results:
             rows = [r for r in results.rows() if r["energy_per_atom"] is not None and r["status"] != "not converged"]
         return [Reference(fractions_of(r["formula"]), r["energy_per_atom"]) for r in rows]
     found = []
     for k, atoms in enumerate(read_frames(path)):
         energy = None if atoms.calc is None else atoms.calc.results.get("energy")
-        if energy is None:
-            raise InputError(f"'{path}', frame {k}: no energy. Every reference needs one, of the method of the screened structures.")
+        if energy is None or not np.isfinite(energy):
+            there = "no energy" if energy is None else f"the energy is {energy}"
+            raise InputError(f"'{path}', frame {k}: {there}. Every reference needs one, of the method of the screened structures.")
         found.append(Reference(fractions_of(atoms.get_chemical_formula()), float(energy) / len(atoms)))
     return found
+
+
+def _is_screening(path: Path) -> bool:
+    if not path.is_file():
+        return False
+    with open(path, "rb") as file:
+        return file.read(15) == b"SQLite format 3"
+
+
+def _method(question: Mapping[str, Any]) -> str:
+    """Whose energies a screening holds: calculator, or potential and dispersion; its precision and way of running are of no account."""
+    fingerprint, d3 = str(question["fingerprint"]), question.get("dispersion")
+    if question.get("calculator"):
+        return fingerprint
+    return fingerprint.partition("-")[0] + ("" if d3 is None else f" with D3 of {d3}")
 
 
 def add_hull(results: Path | str, reference: Path | str) -> dict[str, Any]:
@@ -89,11 +105,19 @@ def add_hull(results: Path | str, reference: Path | str) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: no such file.
-        InputError: of ``read_references``.
+        InputError: of ``read_references``, or references that another potential screened.
     """
     references = read_references(reference)
     content = checksum(reference)[:16]
     with Results(results) as open_:
+        if _is_screening(Path(reference)):
+            with Results(reference) as others:
+                asked, theirs = _method(open_.question), _method(others.question)
+            if asked != theirs:
+                raise InputError(
+                    f"'{reference}' was screened by another potential ({theirs[:80]}) than '{results}' ({asked[:80]}). Energies of two make no hull: "
+                    "screen both by the same, or, if the two are one method, export the references first (gossamer screen export)."
+                )
         energies = {
             r["id"]: None
             if r["energy_per_atom"] is None
