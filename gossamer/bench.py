@@ -63,7 +63,7 @@ def bench(
 
     Returns:
         For each candidate ``name``, ``rows`` (one for each size), ``growth`` (power n of time ~ atoms^n), ``stopped`` (why no larger
-        size) and, for our potentials, ``way`` and ``parameters``.
+        size) and, for our potentials, ``way`` (what ran; of each size in its row, and in the table) and ``parameters``.
 
     Raises:
         ValueError: nothing to time, two of one name, or settings that cannot be.
@@ -225,8 +225,8 @@ def _over_sizes(
             calculator = Calculator(candidate, way=job["way"])
         row = time_one(calculator, system, clock, job["seconds"])
         if "model" in job:
-            row.update(details(calculator, system, clock))
-            report("facts", {"way": calculator.engine.way})
+            row.update(details(calculator, system, clock), way=calculator.engine.way)
+            report("facts", {"way": row["way"]})
         report("row", row)
         previous = row
     return "the largest size asked for"
@@ -360,7 +360,7 @@ def table(records: Sequence[dict[str, Any]]) -> str:
     for record in records:
         for row in record["rows"]:
             cells = [
-                f"{record['name']}{' (' + record['mode'] + ')' if 'mode' in record else ''}", f"{row['atoms']:,}", cell(row, "edges", ","), cell(row, "ms"),
+                f"{record['name']}{' (' + row['way'] + ')' if 'way' in row else ''}", f"{row['atoms']:,}", cell(row, "edges", ","), cell(row, "ms"),
                 cell(row, "us_per_atom"), cell(row, "network_ms"), cell(row, "new_list_ms"), cell(row, "floor_ms"), cell(row, "times_floor", ".1f"),
                 cell(row, "memory_MB", ".0f"),
             ]  # fmt: skip

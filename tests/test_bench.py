@@ -18,7 +18,7 @@ from gossamer.bench import bench, ceilings, floor, least_work, table
 from gossamer.checks.source import named_path
 from gossamer.cli import main
 from gossamer.data.readers import LabelConfig, from_atoms
-from gossamer.engine.kernels.cpu import operations
+from gossamer.engine.kernels.cpu import Missing, operations
 from gossamer.potential_file import save
 from gossamer.simulation.calculator import Calculator
 
@@ -95,6 +95,20 @@ JOB = {
     "dtype": None,
     "atoms": bulk("Cu", cubic=True),
 }
+
+
+def test_the_table_says_what_ran(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not what was asked for: "auto" goes without kernels where they cannot be had."""
+
+    def none(*_: Any) -> None:
+        raise Missing("no compiler here")
+
+    monkeypatch.setattr("gossamer.engine.engine.attach_kernels", none)
+    rows: list[dict[str, Any]] = []
+    job = {**JOB, "sizes": [4], "way": "auto", "model": saved}
+    bench_module.measure(job, lambda kind, value: rows.append(value) if kind == "row" else None)
+    assert [row["way"] for row in rows] == ["plain"]
+    assert "| cu (plain) |" in table([{"name": "cu", "rows": rows}])
 
 
 def test_memory_is_read_before_the_ceilings_are_measured(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
