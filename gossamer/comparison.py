@@ -34,6 +34,8 @@ log = logging.getLogger(__name__)
 RECORD = "comparison.json"
 UNUSED = ("out", "training.minutes", "training.steps", "training.valid_every", "training.checkpoint_every", "training.clock")
 """settings that compare chooses, or that a run by the clock does not use"""
+RANKED = ("forces_mae_meV_per_A", "energy_mae_meV_per_atom")
+"""errors by which the table is sorted"""
 COMPILE_BUDGET = 0.25
 """largest share of the time that compiling may take; a run with less time trains without it"""
 
@@ -104,13 +106,17 @@ def name_configs(configs: Sequence[Path | str | Config]) -> dict[str, Config]:
 
 
 def check_same_data(named: dict[str, Config]) -> None:
-    """Raise ValueError if the configurations do not train and test on the same frames."""
+    """Raise ValueError if the configurations do not train and test on the same frames, or the same forces of them."""
     first, *others = named
+
+    def asked(config: Config) -> dict[str, Any]:
+        return {**flat(to_dict(config.data), "data."), "loss.free_atoms_only": config.loss.free_atoms_only}
+
     for name in others:
-        a, b = to_dict(named[first].data), to_dict(named[name].data)
-        differing = [k for k in a if a[k] != b[k]]
+        a, b = asked(named[first]), asked(named[name])
+        differing = [k for k in {**a, **b} if a.get(k) != b.get(k)]
         if differing:
-            listed = ", ".join(f"data.{k} ({a[k]!r} and {b[k]!r})" for k in differing)
+            listed = ", ".join(f"{k} ({a.get(k)!r} and {b.get(k)!r})" for k in differing)
             raise ValueError(f"'{first}' and '{name}' differ in {listed}. Errors compare only on the same data.")
 
 
@@ -247,7 +253,7 @@ def time_inference(potential: Potential, structure: Structure, repeats: int = 15
 
 
 def table(records: Sequence[dict[str, Any]]) -> str:
-    """The comparison as a Markdown table, best force error first; errors of the test set where there is one."""
+    """The comparison as a Markdown table, best force error first (without forces, best energy error); errors of the test set where there is one."""
 
     def error(key: str) -> Callable[[dict[str, Any]], str]:
         return lambda r: f"{errors(r)[key]:.3g}" if key in errors(r) else "-"
@@ -265,7 +271,7 @@ def table(records: Sequence[dict[str, Any]]) -> str:
         "force RMSE meV/Å": error("forces_rmse_meV_per_A"),
         "stress MAE meV/Å³": error("stress_mae_meV_per_A3"),
     }
-    ordered = sorted(records, key=lambda r: errors(r).get("forces_mae_meV_per_A", np.inf))
+    ordered = sorted(records, key=lambda r: [np.nan_to_num(errors(r).get(k, np.inf), nan=np.inf) for k in RANKED])
     rows = [list(columns), ["---"] * len(columns), *([show(r) for show in columns.values()] for r in ordered)]
     return "".join("| " + " | ".join(row) + " |\n" for row in rows).replace("| --- " * len(columns) + "|", "|---" * len(columns) + "|")
 

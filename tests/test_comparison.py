@@ -10,7 +10,7 @@ import yaml
 from conftest import ETHANOL
 
 from gossamer.cli import main
-from gossamer.comparison import RECORD, compare, contents_of, finished_run, name_configs, table
+from gossamer.comparison import RECORD, check_same_data, compare, contents_of, finished_run, name_configs, table
 from gossamer.config import load_config, make_config
 from gossamer.files import write_json
 from gossamer.settings import to_dict
@@ -110,10 +110,28 @@ def test_a_finished_run_is_kept_only_for_the_same_question(tmp_path: Path) -> No
         compare([path], 1.0, tmp_path / "out", resume=True, progress=False)
 
 
+def test_the_best_comes_first() -> None:
+    """By forces, or by energies where there are none; an error that is no number is the worst."""
+
+    def record(name: str, **found: float) -> dict:
+        taken = dict.fromkeys(("num_parameters", "train_step_ms", "inference_ms", "wall_seconds", "steps", "epochs"), 1)
+        return {"name": name, "compiled": False, "test": None, "valid": found, **taken}
+
+    def order(key: str, *values: float) -> list[str]:
+        lines = table([record(f"{value:g}", **{key: value}) for value in values]).splitlines()[2:]
+        return [line.split("|")[1].strip() for line in lines]
+
+    assert order("forces_mae_meV_per_A", 30.0, float("nan"), 10.0) == ["10", "30", "nan"]
+    assert order("energy_mae_meV_per_atom", 3.0, 1.0, 2.0) == ["1", "2", "3"]
+
+
 def test_wrong_use(tmp_path: Path) -> None:
     a, b = write(tmp_path, "a", {"name": "leignn"}), write(tmp_path, "b", {"name": "schnet"}, seed=3)
     with pytest.raises(ValueError, match=r"'a' and 'b' differ in data.seed \(0 and 3\)"):
         compare([a, b], 1.0, tmp_path / "out")
+    fixed = make_config({"data": {"train": ETHANOL}, "model": {"name": "schnet"}, "loss": {"free_atoms_only": True}})
+    with pytest.raises(ValueError, match=r"differ in loss.free_atoms_only \(False and True\)"):
+        check_same_data({"a": make_config({"data": {"train": ETHANOL}}), "b": fixed})  # errors of all forces, and of some
     with pytest.raises(ValueError, match="Two configurations are called 'leignn'"):
         compare([make_config({"data": {"train": ETHANOL}})] * 2, 1.0, tmp_path / "out")
     (tmp_path / "c").mkdir()
