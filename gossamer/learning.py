@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from gossamer.checks.run_page import Report, plot_curves
 from gossamer.checks.source import find_sources
-from gossamer.config import make_config
+from gossamer.config import load_config, make_config
 from gossamer.data.atoms import read_frames
 from gossamer.data.dataset import open_dataset
 from gossamer.data.fingerprint import SeenFrames
@@ -304,6 +304,9 @@ def _fit(current: Path, potential: Potential, old: Sequence[Structure], config: 
     values = to_dict(choose_settings(folder / "train.extxyz", out=folder / "fit", minutes=config.minutes, finetune=start))
     method = {"functional": potential.statistics.functional, "dispersion": potential.statistics.dispersion}  # labels are of the start's
     values["data"] |= {"valid": str(folder / "valid.extxyz"), "split": "random", **method}
+    begun = folder / "fit" / "config.yaml"
+    if begun.exists():  # compiled or not as it began, whatever this machine has compiled since
+        values["training"]["compile"] = load_config(begun).training.compile
     values["training"] |= {"device": config.device} | ({"minutes": None, "steps": config.train_steps} if config.train_steps else {})
     answer = train(make_config(values), resume=True, progress=False)
     if "stopped" in answer:

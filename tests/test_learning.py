@@ -162,3 +162,13 @@ def test_farthest_points() -> None:
     points = np.array([[0.0], [0.1], [5.0], [5.0], [2.0]])
     assert farthest(points, 0, 3) == [0, 2, 4]
     assert farthest(points, 0, 10) == [0, 2, 4, 1]
+
+
+@pytest.mark.thorough
+def test_a_cut_training_goes_on_as_it_began(start: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever this machine has compiled meanwhile, and from another device."""
+    answer = learn(**start)
+    (start["out"] / "round-01" / "round.json").unlink()  # killed after its last step
+    monkeypatch.setattr("gossamer.fitting.compile_pays", lambda *_: True)
+    monkeypatch.setattr("gossamer.learning.load", lambda path, device: load(path))
+    assert learn(**start, device="auto") == answer
