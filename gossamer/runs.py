@@ -212,6 +212,13 @@ def start_finetuning(config: Config, frames: Frames) -> tuple[Potential, Frames,
     tune = config.finetune
     assert tune is not None
     start = load(tune.start)
+    for name, part in (("validation", frames.valid), ("test", frames.test or ())):
+        known = 0 if start.seen is None else sum(start.seen.where(s) == "train" for s in part)
+        if known:
+            log.warning(
+                "%d of %d %s frames were trained on by '%s': errors on them are too small, and uncertainties and best weights go by them. Give "
+                "others (data.valid, data.test)", known, len(part), name, tune.start,
+            )  # fmt: skip
     given = config.data.reference_energies
     fresh = compute_statistics(
         frames.train, config.model.cutoff, "least_squares" if given == "auto" else given, config.data.elements, config.model.max_neighbors,

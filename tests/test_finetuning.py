@@ -17,6 +17,7 @@ from conftest import ETHANOL, make_potential, often
 
 from gossamer import fitting
 from gossamer.config import make_config
+from gossamer.data.fingerprint import SeenFrames
 from gossamer.data.labels import LabelConfig
 from gossamer.data.readers import read_structures
 from gossamer.data.statistics import compute_statistics
@@ -314,6 +315,19 @@ def test_the_method_of_the_labels_is_that_of_the_new_ones(tmp_path: Path, caplog
         assert {"functional": tuned.functional, "dispersion": tuned.dispersion} == {"functional": None, "dispersion": None, **said}
         lost = {"functional", "dispersion"} - set(said)
         assert {name for name in ("functional", "dispersion") if f"data.{name} says nothing of the new labels" in caplog.text} == lost
+
+
+def test_frames_that_the_start_was_trained_on_validate_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path, frames = tmp_path / "p.safetensors", list(read_structures(ETHANOL))
+    potential = make_potential(["H", "C", "O"], dtype=torch.float32)
+    potential.seen = SeenFrames.of(frames[:14], frames[14:20])
+    save(potential, path)
+    files = {name: str(tmp_path / f"{name}.extxyz") for name in ("train", "valid", "test")}
+    for name, chosen in zip(files, (frames[20:30], frames[10:20], frames[30:35]), strict=True):
+        ase.io.write(files[name], [s.to_ase() for s in chosen])
+    train(settings(tmp_path / "run", finetune={"start": str(path)}, data=files), progress=False)
+    assert f"4 of 10 validation frames were trained on by '{path}': errors on them are too small" in caplog.text
+    assert "test frames were trained on" not in caplog.text
 
 
 def test_fixed_scales_stay_fixed(tmp_path: Path) -> None:
