@@ -28,6 +28,7 @@ from ase.constraints import FixAtoms
 from conftest import make_potential
 
 import gossamer
+from gossamer.checks.result import Result
 from gossamer.checks.source import find_sources
 from gossamer.cli import main
 from gossamer.data.atoms import count_frames
@@ -173,6 +174,25 @@ def test_the_judge_says_what_it_thinks_of_the_potential_on_each_structure(monkey
     assert row.status == "done", row.reason
     assert row.numbers.keys() == {"verdict", "symmetry"}
     assert row.numbers["symmetry"] == "passed"
+
+
+def test_the_judge_of_a_screening_leaves_float32_where_the_judge_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pair's rounding is no jump of its energy."""
+    from gossamer.checks import judge
+    from gossamer.screening import tasks
+
+    save(make_potential(["Cu"], dtype=torch.float32), tmp_path / "p.safetensors")
+    asked, precisions = ask(tmp_path / "p.safetensors", task="judge"), []
+
+    def look(candidate: Any) -> Result:
+        precisions.extend([candidate.calculator.potential.dtype, candidate.exact().potential.dtype])
+        return Result("passed", "")
+
+    monkeypatch.setattr(tasks, "CHECKS", ("symmetry",))
+    monkeypatch.setitem(judge.CHECKS, "symmetry", SimpleNamespace(run=look))
+    (row,) = blocks(asked, [bulk("Cu", cubic=True)], 1).values()
+    assert row.status == "done", row.reason
+    assert precisions == [torch.float32, torch.float64]
 
 
 def test_constraints_hold_on_ase_and_are_refused_elsewhere(potential: Path) -> None:

@@ -315,8 +315,8 @@ def _judge(calculator: Any, atoms: Atoms, asked: Asked) -> Row:
     source = asked.source
     row = _single_point(calculator, atoms, asked)
     with tempfile.TemporaryDirectory() as folder:
-        candidate = Candidate(source.name, lambda: calculator, sorted(set(atoms.get_chemical_symbols())), [atoms], {}, {}, Path(folder),
-                              conservative=source.conservative, cutoff=source.cutoff, progress=False)  # fmt: skip
+        candidate = Candidate(source.name, source.make, sorted(set(atoms.get_chemical_symbols())), [atoms], {}, {}, Path(folder),
+                              conservative=source.conservative, cutoff=source.cutoff, progress=False, ours=source.ours, _calculator=calculator)  # fmt: skip
         results = {name: JUDGE[name].run(candidate) for name in CHECKS}
     row.numbers = {"verdict": worst(r.status for r in results.values()), **{name: r.status for name, r in results.items()}}
     row.reason = " ".join(r.reason for r in results.values() if r.status in ("failed", "weak"))[:500]
