@@ -11,7 +11,7 @@ import ase.io
 import numpy as np
 import pytest
 from ase import Atoms
-from ase.build import bulk, molecule
+from ase.build import bulk, make_supercell, molecule
 from ase.calculators.calculator import Calculator, all_changes
 from ase.calculators.emt import EMT
 from ase.calculators.singlepoint import SinglePointCalculator
@@ -110,6 +110,16 @@ def test_phonons_have_the_masses_of_the_atoms() -> None:
     heavy.set_masses([4 * 63.546])
     light, half = (phonons.mesh_frequencies(phonons.make_phonons(EMT(), a, [2, 2, 2]))[0].max() for a in (bulk("Cu"), heavy))
     assert half == pytest.approx(light / 2, rel=1e-3)
+
+
+def test_supercells_keep_images_apart_whatever_the_angles() -> None:
+    """Of a rhombohedral cell with small angles the sides say little: 14.5 Å each, and images 2.5 Å from each other."""
+    slim = make_supercell(bulk("Cu", a=3.58), np.array([[3, 2, 2], [2, 3, 2], [2, 2, 3]]))
+    assert slim.cell.lengths().min() > 14
+    assert phonons.supercell_for(slim) == [4, 4, 4]  # before [1, 1, 1], and a highest frequency of 7.0 THz instead of 8.3
+    for atoms, expected in ((bulk("Cu"), 4), (bulk("Cu", cubic=True), 3), (bulk("Si"), 3)):
+        assert phonons.supercell_for(atoms) == [expected] * 3
+    assert phonons.supercell_for(bulk("Zn")) == [4, 4, 2]
 
 
 def test_phonons_keep_isotopes_apart() -> None:

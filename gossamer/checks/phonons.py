@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 from ase import Atoms
+from ase.geometry import minkowski_reduce
 from numpy.typing import NDArray
 
 from gossamer.checks.candidate import Candidate
@@ -81,8 +82,16 @@ def forces_of(calculator: Any, supercells: Sequence[Any], bar: Any = iter, net: 
 
 
 def supercell_for(atoms: Atoms, length: float = 9.5) -> list[int]:
-    """Repeats that make every side at least ``length`` Å."""
-    return [max(1, int(np.ceil(length / side))) for side in atoms.cell.lengths()]
+    """Repeats that bring no two images of an atom nearer than ``length`` Å: of cells with small angles it is not the sides that are shortest."""
+    sides, repeats = atoms.cell.lengths(), np.ones(3, dtype=int)
+    while True:
+        vectors, coefficients = minkowski_reduce(atoms.cell.array * repeats[:, None])
+        distances = np.linalg.norm(vectors, axis=1)
+        if distances.min() >= length:
+            return [int(n) for n in repeats]
+        involved = np.flatnonzero(coefficients[distances.argmin()])
+        shortest = sides[involved[(repeats * sides)[involved].argmin()]]
+        repeats[np.isclose(sides, shortest, rtol=1e-3)] += 1  # equal sides stay equal, and the symmetry with them
 
 
 def make_phonons(calculator: Any, atoms: Atoms, supercell: Sequence[int] | None = None, displacement: float = 0.01, bar: Any = iter) -> Any:
