@@ -22,6 +22,7 @@ from typing import Any
 import ase.io
 import numpy as np
 import pytest
+import torch
 from ase import Atoms
 from ase.build import bulk
 from ase.constraints import FixAtoms
@@ -33,6 +34,7 @@ from gossamer.checks.source import find_sources
 from gossamer.cli import main
 from gossamer.data.atoms import count_frames
 from gossamer.files import InputError
+from gossamer.potential import Potential, PotentialConfig
 from gossamer.potential_file import save
 from gossamer.screening import database
 from gossamer.screening.config import FMAX, MachineConfig, ScreenConfig, load_machine
@@ -98,7 +100,8 @@ def test_a_bad_structure_stays_alone(task: str, kind: str, potential: Path) -> N
         pytest.importorskip("torch_sim")
     if (task, kind) == ("single-point", "torchsim"):
         pytest.skip("evaluations of a block need no TorchSim")
-    asked = ask(None if kind == "calculator" else potential, task, steps=5, **({"engine": "torchsim"} if kind == "torchsim" else {}))
+    options = {"steps": 5, "engine": "torchsim" if kind == "torchsim" else "ase"} if task == "relax" else {}
+    asked = ask(None if kind == "calculator" else potential, task, **options)
     good, bad = alloys(3), broken()
     alone = blocks(asked, good, 3)
     mixed = run_block(asked, [("a", good[0]), *bad.items(), ("b", good[1]), ("c", good[2])])
@@ -112,6 +115,37 @@ def test_a_bad_structure_stays_alone(task: str, kind: str, potential: Path) -> N
         assert row.status == "failed", row
         assert row.id in row.reason, row.reason
         assert row.energy is None
+
+
+@pytest.mark.parametrize("task", ["single-point", "relax"])
+def test_what_refuses_charged_crystals_does_so_in_every_task(task: str, tmp_path: Path) -> None:
+    """Blocks that are evaluated at once, too."""
+    if task == "relax":
+        pytest.importorskip("torch_sim")
+    plain = make_potential(["Ni", "Cu", "Pd", "Ag"])
+    charged = Potential(plain.model_config, plain.statistics, PotentialConfig(long_range="latent_charges", net_charge="refuse")).eval()
+    for name, weights in charged.network.named_parameters():
+        if name.startswith("charges"):
+            torch.nn.init.normal_(weights)
+    save(charged, tmp_path / "q.safetensors")
+    rows = blocks(ask(tmp_path / "q.safetensors", task, engine="auto"), alloys(2), 2).values()
+    assert [row.status for row in rows] == ["failed"] * 2
+    assert all("the potential refuses crystals of more than 0.1" in row.reason for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"task": "single-point", "fmax": 0.1}, "fmax 0.1 has no effect: task single-point relaxes nothing"),
+        ({"task": "judge", "steps": 9}, "steps 9 has no effect"),
+        ({"task": "single-point", "cell": True}, "cell True has no effect"),
+        ({"device": "cuda"}, "device cuda has no effect: a calculator runs as it was made"),
+        ({"dtype": "float64"}, "dtype float64 has no effect"),
+    ],
+)
+def test_options_without_effect_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ask(**options)
 
 
 def test_slabs_are_relaxed_as_slabs(potential: Path) -> None:

@@ -22,7 +22,7 @@ from ase.filters import FrechetCellFilter
 from ase.optimize import FIRE
 
 from gossamer.checks.source import Source, find_sources
-from gossamer.screening.config import ScreenConfig
+from gossamer.screening.config import FMAX, ScreenConfig
 from gossamer.screening.database import Row
 from gossamer.screening.limited import answer_in_time
 from gossamer.screening.structures import check_structure
@@ -85,11 +85,12 @@ def make_question(model: Path | str | None, calculator: str | None, config: Scre
     """What is asked, with the potential's fingerprint, and "auto" replaced by the engine that it is.
 
     Raises:
-        ValueError: no potential or two, or an engine that cannot do the task.
+        ValueError: no potential or two, an engine that cannot do the task, or options without effect.
         FileNotFoundError: no such potential.
     """
     if (model is None) == (calculator is None):
         raise ValueError("Give a saved potential (--model FILE), or --calculator module:factory; one of them.")
+    _check_options(config, calculator is not None)
     model = None if model is None else str(Path(model).resolve())
     models, calculators = [f"model={model}"] if model else [], [calculator] if calculator else []
     (source,) = find_sources(models, calculators, config.device, config.dtype, config.way, config.dispersion)
@@ -104,6 +105,19 @@ def make_question(model: Path | str | None, calculator: str | None, config: Scre
     if question["cell"] and source.conservative is False:
         raise ValueError("Relaxing the cell needs stress, which a potential with direct forces does not have.")
     return Asked(model, calculator, source.fingerprint, **question, time_limit=config.time_limit)
+
+
+def _check_options(config: ScreenConfig, foreign: bool) -> None:
+    """Refuse options that the task would ignore, or a calculator that is not of a saved potential."""
+    usual = ScreenConfig()
+    still = () if config.task in FMAX else ("fmax", "steps", "cell")
+    for names, why in (
+        (still, f"task {config.task} relaxes nothing"),
+        (("device", "dtype", "way") if foreign else (), "a calculator runs as it was made (module:factory(key=value))"),
+    ):
+        for name in names:
+            if getattr(config, name) != getattr(usual, name):
+                raise ValueError(f"{name} {getattr(config, name)} has no effect: {why}. Leave it out.")
 
 
 def stored_question(asked: Asked) -> dict[str, Any]:
