@@ -142,6 +142,25 @@ def test_failures_are_their_own(potential: Potential, files: list[str], tmp_path
         np.testing.assert_allclose(table(tmp_path / "md" / f"si-{k}"), table(tmp_path / "alone" / f"si-{k}"), rtol=1e-8, atol=1e-7)
 
 
+def test_the_last_step_is_guarded_without_a_frame(potential: Potential, tmp_path: Path) -> None:
+    """As on ASE: too hot after 35 steps, where the next frame was due at 50."""
+    hot = bulk("Si", cubic=True)
+    hot.rattle(0.3, seed=1)
+    hot.set_momenta(np.full((8, 3), 1e-6))
+    ase.io.write(tmp_path / "hot.traj", hot)
+    (answer,) = run(
+        potential,
+        [str(tmp_path / "hot.traj")],
+        out=tmp_path / "md",
+        steps=35,
+        interval=50,
+        ensemble="nve",
+        timestep=4.0,
+        max_temperature=30.0,
+    )
+    assert answer["broken"].startswith("step 35 ")
+
+
 def test_where_one_becomes_uncertain_the_others_go_on(tmp_path: Path) -> None:
     known = measured("painn")
     frames = walk(2, 0.02) + walk(1, 0.15, seed=2)  # the last is far from what it was measured on

@@ -177,7 +177,9 @@ def _look(
                 raise SimulationBroken(f"forces are not finite, or an atom moves more than {LEAP:g} Å in a step")
             if due[k] and (step % walker.config.interval == 0):
                 walker.recorder()
-            elif stopped is not None or finished:
+            elif finished:
+                walker.recorder.finish()
+            elif stopped is not None:
                 walker.recorder.save_state()
         except UncertainError as error:
             done[k] = walker.answer(uncertain=f"step {step} ({step * walker.config.timestep / 1000:.3f} ps): {error}")
