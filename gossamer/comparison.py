@@ -190,6 +190,7 @@ def run_one(config: Config, minutes: float, folder: Path, progress: bool = True,
     potential = load(folder / POTENTIAL, start_process_group(config.training.device).device)
     sample = test_set if test_set is not None else valid_set
     seen = results["steps"] * min(config.training.batch_size, len(train_set))
+    inference_ms, inference_way = time_inference(potential, sample[0])
     wait = results["first_step_seconds"] - results["step_ms"] / 1000
     return {
         "model": to_dict(config.model),
@@ -207,7 +208,8 @@ def run_one(config: Config, minutes: float, folder: Path, progress: bool = True,
         "n_train": len(train_set),
         "n_valid": len(valid_set),
         "n_test": 0 if test_set is None else len(test_set),
-        "inference_ms": time_inference(potential, sample[0]),
+        "inference_ms": inference_ms,
+        "inference_way": inference_way,
         "inference_atoms": sample[0].n_atoms,
         "valid": results["valid"],
         "test": None
@@ -235,10 +237,11 @@ def compile_fits(config: Config, minutes: float) -> bool:
     return fits
 
 
-def time_inference(potential: Potential, structure: Structure, repeats: int = 15) -> float:
-    """Median ms of energy and forces of one structure through the ASE calculator, as molecular dynamics pays it."""
+def time_inference(potential: Potential, structure: Structure, repeats: int = 15) -> tuple[float, str]:
+    """Median ms of energy and forces of one structure through the ASE calculator, as molecular dynamics pays it, and what ran: a program
+    only where this machine has compiled one of this network before."""
     atoms = structure.to_ase()
-    atoms.calc = Calculator(potential)
+    atoms.calc = calculator = Calculator(potential)
     rng = np.random.default_rng(0)
     times = []
     for _ in range(repeats):
@@ -246,7 +249,7 @@ def time_inference(potential: Potential, structure: Structure, repeats: int = 15
         began = time.perf_counter()
         atoms.get_forces()
         times.append(time.perf_counter() - began)
-    return 1000 * float(np.median(times[3:]))
+    return 1000 * float(np.median(times[3:])), calculator.engine.way
 
 
 # --- what came of it ----------------------------------------------------------------------------------------------
@@ -262,7 +265,7 @@ def table(records: Sequence[dict[str, Any]]) -> str:
         "model": lambda r: r["name"],
         "parameters": lambda r: f"{r['num_parameters']:,}",
         "training step ms": lambda r: f"{r['train_step_ms']:.1f}{'' if r['compiled'] else ' (plain)'}",
-        "inference ms": lambda r: f"{r['inference_ms']:.1f}",
+        "inference ms": lambda r: f"{r['inference_ms']:.1f}{' (' + r['inference_way'] + ')' if 'inference_way' in r else ''}",
         "minutes taken": lambda r: f"{r.get('budget_seconds', r['wall_seconds']) / 60:.1f}",
         "steps": lambda r: f"{r['steps']:,}",
         "epochs": lambda r: f"{r['epochs']:.0f}",

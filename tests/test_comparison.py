@@ -41,6 +41,7 @@ def test_one_table_and_one_plot(tmp_path: Path, capsys: pytest.CaptureFixture) -
         assert r["steps"] >= 10
         assert r["frames_seen"] == 4 * r["steps"]
         assert r["inference_ms"] > 0
+        assert f" {r['inference_ms']:.1f} ({r['inference_way']}) |" in (out / "comparison.md").read_text()
         assert r["training_seconds"] == pytest.approx(2.4, abs=1.0)
         assert r["settings"]["training"]["minutes"] == 0.04
         assert r["settings"]["training"]["clock"] == "cpu"  # other jobs on the machine take nothing from one thread
