@@ -540,7 +540,7 @@ def test_results_of_version_1_go_on(tmp_path: Path) -> None:
         assert results.counts() == {"converged": 1, "failed": 1, "timed out": 1}
 
 
-def test_results_are_sorted_and_exported(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_results_are_sorted_and_exported(tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     path = written(tmp_path / "r.sqlite", [-1.0, None, -3.0, -2.0])
     with Results(path) as results:
         assert [r["id"] for r in results.rows("energy_per_atom")] == ["2", "3", "0", "1"]
@@ -563,6 +563,9 @@ def test_results_are_sorted_and_exported(tmp_path: Path, capsys: pytest.CaptureF
     assert (tmp_path / "r.csv").read_text().count("\n") == 5
     with pytest.raises(ValueError, match="parquet"):
         export(path, tmp_path / "r.doc")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"'a\.xyz' holds structures that were screened"):
+        export(path, "a.xyz")  # as its rows call it
 
 
 @pytest.mark.parametrize(
@@ -596,6 +599,8 @@ def test_an_export_that_cannot_be_is_refused_before_the_screening(
     command = ["screen", "a.xyz", "--calculator", "ase.calculators.emt:EMT", "--export"]
     assert main([*command, "results.doc"]) == 2
     assert "'results.doc': results are written as .parquet, .csv, .json or .extxyz" in capsys.readouterr().err
+    assert main([*command, str(tmp_path / "a.xyz")]) == 2
+    assert "a.xyz' holds structures that were screened, and would be written over" in capsys.readouterr().err
     monkeypatch.setattr(database, "find_spec", lambda name: None)
     assert main([*command, "results.parquet"]) == 2
     assert "pip install pyarrow" in capsys.readouterr().err

@@ -81,7 +81,7 @@ def _run(arguments: argparse.Namespace) -> int:
     from gossamer.signals import STOPPED
 
     if arguments.export:
-        check_export(arguments.export)
+        check_export(arguments.export, arguments.structures)
     answer = screen(arguments.structures, arguments.model, arguments.calculator, arguments.machine, arguments.workers,
                     config=from_flags(ScreenConfig, arguments))  # fmt: skip
     if arguments.export and not answer["stopped"]:

@@ -263,16 +263,22 @@ class _Transaction:
         self.connection.execute("commit" if kind is None else "rollback")
 
 
-def check_export(out: Path | str) -> None:
+def check_export(out: Path | str, sources: Iterable[Path | str] = ()) -> None:
     """Whether results can be written under this name.
 
+    Args:
+        out: File.
+        sources: Files of the structures that are screened, not to be written over.
+
     Raises:
-        ValueError: its ending is none of `ENDINGS`.
+        ValueError: its ending is none of `ENDINGS`, or it is one of the sources.
         ImportError: pyarrow is not installed.
     """
     ending = Path(out).suffix
     if ending not in ENDINGS:
         raise ValueError(f"'{out}': results are written as .parquet, .csv, .json or .extxyz. Choose one of these endings.")
+    if Path(out).resolve() in {Path(source).resolve() for source in sources}:
+        raise ValueError(f"'{out}' holds structures that were screened, and would be written over. Choose another name.")
     if ending == ".parquet" and find_spec("pyarrow") is None:
         raise ImportError("Parquet is written by the package pyarrow: pip install pyarrow, or choose a name that ends in .csv.")
 
@@ -283,10 +289,10 @@ def export(path: Path | str, out: Path | str) -> int:
     Raises:
         ValueError, ImportError: as `check_export`.
     """
-    check_export(out)
     out = Path(out)
     with closing(Results(path)) as results:
         rows = results.rows()
+    check_export(out, {r["source"] for r in rows})
     if out.suffix == ".parquet":
         _parquet(rows, out)
     elif out.suffix == ".json":
