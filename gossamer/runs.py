@@ -219,6 +219,11 @@ def start_finetuning(config: Config, frames: Frames) -> tuple[Potential, Frames,
                 "%d of %d %s frames were trained on by '%s': errors on them are too small, and uncertainties and best weights go by them. Give "
                 "others (data.valid, data.test)", known, len(part), name, tune.start,
             )  # fmt: skip
+    if start.dtype != DTYPES[config.training.dtype]:
+        log.warning(
+            "'%s' is in %s, and the fine-tuned potential will be in training.dtype, %s",
+            tune.start, str(start.dtype).removeprefix("torch."), config.training.dtype,
+        )  # fmt: skip
     given = config.data.reference_energies
     fresh = compute_statistics(
         frames.train, config.model.cutoff, "least_squares" if given == "auto" else given, config.data.elements, config.model.max_neighbors,

@@ -317,9 +317,9 @@ def test_the_method_of_the_labels_is_that_of_the_new_ones(tmp_path: Path, caplog
         assert {name for name in ("functional", "dispersion") if f"data.{name} says nothing of the new labels" in caplog.text} == lost
 
 
-def test_frames_that_the_start_was_trained_on_validate_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_what_fine_tuning_changes_or_blurs_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path, frames = tmp_path / "p.safetensors", list(read_structures(ETHANOL))
-    potential = make_potential(["H", "C", "O"], dtype=torch.float32)
+    potential = make_potential(["H", "C", "O"])
     potential.seen = SeenFrames.of(frames[:14], frames[14:20])
     save(potential, path)
     files = {name: str(tmp_path / f"{name}.extxyz") for name in ("train", "valid", "test")}
@@ -328,6 +328,7 @@ def test_frames_that_the_start_was_trained_on_validate_nothing(tmp_path: Path, c
     train(settings(tmp_path / "run", finetune={"start": str(path)}, data=files), progress=False)
     assert f"4 of 10 validation frames were trained on by '{path}': errors on them are too small" in caplog.text
     assert "test frames were trained on" not in caplog.text
+    assert "is in float64, and the fine-tuned potential will be in training.dtype, float32" in caplog.text
 
 
 def test_fixed_scales_stay_fixed(tmp_path: Path) -> None:
