@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from conftest import make_potential
 from test_kernels import scalar_convolution, vector_convolution
 
 from gossamer import bench as bench_module
-from gossamer.bench import bench, ceilings, floor, least_work, table
+from gossamer.bench import bench, ceilings, cpu_seconds, floor, least_work, table
 from gossamer.checks.source import named_path
 from gossamer.cli import main
 from gossamer.data.readers import LabelConfig, from_atoms
@@ -149,6 +151,12 @@ def test_one_clock_for_all(options: dict[str, Any], cpu_time: bool, saved: Path,
         job = {**JOB, **name, "sizes": [], "cpu_time": cpu_time}
         bench_module.measure(job, lambda kind, value, clocks=clocks: clocks.extend([value["clock"]] if "clock" in value else []))
         assert clocks == ["CPU time, one thread" if cpu_time else "wall time"]
+
+
+def test_programs_that_a_calculator_runs_count() -> None:
+    began = cpu_seconds()
+    subprocess.run([sys.executable, "-c", "sum(range(20_000_000))"], check=True)
+    assert cpu_seconds() - began > 0.1  # of this process alone: some ms
 
 
 def test_names_of_potentials(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
