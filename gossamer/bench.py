@@ -10,7 +10,6 @@ import datetime
 import logging
 import multiprocessing
 import os
-import resource
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -29,7 +28,7 @@ from gossamer.checks.speed import growth_exponent, memory, time_evaluation
 from gossamer.data.atoms import as_atoms
 from gossamer.files import atomic_path, write_json, write_text
 from gossamer.machine import machine, versions
-from gossamer.timing import fastest
+from gossamer.timing import cpu_seconds, fastest
 
 log = logging.getLogger(__name__)
 
@@ -202,12 +201,6 @@ def measure(job: dict[str, Any], report: Callable[[str, dict[str, Any]], None]) 
             with contextlib.suppress(RuntimeError, MemoryError):  # where memory is full there are no floors
                 report("facts", {"ceilings": ceilings(potential)})
     report("facts", {"stopped": stopped})
-
-
-def cpu_seconds() -> float:
-    """CPU time of this process and of programs that it has run to their end: some calculators start one for every structure."""
-    children = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return time.process_time() + children.ru_utime + children.ru_stime
 
 
 def _over_sizes(

@@ -20,7 +20,7 @@ class TrainingConfig:
     """Train for this long instead of a number of steps: learning rate and average of the weights follow the clock and end with it.
     How many steps that makes depends on the machine and its load, so two such runs are not equal bit by bit."""
     clock: Literal["wall", "cpu"] = "wall"
-    """What ``minutes`` counts: time on the wall, or CPU time of this process (where other jobs shall not count)."""
+    """What ``minutes`` counts: time on the wall, or CPU time of this process and its compilers (where other jobs shall not count)."""
     batch_size: Annotated[int, Field(gt=0)] = 8
     """Structures per step, over all processes."""
     batch_atoms: Annotated[int, Field(gt=0)] | None = None
