@@ -27,7 +27,7 @@ from gossamer.checks.run_page import Report, plot_curves
 from gossamer.checks.source import find_sources
 from gossamer.config import load_config, make_config
 from gossamer.data.atoms import read_frames
-from gossamer.data.dataset import open_dataset
+from gossamer.data.dataset import identity, open_dataset
 from gossamer.data.fingerprint import SeenFrames
 from gossamer.data.structure import Structure, as_structure
 from gossamer.evaluation import evaluate_potential
@@ -91,8 +91,9 @@ def learn(
     curve: list[dict[str, Any]] = []
     files = [Path(s).name for s in structures if not isinstance(s, Atoms)]
     contents = [checksum(s)[:16] for s in (*structures, data) if isinstance(s, str | Path)]
+    atoms = [identity(as_structure(s)).hex()[:16] for s in structures if isinstance(s, Atoms)]
     question = {"start": checksum(start)[:16], "structures": files, "label": label, "data": None if data is None else Path(data).name,
-                "contents": contents, **to_dict(config)}  # fmt: skip
+                "contents": contents, "atoms": atoms, **to_dict(config)}  # fmt: skip
     with locked(config.out):
         _check_question(config.out / "question.json", question)
         for number in range(1, config.rounds + 1):
@@ -116,7 +117,7 @@ def _check_question(path: Path, question: dict[str, Any]) -> None:
     """Refuse to go on with what other settings began; how many rounds, and on which device, may change."""
     asked = {k: v for k, v in question.items() if k not in ("out", "rounds", "device")}
     before = json.loads(path.read_text()) if path.exists() else asked
-    before = {"contents": asked["contents"], **before}  # older folders do not know them
+    before = {name: asked[name] for name in ("contents", "atoms")} | before  # older folders do not know them
     differ = [f"{k} {before.get(k)} (now {asked[k]})" for k in asked if before.get(k) != asked[k]]
     if differ:
         raise InputError(

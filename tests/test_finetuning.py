@@ -265,6 +265,8 @@ def test_adapters_start_as_nothing_and_merge_exactly() -> None:
 
 
 def test_wrong_use(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"finetune.train is empty, so that no weight would train"):
+        choose_weights(make_potential(["H"]).network, FineTuneConfig(start="", train=[]), {"fresh": [], "new_elements": []})
     path = tmp_path / "p.safetensors"
     save(make_potential(["H", "C", "O"], dtype=torch.float32), path)
     for model, message in [

@@ -99,6 +99,8 @@ def test_a_loop_and_the_same_again(start: dict[str, Any]) -> None:
         learn(**start | {"steps": 70})
     tuned = read_manifest(start["out"] / "potential.safetensors")["statistics"]
     assert (tuned["functional"], tuned["dispersion"]) == ("pbe", "none")  # labels are of the start's method
+    with pytest.raises(InputError, match="begun with other settings: atoms"):
+        learn(**start | {"structures": [copper(0.02, 98)]})
     write(start["data"], [copper(0.05, k) for k in range(9)])
     with pytest.raises(InputError, match="begun with other settings: contents"):
         learn(**start)

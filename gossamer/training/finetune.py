@@ -216,11 +216,13 @@ def choose_weights(network: nn.Module, config: FineTuneConfig, transferred: Mapp
     """Freeze what the settings say, add adapters, and tell what trains.
 
     Raises:
-        ValueError: a pattern that matches nothing, or new elements or heads whose weights would stay at random values.
+        ValueError: no pattern or one that matches nothing, or new elements or heads whose weights would stay at random values.
     """
     # what the network itself keeps fixed (NequIP's scales without train_scales) stays so
     names = [name for name, parameter in network.named_parameters() if parameter.requires_grad]
     patterns = [] if config.train == "all" else list(config.train)
+    if not config.train and config.low_rank is None:
+        raise ValueError("finetune.train is empty, so that no weight would train. Name some, write all, or give low_rank.")
     for pattern in patterns:
         if not fnmatch.filter(names, pattern):
             tops = sorted({".".join(n.split(".")[:2]) for n in names})
