@@ -42,7 +42,8 @@ class FineTuneConfig:
     """Names of the weights to train, with wildcards (``layers.2.*``, ``readout*``); the others stay frozen. `gossamer info --weights`
     lists them. With low_rank, "all" means the adapters alone, and a list means these weights beside the adapters."""
     low_rank: Annotated[int, Field(gt=0, le=10_000)] | None = None
-    """Rank of adapters added to every linear map, whose own weights stay frozen (Hu et al., arXiv:2106.09685)."""
+    """Rank of adapters added to every linear map that is larger, whose own weights stay frozen (Hu et al., arXiv:2106.09685). Tables of
+    elements, and maps that each element has for itself (NequIP's self-connections), get none: name them in train."""
     replay: str | list[str] | None = None
     """Labelled structures of the old training data to mix in, so that they are not forgotten."""
     replay_fraction: Annotated[float, Field(gt=0)] = 0.2
