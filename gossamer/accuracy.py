@@ -137,6 +137,10 @@ def calibrate(
     potential = load(model, device)
     trained = [potential.seen is not None and potential.seen.where(s) == "train" for s in structures]
     halves = not any(trained)
+    if halves and len(structures) < 2:
+        raise ValueError(
+            f"Found {len(structures)} frame: some must say what the potential knows, others what it errs. Give two at least, better hundreds."
+        )
     if halves:
         log.warning(
             "the potential was trained on none of these frames, as far as it knows: half of them say what it knows, half what it errs"

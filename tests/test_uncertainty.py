@@ -267,6 +267,9 @@ def test_calibrate_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     write(new, [s.to_ase() for s in valid])
     assert main(["calibrate", str(path), str(data)]) == 2
     assert "trained on all 20 frames" in capsys.readouterr().err
+    write(tmp_path / "one.extxyz", valid[0].to_ase())
+    assert main(["calibrate", str(path), str(tmp_path / "one.extxyz")]) == 2
+    assert "Found 1 frame: some must say what the potential knows, others what it errs" in capsys.readouterr().err
     assert main(["calibrate", str(path), str(data), str(new), "--json"]) == 0
     answer = json.loads(capsys.readouterr().out)
     assert (answer["n_training_frames"], answer["n_validation_frames"]) == (20, 10)
