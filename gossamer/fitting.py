@@ -244,7 +244,7 @@ def choose_settings(
 
 def _labels_to_train(data: Path | str, structures: Sequence[Structure], report: Inspection | None) -> dict[str, bool]:
     """Which labels go into the loss: those that every frame has. What is left out, or stands in the way, is said."""
-    lacking = {label: [s.name for s in structures if label not in s.labels] for label in QUANTITIES}
+    lacking = {label: [s.name for s in structures if s.lacks(label)] for label in QUANTITIES}
     has = {label: not names for label, names in lacking.items()}
     for label in ("energy", "forces"):
         n, first = len(lacking[label]), lacking[label][:1]

@@ -137,7 +137,7 @@ def read_frames(config: Config) -> Frames:
     train_set, valid_set, test_set = load_data(config.data, config.model.cutoff)
     needed = config.loss.needed()
     for part in (train_set, valid_set):
-        require_labels(part, needed, "loss.{label} is above 0")
+        require_labels(part, needed, "loss.{label} is above 0", config.model.cutoff)
     for label in train_set[0].labels:
         if label not in needed:
             log.warning("%s labels are in the data but not in the loss (loss.%s is 0)", label, label)
@@ -235,7 +235,7 @@ def start_finetuning(config: Config, frames: Frames) -> tuple[Potential, Frames,
         indices, others = choose_replay(old, n_new, tune.replay_fraction, config.data.seed)
         used = Subset(old, indices)
         kept = without(Subset(old, others), frames.train, used) or None
-        require_labels(used, config.loss.needed(), "loss.{label} is above 0 (frames of finetune.replay)")
+        require_labels(used, config.loss.needed(), "loss.{label} is above 0 (frames of finetune.replay)", config.model.cutoff)
         for structure in old:
             start.check_elements(structure.atomic_numbers, structure.name)
     statistics = adapt_statistics(start, fresh, frames.train, used or ())

@@ -37,7 +37,17 @@ from gossamer.cli import main
 from gossamer.config import load_config, make_config
 from gossamer.data.atoms import as_atoms, read_frames
 from gossamer.data.batch import collate
-from gossamer.data.dataset import DataConfig, Subset, check_leaks, choose_groups, load_data, open_dataset, require_labels, sizes
+from gossamer.data.dataset import (
+    DataConfig,
+    LoneStresses,
+    Subset,
+    check_leaks,
+    choose_groups,
+    load_data,
+    open_dataset,
+    require_labels,
+    sizes,
+)
 from gossamer.data.inspection import inspect, without_duplicates
 from gossamer.data.labels import ForceUnit
 from gossamer.data.legacy import _tensor, read_legacy_lmdb, restricted_loads
@@ -589,6 +599,36 @@ def test_isolated_atoms_are_trained_on(split: str, tmp_path: Path) -> None:
         load_data(DataConfig(train=str(tmp_path / "b.extxyz")))
 
 
+@pytest.mark.parametrize("edge", [None, 20.0])
+def test_isolated_atoms_need_no_stress(edge: float | None, tmp_path: Path) -> None:
+    """As in files for MACE: crystals with a stress, and an atom alone, bare or in a box, with an energy only."""
+    frames = [labelled(k) for k in range(8)]
+    for atoms in frames:
+        atoms.info["REF_energy"], atoms.arrays["REF_forces"] = atoms.calc.results["energy"], atoms.calc.results["forces"]
+        atoms.info["REF_stress"] = atoms.get_stress(voigt=False)
+        atoms.calc = None
+    lone = Atoms("Si") if edge is None else Atoms("Si", cell=np.eye(3) * edge, pbc=True)
+    lone.info["REF_energy"] = -1.0
+    ase.io.write(tmp_path / "a.extxyz", [lone, *frames])
+    found = inspect(tmp_path / "a.extxyz")
+    assert [f"found REF_{label}" in message for label, message in zip(("energy", "forces"), found.errors, strict=True)] == [True, True]
+    labels = LabelConfig(energy="REF_energy", forces="REF_forces", stress="REF_stress")
+    structures = list(read_structures(tmp_path / "a.extxyz", labels))
+    report = inspect(structures)
+    assert (report.errors, [w for w in report.warnings if "stress" in w]) == ([], [])
+    assert choose_settings("none.extxyz", structures).loss.stress > 0
+    require_labels(structures, ["stress"], "", 4.0)
+    assert structures[0].stress is None
+    first, second = LoneStresses(structures, 4.0)[:2]
+    assert first.volume == pytest.approx(12.0**3 if edge is None else edge**3)
+    assert (first.is_isolated(4.0), first.pbc.all(), np.abs(first.stress).max()) == (True, True, 0.0)
+    assert second is structures[1]
+    with_forces_alone = [replace(s, stress=None) for s in structures]
+    assert [m for m in (*inspect(with_forces_alone).errors, *inspect(with_forces_alone).warnings) if "have no stress" in m] == []
+    with pytest.raises(ValueError, match="frame 1 has no stress"):
+        require_labels(with_forces_alone, ["stress"], "loss.{label} is above 0", 4.0)
+
+
 def test_sizes_of_structures(tmp_path: Path) -> None:
     structures = [from_atoms(molecule(name), LabelConfig(), name) for name in ("CO", "CH4", "H2O")]
     write_store(structures, tmp_path / "store")
@@ -811,6 +851,21 @@ def test_virials_are_found_and_read(tmp_path: Path, name: str) -> None:
     first, last = read_structures(tmp_path / "a.extxyz", LabelConfig(virial=name, energy_unit="Hartree"))
     np.testing.assert_allclose(first.stress, stress, atol=1e-7)
     assert last.stress is None
+
+
+@pytest.mark.parametrize("name", ["dft_virial", "REF_virials", "virial_stress"])
+def test_names_of_virials_and_stresses(tmp_path: Path, name: str) -> None:
+    """What is called a virial is read as one wherever the word stands; a virial_stress (maml's) is a stress, with a unit."""
+    atoms = labelled()
+    stress = atoms.get_stress(voigt=False)
+    del atoms.calc.results["stress"]
+    is_stress = name.endswith("stress")
+    atoms.info[name] = -stress / units.GPa * 10 if is_stress else -stress * atoms.get_volume()
+    ase.io.write(tmp_path / "a.extxyz", [atoms])
+    labels = LabelConfig(stress=name, stress_unit="kbar", stress_sign="vasp") if is_stress else LabelConfig(stress=name)
+    (s,) = read_structures(tmp_path / "a.extxyz", labels)
+    np.testing.assert_allclose(s.stress, stress, rtol=1e-5, atol=1e-7)
+    assert f"--{'stress' if is_stress else 'virial'} {name} " in inspect(tmp_path / "a.extxyz").warnings[0]
 
 
 def test_units_of_forces_alone(tmp_path: Path) -> None:

@@ -20,6 +20,10 @@ import ase.io
 import numpy as np
 import pytest
 import torch
+from ase import Atoms
+from ase.build import bulk
+from ase.calculators.emt import EMT
+from ase.calculators.singlepoint import SinglePointCalculator
 from conftest import DEMO, ETHANOL, make_potential, often
 from conftest import MODELS as VARIANTS
 from safetensors.torch import load_file, save_file
@@ -90,6 +94,23 @@ def test_it_learns_and_writes_everything(tmp_path: Path) -> None:
     assert again["valid"] == results["valid"]
     with pytest.raises(FileExistsError, match="holds a run already"):
         train(settings(tmp_path / "run"), progress=False)
+
+
+def test_stress_beside_isolated_atoms(tmp_path: Path) -> None:
+    """They have an energy and no stress, as in files for MACE; batches of one, so that some hold nothing else."""
+    frames = [bulk("Cu", cubic=True) for _ in range(8)]
+    for k, atoms in enumerate(frames):
+        atoms.rattle(0.1, seed=k)
+        atoms.calc = EMT()
+        results = {"energy": atoms.get_potential_energy(), "forces": atoms.get_forces(), "stress": atoms.get_stress()}
+        atoms.calc = SinglePointCalculator(atoms, **results)
+    lone = Atoms("Cu")
+    lone.calc = SinglePointCalculator(lone, energy=3.5)
+    ase.io.write(tmp_path / "a.extxyz", [lone, *frames])
+    config = settings(tmp_path / "run", steps=12, batch_size=1, valid_every=12, checkpoint_every=12)
+    config |= {"data": {"train": str(tmp_path / "a.extxyz"), "valid_size": 2}, "loss": {"stress": 20.0}}
+    results = train(config, progress=False)
+    assert np.isfinite(results["valid"]["stress_mae_meV_per_A3"])
 
 
 def _manifest(folder: Path) -> dict:
@@ -888,7 +909,6 @@ def test_fit_for_speed_or_accuracy_takes_another_size(tmp_path: Path, monkeypatc
 @pytest.mark.parametrize(("spacing", "cutoff"), [(2.0, 4.0), (2.42, 4.8), (3.5, 5.0), (9.0, 5.0)])
 def test_fit_sees_about_as_many_neighbours_in_whatever_it_is_given(spacing: float, cutoff: float) -> None:
     """Simple cubic crystals, dense to thin, and atoms on their own: 26 neighbours are within √3 spacings, 32 within two."""
-    from ase import Atoms
 
     structure = from_atoms(Atoms("X", cell=[spacing] * 3, pbc=True), LabelConfig(), "crystal")
     assert fitting.choose_cutoff([structure] * 3) == pytest.approx(cutoff)

@@ -248,11 +248,26 @@ def warn_of_shared(valid: Sequence[Structure], test: Sequence[Structure], limit:
         )
 
 
-def require_labels(structures: Sequence[Structure], needed: Sequence[str], why: str) -> None:
-    """Raise ValueError naming the first frame that lacks a needed label."""
+class LoneStresses(Sequence[Structure]):
+    """A data set whose isolated atoms have a stress, by `Structure.with_lone_stress`: files that have stresses seldom have theirs."""
+
+    def __init__(self, parent: Sequence[Structure], cutoff: float) -> None:
+        self.parent, self.cutoff = parent, cutoff
+
+    def __len__(self) -> int:
+        return len(self.parent)
+
+    def __getitem__(self, index):  # type: ignore[no-untyped-def]
+        if isinstance(index, slice):
+            return LoneStresses(self.parent[index], self.cutoff)
+        return self.parent[index].with_lone_stress(self.cutoff)
+
+
+def require_labels(structures: Sequence[Structure], needed: Sequence[str], why: str, cutoff: float = REACH) -> None:
+    """Raise ValueError naming the first frame that lacks a needed label; isolated atoms (``cutoff`` in Å) need no stress."""
     for structure in structures:
         for label in needed:
-            if label not in structure.labels:
+            if structure.lacks(label, cutoff):
                 raise ValueError(
                     f"{structure.name} has no {label}, but {why.format(label=label)}. Set that weight to 0, remove frames "
                     f"without {label}, or say under which name it is stored (data.labels.{label})."

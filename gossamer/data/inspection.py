@@ -131,9 +131,10 @@ def _labels(structures: Sequence[Structure], report: Inspection) -> None:
         if marked:
             report.warnings.append(f"{len(marked)} of {len(structures)} frames {text}. The first is {marked[0]}")
     for label, quantity in QUANTITIES.items():
-        missing = [s for s in structures if label not in s.labels]
-        hint = suggestion(label, missing[0].entries) if missing else ""
-        if len(missing) == len(structures):
+        labelled = [s for s in structures if label in s.labels]
+        missing = [s for s in structures if s.lacks(label)]
+        hint = suggestion(label, sorted({entry for s in missing for entry in s.entries}))
+        if not labelled:
             report.facts[label] = "none"
             if label in ("energy", "forces"):
                 report.errors.append(f"no frame has {label}: " + (hint or f"is it stored under another name (--{label})?"))
@@ -142,10 +143,10 @@ def _labels(structures: Sequence[Structure], report: Inspection) -> None:
             continue
         if missing:
             _partly_missing(label, missing, len(structures), hint, report)
-        values = np.concatenate([np.ravel(s.labels[label]) for s in structures if label in s.labels])
+        values = np.concatenate([np.ravel(s.labels[label]) for s in labelled])
         rms = float(np.sqrt((values**2).mean()))
         numbers = {"median": np.median(values), "rms": rms, "lowest": values.min(), "highest": values.max()}
-        report.numbers[label] = {key: float(value) for key, value in numbers.items()} | {"frames": len(structures) - len(missing)}
+        report.numbers[label] = {key: float(value) for key, value in numbers.items()} | {"frames": len(labelled)}
         report.facts[label] = (
             f"median {np.median(values):.6g}, RMS {rms:.4g}, range {values.min():.6g} to {values.max():.6g} {quantity.unit}"
         )

@@ -24,7 +24,7 @@ class LabelConfig:
     forces: str = "forces"
     """Name of the forces in the file."""
     stress: str = "stress"
-    """Name of the stress in the file; a name that begins with "virial" is read as ``virial`` is."""
+    """Name of the stress in the file; one with "virial" in it, and not "stress" (REF_virials), is read as ``virial`` is."""
     virial: str | None = None
     """Name of a virial in the file, in the energy's unit, to read instead of a stress: stress = -virial / volume."""
     energy_unit: Literal["eV", "meV", "Hartree", "Ry", "kcal/mol", "kJ/mol"] | None = None
@@ -57,13 +57,18 @@ class LabelConfig:
 
     def is_virial(self) -> bool:
         """Whether the stress is made from a virial."""
-        return self.virial is not None or self.stress.startswith("virial")
+        return self.virial is not None or names_virial(self.stress)
 
     def given(self) -> dict[str, Any]:
         """Settings that differ from their defaults, or from those that older versions wrote down."""
         found = {f.name: getattr(self, f.name) for f in fields(self)}
         plain, old = LabelConfig(), {"length_unit": "Angstrom"}
         return {name: value for name, value in found.items() if value not in (getattr(plain, name), old.get(name))}
+
+
+def names_virial(name: str) -> bool:
+    """Whether an entry of this name is a virial, and not a stress: virial, dft_virial, REF_virials, but not virial_stress."""
+    return "virial" in name.lower() and "stress" not in name.lower()
 
 
 def refuse_unread(labels: LabelConfig, what: str, read: Collection[str] | None = None) -> None:

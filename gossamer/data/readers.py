@@ -21,7 +21,7 @@ from ase import Atoms, units
 from ase.constraints import FixAtoms
 from ase.stress import voigt_6_to_full_3x3_stress
 
-from gossamer.data.labels import LabelConfig, refuse_unread
+from gossamer.data.labels import LabelConfig, names_virial, refuse_unread
 from gossamer.data.lmdb_file import check_lmdb
 from gossamer.data.npz_file import npz_names, read_npz
 from gossamer.data.structure import Structure, label_fields
@@ -134,7 +134,12 @@ def from_atoms(atoms: Atoms, labels: LabelConfig, name: str, extra: dict[str, An
     for label, key in labels.names().items():
         if key in found and found[key] is not None:
             values[label] = _value(label, found[key], key, atoms, labels, name)
-        elif key != label and key not in found and (label != "stress" or atoms.pbc.all()) and (label != "forces" or len(atoms) > 1):
+        elif (
+            key != label
+            and key not in found
+            and not (label in ("forces", "stress") and len(atoms) == 1)
+            and (label != "stress" or atoms.pbc.all())
+        ):
             raise ValueError(
                 f"{name}: no entry '{key}' (data.labels.{'virial' if key == labels.virial else label}). Found: {_listed(found)}."
             )
@@ -174,7 +179,7 @@ def suggestion(label: str, entries: Sequence[str]) -> str:
     alike.sort(key=lambda e: (any(word in e.lower() for word in doubtful), not e.lower().endswith(words[0]), len(e), e))
     if not alike:
         return ""
-    option = "virial" if "virial" in alike[0].lower() else label
+    option = "virial" if names_virial(alike[0]) else label
     shown = ", ".join(alike[:6]) + (" ..." if len(alike) > 6 else "")
     return f"found {shown}: if {alike[0]} is it, say --{option} {alike[0]} (data.labels.{option}: {alike[0]})"
 

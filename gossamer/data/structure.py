@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -70,6 +70,17 @@ class Structure:
     def is_isolated(self, cutoff: float = REACH) -> bool:
         """Whether this is one atom that sees no other, not even its own image: plane-wave codes put isolated atoms into large boxes."""
         return self.n_atoms == 1 and neighbor_list(self.positions, self.cell, self.pbc, cutoff)[0].size == 0
+
+    def lacks(self, label: str, cutoff: float = REACH) -> bool:
+        """Whether a label is not there and not known either: the stress of an isolated atom is zero in whatever box."""
+        return label not in self.labels and not (label == "stress" and self.is_isolated(cutoff))
+
+    def with_lone_stress(self, cutoff: float) -> Structure:
+        """Itself; an isolated atom without a stress gets the one it has, zero, and where it has no volume a box of three cutoffs (Å)."""
+        if self.stress is not None or not self.is_isolated(cutoff):
+            return self
+        cell = self.cell if self.pbc.all() else 3 * cutoff * np.eye(3)
+        return replace(self, stress=np.zeros((3, 3)), cell=cell, pbc=np.ones(3, dtype=bool))
 
     def validate(self) -> Structure:
         """Return self if shapes and numbers make sense.

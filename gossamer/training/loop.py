@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gossamer.data.dataset import Subset
+from gossamer.data.dataset import LoneStresses, Subset
 from gossamer.data.structure import Structure
 from gossamer.evaluation import Evaluation, evaluate_potential
 from gossamer.files import atomic_path
@@ -157,7 +157,8 @@ def run_training(
     """
     checkpoint = folder / CHECKPOINT
     began = CLOCKS[config.clock]() - state.seconds
-    loader = Loader(state.potential, train, config.num_workers)
+    labelled = LoneStresses(train, state.potential.cutoff) if loss.stress > 0 else train
+    loader = Loader(state.potential, labelled, config.num_workers)
     work = None if group.world == 1 and config.batch_edges is None else count_edges(loader, group, folder, identity)
     limits = batch_limits(train, config, work)
     state.forward.single = mostly_single(shared_batches(len(train), 0, config, group, limits, work))
