@@ -853,6 +853,19 @@ def test_virials_are_found_and_read(tmp_path: Path, name: str) -> None:
     assert last.stress is None
 
 
+@pytest.mark.parametrize("key", ["stress", "virial"])
+def test_a_stress_of_six_numbers_in_xyz(key: str, tmp_path: Path) -> None:
+    atoms = labelled()
+    stress, factor = atoms.get_stress(), 1.0 if key == "stress" else -atoms.get_volume()
+    assert len(set(np.round(stress, 4))) == 6
+    atoms.calc = None
+    ase.io.write(tmp_path / "a.extxyz", [atoms])
+    head = f'{key}="{" ".join(f"{factor * x:.8f}" for x in stress)}" pbc='
+    (tmp_path / "a.extxyz").write_text((tmp_path / "a.extxyz").read_text().replace("pbc=", head))
+    (s,) = read_structures(tmp_path / "a.extxyz", LabelConfig(stress=key))
+    np.testing.assert_allclose(s.stress, labelled().get_stress(voigt=False), atol=1e-7)
+
+
 @pytest.mark.parametrize("name", ["dft_virial", "REF_virials", "virial_stress"])
 def test_names_of_virials_and_stresses(tmp_path: Path, name: str) -> None:
     """What is called a virial is read as one wherever the word stands; a virial_stress (maml's) is a stress, with a unit."""

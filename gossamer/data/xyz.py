@@ -12,6 +12,10 @@ import ase.io
 from ase import Atoms
 
 
+SIX = re.compile(r"(?<![\w-])((?:stress|virial)\s*=\s*[\"'{])([^\"'}]*)")
+"""a stress or virial in the line above a frame's atoms"""
+
+
 def xyz_frames(file: IO[str]) -> Iterator[Atoms]:
     """Frames of an (extended) XYZ file, one after the other, as ASE reads each.
 
@@ -37,6 +41,7 @@ def xyz_frames(file: IO[str]) -> Iterator[Atoms]:
             lines.append(header)
             header = file.readline()
         _check_columns(lines)
+        lines[1] = SIX.sub(_as_nine, lines[1])
         atoms = ase.io.read(StringIO("".join(lines)), index=0, format="extxyz")
         assert isinstance(atoms, Atoms)
         yield atoms
@@ -55,6 +60,12 @@ def xyz_heads(file: IO[str]) -> Iterator[str]:
         if sum(1 for _ in islice(file, n_lines)) != n_lines:
             raise ValueError("the file ends within a frame")
         yield header
+
+
+def _as_nine(found: re.Match[str]) -> str:
+    """Six numbers (xx, yy, zz, yz, xz, xy), which ASE refuses under these names, as the nine that it reads; others as they are."""
+    numbers = found[2].split()
+    return found[1] + (" ".join(numbers[k] for k in (0, 5, 4, 5, 1, 3, 4, 3, 2)) if len(numbers) == 6 else found[2])
 
 
 def _check_columns(lines: list[str]) -> None:
