@@ -853,6 +853,34 @@ def test_virials_are_found_and_read(tmp_path: Path, name: str) -> None:
     assert last.stress is None
 
 
+def test_databases_of_schnetpack_state_their_units(tmp_path: Path) -> None:
+    atoms = labelled()
+    results, atoms.calc = atoms.calc.results, None
+    forces = results["forces"] / units.Hartree * units.Bohr
+    path = tmp_path / "a.db"
+    with ase.db.connect(path) as database:
+        database.metadata = {
+            "_property_unit_dict": {"energy": "Hartree", "forces": "Hartree/Bohr", "mu": "Debye"}, "_distance_unit": "Ang", "atomrefs": {},
+        }  # fmt: skip
+        database.write(atoms, data={"energy": np.array([results["energy"] / units.Hartree]), "forces": forces})
+    for labels in (LabelConfig(), LabelConfig(energy_unit="Hartree", length_unit="Angstrom")):
+        (s,) = read_structures(path, labels)
+        assert s.energy == pytest.approx(results["energy"])
+        np.testing.assert_allclose(s.forces, results["forces"], atol=1e-9)
+        np.testing.assert_allclose(s.positions, atoms.positions)
+    with pytest.raises(ValueError, match=r"states the unit of energy 'Hartree', but data\.labels\.energy_unit is eV"):
+        list(read_structures(path, LabelConfig(energy_unit="eV")))
+    with ase.db.connect(path) as database:
+        database.metadata = {"_property_unit_dict": {"energy": "a.u.", "forces": 1.0}, "_distance_unit": "Bohr"}
+    with pytest.raises(ValueError, match=r"states the unit of energy 'a\.u\.', expected one of eV, meV, Hartree"):
+        list(read_structures(path))
+    with ase.db.connect(path) as database:
+        database.metadata = {"_property_unit_dict": {"energy": "1", "forces": 1.0}, "_distance_unit": "Bohr"}
+    (s,) = read_structures(path, LabelConfig(energy_unit="Hartree"))
+    np.testing.assert_allclose(s.positions, atoms.positions * units.Bohr)
+    np.testing.assert_allclose(s.forces, results["forces"], atol=1e-9)
+
+
 @pytest.mark.parametrize("key", ["stress", "virial"])
 def test_a_stress_of_six_numbers_in_xyz(key: str, tmp_path: Path) -> None:
     atoms = labelled()

@@ -38,11 +38,26 @@ FORCE_UNITS = {"eV/Angstrom": 1.0, "meV/Angstrom": 1e-3, "Hartree/Bohr": units.H
                "kJ/mol/Angstrom": units.kJ / units.mol, "kJ/mol/nm": 0.1 * units.kJ / units.mol}  # fmt: skip
 STRESS_UNITS = {"eV/Angstrom^3": 1.0, "Hartree/Bohr^3": units.Hartree / units.Bohr**3, "Ry/Bohr^3": units.Rydberg / units.Bohr**3,
                 "GPa": units.GPa, "kbar": 0.1 * units.GPa, "bar": 1e-4 * units.GPa}  # fmt: skip
+STATED_ENERGY = {
+    "ev": "eV",
+    "mev": "meV",
+    "hartree": "Hartree",
+    "ha": "Hartree",
+    "ry": "Ry",
+    "rydberg": "Ry",
+    "kcal/mol": "kcal/mol",
+    "kj/mol": "kJ/mol",
+}
+STATED_LENGTH = {"ang": "Angstrom", "angstrom": "Angstrom", "a": "Angstrom", "å": "Angstrom", "bohr": "Bohr", "a0": "Bohr", "nm": "nm"}
 STATED_UNITS = {
-    "e_unit": {"ev": "eV", "mev": "meV", "hartree": "Hartree", "ha": "Hartree", "ry": "Ry", "rydberg": "Ry", "kcal/mol": "kcal/mol", "kj/mol": "kJ/mol"},
-    "r_unit": {"ang": "Angstrom", "angstrom": "Angstrom", "a": "Angstrom", "å": "Angstrom", "bohr": "Bohr", "a0": "Bohr", "nm": "nm"},
+    "energy_unit": STATED_ENERGY,
+    "length_unit": STATED_LENGTH,
+    "force_unit": {f"{e}/{r}": f"{energy}/{length}" for e, energy in STATED_ENERGY.items() for r, length in STATED_LENGTH.items()
+                   if f"{energy}/{length}" in FORCE_UNITS},
+    "stress_unit": {"gpa": "GPa", "kbar": "kbar", "bar": "bar"} | {f"{e}/{r}{power}": f"{energy}/{length}^3" for e, energy in STATED_ENERGY.items()
+                   for r, length in STATED_LENGTH.items() for power in ("^3", "**3", f"/{r}/{r}") if f"{energy}/{length}^3" in STRESS_UNITS},
 }  # fmt: skip
-"""units as npz files of sGDML state them, in small letters"""
+"""units as npz files of sGDML and databases of schnetpack state them, in small letters, by setting"""
 WORDS = {"energy": ("energy", "e", "etot"), "forces": ("force", "f"), "stress": ("stress", "virial")}
 """what names of labels contain, or are if they have one letter"""
 
@@ -269,6 +284,7 @@ def _read_database(path: Path, labels: LabelConfig) -> Iterator[Structure]:
         raise ValueError(f"'{path}' is not an ASE database (SQLite). It may be truncated: copy it again.")
     with ase.db.connect(str(path), use_lock_file=False) as database:  # type: ignore[no-untyped-call]
         count = 0
+        labels = _with_stated_units(path, labels, _units_of_database(database.metadata, labels))
         for row in database.select():
             extra = {**row.key_value_pairs, **row.data}
             if "atomic_forces" in extra and labels.forces == "forces" and row.get("forces") is None:
@@ -363,7 +379,7 @@ NPZ_LAYOUTS = {
 
 def _read_npz(path: Path, labels: LabelConfig) -> Iterator[Structure]:
     arrays = _npz_arrays(path)
-    energy_scale, length_scale, force_scale, _ = label_scales(_with_stated_units(path, labels), "kcal/mol")
+    energy_scale, length_scale, force_scale, _ = label_scales(_with_stated_units(path, labels, _units_of_npz(path)), "kcal/mol")
     n_frames = len(arrays["positions"])
     for name in ("energy", "forces"):
         if len(arrays[name]) != n_frames:
@@ -393,18 +409,47 @@ def _npz_arrays(path: Path) -> dict[str, np.ndarray]:
     return {name: arrays[key] for name, key in layout.items()}
 
 
-def _with_stated_units(path: Path, labels: LabelConfig) -> LabelConfig:
-    """The labels with the units that the file itself states, as those of sGDML do (e_unit, r_unit).
+def _units_of_npz(path: Path) -> dict[str, tuple[str, str]]:
+    """Entry and text of each unit that the file states, as those of sGDML do, by setting."""
+    keys = {"e_unit": "energy_unit", "r_unit": "length_unit"}
+    stated = {}
+    for key, value in read_npz(path, keys.keys() & set(npz_names(path))).items():
+        word = value.ravel()[0] if value.size == 1 else value
+        stated[keys[key]] = (key, word.decode(errors="replace") if isinstance(word, bytes) else str(word))
+    return stated
+
+
+def _units_of_database(metadata: Any, labels: LabelConfig) -> dict[str, tuple[str, str]]:
+    """Likewise of the metadata that schnetpack keeps with a database of ASE: units of lengths, and of each property."""
+    units = dict(metadata.get("_property_unit_dict") or {})
+    names = {
+        "energy_unit": (labels.energy, "total_energy"),
+        "force_unit": (labels.forces, "atomic_forces"),
+        "stress_unit": (labels.stress,),
+    }
+    stated = {
+        setting: (f"the unit of {name}", str(units[name])) for setting, found in names.items() for name in found[::-1] if name in units
+    }
+    if "_distance_unit" in metadata:
+        stated["length_unit"] = ("the unit of distances", str(metadata["_distance_unit"]))
+    return stated
+
+
+def _with_stated_units(path: Path, labels: LabelConfig, stated: dict[str, tuple[str, str]]) -> LabelConfig:
+    """The labels with the units that the file itself states.
+
+    Args:
+        path: The file, for messages.
+        labels: As asked for.
+        stated: By setting, what the file calls it and the text that it has.
 
     Raises:
         ValueError: a unit that is not known, or another one than was asked for.
     """
-    stated: dict[str, Any] = {}
-    for key, value in read_npz(path, STATED_UNITS.keys() & set(npz_names(path))).items():
-        setting, known = {"e_unit": "energy_unit", "r_unit": "length_unit"}[key], STATED_UNITS[key]
-        word = value.ravel()[0] if value.size == 1 else value
-        text = (word.decode(errors="replace") if isinstance(word, bytes) else str(word)).strip()
-        if not text:
+    units: dict[str, Any] = {}
+    for setting, (key, written) in stated.items():
+        known, text = STATED_UNITS[setting], written.strip()
+        if text.lower() in ("", "1", "1.0", "none", "unknown"):
             continue
         unit = known.get(text.lower())
         if unit is None:
@@ -412,12 +457,12 @@ def _with_stated_units(path: Path, labels: LabelConfig) -> LabelConfig:
                 f"'{path}' states {key} {text[:40]!r}, expected one of {', '.join(dict.fromkeys(known.values()))}. Convert it, and mend {key}."
             )
         given = getattr(labels, setting)
-        if given not in (None, unit):
+        if given not in (getattr(LabelConfig(), setting), unit):
             raise ValueError(
                 f"'{path}' states {key} {text!r}, but data.labels.{setting} is {given}. Leave the setting out, or mend {key} in the file."
             )
-        stated[setting] = unit
-    return replace(labels, **stated)
+        units[setting] = unit
+    return replace(labels, **units)
 
 
 def _read_mptrj(path: Path, labels: LabelConfig) -> Iterator[Structure]:

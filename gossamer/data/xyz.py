@@ -11,7 +11,6 @@ from typing import IO
 import ase.io
 from ase import Atoms
 
-
 SIX = re.compile(r"(?<![\w-])((?:stress|virial)\s*=\s*[\"'{])([^\"'}]*)")
 """a stress or virial in the line above a frame's atoms"""
 
