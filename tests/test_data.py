@@ -881,6 +881,21 @@ def test_databases_of_schnetpack_state_their_units(tmp_path: Path) -> None:
     np.testing.assert_allclose(s.forces, results["forces"], atol=1e-9)
 
 
+def test_weights_and_heads_of_mace_are_told(tmp_path: Path) -> None:
+    """They are not read, so inspection says so where they mean something."""
+    frames = [labelled(k) for k in range(10)]
+    for k, atoms in enumerate(frames):
+        atoms.info |= {"head": "Default", "config_weight": 1.0, "config_type": "bulk"}
+    ase.io.write(tmp_path / "plain.extxyz", frames)
+    assert not [w for w in inspect(tmp_path / "plain.extxyz").warnings if "weight" in w or "head" in w]
+    for k, atoms in enumerate(frames):
+        atoms.info |= {"head": "pbe" if k % 2 else "r2scan", "config_forces_weight": 0.0 if k < 3 else 1.0}
+    ase.io.write(tmp_path / "a.extxyz", frames)
+    said = inspect(tmp_path / "a.extxyz").warnings
+    assert any("3 of 10 frames have a weight of their own (config_weight" in w for w in said), said
+    assert any("several heads (r2scan: 5, pbe: 5)" in w for w in said), said
+
+
 @pytest.mark.parametrize("key", ["stress", "virial"])
 def test_a_stress_of_six_numbers_in_xyz(key: str, tmp_path: Path) -> None:
     atoms = labelled()

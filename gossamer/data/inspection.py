@@ -16,7 +16,7 @@ from ase.units import GPa
 
 from gossamer.data.dataset import identity, open_dataset
 from gossamer.data.labels import LabelConfig
-from gossamer.data.readers import ENERGY_UNITS, STRESS_UNITS, suggestion
+from gossamer.data.readers import ENERGY_UNITS, HEAD, STRESS_UNITS, suggestion
 from gossamer.data.structure import Structure
 from gossamer.neighbors import neighbor_list
 from gossamer.quantities import QUANTITIES
@@ -26,6 +26,8 @@ OPPOSITE_SIGN = "stress has the opposite sign, that of VASP (compression positiv
 
 REMARKS = {
     "stress without volume": "have a stress but are not periodic along all axes, so that there is no volume it belongs to: it is not read",
+    "a weight of its own": "have a weight of their own (config_weight and the like, of MACE), which is not read: all count alike, also where a weight "
+    "of 0 says that a label is none. Leave out what should not be trained on",
     "another free energy": "have a free_energy more than 1 meV/atom from the energy. With smeared electrons forces are the gradient of the free energy "
     "(VASP and others): train on that with --energy free_energy (data.labels.energy)",
 }
@@ -130,6 +132,12 @@ def _labels(structures: Sequence[Structure], report: Inspection) -> None:
         marked = [s.name for s in structures if remark in s.remarks]
         if marked:
             report.warnings.append(f"{len(marked)} of {len(structures)} frames {text}. The first is {marked[0]}")
+    heads = Counter(remark.removeprefix(HEAD) for s in structures for remark in s.remarks if remark.startswith(HEAD))
+    if len(heads) > 1:
+        report.warnings.append(
+            f"frames belong to several heads ({_shortened([f'{head}: {n}' for head, n in heads.items()])}), which in files for MACE are levels of "
+            "theory: their energies do not go together, and no head is told from another. Train on the frames of one"
+        )
     for label, quantity in QUANTITIES.items():
         labelled = [s for s in structures if label in s.labels]
         missing = [s for s in structures if s.lacks(label)]

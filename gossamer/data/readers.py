@@ -58,6 +58,10 @@ STATED_UNITS = {
                    for r, length in STATED_LENGTH.items() for power in ("^3", "**3", f"/{r}/{r}") if f"{energy}/{length}^3" in STRESS_UNITS},
 }  # fmt: skip
 """units as npz files of sGDML and databases of schnetpack state them, in small letters, by setting"""
+WEIGHTS = ("config_weight", "config_energy_weight", "config_forces_weight", "config_stress_weight", "config_virials_weight")
+"""entries by which MACE weighs frames and their labels; a weight of zero marks a label that is missing"""
+HEAD = "head "
+"""what a remark begins with that says to which of MACE's heads a frame belongs"""
 WORDS = {"energy": ("energy", "e", "etot"), "forces": ("force", "f"), "stress": ("stress", "virial")}
 """what names of labels contain, or are if they have one letter"""
 
@@ -169,6 +173,10 @@ def from_atoms(atoms: Atoms, labels: LabelConfig, name: str, extra: dict[str, An
         energy_scale = label_scales(labels)[0]
         if abs(energy_scale * float(free) - values["energy"]) > 1e-3 * len(atoms):
             remarks.append("another free energy")
+    if any(found[key] != 1 for key in WEIGHTS if isinstance(found.get(key), int | float | np.number)):
+        remarks.append("a weight of its own")
+    if isinstance(found.get("head"), str):
+        remarks.append(f"{HEAD}{found['head']}")
     group = None if labels.group is None else found.get(labels.group)
     if labels.group is not None and group is None:
         raise ValueError(f"{name}: no entry '{labels.group}' (data.labels.group). Found: {_listed(found)}.")
