@@ -884,7 +884,7 @@ def test_databases_of_schnetpack_state_their_units(tmp_path: Path) -> None:
 def test_weights_and_heads_of_mace_are_told(tmp_path: Path) -> None:
     """They are not read, so inspection says so where they mean something."""
     frames = [labelled(k) for k in range(10)]
-    for k, atoms in enumerate(frames):
+    for atoms in frames:
         atoms.info |= {"head": "Default", "config_weight": 1.0, "config_type": "bulk"}
     ase.io.write(tmp_path / "plain.extxyz", frames)
     assert not [w for w in inspect(tmp_path / "plain.extxyz").warnings if "weight" in w or "head" in w]
@@ -894,6 +894,59 @@ def test_weights_and_heads_of_mace_are_told(tmp_path: Path) -> None:
     said = inspect(tmp_path / "a.extxyz").warnings
     assert any("3 of 10 frames have a weight of their own (config_weight" in w for w in said), said
     assert any("several heads (r2scan: 5, pbe: 5)" in w for w in said), said
+
+
+OUTCAR_HEAD = """ vasp.6.4.2
+ POTCAR:    PAW_PBE H 15Jun2001
+ POTCAR:    PAW_PBE H 15Jun2001
+   k-points           NKPTS =      1   k-points in BZ     NKDIM =      1   number of bands    NBANDS=      4
+   NELM   =      3;   NELMIN=  2; NELMDL= -5     # of ELM steps
+   ions per type =               2
+ k-points in reciprocal lattice and weights: Gamma
+   0.00000000  0.00000000  0.00000000       1.000
+"""
+
+
+def outcar_step(step: int, iterations: int, verdict: str, energy: float) -> str:
+    """One ionic step in VASP's layout."""
+    loops = "".join(f"--------------- Iteration {step:6d}({k:4d})  ---------------\n" for k in range(1, iterations + 1))
+    return f"""{loops}------------------------ aborting loop {verdict} ----------------------------------------
+  in kB      10.00000    20.00000    30.00000     4.00000     5.00000     6.00000
+      direct lattice vectors                 reciprocal lattice vectors
+     5.000000000  0.000000000  0.000000000     0.200000000  0.000000000  0.000000000
+     0.000000000  5.000000000  0.000000000     0.000000000  0.200000000  0.000000000
+     0.000000000  0.000000000  5.000000000     0.000000000  0.000000000  0.200000000
+ POSITION                                       TOTAL-FORCE (eV/Angst)
+ -----------------------------------------------------------------------------------
+      0.00000      0.00000      0.00000         0.500000      0.000000      0.000000
+      0.75000      0.00000      0.00000        -0.500000      0.000000      0.000000
+  FREE ENERGIE OF THE ION-ELECTRON SYSTEM (eV)
+  ---------------------------------------------------
+  free  energy   TOTEN  = {energy:18.8f} eV
+
+  energy  without entropy= {energy:17.8f}  energy(sigma->0) = {energy:17.8f}
+"""
+
+
+def test_vasp_steps_that_are_no_labels(tmp_path: Path) -> None:
+    """Electrons that ran out of iterations are told frame by frame; steps of a machine-learned force field are refused in plain words."""
+    reached, not_reached = "because EDIFF is reached", "EDIFF was not reached (unconverged)"
+    steps = [(2, reached), (3, reached), (3, not_reached), (2, reached)]
+    text = OUTCAR_HEAD + "".join(outcar_step(k + 1, n, verdict, -6.7 - k) for k, (n, verdict) in enumerate(steps))
+    (tmp_path / "OUTCAR").write_text(text)
+    frames = list(read_structures(tmp_path / "OUTCAR"))
+    assert [(s.energy, s.remarks) for s in frames] == [(-6.7, ()), (-7.7, ()), (-8.7, ("not converged",)), (-9.7, ())]
+    np.testing.assert_allclose(frames[0].stress[[0, 1, 2, 1, 0, 0], [0, 1, 2, 2, 2, 1]], -0.1 * units.GPa * np.array([10, 20, 30, 5, 6, 4]))
+    assert any("1 of 4 frames of VASP took all iterations" in w for w in inspect(frames).warnings)
+    (tmp_path / "OUTCAR").write_text(text.replace("FREE ENERGIE", "ML FREE ENERGIE").replace("energy   TOTEN", "energy ML TOTEN"))
+    with pytest.raises(ValueError, match=r"OUTCAR' holds steps of VASP's machine-learned force field"):
+        list(read_structures(tmp_path / "OUTCAR"))
+    limited = VASPRUN.replace("<incar>", '<incar>\n<i type="int" name="NELM">     2</i>\n')
+    (tmp_path / "vasprun.xml").write_text(limited)
+    assert next(read_structures(tmp_path / "vasprun.xml")).remarks == ()
+    again = VASPRUN[VASPRUN.index("<scstep>") : VASPRUN.index("</scstep>")] + "</scstep>\n"
+    (tmp_path / "vasprun.xml").write_text(limited.replace("<scstep>", again + "<scstep>"))
+    assert next(read_structures(tmp_path / "vasprun.xml")).remarks == ("not converged",)
 
 
 @pytest.mark.parametrize("key", ["stress", "virial"])

@@ -26,6 +26,7 @@ OPPOSITE_SIGN = "stress has the opposite sign, that of VASP (compression positiv
 
 REMARKS = {
     "stress without volume": "have a stress but are not periodic along all axes, so that there is no volume it belongs to: it is not read",
+    "not converged": "of VASP took all iterations that NELM allows and their electrons did not converge: their labels may be far off. Leave them out",
     "a weight of its own": "have a weight of their own (config_weight and the like, of MACE), which is not read: all count alike, also where a weight "
     "of 0 says that a label is none. Leave out what should not be trained on",
     "another free energy": "have a free_energy more than 1 meV/atom from the energy. With smeared electrons forces are the gradient of the free energy "

@@ -254,10 +254,42 @@ def _read_extxyz(path: Path, labels: LabelConfig) -> Iterator[Structure]:
 
 def _read_ase(path: Path, labels: LabelConfig) -> Iterator[Structure]:
     try:
-        frames = ase.io.iread(path, index=":")
-        yield from _frames(path, frames, labels)
+        kind = ase.io.formats.filetype(str(path))
+        unfinished = _unfinished(path) if kind in ("vasp-out", "vasp-xml") else set()
+        for index, structure in enumerate(_frames(path, ase.io.iread(path, index=":"), labels)):
+            yield replace(structure, remarks=(*structure.remarks, "not converged")) if index in unfinished else structure
     except ase.io.formats.UnknownFileTypeError:
         raise ValueError(f"'{path}': ASE does not know this file type. Convert it to extended XYZ.") from None
+
+
+def _unfinished(path: Path) -> set[int]:
+    """Frames of an OUTCAR or vasprun.xml whose electrons took all NELM iterations and did not converge; VASP goes on all the same.
+
+    Raises:
+        ValueError: frames of VASP's machine-learned force field among them.
+    """
+    found: set[int] = set()
+    most, iterations, frames = 0, 0, 0
+    with open_text(path) as file:
+        for line in file:
+            if limit := re.search(r"NELM\s*=\s*(\d+)|name=\"NELM\">\s*(\d+)", line):
+                most = int(limit[1] or limit[2])
+            elif number := re.search(r"Iteration\s+\d+\(\s*(\d+)\)", line):
+                iterations = int(number[1])
+            elif "<scstep>" in line:
+                iterations += 1
+            elif "EDIFF is reached" in line:
+                iterations = 0
+            elif "ML FREE ENERGIE" in line:
+                raise ValueError(
+                    f"'{path}' holds steps of VASP's machine-learned force field, whose energies and forces are predictions. Give the ab initio "
+                    "steps alone (those of ML_ABN, say, as extended XYZ)."
+                )
+            elif "FREE ENERGIE OF THE ION-ELECTRON SYSTEM" in line or "</calculation>" in line:
+                if 0 < most <= iterations:
+                    found.add(frames)
+                frames, iterations = frames + 1, 0
+    return found
 
 
 def _frames(path: Path, frames: Iterator[Atoms], labels: LabelConfig) -> Iterator[Structure]:
