@@ -303,6 +303,7 @@ def test_the_machine_is_named() -> None:
         ({"models": "ase.calculators.emt:EMT"}, "For a calculator write --calculator"),
         ({"calculator": "ase.calculators.emt:EMT", "references": [__file__, __file__]}, "2 references for 1 system"),
         ({"calculator": "ase.calculators.emt:EMT", "elements": ["Si"]}, "could not evaluate any pair"),
+        ({"calculator": "ase.calculators.emt:EMT", "crystals": [bulk("Cu"), molecule("H2O")]}, "'H2O' is no crystal: it is periodic along"),
         ({"calculator": "ase.calculators.emt:EMT", "elements": ["Sx"]}, "'Sx' is not the symbol of an element"),
         ({"calculator": "ase.calculators.emt:EMT", "only": ["speed"], "skip": ["speed"]}, "No check is left"),
         ({"calculator": "ase.calculators.emt:EMT", "temprature": 300}, "temprature: unknown setting. Did you mean temperature?"),
@@ -311,6 +312,13 @@ def test_the_machine_is_named() -> None:
 def test_wrong_questions(options: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         judge(out=tmp_path, progress=False, **options)
+
+
+def test_what_a_potential_does_not_know_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    given = {"structures": [bulk("Cu"), bulk("Si")], "crystals": [bulk("Si"), bulk("Cu")], "elements": ["Cu"]}
+    judge(calculator="ase.calculators.emt:EMT", only=["symmetry"], out=tmp_path, progress=False, **given)
+    for what in ("judgement on the structures", "judgement on the crystals"):
+        assert f"EMT: no {what} Si, whose elements it does not know" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -49,6 +49,23 @@ def test_silicon_of_tersoff_has_its_published_properties() -> None:
     assert k == pytest.approx(98, rel=0.01)
 
 
+@pytest.mark.parametrize(("case", "named"), [("cubic", True), ("primitive", True), ("turned", False), ("hexagonal", False)])
+def test_elastic_constants_have_their_names_where_they_are_three(case: str, named: bool) -> None:
+    """Of nearest neighbours with springs K: C11 = 2 K / a, C12 = C44 = K / a. Means over the axes of another crystal are none of them."""
+    depth, distance, steep = 0.5, 2.556, 4.0
+    pairs = MorsePotential(epsilon=depth, r0=distance, rho0=steep, rcut1=1.2, rcut2=1.3)
+    a = distance * np.sqrt(2)
+    cell = bulk("Cu", "hcp", a=distance, c=distance * np.sqrt(8 / 3)) if case == "hexagonal" else bulk("Cu", a=a, cubic=case != "primitive")
+    if case == "turned":
+        cell.rotate(30, (1, 1, 1), rotate_cell=True)
+    found = {m.name.removeprefix("it: "): m.value for m in crystals._elastic(pairs, "it", cell)}
+    assert ("C11" in found) == ("C44" in found) == named
+    stiff = 2 * depth * (steep / distance) ** 2 / a / units.GPa
+    if named:
+        assert [found["C11"], found["C12"], found["C44"]] == pytest.approx([2 * stiff, stiff, stiff], rel=1e-3)
+    assert found["bulk modulus, ions relaxed"] == pytest.approx(4 / 3 * stiff, rel=1e-3)
+
+
 @pytest.mark.slow
 def test_equation_of_state_of_lennard_jones() -> None:
     """fcc, ε = σ = 1, long cutoff: E = -8.610 ε, nearest neighbours 1.0902 σ, B = 75.2 ε/σ³ (Ashcroft and Mermin, ch. 20)."""

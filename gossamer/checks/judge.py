@@ -128,6 +128,9 @@ def judge(
         read_all(structures, LEVELS[config.level].n_structures), read_all(crystals), read_all(systems, 1),
         errors.read_labelled(config.data) if config.data else [],
     )  # fmt: skip
+    for name, atoms in named(inputs.crystals).items():
+        if not atoms.pbc.all():
+            raise ValueError(f"'{name}' is no crystal: it is periodic along {atoms.pbc.tolist()}. Give crystals that are along all axes.")
     n_systems = len(inputs.systems) or 1
     if len(config.references) > n_systems:
         raise ValueError(
@@ -226,17 +229,13 @@ def make_candidate(source: Source, config: JudgeConfig, folder: Path, inputs: In
     known = known_elements(source, own, config.elements)
     own.elements = sorted(known, key=lambda e: (e not in {s for a in inputs.structures for s in a.symbols}, atomic_numbers[e]))
     allowed = set(known)
-
-    def fitting(found: Sequence[Atoms]) -> list[Atoms]:
-        return [a for a in found if set(a.symbols) <= allowed]
-
-    given = fitting(inputs.structures)
+    given = list(known_ones(own, "judgement on the structures", inputs.structures, allowed).values())
     own.origin = ", ".join(dict.fromkeys(str(a.info.get("origin", a.get_chemical_formula())) for a in given[: effort.n_structures]))
     if not given and source.run is not None:
         given, own.origin = tested_structures(source.run, effort.n_structures)
     builtin = builtin_crystals(own.elements, effort.n_crystals)
     if inputs.crystals:
-        own.crystals = named(fitting(inputs.crystals))
+        own.crystals = known_ones(own, "judgement on the crystals", inputs.crystals, allowed)
     elif not given or any(a.pbc.all() for a in given):  # a potential of molecules is not asked about crystals
         own.crystals = builtin
     molecules = builtin_molecules(own.elements, 1)
@@ -255,12 +254,17 @@ def add_systems(own: Candidate, inputs: Inputs, allowed: set[str]) -> None:
     if references and inputs.structures and not inputs.systems and systems[0] is not inputs.structures[0]:
         log.warning("%s: no reference, as it does not know the elements of the first structure, to which that belongs", own.name)
         references = ()
-    everything = named(systems)
-    fitting = [name for name, atoms in everything.items() if set(atoms.symbols) <= allowed]
+    own.systems = known_ones(own, "dynamics of", systems, allowed)
+    own.references = {n: r for n, r in zip(named(systems), references, strict=False) if n in own.systems}
+
+
+def known_ones(own: Candidate, what: str, found: Sequence[Atoms], allowed: set[str]) -> dict[str, Atoms]:
+    """By name those whose elements the potential knows; of the others the log says that there is no ``what``."""
+    everything = named(found)
+    fitting = {name: atoms for name, atoms in everything.items() if set(atoms.symbols) <= allowed}
     if lacking := [name for name in everything if name not in fitting]:
-        log.warning("%s: no dynamics of %s, whose elements it does not know", own.name, ", ".join(lacking))
-    own.systems = {name: everything[name] for name in fitting}
-    own.references = {n: r for n, r in zip(everything, references, strict=False) if n in fitting}
+        log.warning("%s: no %s %s, whose elements it does not know", own.name, what, ", ".join(lacking))
+    return fitting
 
 
 def known_elements(source: Source, own: Candidate, wanted: Sequence[str] | None) -> list[str]:
