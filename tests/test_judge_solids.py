@@ -128,6 +128,13 @@ def test_phonons_agree_with_ase(tmp_path: Path) -> None:
 
 
 @pytest.mark.thorough
+def test_bands_of_unlike_lattices_lie_over_each_other() -> None:
+    """A potential with a larger lattice constant has a smaller zone: its X must stand where that of the other stands."""
+    ticks = [phonons.band_path(bulk("Cu", a=a))[2] for a in (3.6, 3.8)]
+    assert [label for _, label in ticks[0]] == [label for _, label in ticks[1]]
+    np.testing.assert_allclose(*([place for place, _ in one] for one in ticks), atol=1e-9)
+
+
 def test_phonons_beside_a_reference(tmp_path: Path) -> None:
     pytest.importorskip("phonopy")
     cell = phonons.make_phonons(EMT(), bulk("Cu", a=3.589), [3, 3, 3])

@@ -122,12 +122,13 @@ def sum_rule_error(phonons: Any) -> float:
 
 
 def band_path(atoms: Atoms, points: int = 120) -> tuple[Array, Array, list[tuple[float, str]]]:
-    """q points (n, 3), their distance along the path, and the named places, for a primitive cell (Setyawan-Curtarolo paths of ASE).
+    """q points (n, 3), their places along the path, and the named ones, for a primitive cell (Setyawan-Curtarolo paths of ASE).
 
-    Where the path jumps from one point to another they share a place: "K|U".
+    Places go from 0 to 1, so that bands of lattices of unlike size can be drawn over each other. Where the path jumps from one point to another they share a place: "K|U".
     """
     path = atoms.cell.bandpath(npoints=points)
     x, places, labels = path.get_linear_kpoint_axis()
+    x, places = x / x[-1], places / x[-1]
     ticks: dict[float, str] = {}
     for place, label in zip(places.tolist(), labels, strict=True):
         name = label.replace("G", "Γ")
