@@ -343,6 +343,14 @@ def test_a_check_that_raises_does_not_end_the_others(tmp_path: Path, monkeypatch
     assert found["symmetry"].status == "passed"
 
 
+def test_a_number_beyond_its_limit_is_not_rounded_onto_it() -> None:
+    assert at_most("error", 2.0004, "%", 2.0, 5.0, "").reason == "error: 2.0004 %, expected at most 2 %"
+    assert at_least("well", -0.049999, "THz", -0.01, -1.0, "").reason == "well: -0.05 THz, expected at least -0.01 THz"
+    assert at_least("well", 0.49999, "", 0.5, 0.1, "").reason == "well: 0.49999, expected at least 0.5"
+    assert close_to("ratio", 4.5001, "", 4.0, 0.5, 1.0, "").reason == "ratio: 4.5001, expected 4 ± 0.5"
+    assert at_most("error", float("inf"), "%", 2.0, 5.0, "").reason == "error: not a finite number, expected at most 2 %"
+
+
 def test_numbers_are_readable() -> None:
     assert [number(v) for v in (None, 0.0, 1.23456, 12345.6, 1e-5, 3e7, float("nan"))] == [
         "–",

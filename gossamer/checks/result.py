@@ -122,19 +122,19 @@ def curve(x: Iterable[Any], y: Iterable[Any], label: str = "", reference: bool =
 def at_most(name: str, value: float, unit: str, good: float, poor: float, consequence: str, best: Best = "low") -> Metric:
     """A number that passes up to ``good``, is weak up to ``poor`` and fails beyond, or if it is not a number."""
     status: Status = "passed" if value <= good else "weak" if value <= poor else "failed"
-    return _metric(name, value, unit, status, f"at most {good:.3g}", best, consequence)
+    return _metric(name, value, unit, status, f"at most {good:.3g}", [good], best, consequence)
 
 
 def at_least(name: str, value: float, unit: str, good: float, poor: float, consequence: str, best: Best = "high") -> Metric:
     """A number that passes from ``good``, is weak from ``poor`` and fails below, or if it is not a number."""
     status: Status = "passed" if value >= good else "weak" if value >= poor else "failed"
-    return _metric(name, value, unit, status, f"at least {good:.3g}", best, consequence)
+    return _metric(name, value, unit, status, f"at least {good:.3g}", [good], best, consequence)
 
 
 def close_to(name: str, value: float, unit: str, target: float, good: float, poor: float, consequence: str) -> Metric:
     """A number that passes within ``good`` of the target and is weak within ``poor``."""
     status: Status = "passed" if abs(value - target) <= good else "weak" if abs(value - target) <= poor else "failed"
-    return _metric(name, value, unit, status, f"{target:g} ± {good:g}", "", consequence)
+    return _metric(name, value, unit, status, f"{target:g} ± {good:g}", [target - good, target + good], "", consequence)
 
 
 def largest(values: Iterable[float]) -> float:
@@ -147,8 +147,15 @@ def measured(name: str, value: float, unit: str = "", best: Best = "") -> Metric
     return Metric(name, float(value) if math.isfinite(value) else None, unit, best=best)
 
 
-def _metric(name: str, value: float, unit: str, status: Status, limit: str, best: Best, consequence: str) -> Metric:
-    shown = f"{value:.3g} {unit}".strip() if math.isfinite(value) else "not a finite number"
+def rounded(value: float, edges: Sequence[float] = ()) -> str:
+    """A number in three digits, or in as many as it takes to stand on its side of the edges: 2.004 is not 2 where at most 2 is allowed."""
+    digits = range(3, 17) if math.isfinite(value) else range(3, 4)
+    texts = [f"{value:.{n}g}" for n in digits]
+    return next((t for t in texts if all(np.sign(float(t) - edge) == np.sign(value - edge) for edge in edges)), texts[-1])
+
+
+def _metric(name: str, value: float, unit: str, status: Status, limit: str, edges: Sequence[float], best: Best, consequence: str) -> Metric:
+    shown = f"{rounded(value, edges)} {unit}".strip() if math.isfinite(value) else "not a finite number"
     reason = f"{name}: {shown}, expected {limit}{' ' + unit if unit else ''}"
     return Metric(name, float(value) if math.isfinite(value) else None, unit, status, limit, best, reason, consequence)
 
