@@ -267,6 +267,9 @@ def test_discovery_says_what_is_missing(tmp_path: Path) -> None:
     short.write_text(table.read_text().replace("m-1", "other"))
     with pytest.raises(ValueError, match="1 structures .* not in"):
         discovery.check(candidate_of(EMT, tmp_path, discovery=str(initial), discovery_table=str(short)))
+    short.write_text(table.read_text().replace("m-1,4", "m-1,2"))
+    with pytest.raises(ValueError, match="'m-1' has 4 atoms in .* and n_sites 2 in"):
+        discovery.check(candidate_of(EMT, tmp_path, discovery=str(initial), discovery_table=str(short)))
     failing = discovery.relax_one(Defect(EMT(), lambda a, r: 1 / 0), bulk("Cu"))
     assert failing["energy"] is None
     assert "ZeroDivisionError" in failing["error"]

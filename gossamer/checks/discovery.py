@@ -277,6 +277,12 @@ def check(candidate: Candidate) -> Result:
     unknown = [name for name, _ in structures if name not in table]
     if unknown:
         raise InputError(f"{len(unknown)} structures of '{config.discovery}' are not in '{config.discovery_table}' (first: {unknown[0]}).")
+    for name, atoms in structures:
+        if len(atoms) != int(float(table[name]["n_sites"])):
+            raise InputError(
+                f"'{name}' has {len(atoms)} atoms in '{config.discovery}' and n_sites {table[name]['n_sites']} in '{config.discovery_table}': their "
+                "energies are of cells of unlike size. Give the cells that the table is of."
+            )
     if config.discovery_count is not None:
         structures = structures[: config.discovery_count]
     results = relax_many(
