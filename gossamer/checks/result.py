@@ -134,7 +134,7 @@ def at_least(name: str, value: float, unit: str, good: float, poor: float, conse
 def close_to(name: str, value: float, unit: str, target: float, good: float, poor: float, consequence: str) -> Metric:
     """A number that passes within ``good`` of the target and is weak within ``poor``."""
     status: Status = "passed" if abs(value - target) <= good else "weak" if abs(value - target) <= poor else "failed"
-    return _metric(name, value, unit, status, f"{target:g} ± {good:g}", [target - good, target + good], "", consequence)
+    return _metric(name, value, unit, status, f"{target:g} ± {good:.3g}", [target - good, target + good], "", consequence)
 
 
 def largest(values: Iterable[float]) -> float:
