@@ -881,6 +881,15 @@ def test_databases_of_schnetpack_state_their_units(tmp_path: Path) -> None:
     np.testing.assert_allclose(s.forces, results["forces"], atol=1e-9)
 
 
+def test_lengths_in_bohr_are_seen_where_all_is_in_atomic_units() -> None:
+    """Energies, forces and positions in Hartree and Bohr agree with each other."""
+    found = [from_atoms(a, LabelConfig(), "x") for a in (bulk("W"), bulk("Cu", cubic=True), molecule("CH3CH2OH"), molecule("CH4"))]
+    in_bohr = [replace(s, positions=s.positions / units.Bohr, cell=s.cell / units.Bohr) for s in found]
+    apart = [from_atoms(a, LabelConfig(), "x") for a in (bulk("Ar"), Atoms("O2", [[0, 0, 0], [0, 0, 3.0]]), Atoms("O"))]
+    for structures, expected in ((found, False), (in_bohr, True), (in_bohr[:1] * 3, True), (apart, False)):
+        assert any("lengths in Bohr?" in w for w in inspect(structures).warnings) == expected
+
+
 def test_weights_and_heads_of_mace_are_told(tmp_path: Path) -> None:
     """They are not read, so inspection says so where they mean something."""
     frames = [labelled(k) for k in range(10)]

@@ -35,6 +35,10 @@ REMARKS = {
 """what is said of frames that a reader has remarked on"""
 OFFSET = 3e-3
 """eV/Å³ (0.5 GPa): a smaller constant in the stress is left alone"""
+NOBLE = (2, 10, 18, 36, 54, 86)
+"""atomic numbers of those whose atoms keep apart"""
+FAR = 1.45
+"""sums of covalent radii beyond which nearest neighbours are too far: tungsten in Bohr has 1.55"""
 STILL = 0.02
 """Å that atoms may move besides the strain where two frames are to show it"""
 
@@ -82,6 +86,7 @@ def inspect(data: Path | str | Sequence[Structure], labels: LabelConfig | None =
     different = _duplicates(structures, report)
     _energies(structures, report)
     _distances(structures, report)
+    _length_unit(structures, report)
     _pairs(different, report)
     _strained_pairs(different, report)
     _stress_against_volume(different, report)
@@ -348,6 +353,32 @@ def _distances(structures: Sequence[Structure], report: Inspection, limit: int =
         extreme = closest[0] < 0.2
         message = f"{count} frames have atoms closer than 0.4 of their covalent radii, the first is {first}"
         (report.errors if extreme else report.warnings).append(message + (" (overlapping, or a length unit?)" if extreme else ""))
+
+
+def _length_unit(structures: Sequence[Structure], report: Inspection, limit: int = 50) -> None:
+    """How far the nearest neighbours of atoms are, in sums of covalent radii: 0.7 to 1.2 in molecules and crystals, in Bohr 1.9 times that.
+
+    Where everything is in atomic units, labels agree with each other, and nothing else shows it. Noble gases are left out, and pairs of
+    atoms, which are pulled apart on purpose.
+    """
+    chosen = [k for k in range(len(structures)) if structures[k].n_atoms > 2 or structures[k].pbc.any()]
+    found = []
+    for k in chosen[:: max(1, len(chosen) // limit)]:
+        s = structures[k]
+        if np.isin(s.atomic_numbers, NOBLE).any():
+            continue
+        radii = covalent_radii[s.atomic_numbers]
+        (sender, receiver), shifts = neighbor_list(s.positions, s.cell, s.pbc, 4.5 * float(radii.max()))
+        lengths = np.linalg.norm(s.positions[sender] + shifts @ s.cell - s.positions[receiver], axis=1)
+        nearest = np.full(s.n_atoms, np.inf)
+        np.minimum.at(nearest, receiver, lengths / (radii[sender] + radii[receiver]))
+        if np.isfinite(nearest).any():
+            found.append(float(np.median(nearest[np.isfinite(nearest)])))
+    if found and np.median(found) > FAR:
+        report.warnings.append(
+            f"the nearest neighbours of atoms are typically {np.median(found):.2g} times as far as a bond is long (sum of covalent radii): are "
+            "lengths in Bohr? Then say --length-unit Bohr (data.labels.length_unit), and in which units energies and forces are"
+        )
 
 
 def _pairs(structures: Sequence[Structure], report: Inspection, limit: int = 1500) -> None:
