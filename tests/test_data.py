@@ -629,6 +629,16 @@ def test_isolated_atoms_need_no_stress(edge: float | None, tmp_path: Path) -> No
         require_labels(with_forces_alone, ["stress"], "loss.{label} is above 0", 4.0)
 
 
+def test_isolated_atoms_of_unlike_energies_are_told() -> None:
+    """Two spin states, say: the reference is one of them. Energies given by number have no symbol."""
+    found = [replace(from_atoms(Atoms("O", cell=[10.0 + k] * 3, pbc=True), LabelConfig(), "x"), energy=-1.5 - 0.4 * k) for k in range(3)]
+    said = inspect([*found, from_atoms(labelled(), LabelConfig(), "y")]).warnings
+    assert any("isolated atoms of O have energies of -2.3 to -1.5 eV" in w and "the first, -1.5 eV" in w for w in said), said
+    assert not any("have energies of" in w for w in inspect([found[0], found[0]]).warnings)
+    with pytest.raises(ValueError, match=r"has no value for O; it has some for 8\. Give one in eV for each element, by its symbol"):
+        compute_statistics(found, 4.0, {"8": -1.5})
+
+
 def test_sizes_of_structures(tmp_path: Path) -> None:
     structures = [from_atoms(molecule(name), LabelConfig(), name) for name in ("CO", "CH4", "H2O")]
     write_store(structures, tmp_path / "store")
@@ -890,7 +900,7 @@ def test_lengths_in_bohr_are_seen_where_all_is_in_atomic_units() -> None:
         assert any("lengths in Bohr?" in w for w in inspect(structures).warnings) == expected
 
 
-def test_weights_and_heads_of_mace_are_told(tmp_path: Path) -> None:
+def test_weights_and_heads_of_mace_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """They are not read, so inspection says so where they mean something."""
     frames = [labelled(k) for k in range(10)]
     for atoms in frames:
@@ -900,6 +910,9 @@ def test_weights_and_heads_of_mace_are_told(tmp_path: Path) -> None:
     for k, atoms in enumerate(frames):
         atoms.info |= {"head": "pbe" if k % 2 else "r2scan", "config_forces_weight": 0.0 if k < 3 else 1.0}
     ase.io.write(tmp_path / "a.extxyz", frames)
+    assert main(["data", "convert", str(tmp_path / "a.extxyz"), "--out", str(tmp_path / "a.store")]) == 0  # which keeps none of it
+    assert "3 of 10 frames have a weight of their own" in caplog.text
+    assert "several heads (r2scan: 5, pbe: 5)" in caplog.text
     said = inspect(tmp_path / "a.extxyz").warnings
     assert any("3 of 10 frames have a weight of their own (config_weight" in w for w in said), said
     assert any("several heads (r2scan: 5, pbe: 5)" in w for w in said), said

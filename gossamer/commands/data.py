@@ -69,9 +69,10 @@ def _convert(arguments: argparse.Namespace) -> int:
         from gossamer.data.readers import read_structures
 
         structures = read_structures(arguments.data, label_config(arguments))
-    if arguments.drop_duplicates:
-        from gossamer.data.inspection import without_duplicates
+    from gossamer.data.inspection import with_remarks_told, without_duplicates
 
+    structures = with_remarks_told(structures)
+    if arguments.drop_duplicates:
         structures = without_duplicates(structures)
     answer = {}
     if arguments.subtract_dispersion is not None:

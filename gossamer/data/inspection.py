@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -116,7 +116,18 @@ def _basics(structures: Sequence[Structure], report: Inspection) -> None:
     }
     if len(structures) == 1:
         report.errors.append("there is one frame: training needs at least one more, to validate on")
-    isolated = sorted({chemical_symbols[s.atomic_numbers[0]] for s in structures if s.is_isolated()})
+    alone: dict[str, list[float | None]] = defaultdict(list)
+    for s in structures:
+        if s.is_isolated():
+            alone[chemical_symbols[s.atomic_numbers[0]]].append(s.energy)
+    isolated = sorted(alone)
+    for element, found in alone.items():
+        energies = [e for e in found if e is not None]
+        if energies and max(energies) - min(energies) > 1e-3:
+            report.warnings.append(
+                f"isolated atoms of {element} have energies of {min(energies):.6g} to {max(energies):.6g} eV (spin states, levels of theory?); the "
+                f"first, {energies[0]:.6g} eV, would be the reference. Leave in the one of the lowest state"
+            )
     if isolated:
         report.facts["isolated atoms"] = ", ".join(isolated)
         if len(isolated) < len(elements):
@@ -138,12 +149,7 @@ def _labels(structures: Sequence[Structure], report: Inspection) -> None:
         marked = [s.name for s in structures if remark in s.remarks]
         if marked:
             report.warnings.append(f"{len(marked)} of {len(structures)} frames {text}. The first is {marked[0]}")
-    heads = Counter(remark.removeprefix(HEAD) for s in structures for remark in s.remarks if remark.startswith(HEAD))
-    if len(heads) > 1:
-        report.warnings.append(
-            f"frames belong to several heads ({_shortened([f'{head}: {n}' for head, n in heads.items()])}), which in files for MACE are levels of "
-            "theory: their energies do not go together, and no head is told from another. Train on the frames of one"
-        )
+    _heads(Counter(remark for s in structures for remark in s.remarks), report.warnings.append)
     for label, quantity in QUANTITIES.items():
         labelled = [s for s in structures if label in s.labels]
         missing = [s for s in structures if s.lacks(label)]
@@ -287,6 +293,29 @@ def without_duplicates(structures: Iterable[Structure]) -> Iterator[Structure]:
             )
         n_left += 1
     log.info("%d duplicate frames are left out, %d are kept", n_left, len(seen))
+
+
+def with_remarks_told(structures: Iterable[Structure]) -> Iterator[Structure]:
+    """The same structures; what reading remarked on their labels, which a store does not keep, goes to the log at the end."""
+    n, found = 0, Counter[str]()
+    for s in structures:
+        n += 1
+        found.update(s.remarks)
+        yield s
+    for remark, text in REMARKS.items():
+        if found[remark]:
+            log.warning("%d of %d frames %s", found[remark], n, text)
+    _heads(found, log.warning)
+
+
+def _heads(found: Counter[str], say: Callable[[str], None]) -> None:
+    """Say so if remarks are of several heads of MACE."""
+    heads = {remark.removeprefix(HEAD): n for remark, n in found.items() if remark.startswith(HEAD)}
+    if len(heads) > 1:
+        say(
+            f"frames belong to several heads ({_shortened([f'{head}: {n}' for head, n in heads.items()])}), which in files for MACE are levels of "
+            "theory: their energies do not go together, and no head is told from another. Train on the frames of one"
+        )
 
 
 def _energies(structures: Sequence[Structure], report: Inspection) -> None:

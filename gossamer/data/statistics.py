@@ -212,7 +212,10 @@ def _reference_energies(
     if isinstance(kind, Mapping):
         absent = [s for s in symbols if s not in kind]
         if absent:
-            raise ValueError(f"data.reference_energies has no value for {', '.join(absent)}. Give one in eV for each element.")
+            raise ValueError(
+                f"data.reference_energies has no value for {', '.join(absent)}; it has some for {', '.join(map(str, kind)) or 'none'}. Give one in "
+                "eV for each element, by its symbol."
+            )
         return {s: float(kind[s]) for s in symbols}
     lone = [z for z in table if z not in isolated]
     if kind == "isolated" and lone:
