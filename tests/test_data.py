@@ -900,6 +900,14 @@ def test_lengths_in_bohr_are_seen_where_all_is_in_atomic_units() -> None:
         assert any("lengths in Bohr?" in w for w in inspect(structures).warnings) == expected
 
 
+@pytest.mark.parametrize("text", ['[{"structure": {}, "energy": -1.0}]', '{"energy": [1.0, 2.0]}', "[]"])
+def test_json_of_another_layout_is_no_damaged_file(text: str, tmp_path: Path) -> None:
+    pytest.importorskip("ijson")
+    (tmp_path / "a.json").write_text(text)
+    with pytest.raises(ValueError, match=r"a\.json' is not in the layout of MPtrj .* Convert it"):
+        list(read_structures(tmp_path / "a.json"))
+
+
 def test_weights_and_heads_of_mace_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """They are not read, so inspection says so where they mean something."""
     frames = [labelled(k) for k in range(10)]

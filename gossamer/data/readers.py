@@ -515,9 +515,14 @@ def _read_mptrj(path: Path, labels: LabelConfig) -> Iterator[Structure]:
     except ImportError:
         raise ImportError(f"Reading '{path}' needs ijson: pip install 'gossamer[mptrj]'") from None
 
+    other = f"'{path}' is not in the layout of MPtrj ({{material: {{frame: {{structure, force, ...}}}}}}). Convert it to extended XYZ."
+    found = False
     with open(path, "rb") as file:
         try:
             for material, frames in ijson.kvitems(file, "", use_float=True):
+                found = True
+                if not isinstance(frames, dict):
+                    raise ValueError(other)
                 for frame_id, frame in frames.items():
                     name = f"'{path}' {material}/{frame_id}"
                     try:
@@ -537,6 +542,8 @@ def _read_mptrj(path: Path, labels: LabelConfig) -> Iterator[Structure]:
                         raise ValueError(f"{name} is not in the layout of MPtrj ({type(error).__name__}: {error}).") from None
         except ijson.JSONError as error:
             raise ValueError(f"'{path}' is not complete JSON ({error}). It may be truncated: copy it again.") from None
+    if not found:
+        raise ValueError(other)
 
 
 def _element(site: dict[str, Any]) -> int:
