@@ -908,6 +908,21 @@ def test_json_of_another_layout_is_no_damaged_file(text: str, tmp_path: Path) ->
         list(read_structures(tmp_path / "a.json"))
 
 
+@pytest.mark.parametrize(("shuffled", "grouped", "told"), [(False, False, True), (True, False, False), (False, True, False)])
+def test_frames_that_follow_each_other_are_told(shuffled: bool, grouped: bool, told: bool) -> None:
+    """Atoms that swing by 0.3 Å, a hundredth of a period between frames, over the cell's border, too."""
+    crystal = bulk("Cu", cubic=True)
+    phases = np.random.default_rng(0).uniform(0, 6.3, crystal.positions.shape)
+    order = np.random.default_rng(1).permutation(100) if shuffled else np.arange(100)
+    frames = []
+    for k in order.tolist():
+        atoms = crystal.copy()
+        atoms.positions += 0.3 * np.sin(phases + 2 * np.pi * k / 100 * (1 + phases))
+        atoms.wrap()
+        frames.append(replace(from_atoms(atoms, LabelConfig(), f"frame {k}"), group=str(k // 50) if grouped else None))
+    assert any("frames follow each other in steps of" in w for w in inspect(frames).warnings) == told
+
+
 def test_weights_and_heads_of_mace_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """They are not read, so inspection says so where they mean something."""
     frames = [labelled(k) for k in range(10)]

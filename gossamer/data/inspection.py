@@ -87,6 +87,7 @@ def inspect(data: Path | str | Sequence[Structure], labels: LabelConfig | None =
     _energies(structures, report)
     _distances(structures, report)
     _length_unit(structures, report)
+    _small_steps(structures, report)
     _pairs(different, report)
     _strained_pairs(different, report)
     _stress_against_volume(different, report)
@@ -408,6 +409,40 @@ def _length_unit(structures: Sequence[Structure], report: Inspection, limit: int
             f"the nearest neighbours of atoms are typically {np.median(found):.2g} times as far as a bond is long (sum of covalent radii): are "
             "lengths in Bohr? Then say --length-unit Bohr (data.labels.length_unit), and in which units energies and forces are"
         )
+
+
+def _small_steps(structures: Sequence[Structure], report: Inspection, limit: int = 200) -> None:
+    """Frames of a trajectory that follow each other in small steps: validation frames that a random split takes have near twins in training."""
+    n = len(structures)
+    if n < 20 or all(s.group is not None for s in structures):
+        return
+    starts = range(0, n - 1, max(1, n // limit))
+    steps, apart = [], []
+    for k in starts:
+        step, far = _moved(structures[k], structures[k + 1]), _moved(structures[k], structures[(k + n // 2) % n])
+        steps += [] if step is None else [step]
+        apart += [] if far is None else [far]
+    if len(steps) < 0.5 * len(starts) or not apart:
+        return
+    step, far = float(np.median(steps)), float(np.median(apart))
+    report.numbers["steps"] = {"between_neighbours": step, "between_others": far}
+    if step < 0.1 and step < 0.2 * far:
+        report.warnings.append(
+            f"frames follow each other in steps of {step:.2g} Å, where others differ by {far:.2g} Å: split at random, nearly the same frames are in "
+            "training and validation, whose errors then say little of new ones. Keep a part of the time, or another trajectory, for data.valid "
+            "and data.test, or name an entry that groups frames (--group)"
+        )
+
+
+def _moved(a: Structure, b: Structure) -> float | None:
+    """Å, the root mean square of how far the atoms of a are from those of b, less the common part; None for other atoms."""
+    if a.n_atoms < 2 or not np.array_equal(a.atomic_numbers, b.atomic_numbers):
+        return None
+    step = b.positions - a.positions
+    if a.pbc.all():
+        step = step - np.round(step @ np.linalg.inv(a.cell)) @ a.cell
+    step = step - step.mean(axis=0)
+    return float(np.sqrt((step**2).sum(axis=1).mean()))
 
 
 def _pairs(structures: Sequence[Structure], report: Inspection, limit: int = 1500) -> None:
