@@ -629,6 +629,16 @@ def test_isolated_atoms_need_no_stress(edge: float | None, tmp_path: Path) -> No
         require_labels(with_forces_alone, ["stress"], "loss.{label} is above 0", 4.0)
 
 
+def test_isolated_atoms_are_no_outliers() -> None:
+    crystals = [replace(from_atoms(labelled(k % 10), LabelConfig(), f"frame {k}"), energy=-16.0 - 0.01 * (k % 10)) for k in range(80)]
+    alone = replace(from_atoms(Atoms("Cu"), LabelConfig(), "alone"), energy=3.5)
+    with_it, without = inspect([alone, *crystals]), inspect(crystals)
+    assert not any("outlier" in w for w in with_it.warnings)
+    assert with_it.facts["energy spread"] == without.facts["energy spread"]
+    far = replace(crystals[0], energy=-10.0, name="far")
+    assert any("1 energy outliers" in w and w.endswith("far") for w in inspect([alone, far, *crystals]).warnings)
+
+
 def test_isolated_atoms_of_unlike_energies_are_told() -> None:
     """Two spin states, say: the reference is one of them. Energies given by number have no symbol."""
     found = [replace(from_atoms(Atoms("O", cell=[10.0 + k] * 3, pbc=True), LabelConfig(), "x"), energy=-1.5 - 0.4 * k) for k in range(3)]

@@ -320,8 +320,8 @@ def _heads(found: Counter[str], say: Callable[[str], None]) -> None:
 
 
 def _energies(structures: Sequence[Structure], report: Inspection) -> None:
-    """Outliers of energy per atom after removing the best reference energies."""
-    chosen = [s for s in structures if s.energy is not None]
+    """Outliers of energy per atom after removing the best reference energies; isolated atoms, which are not bound, lie far from all others."""
+    chosen = [s for s in structures if s.energy is not None and not s.is_isolated()]
     if len(chosen) < 10:
         return
     rows = np.array([np.bincount(s.atomic_numbers, minlength=119) for s in chosen], dtype=float)
