@@ -6,6 +6,7 @@ import bz2
 import gzip
 import io
 import json
+import logging
 import lzma
 import pickle
 import re
@@ -178,18 +179,22 @@ def test_forces_belong_to_the_free_energy(tmp_path: Path, suffix: str) -> None:
 
 
 @pytest.mark.parametrize("layout", ["md17", "rmd17"])
-def test_md17_npz_in_kcal(tmp_path: Path, layout: str) -> None:
+def test_md17_npz_in_kcal(tmp_path: Path, caplog: pytest.LogCaptureFixture, layout: str) -> None:
     rng = np.random.default_rng(0)
     z, r, e, f = np.array([8, 1, 1]), rng.normal(size=(4, 3, 3)), rng.normal(size=4) * 1e4, rng.normal(size=(4, 3, 3))
     arrays = (
         {"z": z, "R": r, "E": e[:, None], "F": f} if layout == "md17" else {"nuclear_charges": z, "coords": r, "energies": e, "forces": f}
     )
     np.savez(tmp_path / "data.npz", **arrays)
+    caplog.set_level(logging.INFO, "gossamer")
     structures = list(read_structures(tmp_path / "data.npz"))
     factor = 0.0433641153087705
     assert structures[2].energy == pytest.approx(e[2] * factor, rel=1e-6)
     np.testing.assert_allclose(structures[2].forces, f[2] * factor, rtol=1e-6)
+    assert "states no unit of energy: it is read in kcal/mol" in caplog.text
+    caplog.clear()
     (in_ev, *_) = read_structures(tmp_path / "data.npz", LabelConfig(energy_unit="eV"))
+    assert not caplog.text
     assert in_ev.energy == pytest.approx(e[0])
 
 

@@ -419,7 +419,10 @@ NPZ_LAYOUTS = {
 
 def _read_npz(path: Path, labels: LabelConfig) -> Iterator[Structure]:
     arrays = _npz_arrays(path)
-    energy_scale, length_scale, force_scale, _ = label_scales(_with_stated_units(path, labels, _units_of_npz(path)), "kcal/mol")
+    labels = _with_stated_units(path, labels, _units_of_npz(path))
+    if labels.energy_unit is None:
+        log.info("'%s' states no unit of energy: it is read in kcal/mol, as MD17 is (--energy-unit says otherwise)", path)
+    energy_scale, length_scale, force_scale, _ = label_scales(labels, "kcal/mol")
     n_frames = len(arrays["positions"])
     for name in ("energy", "forces"):
         if len(arrays[name]) != n_frames:
