@@ -48,6 +48,7 @@ from gossamer.data.dataset import (
     open_dataset,
     require_labels,
     sizes,
+    without,
 )
 from gossamer.data.inspection import inspect, without_duplicates
 from gossamer.data.labels import ForceUnit
@@ -921,6 +922,35 @@ def test_json_of_another_layout_is_no_damaged_file(text: str, tmp_path: Path) ->
     (tmp_path / "a.json").write_text(text)
     with pytest.raises(ValueError, match=r"a\.json' is not in the layout of MPtrj .* Convert it"):
         list(read_structures(tmp_path / "a.json"))
+
+
+@pytest.mark.parametrize("periodic", [True, False])
+def test_copies_of_other_digits_are_found(periodic: bool) -> None:
+    """Test frames in a text file beside training frames in a trajectory, or in single precision; nearly equal frames are none."""
+    crystal = bulk("Cu", cubic=True).repeat(4)
+    frames = []
+    for k in range(12):
+        atoms = crystal.copy()
+        atoms.rattle(0.1, seed=k)
+        atoms.set_cell(atoms.cell * (1 + 1e-3 * k / 7), scale_atoms=True)
+        atoms.pbc = periodic
+        frames.append(from_atoms(atoms, LabelConfig(), f"frame {k}"))
+
+    def through(change: Any) -> list[Structure]:
+        return [replace(s, positions=change(s.positions), cell=change(s.cell), energy=0.0) for s in frames]
+
+    for change in (lambda x: x.round(8), lambda x: x.round(5), lambda x: x.astype(np.float32).astype(float)):
+        assert len(without(through(change), frames)) == 0
+        assert inspect([*frames, *through(change)]).numbers["duplicates"] == 12
+        assert len(list(without_duplicates([*frames, *through(change)]))) == 12
+        with pytest.raises(ValueError, match=r"frame 0 \(test\) is the same structure as frame 0 \(training\)"):
+            check_leaks(frames, through(change), "test")
+    moved = []
+    for k in range(3 * len(crystal)):
+        step = np.zeros(3 * len(crystal))
+        step[k] = 1e-3
+        moved.append(replace(frames[0], positions=frames[0].positions + step.reshape(-1, 3)))
+    assert len(list(without_duplicates([frames[0], *moved]))) == 1 + len(moved)
 
 
 @pytest.mark.parametrize(("shuffled", "grouped", "told"), [(False, False, True), (True, False, False), (False, True, False)])

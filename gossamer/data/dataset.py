@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -13,6 +14,7 @@ from ase.data import chemical_symbols
 from numpy.typing import NDArray
 from pydantic import Field, field_validator
 
+from gossamer.data.fingerprint import Copies
 from gossamer.data.labels import LabelConfig, refuse_unread
 from gossamer.data.readers import read_structures, suggestion
 from gossamer.data.store import Store
@@ -196,18 +198,12 @@ def choose_groups(groups: NDArray[np.str_], n_frames: int, rng: np.random.Genera
     return names[best] if best else names[order[[np.argmin(counts[order])]]]  # all are large: one of the smallest
 
 
-def identity(structure: Structure) -> bytes:
-    """A key that two frames with the same atoms, cell and positions (to 1e-6 Å) share."""
-    key = hashlib.sha256(structure.atomic_numbers.astype(np.int64).tobytes())
-    for lengths in (structure.positions, structure.cell):
-        key.update((np.round(lengths, 6) + 0.0).tobytes())  # of -0.0 and 0.0 the bytes differ
-    return key.digest()
-
-
 def without(structures: Sequence[Structure], *others: Sequence[Structure]) -> Sequence[Structure]:
-    """The structures that do not occur among others, by `identity`."""
-    known = {identity(s) for part in others for s in part}
-    kept = [k for k in range(len(structures)) if identity(structures[k]) not in known]
+    """The structures that do not occur among others, by `Copies`."""
+    known = Copies[bool]()
+    for structure in chain(*others):
+        known.add(structure, True)
+    kept = [k for k in range(len(structures)) if known.find(structures[k]) is None]
     return structures if len(kept) == len(structures) else Subset(structures, kept)
 
 
@@ -227,9 +223,11 @@ def check_leaks(train: Sequence[Structure], other: Sequence[Structure], label: s
     if len(train) + len(other) > limit:
         log.warning("%d frames are too many to look for %s frames among the training frames", len(train) + len(other), label)
         return
-    seen = {identity(s): s.name for s in train}
+    seen = Copies[str]()
+    for structure in train:
+        seen.add(structure, structure.name)
     for structure in other:
-        twin = seen.get(identity(structure))
+        twin = seen.find(structure)
         if twin is not None:
             raise ValueError(
                 f"{structure.name} ({label}) is the same structure as {twin} (training). Errors on it would mean nothing: "

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Generic, Literal, TypeVar
 
 import numpy as np
 import safetensors
@@ -20,10 +20,13 @@ from numpy.typing import NDArray
 
 from gossamer.data.structure import Structure
 
+T = TypeVar("T")
 Hashes = NDArray[np.int64]
 Seen = Literal["train", "valid", "new"]
 GRID = 1e-3
 """Å: the projections of a frame are rounded to it"""
+PRIMES = (2, 3, 5, 7, 11, 13, 17, 19, 23, 29, 31, 37, 41, 43, 47, 53)
+"""of projections; what is kept with a potential has the first four"""
 SLACK = 1e-4
 """Å: how much a projection may differ after a trip through files of fewer digits or single precision"""
 MOST = 200_000
@@ -50,14 +53,55 @@ def fingerprints(
         The 64-bit hash as a signed number; with ``slack``, of all ways to round.
     """
     pbc = np.asarray(pbc, dtype=bool)
+    return _hashed(atomic_numbers, pbc, _projections(positions, cell, pbc), slack)
+
+
+def _projections(positions: NDArray[Any], cell: NDArray[Any], pbc: NDArray[np.bool_], n: int = 4) -> NDArray[np.float64]:
+    """The first so many projections in Å."""
     parts = [np.asarray(positions, dtype=float).ravel()] + ([np.asarray(cell, dtype=float)[pbc].ravel()] if pbc.any() else [])
     coordinates = np.concatenate(parts)
-    weights = np.cos(np.sqrt([[2.0], [3.0], [5.0], [7.0]]) * np.arange(1, len(coordinates) + 1))
-    projections = weights @ coordinates
-    ways = [sorted({int(np.floor((s + d) / GRID)) for d in (-slack, slack)}) for s in projections]
+    weights = np.cos(np.sqrt(PRIMES[:n])[:, None] * np.arange(1, len(coordinates) + 1))
+    return np.asarray(weights @ coordinates)
+
+
+def _hashed(atomic_numbers: NDArray[Any], pbc: NDArray[np.bool_], projections: NDArray[np.float64], slack: float) -> list[int]:
+    """The hashes of all ways to round the first four projections."""
+    ways = [sorted({int(np.floor((s + d) / GRID)) for d in (-slack, slack)}) for s in projections[:4]]
     head = np.asarray(atomic_numbers, dtype=np.int64).tobytes() + pbc.tobytes()
     digests = [hashlib.blake2b(head + np.array(way, dtype=np.int64).tobytes(), digest_size=8).digest() for way in product(*ways)]
     return [int.from_bytes(d, "little", signed=True) for d in digests]
+
+
+class Copies(Generic[T]):
+    """Frames with something kept for each, found again by copies that went through files of five or more decimals, or single precision.
+
+    What is compared is elements, periodicity and sixteen projections, which say what positions would and are fewer.
+    """
+
+    DIGITS = 1e-5
+    """Å: five standard deviations of what a coordinate loses in five decimals, and a projection per root of their number"""
+
+    def __init__(self) -> None:
+        self.kept: dict[int, list[tuple[NDArray[np.float64], T]]] = {}
+
+    def __len__(self) -> int:
+        return sum(map(len, self.kept.values()))
+
+    def find(self, frame: Structure) -> T | None:
+        """What is kept for the frame that this is a copy of; None where there is none."""
+        projections = _projections(frame.positions, frame.cell, frame.pbc, len(PRIMES))
+        slack = min(self.DIGITS * np.sqrt(3 * frame.n_atoms), 0.4 * GRID)
+        for key in _hashed(frame.atomic_numbers, frame.pbc, projections, slack):
+            for others, value in self.kept.get(key, ()):
+                if np.abs(others - projections).max() < slack:
+                    return value
+        return None
+
+    def add(self, frame: Structure, value: T) -> None:
+        """Keep something for a frame."""
+        projections = _projections(frame.positions, frame.cell, frame.pbc, len(PRIMES))
+        key = _hashed(frame.atomic_numbers, frame.pbc, projections, 0.0)[0]
+        self.kept.setdefault(key, []).append((projections, value))
 
 
 def _none() -> Hashes:

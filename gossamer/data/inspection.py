@@ -14,7 +14,8 @@ from ase.data import atomic_numbers as number_of
 from ase.data import chemical_symbols, covalent_radii
 from ase.units import GPa
 
-from gossamer.data.dataset import identity, open_dataset
+from gossamer.data.dataset import open_dataset
+from gossamer.data.fingerprint import Copies
 from gossamer.data.labels import LabelConfig
 from gossamer.data.readers import ENERGY_UNITS, HEAD, STRESS_UNITS, suggestion
 from gossamer.data.structure import Structure
@@ -237,16 +238,17 @@ def _duplicates(structures: Sequence[Structure], report: Inspection) -> list[Str
 
     `check_leaks` refuses a split that puts a frame and its copy on either side: an error, unless both are of one group.
     """
-    seen: dict[bytes, Structure] = {}
+    seen = Copies[Structure]()
+    first: list[Structure] = []
     together: list[str] = []
     apart: list[str] = []
     different: list[str] = []
     grouped = all(s.group is not None for s in structures)
     for s in structures:
-        key = identity(s)
-        twin = seen.get(key)
+        twin = seen.find(s)
         if twin is None:
-            seen[key] = s
+            seen.add(s, s)
+            first.append(s)
             continue
         found = different if not _agree(s, twin) else together if grouped and s.group == twin.group else apart
         found.append(f"{s.name} and {twin.name}")
@@ -261,7 +263,7 @@ def _duplicates(structures: Sequence[Structure], report: Inspection) -> list[Str
     if different:
         report.errors.append(f"{len(different)} pairs of equal structures with different energies: {different[0]}")
     report.numbers["duplicates"] = len(together) + len(apart) + len(different)
-    return list(seen.values())
+    return first
 
 
 def _shown(pairs: Sequence[str]) -> str:
@@ -279,15 +281,15 @@ def without_duplicates(structures: Iterable[Structure]) -> Iterator[Structure]:
     Raises:
         ValueError: a copy with another energy.
     """
-    seen: dict[bytes, tuple[str, float | None]] = {}
+    seen = Copies[tuple[str, float | None]]()
     n_left = 0
     for s in structures:
-        key = identity(s)
-        if key not in seen:
-            seen[key] = (s.name, s.energy)
+        twin = seen.find(s)
+        if twin is None:
+            seen.add(s, (s.name, s.energy))
             yield s
             continue
-        name, energy = seen[key]
+        name, energy = twin
         if energy is not None and not _agree(s, replace(s, energy=energy)):
             raise ValueError(
                 f"{s.name} is the same structure as {name}, with another energy. Find out which is right, and remove the other."
