@@ -924,6 +924,18 @@ def test_json_of_another_layout_is_no_damaged_file(text: str, tmp_path: Path) ->
         list(read_structures(tmp_path / "a.json"))
 
 
+def test_the_folder_of_a_vasp_run_is_read_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """vasprun.xml and OUTCAR hold the same frames."""
+    (tmp_path / "vasprun.xml").write_text(VASPRUN)
+    (tmp_path / "OUTCAR").write_text(OUTCAR_HEAD + outcar_step(1, 2, "because EDIFF is reached", -6.7))
+    (structure,) = read_structures(tmp_path)
+    assert "vasprun.xml" in structure.name
+    assert "1 files are read as data, 1 are not: OUTCAR" in caplog.text
+    (tmp_path / "vasprun.xml").unlink()
+    (structure,) = read_structures(tmp_path)
+    assert "OUTCAR" in structure.name
+
+
 @pytest.mark.parametrize("periodic", [True, False])
 def test_copies_of_other_digits_are_found(periodic: bool) -> None:
     """Test frames in a text file beside training frames in a trajectory, or in single precision; nearly equal frames are none."""

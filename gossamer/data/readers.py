@@ -371,6 +371,8 @@ def _is_data(path: Path) -> bool:
     if path.is_dir():
         return not path.name.startswith(".") and (path / "store.json").exists()
     suffix = path.with_suffix("").suffix if path.suffix in COMPRESSIONS else path.suffix
+    if path.name == "OUTCAR" and path.with_name("vasprun.xml").exists():
+        return False  # the same frames, in fewer digits
     if path.name.startswith((".", *NO_LABELS)) or path.name.endswith(("~", "-lock")) or suffix.lower() in NO_DATA:
         return False
     if suffix in (*OURS, ".lmdb"):  # of the last, the reader says what to do
