@@ -916,6 +916,18 @@ def test_lengths_in_bohr_are_seen_where_all_is_in_atomic_units() -> None:
         assert any("lengths in Bohr?" in w for w in inspect(structures).warnings) == expected
 
 
+@pytest.mark.parametrize(("charges", "told"), [((0, 1, 0, -1), True), ((1, 1, 1, 1), False), ((0, 0.0, 0, 0), False)])
+def test_structures_of_several_charges_are_told(charges: tuple[float, ...], told: bool, tmp_path: Path) -> None:
+    """No potential here is told the charge; OMol25 and SPICE have it beside each frame."""
+    frames = [labelled(k) for k in range(4)]
+    for atoms, charge in zip(frames, charges, strict=True):
+        atoms.info |= {"charge": charge, "spin": 1}
+    ase.io.write(tmp_path / "a.extxyz", frames)
+    said = [w for w in inspect(tmp_path / "a.extxyz").warnings if "several charges" in w]
+    assert bool(said) == told
+    assert not told or "(+1: 1, -1: 1, 0: 2)" in said[0]
+
+
 @pytest.mark.parametrize("text", ['[{"structure": {}, "energy": -1.0}]', '{"energy": [1.0, 2.0]}', "[]"])
 def test_json_of_another_layout_is_no_damaged_file(text: str, tmp_path: Path) -> None:
     pytest.importorskip("ijson")
@@ -934,6 +946,10 @@ def test_the_folder_of_a_vasp_run_is_read_once(tmp_path: Path, caplog: pytest.Lo
     (tmp_path / "vasprun.xml").unlink()
     (structure,) = read_structures(tmp_path)
     assert "OUTCAR" in structure.name
+    with pytest.raises(
+        ValueError, match=r"holds no data files .*folders within is not read: gossamer data convert .*/\*/NAME --out data\.store"
+    ):
+        list(read_structures(tmp_path.parent))
 
 
 @pytest.mark.parametrize("periodic", [True, False])

@@ -17,7 +17,7 @@ from ase.units import GPa
 from gossamer.data.dataset import open_dataset
 from gossamer.data.fingerprint import Copies
 from gossamer.data.labels import LabelConfig
-from gossamer.data.readers import ENERGY_UNITS, HEAD, STRESS_UNITS, suggestion
+from gossamer.data.readers import CHARGE, ENERGY_UNITS, HEAD, STRESS_UNITS, suggestion
 from gossamer.data.structure import Structure
 from gossamer.neighbors import neighbor_list
 from gossamer.quantities import QUANTITIES
@@ -151,7 +151,7 @@ def _labels(structures: Sequence[Structure], report: Inspection) -> None:
         marked = [s.name for s in structures if remark in s.remarks]
         if marked:
             report.warnings.append(f"{len(marked)} of {len(structures)} frames {text}. The first is {marked[0]}")
-    _heads(Counter(remark for s in structures for remark in s.remarks), report.warnings.append)
+    _mixtures(Counter(remark for s in structures for remark in s.remarks), len(structures), report.warnings.append)
     for label, quantity in QUANTITIES.items():
         labelled = [s for s in structures if label in s.labels]
         missing = [s for s in structures if s.lacks(label)]
@@ -308,11 +308,18 @@ def with_remarks_told(structures: Iterable[Structure]) -> Iterator[Structure]:
     for remark, text in REMARKS.items():
         if found[remark]:
             log.warning("%d of %d frames %s", found[remark], n, text)
-    _heads(found, log.warning)
+    _mixtures(found, n, log.warning)
 
 
-def _heads(found: Counter[str], say: Callable[[str], None]) -> None:
-    """Say so if remarks are of several heads of MACE."""
+def _mixtures(found: Counter[str], n: int, say: Callable[[str], None]) -> None:
+    """Say so if remarks on n frames are of several heads of MACE, or of several charges: no potential tells them apart."""
+    charges = {remark.removeprefix(CHARGE): count for remark, count in found.items() if remark.startswith(CHARGE)}
+    charges |= {"0": n - sum(charges.values())} if charges and sum(charges.values()) < n else {}
+    if len(charges) > 1:
+        say(
+            f"structures have several charges ({_shortened([f'{charge}: {count}' for charge, count in charges.items()])}), which a potential does not "
+            "see: where ions and neutral structures look alike, it learns their mean. Train on those of one charge"
+        )
     heads = {remark.removeprefix(HEAD): n for remark, n in found.items() if remark.startswith(HEAD)}
     if len(heads) > 1:
         say(

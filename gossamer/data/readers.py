@@ -62,6 +62,8 @@ WEIGHTS = ("config_weight", "config_energy_weight", "config_forces_weight", "con
 """entries by which MACE weighs frames and their labels; a weight of zero marks a label that is missing"""
 HEAD = "head "
 """what a remark begins with that says to which of MACE's heads a frame belongs"""
+CHARGE = "charge "
+"""likewise, which charge a structure has that is not neutral"""
 WORDS = {"energy": ("energy", "e", "etot"), "forces": ("force", "f"), "stress": ("stress", "virial")}
 """what names of labels contain, or are if they have one letter"""
 
@@ -177,6 +179,9 @@ def from_atoms(atoms: Atoms, labels: LabelConfig, name: str, extra: dict[str, An
         remarks.append("a weight of its own")
     if isinstance(found.get("head"), str):
         remarks.append(f"{HEAD}{found['head']}")
+    charge = next((found[key] for key in ("charge", "total_charge") if isinstance(found.get(key), int | float | np.number)), 0)
+    if charge != 0:
+        remarks.append(f"{CHARGE}{charge:+g}")
     group = None if labels.group is None else found.get(labels.group)
     if labels.group is not None and group is None:
         raise ValueError(f"{name}: no entry '{labels.group}' (data.labels.group). Found: {_listed(found)}.")
@@ -347,7 +352,11 @@ def _read_directory(path: Path, labels: LabelConfig) -> Iterator[Structure]:
     there = sorted(path.iterdir())
     files = [p for p in there if _is_data(p)]
     if not files:
-        raise ValueError(f"Folder '{path}' holds no data files ({', '.join(OURS)}, also .xz, what else ASE reads, or a store).")
+        hint = f" What is in folders within is not read: gossamer data convert {path}/*/NAME --out data.store makes one set of it."
+        raise ValueError(
+            f"Folder '{path}' holds no data files ({', '.join(OURS)}, also .xz, what else ASE reads, or a store)."
+            + hint * any(p.is_dir() for p in there)
+        )
     twins = {p: _twin(p) for p in files}
     skipped = [p.name for p in there if p not in files and p not in twins.values()]
     if skipped:
