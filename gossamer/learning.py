@@ -27,8 +27,8 @@ from gossamer.checks.run_page import Report, plot_curves
 from gossamer.checks.source import find_sources
 from gossamer.config import load_config, make_config
 from gossamer.data.atoms import read_frames
-from gossamer.data.dataset import identity, open_dataset
-from gossamer.data.fingerprint import SeenFrames
+from gossamer.data.dataset import open_dataset
+from gossamer.data.fingerprint import SeenFrames, fingerprints
 from gossamer.data.structure import Structure, as_structure
 from gossamer.evaluation import evaluate_potential
 from gossamer.files import InputError, atomic_path, checksum, locked, write_bytes, write_json
@@ -91,7 +91,7 @@ def learn(
     curve: list[dict[str, Any]] = []
     files = [Path(s).name for s in structures if not isinstance(s, Atoms)]
     contents = [checksum(s)[:16] for s in (*structures, data) if isinstance(s, str | Path)]
-    atoms = [identity(as_structure(s)).hex()[:16] for s in structures if isinstance(s, Atoms)]
+    atoms = [fingerprints(s.numbers, s.positions, s.cell.array, s.pbc)[0] for s in structures if isinstance(s, Atoms)]
     question = {"start": checksum(start)[:16], "structures": files, "label": label, "data": None if data is None else Path(data).name,
                 "contents": contents, "atoms": atoms, **to_dict(config)}  # fmt: skip
     with locked(config.out):
