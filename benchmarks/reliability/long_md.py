@@ -2,7 +2,7 @@
 
     python benchmarks/reliability/campaign.py long_md --steps 1000000
 
-Ethanol by `gossamer md` in the microcanonical ensemble, with a small potential that is trained for half a minute first (or --model by GOSSAMER_LONG_MD).
+Ethanol by `gossamer md` in the microcanonical ensemble and as a compiled program, as long runs go, with a small potential that is trained for half a minute first (or --model by GOSSAMER_LONG_MD).
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def run(count: int, seed: int, minutes: float, out: Path, only: str = "") -> dic
     model = Path(os.environ.get("GOSSAMER_LONG_MD", folder / "fit" / "potential.safetensors"))
     if not model.exists():
         fit(data, "schnet", folder / "fit", minutes=0.5)
-    calculator = Watched(model, dtype="float64", way="kernels")
+    calculator = Watched(model, dtype="float64", way="program")
     atoms = read_frames(data, 0)[0]
     atoms.calc = None
     options: dict[str, Any] = dict(ensemble="nve", temperature=300, timestep=0.5, seed=seed, progress=False)
