@@ -2,7 +2,8 @@
 
     python benchmarks/reliability/campaign.py long_md --steps 1000000
 
-Ethanol by `gossamer md` in the microcanonical ensemble and as a compiled program, as long runs go, with a small potential that is trained for half a minute first (or --model by GOSSAMER_LONG_MD).
+Ethanol by `gossamer md` in the microcanonical ensemble and as a compiled program, as long runs go, with a PaiNN that is trained first, for half
+a minute or, for more than 100,000 steps, six (or with the potential that the variable GOSSAMER_LONG_MD names).
 """
 
 from __future__ import annotations
@@ -56,7 +57,9 @@ def run(count: int, seed: int, minutes: float, out: Path, only: str = "") -> dic
     data = samples.ROOT / "demo" / "data" / "ethanol_500K.extxyz.xz"
     model = Path(os.environ.get("GOSSAMER_LONG_MD", folder / "fit" / "potential.safetensors"))
     if not model.exists():
-        fit(data, "schnet", folder / "fit", minutes=0.5)
+        fit(
+            data, "painn", folder / "fit", minutes=0.5 if count <= 100_000 else 6
+        )  # what is trained shortly leaves sanity after some 100 ps
     calculator = Watched(model, dtype="float64", way="program")
     atoms = read_frames(data, 0)[0]
     atoms.calc = None
