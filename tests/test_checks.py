@@ -160,10 +160,37 @@ def test_bond_stability() -> None:
     assert liquids.bond_stability_time(frames[:4], np.array([[0, 1]]), 0.5) == pytest.approx(2.0)
 
 
+@pytest.mark.parametrize(("n_atoms", "frames"), [(4, 40), (12, 100), (60, 100)])
+def test_noise_of_an_rdf_is_known(n_atoms: int, frames: int) -> None:
+    """Two samples of one gas: their overlap lacks no more than is expected, however few the pairs."""
+
+    def sample(seed: int) -> list[Atoms]:
+        rng = np.random.default_rng(seed)
+        return [Atoms(["Ar"] * n_atoms, rng.uniform(0, 14, (n_atoms, 3)), cell=[14.0] * 3, pbc=True) for _ in range(frames)]
+
+    lacking, expected = [], []
+    for seed in range(0, 10, 2):
+        one, two = sample(seed), sample(seed + 1)
+        lacking.append(1 - liquids.rdf_overlap(*(liquids.rdf(part, 6.0, 200)[1] for part in (one, two))))
+        expected.append(sum(liquids.rdf_noise(part, 6.0, 200) for part in (one, two)))
+    assert 0.7 * np.mean(expected) < np.mean(lacking) < np.mean(expected)
+
+
+def test_a_drift_is_not_taken_for_noise() -> None:
+    crystal = bulk("Ar", "fcc", a=5.3, cubic=True).repeat(2)
+    frames = [crystal.copy() for _ in range(100)]
+    for k, atoms in enumerate(frames):
+        atoms.rattle(0.2 if k < 50 else 1.5, seed=k)
+    halves = [liquids.rdf(part, 6.0, 100)[1] for part in (frames[:50], frames[50:])]
+    assert liquids.rdf_noise(frames, 6.0, 100) < 0.25 * (1 - liquids.rdf_overlap(*halves)) / 2
+    assert liquids.rdf_noise(frames[:1]) == 0.0
+
+
 def test_curves_compare() -> None:
     g = np.ones(100)
     assert liquids.rdf_error(g, g * 1.1) == pytest.approx(0.6)
     assert liquids.rdf_overlap(g, g) == 1.0
+    assert liquids.rdf_overlap(0 * g, 0 * g) == 1.0  # a single ion in a large box
     r, h = liquids.distance_distribution([Atoms("H2", positions=[[0, 0, 0], [1.0, 0, 0]])], 10, 100)
     assert h.sum() * 0.1 == pytest.approx(1.0)
     assert r[h.argmax()] == pytest.approx(1.0, abs=0.1)

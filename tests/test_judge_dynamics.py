@@ -142,6 +142,7 @@ def test_dynamics_beside_a_reference(tmp_path: Path) -> None:
     candidate.references = {"Cu": str(tmp_path / "same.extxyz")}
     result = dynamics.check(candidate)
     assert by_name(result, "overlap of g(r), all pairs").value == pytest.approx(1, abs=1e-6)
+    assert by_name(result, "overlap of g(r), all pairs").limit.startswith("at least 0.8")  # 0.93 less the noise of 0.25 ps of 16 atoms
     molten = [
         Atoms(f.numbers, np.random.default_rng(k).uniform(size=(len(f), 3)) @ f.cell.array, cell=f.cell, pbc=True)
         for k, f in enumerate(frames)

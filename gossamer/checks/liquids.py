@@ -64,8 +64,23 @@ def rdf_error(g: Array, reference: Array, r_max: float = 6.0) -> float:
 
 
 def rdf_overlap(g: Array, reference: Array) -> float:
-    """1 - 0.5 * integral |g - g_ref| / integral of their mean: 1 for equal curves."""
-    return float(1 - 0.5 * np.abs(g - reference).sum() / (0.5 * (g + reference)).sum())
+    """1 - 0.5 * integral |g - g_ref| / integral of their mean: 1 for equal curves, also where neither has a pair."""
+    both = (0.5 * (g + reference)).sum()
+    return float(1 - 0.5 * np.abs(g - reference).sum() / both) if both > 0 else 1.0
+
+
+def rdf_noise(frames: Sequence[Atoms], r_max: float = 6.0, n_bins: int = 500, pair: tuple[str, str] | None = None) -> float:
+    """What the overlap of an RDF with the true one lacks by chance: half of what the overlap of two halves of the frames lacks.
+
+    An average over half as many frames varies √2 times as much, and a difference of two √2 times as much again; the sum of two such noises is
+    then an upper bound for two runs, also where bins have hardly a pair. Each half has every other twentieth of the frames, so that what drifts is
+    not taken for chance. Zero for a single frame.
+    """
+    if len(frames) < 2:
+        return 0.0
+    half = np.arange(len(frames)) * min(20, len(frames)) // len(frames) % 2
+    first, second = (rdf([frames[k] for k in np.flatnonzero(half == part).tolist()], r_max, n_bins, pair)[1] for part in (0, 1))
+    return (1 - rdf_overlap(first, second)) / 2
 
 
 def distance_distribution(frames: Sequence[Atoms], r_max: float = 10.0, n_bins: int = 500) -> tuple[Array, Array]:
