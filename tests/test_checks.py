@@ -154,6 +154,19 @@ def test_stability_finds_when_a_liquid_breaks() -> None:
     assert liquids.stability_time(frames[:30] + collapsed[30:], reference, 0.1) == pytest.approx(3.0)
 
 
+def test_noise_breaks_no_small_crystal() -> None:
+    """Eight atoms, windows of ten frames: each is farther from the mean of all than the threshold, by chance."""
+    frames = [bulk("Si", cubic=True) for _ in range(200)]
+    for k, atoms in enumerate(frames):
+        atoms.rattle(0.1, seed=k)
+    _, reference = liquids.rdf(frames[::2], 6.0, 500)
+    assert liquids.stability_time(frames, reference, 0.05, 0.5) == 0.0
+    assert liquids.stability_time(frames, reference, 0.05, 0.5, most_noise=1.0) == pytest.approx(10.0)
+    for k, atoms in enumerate(frames[100:]):
+        atoms.rattle(1.0, seed=k)
+    assert liquids.stability_time(frames, reference, 0.05, 0.5, most_noise=1.0) == pytest.approx(5.0)
+
+
 def test_bond_stability() -> None:
     frames = [Atoms("H2", positions=[[0, 0, 0], [0.74 + 0.1 * k, 0, 0]]) for k in range(10)]
     assert liquids.bond_stability_time(frames, np.array([[0, 1]]), 0.5) == pytest.approx(3.0)

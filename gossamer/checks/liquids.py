@@ -6,6 +6,7 @@ Definitions of "Forces are not enough" (Fu et al., TMLR 2023, arXiv:2210.07237),
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 from ase import Atoms
@@ -149,7 +150,13 @@ def diffusivity_blocks(
 
 
 def stability_time(
-    frames: Sequence[Atoms], reference: Array, interval: float, window: float = 1.0, threshold: float = 1.0, r_max: float = 6.0
+    frames: Sequence[Atoms],
+    reference: Array,
+    interval: float,
+    window: float = 1.0,
+    threshold: float = 1.0,
+    r_max: float = 6.0,
+    most_noise: float = 0.0,
 ) -> float:
     """First time in ps at which the RDF of a window leaves the reference by more than the threshold; the length if never.
 
@@ -160,11 +167,16 @@ def stability_time(
         window: ps per window (1 for LiPS, 2 for water and methane).
         threshold: Of ``rdf_error``.
         r_max: Å.
+        most_noise: Å; up to so much is allowed on top of the threshold where windows next to each other differ: of few atoms or frames they
+            do by chance. The published definition allows none.
     """
     size = max(1, round(window / interval))
-    for start in range(0, len(frames) - size + 1, size):
-        _, g = rdf(frames[start : start + size], r_max, len(reference))
-        if rdf_error(g, reference, r_max) > threshold:
+    starts = range(0, len(frames) - size + 1, size)
+    found = [rdf(frames[start : start + size], r_max, len(reference))[1] for start in starts]
+    differences = [rdf_error(a, b, r_max) for a, b in pairwise(found)]
+    noise = min(float(np.median(differences)) / np.sqrt(2), most_noise) if differences else 0.0
+    for start, g in zip(starts, found, strict=True):
+        if rdf_error(g, reference, r_max) > threshold + noise:
             return start * interval
     return len(frames) * interval
 
