@@ -28,7 +28,7 @@ import torch
 from ase import Atoms, units
 from ase.build import bulk, molecule
 from ase.calculators.singlepoint import SinglePointCalculator
-from ase.constraints import FixAtoms
+from ase.constraints import FixAtoms, FixCartesian
 from ase.stress import full_3x3_to_voigt_6_stress
 from conftest import forked, make_potential
 from small_formats import label, write_mptrj, write_oc20
@@ -133,6 +133,16 @@ def test_forces_of_fixed_atoms_are_read_unchanged(tmp_path: Path) -> None:
         (again,) = read_structures(tmp_path / name)
         assert_same(again, atoms)
         assert again.fixed.tolist() == structure.fixed.tolist()
+
+
+@pytest.mark.parametrize("suffix", [".extxyz", ".traj"])
+def test_atoms_fixed_along_all_axes_are_fixed(suffix: str, tmp_path: Path) -> None:
+    """As ASE writes them where others are fixed along one."""
+    atoms = labelled()
+    atoms.set_constraint([FixCartesian(0), FixCartesian(1, (False, False, True))])
+    ase.io.write(tmp_path / f"a{suffix}", atoms)
+    (structure,) = read_structures(tmp_path / f"a{suffix}")
+    assert np.flatnonzero(structure.fixed).tolist() == [0]
 
 
 VECTORS = "".join(f"<v>{x} {y} {z}</v>" for x, y, z in np.eye(3) * 5.0)

@@ -18,7 +18,7 @@ import ase.db
 import ase.io
 import numpy as np
 from ase import Atoms, units
-from ase.constraints import FixAtoms
+from ase.constraints import FixAtoms, FixCartesian
 from ase.stress import voigt_6_to_full_3x3_stress
 
 from gossamer.data.labels import LabelConfig, names_virial, refuse_unread
@@ -149,7 +149,7 @@ def from_atoms(atoms: Atoms, labels: LabelConfig, name: str, extra: dict[str, An
     length_scale = label_scales(labels)[1]
     fixed = np.zeros(len(atoms), dtype=bool)
     for constraint in atoms.constraints:
-        if isinstance(constraint, FixAtoms):
+        if isinstance(constraint, FixAtoms) or (isinstance(constraint, FixCartesian) and np.all(constraint.mask)):
             fixed[constraint.index] = True
     values = {}
     for label, key in labels.names().items():
