@@ -50,7 +50,8 @@ from gossamer.data.dataset import (
     sizes,
     without,
 )
-from gossamer.data.inspection import inspect, without_duplicates
+from gossamer.data.duplicates import without_duplicates
+from gossamer.data.inspection import inspect
 from gossamer.data.labels import ForceUnit
 from gossamer.data.legacy import _tensor, read_legacy_lmdb, restricted_loads
 from gossamer.data.lmdb_file import HEADER, LEAF

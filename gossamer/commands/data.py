@@ -69,7 +69,8 @@ def _convert(arguments: argparse.Namespace) -> int:
         from gossamer.data.readers import read_structures
 
         structures = read_structures(arguments.data, label_config(arguments))
-    from gossamer.data.inspection import with_remarks_told, without_duplicates
+    from gossamer.data.duplicates import without_duplicates
+    from gossamer.data.inspection import with_remarks_told
 
     structures = with_remarks_told(structures)
     if arguments.drop_duplicates:

@@ -5,25 +5,24 @@ from __future__ import annotations
 import logging
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from ase.data import atomic_numbers as number_of
 from ase.data import chemical_symbols, covalent_radii
-from ase.units import GPa
 
+from gossamer.data.consistency import compare_pairs, compare_strained_pairs, compare_stress_with_volume
 from gossamer.data.dataset import open_dataset
-from gossamer.data.fingerprint import Copies
+from gossamer.data.duplicates import find_duplicates
 from gossamer.data.labels import LabelConfig
-from gossamer.data.readers import CHARGE, ENERGY_UNITS, HEAD, STRESS_UNITS, suggestion
+from gossamer.data.readers import CHARGE, ENERGY_UNITS, HEAD, suggestion
 from gossamer.data.structure import Structure
 from gossamer.neighbors import neighbor_list
 from gossamer.quantities import QUANTITIES
 
 log = logging.getLogger(__name__)
-OPPOSITE_SIGN = "stress has the opposite sign, that of VASP (compression positive): set --stress-sign vasp (data.labels.stress_sign)"
 
 REMARKS = {
     "stress without volume": "have a stress but are not periodic along all axes, so that there is no volume it belongs to: it is not read",
@@ -40,8 +39,6 @@ NOBLE = (2, 10, 18, 36, 54, 86)
 """atomic numbers of those whose atoms keep apart"""
 FAR = 1.45
 """sums of covalent radii beyond which nearest neighbours are too far: tungsten in Bohr has 1.55"""
-STILL = 0.02
-"""Å that atoms may move besides the strain where two frames are to show it"""
 
 
 @dataclass
@@ -84,14 +81,14 @@ def inspect(data: Path | str | Sequence[Structure], labels: LabelConfig | None =
         return report
     _basics(structures, report)
     _labels(structures, report)
-    different = _duplicates(structures, report)
+    different = find_duplicates(structures, report)
     _energies(structures, report)
     _distances(structures, report)
     _length_unit(structures, report)
     _small_steps(structures, report)
-    _pairs(different, report)
-    _strained_pairs(different, report)
-    _stress_against_volume(different, report)
+    compare_pairs(different, report)
+    compare_strained_pairs(different, report)
+    compare_stress_with_volume(different, report)
     _energy_unit([s for s in structures if s.energy is not None], report)
     return report
 
@@ -231,71 +228,6 @@ def _symmetric(s: Structure) -> np.ndarray:
     np.add.at(pull, receiver, weights * vectors)
     np.add.at(total, receiver, weights[:, 0] * lengths[:, 0])
     return np.linalg.norm(pull, axis=1) <= 1e-4 * np.maximum(total, 1e-12)
-
-
-def _duplicates(structures: Sequence[Structure], report: Inspection) -> list[Structure]:
-    """Report frames that occur more than once; returns one of each.
-
-    `check_leaks` refuses a split that puts a frame and its copy on either side: an error, unless both are of one group.
-    """
-    seen = Copies[Structure]()
-    first: list[Structure] = []
-    together: list[str] = []
-    apart: list[str] = []
-    different: list[str] = []
-    grouped = all(s.group is not None for s in structures)
-    for s in structures:
-        twin = seen.find(s)
-        if twin is None:
-            seen.add(s, s)
-            first.append(s)
-            continue
-        found = different if not _agree(s, twin) else together if grouped and s.group == twin.group else apart
-        found.append(f"{s.name} and {twin.name}")
-    if together:
-        report.warnings.append(f"{len(together)} duplicate frames{_shown(together)}; a split by group keeps them on one side")
-    if apart:
-        report.errors.append(
-            f"{len(apart)} duplicate frames{_shown(apart)}; a split would put some into training and validation alike. Leave copies out: "
-            "gossamer data convert DATA --out NAME.store --drop-duplicates"
-            + ("" if grouped else ", or name an entry that groups them (--group)")
-        )
-    if different:
-        report.errors.append(f"{len(different)} pairs of equal structures with different energies: {different[0]}")
-    report.numbers["duplicates"] = len(together) + len(apart) + len(different)
-    return first
-
-
-def _shown(pairs: Sequence[str]) -> str:
-    return f": {pairs[0]}{' ...' if len(pairs) > 1 else ''}"
-
-
-def _agree(a: Structure, b: Structure) -> bool:
-    """Whether the energies of two equal structures are the same to 1 meV/atom."""
-    return a.energy is None or b.energy is None or abs(a.energy - b.energy) <= 1e-3 * a.n_atoms
-
-
-def without_duplicates(structures: Iterable[Structure]) -> Iterator[Structure]:
-    """Each structure once, the first of its copies; how many were left out goes to the log.
-
-    Raises:
-        ValueError: a copy with another energy.
-    """
-    seen = Copies[tuple[str, float | None]]()
-    n_left = 0
-    for s in structures:
-        twin = seen.find(s)
-        if twin is None:
-            seen.add(s, (s.name, s.energy))
-            yield s
-            continue
-        name, energy = twin
-        if energy is not None and not _agree(s, replace(s, energy=energy)):
-            raise ValueError(
-                f"{s.name} is the same structure as {name}, with another energy. Find out which is right, and remove the other."
-            )
-        n_left += 1
-    log.info("%d duplicate frames are left out, %d are kept", n_left, len(seen))
 
 
 def with_remarks_told(structures: Iterable[Structure]) -> Iterator[Structure]:
@@ -452,191 +384,3 @@ def _moved(a: Structure, b: Structure) -> float | None:
         step = step - np.round(step @ np.linalg.inv(a.cell)) @ a.cell
     step = step - step.mean(axis=0)
     return float(np.sqrt((step**2).sum(axis=1).mean()))
-
-
-def _pairs(structures: Sequence[Structure], report: Inspection, limit: int = 1500) -> None:
-    """Energy differences of near frames against -F·dx: the slope is 1 if the units and signs of both labels agree."""
-    groups: dict[bytes, list[Structure]] = defaultdict(list)
-    stride = max(1, len(structures) // limit)
-    for k in range(0, len(structures), stride):
-        s = structures[k]
-        if s.energy is not None and s.forces is not None and s.n_atoms > 1:
-            groups[s.atomic_numbers.tobytes() + np.round(s.cell, 6).tobytes()].append(s)
-    works, differences, moves = [], [], []
-    for members in groups.values():
-        flat = np.array([s.positions.ravel() for s in members])
-        if len(members) < 2 or flat.size > 3e7:
-            continue
-        periodic = members[0].pbc.any()
-        squares = (flat**2).sum(axis=1)
-        distance = squares[:, None] + squares[None] - 2 * flat @ flat.T
-        np.fill_diagonal(distance, np.inf)
-        for i, j in enumerate(distance.argmin(axis=1)):
-            if j < i and distance[j].argmin() == i:
-                continue
-            a, b = members[i], members[int(j)]
-            step = b.positions - a.positions
-            if not periodic:
-                step, forces_b = _aligned(a, b)
-            else:
-                if a.pbc.all():  # the same atom may have been wrapped into the cell in one frame only
-                    step = step - np.round(step @ np.linalg.inv(a.cell)) @ a.cell
-                forces_b = b.forces
-            works.append(-0.5 * float(((a.forces + forces_b) * step).sum()))
-            differences.append(b.energy - a.energy)
-            moves.append(float(np.linalg.norm(step)))
-    slope = _slope("energy against forces", works, differences, moves, report)
-    if slope is None:
-        return
-    if slope < 0:
-        report.errors.append(f"forces have the wrong sign: energy rises along them (slope {slope:.3g})")
-    elif not 0.6 < slope < 1.6:
-        report.errors.append(
-            f"energies and forces disagree by a factor of {slope:.3g}: {_unit_guess(slope)}. Set --energy-unit, --force-unit or --length-unit "
-            "(data.labels)"
-        )
-
-
-def _slope(title: str, works: Sequence[float], differences: Sequence[float], moves: Sequence[float], report: Inspection) -> float | None:
-    """Slope of energy differences against the work of a label over the nearest quarter of the pairs; None where it says nothing."""
-    if len(works) < 8:
-        report.facts[title] = f"not tested ({len(works)} pairs of near frames; 8 are needed)"
-        return None
-    order = np.argsort(moves)[: max(8, len(moves) // 4)]
-    work, difference = np.array(works)[order], np.array(differences)[order]
-    far = float(np.median(np.array(moves)[order]))
-    varied = np.ptp(work) > 0 and np.ptp(difference) > 0
-    correlation = float(np.corrcoef(work, difference)[0, 1]) if varied else 0.0
-    conclusive = abs(correlation) >= 0.8
-    slope = float((work @ difference) / (work @ work)) if varied else 0.0
-    report.numbers[title.replace(" ", "_")] = {
-        "slope": slope, "correlation": correlation, "pairs": len(order), "distance": far, "conclusive": conclusive,
-    }  # fmt: skip
-    if conclusive:
-        report.facts[title] = f"slope {slope:.3g}, correlation {correlation:.3f} over {len(order)} near pairs (1 expected)"
-        return slope
-    report.facts[title] = (
-        f"not conclusive: correlation {correlation:.2f} over the {len(order)} nearest pairs of frames, which differ by {far:.2g} Å"
-    )
-    return None
-
-
-def _unit_guess(slope: float) -> str:
-    factors = {f"one label is in {u}": f for u, f in ENERGY_UNITS.items() if f != 1} | {
-        "lengths or forces are in Bohr": 0.529177, "forces are in Hartree/Bohr, energies in eV": 1 / 51.422}  # fmt: skip
-    name, factor = min(factors.items(), key=lambda item: min(abs(np.log(slope / item[1])), abs(np.log(slope * item[1]))))
-    near = min(abs(np.log(slope / factor)), abs(np.log(slope * factor)))
-    return name if near < 0.3 else "units or labels do not belong together"
-
-
-def _aligned(a: Structure, b: Structure) -> tuple[np.ndarray, np.ndarray]:
-    """Step from a to b after the best rigid motion of b (Kabsch), and b's forces turned along."""
-    from scipy.spatial.transform import Rotation
-
-    centre_a, centre_b = a.positions.mean(axis=0), b.positions.mean(axis=0)
-    if a.n_atoms < 3:
-        return b.positions - a.positions, b.forces
-    turn = Rotation.align_vectors(a.positions - centre_a, b.positions - centre_b)[0].as_matrix()
-    return (b.positions - centre_b) @ turn.T - (a.positions - centre_a), b.forces @ turn.T
-
-
-def _strained_pairs(structures: Sequence[Structure], report: Inspection, limit: int = 300) -> None:
-    """Energy differences of frames of two cells, less the work of the forces, against volume · stress : strain."""
-    groups: dict[bytes, list[Structure]] = defaultdict(list)
-    for s in structures:
-        if s.pbc.all() and {"energy", "forces", "stress"} <= s.labels.keys():
-            groups[s.atomic_numbers.tobytes()].append(s)
-    works, differences, moves, still = [], [], [], []
-    for members in groups.values():
-        n_most = int(min(limit, max(2, np.sqrt(1e8 / members[0].n_atoms))))
-        chosen = members[:: -(-len(members) // n_most)]
-        cells = np.array([s.cell for s in chosen])
-        inverse = np.linalg.inv(cells)
-        fractions = np.array([s.positions for s in chosen]) @ inverse
-        for i, a in enumerate(chosen):
-            strains = inverse[i] @ cells - np.eye(3)
-            largest = np.abs(strains).max(axis=(1, 2))
-            steps = fractions - fractions[i]
-            steps -= np.round(steps)
-            steps -= steps.mean(axis=1, keepdims=True)
-            distance = np.linalg.norm(steps @ a.cell, axis=2).max(axis=1)
-            distance = np.where((largest > 2e-3) & (largest < 0.1), distance + 3 * largest, np.inf)  # 3 Å: about a bond
-            j = int(distance.argmin())
-            if not np.isfinite(distance[j]):
-                continue
-            b = chosen[j]
-            force_work = -0.5 * float(((a.forces + b.forces) * (steps[j] @ (a.cell + b.cell) / 2)).sum())
-            strain = (strains[j] + strains[j].T) / 2
-            works.append(0.25 * (a.volume + b.volume) * float(((a.stress + b.stress) * strain).sum()))
-            differences.append(b.energy - a.energy - force_work)
-            moves.append(float(distance[j]))
-            swelling = 0.5 * (a.volume + b.volume) * float(np.trace(strain))
-            if distance[j] - 3 * largest[j] < STILL and abs(swelling) > 1e-3 * a.volume:
-                still.append((works[-1], differences[-1], swelling))
-    if not works:
-        return
-    slope = _slope("energy against stress", works, differences, moves, report)
-    if slope is not None and slope < 0:
-        report.errors.append(OPPOSITE_SIGN + f" (energy falls along it, slope {slope:.3g})")
-    elif slope is not None and not 0.3 < slope < 3:
-        near = min(STRESS_UNITS, key=lambda unit: abs(np.log(slope / STRESS_UNITS[unit])))
-        guess = (
-            f"set --stress-unit {near}" if abs(np.log(slope / STRESS_UNITS[near])) < 0.5 and near != "eV/Angstrom^3" else "check its unit"
-        )
-        report.errors.append(f"energies and stress disagree by a factor of {slope:.3g}: {guess} (data.labels.stress_unit)")
-    _stress_offset(np.array(still), report)
-
-
-def _stress_offset(pairs: np.ndarray, report: Inspection) -> None:
-    """A constant pressure in the stress that the energies do not have: δ of ΔE = V (σ - δ) : ε, from each pair of strained cells.
-
-    So a basis of plane waves too small for the stress (Pulay stress) shows, or a stress that lacks a part of the energy.
-
-    Args:
-        pairs: (n, 3) V σ : ε, ΔE less the work of the forces, V tr ε.
-        report: Where it goes.
-    """
-    if len(pairs) < 8:
-        return
-    works, differences, swellings = pairs.T
-    offsets = (works - differences) / swellings
-    offset = float(np.median(offsets))
-    error = 1.86 * float(np.median(np.abs(offsets - offset))) / np.sqrt(len(offsets))  # of a median, from normal scatter
-    rest = works - offset * swellings
-    slope = float(rest @ differences) / max(float(rest @ rest), 1e-30)
-    if not 0.8 < slope < 1.25:
-        return  # something else is wrong: a unit, a sign
-    report.numbers["stress_offset"] = {"offset": offset, "error": error, "pairs": len(offsets)}
-    if report.stress_offset is not None:
-        report.facts["stress offset"] = f"{offset:+.3g} ± {error:.1g} eV/Å³ against the energies ({offset / GPa:+.2g} GPa)"
-        report.warnings.append(
-            f"the stress labels hold a constant {offset:+.3g} ± {error:.1g} eV/Å³ ({offset / GPa:+.2g} GPa) that the energies lack (Pulay stress "
-            "of a small basis set?): trained on, it makes pressures and volumes wrong. Set loss.stress: 0, or compute the labels anew"
-        )
-
-
-def _stress_against_volume(structures: Sequence[Structure], report: Inspection) -> None:
-    """Stress must rise with volume (positive bulk modulus) among frames of one composition, within 15 % of its median volume."""
-    groups: dict[tuple[int, ...], list[tuple[float, float]]] = defaultdict(list)
-    for s in structures:
-        if s.stress is not None and s.pbc.all():
-            counts = np.bincount(s.atomic_numbers, minlength=119)
-            key = tuple((counts // np.gcd.reduce(counts[counts > 0])).tolist())
-            groups[key].append((np.log(s.volume / s.n_atoms), float(np.trace(s.stress)) / 3))
-    found = []
-    for points in groups.values():
-        x, y = np.array(points).T
-        near = np.abs(x - np.median(x)) < 0.15
-        x, y = x[near], y[near]
-        if len(x) >= 5 and np.ptp(x) > 0.02 and np.ptp(y) > 0:
-            found.append((len(x), float(np.corrcoef(x, y)[0, 1])))
-    if not found:
-        return
-    n, correlation = max(found)
-    report.numbers["stress_against_volume"] = {"correlation": correlation, "frames": n}
-    report.facts["stress against volume"] = f"correlation {correlation:+.2f} over {n} frames of one composition (positive expected)"
-    clear = abs(correlation) * np.sqrt(n) > 2.5 or abs(correlation) > 0.7  # beyond what chance gives so few frames
-    if correlation < 0 and clear and not any(OPPOSITE_SIGN in e for e in report.errors):
-        report.errors.append(OPPOSITE_SIGN + f" (it falls as the volume grows, correlation {correlation:+.2f})")
-    elif correlation < 0 and not clear:
-        report.warnings.append(f"stress does not rise with the volume (correlation {correlation:+.2f} over {n} frames): is its sign right?")
