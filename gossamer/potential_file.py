@@ -172,13 +172,25 @@ def as_potential(
     """
     if not isinstance(potential, Potential):
         return load(potential, device, dtype)
-    asked = None if dtype is None else DTYPES[dtype] if isinstance(dtype, str) else dtype
+    asked = None if dtype is None else precision(dtype)
     if asked not in (None, potential.dtype) or torch.device(device).type not in ("cpu", potential.device.type):
         raise ValueError(
             f"This potential is in memory, on {potential.device} in {potential.dtype}; {device}"
             f"{'' if asked is None else f' and {asked}'} asked for. device and dtype are for files: give the file, or potential.to(...)."
         )
     return potential
+
+
+def precision(dtype: str | torch.dtype) -> torch.dtype:
+    """PyTorch's name of a precision.
+
+    Raises:
+        ValueError: neither "float32" nor "float64".
+    """
+    found = DTYPES.get(str(dtype).removeprefix("torch."))
+    if found is None:
+        raise ValueError(f"dtype '{dtype}' is unknown. Choose {' or '.join(DTYPES)}.")
+    return found
 
 
 def check_device(device: str | torch.device) -> None:
@@ -201,10 +213,12 @@ def load(path: Path | str, device: str | torch.device = "cpu", dtype: str | torc
         dtype: "float32" or "float64"; by default as saved.
 
     Raises:
-        ValueError: truncated or altered file, newer format, predictions that do not come out as stored, or a device that is not there.
+        ValueError: truncated or altered file, newer format, predictions that do not come out as stored, an unknown dtype, or a device that is
+            not there.
     """
     path = Path(path)
     check_device(device)
+    asked = None if dtype is None else precision(dtype)
     manifest, tensors = _open(path)
     altered = "kinds" in manifest and manifest["kinds"] != _kinds(tensors)  # files of older versions do not say
     if altered or _checksum(tensors, manifest) != manifest.get("checksum"):
@@ -235,7 +249,7 @@ def load(path: Path | str, device: str | torch.device = "cpu", dtype: str | torc
         potential.network.to(saved).load_state_dict(weights)
     except RuntimeError as error:
         raise ValueError(f"'{path}' holds weights that are not those of its network ({error}). Use another copy.") from None
-    wanted = saved if dtype is None else DTYPES[dtype] if isinstance(dtype, str) else dtype
+    wanted = asked or saved
     potential.network.to(wanted)
     potential.to(device).eval()
     _verify(potential, tensors, manifest["n_check"], min((saved, wanted), key=lambda t: t.itemsize), path)

@@ -484,6 +484,18 @@ def test_a_constant_offset_between_functionals_is_said(capsys: pytest.CaptureFix
     assert "energy_offset" not in evaluate_potential(potential, same).summary()
 
 
+def test_precisions_are_two(tmp_path: Path, ethanol: Atoms) -> None:
+    path = saved(tmp_path, ethanol)
+    for dtype in ("float16", "double", torch.bfloat16):
+        with pytest.raises(ValueError, match=f"dtype '{dtype}' is unknown. Choose float32 or float64"):
+            load(path, dtype=dtype)
+        with pytest.raises(ValueError, match="unknown"):
+            as_potential(make_potential(ELEMENTS), dtype=dtype)
+    assert load(path, dtype="float64").dtype == load(path, dtype=torch.float64).dtype == torch.float64
+    with pytest.raises(ValueError, match="needs a potential in float32 or float64, found torch.bfloat16"):
+        Calculator(make_potential(ELEMENTS).to(torch.bfloat16))
+
+
 def test_a_potential_in_memory_keeps_its_device_and_dtype() -> None:
     """What cannot be had is refused instead of ignored."""
     potential = make_potential(["C", "O"])

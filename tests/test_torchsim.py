@@ -129,6 +129,10 @@ class TestTorchSim:
             model(self.state(lost))
         with pytest.raises(ValueError, match="way 'graph' records one structure"):
             TorchSimModel(make_potential(ELEMENTS), way="graph")
+        with pytest.raises(ValueError, match="dtype 'half' is unknown"):
+            TorchSimModel(make_potential(ELEMENTS), way="plain", dtype="half")
+        with pytest.raises(ValueError, match="skin must not be negative"):
+            TorchSimModel(make_potential(ELEMENTS), way="plain", skin=-1.0)
         with pytest.raises(TypeError, match="takes the state alone, found positions"):
             model(self.state(crystals()), positions=1)
         structures = crystals()

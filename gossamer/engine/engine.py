@@ -32,7 +32,7 @@ from gossamer.engine.kernels.attach import attach_kernels, sharing_copy
 from gossamer.engine.kernels.cpu import Missing
 from gossamer.engine.program import Program, cached_program, fits
 from gossamer.graph import Graph
-from gossamer.potential import Potential, Prediction, undisturbed
+from gossamer.potential import DTYPES, Potential, Prediction, undisturbed
 from gossamer.timing import fastest
 
 log = logging.getLogger(__name__)
@@ -58,12 +58,17 @@ class Engine:
                 (`gossamer.dispersion.D3`).
 
         Raises:
-            ValueError: no such way, one that this device or ``weights_change`` rules out, or dispersion that the potential has already.
+            ValueError: no such way, one that this device, precision or ``weights_change`` rules out, or dispersion that the potential has
+                already.
             RuntimeError: a way asked for by name that cannot be had here, and why.
             ImportError: dispersion without its package.
         """
         if way not in get_args(Way):
             raise ValueError(f"way '{way}' is unknown. Choose one of {', '.join(get_args(Way))}.")
+        if way != "plain" and potential.dtype not in DTYPES.values():
+            raise ValueError(
+                f"way '{way}' needs a potential in {' or '.join(DTYPES)}, found {potential.dtype}: potential.to(torch.float32)."
+            )
         if way == "graph" and potential.device.type != "cuda":
             raise ValueError(f"way 'graph' records a CUDA graph and needs a potential on a GPU, found {potential.device}.")
         if weights_change and way in ("program", "graph"):

@@ -15,7 +15,7 @@ from torch import Tensor
 from gossamer.engine.engine import Engine, Way
 from gossamer.graph import Graph
 from gossamer.potential import Potential, Prediction
-from gossamer.potential_file import as_potential
+from gossamer.potential_file import as_potential, precision
 from gossamer.simulation.graphs import BatchGraphs
 
 try:
@@ -61,7 +61,7 @@ class TorchSimModel(ModelInterface):
         potential: Potential | Path | str,
         way: Way = "auto",
         device: str = "cpu",
-        dtype: torch.dtype = torch.float64,
+        dtype: torch.dtype | str = torch.float64,
         compute_forces: bool = True,
         compute_stress: bool = True,
         skin: float = 0.5,
@@ -80,7 +80,7 @@ class TorchSimModel(ModelInterface):
             dispersion: D3 of this functional is added (`gossamer.dispersion.D3`).
 
         Raises:
-            ValueError: stress of a potential with direct forces, or an unknown way.
+            ValueError: stress of a potential with direct forces, an unknown way or dtype, or a negative skin.
             RuntimeError: a way asked for by name that cannot be had here.
         """
         super().__init__()
@@ -88,7 +88,7 @@ class TorchSimModel(ModelInterface):
             raise ValueError("way 'graph' records one structure. For batches choose auto, kernels, program or plain.")
         self.engine = Engine(as_potential(potential, device), way, dispersion=dispersion)
         self.graphs = BatchGraphs(self.potential, skin)
-        self._device, self._dtype = self.potential.device, dtype
+        self._device, self._dtype = self.potential.device, precision(dtype)
         self._memory_scales_with = "n_atoms_x_density"
         self.compute_forces, self.compute_stress = compute_forces, compute_stress
         self._expected = way != "program"

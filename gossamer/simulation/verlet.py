@@ -141,7 +141,7 @@ class BatchVerletList:
     def __init__(self, cutoff: float, skin: float = 0.5, max_neighbors: int | None = None) -> None:
         """As `VerletList`."""
         self._template = cutoff, skin, max_neighbors
-        self._lists: list[VerletList] = []
+        self._lists: list[VerletList] = [VerletList(*self._template)]
 
     @property
     def builds(self) -> int:
