@@ -316,6 +316,15 @@ def test_edges_out_of_order_are_refused(crystal: Atoms) -> None:
 def test_precision_is_checked() -> None:
     with pytest.raises(TypeError, match="different precision: torch.bfloat16, torch.float32"):
         cpu.pointers(torch.zeros(4), torch.zeros(4, dtype=torch.bfloat16))
+    with pytest.raises(TypeError, match="different precision: torch.int32"):
+        cpu.pointers(torch.zeros(4, dtype=torch.int32), torch.zeros(4, dtype=torch.int64))
+
+
+def test_edges_of_32_bits(crystal: Atoms) -> None:
+    potential = make_potential(ELEMENTS)
+    graph = potential.collate([as_structure(crystal)])
+    short = replace(graph, edge_index=graph.edge_index.to(torch.int32))
+    torch.testing.assert_close(Engine(potential, "kernels")(short).forces, potential(graph).forces, rtol=0, atol=1e-7)
 
 
 @pytest.mark.parametrize("name", often(NETWORKS, ["leignn"]))

@@ -114,7 +114,7 @@ class Order(NamedTuple):
 
 def sort_edges(edge_index: Int[Tensor, "2 E"], nodes: Tensor) -> Order:
     """The order of edges that are sorted by receiver; ``nodes`` has one row per atom."""
-    edge_index = edge_index.contiguous()
+    edge_index = edge_index.to(torch.int64).contiguous()
     return Order(edge_index, *torch.ops.gossamer.sort_edges(edge_index, nodes))
 
 

@@ -334,11 +334,11 @@ def attention_library(degrees: int, dtype: torch.dtype) -> Any:
 
 
 def pointers(*tensors: Tensor | None) -> list[int]:
-    """Addresses, 0 for None; every tensor must be contiguous, and real numbers all of one precision."""
+    """Addresses, 0 for None; every tensor must be contiguous, real numbers all of one precision, and whole numbers of 64 bits."""
     for tensor in tensors:
         if tensor is not None and not tensor.is_contiguous():
             raise ValueError("a kernel was given a tensor that is not contiguous")
-    kinds = {t.dtype for t in tensors if t is not None and t.is_floating_point()}
-    if len(kinds) > 1:
+    kinds = {t.dtype for t in tensors if t is not None} - {torch.int64}
+    if len(kinds) > 1 or not all(kind.is_floating_point for kind in kinds):
         raise TypeError(f"a kernel was given numbers of different precision: {', '.join(sorted(map(str, kinds)))}")
     return [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
