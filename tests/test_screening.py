@@ -32,7 +32,7 @@ import gossamer
 from gossamer.checks.result import Result
 from gossamer.checks.source import find_sources
 from gossamer.cli import main
-from gossamer.data.atoms import count_frames
+from gossamer.data.atoms import as_atoms, count_frames
 from gossamer.files import InputError
 from gossamer.potential import Potential, PotentialConfig
 from gossamer.potential_file import save
@@ -357,6 +357,39 @@ def test_ids_say_file_frame_and_content(tmp_path: Path) -> None:
     ase.io.write(tmp_path / "isotope.extxyz", isotope)
     (read,) = read_items([tmp_path / "isotope.extxyz"])
     assert read.atoms.get_masses()[0] == 65.0
+
+
+CIF = """data_{name}
+_cell_length_a 5.6
+_cell_length_b 5.6
+_cell_length_c 5.6
+_cell_angle_alpha 90
+_cell_angle_beta 90
+_cell_angle_gamma 90
+_symmetry_space_group_name_H-M 'F m -3 m'
+loop_
+_atom_site_type_symbol
+_atom_site_fract_x
+_atom_site_fract_y
+_atom_site_fract_z
+_atom_site_occupancy
+Cl 0.5 0.5 0.5 1.0
+{sites}
+
+"""
+
+
+def test_disordered_crystals_are_not_taken_for_ordered_ones(tmp_path: Path) -> None:
+    """ASE puts one atom of the most frequent element on a site that is shared or half empty."""
+    sites = {"mixed": "Na 0 0 0 0.6\nK 0 0 0 0.4", "half": "Na 0 0 0 0.5", "whole": "Na 0 0 0 0.998"}
+    (tmp_path / "a.cif").write_text("".join(CIF.format(name=name, sites=text) for name, text in sites.items()))
+    items = list(read_items([tmp_path / "a.cif"]))
+    assert [item.atoms is None for item in items] == [True, True, False]
+    assert "a site holds 0.6 Na, 0.4 K: no calculator knows disordered crystals" in items[0].problem
+    assert "a site holds 0.5 Na" in items[1].problem
+    with pytest.raises(InputError, match=r"a\.cif': a site holds 0\.6 Na, 0\.4 K"):
+        as_atoms(tmp_path / "a.cif")
+    assert len(as_atoms(tmp_path / "a.cif", frame=2)) == 8
 
 
 def test_a_file_that_breaks_off_is_screened_up_to_there(tmp_path: Path) -> None:

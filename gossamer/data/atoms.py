@@ -15,6 +15,8 @@ from gossamer.data.npz_file import npz_names, read_npz
 from gossamer.data.xyz import xyz_frames, xyz_heads
 from gossamer.files import COMPRESSIONS, InputError, open_text
 
+FULL = 0.01
+"""by which the occupancy of a site may differ from 1: refinements do"""
 TEXT = (*COMPRESSIONS, ".xyz", ".extxyz")
 """endings of files of (extended) XYZ"""
 
@@ -53,9 +55,26 @@ def read_frames(path: Path | str, frame: int | None = None) -> list[Atoms]:
 
     Raises:
         FileNotFoundError: no such file.
-        InputError: it cannot be read, or holds no frame, or one without atoms.
+        InputError: it cannot be read, or holds no frame, one without atoms, or one that is disordered.
     """
-    return list(iterate_frames(path, frame))
+    found = list(iterate_frames(path, frame))
+    for atoms in found:
+        if disordered := disorder(atoms):
+            raise InputError(f"'{path}': {disordered}")
+    return found
+
+
+def disorder(atoms: Atoms) -> str:
+    """What is wrong with sites that are shared by elements or partly occupied, as CIF files may have them; nothing where all is in order.
+
+    ASE puts one atom of the most frequent element on each, and says the rest in ``info``.
+    """
+    sites = atoms.info.get("occupancy")
+    for kinds in sites.values() if isinstance(sites, dict) else ():
+        if isinstance(kinds, dict) and (len(kinds) > 1 or any(abs(share - 1) > FULL for share in kinds.values())):
+            said = ", ".join(f"{share:g} {element}" for element, share in kinds.items())
+            return f"a site holds {said}: no calculator knows disordered crystals. Give an ordered structure (or several)."
+    return ""
 
 
 def iterate_frames(path: Path | str, frame: int | None = None) -> Iterator[Atoms]:

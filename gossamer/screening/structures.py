@@ -13,7 +13,7 @@ from ase import Atoms
 from ase.data import atomic_masses
 from ase.neighborlist import neighbor_list
 
-from gossamer.data.atoms import iterate_frames
+from gossamer.data.atoms import disorder, iterate_frames
 from gossamer.files import InputError, checksum
 
 KEPT = ("numbers", "positions", "tags", "masses", "initial_charges", "initial_magmoms")
@@ -33,9 +33,9 @@ class Item:
     digest: str
     """of elements, masses, positions, cell, periodicity, charges, spins and constraints; of the file where it cannot be read"""
     atoms: Atoms | None
-    """without labels; None where the file cannot be read"""
+    """without labels; None where there is a problem"""
     problem: str = ""
-    """why it cannot be read"""
+    """why it cannot be read or asked about"""
 
     @property
     def id(self) -> str:
@@ -44,7 +44,7 @@ class Item:
 
 
 def read_items(paths: Sequence[Path | str]) -> Iterator[Item]:
-    """Every frame of every file, read when its turn comes; what cannot be read of a file is one item that says why.
+    """Every frame of every file, read when its turn comes; what cannot be read of a file is one item that says why, a disordered frame another.
 
     Raises:
         FileNotFoundError: no such file.
@@ -53,7 +53,8 @@ def read_items(paths: Sequence[Path | str]) -> Iterator[Item]:
         frame = 0
         try:
             for atoms in iterate_frames(source):
-                yield Item(source, frame, digest_of(atoms), bare(atoms))
+                problem = disorder(atoms)
+                yield Item(source, frame, digest_of(atoms), None if problem else bare(atoms), problem)
                 frame += 1
         except InputError as error:
             yield Item(source, frame, _digest_of_file(Path(source)), None, str(error))
