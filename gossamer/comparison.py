@@ -67,6 +67,7 @@ def compare(
 
     Raises:
         ValueError: no configuration, two of one name, different data, or runs in the folder of another time or other settings.
+        RuntimeError: a run failed, as where its loss is NaN; raised at the end, when all others have had their time.
         Stopped: SIGTERM came during a run.
     """
     if not minutes > 0:
@@ -75,17 +76,28 @@ def compare(
     check_same_data(named)
     folder = Path(out)
     finished = {name: kept for name, config in named.items() if resume and (kept := finished_run(config, minutes, folder / name))}
-    records = []
+    records, failures = [], []
     for name, config in named.items():
         if name in finished:
             records.append(finished[name])
             continue
         log.info("comparing: %s", name)
-        record = {"name": name, **run_one(config, minutes, folder / name, progress, resume)}
+        try:
+            record = {"name": name, **run_one(config, minutes, folder / name, progress, resume)}
+        except Stopped:
+            raise
+        except RuntimeError as error:
+            log.error("%s: %s", name, error)
+            failures.append(f"{name}: {error}")
+            continue
         write_json(folder / name / RECORD, record)
         records.append(record)
         write_summary(records, folder, minutes)
     write_summary(records, folder, minutes)
+    if failures:
+        raise RuntimeError(
+            f"{len(failures)} of {len(named)} runs failed; the others are in '{folder / 'comparison.md'}'. " + " ".join(failures)
+        )
     return records
 
 

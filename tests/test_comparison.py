@@ -111,6 +111,37 @@ def test_a_finished_run_is_kept_only_for_the_same_question(tmp_path: Path) -> No
         compare([path], 1.0, tmp_path / "out", resume=True, progress=False)
 
 
+def test_a_run_that_fails_takes_no_time_from_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its error comes at the end, and they are in the table."""
+    paths = [write(tmp_path, n, {"name": n}) for n in ("leignn", "schnet", "painn")]
+    kept = (
+        "num_parameters",
+        "train_step_ms",
+        "inference_ms",
+        "wall_seconds",
+        "steps",
+        "epochs",
+        "n_train",
+        "n_test",
+        "n_valid",
+        "inference_atoms",
+    )
+    rest = {"compiled": False, "test": None, "machine": "", "date": "", "versions": {"gossamer": "", "torch": ""}}
+    told = []
+
+    def run(config, *_) -> dict:
+        told.append(config.model.name)
+        if config.model.name == "schnet":
+            raise RuntimeError("the loss is NaN at step 3")
+        return {**dict.fromkeys(kept, 1), **rest, "valid": {"forces_mae_meV_per_A": 9.0}}
+
+    monkeypatch.setattr("gossamer.comparison.run_one", run)
+    with pytest.raises(RuntimeError, match=r"1 of 3 runs failed; the others are in .*schnet: the loss is NaN"):
+        compare(paths, 1.0, tmp_path / "out", progress=False)
+    assert told == ["leignn", "schnet", "painn"]
+    assert [r["name"] for r in json.loads((tmp_path / "out" / "comparison.json").read_text())] == ["leignn", "painn"]
+
+
 def test_the_best_comes_first() -> None:
     """By forces, or by energies where there are none; an error that is no number is the worst."""
 
