@@ -112,6 +112,17 @@ def test_phonons_have_the_masses_of_the_atoms() -> None:
     assert half == pytest.approx(light / 2, rel=1e-3)
 
 
+def test_the_softest_eigenvalue_is_the_same_however_a_crystal_lies() -> None:
+    copper = bulk("Cu", a=3.59, cubic=True)
+    turned = copper.copy()
+    turned.rotate(30, (1, 2, 3), rotate_cell=True)
+    straight, oblique = (crystals.elastic_constants(EMT(), a, relax_ions=False) for a in (copper, turned))
+    assert crystals.softest(straight) == pytest.approx(straight[0, 0] - straight[0, 1], abs=0.01)
+    assert crystals.softest(oblique) == pytest.approx(crystals.softest(straight), rel=2e-3)  # of Voigt's matrix: 34 and 57 GPa
+    soft = np.diag([100.0, 100.0, 100.0, 20.0, 20.0, 20.0])
+    assert crystals.softest(soft) == pytest.approx(40.0)
+
+
 def test_supercells_keep_images_apart_whatever_the_angles() -> None:
     """Of a rhombohedral cell with small angles the sides say little: 14.5 Å each, and images 2.5 Å from each other."""
     slim = make_supercell(bulk("Cu", a=3.58), np.array([[3, 2, 2], [2, 3, 2], [2, 2, 3]]))

@@ -291,14 +291,14 @@ def _said(converged: bool, asked: Asked) -> tuple[str, str]:
 
 def _elastic(calculator: Any, atoms: Atoms, asked: Asked) -> Row:
     """Elastic constants by the judge's check; of a structure that relaxed."""
-    from gossamer.checks.crystals import elastic_constants, voigt_averages
+    from gossamer.checks.crystals import elastic_constants, softest, voigt_averages
 
     work, converged, steps = _minimised(calculator, atoms, asked)
     row = _row(work, *_said(converged, asked), steps)
     if converged:
         stiffness = elastic_constants(calculator, work)
         bulk, shear = voigt_averages(stiffness)
-        row.numbers = {"bulk_modulus": bulk, "shear_modulus": shear, "softest": float(np.linalg.eigvalsh(stiffness)[0]),
+        row.numbers = {"bulk_modulus": bulk, "shear_modulus": shear, "softest": softest(stiffness),
                        "stiffness": stiffness.tolist()}  # fmt: skip
     return row
 
