@@ -236,6 +236,22 @@ def test_references_of_one_composition_fit_another_too(start: Path, tmp_path: Pa
     assert abs(mean_error(potential, old)) < 1e-4
 
 
+def test_a_new_element_takes_its_own_energy(tmp_path: Path) -> None:
+    """One composition cannot tell whose the energy of silicon is; hydrogen's stays what it was, and with it all that the start knew."""
+    start, frames = make_potential(["H", "C", "O"]), []
+    for k in range(6):
+        atoms = molecule("Si2H6")
+        atoms.rattle(0.03, seed=k)
+        energy = sum({"H": -1.5, "Si": -7900.0}[s] for s in atoms.symbols)
+        atoms.calc = SinglePointCalculator(atoms, energy=energy, forces=np.zeros((8, 3)))
+        frames.append(atoms)
+    ase.io.write(tmp_path / "disilane.extxyz", frames)
+    structures = list(read_structures(tmp_path / "disilane.extxyz"))
+    statistics = adapt_statistics(start, compute_statistics(structures, 4.0), structures)
+    assert {e: statistics.reference_energies[e] for e in "HCO"} == pytest.approx(start.statistics.reference_energies)
+    assert statistics.reference_energies["Si"] == pytest.approx(-7900.0, rel=2e-3)
+
+
 def test_transfer_moves_rows_by_element() -> None:
     small, large = make_potential(["C", "O"], seed=1), make_potential(["H", "C", "N", "O"], seed=2)
     report = transfer_weights(small, large)

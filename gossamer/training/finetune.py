@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from ase.data import atomic_numbers as number_of
 from ase.data import chemical_symbols
+from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
@@ -116,7 +117,8 @@ def adapt_statistics(start: Potential, fresh: Statistics, structures: Sequence[S
 
     Labels of another method differ from the old ones mostly by an energy per atom of each element, and reference energies
     that came from few compositions say little about others. The shift of each element is found by least squares on label
-    minus prediction of the start, so that training begins near the labels; of all shifts that fit, the smallest is taken.
+    minus prediction of the start, so that training begins near the labels; of all shifts that fit, those that move the elements of the
+    start least are taken: what new elements can account for is theirs.
 
     Args:
         start: Potential to start from.
@@ -137,7 +139,7 @@ def adapt_statistics(start: Potential, fresh: Statistics, structures: Sequence[S
         rows = np.array([[float((s.atomic_numbers == number_of[e]).sum()) for e in elements] for s in chosen])
         sizes = rows.sum(axis=1, keepdims=True)
         differences = np.array([s.energy for s in chosen])[:, None] - np.array(predicted)[:, None]
-        shifts = np.linalg.lstsq(rows / sizes, (differences / sizes)[:, 0], rcond=1e-6)[0]
+        shifts = _shifts(rows / sizes, (differences / sizes)[:, 0], np.array([number_of[e] in known for e in elements]))
         base = {e: base[e] + float(d) for e, d in zip(elements, shifts, strict=True)}
         left = float(np.abs(differences / sizes - rows @ shifts[:, None] / sizes).mean())
         if left > 0.5:
@@ -154,6 +156,20 @@ def adapt_statistics(start: Potential, fresh: Statistics, structures: Sequence[S
         before, elements=elements, reference_energies=base, element_scales=scales, spreads=fresh.spreads,
         n_structures=fresh.n_structures, fingerprint=fresh.fingerprint,
     )  # fmt: skip
+
+
+def _shifts(shares: NDArray[np.float64], differences: NDArray[np.float64], known: NDArray[np.bool_]) -> NDArray[np.float64]:
+    """Least squares by composition (frames, elements), with the smallest shifts of known elements, and then of the others."""
+
+    def left(values: NDArray[np.float64]) -> NDArray[np.float64]:
+        """What shifts of new elements cannot account for."""
+        new = shares[:, ~known]
+        return np.round(values - new @ np.linalg.lstsq(new, values, rcond=1e-6)[0], 9)
+
+    found = np.zeros(len(known))
+    found[known] = np.linalg.lstsq(left(shares[:, known]), left(differences), rcond=1e-6)[0]
+    found[~known] = np.linalg.lstsq(shares[:, ~known], differences - shares @ found, rcond=1e-6)[0]
+    return found
 
 
 # --- weights ------------------------------------------------------------------------------------------------------
