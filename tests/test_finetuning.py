@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from ase import Atoms
-from ase.build import molecule
+from ase.build import bulk, molecule
 from ase.calculators.singlepoint import SinglePointCalculator
 from conftest import ETHANOL, make_potential, often
 
@@ -250,6 +250,25 @@ def test_a_new_element_takes_its_own_energy(tmp_path: Path) -> None:
     statistics = adapt_statistics(start, compute_statistics(structures, 4.0), structures)
     assert {e: statistics.reference_energies[e] for e in "HCO"} == pytest.approx(start.statistics.reference_energies)
     assert statistics.reference_energies["Si"] == pytest.approx(-7900.0, rel=2e-3)
+
+
+def test_what_binds_alloys_with_a_new_element_is_no_shift(tmp_path: Path) -> None:
+    """Gold that binds as copper: the network's energies are not counted once more in the references."""
+    start, frames, rng = make_potential(["Cu"]), [], np.random.default_rng(0)
+    for k in range(12):
+        atoms = bulk("Cu", cubic=True)
+        atoms.rattle(0.05, seed=k)
+        energy = start.predict(atoms)[0]["energy"]
+        atoms.symbols = rng.choice(["Cu", "Au"], size=4)
+        atoms.calc = SinglePointCalculator(atoms, energy=energy, forces=np.zeros((4, 3)))
+        frames.append(atoms)
+    assert abs(energy / 4 + 1.5) > 0.1  # eV per atom that bind
+    ase.io.write(tmp_path / "alloys.extxyz", frames)
+    structures = list(read_structures(tmp_path / "alloys.extxyz"))
+    state = torch.get_rng_state()
+    statistics = adapt_statistics(start, compute_statistics(structures, 4.0), structures)
+    assert statistics.reference_energies == pytest.approx({"Cu": -1.5, "Au": -1.5}, abs=1e-3)
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_transfer_moves_rows_by_element() -> None:

@@ -15,7 +15,6 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import torch
 from ase.data import atomic_numbers as number_of
-from ase.data import chemical_symbols
 from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor, nn
@@ -129,33 +128,42 @@ def adapt_statistics(start: Potential, fresh: Statistics, structures: Sequence[S
     before = start.statistics
     elements = sorted({*before.elements, *fresh.elements}, key=number_of.__getitem__)
     known = {number_of[e] for e in before.elements}
-    base = {e: before.reference_energies.get(e, 0.0) for e in elements}
-    chosen = [part[k] for part in (structures, old) for k in spread(len(part), 500)]
-    chosen = [s for s in chosen if s.energy is not None]
-    if chosen:
-        # the start cannot say anything about frames with new elements but the sum of reference energies
-        predicted = [start.predict([s], stress=False, refuse=False)[0]["energy"] if set(s.atomic_numbers.tolist()) <= known
-                     else sum(base[chemical_symbols[z]] for z in s.atomic_numbers) for s in chosen]  # fmt: skip
-        rows = np.array([[float((s.atomic_numbers == number_of[e]).sum()) for e in elements] for s in chosen])
-        sizes = rows.sum(axis=1, keepdims=True)
-        differences = np.array([s.energy for s in chosen])[:, None] - np.array(predicted)[:, None]
-        shifts = _shifts(rows / sizes, (differences / sizes)[:, 0], np.array([number_of[e] in known for e in elements]))
-        base = {e: base[e] + float(d) for e, d in zip(elements, shifts, strict=True)}
-        left = float(np.abs(differences / sizes - rows @ shifts[:, None] / sizes).mean())
-        if left > 0.5:
-            log.warning(
-                "after shifting the reference energies, labels and predictions of the start still differ by %.2f eV per atom: are units, "
-                "and with replay the methods of old and new labels, the same?",
-                left,
-            )
     # new elements: their RMS force in the units of the start, whose energy scale is kept
     factor = fresh.energy_scale / before.energy_scale
     scales = {e: factor * v for e, v in (fresh.element_scales or {}).items()}
     scales = {**dict.fromkeys(elements, 1.0), **scales, **(before.element_scales or {})}
-    return replace(
+    base = {e: before.reference_energies.get(e, 0.0) for e in elements}
+    adapted = replace(
         before, elements=elements, reference_energies=base, element_scales=scales, spreads=fresh.spreads,
         n_structures=fresh.n_structures, fingerprint=fresh.fingerprint,
     )  # fmt: skip
+    chosen = [part[k] for part in (structures, old) for k in spread(len(part), 500)]
+    chosen = [s for s in chosen if s.energy is not None]
+    if not chosen:
+        return adapted
+    predicted = [p["energy"] for p in _grown(start, adapted).predict(chosen, stress=False, refuse=False)]
+    rows = np.array([[float((s.atomic_numbers == number_of[e]).sum()) for e in elements] for s in chosen])
+    shares, sizes = rows / rows.sum(axis=1, keepdims=True), rows.sum(axis=1)
+    differences = (np.array([s.energy for s in chosen]) - np.array(predicted)) / sizes
+    shifts = _shifts(shares, differences, np.array([number_of[e] in known for e in elements]))
+    left = float(np.abs(differences - shares @ shifts).mean())
+    if left > 0.5:
+        log.warning(
+            "after shifting the reference energies, labels and predictions of the start still differ by %.2f eV per atom: are units, "
+            "and with replay the methods of old and new labels, the same?",
+            left,
+        )
+    return replace(adapted, reference_energies={e: base[e] + float(d) for e, d in zip(elements, shifts, strict=True)})
+
+
+def _grown(start: Potential, statistics: Statistics) -> Potential:
+    """The start with rows for new elements, those that fine-tuning will begin with: what binds atoms is in its predictions, whoever they are."""
+    if statistics.elements == start.statistics.elements:
+        return start
+    with torch.random.fork_rng(devices=[]):
+        potential = Potential(start.model_config, statistics, start.potential_config).to(start.dtype).eval()
+        transfer_weights(start, potential)
+    return potential
 
 
 def _shifts(shares: NDArray[np.float64], differences: NDArray[np.float64], known: NDArray[np.bool_]) -> NDArray[np.float64]:
