@@ -15,7 +15,7 @@ import torch
 
 from gossamer import __version__
 from gossamer.config import Config, load_config, make_config
-from gossamer.data.dataset import load_data
+from gossamer.data.dataset import isolated_atoms, load_data, open_dataset
 from gossamer.data.structure import Structure
 from gossamer.evaluation import evaluate_potential
 from gossamer.files import atomic_path, checksum, write_json, write_text
@@ -130,6 +130,16 @@ def check_same_data(named: dict[str, Config]) -> None:
         if differing:
             listed = ", ".join(f"{k} ({a.get(k)!r} and {b.get(k)!r})" for k in differing)
             raise ValueError(f"'{first}' and '{name}' differ in {listed}. Errors compare only on the same data.")
+    data = named[first].data
+    cutoffs = sorted({config.model.cutoff for config in named.values()})
+    if len(cutoffs) > 1 and (data.valid is None or data.train_size is not None):
+        structures = open_dataset(data.train, data.labels)
+        isolated = {tuple(np.flatnonzero(isolated_atoms(structures, cutoff)).tolist()) for cutoff in cutoffs}
+        if len(isolated) > 1:
+            raise ValueError(
+                f"Single atoms in '{data.train}' are isolated within the shortest cutoff of the networks ({cutoffs[0]:g} Å) and not within the longest "
+                f"({cutoffs[-1]:g} Å), so that each would have another split. Give files of training and validation frames (data.valid)."
+            )
 
 
 def finished_run(config: Config, minutes: float, folder: Path) -> dict[str, Any] | None:

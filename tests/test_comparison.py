@@ -5,8 +5,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import ase.io
+import numpy as np
 import pytest
 import yaml
+from ase.build import bulk
+from ase.calculators.singlepoint import SinglePointCalculator
 from conftest import ETHANOL
 
 from gossamer.cli import main
@@ -140,6 +144,18 @@ def test_a_run_that_fails_takes_no_time_from_the_others(tmp_path: Path, monkeypa
         compare(paths, 1.0, tmp_path / "out", progress=False)
     assert told == ["leignn", "schnet", "painn"]
     assert [r["name"] for r in json.loads((tmp_path / "out" / "comparison.json").read_text())] == ["leignn", "painn"]
+
+
+def test_a_split_that_hangs_on_the_cutoff_is_refused(tmp_path: Path) -> None:
+    """Isolated atoms are always trained on, and a copper of 4.5 Å is one within 4 Å."""
+    atoms = [bulk("Cu", a=a) for a in (3.6, 3.7, 6.4)]
+    for one in atoms:
+        one.calc = SinglePointCalculator(one, energy=0.0, forces=np.zeros((1, 3)))
+    ase.io.write(tmp_path / "copper.extxyz", atoms)
+    near, far = (make_config({"data": {"train": str(tmp_path / "copper.extxyz")}, "model": {"cutoff": cutoff}}) for cutoff in (4.0, 5.0))
+    with pytest.raises(ValueError, match=r"within the shortest cutoff of the networks \(4 Å\) and not within the longest \(5 Å\)"):
+        check_same_data({"near": near, "far": far})
+    check_same_data({"near": near, "again": near})
 
 
 def test_the_best_comes_first() -> None:
