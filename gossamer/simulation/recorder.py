@@ -223,7 +223,7 @@ class Recorder:
     def means(self) -> dict[str, float | None]:
         """Over the second half of the frames: temperature, pressure and density where there are any; and the drift of what is conserved.
 
-        The drift is the slope of a line through the conserved energy of that half, None for thermostats that conserve nothing.
+        The drift is the slope of a line through the conserved energy of that half, None below 1 ps and for thermostats that conserve nothing.
         """
         half = np.array(self.rows[len(self.rows) // 2 :]).reshape(-1, len(COLUMNS))
         time, temperature, conserved, pressure, volume = (
@@ -231,7 +231,7 @@ class Recorder:
         )
         grams = self.atoms.get_masses().sum() * units._amu * 1e3
         drift = None
-        if len(half) > 2 and np.isfinite(conserved).all():
+        if len(half) > 2 and time[-1] - time[0] >= 1000 and np.isfinite(conserved).all():  # in less, what it swings by is no drift
             drift = float(np.polyfit(time / 1000, 1000 * conserved / len(self.atoms), 1)[0])
         return {
             "mean_temperature_K": round(float(temperature.mean()), 2) if len(half) else float("nan"),
