@@ -15,10 +15,10 @@ from ase.calculators.singlepoint import SinglePointCalculator
 from ase.stress import full_3x3_to_voigt_6_stress
 from tqdm import tqdm
 
-from gossamer.data.atoms import count_frames, iterate_frames
+from gossamer.data.atoms import count_frames, disorder, iterate_frames
 from gossamer.data.structure import as_structure
 from gossamer.engine.engine import Engine, Way
-from gossamer.files import atomic_path
+from gossamer.files import InputError, atomic_path
 from gossamer.graph import Graph
 from gossamer.potential import Potential, Prediction
 from gossamer.potential_file import as_potential
@@ -65,8 +65,8 @@ def predict(
 
     Raises:
         FileExistsError: ``out`` is one of the files that are read.
-        ValueError: no structures, an ``out`` of another format, a frame that cannot be read or holds an element that the potential does not
-            know, or features of a compiled program that has none.
+        ValueError: no structures, an ``out`` of another format, a frame that cannot be read, is disordered or holds an element that the
+            potential does not know, or features of a compiled program that has none.
     """
     paths = [Path(p) for p in ([structures] if isinstance(structures, str | Path) else structures)]
     out = Path(out)
@@ -118,6 +118,8 @@ def _batches(paths: Sequence[Path], batch_atoms: int) -> Iterator[list[tuple[str
     size = 0
     for path in paths:
         for k, atoms in enumerate(iterate_frames(path)):
+            if disordered := disorder(atoms):
+                raise InputError(f"'{path}', frame {k}: {disordered}")
             if batch and size + len(atoms) > batch_atoms:
                 yield batch
                 batch, size = [], 0

@@ -389,6 +389,8 @@ def test_disordered_crystals_are_not_taken_for_ordered_ones(tmp_path: Path) -> N
     assert "a site holds 0.5 Na" in items[1].problem
     with pytest.raises(InputError, match=r"a\.cif': a site holds 0\.6 Na, 0\.4 K"):
         as_atoms(tmp_path / "a.cif")
+    with pytest.raises(InputError, match=r"a\.cif', frame 0: a site holds 0\.6 Na, 0\.4 K"):
+        gossamer.predict(make_potential(["Na", "Cl", "K"]), tmp_path / "a.cif", tmp_path / "p.extxyz", progress=False)
     assert len(as_atoms(tmp_path / "a.cif", frame=2)) == 8
 
 

@@ -15,10 +15,9 @@ from ase.neighborlist import neighbor_list
 
 from gossamer.data.atoms import disorder, iterate_frames
 from gossamer.files import InputError, checksum
+from gossamer.simulation.state import CHARGED
 
 KEPT = ("numbers", "positions", "tags", "masses", "initial_charges", "initial_magmoms")
-ELECTRONS = ("charge", "spin")
-"""entries of info that calculators read"""
 CLOSEST = 0.4
 """Å: no two atoms of any molecule or crystal are nearer (H2 has 0.74)"""
 
@@ -78,7 +77,7 @@ def bare(atoms: Atoms) -> Atoms:
     copy = atoms.copy()
     for name in set(copy.arrays) - set(KEPT):
         del copy.arrays[name]
-    copy.info = {k: v for k, v in copy.info.items() if k in (*ELECTRONS, "name", "material_id")}
+    copy.info = {k: v for k, v in copy.info.items() if k in (*CHARGED, "name", "material_id")}
     return copy
 
 
@@ -96,7 +95,7 @@ def digest_of(atoms: Atoms) -> str:
         found.update(np.ascontiguousarray(array).tobytes())
     if atoms.has("masses") and not np.allclose(atoms.get_masses(), atomic_masses[atoms.numbers], rtol=1e-4):
         found.update(b"masses" + atoms.get_masses().tobytes())
-    for name in ELECTRONS:
+    for name in CHARGED:
         if name in atoms.info:
             found.update(f"{name} {atoms.info[name]}".encode())
     for constraint in atoms.constraints:
