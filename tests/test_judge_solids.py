@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -64,6 +65,22 @@ def test_elastic_constants_have_their_names_where_they_are_three(case: str, name
     if named:
         assert [found["C11"], found["C12"], found["C44"]] == pytest.approx([2 * stiff, stiff, stiff], rel=1e-3)
     assert found["bulk modulus, ions relaxed"] == pytest.approx(4 / 3 * stiff, rel=1e-3)
+
+
+def test_numbers_of_atoms_that_did_not_relax_are_not_given(tmp_path: Path) -> None:
+    """Copper with an atom that feels another 20 meV/Å in every step, as forces do that are not those of the energy."""
+    signs = itertools.cycle((-1, 1))
+
+    def pull(atoms: Atoms, r: dict[str, Any]) -> None:
+        r["forces"][0] += 0.02 * next(signs)
+
+    restless, cell = Defect(EMT(), pull), bulk("Cu", a=3.59, cubic=True)
+    with pytest.raises(crystals.Unrelaxed, match="strained by -0.005 along xx still feel more than 0.0002 eV/Å after 500 steps"):
+        crystals.elastic_constants(restless, cell)
+    found = by_name(phonons.check(candidate_of(lambda: restless, tmp_path)), "relaxation")
+    assert (found.status, found.limit) == ("weak", "forces below 0.001 eV/Å")
+    with pytest.raises(ValueError, match="costs no stress"):
+        crystals.voigt_averages(np.diag([100.0, 100.0, 100.0, 20.0, 20.0, 0.0]))
 
 
 @pytest.mark.slow

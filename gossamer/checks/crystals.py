@@ -25,6 +25,10 @@ STRAINS = ((0, 0), (1, 1), (2, 2), (1, 2), (0, 2), (0, 1))
 """Voigt order: xx, yy, zz, yz, xz, xy"""
 
 
+class Unrelaxed(ValueError):
+    """Atoms still feel forces after all steps of a relaxation that a number rests on."""
+
+
 def relaxed(calculator: Any, atoms: Atoms, fmax: float = 0.01, steps: int = 300, cell: bool = True) -> tuple[Atoms, bool]:
     """Relaxed copy (FIRE, Fréchet cell filter) and whether it converged to ``fmax`` in eV/Å."""
     work = atoms.copy()
@@ -33,6 +37,24 @@ def relaxed(calculator: Any, atoms: Atoms, fmax: float = 0.01, steps: int = 300,
     out = work.copy()
     out.calc = None
     return out, bool(converged)
+
+
+def settled(calculator: Any, atoms: Atoms, fmax: float, steps: int, what: str) -> Atoms:
+    """Relaxed copy, positions only.
+
+    Raises:
+        Unrelaxed: it did not converge; says ``what`` it is.
+    """
+    out, converged = relaxed(calculator, atoms, fmax, steps, cell=False)
+    if not converged:
+        raise Unrelaxed(f"atoms of {what} still feel more than {fmax:g} eV/Å after {steps} steps of relaxation")
+    return out
+
+
+def unsettled(name: str, fmax: float, steps: int, consequence: str) -> Metric:
+    """Says that the crystal behind the numbers of a check did not relax."""
+    reason = f"{name}: the relaxation did not converge in {steps} steps"
+    return Metric(f"{name}: relaxation", None, "", "weak", f"forces below {fmax:g} eV/Å", "", reason, consequence)
 
 
 def energy_of(calculator: Any, atoms: Atoms) -> float:
@@ -93,6 +115,9 @@ def elastic_constants(calculator: Any, atoms: Atoms, strain: float = 0.005, rela
         atoms: Relaxed.
         strain: Size of each strain.
         relax_ions: Relax positions in each strained cell (fmax 0.2 meV/Å: stresses of half-relaxed ions are several percent off).
+
+    Raises:
+        Unrelaxed: positions in a strained cell did not.
     """
     columns = []
     for i, j in STRAINS:
@@ -104,7 +129,7 @@ def elastic_constants(calculator: Any, atoms: Atoms, strain: float = 0.005, rela
             strained = atoms.copy()
             strained.set_cell(atoms.cell.array @ (np.eye(3) + matrix), scale_atoms=True)
             if relax_ions:
-                strained, _ = relaxed(calculator, strained, 2e-4, 300, cell=False)
+                strained = settled(calculator, strained, 2e-4, 500, f"the cell strained by {sign * strain:g} along {'xyz'[i]}{'xyz'[j]}")
             strained.calc = calculator
             stresses.append(strained.get_stress(voigt=True))
         # the matrix holds e_xx = strain, or e_yz + e_zy = strain: the Voigt strain either way
@@ -124,8 +149,14 @@ def softest(stiffness: Array) -> float:
 
 
 def voigt_averages(stiffness: Array) -> tuple[float, float]:
-    """Bulk and shear modulus in GPa, Voigt-Reuss-Hill averages (Hill, Proc. Phys. Soc. A 65, 349 (1952))."""
+    """Bulk and shear modulus in GPa, Voigt-Reuss-Hill averages (Hill, Proc. Phys. Soc. A 65, 349 (1952)).
+
+    Raises:
+        ValueError: some strain costs no stress, so that the average of the compliances does not exist.
+    """
     c = stiffness
+    if np.linalg.cond(c) > 1e12:
+        raise ValueError("some strain of this crystal costs no stress: it has no averages of bulk and shear modulus")
     bulk_voigt = c[:3, :3].sum() / 9
     shear_voigt = (np.trace(c[:3, :3]) - (c[0, 1] + c[0, 2] + c[1, 2]) + 3 * np.trace(c[3:, 3:])) / 15
     s = np.linalg.inv(c)
@@ -135,11 +166,15 @@ def voigt_averages(stiffness: Array) -> tuple[float, float]:
 
 
 def vacancy_energy(calculator: Any, atoms: Atoms, n_atoms: int = 60) -> float:
-    """E(N-1) - (N-1)/N E(N) in eV for the first atom of a relaxed elemental crystal, positions relaxed at fixed cell."""
+    """E(N-1) - (N-1)/N E(N) in eV for the first atom of a relaxed elemental crystal, positions relaxed at fixed cell.
+
+    Raises:
+        Unrelaxed: they did not.
+    """
     large = enlarged(atoms, n_atoms)
     whole = energy_of(calculator, large)
     del large[0]
-    open_, _ = relaxed(calculator, large, 0.02, 200, cell=False)
+    open_ = settled(calculator, large, 0.02, 300, "the crystal with a vacancy")
     return energy_of(calculator, open_) - whole * len(large) / (len(large) + 1)
 
 
@@ -148,12 +183,15 @@ def surface_energy(calculator: Any, atoms: Atoms, miller: tuple[int, int, int] =
 
     The bulk energy is the slope between slabs of ``layers`` and ``layers + 2`` cells, so that errors do not grow with
     thickness (Fiorentini and Methfessel, J. Phys.: Condens. Matter 8, 6525 (1996)).
+
+    Raises:
+        Unrelaxed: positions of a slab did not.
     """
     energies, counts, area = [], [], 0.0
     for n in (layers, layers + 2):
         slab = surface(atoms, miller, n, vacuum=vacuum, periodic=True)
         area = float(np.linalg.norm(np.cross(slab.cell[0], slab.cell[1])))
-        slab, _ = relaxed(calculator, slab, 0.02, 200, cell=False)
+        slab = settled(calculator, slab, 0.02, 300, f"the slab of {n} cells")
         energies.append(energy_of(calculator, slab))
         counts.append(len(slab))
     per_atom = (energies[1] - energies[0]) / (counts[1] - counts[0])
@@ -201,18 +239,7 @@ def _crystal(calculator: Any, name: str, atoms: Atoms, panels: list[Panel], comp
     cell, converged = relaxed(calculator, atoms)
     metrics: list[Metric] = []
     if not converged:
-        metrics.append(
-            Metric(
-                f"{name}: relaxation",
-                None,
-                "",
-                "weak",
-                "forces below 0.01 eV/Å",
-                "",
-                f"{name}: the relaxation did not converge in 300 steps",
-                UNBOUND,
-            )
-        )
+        metrics.append(unsettled(name, 0.01, 300, UNBOUND))
     change = (cell.get_volume() / atoms.get_volume()) - 1
     lattice, modulus = experimental(name) if compare else (None, None)
     if lattice is not None:

@@ -16,7 +16,7 @@ from ase.geometry import minkowski_reduce
 from numpy.typing import NDArray
 
 from gossamer.checks.candidate import Candidate
-from gossamer.checks.crystals import relaxed
+from gossamer.checks.crystals import relaxed, unsettled
 from gossamer.checks.result import Curve, Metric, Panel, Result, at_least, at_most, attempt, conclude, curve, measured, skipped
 from gossamer.files import InputError, open_text
 
@@ -249,7 +249,7 @@ def check(candidate: Candidate) -> Result:
 
 
 def _phonons(candidate: Candidate, name: str, atoms: Atoms, panels: list[Panel], reference: dict[str, Array]) -> list[Metric]:
-    cell, _ = relaxed(candidate.calculator, atoms, fmax=0.001, steps=500)
+    cell, converged = relaxed(candidate.calculator, atoms, fmax=0.001, steps=500)
     phonons = make_phonons(candidate.calculator, cell, bar=lambda items: candidate.bar(items, f"phonons of {name}"))
     drift = sum_rule_error(phonons)
     scale = float(np.abs(phonons.force_constants).max())
@@ -275,6 +275,7 @@ def _phonons(candidate: Candidate, name: str, atoms: Atoms, panels: list[Panel],
     thermal = phonons.thermal_properties
     lowest = float(min(frequencies.min(), bands.min()))
     return [
+        *([] if converged else [unsettled(name, 0.001, 500, IMAGINARY)]),
         at_least(f"{name}: lowest frequency", lowest, "THz", -0.05 * max(1.0, top / 10), -0.02 * top - 0.1, IMAGINARY, ""),
         measured(f"{name}: highest frequency", top, "THz"),
         at_most(f"{name}: acoustic sum rule", drift / scale, "of the largest constant", 1e-3, 2e-2, SUM_RULE),

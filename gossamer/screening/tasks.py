@@ -291,15 +291,20 @@ def _said(converged: bool, asked: Asked) -> tuple[str, str]:
 
 def _elastic(calculator: Any, atoms: Atoms, asked: Asked) -> Row:
     """Elastic constants by the judge's check; of a structure that relaxed."""
-    from gossamer.checks.crystals import elastic_constants, softest, voigt_averages
+    from gossamer.checks.crystals import Unrelaxed, elastic_constants, softest, voigt_averages
 
     work, converged, steps = _minimised(calculator, atoms, asked)
     row = _row(work, *_said(converged, asked), steps)
     if converged:
-        stiffness = elastic_constants(calculator, work)
-        bulk, shear = voigt_averages(stiffness)
-        row.numbers = {"bulk_modulus": bulk, "shear_modulus": shear, "softest": softest(stiffness),
-                       "stiffness": stiffness.tolist()}  # fmt: skip
+        try:
+            stiffness = elastic_constants(calculator, work)
+            row.numbers = {"softest": softest(stiffness), "stiffness": stiffness.tolist()}
+            bulk, shear = voigt_averages(stiffness)
+            row.numbers |= {"bulk_modulus": bulk, "shear_modulus": shear}
+        except Unrelaxed as error:
+            row.status, row.reason = "not converged", str(error)
+        except ValueError as error:  # no averages
+            row.reason = str(error)
     return row
 
 
