@@ -400,7 +400,8 @@ def test_a_file_that_breaks_off_is_screened_up_to_there(tmp_path: Path) -> None:
     ase.io.write(path, alloys(3))
     path.write_text(path.read_text().rsplit("\n", 2)[0])
     ase.io.write(tmp_path / "b.traj", alloys(2))
-    items = list(read_items([path, tmp_path / "b.traj", f"{tmp_path}/./a.extxyz"]))
+    (tmp_path / "link.extxyz").symlink_to(path)
+    items = list(read_items([path, tmp_path / "b.traj", f"{tmp_path}/./a.extxyz", tmp_path / "link.extxyz"]))
     assert [Path(i.source).name[0] + str(i.frame) for i in items] == ["a0", "a1", "a2", "b0", "b1"]
     assert [i.atoms is None for i in items] == [False, False, True, False, False]
     assert "cannot be read from frame 2 on" in items[2].problem

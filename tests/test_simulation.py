@@ -671,6 +671,10 @@ def test_resumed_relaxation_is_exact(optimizer: str, cell: bool, tmp_path: Path)
         relax(model, atoms, out=tmp_path / "parts.extxyz", resume=True, **{**options, "cell": not cell})
     with pytest.raises(ValueError, match="other atoms"):
         relax(EMT(), bulk("Cu"), out=tmp_path / "parts.extxyz", resume=True)
+    other = atoms.copy()
+    other.rattle(0.01, seed=1)
+    with pytest.raises(ValueError, match=r"belongs to something else: start \w+ \(now \w+\)"):
+        relax(model, other, out=tmp_path / "parts.extxyz", resume=True, **options)
 
 
 def test_a_resumed_cell_takes_fixed_atoms_along(tmp_path: Path) -> None:

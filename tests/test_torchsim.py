@@ -245,6 +245,8 @@ class TestTorchSim:
         assert relaxed(potential, resume=True)["energy_eV"] == pytest.approx(first["energy_eV"])
         assert re.search("relaxed by potential .*; now", relaxed(other, resume=True)["error"])
         assert ", cell. Relax into another" in relaxed(potential, resume=True, cell=True)["error"]
+        write(tmp_path / "a.extxyz", bulk("Si", a=5.5))
+        assert "relaxed from other positions" in relaxed(potential, resume=True)["error"]
         write(tmp_path / "a.extxyz", bulk("Fe"))
         assert "is Si2 relaxed by" in relaxed(potential, resume=True)["error"]
 

@@ -60,16 +60,17 @@ def read_items(paths: Sequence[Path | str]) -> Iterator[Item]:
 
 
 def sources_of(paths: Sequence[Path | str]) -> list[str]:
-    """Names of files, each once: ids begin with them, so that no other two structures have the same.
+    """Names of files, each file once and as it is named first: ids begin with them, so that no other two structures have the same.
 
     Raises:
         FileNotFoundError: no such file.
     """
-    found = list(dict.fromkeys(map(os.path.normpath, paths)))
-    for path in found:
+    found: dict[str, str] = {}
+    for path in map(os.path.normpath, paths):
         if not Path(path).exists():
             raise FileNotFoundError(f"There is no structure file '{path}'.")
-    return found
+        found.setdefault(os.path.realpath(path), path)
+    return list(found.values())
 
 
 def bare(atoms: Atoms) -> Atoms:

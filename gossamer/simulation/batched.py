@@ -23,6 +23,7 @@ from gossamer.potential import Potential
 from gossamer.signals import StopRequested
 from gossamer.simulation.calculator import digest_of
 from gossamer.simulation.options import RelaxConfig
+from gossamer.simulation.state import start_of
 from gossamer.simulation.torchsim import TorchSimModel
 
 try:
@@ -42,7 +43,7 @@ all, and late ones would get fewer"""
 BETWEEN = 5
 """steps between two looks at which structures are finished"""
 TOLD = ("converged", "steps")
-"""of an answer, kept in the info of a relaxed file, with `relaxed_by`"""
+"""of an answer, kept in the info of a relaxed file, with who relaxed it from where"""
 ROUNDED = 1e-7
 """eV/Å that forces in files may be off"""
 
@@ -69,11 +70,11 @@ def relax_batched(
         for number, block in enumerate(blocks):
             relaxed, steps = _relaxed(model, [atoms for atoms, _ in block], config)
             stopped = stop.signal.name if stop.signal is not None and number + 1 < len(blocks) else None
-            for (_, out), atoms, n_steps in zip(block, relaxed, steps, strict=True):
+            for (start, out), atoms, n_steps in zip(block, relaxed, steps, strict=True):
                 answer = _judged(model, atoms, n_steps, config)
                 if "error" not in answer:
                     left = bare(atoms)
-                    left.info |= {name: answer[name] for name in TOLD} | {"relaxed_by": maker}
+                    left.info |= {name: answer[name] for name in TOLD} | {"relaxed_by": maker, "relaxed_from": f"start {start_of(start)}"}
                     with atomic_path(out) as temporary:
                         ase.io.write(temporary, left, format="extxyz")
                 bar.update()
@@ -99,7 +100,7 @@ def done_before(out: Path, start: Atoms, config: RelaxConfig, maker: str) -> dic
         maker: What relaxes now (`relaxed_by`).
 
     Raises:
-        ValueError: the file cannot be read, or is of other atoms, another potential or other options.
+        ValueError: the file cannot be read, or is of other atoms, positions, another potential or other options.
     """
     if not out.exists():
         return None
@@ -110,6 +111,8 @@ def done_before(out: Path, start: Atoms, config: RelaxConfig, maker: str) -> dic
             f"'{out}' is {atoms.get_chemical_formula()} relaxed by {before}; now it would be {start.get_chemical_formula()} by {maker}. "
             "Relax into another folder (--out)."
         )
+    if atoms.info.get("relaxed_from", began := f"start {start_of(start)}") != began:
+        raise ValueError(f"'{out}' was relaxed from other positions than the structure has now. Relax into another folder (--out).")
     if atoms.calc is None or not atoms.info.get("converged", True):  # older versions did not say
         return None
     largest = float(np.linalg.norm(atoms.get_forces(apply_constraint=False), axis=1).max())

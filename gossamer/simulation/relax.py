@@ -38,6 +38,7 @@ from gossamer.simulation.state import (
     numbers_of,
     put_back,
     put_back_atoms,
+    start_of,
     strange,
 )
 
@@ -225,7 +226,7 @@ def _relax_to_disk(atoms: Atoms, config: RelaxConfig, out: Path) -> tuple[bool, 
     path, memory = out.with_suffix(".traj"), out.with_suffix(".state.npz")
     kind = [config.optimizer, str(config.cell), *([] if config.dispersion is None else [config.dispersion])]
     way = way_of(atoms.calc)
-    who = {k: v for k, v in belonging(atoms, identity_of(atoms.calc)).items() if k != "masses"}
+    who = {k: v for k, v in belonging(atoms, identity_of(atoms.calc)).items() if k != "masses"} | {"start": start_of(atoms)}
     algorithm = _algorithm(atoms, config)  # from the original cell also when resuming: the filter measures strain from there
     stored = _go_back(atoms, path, memory, kind, who, algorithm) if config.resume else {}
 

@@ -85,6 +85,11 @@ def belonging(atoms: Atoms, potential: str | None) -> dict[str, str]:
     }
 
 
+def start_of(atoms: Atoms) -> str:
+    """Positions and cell that a relaxation began with, to a millionth of an Å, in eight letters."""
+    return _digest([(values.round(6) + 0.0).tolist() for values in (atoms.positions, atoms.cell.array)])
+
+
 def strange(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     """What differs, and how; what is not known of the state (of older versions) passes."""
     return ", ".join(f"{k} {before[k]} (now {now[k]})" for k in sorted(now) if k in before and before[k] != now[k])
