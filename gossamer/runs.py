@@ -239,7 +239,7 @@ def start_finetuning(config: Config, frames: Frames) -> tuple[Potential, Frames,
         for structure in old:
             start.check_elements(structure.atomic_numbers, structure.name)
     statistics = adapt_statistics(start, fresh, frames.train, used or ())
-    if given != "auto":
+    if given not in ("auto", "least_squares"):  # these fit what the start leaves, above
         statistics = replace(statistics, reference_energies={**statistics.reference_energies, **fresh.reference_energies})
     potential = Potential(config.model, statistics, config.potential)
     if potential.limits is not None:  # those of the start, and of the new frames

@@ -271,6 +271,16 @@ def test_what_binds_alloys_with_a_new_element_is_no_shift(tmp_path: Path) -> Non
     assert torch.equal(torch.get_rng_state(), state)
 
 
+def test_least_squares_by_name_fit_what_the_start_leaves(start: Path, tmp_path: Path) -> None:
+    """As reference energies found by themselves do; fitted to whole labels they would hold once more what the network says."""
+    found = []
+    for how in ("auto", "least_squares"):
+        data = {"train": ETHANOL, "valid_size": 10, "train_size": 20, "reference_energies": how}
+        train(settings(tmp_path / how, data=data, finetune={"start": str(start)}, training={"steps": 1, "batch_size": 5}), progress=False)
+        found.append(load(tmp_path / how / "potential.safetensors").statistics.reference_energies)
+    assert found[0] == pytest.approx(found[1], abs=1e-9)
+
+
 def test_transfer_moves_rows_by_element() -> None:
     small, large = make_potential(["C", "O"], seed=1), make_potential(["H", "C", "N", "O"], seed=2)
     report = transfer_weights(small, large)

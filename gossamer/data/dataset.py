@@ -54,7 +54,8 @@ class DataConfig:
     elements: list[str] | None = None
     """Element table; by default the elements of the training structures."""
     reference_energies: Literal["auto", "isolated", "least_squares"] | dict[str, float] = "auto"
-    """eV per element, or how to find them: frames of a single atom that has no neighbour within the cutoff, or a least-squares fit."""
+    """eV per element, or how to find them: frames of a single atom that has no neighbour within the cutoff, or a least-squares fit
+    (in fine-tuning: to labels less the predictions of the start)."""
 
     @field_validator("elements")
     @classmethod
