@@ -55,10 +55,11 @@ from gossamer.data.inspection import inspect
 from gossamer.data.labels import ForceUnit
 from gossamer.data.legacy import _tensor, read_legacy_lmdb, restricted_loads
 from gossamer.data.lmdb_file import HEADER, LEAF
-from gossamer.data.readers import ENERGY_UNITS, FORCE_UNITS, LabelConfig, from_atoms, read_structures, suggestion
+from gossamer.data.readers import LabelConfig, from_atoms, read_structures, suggestion
 from gossamer.data.statistics import compute_statistics
 from gossamer.data.store import Store, write_store
 from gossamer.data.structure import Structure
+from gossamer.data.units import ENERGY_UNITS, FORCE_UNITS
 from gossamer.data.xyz import xyz_frames
 from gossamer.engine.cuda_graph import first_of
 from gossamer.engine.program import make_program

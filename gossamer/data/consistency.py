@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from ase.units import GPa
 
-from gossamer.data.readers import ENERGY_UNITS, STRESS_UNITS
 from gossamer.data.structure import Structure
+from gossamer.data.units import ENERGY_UNITS, STRESS_UNITS
 
 if TYPE_CHECKING:
     from gossamer.data.inspection import Inspection

@@ -17,8 +17,9 @@ from gossamer.data.consistency import compare_pairs, compare_strained_pairs, com
 from gossamer.data.dataset import open_dataset
 from gossamer.data.duplicates import find_duplicates
 from gossamer.data.labels import LabelConfig
-from gossamer.data.readers import CHARGE, ENERGY_UNITS, HEAD, suggestion
+from gossamer.data.readers import CHARGE, HEAD, suggestion
 from gossamer.data.structure import Structure
+from gossamer.data.units import ENERGY_UNITS
 from gossamer.neighbors import neighbor_list
 from gossamer.quantities import QUANTITIES
 

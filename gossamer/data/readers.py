@@ -25,39 +25,12 @@ from gossamer.data.labels import LabelConfig, names_virial, refuse_unread
 from gossamer.data.lmdb_file import check_lmdb
 from gossamer.data.npz_file import npz_names, read_npz
 from gossamer.data.structure import Structure, label_fields
+from gossamer.data.units import label_scales, units_of_database, units_of_npz, with_stated_units
 from gossamer.data.xyz import xyz_frames
 from gossamer.files import COMPRESSIONS, open_text
 from gossamer.quantities import QUANTITIES
 
 log = logging.getLogger(__name__)
-ENERGY_UNITS = {"eV": 1.0, "meV": 1e-3, "Hartree": units.Hartree, "Ry": units.Rydberg, "kcal/mol": units.kcal / units.mol,
-                "kJ/mol": units.kJ / units.mol}  # fmt: skip
-LENGTH_UNITS = {"Angstrom": 1.0, "Bohr": units.Bohr, "nm": 10.0}
-FORCE_UNITS = {"eV/Angstrom": 1.0, "meV/Angstrom": 1e-3, "Hartree/Bohr": units.Hartree / units.Bohr, "Hartree/Angstrom": units.Hartree,
-               "Ry/Bohr": units.Rydberg / units.Bohr, "kcal/mol/Angstrom": units.kcal / units.mol,
-               "kJ/mol/Angstrom": units.kJ / units.mol, "kJ/mol/nm": 0.1 * units.kJ / units.mol}  # fmt: skip
-STRESS_UNITS = {"eV/Angstrom^3": 1.0, "Hartree/Bohr^3": units.Hartree / units.Bohr**3, "Ry/Bohr^3": units.Rydberg / units.Bohr**3,
-                "GPa": units.GPa, "kbar": 0.1 * units.GPa, "bar": 1e-4 * units.GPa}  # fmt: skip
-STATED_ENERGY = {
-    "ev": "eV",
-    "mev": "meV",
-    "hartree": "Hartree",
-    "ha": "Hartree",
-    "ry": "Ry",
-    "rydberg": "Ry",
-    "kcal/mol": "kcal/mol",
-    "kj/mol": "kJ/mol",
-}
-STATED_LENGTH = {"ang": "Angstrom", "angstrom": "Angstrom", "a": "Angstrom", "å": "Angstrom", "bohr": "Bohr", "a0": "Bohr", "nm": "nm"}
-STATED_UNITS = {
-    "energy_unit": STATED_ENERGY,
-    "length_unit": STATED_LENGTH,
-    "force_unit": {f"{e}/{r}": f"{energy}/{length}" for e, energy in STATED_ENERGY.items() for r, length in STATED_LENGTH.items()
-                   if f"{energy}/{length}" in FORCE_UNITS},
-    "stress_unit": {"gpa": "GPa", "kbar": "kbar", "bar": "bar"} | {f"{e}/{r}{power}": f"{energy}/{length}^3" for e, energy in STATED_ENERGY.items()
-                   for r, length in STATED_LENGTH.items() for power in ("^3", "**3", f"/{r}/{r}") if f"{energy}/{length}^3" in STRESS_UNITS},
-}  # fmt: skip
-"""units as npz files of sGDML and databases of schnetpack state them, in small letters, by setting"""
 WEIGHTS = ("config_weight", "config_energy_weight", "config_forces_weight", "config_stress_weight", "config_virials_weight")
 """entries by which MACE weighs frames and their labels; a weight of zero marks a label that is missing"""
 HEAD = "head "
@@ -66,15 +39,6 @@ CHARGE = "charge "
 """likewise, which charge a structure has that is not neutral"""
 WORDS = {"energy": ("energy", "e", "etot"), "forces": ("force", "f"), "stress": ("stress", "virial")}
 """what names of labels contain, or are if they have one letter"""
-
-
-def label_scales(labels: LabelConfig, default_energy: str = "eV") -> tuple[float, float, float, float]:
-    """Factors of energy, length, forces and stress (or virial) to eV, Å, eV/Å and eV/Å³ (or eV) with the sign of ASE's stress."""
-    energy = ENERGY_UNITS[labels.energy_unit or default_energy]
-    length = LENGTH_UNITS[labels.length_unit or "Angstrom"]
-    force = energy / length if labels.force_unit is None else FORCE_UNITS[labels.force_unit]
-    stress = -energy if labels.is_virial() else STRESS_UNITS[labels.stress_unit]
-    return energy, length, force, stress * (-1.0 if labels.stress_sign == "vasp" else 1.0)
 
 
 def read_structures(path: Path | str | Sequence[Path | str], labels: LabelConfig | None = None) -> Iterator[Structure]:
@@ -329,7 +293,7 @@ def _read_database(path: Path, labels: LabelConfig) -> Iterator[Structure]:
         raise ValueError(f"'{path}' is not an ASE database (SQLite). It may be truncated: copy it again.")
     with ase.db.connect(str(path), use_lock_file=False) as database:  # type: ignore[no-untyped-call]
         count = 0
-        labels = _with_stated_units(path, labels, _units_of_database(database.metadata, labels))
+        labels = with_stated_units(path, labels, units_of_database(database.metadata, labels))
         for row in database.select():
             extra = {**row.key_value_pairs, **row.data}
             if "atomic_forces" in extra and labels.forces == "forces" and row.get("forces") is None:
@@ -430,7 +394,7 @@ NPZ_LAYOUTS = {
 
 def _read_npz(path: Path, labels: LabelConfig) -> Iterator[Structure]:
     arrays = _npz_arrays(path)
-    labels = _with_stated_units(path, labels, _units_of_npz(path))
+    labels = with_stated_units(path, labels, units_of_npz(path))
     if labels.energy_unit is None:
         log.info("'%s' states no unit of energy: it is read in kcal/mol, as MD17 is (--energy-unit says otherwise)", path)
     energy_scale, length_scale, force_scale, _ = label_scales(labels, "kcal/mol")
@@ -461,62 +425,6 @@ def _npz_arrays(path: Path) -> dict[str, np.ndarray]:
         raise ValueError(f"'{path}' holds {', '.join(sorted(names))}, which is neither layout known ({expected}).")
     arrays = read_npz(path, layout.values())
     return {name: arrays[key] for name, key in layout.items()}
-
-
-def _units_of_npz(path: Path) -> dict[str, tuple[str, str]]:
-    """Entry and text of each unit that the file states, as those of sGDML do, by setting."""
-    keys = {"e_unit": "energy_unit", "r_unit": "length_unit"}
-    stated = {}
-    for key, value in read_npz(path, keys.keys() & set(npz_names(path))).items():
-        word = value.ravel()[0] if value.size == 1 else value
-        stated[keys[key]] = (key, word.decode(errors="replace") if isinstance(word, bytes) else str(word))
-    return stated
-
-
-def _units_of_database(metadata: Any, labels: LabelConfig) -> dict[str, tuple[str, str]]:
-    """Likewise of the metadata that schnetpack keeps with a database of ASE: units of lengths, and of each property."""
-    units = dict(metadata.get("_property_unit_dict") or {})
-    names = {
-        "energy_unit": (labels.energy, "total_energy"),
-        "force_unit": (labels.forces, "atomic_forces"),
-        "stress_unit": (labels.stress,),
-    }
-    stated = {
-        setting: (f"the unit of {name}", str(units[name])) for setting, found in names.items() for name in found[::-1] if name in units
-    }
-    if "_distance_unit" in metadata:
-        stated["length_unit"] = ("the unit of distances", str(metadata["_distance_unit"]))
-    return stated
-
-
-def _with_stated_units(path: Path, labels: LabelConfig, stated: dict[str, tuple[str, str]]) -> LabelConfig:
-    """The labels with the units that the file itself states.
-
-    Args:
-        path: The file, for messages.
-        labels: As asked for.
-        stated: By setting, what the file calls it and the text that it has.
-
-    Raises:
-        ValueError: a unit that is not known, or another one than was asked for.
-    """
-    units: dict[str, Any] = {}
-    for setting, (key, written) in stated.items():
-        known, text = STATED_UNITS[setting], written.strip()
-        if text.lower() in ("", "1", "1.0", "none", "unknown"):
-            continue
-        unit = known.get(text.lower())
-        if unit is None:
-            raise ValueError(
-                f"'{path}' states {key} {text[:40]!r}, expected one of {', '.join(dict.fromkeys(known.values()))}. Convert it, and mend {key}."
-            )
-        given = getattr(labels, setting)
-        if given not in (getattr(LabelConfig(), setting), unit):
-            raise ValueError(
-                f"'{path}' states {key} {text!r}, but data.labels.{setting} is {given}. Leave the setting out, or mend {key} in the file."
-            )
-        units[setting] = unit
-    return replace(labels, **units)
 
 
 def _read_mptrj(path: Path, labels: LabelConfig) -> Iterator[Structure]:

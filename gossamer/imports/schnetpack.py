@@ -9,10 +9,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from ase import units
 from ase.data import chemical_symbols
 from torch import Tensor
 
+from gossamer.data.units import ENERGY_UNITS
 from gossamer.imports.contract import ImportOptions, Known, Weights, choose, foreign_statistics, given, text_or_none
 from gossamer.imports.inert import Tree, module_state, modules_of, tensors_of
 from gossamer.imports.pickle_machine import Inert
@@ -20,7 +20,6 @@ from gossamer.models import PaiNNConfig, SchNetConfig
 from gossamer.potential import Potential, PotentialConfig
 
 PACKAGE = "schnetpack"
-ENERGY_UNITS = {"eV": 1.0, "kcal/mol": units.kcal / units.mol, "kJ/mol": units.kJ / units.mol, "Hartree": units.Hartree, "meV": 1e-3}
 NETWORKS = {"SchNet": ("schnet", SchNetConfig), "PaiNN": ("painn", PaiNNConfig)}
 CLASSES = {
     "NeuralNetworkPotential", "ModuleList", "Sequential", "Identity", "Embedding", "Dense", "Linear", "SchNet", "PaiNN", "SchNetInteraction",
