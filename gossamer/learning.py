@@ -84,6 +84,10 @@ def learn(
         Stopped: SIGTERM; the same command goes on.
     """
     config = configured(LearnConfig, config, options)
+    if data is None and config.frames < 2:
+        raise ValueError(
+            "frames 1 without data: the first round needs a frame to train on and another to validate. Raise frames, or give data."
+        )
     (source,) = find_sources([], [label])
     walkers = [s if isinstance(s, Atoms) else read_frames(s)[0] for s in structures]
     old = [] if data is None else list(open_dataset(data))

@@ -160,6 +160,12 @@ def test_without_an_uncertainty_it_says_so(start: dict[str, Any], tmp_path: Path
         learn(**start | {"start": tmp_path / "plain.safetensors"})
 
 
+def test_one_label_cannot_train_and_validate(start: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="Raise frames, or give data"):
+        learn(**start | {"frames": 1, "data": None})
+    assert Counting.calls == 0
+
+
 def test_farthest_points() -> None:
     points = np.array([[0.0], [0.1], [5.0], [5.0], [2.0]])
     assert farthest(points, 0, 3) == [0, 2, 4]
