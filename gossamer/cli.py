@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import logging
 import os
@@ -60,6 +61,8 @@ def main(argv: list[str] | None = None) -> int:
     written; 130 interrupted (SIGINT); 143 training, a simulation or a relaxation was stopped by SIGTERM, its state saved. With --json an
     error is JSON on standard output too: {"error": ..., "command": ..., "status": ...}.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # Å and Γ are no reason to end, where a terminal or a log does not have them
     argv = screening.spelled_out(sys.argv[1:] if argv is None else argv)
     parser = build_parser()
     try:

@@ -151,7 +151,7 @@ def finished_run(config: Config, minutes: float, folder: Path) -> dict[str, Any]
     path = folder / RECORD
     if not path.exists():
         return None
-    record: dict[str, Any] = json.loads(path.read_text())
+    record: dict[str, Any] = json.loads(path.read_text("utf-8"))
     check_minutes(record["minutes"], minutes, folder)
     before, now = flat(record["settings"]), flat(to_dict(config))
     if now["training.compile"] and not before["training.compile"]:

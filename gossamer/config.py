@@ -45,7 +45,7 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
     if not path.is_file():
         raise FileNotFoundError(f"There is no configuration file '{path}'.")
     try:
-        values = parse_yaml(path.read_text())
+        values = parse_yaml(path.read_text("utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"'{path}' is not valid YAML: {error}") from None
     _check_size(values, path)

@@ -106,7 +106,7 @@ def learn(
             if not done.exists():
                 largest = curve[-1]["limit_eV_per_A"] if curve else np.inf
                 write_json(done, _round(current, walkers, source.make, old, config, folder, number, largest))
-            curve.append(json.loads(done.read_text()))
+            curve.append(json.loads(done.read_text("utf-8")))
             held = curve[-1]["held"]
             if held:
                 break
@@ -120,7 +120,7 @@ def learn(
 def _check_question(path: Path, question: dict[str, Any]) -> None:
     """Refuse to go on with what other settings began; how many rounds, and on which device, may change."""
     asked = {k: v for k, v in question.items() if k not in ("out", "rounds", "device")}
-    before = json.loads(path.read_text()) if path.exists() else asked
+    before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else asked
     before = {name: asked[name] for name in ("contents", "atoms")} | before  # older folders do not know them
     differ = [f"{k} {before.get(k)} (now {asked[k]})" for k in asked if before.get(k) != asked[k]]
     if differ:
@@ -193,7 +193,7 @@ def _explore(
             raise Stopped(f"stopped by {walk['stopped']} while walking; the same command goes on")
         broken += walk["broken"] is not None
         if (out / "log.csv").exists():  # not of a walk that broke before its first frame
-            with open(out / "log.csv", newline="") as file:
+            with open(out / "log.csv", encoding="utf-8", newline="") as file:
                 largest += [float(row["max_forces_uncertainty_eV_per_A"]) for row in csv.DictReader(file)]
     if not largest:
         raise RuntimeError(f"Every walk of round {number} broke before its first frame: look at the structures, and at '{folder}'.")
@@ -251,7 +251,7 @@ def _labelled(chosen: Sequence[Atoms], make: Any, folder: Path) -> list[Atoms]:
     """The chosen frames with labels, each written as soon as it has them; those that the calculator cannot label are left out."""
     file, failures = folder / "labelled.extxyz", folder / "failed.json"
     found: Any = list(ase.io.read(file, ":", format="extxyz")) if file.exists() else []
-    failed: dict[str, str] = json.loads(failures.read_text()) if failures.exists() else {}
+    failed: dict[str, str] = json.loads(failures.read_text("utf-8")) if failures.exists() else {}
     done = {int(a.info["candidate"]) for a in found} | {int(k) for k in failed}
     calculator = None
     for k in sorted(set(range(len(chosen))) - done):

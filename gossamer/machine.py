@@ -23,7 +23,7 @@ def machine(device: Any = None) -> str:
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available() and (device is None or str(device).startswith("cuda")):
         return str(torch.cuda.get_device_name(device))
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines() if Path("/proc/cpuinfo").exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     threads = int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1) if torch is None else torch.get_num_threads()
     return f"{names[0] if names else platform.processor() or platform.machine()}, {threads} thread{'s' * (threads > 1)}"

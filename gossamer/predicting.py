@@ -80,7 +80,7 @@ def predict(
     worst: tuple[float, int | None] = (-1.0, None)
     total = sum(count_frames(path) for path in paths)
     bar = tqdm(total=total, unit="frame", disable=None if progress else True, dynamic_ncols=True)
-    with bar, atomic_path(out) as temporary, open(temporary, "w") as file:
+    with bar, atomic_path(out) as temporary, open(temporary, "w", encoding="utf-8") as file:
         for batch in _batches(paths, batch_atoms):
             for name, atoms, answer in _answers(engine, batch, features):
                 if not np.isfinite(answer["energy"]) or not np.isfinite(answer["forces"]).all():

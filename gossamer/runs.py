@@ -370,7 +370,7 @@ def final_errors(
         if part is not None:
             results[name] = evaluate_potential(best, part, free_atoms_only=free_atoms_only).summary()
     if tuning:
-        tuning["before"] = json.loads((folder / "finetune.json").read_text())["before"]
+        tuning["before"] = json.loads((folder / "finetune.json").read_text("utf-8"))["before"]
         tuning["after"] = tuning_errors(best, frames.valid, frames.old, free_atoms_only)
         write_json(folder / "finetune.json", tuning)
         results["finetune"] = {k: v for k, v in tuning.items() if not k.endswith("_weights")}

@@ -359,7 +359,7 @@ def _lammps(ranks: int) -> Make:
                     next((line for line in done.stdout.splitlines() if "ERROR" in line), done.stderr.strip()[:200] or "LAMMPS failed")
                 )
             row = next(line.split() for line in reversed(done.stdout.splitlines()) if re.match(rf"\s*{STEPS}\s", line))
-            dump = (work / "dump").read_text().split("ITEM: ATOMS")[-1]
+            dump = (work / "dump").read_text("utf-8").split("ITEM: ATOMS")[-1]
             forces = np.array([line.split() for line in dump.splitlines()[1:]], dtype=float)[:, 1:]
             xx, yy, zz, yz, xz, xy = (-float(v) / BARS for v in row[2:])
             stress = prism.tensor2_to_ase(np.array([[xx, xy, xz], [xy, yy, yz], [xz, yz, zz]]))

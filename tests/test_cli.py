@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect as python_inspect
+import io
 import json
 import os
 import subprocess
@@ -54,6 +55,15 @@ def test_help_answers_at_once() -> None:
     # what takes time is importing torch, ase and matplotlib: none of them for --help
     code = "import sys, gossamer.cli; gossamer.cli.build_parser(); sys.exit(any(m in sys.modules for m in ('torch', 'ase', 'numpy', 'matplotlib')))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_terminal_without_our_letters_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written := io.BytesIO(), encoding="ascii"))
+    with pytest.raises(SystemExit) as ended:
+        main(["judge", "--help"])
+    assert ended.value.code == 0
+    sys.stdout.flush()
+    assert b"?-X" in written.getvalue()
 
 
 def test_flags_share_the_names_of_the_parameters() -> None:

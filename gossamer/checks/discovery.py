@@ -150,7 +150,7 @@ def relax_many(
         dynamic_ncols=True,
         leave=False,
     )
-    with open(path, "a") as file, bar:
+    with open(path, "a", encoding="utf-8") as file, bar:
 
         def keep(name: str, result: dict[str, Any]) -> None:
             done[name] = result
@@ -175,10 +175,10 @@ def read_results(path: Path) -> dict[str, dict[str, Any]]:
     """Results by identifier; an unfinished last line is cut off the file."""
     if not path.exists():
         return {}
-    text = path.read_text()
+    text = path.read_text(encoding="utf-8")
     whole = text[: text.rfind("\n") + 1]
     if whole != text:
-        path.write_text(whole)
+        path.write_text(whole, encoding="utf-8")
     entries = [json.loads(line) for line in whole.splitlines()]
     return {e.pop("id"): e for e in entries}
 

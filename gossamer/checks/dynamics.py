@@ -138,7 +138,7 @@ def prepared(candidate: Candidate, folder: Path, atoms: Atoms, protocol: Protoco
     kept, said = folder / "start.traj", folder / "start.json"
     if kept.exists() and said.exists():
         with Trajectory(kept) as reader:
-            return reader[0], json.loads(said.read_text())["prepared"]
+            return reader[0], json.loads(said.read_text("utf-8"))["prepared"]
     start, sentence = prepare(
         candidate.calculator, atoms, protocol.temperature, protocol.timestep, candidate.effort.equilibration_ps, protocol.ensemble
     )
@@ -175,7 +175,7 @@ def read_trajectory(folder: Path) -> tuple[list[Atoms], dict[str, Array]]:
     """Frames, and the columns of log.csv."""
     with Trajectory(folder / "trajectory.traj") as reader:
         frames = [reader[k] for k in range(len(reader))]
-    with open(folder / "log.csv", newline="") as file:
+    with open(folder / "log.csv", encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
     return frames, {key: np.array([float(r[key]) for r in rows]) for key in rows[0]}
 

@@ -312,7 +312,7 @@ def claim(folder: Path, source: Source, config: JudgeConfig) -> None:
     """
     about = folder / "about.json"
     if about.exists():
-        before = json.loads(about.read_text())
+        before = json.loads(about.read_text("utf-8"))
         if before.get("fingerprint") != source.fingerprint:
             raise ValueError(
                 f"'{folder}' holds the judgement of another potential called '{source.name}', or of files or a package that have changed since. "
@@ -373,7 +373,7 @@ def _stored(path: Path) -> dict[str, Any] | None:
     """A finished check; None if there is none."""
     if not path.exists():
         return None
-    stored = dict(json.loads(path.read_text()))
+    stored = dict(json.loads(path.read_text(encoding="utf-8")))
     return {**stored, "result": stored["outcome"]} if "outcome" in stored else stored  # its name in earlier files
 
 
@@ -408,7 +408,7 @@ def write_summary(folder: Path) -> None:
     for about in sorted(folder.glob("*/about.json"), key=lambda p: p.stat().st_mtime):
         stored = {n: s for n in CHECKS if (s := _stored(about.parent / f"{n}.json"))}
         everyone[about.parent.name] = {
-            "about": json.loads(about.read_text()),
+            "about": json.loads(about.read_text("utf-8")),
             "checks": {n: s["result"] for n, s in stored.items()},
             "levels": sorted({s["level"] for s in stored.values()}),
         }

@@ -56,7 +56,7 @@ class Report:
 
 def plot_learning_curve(log: Path) -> Figure:
     """Validation errors of energy and forces against steps, from log.csv."""
-    with open(log, newline="") as file:
+    with open(log, encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
     steps = [int(r["step"]) for r in rows]
     figure, axes = new_axes("step", "validation MAE")
@@ -121,7 +121,7 @@ def plot_curves(
 
 def plot_traces(log: Path, target: float | None = None) -> list[tuple[Figure, str]]:
     """Temperature (with a line for the target in K, if given) and conserved energy of a simulation's log.csv."""
-    with open(log, newline="") as file:
+    with open(log, encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
     time = np.array([float(r["time_fs"]) for r in rows]) / 1000
     temperature = np.array([float(r["temperature_K"]) for r in rows])

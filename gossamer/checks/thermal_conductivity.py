@@ -227,7 +227,7 @@ def check(candidate: Candidate) -> Result:
                 metrics += found
                 results[key] = {"kappa": np.nan}  # it counts as no prediction
                 continue
-        result = {k: np.nan if v is None else v for k, v in json.loads(path.read_text()).items()}
+        result = {k: np.nan if v is None else v for k, v in json.loads(path.read_text("utf-8")).items()}
         results[key] = {**result, "name": name}
         if result["imaginary"] or not result["same_symmetry"]:
             why = (

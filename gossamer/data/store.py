@@ -105,7 +105,7 @@ class Store(Sequence[Structure]):
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
         try:
-            content = json.loads((self.path / "store.json").read_text())
+            content = json.loads((self.path / "store.json").read_text("utf-8"))
             count, labels = content["n_structures"], content.get("quantities", OWN)  # the first stores did not list them
             form = content["format"]
             if not (

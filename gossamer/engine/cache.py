@@ -56,7 +56,7 @@ def check(path: Path) -> None:
     try:
         check_owner(path.parent)
         check_owner(path)
-        kept = _checksum_file(path).read_text()
+        kept = _checksum_file(path).read_text("utf-8")
         if kept.strip() != checksum(path):
             raise Untrusted(f"'{path}' was damaged or altered")
         with suppress(OSError):  # a folder that cannot be written is read all the same

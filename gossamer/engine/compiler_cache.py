@@ -96,7 +96,7 @@ def remove_altered(folder: Path) -> None:
     """Remove files that are not what they were when they were kept; all of them if that is not known."""
     kept = folder / DIGESTS
     try:
-        known = json.loads(kept.read_text()) if kept.exists() else {}
+        known = json.loads(kept.read_text("utf-8")) if kept.exists() else {}
         found = digests(folder)
         altered = [name for name, digest in known.items() if name in found and found[name] != digest]
     except (ValueError, AttributeError):

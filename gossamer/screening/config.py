@@ -152,7 +152,7 @@ def load_machine(path: Path | str | None, workers: int | None = None) -> Machine
     values: Any = {}
     if path is not None:
         try:
-            values = parse_yaml(Path(path).read_text()) or {}
+            values = parse_yaml(Path(path).read_text(encoding="utf-8")) or {}
         except yaml.YAMLError as error:
             raise ValueError(f"'{path}' is not YAML: {' '.join(str(error).split())}") from None
         if not isinstance(values, dict):

@@ -160,7 +160,7 @@ def _look_at_jobs(executor: Any, status: Mapping[str, JobStatus], threshold: int
 def _said(job: JobStatus) -> str:
     """The last lines of what a job wrote."""
     try:
-        lines = Path(job.stderr_path or os.devnull).read_text(errors="replace").strip().splitlines()[-5:]
+        lines = Path(job.stderr_path or os.devnull).read_text(encoding="utf-8", errors="replace").strip().splitlines()[-5:]
     except OSError:
         return ""
     return " The last one said:" + "".join(f"\n    {line}" for line in lines) if lines else " The last one said nothing."

@@ -154,7 +154,7 @@ def write_manifest(folder: Path, potential: Potential, kernels: Sequence[str]) -
 
 def seal(folder: Path, text: str) -> None:
     """Write a manifest with its own checksum."""
-    (folder / "manifest.txt").write_text(f"{text}checksum {hashlib.sha1(text.encode()).hexdigest()}\n")
+    (folder / "manifest.txt").write_text(f"{text}checksum {hashlib.sha1(text.encode()).hexdigest()}\n", "utf-8")
 
 
 EXAMPLE = """\
@@ -183,7 +183,7 @@ def write_example(folder: Path, potential: Potential, graph: Graph, out: Path) -
     atoms = Atoms(graph.atomic_numbers.cpu().numpy(), positions=graph.positions.cpu().numpy(), cell=graph.cell[0].cpu().numpy(), pbc=True)
     write_lammps_data(folder / "example.data", atoms, specorder=elements, masses=True, units="metal", atom_style="atomic")
     text = EXAMPLE.format(data=out.resolve() / "example.data", package=out.resolve(), elements=" ".join(elements))
-    (folder / "in.example").write_text(text)
+    (folder / "in.example").write_text(text, "utf-8")
 
 
 # --- the plugin ------------------------------------------------------------------------------------------------------
@@ -223,7 +223,7 @@ def build_plugin(lammps: Path | str | None = None, mpi: Path | str | None = None
     """
     found = installation(lammps, mpi)
     command = compile_command(found)
-    sources = [file.read_text() for file in (SOURCE, OPERATORS, LOADER)]
+    sources = [file.read_text("utf-8") for file in (SOURCE, OPERATORS, LOADER)]
     key = hashlib.sha256("\0".join([*sources, *command, *map(str, found)]).encode()).hexdigest()[:16]
     style, plugin = cache.cached(f"lammps-{key}-style.so"), cache.cached(f"lammps-{key}-plugin.so")
     fresh = not all(path.exists() and _trusted(path) for path in (style, plugin))
@@ -352,7 +352,7 @@ def mpi_headers(wanted: str, folder: Path | str | None = None) -> Path:
         raise InputError(
             f"There is no mpi.h in {', '.join(map(str, places))}: give its folder with --mpi (LAMMPS was built with {wanted})."
         )
-    text = (found / "mpi.h").read_text(errors="replace")
+    text = (found / "mpi.h").read_text("utf-8", errors="replace")
     kind = "MPICH" if "MPICH_VERSION" in text else "Open MPI" if "OMPI_MAJOR_VERSION" in text else "another MPI"
     if kind.replace(" ", "").lower() not in wanted.replace(" ", "").lower():
         raise InputError(f"LAMMPS was built with {wanted}, '{found}/mpi.h' is of {kind}: give the folder of the right one with --mpi.")

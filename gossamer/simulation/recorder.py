@@ -130,9 +130,9 @@ class Recorder:
         if goes_on:
             rows = _cut_back(trajectory, table, dynamics.nsteps // config.interval + 1)
             self.rows = [[float(value) for value in row] for row in rows]
-        with atomic_path(table) as temporary, open(temporary, "w", newline="") as file:
+        with atomic_path(table) as temporary, open(temporary, "w", encoding="utf-8", newline="") as file:
             csv.writer(file).writerows([COLUMNS, *rows])
-        self.table = open(table, "a", newline="")  # noqa: SIM115 - closed by close()
+        self.table = open(table, "a", encoding="utf-8", newline="")  # noqa: SIM115 - closed by close()
         self.trajectory = Trajectory(trajectory, "a" if goes_on else "w")
 
     def __call__(self) -> None:
@@ -261,7 +261,7 @@ def _cut_back(trajectory: Path, table: Path, kept: int) -> list[list[str]]:
         ValueError: one of the two cannot be read.
     """
     try:
-        with open(table, newline="") as file:
+        with open(table, encoding="utf-8", newline="") as file:
             rows = [
                 row + ["nan"] * (len(COLUMNS) - len(row)) for row in list(csv.reader(file))[1 : kept + 1]
             ]  # older logs have fewer columns

@@ -40,7 +40,7 @@ class Log:
         self.closers: list[Callable[[], None]] = []
         self.rows: list[dict[str, Any]] = []
         if step > 0 and self.path.exists():
-            with open(self.path, newline="") as file:
+            with open(self.path, encoding="utf-8", newline="") as file:
                 self.rows = [row for row in csv.DictReader(file) if int(row["step"]) <= step]
         text = io.StringIO()
         writer = csv.DictWriter(text, columns())
@@ -73,7 +73,7 @@ class Log:
     def write(self, row: dict[str, Any]) -> None:
         """Add a row of ``columns``."""
         self.rows.append(row)
-        with open(self.path, "a", newline="") as file:
+        with open(self.path, "a", encoding="utf-8", newline="") as file:
             csv.DictWriter(file, columns()).writerow(row)
             file.flush()
         for writer in self.writers:

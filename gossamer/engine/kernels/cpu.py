@@ -36,7 +36,7 @@ HERE = Path(__file__).parent
 
 
 def text(name: str) -> str:
-    return (HERE / f"{name}.hpp").read_text()
+    return (HERE / f"{name}.hpp").read_text("utf-8")
 
 
 def generate(convolution: Convolution, edge_weights: bool = False) -> str:
@@ -251,7 +251,7 @@ def build(source: str, name: str) -> Path:
             return path
         with tempfile.TemporaryDirectory() as folder, cache.keeping(path) as library:
             file = Path(folder) / "kernel.cpp"
-            file.write_text(source)
+            file.write_text(source, "utf-8")
             try:
                 result = subprocess.run([*command, str(file), "-o", str(library)], capture_output=True, text=True, check=False)
             except OSError as error:
@@ -285,7 +285,7 @@ def _usable(path: Path) -> bool:
 def processor() -> str:
     """What -march=native depends on."""
     try:
-        text = Path("/proc/cpuinfo").read_text()
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:
         return platform.processor()
     return next((line.split(":", 1)[1].strip() for line in text.splitlines() if line.startswith(("flags", "Features"))), "")

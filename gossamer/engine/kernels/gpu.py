@@ -255,7 +255,7 @@ def module(source: str, name: str = "convolution") -> Any:
     name = f"{name}_{hashlib.sha256(source.encode()).hexdigest()[:16]}"
     path = cache_folder() / f"{name}.py"
     try:
-        if not path.exists() or path.read_text() != source:
+        if not path.exists() or path.read_text("utf-8") != source:
             write_text(path, source)
     except OSError as error:
         raise Missing(f"a kernel cannot be kept in '{path.parent}' ({error}); set GOSSAMER_CACHE to a folder that can be written") from None
