@@ -5,12 +5,13 @@
 
 Settings are those that `fit` chooses for so many frames and minutes, found without the test frames; 50 further frames choose the best weights, as in
 the publications. Test frames are the official 1,000. Training counts CPU time; a step is compiled where that was done before (a minute or two of
-both cores, once a machine). Rows are kept in --out as they come, and those that are there stay.
+both cores, once a machine). Rows are kept in --out as they come, and those that are there stay. With --work FOLDER a training that was stopped goes on.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import json
 import os
@@ -37,16 +38,19 @@ PUBLISHED = {50: ("NequIP_N50", "MACE_N50"), 950: ("PaiNN_N1000", "NequIP_N1000"
 """columns of the published table for so many training frames"""
 
 
-def run(molecule: str, frames: int, minutes: float, seed: int, data: Path, changes: list[str]) -> dict[str, Any]:
-    """Train and test one potential."""
+def run(molecule: str, frames: int, minutes: float, seed: int, data: Path, changes: list[str], work: Path | None) -> dict[str, Any]:
+    """Train and test one potential, in a folder of ``work`` that stays, or in one that goes."""
     files = {side: str(data / "rmd17" / f"rmd17_{molecule}_{side}.extxyz.xz") for side in ("train", "test")}
     structures = open_dataset(files["train"])
-    with tempfile.TemporaryDirectory() as folder:
+    name = "-".join([molecule, str(frames), f"{minutes:g}", str(seed), *(c.replace("/", "_") for c in changes)])
+    with tempfile.TemporaryDirectory() if work is None else contextlib.nullcontext(work / name) as folder:
         chosen = choose_settings(files["train"], structures[:frames], out=folder, minutes=minutes)
         split = {"train_size": frames, "valid_size": 50, "valid_fraction": 0.1, "test": files["test"], "seed": seed}
         asked = to_dict(chosen) | {"data": to_dict(chosen.data) | split}
         config = make_config(asked, ["training.clock=cpu", f"training.seed={seed}", *changes])
-        results = train(config, progress=False)
+        results = train(config, resume=work is not None, progress=False)
+        if "stopped" in results:
+            raise SystemExit(f"{results['stopped']}: the same command goes on from '{folder}'")
         published = read_published(data)[molecule]
     errors = {part: {k: results[part][k] for k in ("forces_mae_meV_per_A", "energy_mae_meV_per_atom")} for part in ("valid", "test")}
     n_atoms = structures[0].n_atoms
@@ -99,6 +103,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of the split, the weights and the order")
     parser.add_argument("--set", nargs="*", default=[], help="settings to change, as for gossamer train")
     parser.add_argument("--out", type=Path, default=HERE / "rmd17.json")
+    parser.add_argument("--work", type=Path, metavar="FOLDER", help="where trainings stay, and go on")
     parser.add_argument("--table", action="store_true", help="only the table of the rows in --out")
     arguments = parser.parse_args()
     if arguments.table:
@@ -112,7 +117,7 @@ def main() -> None:
             key = (molecule, arguments.frames, arguments.minutes, seed, arguments.set)
             if any((r["molecule"], r["frames"], r["minutes"], r["seed"], r["changes"]) == key for r in rows):
                 continue
-            row = run(molecule, arguments.frames, arguments.minutes, seed, arguments.data, arguments.set)
+            row = run(molecule, arguments.frames, arguments.minutes, seed, arguments.data, arguments.set, arguments.work)
             rows = json.loads(arguments.out.read_text()) if arguments.out.exists() else []  # another run may have added to them
             write_json(arguments.out, [*rows, row])
             print(molecule, seed, f"{row['test']['forces_mae_meV_per_A']:.2f} meV/Å", row["steps"], flush=True)
