@@ -47,11 +47,12 @@ from gossamer.runs import check_statistics, train
 from gossamer.training import loop, soap, state
 from gossamer.training.checkpoint import read_checkpoint, save_checkpoint
 from gossamer.training.compiled import CompiledForward
+from gossamer.training.config import TrainingConfig
 from gossamer.training.losses import LossConfig, conditional_deltas, loss_sums, penalty
 from gossamer.training.matrices import weight_matrices
 from gossamer.training.muon import orthogonalized
 from gossamer.training.optim import EMA, Clipper, Schedule, ScheduleConfig, make_optimizer
-from gossamer.training.process_group import shares
+from gossamer.training.process_group import ProcessGroup, shares
 from gossamer.training.progress import expected_error
 from gossamer.training.state import LATER
 
@@ -367,11 +368,17 @@ def process_of(log: Path, at_least: int = 1, timeout: float = 120.0) -> int:
 @pytest.mark.parametrize("steps", [3, pytest.param(50, marks=pytest.mark.slow)])
 @pytest.mark.thorough
 def test_two_processes_equal_one(tmp_path: Path, steps: int) -> None:
-    """The same batches shared by two processes give the same weights up to the order of sums, and the same errors."""
-    process = torchrun(tmp_path, settings(tmp_path / "two", steps=steps, dtype="float64", valid_every=steps))
+    """The same batches shared by two processes give the same weights up to the order of sums, and the same errors.
+
+    Every other batch is a single frame, of which one process has nothing.
+    """
+    one_two = [settings(tmp_path / name, steps=steps, dtype="float64", valid_every=steps) for name in ("one", "two")]
+    for config in one_two:
+        config["data"]["train_size"] = 9
+    process = torchrun(tmp_path, one_two[1])
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output
-    train(settings(tmp_path / "one", steps=steps, dtype="float64", valid_every=steps), progress=False)
+    train(one_two[0], progress=False)
     one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
     for name in (k for k in one if k.startswith("network.")):
         torch.testing.assert_close(one[name], two[name], atol=1e-9, rtol=1e-7)
@@ -435,6 +442,19 @@ def test_work_is_shared_out_evenly() -> None:
         assert max(loads) <= max(1.1 * sum(work) / n, max(work))
     assert shares([0.0, 0.0, 0.0], 3) == [[0], [1], [2]]  # nobody is left without
     assert [len(part) for part in shares([1.0] * 7, 2)] == [4, 3]
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_however_many_processes_train_on_every_frame(world: int) -> None:
+    """Frames too large to share a batch with others, too, whose batch has no frame for every process."""
+    edges = np.array([10.0] * 20 + [300.0] * 3)
+    config = TrainingConfig(batch_size=8, batch_edges=200)
+    groups = [ProcessGroup(rank, world, torch.device("cpu")) for rank in range(world)]
+    parts = [loop.shared_batches(len(edges), 0, config, group, [(edges, 200)], edges) for group in groups]
+    assert sorted(k for batches in parts for batch in batches for k in batch) == list(range(len(edges)))
+    assert len({len(batches) for batches in parts}) == 1
+    with pytest.raises(ValueError, match="no batch has a frame for every process"):
+        loop.shared_batches(len(edges), 0, TrainingConfig(batch_size=8), ProcessGroup(0, 9, torch.device("cpu")), [])
 
 
 @pytest.mark.slow
@@ -785,6 +805,15 @@ def test_a_run_of_a_given_time_ends_with_it(tick: float, tmp_path: Path, monkeyp
     rows = log_rows(tmp_path / "run")
     assert 5 <= len(rows) <= loop.TIMED_PARTS + 1
     assert int(rows[-1]["step"]) == results["steps"]
+
+
+def test_no_validation_keeps_the_learning_rate_from_coming_down() -> None:
+    """One that would go on beyond the end of the time is left to the end: 10 s each, of a minute that has 5 s left."""
+    config = TrainingConfig(minutes=1.0)
+    due = types.SimpleNamespace(seconds=49.0, validated_at=9.0, valid_seconds=10.0)
+    assert loop.validation_due(due, config)
+    due.seconds = 55.0
+    assert not loop.validation_due(due, config)
 
 
 @pytest.mark.thorough

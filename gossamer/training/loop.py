@@ -36,6 +36,7 @@ from gossamer.training.losses import LossConfig, loss_counts
 from gossamer.training.optim import set_rate
 from gossamer.training.process_group import ProcessGroup, shares
 from gossamer.training.progress import Bar, Log
+from gossamer.training.recorded import Gradients
 from gossamer.training.state import State, make_state, save_state, state_tensors  # noqa: F401 - make_state is for loops of your own, beside train_step
 
 log = logging.getLogger(__name__)
@@ -51,8 +52,8 @@ DRIFT = 1e-3
 """of a tensor's largest value, by which processes may differ between two validations without a warning"""
 
 
-def train_step(state: State, graph: Graph, loss: LossConfig, config: TrainingConfig, group: ProcessGroup) -> float:
-    """One optimiser step on one batch; returns the loss.
+def train_step(state: State, graph: Graph | None, loss: LossConfig, config: TrainingConfig, group: ProcessGroup) -> float:
+    """One optimiser step on one batch, of which this process has a share (None: the others have it all); returns the loss.
 
     Raises:
         FloatingPointError: the loss or the gradient is not finite (the weights are left as they were).
@@ -62,10 +63,13 @@ def train_step(state: State, graph: Graph, loss: LossConfig, config: TrainingCon
         potential.train()
     progress = time_progress(state, config)
     set_rate(state.optimizer, state.schedule.rate(state.step, progress))
-    own = list(loss_counts(graph, loss).values())
-    counts = group.sum(torch.tensor(own, dtype=torch.float64, device=potential.device))
-    found = state.differentiate(graph, counts)
     parameters: list[Tensor] = [p for p in potential.network.parameters() if p.requires_grad]
+    own = [0] * len(loss.weights()) if graph is None else list(loss_counts(graph, loss).values())
+    counts = group.sum(torch.tensor(own, dtype=torch.float64, device=potential.device))
+    if graph is None:
+        found = Gradients(torch.zeros_like(counts).sum(), torch.zeros_like(counts), [None] * len(parameters))
+    else:
+        found = state.differentiate(graph, counts)
     for p, gradient in zip(parameters, found.gradients, strict=True):
         p.grad = gradient
     group.sum_gradients(parameters)
@@ -106,6 +110,8 @@ def validation_due(state: State, config: TrainingConfig) -> bool:
     """Whether to validate after this step; in a run of a given time, validation takes at most a fifth of it."""
     if config.minutes is None:
         return state.step % config.valid_every == 0
+    if state.seconds + state.valid_seconds >= 60 * config.minutes:  # the learning rate comes down first; the last validation follows
+        return False
     return state.seconds - state.validated_at >= max(60 * config.minutes / TIMED_PARTS, 4 * state.valid_seconds)
 
 
@@ -173,8 +179,10 @@ def run_training(
     bar = Bar(config.steps, config.minutes, logger.rows if logger else [], position, progress and group.rank == 0)
     with StopRequested() as stop, closing(logger) if logger else nullcontext(), closing(loader), bar:
         while not done:
-            batches = shared_batches(len(train), state.epoch, config, group, limits, work)
-            for graph in loader.graphs(batches[state.batch :]):
+            batches = shared_batches(len(train), state.epoch, config, group, limits, work)[state.batch :]
+            graphs = loader.graphs([batch for batch in batches if batch])
+            for batch in batches:
+                graph = next(graphs) if batch else None
                 before = elapsed()
                 checked_step(state, graph, loss, config, group, checkpoint)
                 state.step, state.batch, state.seconds = state.step + 1, state.batch + 1, elapsed()
@@ -282,11 +290,13 @@ def shared_batches(
 ) -> list[list[int]]:
     """This process's share of each batch of an epoch, about as much ``work`` (edges of each structure) as any other's.
 
+    It is empty where a batch has fewer structures than there are processes: the last of an epoch, or one of large structures.
+
     Raises:
         ValueError: no batch has a structure for every process.
     """
-    batches = [b for b in epoch_batches(n_train, config.batch_size, config.seed, epoch, limits) if len(b) >= group.world]
-    if not batches:
+    batches = epoch_batches(n_train, config.batch_size, config.seed, epoch, limits)
+    if max(map(len, batches)) < group.world:
         raise ValueError(
             f"training.batch_size is {config.batch_size} for {group.world} processes and {n_train} training frames: "
             "no batch has a frame for every process. Raise training.batch_size, or start fewer processes."
@@ -298,17 +308,20 @@ def shared_batches(
 
 def mostly_single(batches: Sequence[Sequence[int]]) -> bool:
     """Whether most batches hold one structure: by ``batch_size``, by the limits of their atoms or edges, or as a share of a process."""
-    return sum(len(b) == 1 for b in batches) > len(batches) / 2
+    return sum(len(b) == 1 for b in batches) > sum(len(b) > 1 for b in batches)
 
 
-def checked_step(state: State, graph: Graph, loss: LossConfig, config: TrainingConfig, group: ProcessGroup, checkpoint: Path) -> None:
+def checked_step(
+    state: State, graph: Graph | None, loss: LossConfig, config: TrainingConfig, group: ProcessGroup, checkpoint: Path
+) -> None:
     """A training step, whose failure names the step, the structures and the checkpoint to go back to."""
     try:
         train_step(state, graph, loss, config, group)
     except FloatingPointError as error:
         last = f"'{checkpoint}'" if checkpoint.exists() else "none yet"
         raise RuntimeError(
-            f"Training stopped at step {state.step}: {error}, on {', '.join(graph.names)}. Last good checkpoint: {last}. "
+            f"Training stopped at step {state.step}: {error}, on {', '.join(graph.names if graph else ['frames of other processes'])}. "
+            f"Last good checkpoint: {last}. "
             "Look at these structures (gossamer data inspect), lower training.learning_rate or training.clip_norm."
         ) from None
 
