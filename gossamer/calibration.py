@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from gossamer.data.batch import batches_by_atoms
+from gossamer.data.dataset import Subset, isolated_atoms
 from gossamer.data.structure import Structure
 from gossamer.files import atomic_path
 from gossamer.graph import Graph
@@ -39,6 +40,8 @@ def measure_uncertainty(
 ) -> None:
     """Give a potential its uncertainty: features of training frames, errors on validation frames.
 
+    Isolated atoms do not validate: they are far from all others, and their energies are known, so that nothing would look uncertain.
+
     Args:
         potential: Gets `Potential.uncertainty`.
         train: Frames that it was trained on.
@@ -49,7 +52,8 @@ def measure_uncertainty(
     Raises:
         ValueError: no training frames, or no labels in the validation frames.
     """
-    training, validation = sample(train, TRAINING_ATOMS), sample(valid, VALIDATION_ATOMS)
+    bound = Subset(valid, np.flatnonzero(~isolated_atoms(valid, potential.cutoff)).tolist())
+    training, validation = sample(train, TRAINING_ATOMS), sample(bound, VALIDATION_ATOMS)
     if not training or not any(s.energy is not None or s.forces is not None for s in validation):
         raise ValueError(
             f"An uncertainty needs training frames and labelled frames that were not trained on, found {len(training)} and "

@@ -108,21 +108,21 @@ class Evaluation:
         """What the uncertainties of energy and forces are worth, by `gossamer.calibration.honesty`."""
         return {name: honesty(*np.concatenate(parts, axis=1)) for name, parts in self.expected.items()}
 
-    def expect(self, structure: Structure, predicted: Mapping[str, Any], counted: np.ndarray) -> dict[str, float]:
+    def expect(self, structure: Structure, predicted: Mapping[str, Any], counted: np.ndarray, isolated: bool) -> dict[str, float]:
         """Add one structure's uncertainties; returns the entries of its frame, in meV/atom and meV/Å (root mean square of its atoms).
 
-        ``counted``: (n_atoms,) whether an atom's force counts.
+        ``counted``: (n_atoms,) whether an atom's force counts. ``isolated``: an isolated atom, whose energy is known, says nothing of them.
         """
         entries, n = {}, structure.n_atoms
         if "energy_uncertainty" in predicted:
             sigma = float(predicted["energy_uncertainty"]) / n
             entries["energy_uncertainty"] = 1000 * sigma
-            if structure.energy is not None:
+            if structure.energy is not None and not isolated:
                 self.expected.setdefault("energy", []).append(np.array([[(predicted["energy"] - structure.energy) / n], [sigma]]))
         if "forces_uncertainty" in predicted and counted.any():
             sigmas = predicted["forces_uncertainty"][counted]
             entries["forces_uncertainty"] = 1000 * float(np.sqrt((sigmas**2).mean()))
-            if structure.forces is not None:
+            if structure.forces is not None and not isolated:
                 errors = np.sqrt(((predicted["forces"] - structure.forces) ** 2).mean(axis=1))[counted]
                 self.expected.setdefault("forces", []).append(np.stack([errors, sigmas]))
         return entries
@@ -235,7 +235,7 @@ def evaluate_potential(
                 if kept < keep:
                     out.components.append(np.stack([s.forces[counted].ravel(), p["forces"][counted].ravel()]))
                     kept += out.components[-1].shape[1]
-            out.frames.append(frame | out.expect(s, p, counted))
+            out.frames.append(frame | out.expect(s, p, counted, s.is_isolated(potential.cutoff)))
     if not any(errors.count for errors in out.errors.values()):
         hints = [hint for label in QUANTITIES if (hint := suggestion(label, structures[0].entries))] if len(structures) else []
         raise ValueError(

@@ -170,6 +170,22 @@ def test_calibrated_where_it_was_measured() -> None:
     assert {"energy_uncertainty", "forces_uncertainty"} <= set(evaluation.frames[0])
 
 
+def test_isolated_atoms_say_nothing_of_errors() -> None:
+    """Far from all that was trained on, and right by construction: they would make every other expectation too small."""
+    potential = make_potential(["H", "C", "O"], zbl=False)
+    train, valid = labelled(potential, walk(20, 0.04)), labelled(potential, walk(10, 0.04, seed=1))
+    lone = Structure(
+        atomic_numbers=np.array([8]),
+        positions=np.zeros((1, 3)),
+        energy=potential.statistics.reference_energies["O"],
+        forces=np.zeros((1, 3)),
+    )
+    measure_uncertainty(potential, train, valid)
+    expected = evaluate_potential(potential, valid).honesty()
+    measure_uncertainty(potential, train, [*valid, lone])
+    assert evaluate_potential(potential, [lone, *valid]).honesty() == expected
+
+
 def test_one_measured_quantity_is_enough() -> None:
     """Without labels of forces there is an uncertainty of energies alone."""
     potential = make_potential(["H", "C", "O"], zbl=False)
