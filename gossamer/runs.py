@@ -28,6 +28,7 @@ from gossamer.potential_file import check_sizes, load, read_manifest, save, save
 from gossamer.settings import to_dict
 from gossamer.training.finetune import Concatenated, adapt_statistics, choose_replay, choose_weights, merge_adapters, transfer_weights
 from gossamer.training.loop import CHECKPOINT, finished, run_training
+from gossamer.training.optim import Schedule
 from gossamer.training.process_group import ProcessGroup, log_of_rank, restarted, start_process_group
 from gossamer.training.state import State, close, load_state, make_state
 
@@ -69,6 +70,7 @@ def train(
     if not resume:
         check_free(folder)
     check_loss(config)
+    check_schedule(config)
     frames = read_frames(config)
     group = start_process_group(config.training.device, config.training.timeout)
     with closing(group), locked(folder) if group.rank == 0 else nullcontext(), log_of_rank(folder, group):
@@ -409,6 +411,17 @@ def check_loss(config: Config) -> None:
         )
     if config.model.direct_forces and loss.forces == 0:
         raise ValueError("model.direct_forces needs loss.forces above 0: its force head learns from forces alone.")
+
+
+def check_schedule(config: Config) -> None:
+    """Say so if the learning rate would rise to the end of the run."""
+    training, warmup = config.training, config.training.schedule.warmup_steps
+    if training.minutes is None and training.steps <= warmup:
+        log.warning(
+            "training.steps is %d and training.schedule.warmup_steps %d: the learning rate rises to %.2g of training.learning_rate and never "
+            "falls. Lower warmup_steps to a tenth of the steps, say",
+            training.steps, warmup, Schedule(training.schedule, 1.0, training.steps).rate(training.steps - 1),
+        )  # fmt: skip
 
 
 def check_structures(structures: Sequence[Structure], n: int = 3) -> list[Structure]:

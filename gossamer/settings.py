@@ -15,8 +15,10 @@ T = TypeVar("T")
 
 @dataclass_transform(kw_only_default=True, frozen_default=True)
 def settings(cls: type[T]) -> type[T]:
-    """Class decorator: a frozen, keyword-only pydantic dataclass that refuses unknown keys and bad types."""
-    config = pydantic.ConfigDict(extra="forbid", use_attribute_docstrings=True, validate_default=True, strict=False)
+    """Class decorator: a frozen, keyword-only pydantic dataclass that refuses unknown keys, bad types, and numbers that are not finite."""
+    config = pydantic.ConfigDict(
+        extra="forbid", use_attribute_docstrings=True, validate_default=True, strict=False, allow_inf_nan=False
+    )  # fmt: skip
     return pydantic_dataclass(cls, frozen=True, kw_only=True, config=config)  # type: ignore[call-overload,no-any-return,return-value]
 
 

@@ -129,6 +129,18 @@ def test_sizes_that_no_machine_has_are_refused(name: str, setting: str, message:
         make_config({"data": {"train": "x.extxyz"}, "model": {"name": name}}, [f"model.{setting}"])
 
 
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("training.minutes=.inf", "finite"), ("loss.energy=.nan", "finite"), ("data.reference_energies={H: .nan}", "finite"),
+        ("training.seed=-1", "greater than or equal to 0"), ("data.seed=-1", "greater than or equal to 0"),
+    ],
+)  # fmt: skip
+def test_numbers_that_no_run_could_use_are_refused(setting: str, message: str) -> None:
+    with pytest.raises(ValueError, match=rf"{setting.partition('=')[0]}: .*{message}"):
+        make_config({"data": {"train": "x.extxyz"}}, [setting])
+
+
 # --- settings without effect ------------------------------------------------------------------------------------------
 
 

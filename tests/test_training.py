@@ -43,7 +43,7 @@ from gossamer.fitting import compile_pays, fit
 from gossamer.graph import FIELDS, Graph
 from gossamer.models import MODELS
 from gossamer.potential_file import load, save
-from gossamer.runs import check_statistics, train
+from gossamer.runs import check_schedule, check_statistics, train
 from gossamer.training import loop, soap, state
 from gossamer.training.checkpoint import read_checkpoint, save_checkpoint
 from gossamer.training.compiled import CompiledForward
@@ -1189,6 +1189,12 @@ def test_schedules() -> None:
         plateau.observe(metric)
         rates.append(plateau.rate(50))
     assert rates == pytest.approx([1, 1, 0.5, 0.5, 0.5, 0.3, 0.3, 0.3])
+
+
+@pytest.mark.parametrize(("steps", "told"), [(100, True), (101, False)])
+def test_a_learning_rate_that_never_falls_is_said(steps: int, told: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    check_schedule(make_config(settings(tmp_path, steps=steps)))
+    assert ("rises to 1 of training.learning_rate and never falls" in caplog.text) == told
 
 
 def test_ema_follows_its_formula() -> None:

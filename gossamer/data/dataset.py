@@ -42,7 +42,7 @@ class DataConfig:
     """Use only this many training frames, chosen at random after the split (isolated atoms first)."""
     split: Literal["random", "group"] = "random"
     """"group" keeps frames of one ``labels.group`` on one side, so that similar frames do not leak."""
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0)] = 0
     """Seed of the split."""
     labels: LabelConfig = LabelConfig()
     """Names and units of the labels."""

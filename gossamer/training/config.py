@@ -50,7 +50,7 @@ class TrainingConfig:
     """Precision of the weights; energies are summed in float64 in any case."""
     device: str = "auto"
     """"auto" takes a GPU if there is one; else "cpu", "cuda", "cuda:1" ..."""
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0)] = 0
     """Seed of the weights and of the order of the batches."""
     valid_every: Annotated[int, Field(gt=0)] = 500
     """Steps between validations, which also save a checkpoint; with ``minutes``, fifteen validations, fewer where they take long."""
