@@ -617,6 +617,31 @@ def test_isolated_atoms_are_trained_on(split: str, tmp_path: Path) -> None:
         load_data(DataConfig(train=str(tmp_path / "b.extxyz")))
 
 
+@pytest.mark.parametrize("split", ["random", "group"])
+def test_elements_of_one_frame_are_trained_on(split: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Or no potential could validate on it; with its group, where groups are split."""
+    frames = [labelled(k) for k in range(20)]
+    for k, atoms in enumerate(frames):
+        atoms.info["material"] = f"m{k // 2}"
+        if k % 5 == 0:
+            atoms.numbers[0] = 40 + k
+    ase.io.write(tmp_path / "a.extxyz", frames)
+    for seed in range(5):
+        config = DataConfig(
+            train=str(tmp_path / "a.extxyz"), valid_fraction=0.4, split=split, seed=seed, labels=LabelConfig(group="material")
+        )
+        train, valid, _ = load_data(config)
+        assert len(train) + len(valid) == 20
+        assert {z for s in valid for z in s.atomic_numbers} <= {z for s in train for z in s.atomic_numbers}
+        assert split == "random" or {s.group for s in train}.isdisjoint({s.group for s in valid})
+    ase.io.write(tmp_path / "b.extxyz", [frames[0], frames[5]])
+    with pytest.raises(ValueError, match="leaves no validation frames"):
+        load_data(DataConfig(train=str(tmp_path / "b.extxyz")))
+    ase.io.write(tmp_path / "c.extxyz", frames[1:3])
+    load_data(replace(config, valid=str(tmp_path / "c.extxyz"), train=str(tmp_path / "b.extxyz"), valid_size=2))
+    assert "data.valid_size and data.split are not used" in caplog.text
+
+
 @pytest.mark.parametrize("edge", [None, 20.0])
 def test_isolated_atoms_need_no_stress(edge: float | None, tmp_path: Path) -> None:
     """As in files for MACE: crystals with a stress, and an atom alone, bare or in a box, with an energy only."""

@@ -104,6 +104,8 @@ def load_data(config: DataConfig, cutoff: float = REACH) -> tuple[Sequence[Struc
     everything = open_dataset(config.train, config.labels)
     test = None if config.test is None else open_dataset(config.test, config.labels)
     if config.valid is not None:
+        if config.valid_size is not None or config.split == "group":
+            log.warning("data.valid names the validation frames, so that nothing is split off: data.valid_size and data.split are not used")
         train, valid = everything, open_dataset(config.valid, config.labels)
     else:
         train, valid = split(everything, config, cutoff)
@@ -139,7 +141,10 @@ def sizes(structures: Sequence[Structure]) -> NDArray[np.int64]:
 
 
 def split(structures: Sequence[Structure], config: DataConfig, cutoff: float = REACH) -> tuple[Subset, Subset]:
-    """Split off the validation frames at random, or by group; isolated atoms, of which there are few, stay among the training frames."""
+    """Split off the validation frames at random, or by group.
+
+    Among the training frames stay isolated atoms, of which there are few, and frames (with their groups) of elements that no other has.
+    """
     n = len(structures)
     rng = np.random.default_rng(config.seed)
     if n < 2:
@@ -157,10 +162,31 @@ def split(structures: Sequence[Structure], config: DataConfig, cutoff: float = R
         groups = np.array([_group(structures[k]) for k in others.tolist()])
         is_valid[others] = np.isin(groups, choose_groups(groups, size, rng))
     else:
+        groups = others
         is_valid[rng.permutation(others)[:size]] = True
     if is_valid[others].all():
         raise ValueError(f"The split leaves no training frames: {n} frames, {int(is_valid.sum())} of them for validation.")
+    kept = np.isin(groups, groups[np.isin(others, untrained(structures, is_valid))]) & is_valid[others]
+    is_valid[others[kept]] = False
+    if not is_valid.any():
+        raise ValueError(
+            f"The split leaves no validation frames: those of '{config.train}' that were drawn hold elements that no others have. Give more "
+            "frames, or a file for data.valid."
+        )
+    if kept.any():
+        log.info("%d frames are trained on instead of validating: no others hold their elements", int(kept.sum()))
     return Subset(structures, np.flatnonzero(~is_valid).tolist()), Subset(structures, np.flatnonzero(is_valid).tolist())
+
+
+def untrained(structures: Sequence[Structure], is_valid: NDArray[np.bool_]) -> list[int]:
+    """Indices of the validation frames with an element that no training frame holds."""
+    held = {k: set(structures[k].atomic_numbers.tolist()) for k in np.flatnonzero(is_valid).tolist()}
+    missing = set().union(*held.values())
+    for k in np.flatnonzero(~is_valid).tolist():
+        if not missing:
+            break
+        missing -= set(structures[k].atomic_numbers.tolist())
+    return [k for k, elements in held.items() if elements & missing]
 
 
 def _group(structure: Structure) -> str:
