@@ -99,14 +99,17 @@ def load_data(config: DataConfig, cutoff: float = REACH) -> tuple[Sequence[Struc
         cutoff: Å, within which a single atom that sees no other is an isolated one: these are always trained on.
 
     Raises:
-        ValueError: nothing left on one side, or a structure that occurs on both sides.
+        ValueError: nothing to begin with or left on one side, or a structure that occurs on both sides.
     """
     everything = open_dataset(config.train, config.labels)
-    test = None if config.test is None else open_dataset(config.test, config.labels)
-    if config.valid is not None:
+    given, test = (None if path is None else open_dataset(path, config.labels) for path in (config.valid, config.test))
+    for name, part in (("train", everything), ("valid", given), ("test", test)):
+        if part is not None and len(part) == 0:
+            raise ValueError(f"data.{name} ({getattr(config, name)!r}) holds no structures. Give some, or leave it out.")
+    if given is not None:
         if config.valid_size is not None or config.split == "group":
             log.warning("data.valid names the validation frames, so that nothing is split off: data.valid_size and data.split are not used")
-        train, valid = everything, open_dataset(config.valid, config.labels)
+        train, valid = everything, given
     else:
         train, valid = split(everything, config, cutoff)
     if config.train_size is not None:

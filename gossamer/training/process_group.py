@@ -125,6 +125,13 @@ def start_process_group(device: str = "auto", timeout: float = 30.0) -> ProcessG
         if world > 1:
             device = f"cuda:{local}"
             torch.cuda.set_device(local)
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"training.device is '{device}', which PyTorch does not have here ({reason}). Use 'cpu', 'cuda' or 'auto'."
+        ) from None
     if world > 1 and not dist.is_initialized():
         limit = datetime.timedelta(minutes=timeout)
         backend, store = "nccl" if device.startswith("cuda") else "gloo", store_after_restart(limit)
