@@ -203,8 +203,13 @@ def choose_settings(
     batch_size = min(int(np.clip(round(160 / atoms), 1, 16)), max(2, len(structures) // FRAMES_OF_BATCH))
     if len(structures) < 20:
         log.warning("%d frames are few: expect large errors", len(structures))
-    started = None if finetune is None else read_manifest(finetune["start"])["model"]["name"]
-    name, _, preset = (model or started or ACCURATE).partition("/")
+    started = {} if finetune is None else read_manifest(finetune["start"])["model"]
+    name, _, preset = (model or started.get("name") or ACCURATE).partition("/")
+    if has["stress"] and started.get("direct_forces"):
+        has["stress"] = False
+        log.warning(
+            "the stress is not trained on: the forces of '%s' are not the gradient of its energy (direct_forces)", finetune["start"]
+        )
     network: dict[str, Any] = {"name": name}
     if preset:
         network["preset"] = preset

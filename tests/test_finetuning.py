@@ -61,6 +61,13 @@ def test_direct_then_conservative(start: Path, tmp_path: Path) -> None:
     assert {"valid"} == set(report["before"]) == set(report["after"])
 
 
+def test_fit_leaves_the_stress_out_where_forces_are_direct(start: Path, caplog: pytest.LogCaptureFixture) -> None:
+    structures = [replace(s, stress=np.zeros((3, 3))) for s in read_structures(ETHANOL)]
+    loss = fitting.choose_settings("a.extxyz", structures, finetune={"start": str(start)}).loss
+    assert (loss.energy, loss.forces, loss.stress) == (5.0, 10.0, 0.0)
+    assert "the stress is not trained on: the forces of" in caplog.text
+
+
 def test_energies_survive_a_change_of_heads(start: Path) -> None:
     """With the head gone, or there again, the energy is the same."""
     direct = load(start, dtype="float64")

@@ -242,6 +242,13 @@ def test_resume_refuses_other_settings(tmp_path: Path) -> None:
         train(changed, resume=True, progress=False)
 
 
+def test_resume_takes_other_settings_that_change_no_number(tmp_path: Path) -> None:
+    """What one would turn off after a compiler or a GPU ended the run, say."""
+    train(settings(tmp_path / "run", steps=4), progress=False)
+    others = dict(compile=True, kernels=False, cuda_graphs=False, reuse_memory=False, uncertainty=False, checkpoint_every=2)
+    assert train(settings(tmp_path / "run", steps=4, **others), resume=True, progress=False)["steps"] == 4
+
+
 def test_resume_refuses_other_data_wherever_it_lies(tmp_path: Path) -> None:
     """Whatever of the data decides the numbers counts, to the order of the elements; not where it lies."""
     cell = {"cell": 20 * np.eye(3), "pbc": np.ones(3, dtype=bool), "stress": 0.01 * np.eye(3)}
@@ -519,6 +526,22 @@ def test_processes_that_prepare_batches_change_nothing(tmp_path: Path) -> None:
     assert train(settings(tmp_path / "run", num_workers=0, **options), resume=True, progress=False)["steps"] == 12
     with pytest.raises(ValueError, match="training.batch_edges is 400 .now 500."):
         train(settings(tmp_path / "run", **{**options, "batch_edges": 500}), resume=True, progress=False)
+
+
+@pytest.mark.thorough
+def test_a_signal_to_all_processes_stops_a_run_whose_batches_others_prepare(tmp_path: Path) -> None:
+    """As torchrun sends it: the run ends at a checkpoint, and not because those others ended."""
+    config = settings(tmp_path / "run", steps=100_000, valid_every=100_000, checkpoint_every=20, num_workers=1)
+    (tmp_path / "c.yaml").write_text(json.dumps(config))
+    command = [sys.executable, "-m", "gossamer.cli", "train", str(tmp_path / "c.yaml")]
+    process = subprocess.Popen(
+        command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+    wait_for(tmp_path / "run" / "checkpoint.safetensors", process)
+    os.killpg(process.pid, signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 143, output
+    assert "--resume goes on from" in output
 
 
 def test_waiting_for_batches_is_said(caplog: pytest.LogCaptureFixture) -> None:

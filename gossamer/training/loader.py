@@ -6,6 +6,7 @@ processes beside it. Either way they are the same.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -94,7 +95,7 @@ class Loader:
         if num_workers:
             self._processes = DataLoader(
                 _Frames(structures), batch_sampler=self._order, collate_fn=_Prepare(potential.cutoff, potential.max_neighbors),
-                num_workers=num_workers, prefetch_factor=AHEAD, persistent_workers=True, multiprocessing_context="spawn",
+                num_workers=num_workers, prefetch_factor=AHEAD, persistent_workers=True, multiprocessing_context="spawn", worker_init_fn=_stand_apart,
             )  # fmt: skip
 
     def graphs(self, batches: Sequence[Sequence[int]]) -> Iterator[Graph]:
@@ -158,6 +159,11 @@ class Loader:
                 f"A process that prepares batches ended: {str(error).splitlines()[0]} Is there too little memory for "
                 f"training.num_workers {self._processes.num_workers}? --resume goes on from the last checkpoint."
             ) from None
+
+
+def _stand_apart(number: int) -> None:
+    """Signals to a group of processes, as torchrun and terminals send them, are for those that train: these end the others in time."""
+    os.setpgrp()
 
 
 class _Order:

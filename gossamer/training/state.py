@@ -188,7 +188,10 @@ def load_state(state: State, path: Path, identity: dict[str, Any]) -> None:
     state.ema.updates = stored["ema_updates"]
 
 
-FREE = ("num_workers", "timeout", "tensorboard", "wandb", "device")
+FREE = (
+    "num_workers", "timeout", "tensorboard", "wandb", "device", "checkpoint_every", "uncertainty", "reuse_memory", "compile", "kernels",
+    "cuda_graphs",
+)  # fmt: skip
 """training settings that change no number, or by rounding alone: a run may go on with others"""
 LATER = ("elements", "reference_energies", "training_frames", "validation_frames")
 """what checkpoints of an older gossamer do not say of a run: they go on without"""
