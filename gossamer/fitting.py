@@ -205,7 +205,7 @@ def choose_settings(
         log.warning("%d frames are few: expect large errors", len(structures))
     started = {} if finetune is None else read_manifest(finetune["start"])["model"]
     name, _, preset = (model or started.get("name") or ACCURATE).partition("/")
-    if has["stress"] and started.get("direct_forces"):
+    if finetune is not None and has["stress"] and started.get("direct_forces"):
         has["stress"] = False
         log.warning(
             "the stress is not trained on: the forces of '%s' are not the gradient of its energy (direct_forces)", finetune["start"]
