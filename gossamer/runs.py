@@ -100,6 +100,11 @@ def train(
             return {"stopped": "SIGTERM", "stopped_at_step": state.step, "out": str(folder)}
         results: dict[str, Any] = {"steps": state.step, "seconds": round(state.seconds, 1), "out": str(folder)}
         if group.rank == 0:
+            if not (folder / POTENTIAL).exists():
+                raise RuntimeError(
+                    f"'{folder}' has no potential: at no validation was the error a number. Look at the validation frames (gossamer data inspect), or "
+                    "lower training.learning_rate."
+                )
             if config.training.uncertainty:
                 log.info("measuring what the potential's uncertainties are worth, and its last errors")
                 add_uncertainty(folder / POTENTIAL, frames, group.device, config.loss.free_atoms_only)

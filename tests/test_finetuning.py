@@ -278,6 +278,11 @@ def test_what_binds_alloys_with_a_new_element_is_no_shift(tmp_path: Path) -> Non
     assert torch.equal(torch.get_rng_state(), state)
 
 
+def test_replay_is_said_whole() -> None:
+    with pytest.raises(ValueError, match="replay_fraction has no effect without replay"):
+        FineTuneConfig(start="x", replay_fraction=0.5)
+
+
 def test_least_squares_by_name_fit_what_the_start_leaves(start: Path, tmp_path: Path) -> None:
     """As reference energies found by themselves do; fitted to whole labels they would hold once more what the network says."""
     found = []

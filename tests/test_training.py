@@ -515,6 +515,13 @@ def test_nan_stops_with_the_frame_and_the_checkpoint(tmp_path: Path) -> None:
         train(config, progress=False)
 
 
+def test_validations_without_a_number_are_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(loop, "validation_loss", lambda *given: float("nan"))
+    with pytest.raises(RuntimeError, match="has no potential: at no validation was the error a number"):
+        train(settings(tmp_path / "run", steps=2), progress=False)
+    assert "is not a number at step 2" in caplog.text
+
+
 @pytest.mark.thorough
 def test_processes_that_prepare_batches_change_nothing(tmp_path: Path) -> None:
     """Nor does it matter with how many a run goes on."""

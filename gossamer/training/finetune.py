@@ -10,13 +10,13 @@ import fnmatch
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import numpy as np
 import torch
 from ase.data import atomic_numbers as number_of
 from numpy.typing import NDArray
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -50,6 +50,13 @@ class FineTuneConfig:
     """How many of them, as a fraction of the new training frames."""
     replay_labels: LabelConfig | None = None
     """Names and units of their labels; None: as those of the new data."""
+
+    @model_validator(mode="after")
+    def _replays(self) -> Self:
+        for name, usual in (("replay_fraction", 0.2), ("replay_labels", None)):
+            if self.replay is None and getattr(self, name) != usual:
+                raise ValueError(f"{name} has no effect without replay: name the old data there, or leave it out")
+        return self
 
 
 def merge_model(start: Mapping[str, Any], given: Mapping[str, Any], path: str) -> dict[str, Any]:

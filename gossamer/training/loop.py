@@ -351,6 +351,8 @@ def validate(
             save_best(state.ema.module)
     else:
         state.stale += 1
+    if not math.isfinite(metric):
+        log.warning("the error on the validation frames is not a number at step %d: weights of this step are not kept", state.step)
     train_loss = sum(loss.weights()[k] * total / count for k, (total, count) in state.totals.items() if count)
     state.totals = {k: [0.0, 0.0] for k in QUANTITIES}
     row |= {"seconds": round(state.seconds, 3), "train_loss": train_loss, "valid_loss": metric}
