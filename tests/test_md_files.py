@@ -94,6 +94,20 @@ def test_a_batch_walks_as_one_after_the_other(potential: Potential, files: list[
     assert not np.allclose(table(tmp_path / "batch" / "si-0")[0], table(tmp_path / "batch" / "si-2")[0])
 
 
+def test_atoms_that_cross_half_a_cell_between_frames_are_followed(tmp_path: Path) -> None:
+    """As on ASE: displacements are those that were walked, and diffusion comes out the same."""
+    fast = Atoms("H2", [[0, 0, 0], [2, 2, 2]], cell=[4, 4, 4], pbc=True)
+    fast.set_velocities([[0.6, 0, 0], [-0.6, 0, 0]])
+    ase.io.write(tmp_path / "h.traj", fast)
+    found = []
+    for engine in ("torchsim", "ase"):
+        settings: dict[str, Any] = {"ensemble": "nve", "steps": 100, "interval": 100, "max_temperature": 1e6, "way": "plain"}
+        run(make_potential(["H"], name="painn"), [str(tmp_path / "h.traj")], engine=engine, out=tmp_path / engine, **settings)
+        found.append(ase.io.read(tmp_path / engine / "h-0" / "trajectory.traj", -1).positions)
+    np.testing.assert_allclose(found[0], found[1], atol=1e-6)
+    assert np.abs(found[0] - fast.positions).max() > 2.0
+
+
 @pytest.mark.thorough
 def test_a_thermostat_holds_and_follows_a_ramp(potential: Potential, tmp_path: Path) -> None:
     ase.io.write(tmp_path / "si.extxyz", [bulk("Si")] * 20)

@@ -15,7 +15,6 @@ import torch
 import torch_sim
 from ase import Atoms, units
 from ase.calculators.singlepoint import SinglePointCalculator
-from ase.geometry import find_mic
 from ase.stress import full_3x3_to_voigt_6_stress
 from torch import Tensor
 from torch_sim.integrators import MDState
@@ -263,7 +262,7 @@ def _state(watched: _Watched, walkers: Sequence[_Walker], noise: torch.Generator
 
 
 def _bring_back(watched: _Watched, state: Any, walkers: Sequence[_Walker]) -> None:
-    """Put positions (continuous across boundaries), momenta and results into the atoms."""
+    """Put positions (continuous across boundaries, which TorchSim does not see), momenta and results into the atoms."""
     positions, momenta, forces = (t.detach().cpu().numpy() for t in (state.positions, state.momenta, state.forces))
     energies = state.energy.detach().cpu().numpy()
     stress = watched.last["stress"].detach().cpu().numpy() if "stress" in watched.last else None
@@ -272,10 +271,7 @@ def _bring_back(watched: _Watched, state: Any, walkers: Sequence[_Walker]) -> No
     for k, walker in enumerate(walkers):
         atoms, part = walker.atoms, slice(start, start + len(walker.atoms))
         start += len(atoms)
-        moved = positions[part] - atoms.positions
-        if atoms.pbc.any() and np.isfinite(moved).all():
-            moved = find_mic(moved, atoms.cell, atoms.pbc)[0]
-        atoms.positions += moved
+        atoms.positions = positions[part]
         atoms.set_momenta(momenta[part])
         results: dict[str, Any] = {"energy": float(energies[k]), "free_energy": float(energies[k]), "forces": forces[part].copy()}
         if stress is not None and atoms.pbc.all():
