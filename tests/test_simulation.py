@@ -247,7 +247,7 @@ def test_a_cell_that_leaves_sanity_breaks_the_run(ensemble: str, tmp_path: Path)
 def test_velocities_of_the_structure_are_kept(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """And that is said, as a warning where no thermostat will bring them to the temperature; unless new ones are asked for."""
     atoms = argon()
-    atoms.set_momenta(np.tile([0.1, 0.0, -0.1], (32, 1)))
+    atoms.set_momenta(np.tile([[0.1, 0.0, -0.1], [-0.1, 0.0, 0.1]], (16, 1)))
     md(lj(), atoms, steps=5, timestep=1, ensemble="nve", out=tmp_path / "run", interval=5, max_temperature=1e9, progress=False)
     first = ase.io.read(tmp_path / "run" / "trajectory.traj", 0)
     np.testing.assert_allclose(first.get_momenta(), atoms.get_momenta())
@@ -270,8 +270,10 @@ def test_velocities_of_the_structure_are_kept(tmp_path: Path, caplog: pytest.Log
         (dict(temprature=10), r"temprature: unknown setting. Did you mean temperature\?"),
         (dict(compiled=True), "compiled: unknown setting"),
         (dict(way="fast"), "way: Input should be 'auto', 'plain', 'kernels', 'program' or 'graph'"),
-        (dict(way="plain"), "way and dtype are for potentials: a calculator runs as it was made"),
-        (dict(dtype="float32"), "way and dtype are for potentials"),
+        (dict(way="plain"), "way, dtype and device are for potentials: a calculator runs as it was made"),
+        (dict(dtype="float32"), "way, dtype and device are for potentials"),
+        (dict(device="cuda"), "way, dtype and device are for potentials"),
+        (dict(seed=-1), "seed: Input should be greater than or equal to 0"),
         (dict(frame=1), "frame 1 is asked of Atoms, which are one frame"),
         (dict(supercell=(2, 0, 1)), "supercell.1: Input should be greater than or equal to 1"),
         (dict(structure=molecule("H2O"), supercell=(1, 2, 1)), "supercell 1 2 1 repeats along axes that are not periodic"),
@@ -289,6 +291,28 @@ def test_wrong_use_of_dynamics(change: dict, message: str, tmp_path: Path) -> No
     arguments = {"model": lj(), "structure": argon(1), "out": tmp_path / "run", "progress": False, **change}
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         md(**arguments)
+
+
+@pytest.mark.parametrize("ensemble", ["nve", "nose-hoover", "npt"])
+def test_the_centre_of_mass_of_a_structure_with_velocities_comes_to_rest(ensemble: str, tmp_path: Path) -> None:
+    """As in the last frame of Langevin dynamics: its motion is no heat, and the others would get less for it. Langevin itself goes on with it."""
+    atoms = argon()
+    internal = np.tile([[0.1, 0.0, -0.1], [-0.1, 0.0, 0.1]], (16, 1))
+    atoms.set_momenta(internal + np.array([0.0, 2.0, 0.0]))
+    for kind, expected in ((ensemble, internal), ("langevin", atoms.get_momenta())):
+        md(lj(), atoms, steps=1, ensemble=kind, out=tmp_path / kind, max_temperature=1e9, progress=False)
+        first = ase.io.read(tmp_path / kind / "trajectory.traj", 0)
+        np.testing.assert_allclose(first.get_momenta(), expected, atol=1e-12)
+
+
+def test_a_structure_at_rest_gets_velocities(tmp_path: Path) -> None:
+    """VASP's relaxed structures end with velocities of zero: chains would multiply them for ever."""
+    atoms = argon()
+    ase.io.write(tmp_path / "CONTCAR", atoms, format="vasp")
+    with open(tmp_path / "CONTCAR", "a") as file:
+        file.write("\n" + "  0.00000000E+00  0.00000000E+00  0.00000000E+00\n" * len(atoms))
+    md(lj(), tmp_path / "CONTCAR", steps=1, ensemble="nose-hoover", out=tmp_path / "md", progress=False)
+    assert float(table(tmp_path / "md")[0]["temperature_K"]) == pytest.approx(300, rel=0.5)
 
 
 def test_dynamics_refuse_to_overwrite_and_to_resume_something_else(tmp_path: Path) -> None:

@@ -97,6 +97,12 @@ def drifts(atoms: Atoms) -> bool:
     return all(isinstance(constraint, INTERNAL) for constraint in atoms.constraints)
 
 
+def share_of_drift(atoms: Atoms) -> float:
+    """The share of the kinetic energy that is motion of the centre of mass; 0 of atoms at rest."""
+    total = atoms.get_kinetic_energy()
+    return float((atoms.get_momenta().sum(axis=0) ** 2).sum() / (2 * atoms.get_masses().sum() * total)) if total > 0 else 0.0
+
+
 def check_constraints(atoms: Atoms, ensemble: str) -> None:
     """Refuse constraints that the integrator of an ensemble does not hold, or whose degrees of freedom are not known.
 

@@ -23,7 +23,7 @@ from gossamer.files import locked
 from gossamer.settings import configured
 from gossamer.signals import StopRequested
 from gossamer.simulation.dispersion import with_dispersion
-from gossamer.simulation.guard import Guard, SimulationBroken, check_constraints, degrees_of_freedom, drifts, rotates
+from gossamer.simulation.guard import Guard, SimulationBroken, check_constraints, degrees_of_freedom, drifts, rotates, share_of_drift
 from gossamer.simulation.options import MDConfig, Way
 from gossamer.simulation.recorder import STATE, Recorder, begun, read_state, run_settings, state_of, stored_settings, write_broken
 from gossamer.simulation.state import belonging, check_energy, numbers_of, put_back, put_back_atoms
@@ -55,7 +55,7 @@ def as_calculator(
         dispersion: Functional whose D3 is added.
 
     Raises:
-        ValueError: ``way`` or ``dtype`` for a calculator, which runs as it was made; dispersion that the potential's labels held already.
+        ValueError: ``way``, ``dtype`` or ``device`` for a calculator, which runs as it was made; dispersion that the potential's labels held already.
     """
     if not isinstance(model, str | Path | BaseCalculator):
         from gossamer.potential import Potential
@@ -63,8 +63,10 @@ def as_calculator(
         if not isinstance(model, Potential):  # calculators that are none of ASE's classes
             return model if dispersion is None else with_dispersion(model, dispersion)
     if isinstance(model, BaseCalculator):
-        if way != "auto" or dtype is not None:
-            raise ValueError("way and dtype are for potentials: a calculator runs as it was made. Give them where the calculator is made.")
+        if way != "auto" or dtype is not None or device != "cpu":
+            raise ValueError(
+                "way, dtype and device are for potentials: a calculator runs as it was made. Give them where the calculator is made."
+            )
         return model if dispersion is None else with_dispersion(model, dispersion)
     from gossamer.simulation.calculator import Calculator
 
@@ -216,11 +218,15 @@ def bring_to_rest(atoms: Atoms, ensemble: str) -> None:
 
 
 def give_velocities(atoms: Atoms, config: MDConfig, rng: np.random.Generator) -> None:
-    """Draw those of the temperature, unless the atoms have some that are to be kept."""
-    if config.new_velocities or not atoms.has("momenta"):
+    """Draw those of the temperature, unless the atoms have some that are to be kept, less the motion of the centre of mass: only Langevin's
+    thermostat, which moves it, counts it as heat (`degrees_of_freedom`). Atoms all at rest have none: VASP ends relaxed structures so."""
+    if config.new_velocities or not atoms.get_momenta().any():
         thermalize_momenta(atoms, config.temperature, rng=rng)
         bring_to_rest(atoms, config.ensemble)
         return
+    if config.ensemble != "langevin" and drifts(atoms) and (share := share_of_drift(atoms)) > 1e-6:
+        log.info("the motion of the centre of mass, %.2g of the kinetic energy, is taken out of the velocities of the structure", share)
+        Stationary(atoms, preserve_temperature=False)
     if abs(atoms.get_temperature() / config.temperature - 1) > 0.2:
         log.log(
             logging.WARNING if config.ensemble == "nve" else logging.INFO,

@@ -64,7 +64,7 @@ def _on_ase(model: Any, found: Sequence[Job], config: MDConfig, progress: bool) 
             if calculators[way] is not model:
                 # as many steps as are left of all, of structures like this one
                 foretell(calculators[way], config.steps * (len(found) - number), as_atoms(job.path, job.frame, config.supercell))
-            one = replace(one, engine="ase", way="auto", dtype=None, dispersion=None)
+            one = replace(one, engine="ase", way="auto", dtype=None, device="cpu", dispersion=None)
             answer = md(calculators[way], job.path, one, progress=progress)
         except (ValueError, RuntimeError, OSError) as error:
             answers.append(failed(job.said, error))

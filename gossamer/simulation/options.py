@@ -45,14 +45,15 @@ class MDConfig:
     """fs, relaxation time of the thermostat."""
     barostat_time: Positive = 1000.0
     """fs, relaxation time of the barostat."""
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0)] = 0
     """Of the velocities drawn and of the Langevin noise; each of several structures draws its own velocities."""
     frame: int = 0
     """Which frame of the structure file to start from; -1 is the last."""
     supercell: tuple[Repeats, Repeats, Repeats] = (1, 1, 1)
     """How often the structure is repeated along each cell vector; velocities are then drawn anew."""
     new_velocities: bool = False
-    """Draw velocities of the temperature even if the structure has some, which are kept otherwise."""
+    """Draw velocities of the temperature even if the structure has some, which are kept otherwise (but for the motion of the centre of mass,
+    where the ensemble is not langevin)."""
     resume: bool = False
     """Go on from state.npz, bit by bit as if never stopped (on TorchSim with other Langevin noise)."""
     max_temperature: Positive | None = None
@@ -139,7 +140,7 @@ class LearnConfig:
     """How long each fine-tuning lasts."""
     train_steps: Annotated[int, Field(gt=0)] | None = None
     """Steps of each fine-tuning instead of ``minutes``: runs are then equal bit by bit."""
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0)] = 0
     """Of the walks, another for each."""
     device: str = "cpu"
     """Of the potential."""

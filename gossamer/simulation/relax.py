@@ -153,7 +153,9 @@ def _on_ase(model: Any, chosen: Sequence[tuple[Job, Path]], config: RelaxConfig)
     for number, (job, out) in enumerate(chosen):
         memory, way = out.with_suffix(".state.npz"), config.way
         resume = config.resume and memory.exists()
-        one = replace(config, out=out, frame=job.frame, all_frames=False, resume=resume, way="auto", dtype=None, dispersion=None)
+        one = replace(
+            config, out=out, frame=job.frame, all_frames=False, resume=resume, way="auto", dtype=None, device="cpu", dispersion=None
+        )  # fmt: skip
         try:
             if resume and ours and way == "auto":
                 way = str(read_npz(memory).get("way", way))  # type: ignore[assignment]
