@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -15,6 +16,7 @@ from ase.build import bulk, make_supercell, molecule
 from ase.calculators.calculator import Calculator, all_changes
 from ase.calculators.emt import EMT
 from ase.calculators.singlepoint import SinglePointCalculator
+from ase.constraints import FixAtoms
 from broken_calculators import Defect, by_name, candidate_of, copper
 
 from gossamer.checks import conservation, crystals, diatomics, discovery, dynamics, errors, judge, judge_page, phonons, smoothness, symmetry
@@ -270,6 +272,24 @@ def test_files_of_one_size_are_told_apart(tmp_path: Path) -> None:
         candidate = candidate_of(EMT, tmp_path, references=[str(file)])
         keys.append(judge.question_key("dynamics", candidate))
     assert len(set(keys)) == 4
+
+
+def test_isotopes_spins_and_fixed_atoms_are_other_questions(tmp_path: Path) -> None:
+    """Phonons and dynamics of them are others, and no answer of the same positions may stand for them."""
+
+    def key(change: Callable[[Atoms], Any]) -> str:
+        candidate = candidate_of(EMT, tmp_path)
+        atoms = bulk("Cu", cubic=True)
+        change(atoms)
+        candidate.systems = {"Cu": atoms}
+        return judge.question_key("dynamics", candidate)
+
+    changes: list[Callable[[Atoms], Any]] = [
+        lambda a: None, lambda a: a.set_masses([64, 64, 64, 200]), lambda a: a.set_initial_magnetic_moments([1, 1, -1, -1]),
+        lambda a: a.info.update(charge=1), lambda a: a.set_constraint(FixAtoms([0])), lambda a: a.set_constraint(FixAtoms([1])),
+    ]  # fmt: skip
+    assert len({key(change) for change in changes}) == len(changes)
+    assert key(lambda a: a.info.update(name="other")) == key(lambda a: None)
 
 
 def test_a_reference_may_list_its_atoms_otherwise(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -269,6 +270,9 @@ def test_discovery_says_what_is_missing(tmp_path: Path) -> None:
         discovery.check(candidate_of(EMT, tmp_path, discovery=str(initial), discovery_table=str(short)))
     short.write_text(table.read_text().replace("m-1,4", "m-1,2"))
     with pytest.raises(ValueError, match="'m-1' has 4 atoms in .* and n_sites 2 in"):
+        discovery.check(candidate_of(EMT, tmp_path, discovery=str(initial), discovery_table=str(short)))
+    short.write_text(re.sub(r"(m-1,4,)[^,]*", r"\1", table.read_text()))
+    with pytest.raises(ValueError, match="has '' as uncorrected_energy of 'm-1', where a number is expected"):
         discovery.check(candidate_of(EMT, tmp_path, discovery=str(initial), discovery_table=str(short)))
     failing = discovery.relax_one(Defect(EMT(), lambda a, r: 1 / 0), bulk("Cu"))
     assert failing["energy"] is None

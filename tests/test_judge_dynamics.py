@@ -11,9 +11,10 @@ import ase.io
 import numpy as np
 import pytest
 from ase import Atoms, units
-from ase.build import bulk
+from ase.build import bulk, fcc111, molecule
 from ase.calculators.calculator import Calculator, all_changes
 from ase.calculators.emt import EMT
+from ase.cluster import Octahedron
 from broken_calculators import Defect, by_name, candidate_of
 from conftest import shared_data
 
@@ -114,6 +115,18 @@ def test_a_hot_frame_is_not_the_potentials_fault(tmp_path: Path) -> None:
     start, _ = dynamics.prepare(EMT(), hot, 300.0, 2.0, 0.1)
     assert start.get_temperature() < 600
     assert hot.get_temperature() > 1000  # the user's atoms are left as they are
+
+
+def test_metals_have_no_bonds_that_last(tmp_path: Path) -> None:
+    """Neighbours in a cluster or a slab of metal move by 0.5 Å when it is warm, and by more when an atom hops, which is no fault of a potential."""
+    candidate = candidate_of(EMT, tmp_path, picoseconds=0.1, temperature=2000.0)
+    atoms = Octahedron("Cu", 2)
+    candidate.systems, candidate.builtin_systems = {"Cu": atoms}, False
+    names = [m.name for m in dynamics.check(candidate).metrics]
+    assert "Cu: mean temperature" in names
+    assert not any("bond" in name for name in names)
+    assert dynamics.bonds_last(molecule("CH3CH2OH"))
+    assert not any(map(dynamics.bonds_last, (atoms, molecule("NaCl"), fcc111("Cu", (1, 1, 3), vacuum=5.0, periodic=False))))
 
 
 def test_a_start_that_cannot_be_prepared_is_said(tmp_path: Path) -> None:

@@ -39,6 +39,8 @@ COLUMNS = {
     "e_above_hull_mp2020_corrected_ppd_mp": "DFT distance to the hull, eV/atom",
 }
 """columns of the package's table wbm-summary.csv that are needed; unique_prototype is used if there"""
+NUMBERS = tuple(COLUMNS)[1:]
+"""those that hold numbers"""
 
 
 # --- metrics --------------------------------------------------------------------------------------------------------
@@ -240,6 +242,13 @@ def read_table(path: Path | str) -> dict[str, dict[str, Any]]:
         return {row["material_id"]: row for row in reader}
 
 
+def _is_number(text: Any) -> bool:
+    try:
+        return bool(np.isfinite(float(text)))
+    except (TypeError, ValueError):
+        return False
+
+
 def hull_distances(results: dict[str, dict[str, Any]], table: dict[str, dict[str, Any]], identifiers: Sequence[str]) -> tuple[Array, Array]:
     """Distances to the hull by DFT and by the potential, eV/atom.
 
@@ -278,6 +287,12 @@ def check(candidate: Candidate) -> Result:
     if unknown:
         raise InputError(f"{len(unknown)} structures of '{config.discovery}' are not in '{config.discovery_table}' (first: {unknown[0]}).")
     for name, atoms in structures:
+        for column in NUMBERS:
+            if not _is_number(table[name][column]):
+                raise InputError(
+                    f"'{config.discovery_table}' has '{table[name][column]}' as {column} of '{name}', where a number is expected. "
+                    f"Complete the table, or leave '{name}' out of '{config.discovery}'."
+                )
         if len(atoms) != int(float(table[name]["n_sites"])):
             raise InputError(
                 f"'{name}' has {len(atoms)} atoms in '{config.discovery}' and n_sites {table[name]['n_sites']} in '{config.discovery_table}': their "

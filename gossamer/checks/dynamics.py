@@ -40,6 +40,8 @@ SHORTEST_DISTRIBUTION = 20.0
 """thermostat times of kept trajectory below which the distribution of the kinetic energy is not judged: ten independent samples"""
 SHORTEST_DIFFUSION = 2.0
 """ps of trajectory below which no diffusivity is given"""
+COVALENT = frozenset(["H", "B", "C", "N", "O", "F", "Si", "P", "S", "Cl", "Ge", "As", "Se", "Br", "Te", "I"])
+"""elements whose bonds keep their lengths: neighbours in metals and salts move by half an Å and more at room temperature"""
 
 
 @dataclass(frozen=True)
@@ -159,16 +161,20 @@ def simulate(candidate: Candidate, name: str, atoms: Atoms, protocol: Protocol, 
     steps = round(picoseconds * 1000 / protocol.timestep)
     interval = min(protocol.interval, max(1, steps // 50))
     start, sentence = prepared(candidate, folder, atoms, protocol)
-    bonds = not atoms.pbc.any()
     candidate.expect(steps, start)
     answer = md(
         candidate.calculator, start, temperature=protocol.temperature, steps=steps, timestep=protocol.timestep, ensemble=protocol.ensemble,
         out=folder, interval=interval, thermostat_time=protocol.thermostat_time, seed=0, resume=(folder / "state.npz").exists(),
-        max_bond_stretch=0.5 if bonds else None, progress=candidate.progress,
+        max_bond_stretch=0.5 if bonds_last(atoms) else None, progress=candidate.progress,
     )  # fmt: skip
     if answer["stopped"]:
         raise KeyboardInterrupt(answer["stopped"])  # the whole judgement ends; the next one goes on from here
     return {**answer, "folder": folder, "interval_ps": interval * protocol.timestep / 1000, "prepared": sentence}
+
+
+def bonds_last(atoms: Atoms) -> bool:
+    """Whether it is a molecule, of which a right potential breaks no bond."""
+    return not atoms.pbc.any() and set(atoms.symbols) <= COVALENT
 
 
 def read_trajectory(folder: Path) -> tuple[list[Atoms], dict[str, Array]]:
@@ -463,10 +469,10 @@ def _molecule(
     r, h = liquids.distance_distribution(kept)
     curves = [curve(r, h)]
     metrics = []
-    bonds = find_bonds(frames[0])
-    total = len(frames) * interval
-    intact = liquids.bond_stability_time(frames, bonds, interval)
-    metrics.append(at_least(f"{name}: time before a bond changes by 0.5 Å", intact, "ps", 0.999 * total, 0.999 * total, BROKE))
+    if bonds_last(frames[0]):
+        total = len(frames) * interval
+        intact = liquids.bond_stability_time(frames, find_bonds(frames[0]), interval)
+        metrics.append(at_least(f"{name}: time before a bond changes by 0.5 Å", intact, "ps", 0.999 * total, 0.999 * total, BROKE))
     if known:
         _, true = liquids.distance_distribution(known)
         curves.append(curve(r, true, "reference", reference=True))

@@ -41,10 +41,13 @@ from gossamer.data.structure import spread
 from gossamer.files import InputError, checksum, write_json
 from gossamer.machine import machine, versions
 from gossamer.settings import build, to_dict
+from gossamer.simulation.state import CHARGED, belonging
 
 log = logging.getLogger(__name__)
 ENDED = "The check ended with an error"
 """how the reason of such a result begins; the same question is asked again"""
+SAID = ("masses", "initial_charges", "initial_magmoms")
+"""arrays that structures may have, on which phonons, dynamics or what calculators say depend"""
 PACKAGES = ("ase", "numpy", "torch", "phonopy", "phono3py", "chgnet", "sevenn", "mace-torch", "orb-models", "tblite")
 
 
@@ -387,6 +390,10 @@ def question_key(name: str, candidate: Candidate) -> str:
                 digest.update(str(atoms.info.get("temperature_K")).encode())
                 for array in (atoms.numbers, atoms.positions.round(6), atoms.cell.array.round(6), atoms.pbc):
                     digest.update(np.ascontiguousarray(array).tobytes())
+                said = [(name, atoms.arrays[name].tolist()) for name in SAID if name in atoms.arrays]
+                said += [(name, atoms.info[name]) for name in CHARGED if name in atoms.info]
+                if said or atoms.constraints:
+                    digest.update(f"{said} {belonging(atoms, None)['constraints']}".encode())
         elif used == "references":
             for system, path in candidate.references.items():
                 digest.update(f"{system} {checksum(path)}".encode())
