@@ -224,6 +224,18 @@ def test_guard_stops_a_hot_run_and_saves_the_frame(tmp_path: Path) -> None:
     assert len(ase.io.read(tmp_path / "run" / "broken.extxyz")) == 32
 
 
+def test_a_run_without_frames_answers_in_json(tmp_path: Path) -> None:
+    class Nothing(EMT):  # type: ignore[misc]
+        def calculate(self, *args: Any, **kwargs: Any) -> None:
+            super().calculate(*args, **kwargs)
+            self.results["energy"] = float("nan")
+
+    answer = md(Nothing(), bulk("Cu", cubic=True), steps=5, out=tmp_path / "run", progress=False)
+    assert "energy is not finite" in answer["broken"]
+    assert answer["mean_temperature_K"] is None
+    json.dumps(answer, allow_nan=False)
+
+
 def test_guard_watches_collapse_and_bonds(tmp_path: Path) -> None:
     close = argon()
     close.positions[1] = close.positions[0] + [0.8, 0, 0]

@@ -166,7 +166,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         mean, error = r.get("diffusivity_1e-9_m2_per_s", (None, None))
         lines.append(
             f"| {r['system']} | {r['network']} | {r['minutes']:g}, {r['training_steps']:,} | {r['test']['forces_mae_meV_per_A']:.1f} "
-            f"| {r['test']['energy_mae_meV_per_atom']:.2f} | {r['stable_ps']:.3g} of {r['picoseconds']:g} | {r['mean_temperature_K']:.0f} | {r['error']:.3f} "
+            f"| {r['test']['energy_mae_meV_per_atom']:.2f} | {r['stable_ps']:.3g} of {r['picoseconds']:g} | {r['mean_temperature_K'] or float('nan'):.0f} | {r['error']:.3f} "
             f"| {', '.join(f'{pair} {value:.3f}' for pair, value in r.get('overlaps', {}).items()) or '-'} "
             f"| {'-' if mean is None else f'{mean:.2f} ± {error:.2f}'} | {r['nve']['drift_meV_per_atom_per_ps']:.4f} "
             f"| {r['nve']['fluctuation_ratio']:.2f} | {r['ms_per_step']:.1f} |"

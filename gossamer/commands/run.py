@@ -66,13 +66,18 @@ def _md(arguments: argparse.Namespace) -> int:
                 found.get("error")
                 or found["broken"]
                 or found["uncertain"]
-                or f"{found['mean_temperature_K']:.4g} K over {found['time_ps']:g} ps"
+                or f"{_kelvin(found['mean_temperature_K'])} over {found['time_ps']:g} ps"
             )
             print(f"{found['structure']}: {said}")
         print(f"everything is in '{config.out}'")
     if any(found.get("stopped") for found in answers):
         return STOPPED
     return 1 if any(found.get("error") or found["broken"] or found["uncertain"] for found in answers) else 0
+
+
+def _kelvin(mean: float | None) -> str:
+    """A run whose log was lost, and which has nothing left to do, has no mean."""
+    return "no frames" if mean is None else f"{mean:.4g} K"
 
 
 def _relax_parser(relax: argparse.ArgumentParser) -> None:

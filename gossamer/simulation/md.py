@@ -150,7 +150,7 @@ def md(
 
     Returns:
         out, steps, time_ps, seconds; over the second half of the frames mean_temperature_K, mean_pressure_GPa and mean_density_g_per_cm3
-        (None for what is not periodic), energy_drift_meV_per_atom_per_ps (of the conserved energy; None for langevin, ramps, and below 2 ps);
+        (None for what is not periodic, and where there are no frames), energy_drift_meV_per_atom_per_ps (of the conserved energy; None for langevin, ramps, and below 2 ps);
         "broken": None or what stopped the run (the frame is in broken.extxyz),
         "uncertain": None or where ``max_uncertainty`` stopped it (a resume with a larger one goes on), "collected": number of frames
         beyond it that were written, and "stopped": None or the signal that ended it early.

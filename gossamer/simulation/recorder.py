@@ -234,7 +234,7 @@ class Recorder:
         if len(half) > 2 and time[-1] - time[0] >= 1000 and np.isfinite(conserved).all():  # in less, what it swings by is no drift
             drift = float(np.polyfit(time / 1000, 1000 * conserved / len(self.atoms), 1)[0])
         return {
-            "mean_temperature_K": round(float(temperature.mean()), 2) if len(half) else float("nan"),
+            "mean_temperature_K": None if (mean := _mean(temperature)) is None else round(mean, 2),
             "mean_pressure_GPa": _mean(pressure),
             "mean_density_g_per_cm3": _mean(grams / (volume * 1e-24)),
             "energy_drift_meV_per_atom_per_ps": drift,
