@@ -982,6 +982,24 @@ def test_a_molecule_in_nose_hoover_chains_does_not_rotate(tmp_path: Path, caplog
     assert "angular momentum" in caplog.text
 
 
+def test_a_wire_in_nose_hoover_chains_does_not_turn_about_its_axis(tmp_path: Path) -> None:
+    """Its rotation had 200 to 300 K where the rest had 93 of 100 K: it stands still, and 3 N - 4 numbers share the heat."""
+    from gossamer.simulation.guard import degrees_of_freedom, rotates
+
+    start = bulk("Cu", cubic=True)
+    start.pbc = [False, False, True]
+    start.rotate(30, "x", rotate_cell=True)
+    settings: dict[str, Any] = {"temperature": 300, "steps": 40, "timestep": 2.0, "interval": 10, "progress": False}
+    for ensemble, freedom in (("nose-hoover", 8), ("langevin", 12), ("nve", 9)):
+        md(EMT(), start, ensemble=ensemble, out=tmp_path / ensemble, **settings)
+        first, last = (ase.io.read(tmp_path / ensemble / "trajectory.traj", k) for k in (0, -1))
+        assert rotates(first) is rotates(last) is (ensemble != "nose-hoover")
+        assert degrees_of_freedom(first, ensemble) == freedom
+        assert first.get_momenta().sum(axis=0) == pytest.approx(0, abs=1e-9)
+    start.pbc = [False, True, True]
+    assert degrees_of_freedom(start, "nose-hoover") == 9
+
+
 def test_first_velocities_have_the_temperature(tmp_path: Path) -> None:
     """Of what moves: the centre of mass is at rest, and its share of the heat is not given to the rest."""
     means = []

@@ -84,12 +84,12 @@ def lengths_of(atoms: Atoms, bonds: NDArray[np.int64]) -> NDArray[np.float64]:
 
 def degrees_of_freedom(atoms: Atoms, ensemble: str) -> int:
     """3 N less what constraints take, and less what starts at rest and stays there in all ensembles but Langevin, unless constraints hold atoms
-    in space: the centre of mass, and in a vacuum the rotation; at least 1."""
+    in space: the centre of mass, and the rotation of a molecule, or of a wire about its axis; at least 1."""
     free = 3 * len(atoms) - int(sum(constraint.get_removed_dof(atoms) for constraint in atoms.constraints))
     if ensemble == "langevin" or not drifts(atoms):
         return max(1, free)
-    at_rest = 3 if atoms.pbc.any() or rotates(atoms) else min(6, len(atoms) + 3)
-    return max(1, free - at_rest)
+    axes = 0 if rotates(atoms) else len(free_axes(atoms))
+    return max(1, free - 3 - min(axes, len(atoms)))
 
 
 def drifts(atoms: Atoms) -> bool:
@@ -129,11 +129,21 @@ def check_constraints(atoms: Atoms, ensemble: str) -> None:
         raise ValueError("The constraints hold every atom: nothing is left to move. Remove some.")
 
 
+def free_axes(atoms: Atoms) -> NDArray[np.float64]:
+    """Directions (n, 3) of length 1 about which nothing keeps the whole from turning: all of a molecule, that of a wire; none of slabs and crystals."""
+    if not atoms.pbc.any():
+        return np.eye(3)
+    along = atoms.cell.array[atoms.pbc]
+    return along / np.linalg.norm(along) if len(along) == 1 else np.zeros((0, 3))
+
+
 def rotates(atoms: Atoms) -> bool:
-    """Whether the angular momentum about the centre of mass is more than a thousandth of what it can be: Σ L² against Σ m r² and Σ m v²."""
+    """Whether the angular momentum about these is more than a thousandth of what it can be: Σ L² against Σ m r² and Σ m v²."""
+    axes = free_axes(atoms)
     positions, momenta, masses = atoms.positions - atoms.get_center_of_mass(), atoms.get_momenta(), atoms.get_masses()[:, None]
-    most = float((masses * positions**2).sum() * (momenta**2 / masses).sum())
-    return bool((np.cross(positions, momenta).sum(axis=0) ** 2).sum() > 1e-6 * most)
+    arms = np.cross(axes[:, None], positions)  # from each axis
+    most = float((masses * arms**2).sum() * (momenta**2 / masses).sum())
+    return bool(((arms * momenta).sum(axis=(1, 2)) ** 2).sum() > 1e-6 * most)
 
 
 def temperature_of(atoms: Atoms, ensemble: str) -> float:

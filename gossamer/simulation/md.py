@@ -23,7 +23,16 @@ from gossamer.files import locked
 from gossamer.settings import configured
 from gossamer.signals import StopRequested
 from gossamer.simulation.dispersion import with_dispersion
-from gossamer.simulation.guard import Guard, SimulationBroken, check_constraints, degrees_of_freedom, drifts, rotates, share_of_drift
+from gossamer.simulation.guard import (
+    Guard,
+    SimulationBroken,
+    check_constraints,
+    degrees_of_freedom,
+    drifts,
+    free_axes,
+    rotates,
+    share_of_drift,
+)
 from gossamer.simulation.options import MDConfig, Way
 from gossamer.simulation.recorder import STATE, Recorder, begun, read_state, run_settings, state_of, stored_settings, write_broken
 from gossamer.simulation.state import belonging, check_energy, numbers_of, put_back, put_back_atoms
@@ -208,13 +217,22 @@ def _prepare(model: Any, structure: Atoms | Path | str, config: MDConfig) -> _Ru
 def bring_to_rest(atoms: Atoms, ensemble: str) -> None:
     """Take out the motion of the centre of mass, unless constraints hold atoms in space, and what Nosé-Hoover chains cannot thermostat.
 
-    They scale the angular momentum of what is not periodic and leave its direction. So its rotation never gets its share of the heat, and
-    vibrations get too much or too little (nine atoms: 12 %, typically): it starts without rotation.
+    They scale the angular momentum of what is not periodic, and of wires about their axis, and leave its direction. So its rotation never gets
+    its share of the heat, and vibrations get too much or too little (nine atoms: 12 %, typically): it starts without rotation.
     """
     if drifts(atoms):
         Stationary(atoms, preserve_temperature=False)
-    if ensemble == "nose-hoover" and not atoms.pbc.any():
+    if ensemble != "nose-hoover":
+        return
+    axes = free_axes(atoms)
+    if len(axes) == 3:
         ZeroRotation(atoms, preserve_temperature=False)
+    elif len(axes) == 1:
+        arms, masses = np.cross(axes[0], atoms.positions - atoms.get_center_of_mass()), atoms.get_masses()[:, None]
+        inertia = float((masses * arms**2).sum())
+        if inertia > 0:
+            momenta = atoms.get_momenta()
+            atoms.set_momenta(momenta - masses * arms * (arms * momenta).sum() / inertia)
 
 
 def give_velocities(atoms: Atoms, config: MDConfig, rng: np.random.Generator) -> None:
@@ -235,9 +253,9 @@ def give_velocities(atoms: Atoms, config: MDConfig, rng: np.random.Generator) ->
         )  # fmt: skip
     if atoms.constraints:
         atoms.set_momenta(atoms.get_momenta())  # those that constraints allow
-    if config.ensemble == "nose-hoover" and not atoms.pbc.any() and rotates(atoms):
+    if config.ensemble == "nose-hoover" and rotates(atoms):
         log.warning(
-            "the given velocities turn the structure, which is not periodic: nose-hoover keeps the direction of the angular momentum, so that "
+            "the given velocities turn the structure, which is free to turn: nose-hoover keeps the direction of the angular momentum, so that "
             "rotation is not at the temperature asked for, and vibrations neither. Take langevin, or a start without momenta"
         )
 
