@@ -167,6 +167,31 @@ def test_dynamics_beside_a_reference(tmp_path: Path) -> None:
     assert by_name(result, "overlap of g(r), all pairs").status == "failed"
 
 
+def test_references_of_another_system_and_short_ones(tmp_path: Path) -> None:
+    """They say nothing against the potential: the first are refused before anything is simulated, of the second no diffusivity is compared."""
+    cu = bulk("Cu", cubic=True).repeat((2, 1, 1))
+    for change, message in (
+        (Atoms("Au8", cu.positions, cell=cu.cell, pbc=True), "is Au8 with"),
+        (Atoms("Cu8", cu.positions), "is Cu8 with"),
+    ):
+        ase.io.write(tmp_path / "other.extxyz", [change] * 2)
+        candidate = candidate_of(EMT, tmp_path / "none")
+        candidate.systems, candidate.references = {"Cu": cu}, {"Cu": str(tmp_path / "other.extxyz")}
+        with pytest.raises(ValueError, match=message):
+            dynamics.check(candidate)
+    assert not (tmp_path / "none").exists()
+    frames = []
+    for k in range(50):
+        frames.append(cu.copy())
+        frames[-1].rattle(0.1, seed=k)
+    candidate = candidate_of(EMT, tmp_path, reference_interval=0.05)
+    metrics = dynamics._bulk("Cu", frames, frames, 0.05, dynamics.Protocol(), frames[:5], [], candidate)
+    assert [m.name for m in metrics if "diffusivity" in m.name] == [
+        "Cu: diffusivity of all atoms",
+        "Cu: diffusivity by the end of the window",
+    ]
+
+
 def test_ensembles_of_harmonic_atoms_are_right(tmp_path: Path) -> None:
     """Einstein crystals are exact: kinetic energies and the Boltzmann factor between two temperatures."""
     pytest.importorskip("physical_validation")

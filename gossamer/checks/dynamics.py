@@ -27,7 +27,7 @@ from gossamer.checks import liquids
 from gossamer.checks.candidate import Candidate, enlarged
 from gossamer.checks.result import Curve, Metric, Panel, Result, at_least, at_most, attempt, conclude, curve, measured
 from gossamer.data.atoms import read_frames
-from gossamer.files import atomic_path, write_json
+from gossamer.files import InputError, atomic_path, write_json
 from gossamer.simulation.guard import degrees_of_freedom, find_bonds
 from gossamer.simulation.md import bring_to_rest, md
 
@@ -40,6 +40,8 @@ SHORTEST_DISTRIBUTION = 20.0
 """thermostat times of kept trajectory below which the distribution of the kinetic energy is not judged: ten independent samples"""
 SHORTEST_DIFFUSION = 2.0
 """ps of trajectory below which no diffusivity is given"""
+FEWEST_FRAMES = 20
+"""below which nothing but stability is judged, and no diffusivity of a reference given"""
 COVALENT = frozenset(["H", "B", "C", "N", "O", "F", "Si", "P", "S", "Cl", "Ge", "As", "Se", "Br", "Te", "I"])
 """elements whose bonds keep their lengths: neighbours in metals and salts move by half an Å and more at room temperature"""
 
@@ -186,6 +188,22 @@ def read_trajectory(folder: Path) -> tuple[list[Atoms], dict[str, Array]]:
     return frames, {key: np.array([float(r[key]) for r in rows]) for key in rows[0]}
 
 
+def read_reference(path: str, atoms: Atoms) -> list[Atoms]:
+    """Frames of a reference trajectory of a system.
+
+    Raises:
+        ValueError: it is of other elements, or periodic along other axes.
+    """
+    frames = read_frames(path)
+    for k, frame in enumerate(frames):
+        if set(frame.symbols) != set(atoms.symbols) or frame.pbc.all() != atoms.pbc.all():
+            raise InputError(
+                f"'{path}' frame {k} is {frame.get_chemical_formula()} with pbc {frame.pbc.tolist()}, and the system "
+                f"{atoms.get_chemical_formula()} with {atoms.pbc.tolist()}: a reference has the elements and the periodicity of its system."
+            )
+    return frames
+
+
 def kinetic_energy_deviation(log: dict[str, Array], n_freedom: int, temperature: float) -> tuple[float, float]:
     """How many standard errors mean and width of the kinetic energy are from the canonical ones, over the second half of the log.
 
@@ -289,6 +307,7 @@ def _system(
     candidate: Candidate, name: str, atoms: Atoms, protocol: Protocol, picoseconds: float, reference: str | None, panels: list[Panel],
     notes: list[str],
 ) -> list[Metric]:  # fmt: skip
+    known = read_reference(reference, atoms) if reference else None
     run = simulate(candidate, name, atoms, protocol, picoseconds)
     notes.append(
         f"{name}: {atoms.get_chemical_formula()}, {protocol.ensemble}, {protocol.temperature:g} K, {protocol.timestep:g} fs, {picoseconds:g} ps. "
@@ -305,11 +324,10 @@ def _system(
     metrics.append(measured(f"{name}: speed", run["seconds"] / max(run["steps"], 1) * 1000, "ms/step", "low"))
     target = curve([times[0], times[-1]], [protocol.temperature] * 2, "target", reference=True)
     panels.append(Panel(f"Temperature, {name}", "time, ps", "K", [curve(times, log["temperature_K"]), target]))
-    if run["broken"] or len(frames) < 20:
+    if run["broken"] or len(frames) < FEWEST_FRAMES:
         return metrics
     metrics += _ensemble(candidate, name, atoms, protocol, picoseconds, frames, log)
     kept = frames[len(frames) // 2 if protocol.skip <= 0 else min(int(protocol.skip / run["interval_ps"]), len(frames) // 2) :]
-    known = read_frames(reference) if reference else None
     metrics += (_bulk if atoms.pbc.all() else _molecule)(name, frames, kept, run["interval_ps"], protocol, known, panels, candidate)
     wavenumbers, density = vibrational_density(kept, run["interval_ps"])
     if wavenumbers[-1] > 800:  # frames too far apart fold the spectrum
@@ -415,10 +433,11 @@ def _bulk(
     chosen = _diffusing(kept[0], protocol)
     msd = liquids.mean_squared_displacement(positions, masses, chosen)
     displacements = [_thinned(msd, interval)]
-    if known and candidate.config.reference_interval:  # whose atoms may be more, and in another order
+    theirs_interval = candidate.config.reference_interval
+    if known and theirs_interval:  # whose atoms may be more, and in another order
         theirs = liquids.unwrapped_positions(known), known[0].get_masses(), _diffusing(known[0], protocol)
         true = liquids.mean_squared_displacement(*theirs)
-        displacements.append(_thinned(true, candidate.config.reference_interval, len(msd) * interval, "reference"))
+        displacements.append(_thinned(true, theirs_interval, len(msd) * interval, "reference"))
     panels.append(Panel(f"Mean squared displacement, {name}", "time, ps", "Å²", displacements))
     if len(kept) * interval < SHORTEST_DIFFUSION:
         return metrics
@@ -426,8 +445,8 @@ def _bulk(
     who = protocol.species or "all atoms"
     metrics += [measured(f"{name}: diffusivity of {who}", mean, "1e-9 m²/s"), measured(f"{name}: its standard error", error, "1e-9 m²/s"),
                 measured(f"{name}: diffusivity by the end of the window", liquids.diffusivity(msd, interval), "1e-9 m²/s")]  # fmt: skip
-    if known and candidate.config.reference_interval:
-        target, target_error = liquids.diffusivity_blocks(*theirs, candidate.config.reference_interval)
+    if known and theirs_interval and len(known) >= FEWEST_FRAMES and len(known) * theirs_interval >= SHORTEST_DIFFUSION:
+        target, target_error = liquids.diffusivity_blocks(*theirs, theirs_interval)
         allowed = 2 * float(np.hypot(error, target_error))
         metrics.append(
             at_most(
