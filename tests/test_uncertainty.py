@@ -393,6 +393,11 @@ def test_dynamics_collect_what_the_potential_is_uncertain_of(tmp_path: Path) -> 
     write(file, frames)
     run(potential, tmp_path / "run", steps=24, resume=True, **options)
     assert [f.info["step"] for f in read(file, ":")] == [0, 8, 22]
+    write(file, [f.copy() for f in frames])
+    foreign = [f for f in read(file, ":") if f.info.pop("step") >= 0]
+    write(file, foreign)
+    with pytest.raises(ValueError, match="frames that no simulation collected"):
+        run(potential, tmp_path / "run", steps=28, resume=True, **options)
 
 
 def test_dynamics_need_a_potential_that_knows(tmp_path: Path) -> None:

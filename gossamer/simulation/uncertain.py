@@ -57,7 +57,7 @@ class Watch:
 
         Raises:
             FileExistsError: a new run, and the file exists.
-            ValueError: a file, but no limit.
+            ValueError: a file, but no limit, or a file of others.
         """
         if collect is not None and limit is None:
             raise ValueError("collect takes frames beyond max_uncertainty: give both.")
@@ -67,6 +67,10 @@ class Watch:
             if step is None:
                 raise FileExistsError(f"'{collect}' exists. Move it away, or collect into another file (--collect).")
             found: Any = ase.io.read(collect, ":", format="extxyz")
+            if not all({"step", "time_fs"} <= frame.info.keys() for frame in found):
+                raise ValueError(
+                    f"'{collect}' holds frames that no simulation collected: they have no step. Collect into another file (--collect)."
+                )
             self.frames = [frame for frame in found if frame.info["step"] <= step]
 
     def __call__(self, atoms: Atoms, step: int, time: float) -> tuple[float, str | None]:
