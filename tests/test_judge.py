@@ -90,6 +90,19 @@ def test_the_growth_of_time_is_judged(power: float, status: str, tmp_path: Path,
     assert CHECKS["speed"].run(candidate_of(EMT, tmp_path)).status == status
 
 
+def test_the_memory_of_a_potential_is_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not what others have used before it in the judge's process, nor what that process held when it started another."""
+    monkeypatch.setattr(speed, "time_evaluation", evaluations_take(1))
+    held = np.ones(40_000_000)  # 320 MB
+    assert speed.memory()() > 320
+    result = CHECKS["speed"].run(candidate_of(EMT, tmp_path))
+    assert 20 < by_name(result, "memory with it").value < 300
+    del held
+    lost = speed.memory_by_itself(lambda: EMT(), [bulk("Cu")])  # which cannot be sent
+    assert np.isnan(lost).all()
+    assert len(lost) == 1
+
+
 @pytest.mark.parametrize(
     ("check", "defect", "says"),
     [
