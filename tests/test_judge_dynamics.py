@@ -135,6 +135,16 @@ def test_a_start_that_cannot_be_prepared_is_said(tmp_path: Path) -> None:
     assert "as given" in sentence
 
 
+def test_a_run_that_breaks_at_its_last_step_is_no_stable_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = {"broken": "step 100 (1.000 ps): atoms lie on one another", "time_ps": 1.0, "folder": tmp_path, "prepared": "", "steps": 100}
+    monkeypatch.setattr(dynamics, "simulate", lambda *args: broken)
+    candidate = candidate_of(EMT, tmp_path, picoseconds=1.0)
+    candidate.systems = {"Cu": bulk("Cu", cubic=True)}
+    result = dynamics.check(candidate)
+    assert result.status == "failed"
+    assert "lie on one another" in result.reason
+
+
 def test_dynamics_says_when_it_breaks(tmp_path: Path) -> None:
     def explode(atoms: Atoms, r: dict[str, Any]) -> None:
         r["forces"] *= -3  # uphill

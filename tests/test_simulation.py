@@ -962,6 +962,25 @@ def test_calculators_without_a_free_energy_can_be_simulated(tmp_path: Path) -> N
     assert answer["broken"] is None
 
 
+def test_what_is_conserved_belongs_to_the_forces(tmp_path: Path) -> None:
+    """Density functional codes with smeared electrons give two energies, and forces of the free one."""
+
+    class Smeared(LennardJones):  # type: ignore[misc]
+        def calculate(self, *args: Any, **kwargs: Any) -> None:
+            super().calculate(*args, **kwargs)
+            self.results["energy"] *= 0.9
+
+    for ensemble in ("nve", "nose-hoover"):
+        answer = md(
+            Smeared(epsilon=0.0103, sigma=3.4, rc=5.0, smooth=True), argon(1), ensemble=ensemble, temperature=20, steps=40, timestep=5.0,
+            interval=5, out=tmp_path / ensemble, progress=False,
+        )  # fmt: skip
+        assert answer["broken"] is None
+        rows = table(tmp_path / ensemble)
+        conserved, total = (np.array([float(row[f"{name}_energy_eV"]) for row in rows]) for name in ("conserved", "total"))
+        assert np.ptp(conserved) < 0.1 * np.ptp(total)
+
+
 def test_a_molecule_in_nose_hoover_chains_does_not_rotate(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Chains keep the direction of its angular momentum: rotation would never have its temperature. 3 N - 6 numbers share the heat instead."""
     from ase.cluster import Octahedron

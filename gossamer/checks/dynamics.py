@@ -316,6 +316,7 @@ def _system(
     stable = run["time_ps"] if run["broken"] else picoseconds
     metrics = [at_least(f"{name}: time before it breaks", stable, "ps", picoseconds * (1 - 1e-9), picoseconds * (1 - 1e-9), BROKE)]
     if run["broken"]:
+        metrics[0].status = "failed"  # at the very end, too
         metrics[0].reason += f" ({run['broken']})"
         if not (Path(run["folder"]) / "log.csv").exists():  # before its first frame
             return metrics

@@ -142,7 +142,8 @@ class Recorder:
         potential, kinetic = atoms.get_potential_energy(), atoms.get_kinetic_energy()
         temperature = temperature_of(atoms, self.config.ensemble)
         total = potential + kinetic
-        conserved = self._conserved(total)
+        free = atoms.calc.results.get("free_energy", potential)  # to which the forces belong: of smeared electrons it is another
+        conserved = self._conserved(free + kinetic)
         pressure = volume = float("nan")
         if atoms.pbc.all():
             volume = atoms.get_volume()
