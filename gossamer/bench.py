@@ -23,7 +23,7 @@ from gossamer.checks.candidate import (
     enlarged,
     rattled,
 )
-from gossamer.checks.source import named_path, parse_calculator, supported_elements
+from gossamer.checks.source import named_path, parse_calculator, refuse_options, supported_elements
 from gossamer.checks.speed import growth_exponent, memory, time_evaluation
 from gossamer.data.atoms import as_atoms
 from gossamer.files import atomic_path, write_json, write_text
@@ -81,6 +81,8 @@ def bench(
             if not candidates
             else f"Two candidates have one name: {names}. Write NAME=..."
         )
+    if not models:
+        refuse_options(device, dtype, way)
     for c in candidates:
         if "model" in c and not Path(c["model"]).exists():
             raise FileNotFoundError(f"There is no potential '{c['model']}'.")

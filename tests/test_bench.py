@@ -179,6 +179,8 @@ def test_names_of_potentials(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_wrong_use(saved: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="device cuda, way kernels would have no effect"):
+        bench([], ["ase.calculators.emt:EMT"], device="cuda", way="kernels", out=tmp_path)
     with pytest.raises(ValueError, match="nothing to time"):
         bench()
     with pytest.raises(ValueError, match="one name"):

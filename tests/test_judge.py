@@ -319,6 +319,7 @@ def test_the_machine_is_named() -> None:
         ({"calculator": "ase.calculators.emt:EMT", "crystals": [bulk("Cu"), molecule("H2O")]}, "'H2O' is no crystal: it is periodic along"),
         ({"calculator": "ase.calculators.emt:EMT", "elements": ["Sx"]}, "'Sx' is not the symbol of an element"),
         ({"calculator": "ase.calculators.emt:EMT", "only": ["speed"], "skip": ["speed"]}, "No check is left"),
+        ({"calculator": "ase.calculators.emt:EMT", "dtype": "float64"}, "dtype float64 would have no effect"),
         ({"calculator": "ase.calculators.emt:EMT", "temprature": 300}, "temprature: unknown setting. Did you mean temperature?"),
     ],
 )

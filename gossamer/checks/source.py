@@ -94,9 +94,11 @@ def find_sources(
     """Saved potentials ("[name=]FILE") and calculators ("[name=]module:factory").
 
     Raises:
-        ValueError: nothing to judge, two of one name, or a calculator that is not one.
+        ValueError: nothing to judge, two of one name, a calculator that is not one, or options of potentials where there is none.
         FileNotFoundError: no such potential.
     """
+    if calculators and not models:
+        refuse_options(device, dtype, way)
     found = [_saved(str(entry), device, dtype, way, dispersion) for entry in models]
     for text in calculators:
         name, _ = parse_calculator(text)
@@ -108,6 +110,17 @@ def find_sources(
         if sum(s.name == source.name for s in found) > 1:
             raise ValueError(f"Two potentials are called '{source.name}'. Give them names: other={source.name} ...")
     return found
+
+
+def refuse_options(device: str | None, dtype: str | None, way: str) -> None:
+    """Raise ValueError for options that nothing would follow: there are only calculators, which run as they are made."""
+    given = {"device": None if device == "cpu" else device, "dtype": dtype, "way": None if way == "auto" else way}
+    said = [f"{name} {value}" for name, value in given.items() if value is not None]
+    if said:
+        raise ValueError(
+            f"{', '.join(said)} would have no effect: saved potentials follow it, and there is none. A calculator runs as it is made: write "
+            "module:factory(device='cuda'), or what its factory calls it."
+        )
 
 
 def _also(dispersion: str | None) -> str:
