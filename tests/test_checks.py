@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from ase import Atoms
-from ase.build import bulk, molecule
+from ase.build import bulk, fcc111, molecule
 from ase.calculators.emt import EMT
 from ase.calculators.morse import MorsePotential
 from ase.geometry.rdf import get_rdf
@@ -165,6 +165,16 @@ def test_noise_breaks_no_small_crystal() -> None:
     for k, atoms in enumerate(frames[100:]):
         atoms.rattle(1.0, seed=k)
     assert liquids.stability_time(frames, reference, 0.05, 0.5, most_noise=1.0) == pytest.approx(5.0)
+
+
+def test_distances_in_a_slab_do_not_depend_on_wrapping() -> None:
+    """A trajectory that is wrapped and one that is not have the same h(r)."""
+    slab = fcc111("Cu", (3, 3, 2), vacuum=5.0, periodic=False)
+    moved = slab.copy()
+    moved.positions[::2] += slab.cell[0] - 2 * slab.cell[1]
+    _, one = liquids.distance_distribution([slab])
+    _, other = liquids.distance_distribution([moved])
+    np.testing.assert_allclose(one, other)
 
 
 def test_bond_stability() -> None:

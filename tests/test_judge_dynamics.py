@@ -15,6 +15,7 @@ from ase.build import bulk, fcc111, molecule
 from ase.calculators.calculator import Calculator, all_changes
 from ase.calculators.emt import EMT
 from ase.cluster import Octahedron
+from ase.constraints import FixAtoms
 from broken_calculators import Defect, by_name, candidate_of
 from conftest import shared_data
 
@@ -178,7 +179,7 @@ def test_dynamics_beside_a_reference(tmp_path: Path) -> None:
 
 
 def test_references_of_another_system_and_short_ones(tmp_path: Path) -> None:
-    """They say nothing against the potential: the first are refused before anything is simulated, of the second no diffusivity is compared."""
+    """They say nothing against the potential, nor do constraints: refused before anything is simulated; of short ones no diffusivity is compared."""
     cu = bulk("Cu", cubic=True).repeat((2, 1, 1))
     for change, message in (
         (Atoms("Au8", cu.positions, cell=cu.cell, pbc=True), "is Au8 with"),
@@ -189,7 +190,13 @@ def test_references_of_another_system_and_short_ones(tmp_path: Path) -> None:
         candidate.systems, candidate.references = {"Cu": cu}, {"Cu": str(tmp_path / "other.extxyz")}
         with pytest.raises(ValueError, match=message):
             dynamics.check(candidate)
+    cu.set_constraint(FixAtoms([0]))
+    candidate = candidate_of(EMT, tmp_path / "none", protocol="lips")
+    candidate.systems, candidate.builtin_systems = {"Cu": cu}, False
+    with pytest.raises(ValueError, match="Cu: nose-hoover does not hold constraints, found FixAtoms"):
+        dynamics.check(candidate)
     assert not (tmp_path / "none").exists()
+    cu.set_constraint()
     frames = []
     for k in range(50):
         frames.append(cu.copy())

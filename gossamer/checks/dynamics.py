@@ -28,7 +28,7 @@ from gossamer.checks.candidate import Candidate, enlarged
 from gossamer.checks.result import Curve, Metric, Panel, Result, at_least, at_most, attempt, conclude, curve, measured
 from gossamer.data.atoms import read_frames
 from gossamer.files import InputError, atomic_path, write_json
-from gossamer.simulation.guard import degrees_of_freedom, find_bonds
+from gossamer.simulation.guard import check_constraints, degrees_of_freedom, find_bonds
 from gossamer.simulation.md import bring_to_rest, md
 
 log = logging.getLogger(__name__)
@@ -196,7 +196,7 @@ def read_reference(path: str, atoms: Atoms) -> list[Atoms]:
     """
     frames = read_frames(path)
     for k, frame in enumerate(frames):
-        if set(frame.symbols) != set(atoms.symbols) or frame.pbc.all() != atoms.pbc.all():
+        if set(frame.symbols) != set(atoms.symbols) or (frame.pbc != atoms.pbc).any():
             raise InputError(
                 f"'{path}' frame {k} is {frame.get_chemical_formula()} with pbc {frame.pbc.tolist()}, and the system "
                 f"{atoms.get_chemical_formula()} with {atoms.pbc.tolist()}: a reference has the elements and the periodicity of its system."
@@ -307,6 +307,10 @@ def _system(
     candidate: Candidate, name: str, atoms: Atoms, protocol: Protocol, picoseconds: float, reference: str | None, panels: list[Panel],
     notes: list[str],
 ) -> list[Metric]:  # fmt: skip
+    try:
+        check_constraints(atoms, protocol.ensemble)
+    except ValueError as error:  # which says nothing of the potential
+        raise InputError(f"{name}: {error}") from None
     known = read_reference(reference, atoms) if reference else None
     run = simulate(candidate, name, atoms, protocol, picoseconds)
     notes.append(

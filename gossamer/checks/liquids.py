@@ -85,12 +85,17 @@ def rdf_noise(frames: Sequence[Atoms], r_max: float = 6.0, n_bins: int = 500, pa
 
 
 def distance_distribution(frames: Sequence[Atoms], r_max: float = 10.0, n_bins: int = 500) -> tuple[Array, Array]:
-    """h(r): density of all interatomic distances of a molecule, per Å and normalised to 1 over 0 … ``r_max``."""
+    """h(r): density of all interatomic distances of a molecule, or a slab with its images, per Å and normalised to 1 over 0 … ``r_max``."""
     edges = np.linspace(0.0, r_max, n_bins + 1)
     counts = np.zeros(n_bins)
     for frame in frames:
-        distances = np.linalg.norm(frame.positions[:, None] - frame.positions[None], axis=-1)
-        counts += np.histogram(distances[np.triu_indices(len(frame), 1)], bins=edges)[0]
+        if frame.pbc.any():  # among which images an atom lies says nothing
+            (sender, receiver), shifts = neighbor_list(frame.positions, frame.cell.array, frame.pbc, r_max)
+            distances = np.linalg.norm(frame.positions[sender] + shifts @ frame.cell.array - frame.positions[receiver], axis=1)
+        else:
+            first, second = np.triu_indices(len(frame), 1)
+            distances = np.linalg.norm(frame.positions[first] - frame.positions[second], axis=1)
+        counts += np.histogram(distances, bins=edges)[0]
     return 0.5 * (edges[1:] + edges[:-1]), counts / max(counts.sum(), 1) / (r_max / n_bins)
 
 
