@@ -85,6 +85,23 @@ def test_a_way_that_differs_is_told(model: Path, monkeypatch: pytest.MonkeyPatch
     assert all(line.endswith("DIFFERS") for line in others)
 
 
+def test_stress_without_forces_is_measured_by_itself(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A squeezed crystal, whose forces vanish by symmetry: a hundred-thousandth of its stress is what float32 leaves, a thousandth is not."""
+    ase.io.write(tmp_path / "squeezed.extxyz", bulk("Si", a=4.0))
+    right = module._ase("plain")
+
+    def off(by: float):
+        def way(potential, frames, work):
+            return lambda: [{**a, "stress": (1 + by) * a["stress"]} for a in right(potential, frames, work)()]
+
+        return way
+
+    monkeypatch.setitem(module.WAYS, "kernels", off(1e-5))
+    monkeypatch.setitem(module.WAYS, "batch", off(1e-3))
+    rows = gossamer.parity(model, [tmp_path / "squeezed.extxyz"], ways=["kernels", "batch"])
+    assert [row["agrees"] for row in rows] == [True, False]
+
+
 def test_what_cannot_be_had(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     rows = {r["way"]: r for r in gossamer.parity(model, ways=["graph"], exported=tmp_path / "none.pt2")}
     assert {r["agrees"] for r in rows.values()} == {False}  # asked for by name
