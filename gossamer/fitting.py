@@ -63,7 +63,7 @@ def fit(
         replay: With ``start``: labelled structures of the old data to mix in.
         speed: Take half of its channels: dynamics of many atoms take 0.7 of the time, errors after short trainings are about the same.
         progress: Show a progress bar.
-        accuracy: Take features of degree 3 as well: smaller errors (ethanol: by a tenth), dynamics of many atoms take 1.8 times as long.
+        accuracy: Take features of degree 3 as well: smaller errors (50 frames of ethanol: by a tenth), dynamics of many atoms take 1.8 times as long.
         functional: Of the labels, as `DataConfig.functional`.
         dispersion: Whether the labels hold a dispersion correction, as `DataConfig.dispersion`.
 

@@ -1,7 +1,7 @@
 """Active learning beside random selection and plain sampling, on ethanol by GFN2-xTB: what a label is worth.
 
     python benchmarks/reliability/learning.py --out runs/learning            needs tblite (pip install 'gossamer[labels]')
-    python benchmarks/reliability/learning.py --out runs/learning --table > benchmarks/reliability/learning.md
+    python benchmarks/reliability/learning.py --out runs/learning --table     # for README.md
 
 A potential is trained, as `gossamer fit` would, on 20 frames of half a picosecond at 300 K. From it three ways go on, with as many labels and training
 steps in each round:
