@@ -11,7 +11,7 @@ import ase.io
 import numpy as np
 
 from gossamer.calibration import measure_uncertainty, plot_honesty
-from gossamer.data.dataset import Subset, open_dataset
+from gossamer.data.dataset import Data, Subset, as_dataset
 from gossamer.data.fingerprint import leave_out_training_frames
 from gossamer.data.labels import LabelConfig
 from gossamer.data.structure import Structure
@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 def evaluate(
     model: Potential | Path | str,
-    data: Path | str | Sequence[Structure],
+    data: Data,
     labels: LabelConfig | None = None,
     out: Path | str | None = None,
     worst: int = 20,
@@ -42,8 +42,8 @@ def evaluate(
 
     Args:
         model: Potential, or file of one.
-        data: Structures, or where they are.
-        labels: Names and units of the labels.
+        data: File, folder or store, or several; or frames in memory: structures, or Atoms with the labels they were read with.
+        labels: Names and units of the labels; structures have their own.
         out: Folder for errors.json, worst.extxyz (the frames with the largest errors, labels and predictions) and, of a potential with an
             uncertainty, uncertainty.png (errors found against errors expected).
         worst: How many of those.
@@ -62,7 +62,7 @@ def evaluate(
     if worst < 0:
         raise ValueError(f"worst must not be negative, found {worst}.")
     potential = as_potential(model, device)
-    structures = open_dataset(data, labels) if isinstance(data, str | Path) else data
+    structures = as_dataset(data, labels)
     chosen = leave_out_training_frames(potential.seen, structures, include_training)
     engine = Engine(potential, way, dispersion=dispersion)
     used = Subset(structures, chosen.used)
@@ -107,7 +107,7 @@ def write_worst(engine: Engine, structures: Sequence[Structure], evaluation: Eva
 
 def calibrate(
     model: Path | str,
-    data: Path | str | Sequence[Path | str],
+    data: Data,
     labels: LabelConfig | None = None,
     out: Path | str | None = None,
     device: str = "cpu",
@@ -121,7 +121,7 @@ def calibrate(
 
     Args:
         model: Saved potential.
-        data: Labelled structures, training frames and others.
+        data: Labelled structures, training frames and others, as in ``evaluate``.
         labels: Names and units of the labels.
         out: File to write; by default ``model``.
         device: Where to compute.
@@ -130,10 +130,12 @@ def calibrate(
         "out", numbers of frames and labels, and for energy and forces the rank correlation of uncertainty and error (``honesty``).
 
     Raises:
+        TypeError: a potential in memory.
         ValueError: no labels, or no frames that it was not trained on.
     """
-    paths = [data] if isinstance(data, str | Path) else list(data)
-    structures = [s for path in paths for s in open_dataset(path, labels)]
+    if not isinstance(model, str | Path):
+        raise TypeError(f"calibrate writes into the file of a potential: expected its path, found {type(model).__name__}.")
+    structures = as_dataset(data, labels)
     potential = load(model, device)
     trained = [potential.seen is not None and potential.seen.where(s) == "train" for s in structures]
     halves = not any(trained)

@@ -18,13 +18,14 @@ from typing import Any
 import numpy as np
 import safetensors.torch
 import torch
+from ase import Atoms
 from ase.data import atomic_numbers as number_of
 from torch import Tensor
 
 from gossamer import __version__
 from gossamer.data.fingerprint import SeenFrames
 from gossamer.data.statistics import Statistics
-from gossamer.data.structure import Structure
+from gossamer.data.structure import Structure, as_structure
 from gossamer.files import write_bytes
 from gossamer.models import MODELS, Network, NetworkConfig
 from gossamer.nn.uncertainty import Uncertainty
@@ -46,7 +47,7 @@ TOLERANCES = {torch.float32: (2e-5, 2e-3), torch.float64: (1e-9, 1e-7)}
 def save(
     potential: Potential,
     path: Path | str,
-    check: Sequence[Structure] = (),
+    check: Sequence[Structure | Atoms] = (),
     training: Mapping[str, Any] | None = None,
     stored: Sequence[Mapping[str, Any]] | None = None,
 ) -> None:
@@ -63,10 +64,11 @@ def save(
         ValueError: a potential that ``load`` would refuse (`check_sizes`).
     """
     check_sizes(potential)
+    structures = [as_structure(s, f"check[{k}]") for k, s in enumerate(check)]
     tensors = {f"network.{k}": v.detach().cpu().contiguous() for k, v in potential.network.state_dict().items()}
     if stored is None:
-        stored = potential.predict(check, refuse=False) if check else []
-    for k, (structure, predicted) in enumerate(zip(check, stored, strict=True)):
+        stored = potential.predict(structures, refuse=False)
+    for k, (structure, predicted) in enumerate(zip(structures, stored, strict=True)):
         parts = {
             "atomic_numbers": structure.atomic_numbers,
             "positions": structure.positions,
@@ -90,7 +92,7 @@ def save(
         "units": UNITS,
         "conservative": potential.conservative,
         "num_parameters": potential.num_parameters,
-        "n_check": len(check),
+        "n_check": len(structures),
         "training": dict(training or {}),
     }
     if potential.uncertainty is not None:
@@ -168,10 +170,13 @@ def as_potential(
         dtype: Of one that is read; by default as saved.
 
     Raises:
+        TypeError: neither.
         ValueError: a device or dtype asked for that a potential in memory does not have; and as ``load``.
     """
-    if not isinstance(potential, Potential):
+    if isinstance(potential, str | Path):
         return load(potential, device, dtype)
+    if not isinstance(potential, Potential):
+        raise TypeError(f"Expected a potential (gossamer.load) or the file of one, found {type(potential).__name__}.")
     asked = None if dtype is None else precision(dtype)
     if asked not in (None, potential.dtype) or torch.device(device).type not in ("cpu", potential.device.type):
         raise ValueError(

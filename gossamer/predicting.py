@@ -16,7 +16,7 @@ from ase.stress import full_3x3_to_voigt_6_stress
 from tqdm import tqdm
 
 from gossamer.data.atoms import count_frames, disorder, iterate_frames
-from gossamer.data.structure import as_structure
+from gossamer.data.structure import Structure, as_structure
 from gossamer.engine.engine import Engine, Way
 from gossamer.files import InputError, atomic_path
 from gossamer.graph import Graph
@@ -64,11 +64,12 @@ def predict(
         forces_uncertainty_eV_per_A, that of its most uncertain atom.
 
     Raises:
+        TypeError: frames in memory, for which there is `Potential.predict`.
         FileExistsError: ``out`` is one of the files that are read.
         ValueError: no structures, an ``out`` of another format, a frame that cannot be read, is disordered or holds an element that the
             potential does not know, or features of a compiled program that has none.
     """
-    paths = [Path(p) for p in ([structures] if isinstance(structures, str | Path) else structures)]
+    paths = _paths(structures)
     out = Path(out)
     _check(paths, out, batch_atoms)
     potential = as_potential(model, device, dtype)
@@ -97,6 +98,17 @@ def predict(
     if worst[1] is not None:
         found |= {"most_uncertain_frame": worst[1], "forces_uncertainty_eV_per_A": worst[0]}
     return found
+
+
+def _paths(structures: Any) -> list[Path]:
+    """The files; raises TypeError for frames in memory."""
+    found: list[Any] = [structures] if isinstance(structures, str | Path | Atoms | Structure) else list(structures)
+    for item in found:
+        if not isinstance(item, str | Path):
+            raise TypeError(
+                f"structures: expected files, found {type(item).__name__}. Of frames in memory gossamer.load(model).predict(frames) gives all this."
+            )
+    return [Path(item) for item in found]
 
 
 def _check(paths: Sequence[Path], out: Path, batch_atoms: int) -> None:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from gossamer.checks.candidate import Candidate
 from gossamer.checks.result import Metric, Panel, Result, at_least, at_most, close_to, conclude, curve, measured, skipped
-from gossamer.data.atoms import read_frames
+from gossamer.data.atoms import own_results, read_frames
 from gossamer.files import write_text
 from gossamer.simulation.uncertain import uncertainties
 
@@ -28,10 +28,13 @@ def predict(calculator: Any, frames: Sequence[Atoms], bar: Any = iter) -> list[d
     A frame that the calculator cannot evaluate has an "error" and no predictions.
 
     Labels are those of ASE's readers: the energy, forces and stress of the frame's own calculator.
+
+    Raises:
+        ValueError: a frame whose calculator went on to other atoms.
     """
     out = []
-    for atoms in bar(frames):
-        labels = dict(getattr(atoms.calc, "results", {}) or {})
+    for k, atoms in enumerate(bar(frames)):
+        labels = own_results(atoms, f"frame {k}")
         entry: dict[str, Any] = {
             "symbols": np.array(atoms.get_chemical_symbols()),
             "n_atoms": len(atoms),

@@ -77,6 +77,21 @@ def disorder(atoms: Atoms) -> str:
     return ""
 
 
+def own_results(atoms: Atoms, name: str = "structure") -> dict[str, Any]:
+    """What the calculator of the atoms found for them: a label, where it is the reference's. Nothing is computed.
+
+    Raises:
+        ValueError: the calculator went on to other atoms (frames share it), or the atoms moved since.
+    """
+    results = dict(getattr(atoms.calc, "results", None) or {})
+    if results and getattr(atoms.calc, "atoms", None) is not None and (changes := atoms.calc.check_state(atoms)):
+        raise ValueError(
+            f"{name}: the results of its calculator are of other atoms ({', '.join(changes)} differ), as of frames that share one calculator. "
+            "Keep those of each frame: frame.calc = ase.calculators.singlepoint.SinglePointCalculator(frame, **frame.calc.results) after its evaluation."
+        )
+    return results
+
+
 def iterate_frames(path: Path | str, frame: int | None = None) -> Iterator[Atoms]:
     """What ``read_frames`` reads, one frame after the other: (extended) XYZ that is not compressed, and what ASE reads frame by frame
     (its trajectories and databases), are never held whole.

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
+from ase import Atoms
 from ase.data import chemical_symbols
 from numpy.typing import NDArray
 from pydantic import Field, field_validator
 
+from gossamer.data.atoms import own_results
 from gossamer.data.fingerprint import Copies
 from gossamer.data.labels import LabelConfig, refuse_unread
-from gossamer.data.readers import read_structures, suggestion
+from gossamer.data.readers import from_atoms, read_structures, suggestion
 from gossamer.data.store import Store
 from gossamer.data.structure import REACH, Structure
 from gossamer.settings import settings
@@ -74,6 +76,41 @@ def open_dataset(path: str | Path | Sequence[str | Path], labels: LabelConfig | 
         refuse_unread(labels or LabelConfig(), f"'{path}'", ())
         return Store(path)
     return list(read_structures(path, labels))
+
+
+Data = Path | str | Structure | Atoms | Iterable[Path | str] | Iterable[Structure | Atoms]
+"""labelled frames: where they are, or they themselves"""
+
+
+def as_dataset(data: Data, labels: LabelConfig | None = None) -> Sequence[Structure]:
+    """Structures by index, of files (`open_dataset`) or of frames in memory: structures as they are, Atoms with the labels they carry.
+
+    Raises:
+        TypeError: something else among the frames.
+        ValueError: Atoms whose calculator went on to other atoms, or names and units of labels for structures, which have their own.
+    """
+    if isinstance(data, str | Path):
+        return open_dataset(data, labels)
+    given: Any = [data] if isinstance(data, Structure | Atoms) else data
+    if isinstance(given, Sequence) and not isinstance(given, list | tuple):
+        return given  # a store, or some of one: not read whole
+    items: list[Any] = list(given)
+    if items and all(isinstance(item, str | Path) for item in items):
+        return open_dataset(items, labels)
+    config = labels or LabelConfig()
+    if items and all(isinstance(item, Structure) for item in items):
+        refuse_unread(config, "a Structure", ())
+    return [_in_memory(item, config, k) for k, item in enumerate(items)]
+
+
+def _in_memory(frame: Any, labels: LabelConfig, k: int) -> Structure:
+    """A frame with its labels."""
+    if isinstance(frame, Structure):
+        return frame.validate()
+    if not isinstance(frame, Atoms):
+        raise TypeError(f"frame {k}: expected ASE's Atoms or a gossamer.Structure, found {type(frame).__name__}.")
+    own_results(frame, f"frame {k}")
+    return from_atoms(frame, labels, f"frame {k}").validate()
 
 
 class Subset(Sequence[Structure]):

@@ -6,7 +6,6 @@ import logging
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +13,7 @@ from ase.data import atomic_numbers as number_of
 from ase.data import chemical_symbols, covalent_radii
 
 from gossamer.data.consistency import compare_pairs, compare_strained_pairs, compare_stress_with_volume
-from gossamer.data.dataset import open_dataset
+from gossamer.data.dataset import Data, as_dataset
 from gossamer.data.duplicates import find_duplicates
 from gossamer.data.labels import LabelConfig
 from gossamer.data.readers import CHARGE, HEAD, suggestion
@@ -68,14 +67,14 @@ class Inspection:
         return {"ok": self.ok, "numbers": self.numbers, "warnings": self.warnings, "errors": self.errors}
 
 
-def inspect(data: Path | str | Sequence[Structure], labels: LabelConfig | None = None) -> Inspection:
+def inspect(data: Data, labels: LabelConfig | None = None) -> Inspection:
     """Look through a data set for what makes trained potentials wrong.
 
     Args:
-        data: Structures, or where they are.
-        labels: Names and units of the labels.
+        data: File, folder or store, or several; or frames in memory: structures, or Atoms with the labels they were read with.
+        labels: Names and units of the labels; structures have their own.
     """
-    structures = open_dataset(data, labels) if isinstance(data, str | Path) else data
+    structures = as_dataset(data, labels)
     report = Inspection()
     if len(structures) == 0:
         report.errors.append("there are no frames")

@@ -19,6 +19,9 @@ from gossamer.quantities import OWN, QUANTITIES
 REACH = 6.0
 """Å, as long a cutoff as networks usually have: a single atom that sees no other within it is an isolated one"""
 
+UNNAMED = "structure"
+"""name of one that was given none"""
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Structure:
@@ -42,7 +45,7 @@ class Structure:
     """(n_atoms,) atoms held fixed when the data was made"""
     group: str | None = None
     """material or trajectory id, for splits that must not leak"""
-    name: str = "structure"
+    name: str = UNNAMED
     """file and frame, for messages"""
     entries: tuple[str, ...] = ()
     """names of what else the file holds for the frame, for messages"""
@@ -88,6 +91,9 @@ class Structure:
         Raises:
             ValueError: names the structure, what is wrong, and where.
         """
+        for part in ("atomic_numbers", "positions", "cell", "pbc"):
+            if not isinstance(getattr(self, part), np.ndarray):
+                raise ValueError(f"{self.name}: {part} is a {type(getattr(self, part)).__name__}, expected an array: np.array(...).")
         n = self.n_atoms
         if n == 0:
             raise ValueError(f"{self.name}: no atoms. Remove the frame.")
@@ -142,10 +148,10 @@ def as_structure(atoms: Atoms | Structure, name: str = "structure") -> Structure
 
     Raises:
         TypeError: something else, such as the name of a file.
-        ValueError: no atoms, or a periodic axis without a length.
+        ValueError: as `Structure.validate`: no atoms, positions that are not as many, a periodic axis without a length.
     """
     if isinstance(atoms, Structure):
-        return atoms
+        return (replace(atoms, name=name) if atoms.name == UNNAMED else atoms).validate()
     if not isinstance(atoms, Atoms):
         raise TypeError(
             f"{name}: expected ASE's Atoms or a gossamer.Structure, found {type(atoms).__name__}. Read files beforehand (ase.io.read)."

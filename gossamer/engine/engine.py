@@ -79,6 +79,8 @@ class Engine:
         with undisturbed(potential.device):
             self.potential = sharing_copy(potential, differentiable=False).eval()
         self.asked, self.weights_change = way, weights_change
+        self._weights = () if weights_change else tuple(self.potential.parameters())
+        self._known = self._changes()
         self.quick: Potential | None = None
         """the potential with kernels"""
         self.program: Program | None = None
@@ -114,10 +116,22 @@ class Engine:
         """Energy, forces and, for conservative forces, stress of a batch on the potential's device; nothing to differentiate further.
 
         Programs and CUDA graphs leave to the kernels what they cannot take: lone atoms, or batches of which there is no program.
+
+        Raises:
+            RuntimeError: the weights changed since the engine was made, and were not to.
         """
+        if self._changes() != self._known:
+            raise RuntimeError(
+                "The potential's weights changed after this engine (or calculator) was made, which holds what it computed from them: answers "
+                "would be half old, half new. Make another one, or an Engine with weights_change=True."
+            )
         with self._lock, undisturbed(self.potential.device):
             out = self._predict(graph.differentiable(), stress)
         return out if self.dispersion is None else self._dispersed(self.dispersion, out, graph)
+
+    def _changes(self) -> int:
+        """How often weights were written in place, by PyTorch's own count, which it keeps for all but tensors of inference mode."""
+        return sum(p._version for p in self._weights if not p.is_inference())
 
     def _predict(self, graph: Graph, stress: bool) -> Prediction:
         """The potential's own."""

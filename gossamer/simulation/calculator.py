@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import logging
 import threading
 from pathlib import Path
@@ -51,7 +52,7 @@ class Calculator(ASECalculator):
     ) -> None:
         """
         Args:
-            potential: A potential, or the file of one.
+            potential: A potential, whose weights must not change later (make another calculator then), or the file of one.
             device: Where to compute, if a file is given.
             dtype: "float32" or "float64", if a file is given; by default as saved.
             skin: Å beyond the cutoff that the neighbour list reaches, so that it is rebuilt rarely.
@@ -60,14 +61,16 @@ class Calculator(ASECalculator):
                 Linux; concerns the whole process (`gossamer.engine.memory`).
             uncertainty: Put "energy_uncertainty" and "forces_uncertainty" into the results of every evaluation, not only when asked for.
             dispersion: D3 of this functional is added (`gossamer.dispersion.D3`); energies and stresses of atoms are then not given.
+            kwargs: ASE's own (``atoms``, ``label``, ``directory``).
 
         Raises:
+            TypeError: an argument that is none of these.
             ValueError: an unknown way, a CUDA graph without a GPU, dispersion that the labels held already, or no uncertainty where it is
                 asked for.
             RuntimeError: a way asked for by name that cannot be had here.
             ImportError: dispersion without its package.
         """
-        super().__init__(**kwargs)
+        super().__init__(**kwargs)  # hands what it does not know to `set`
         if reuse_memory:
             keep_freed_memory()
         self.engine = Engine(as_potential(potential, device, dtype), way, dispersion=dispersion)
@@ -105,6 +108,17 @@ class Calculator(ASECalculator):
         with self._lock:
             return super().get_property(name, atoms, allow_calculation)
 
+    def set(self, **kwargs: Any) -> dict[str, Any]:
+        """ASE's way to set parameters, of which there are none: what a potential computes is fixed when its calculator is made.
+
+        Raises:
+            TypeError: a parameter.
+        """
+        if kwargs:
+            known = [name for name in inspect.signature(Calculator).parameters if name != "kwargs"]
+            raise TypeError(f"A calculator has no argument {', '.join(map(repr, kwargs))}. When it is made it takes {', '.join(known)}.")
+        return {}
+
     def __getstate__(self) -> dict[str, Any]:
         return {k: v for k, v in vars(self).items() if k not in ("_lock", "_last")}
 
@@ -119,12 +133,15 @@ class Calculator(ASECalculator):
         evaluation; they sum to the stress.
 
         Raises:
-            ValueError: unknown element, positions that are not finite, two atoms on one spot, or a crystal that is refused
+            ValueError: no atoms, unknown element, positions that are not finite, two atoms on one spot, or a crystal that is refused
                 (`Potential.refuse_charged`).
             PropertyNotImplementedError: stress or stresses of direct forces, or of a structure without a volume.
         """
         super().calculate(atoms, properties, system_changes)
-        assert self.atoms is not None
+        if self.atoms is None:
+            raise ValueError(
+                "There are no atoms to compute. Write atoms.calc = calculator and ask the atoms, or give them: get_potential_energy(atoms)."
+            )
         wanted = properties or ["energy"]
         uncertain = self.uncertainty or any(name in UNCERTAINTIES for name in wanted)
         if all(name in UNCERTAINTIES for name in wanted) and not system_changes and self._last is not None:
