@@ -96,7 +96,7 @@ def fit(
     structures = open_dataset(data, labels)
     if len(structures) < 2:
         raise ValueError(f"'{data}' holds one frame: one to train on and one to validate with are the least. Give more frames.")
-    report = inspect(structures, labels)
+    report = inspect(structures)
     for message in (*report.warnings, *(report.errors if force else ())):
         log.warning("%s", message)
     if report.errors and not force:

@@ -8,6 +8,7 @@ from ase import Atoms
 from ase.build import bulk, fcc111, molecule
 from ase.calculators.emt import EMT
 from ase.calculators.morse import MorsePotential
+from ase.constraints import FixSymmetry, Hookean
 from ase.geometry.rdf import get_rdf
 from broken_calculators import Broken, copper
 from conftest import shared_data
@@ -223,3 +224,17 @@ def test_curves_compare() -> None:
         liquids.rdf([molecule("H2O")])
     with pytest.raises(ValueError, match="at least one frame"):
         liquids.rdf([])
+
+
+def test_constraints_are_no_part_of_what_is_measured() -> None:
+    ethanol = molecule("CH3CH2OH")
+    ethanol.set_constraint(Hookean(0, 1, 5.0, 0.5))  # ASE adds its spring to the energy
+    assert force_gradient_error(EMT(), ethanol) < 1e-6
+    assert symmetry_errors(EMT(), ethanol)["rotation"]["relative"] < 1e-9
+    crystal = bulk("Cu", cubic=True)
+    crystal.set_constraint(FixSymmetry(crystal))  # and lets this one change stress and cells
+    plain = bulk("Cu", cubic=True)
+    assert stress_gradient_error(EMT(), crystal) == pytest.approx(stress_gradient_error(EMT(), plain), abs=1e-9)
+    assert symmetry_errors(EMT(), crystal)["rotation"]["relative"] < 1e-9
+    with pytest.raises(ValueError, match="periodic along no axis"):
+        supercell_error(EMT(), ethanol)

@@ -15,7 +15,7 @@ from gossamer.checks.candidate import Candidate, enlarged, rattled
 from gossamer.checks.config import TEMPERATURE, TIMESTEP
 from gossamer.checks.crystals import relaxed
 from gossamer.checks.result import Metric, Panel, Result, at_most, attempt, close_to, conclude, curve, largest, measured
-from gossamer.checks.symmetry import evaluate_on, net_force
+from gossamer.checks.symmetry import evaluate_on, net_force, unconstrained
 
 
 def force_gradient_error(calculator: Any, atoms: Atoms, step: float = 1e-4, n_atoms: int = 8, seed: int = 0) -> float:
@@ -28,9 +28,9 @@ def force_gradient_error(calculator: Any, atoms: Atoms, step: float = 1e-4, n_at
         n_atoms: Atoms differentiated (three components each).
         seed: Of the choice.
     """
-    work = atoms.copy()
+    work = unconstrained(atoms)
     work.calc = calculator
-    forces = work.get_forces(apply_constraint=False)
+    forces = work.get_forces()
     chosen = np.random.default_rng(seed).permutation(len(atoms))[:n_atoms]
     worst = 0.0
     for atom in chosen:
@@ -47,7 +47,7 @@ def force_gradient_error(calculator: Any, atoms: Atoms, step: float = 1e-4, n_at
 
 def stress_gradient_error(calculator: Any, atoms: Atoms, step: float = 1e-4) -> float:
     """Largest |stress - (1/V) dE/d(strain)| in eV/Å³ over the six symmetric strains, by central differences."""
-    work = atoms.copy()
+    work = unconstrained(atoms)
     work.calc = calculator
     stress = work.get_stress(voigt=True)
     volume = atoms.get_volume()
@@ -59,7 +59,7 @@ def stress_gradient_error(calculator: Any, atoms: Atoms, step: float = 1e-4) -> 
                 strain = np.zeros((3, 3))
                 strain[i, j] += 0.5 * shift * step
                 strain[j, i] += 0.5 * shift * step
-                strained = atoms.copy()
+                strained = unconstrained(atoms)
                 strained.set_cell(atoms.cell.array @ (np.eye(3) + strain), scale_atoms=True)
                 strained.calc = calculator
                 energies.append(strained.get_potential_energy())

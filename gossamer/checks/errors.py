@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from gossamer.checks.candidate import Candidate
 from gossamer.checks.result import Metric, Panel, Result, at_least, at_most, close_to, conclude, curve, measured, skipped
+from gossamer.checks.symmetry import unconstrained
 from gossamer.data.atoms import own_results, read_frames
 from gossamer.files import write_text
 from gossamer.simulation.uncertain import uncertainties
@@ -41,10 +42,10 @@ def predict(calculator: Any, frames: Sequence[Atoms], bar: Any = iter) -> list[d
             "energy": (None, None),
             "forces": (None, None),
         }
-        work = atoms.copy()
+        work = unconstrained(atoms)
         work.calc = calculator
         try:
-            energy, forces = float(work.get_potential_energy()), work.get_forces(apply_constraint=False)
+            energy, forces = float(work.get_potential_energy()), work.get_forces()
         except Exception as error:  # a judged calculator may raise anything; the other frames still count
             out.append({**entry, "error": f"{type(error).__name__}: {error}", "uncertainty": None})
             continue

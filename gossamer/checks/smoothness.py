@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from gossamer.checks.candidate import Candidate, bond_length, rattled
 from gossamer.checks.result import Metric, Panel, Result, at_least, at_most, attempt, conclude, curve, measured
+from gossamer.checks.symmetry import unconstrained
 
 Array = NDArray[np.float64]
 
@@ -20,7 +21,7 @@ def energies_along(
     calculator: Any, atoms: Atoms, atom: int, direction: NDArray[np.float64], offsets: NDArray[np.float64]
 ) -> NDArray[np.float64]:
     """Energy in eV with one atom moved by each offset (Å) along a unit direction."""
-    work = atoms.copy()
+    work = unconstrained(atoms)
     work.calc = calculator
     out = []
     for offset in offsets:
@@ -62,13 +63,13 @@ def along(
     calculator: Any, atoms: Atoms, direction: NDArray[np.float64], offsets: NDArray[np.float64]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Energies (eV) and slopes -F·direction (eV/Å) with the atoms moved by ``offsets`` (Å) along a (n_atoms, 3) direction."""
-    work = atoms.copy()
+    work = unconstrained(atoms)
     work.calc = calculator
     energies, slopes = [], []
     for offset in offsets:
         work.positions = atoms.positions + offset * direction
         energies.append(work.get_potential_energy())
-        slopes.append(-float((work.get_forces(apply_constraint=False) * direction).sum()))
+        slopes.append(-float((work.get_forces() * direction).sum()))
     return np.array(energies), np.array(slopes)
 
 

@@ -15,10 +15,17 @@ from gossamer.checks.result import Metric, Result, at_most, attempt, conclude, l
 
 
 def evaluate_on(calculator: Any, atoms: Atoms) -> tuple[float, NDArray[np.float64]]:
-    """Energy in eV and forces in eV/Å of a copy of the atoms."""
-    copy = atoms.copy()
+    """Energy in eV and forces in eV/Å of a copy of the atoms, without their constraints."""
+    copy = unconstrained(atoms)
     copy.calc = calculator
-    return float(copy.get_potential_energy()), copy.get_forces(apply_constraint=False)
+    return float(copy.get_potential_energy()), copy.get_forces()
+
+
+def unconstrained(atoms: Atoms) -> Atoms:
+    """A copy that shows what the calculator alone says: ASE lets constraints change energies, forces, stresses and cells."""
+    copy = atoms.copy()
+    copy.set_constraint()
+    return copy
 
 
 def lone(atoms: Atoms) -> Atoms:
@@ -63,8 +70,8 @@ def symmetry_errors(calculator: Any, atoms: Atoms, seed: int = 0) -> dict[str, d
 
 
 def transformed(atoms: Atoms, matrix: NDArray[np.float64]) -> Atoms:
-    """Atoms and cell under an orthogonal matrix."""
-    copy = atoms.copy()
+    """Atoms and cell under an orthogonal matrix, without constraints."""
+    copy = unconstrained(atoms)
     copy.set_cell(atoms.cell.array @ matrix.T)
     copy.positions = atoms.positions @ matrix.T
     return copy
@@ -78,7 +85,13 @@ def displaced(atoms: Atoms, by: NDArray[np.float64]) -> Atoms:
 
 
 def supercell_error(calculator: Any, atoms: Atoms) -> float:
-    """Largest |E(supercell)/2 - E| in eV/atom of cells doubled along each periodic axis in turn."""
+    """Largest |E(supercell)/2 - E| in eV/atom of cells doubled along each periodic axis in turn.
+
+    Raises:
+        ValueError: no axis is periodic.
+    """
+    if not atoms.pbc.any():
+        raise ValueError("The structure is periodic along no axis: there is nothing to double.")
     energy, _ = evaluate_on(calculator, atoms)
     doubled = (evaluate_on(calculator, atoms.repeat([1 + (k == axis) for k in range(3)]))[0] for axis in np.flatnonzero(atoms.pbc))
     return largest(abs(larger / 2 - energy) / len(atoms) for larger in doubled)
@@ -103,7 +116,7 @@ def net_force(calculator: Any, atoms: Atoms) -> float:
 
 def left_handed_error(calculator: Any, atoms: Atoms) -> float:
     """Change of the energy in eV/atom when two lattice vectors are exchanged, which leaves the crystal as it is."""
-    other = atoms.copy()
+    other = unconstrained(atoms)
     other.set_cell(atoms.cell.array[[1, 0, 2]])
     other.pbc = atoms.pbc[[1, 0, 2]]
     return abs(evaluate_on(calculator, other)[0] - evaluate_on(calculator, atoms)[0]) / len(atoms)
