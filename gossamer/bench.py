@@ -10,9 +10,11 @@ import datetime
 import logging
 import multiprocessing
 import os
+import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Literal
 
 from ase import Atoms
@@ -34,9 +36,9 @@ log = logging.getLogger(__name__)
 
 
 def bench(
-    models: Sequence[Path | str] = (),
-    calculator: Sequence[str] = (),
-    structure: Path | str | None = None,
+    models: Sequence[Path | str] | Path | str = (),
+    calculator: Sequence[str] | str = (),
+    structure: Atoms | Path | str | None = None,
     sizes: Sequence[int] = (100, 300, 1000, 3000, 10_000, 30_000, 100_000),
     seconds: float = 10.0,
     threads: int | None = None,
@@ -50,7 +52,7 @@ def bench(
     Args:
         models: Saved potentials, ``PATH`` or ``NAME=PATH``.
         calculator: Any ASE calculators, ``[NAME=]MODULE:FACTORY``, as `gossamer judge` takes them.
-        structure: File whose first frame is repeated up to each size (a molecule stays one); by default a structure kept in the first
+        structure: Atoms, or a file whose first frame they are, repeated up to each size (a molecule stays one); by default a structure kept in the first
             potential's file, else a simple crystal or molecule.
         sizes: Numbers of atoms, at least; the next size is left out when an evaluation would take longer than ``seconds``.
         seconds: Longest single evaluation.
@@ -69,6 +71,8 @@ def bench(
         ValueError: nothing to time, two of one name, or settings that cannot be.
     """
     candidates: list[dict[str, Any]] = []
+    models = [models] if isinstance(models, str | Path) else models
+    calculator = [calculator] if isinstance(calculator, str) else calculator
     for text in models:
         name, path = named_path(str(text))
         candidates.append({"name": name, "model": path})
@@ -123,7 +127,8 @@ def _in_own_process(job: dict[str, Any]) -> dict[str, Any]:
     if job["threads"]:
         os.environ["OMP_NUM_THREADS"] = str(job["threads"])
     process = context.Process(target=_child, args=(job, sender))
-    process.start()
+    with _without_script():
+        process.start()
     if job["threads"]:
         os.environ.pop("OMP_NUM_THREADS") if before is None else os.environ.update(OMP_NUM_THREADS=before)
     sender.close()
@@ -154,6 +159,17 @@ def _in_own_process(job: dict[str, Any]) -> dict[str, Any]:
     if len(slow) > 2:
         record["growth"] = growth_exponent([r["atoms"] for r in slow], [r["ms"] for r in slow])
     return record
+
+
+@contextlib.contextmanager
+def _without_script() -> Iterator[None]:
+    """A process started meanwhile does not run the caller's script again: it need not be written for that, with a main guard."""
+    script = sys.modules["__main__"]
+    sys.modules["__main__"] = ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = script
 
 
 def _child(job: dict[str, Any], pipe: Any) -> None:
@@ -292,6 +308,12 @@ def floor(work: dict[str, Any], ceiling: dict[str, float]) -> float:
     return 1000 * max(work["multiply_adds"] / ceiling["macs"], work["bytes"] / ceiling["bytes"])
 
 
+class _Everywhere(contextlib.nullcontext[None]):
+    """In the place of PyTorch's account of which module is at work: only the sum is asked for."""
+
+    parents = ("Global",)
+
+
 def least_work(engine: Any, graph: Any) -> dict[str, float]:
     """Multiply-adds and bytes of energy and forces that no program is without.
 
@@ -313,7 +335,9 @@ def least_work(engine: Any, graph: Any) -> dict[str, float]:
         potential = engine.potential
         with contextlib.suppress(Missing):
             potential = attach_kernels(potential)
-    with FlopCounterMode(display=False) as counter:
+    counter: Any = FlopCounterMode(display=False)
+    counter.mod_tracker = _Everywhere()  # PyTorch's own puts hooks on modules, with which the forces of plain networks are refused
+    with counter:
         potential(graph, stress=False, isolated=potential.isolated_outputs())
     macs = counter.get_total_flops() / 2
     size = torch.finfo(potential.dtype).bits // 8

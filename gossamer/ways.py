@@ -67,8 +67,8 @@ class Row:
 
 def parity(
     model: Path | str,
-    structures: Sequence[Path | str] = (),
-    ways: Sequence[str] | None = None,
+    structures: Sequence[Path | str] | Path | str = (),
+    ways: Sequence[str] | str | None = None,
     exported: Path | str | None = None,
     count: int = 5,
     tolerance: float | None = None,
@@ -82,7 +82,7 @@ def parity(
 
     Args:
         model: Saved potential.
-        structures: Files; of each at most ``count`` frames, spread evenly. By default the structures kept in the potential's file.
+        structures: Files, or one; of each at most ``count`` frames, spread evenly. By default the structures kept in the potential's file.
         ways: Which (`WAYS`); by default all. A way asked for by name that cannot be had here does not agree.
         exported: Program made by `gossamer export` from this potential, in this precision.
         count: Frames of each file.
@@ -100,13 +100,15 @@ def parity(
         ValueError: an unknown way, no structures or such as the potential has no forces for, or a setting that cannot be.
         FileNotFoundError: no such file.
     """
+    ways = [ways] if isinstance(ways, str) else ways
     wrong = sorted(set(ways or ()) - set(WAYS))
     if wrong:
         raise ValueError(f"ways: {', '.join(wrong)} are unknown. Choose among {', '.join(WAYS)}.")
     if count < 1 or (tolerance is not None and not tolerance > 0):
         raise ValueError(f"count and tolerance must be positive, found {count} and {tolerance}.")
     potential = load(model, device, dtype)
-    frames = [found[k] for found in map(read_frames, structures) for k in spread(len(found), count)]
+    files = [structures] if isinstance(structures, str | Path) else structures
+    frames = [found[k] for found in map(read_frames, files) for k in spread(len(found), count)]
     frames = frames or [s.to_ase() for s in stored_structures(model)]
     if not frames:
         raise ValueError(f"'{model}' keeps no structures. Give some to compare on.")

@@ -207,3 +207,24 @@ def test_floor_counts_what_must_be_done() -> None:
     # one product of scalars: spline 5, coefficient 1, sum 1; backward: spline and slope 9, coefficient 1, features and slope 2, harmonic 1 + 1, slope 1
     assert operations(scalar_convolution(1)) == (5 + 1 + 1) + (9 + 1 + 2 + 1 + 1 + 1)
     assert operations(vector_convolution(10, True)) == 10 * operations(vector_convolution(1, True))
+
+
+def test_a_script_needs_no_main_guard_and_one_candidate_no_list(tmp_path: Path) -> None:
+    ase.io.write(tmp_path / "cu.extxyz", bulk("Cu", cubic=True))
+    script = tmp_path / "script.py"
+    script.write_text(
+        "print('begins')\nfrom gossamer.bench import bench\n"
+        "found = bench(calculator='ase.calculators.emt:EMT', structure='cu.extxyz', sizes=(4,), seconds=0.1)\n"
+        "print(len(found[0]['rows']), found[0]['stopped'])\n"
+    )
+    done = subprocess.run([sys.executable, script], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == ["begins", "1 the largest size asked for"]
+
+
+def test_work_is_counted_without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(*_: Any) -> None:
+        raise Missing("no compiler")
+
+    calculator = Calculator(make_potential(["Si"]), way="plain")
+    monkeypatch.setattr("gossamer.engine.kernels.attach.attach_kernels", missing)
+    assert least_work(calculator.engine, calculator.graph(bulk("Si", cubic=True)))["multiply_adds"] > 1e4

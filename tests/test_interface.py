@@ -119,3 +119,10 @@ def test_weights_that_change_under_a_calculator_are_noticed(frames: list[Atoms])
     with pytest.raises(RuntimeError, match="weights changed after this engine"):
         calculator.get_potential_energy(frames[1])
     assert changing.predict(frames[1], run=following)[0]["energy"] == pytest.approx(changing.predict(frames[1])[0]["energy"])
+
+
+def test_one_file_and_one_way_need_no_list(potential: gossamer.Potential, frames: list[Atoms], tmp_path: Path) -> None:
+    ase.io.write(tmp_path / "frames.extxyz", frames[:1])
+    gossamer.save(potential, tmp_path / "p.safetensors")
+    (row,) = gossamer.parity(tmp_path / "p.safetensors", str(tmp_path / "frames.extxyz"), ways="plain")
+    assert row["way"] == "plain"
