@@ -89,6 +89,10 @@ def test_what_is_no_potential_and_what_are_no_files(potential: gossamer.Potentia
     for structures in (frames[0], frames, [gossamer.Structure(atomic_numbers=frames[0].numbers, positions=frames[0].positions)]):
         with pytest.raises(TypeError, match="structures: expected files, found .*predict\\(frames\\)"):
             gossamer.predict(potential, structures, out=tmp_path / "out.extxyz")
+    with pytest.raises(TypeError, match="made of a potential, found str"):
+        gossamer.Engine("p.safetensors")
+    with pytest.raises(TypeError, match="Expected an ASE calculator, found Potential"):
+        gossamer.with_dispersion(potential, "pbe")
     with pytest.raises(TypeError, match="expected its path, found Potential"):
         gossamer.calibrate(potential, frames)
     gossamer.save(potential, tmp_path / "p.safetensors", check=frames[:2])

@@ -17,6 +17,8 @@ from gossamer.files import COMPRESSIONS, InputError, open_text
 
 FULL = 0.01
 """by which the occupancy of a site may differ from 1: refinements do"""
+PLACE = ("positions", "numbers", "cell", "pbc")
+"""what results belong to; readers may set charges and magnetic moments afterwards"""
 TEXT = (*COMPRESSIONS, ".xyz", ".extxyz")
 """endings of files of (extended) XYZ"""
 
@@ -84,7 +86,9 @@ def own_results(atoms: Atoms, name: str = "structure") -> dict[str, Any]:
         ValueError: the calculator went on to other atoms (frames share it), or the atoms moved since.
     """
     results = dict(getattr(atoms.calc, "results", None) or {})
-    if results and getattr(atoms.calc, "atoms", None) is not None and (changes := atoms.calc.check_state(atoms)):
+    known = results and getattr(atoms.calc, "atoms", None) is not None
+    changes = [what for what in atoms.calc.check_state(atoms) if what in PLACE] if known else []
+    if changes:
         raise ValueError(
             f"{name}: the results of its calculator are of other atoms ({', '.join(changes)} differ), as of frames that share one calculator. "
             "Keep those of each frame: frame.calc = ase.calculators.singlepoint.SinglePointCalculator(frame, **frame.calc.results) after its evaluation."

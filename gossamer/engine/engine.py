@@ -58,11 +58,14 @@ class Engine:
                 (`gossamer.dispersion.D3`).
 
         Raises:
+            TypeError: no potential, but the file of one, say.
             ValueError: no such way, one that this device, precision or ``weights_change`` rules out, or dispersion that the potential has
                 already.
             RuntimeError: a way asked for by name that cannot be had here, and why.
             ImportError: dispersion without its package.
         """
+        if not isinstance(potential, Potential):
+            raise TypeError(f"An engine is made of a potential, found {type(potential).__name__}. Read files beforehand (gossamer.load).")
         if way not in get_args(Way):
             raise ValueError(f"way '{way}' is unknown. Choose one of {', '.join(get_args(Way))}.")
         if way != "plain" and potential.dtype not in DTYPES.values():

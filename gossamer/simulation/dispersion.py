@@ -47,8 +47,13 @@ def with_dispersion(calculator: Any, functional: str) -> SumCalculator:
     """Any ASE calculator with D3 of a functional on top; it gives what both give. One of our potentials takes ``dispersion`` itself.
 
     Raises:
+        TypeError: no calculator, but a potential, say.
         ValueError: a calculator of one of our potentials that has dispersion already, by its labels or as it was made, or of another functional.
     """
+    if not hasattr(calculator, "implemented_properties"):
+        raise TypeError(
+            f"Expected an ASE calculator, found {type(calculator).__name__}. Of a potential: gossamer.Calculator(..., dispersion=...)."
+        )
     known = getattr(getattr(calculator, "potential", None), "statistics", None)
     if known is not None:
         checked(functional, known.functional, "included" if calculator.engine.dispersion is not None else known.dispersion)
