@@ -77,8 +77,8 @@ plot_curves(distances, [(energies - energies[-1], "O-O")], "r, Å", "E, eV").sav
 print(f"energy of O-O at 1.0 Å above that at 4.0 Å: {np.interp(1.0, distances, energies - energies[-1]):.1f} eV")
 
 # %% [markdown]
-# Between 0.9 and 2.5 Å, where the liquid has no two oxygen atoms, the curve is invention: two hollows that nature does not have, in front of a wall (the ZBL repulsion). In the liquid it does no
-# harm; with free oxygen, or in a hot start built by hand, atoms would fall in. That is what the judge's sentence means.
+# Below 2.5 Å, where the liquid has no two oxygen atoms, nothing was learned: what is there is the repulsion that our potentials stand on (ZBL, which begins where the data ends), so that atoms of a
+# start built by hand part again. The judge passes that shape. It cannot know that two free oxygen atoms bind at 1.2 Å: for O2 this potential is not fit, and no verdict says so.
 #
 # ## 4. Another use: 600 K
 #

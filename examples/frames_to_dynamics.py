@@ -122,7 +122,7 @@ run = gossamer.md(
 print(f"{run['time_ps']:g} ps in {run['seconds']:.0f} s, mean temperature {run['mean_temperature_K']:.0f} K, broken: {run['broken']}")
 
 # %% [markdown]
-# The temperature of nine atoms fluctuates by 144 K (T √(2/24), 24 moving degrees of freedom), and a few picoseconds hold few independent values: a mean 45 K off is no finding yet.
+# The temperature of nine atoms fluctuates by 144 K (T √(2/24), 24 moving degrees of freedom), and a few picoseconds hold few independent values: a mean 45 K off would be no finding yet.
 #
 # ## 7. Does it visit what the reference visits?
 #
