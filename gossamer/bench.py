@@ -10,11 +10,9 @@ import datetime
 import logging
 import multiprocessing
 import os
-import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any, Literal
 
 from ase import Atoms
@@ -26,7 +24,7 @@ from gossamer.checks.candidate import (
     rattled,
 )
 from gossamer.checks.source import named_path, parse_calculator, refuse_options, supported_elements
-from gossamer.checks.speed import growth_exponent, memory, time_evaluation
+from gossamer.checks.speed import growth_exponent, memory, time_evaluation, without_script
 from gossamer.data.atoms import as_atoms
 from gossamer.files import atomic_path, write_json, write_text
 from gossamer.machine import machine, versions
@@ -127,7 +125,7 @@ def _in_own_process(job: dict[str, Any]) -> dict[str, Any]:
     if job["threads"]:
         os.environ["OMP_NUM_THREADS"] = str(job["threads"])
     process = context.Process(target=_child, args=(job, sender))
-    with _without_script():
+    with without_script():
         process.start()
     if job["threads"]:
         os.environ.pop("OMP_NUM_THREADS") if before is None else os.environ.update(OMP_NUM_THREADS=before)
@@ -159,17 +157,6 @@ def _in_own_process(job: dict[str, Any]) -> dict[str, Any]:
     if len(slow) > 2:
         record["growth"] = growth_exponent([r["atoms"] for r in slow], [r["ms"] for r in slow])
     return record
-
-
-@contextlib.contextmanager
-def _without_script() -> Iterator[None]:
-    """A process started meanwhile does not run the caller's script again: it need not be written for that, with a main guard."""
-    script = sys.modules["__main__"]
-    sys.modules["__main__"] = ModuleType("__main__")
-    try:
-        yield
-    finally:
-        sys.modules["__main__"] = script
 
 
 def _child(job: dict[str, Any], pipe: Any) -> None:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-import pickle
+import multiprocessing
 import platform
 import resource
-import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from pickle import PicklingError
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -54,7 +56,7 @@ def _peak() -> float:
     """MB. Where Linux says it, not by ``getrusage``: there a process begins with the peak of the one that started it."""
     status = Path("/proc/self/status")
     if status.exists():
-        for line in status.read_text().splitlines():
+        for line in status.read_text("utf-8").splitlines():
             if line.startswith("VmHWM:"):
                 return float(line.split()[1]) / 1e3
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e6 if platform.system() == "Darwin" else 1e3)
@@ -70,24 +72,42 @@ def memory_by_itself(make: Callable[[], Any], systems: Sequence[Atoms]) -> list[
     Returns:
         NaN for what could not be evaluated there, as where ``make`` cannot be sent to another process.
     """
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_answer, args=(make, systems, sender))
+    told: list[float] = []
     try:
-        question = pickle.dumps((make, systems))
-    except (pickle.PicklingError, AttributeError, TypeError):
+        with without_script():
+            process.start()
+    except (PicklingError, AttributeError, TypeError):
         return [math.nan] * len(systems)
-    command = [sys.executable, "-c", "from gossamer.checks.speed import _answer; _answer()"]
-    done = subprocess.run(command, input=question, capture_output=True, check=False)
-    told = [float(line.split()[1]) for line in done.stdout.decode().splitlines() if line.startswith("MB: ")]
+    sender.close()
+    with contextlib.suppress(EOFError):
+        while True:
+            told.append(receiver.recv())
+    process.join()
     return told + [math.nan] * (len(systems) - len(told))
 
 
-def _answer() -> None:
-    """What `memory_by_itself` asks of another process."""
-    make, systems = pickle.load(sys.stdin.buffer)
-    calculator = make()
-    for atoms in systems:
-        atoms.calc = calculator
-        atoms.get_forces()
-        print(f"MB: {_peak()}", flush=True)
+def _answer(make: Callable[[], Any], systems: Sequence[Atoms], pipe: Any) -> None:
+    """What `memory_by_itself` asks of another process; what cannot be evaluated ends it without an answer."""
+    with contextlib.closing(pipe), contextlib.suppress(Exception):
+        calculator = make()
+        for atoms in systems:
+            atoms.calc = calculator
+            atoms.get_forces()
+            pipe.send(_peak())
+
+
+@contextlib.contextmanager
+def without_script() -> Iterator[None]:
+    """A process started meanwhile does not run the caller's script again: it need not be written for that, with a main guard."""
+    script = sys.modules["__main__"]
+    sys.modules["__main__"] = ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = script
 
 
 def growth_exponent(sizes: list[int], seconds: list[float]) -> float:
