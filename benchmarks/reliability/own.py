@@ -49,19 +49,30 @@ def crystal(symbol: str, temperature: float) -> Atoms:
     return atoms
 
 
+def sides(stem: str) -> tuple[str, str]:
+    """The files to train on and to test on."""
+    return f"{stem}_train", f"{stem}_test"
+
+
 SYSTEMS: dict[str, dict[str, Any]] = {
-    "silicon": {"files": "mlearn/mlearn_Si", "dynamics": {"timestep": 1.0}, "start": lambda: crystal("Si", 1000.0)},
-    "copper": {"files": "mlearn/mlearn_Cu", "dynamics": {"timestep": 2.0}, "start": lambda: crystal("Cu", 1000.0)},
-    "ethanol": {"files": "rmd17/rmd17_ethanol", "dynamics": {"protocol": "molecule"}, "start": None},
-    "water": {"files": "water_pbe0ts_330K/water_pbe0ts", "dynamics": {"protocol": "water", "temperature": 330.0}, "start": None},
+    "silicon": {"files": sides("mlearn/mlearn_Si"), "dynamics": {"timestep": 1.0}, "start": lambda: crystal("Si", 1000.0)},
+    "copper": {"files": sides("mlearn/mlearn_Cu"), "dynamics": {"timestep": 2.0}, "start": lambda: crystal("Cu", 1000.0)},
+    "ethanol": {"files": sides("rmd17/rmd17_ethanol"), "dynamics": {"protocol": "molecule"}, "start": None},
+    "water": {"files": sides("water_pbe0ts_330K/water_pbe0ts"), "dynamics": {"protocol": "water", "temperature": 330.0}, "start": None},
+    "lips": {"files": sides("lips/lips"), "dynamics": {"protocol": "lips"}, "start": None},
+    "methane": {
+        "files": tuple(f"no_upstream_licence/ch4/ch4_aimd_{t}K" for t in (1000, 300)),
+        "dynamics": {"protocol": "methane"},
+        "start": None,
+    },
 }
-"""data; how dynamics are asked for; where they start, if not from the first test frame. Of the molecule and of water the test frames are the reference."""
+"""data; how dynamics are asked for; where they start, if not from the first test frame. Without a start of their own the test frames are the reference."""
 
 
 def run(network: str, system: str, arguments: argparse.Namespace) -> dict[str, Any]:
     """Train, judge, write the record of one row and return it."""
     how = SYSTEMS[system]
-    train_file, test_file = (arguments.data / f"{how['files']}_{side}.extxyz.xz" for side in ("train", "test"))
+    train_file, test_file = (arguments.data / f"{name}.extxyz.xz" for name in how["files"])
     folder = arguments.out / f"{network}-{system}"
     file = folder / "potential.safetensors"
     if not (folder / "results.json").exists():
@@ -76,7 +87,7 @@ def run(network: str, system: str, arguments: argparse.Namespace) -> dict[str, A
     start = how["start"]() if how["start"] else read_frames(test_file)[0]
     began = time.process_time()
     (verdicts,) = gossamer.judge(
-        str(file), out=folder / "judge", only=CHECKS, structures=[str(test_file)], systems=[start], all_pairs=True,
+        f"{network}={file}", out=arguments.out / f"judge-{system}", only=CHECKS, structures=[str(test_file)], systems=[start], all_pairs=True,
         picoseconds=picoseconds, progress=False, **how["dynamics"], **reference,
     ).values()  # fmt: skip
     record = {
