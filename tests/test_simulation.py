@@ -984,9 +984,9 @@ def test_what_is_conserved_belongs_to_the_forces(tmp_path: Path) -> None:
 def test_a_molecule_in_nose_hoover_chains_does_not_rotate(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Chains keep the direction of its angular momentum: rotation would never have its temperature. 3 N - 6 numbers share the heat instead."""
     from ase.cluster import Octahedron
-    from ase.md.velocitydistribution import thermalize_momenta
 
     from gossamer.simulation.guard import degrees_of_freedom, rotates
+    from gossamer.simulation.md import draw_momenta
 
     start = Octahedron("Cu", 2)
     settings: dict[str, Any] = {"temperature": 300, "steps": 100, "timestep": 2.0, "interval": 10, "progress": False}
@@ -996,7 +996,7 @@ def test_a_molecule_in_nose_hoover_chains_does_not_rotate(tmp_path: Path, caplog
         assert rotates(first) is rotates(last) is (ensemble != "nose-hoover")
         assert degrees_of_freedom(first, ensemble) == freedom
     assert not caplog.records
-    thermalize_momenta(start, 300.0, rng=np.random.default_rng(0))
+    draw_momenta(start, 300.0, np.random.default_rng(0))
     md(EMT(), start, ensemble="nose-hoover", out=tmp_path / "turning", **settings)
     assert "angular momentum" in caplog.text
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from ase import Atoms, units
 from ase.md.langevin import Langevin
-from ase.md.velocitydistribution import Stationary, thermalize_momenta
+from ase.md.velocitydistribution import Stationary
 from ase.md.verlet import VelocityVerlet
 from ase.stress import full_3x3_to_voigt_6_stress
 
@@ -16,6 +16,7 @@ from gossamer.checks.config import TEMPERATURE, TIMESTEP
 from gossamer.checks.crystals import relaxed
 from gossamer.checks.result import Metric, Panel, Result, at_most, attempt, close_to, conclude, curve, largest, measured
 from gossamer.checks.symmetry import evaluate_on, net_force, unconstrained
+from gossamer.simulation.md import draw_momenta
 
 
 def force_gradient_error(calculator: Any, atoms: Atoms, step: float = 1e-4, n_atoms: int = 8, seed: int = 0) -> float:
@@ -128,7 +129,7 @@ def nve_conservation(
     start = atoms.copy()
     rng = np.random.default_rng(seed)
     if not start.has("momenta"):
-        thermalize_momenta(start, temperature, rng=rng)
+        draw_momenta(start, temperature, rng)
         Stationary(start)
     if equilibration > 0:
         start.calc = calculator

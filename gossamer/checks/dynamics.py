@@ -19,7 +19,7 @@ import numpy as np
 from ase import Atoms, units
 from ase.io.trajectory import Trajectory
 from ase.md.langevin import Langevin
-from ase.md.velocitydistribution import Stationary, thermalize_momenta
+from ase.md.velocitydistribution import Stationary
 from ase.optimize import FIRE
 from numpy.typing import NDArray
 
@@ -29,7 +29,7 @@ from gossamer.checks.result import Curve, Metric, Panel, Result, at_least, at_mo
 from gossamer.data.atoms import read_frames
 from gossamer.files import InputError, atomic_path, write_json
 from gossamer.simulation.guard import check_constraints, degrees_of_freedom, find_bonds
-from gossamer.simulation.md import bring_to_rest, md
+from gossamer.simulation.md import bring_to_rest, draw_momenta, md
 
 log = logging.getLogger(__name__)
 logging.getLogger("pymbar").setLevel(logging.ERROR)  # what physical_validation is built on advertises on import
@@ -108,7 +108,7 @@ def prepare(
     relaxation = FIRE(work, logfile=None)
     relaxation.run(fmax=0.1, steps=50)
     after = _largest_force(work)
-    thermalize_momenta(work, 2 * temperature, rng=rng)
+    draw_momenta(work, 2 * temperature, rng)
     Stationary(work)
     steps = max(1, round(picoseconds * 1000 / timestep))
     try:
@@ -122,7 +122,7 @@ def prepare(
         sane = False
     if not sane:
         start = atoms.copy()
-        thermalize_momenta(start, temperature, rng=np.random.default_rng(seed))
+        draw_momenta(start, temperature, np.random.default_rng(seed))
         bring_to_rest(start, ensemble)
         return start, "as given, since relaxing and equilibrating it ended in nonsense"
     bring_to_rest(work, ensemble)

@@ -14,7 +14,7 @@ from ase import Atoms, units
 from ase.calculators.calculator import BaseCalculator
 from ase.md.langevinbaoab import LangevinBAOAB
 from ase.md.nose_hoover_chain import MTKNPT, IsotropicMTKNPT, NoseHooverChainNVT
-from ase.md.velocitydistribution import Stationary, ZeroRotation, thermalize_momenta
+from ase.md.velocitydistribution import Stationary, ZeroRotation
 from ase.md.verlet import VelocityVerlet
 from tqdm import tqdm
 
@@ -214,6 +214,12 @@ def _prepare(model: Any, structure: Atoms | Path | str, config: MDConfig) -> _Ru
     return _Run(atoms, dynamics, recorder)
 
 
+def draw_momenta(atoms: Atoms, temperature: float, rng: np.random.Generator) -> None:
+    """Those of a temperature in K, as constraints allow; the numbers that ASE draws, whose function for it has changed its name with its versions."""
+    widths = np.sqrt(atoms.get_masses() * units.kB * temperature)
+    atoms.set_momenta(rng.standard_normal((len(atoms), 3)) * widths[:, None])
+
+
 def bring_to_rest(atoms: Atoms, ensemble: str) -> None:
     """Take out the motion of the centre of mass, unless constraints hold atoms in space, and what Nosé-Hoover chains cannot thermostat.
 
@@ -239,7 +245,7 @@ def give_velocities(atoms: Atoms, config: MDConfig, rng: np.random.Generator) ->
     """Draw those of the temperature, unless the atoms have some that are to be kept, less the motion of the centre of mass: only Langevin's
     thermostat, which moves it, counts it as heat (`degrees_of_freedom`). Atoms all at rest have none: VASP ends relaxed structures so."""
     if config.new_velocities or not atoms.get_momenta().any():
-        thermalize_momenta(atoms, config.temperature, rng=rng)
+        draw_momenta(atoms, config.temperature, rng)
         bring_to_rest(atoms, config.ensemble)
         return
     if config.ensemble != "langevin" and drifts(atoms) and (share := share_of_drift(atoms)) > 1e-6:
