@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from ase import Atoms
+from ase.build import bulk
 from ase.calculators.emt import EMT
 from ase.calculators.morse import MorsePotential
 from broken_calculators import Defect, by_name, candidate_of, copper
@@ -46,6 +47,21 @@ def test_a_kink_at_the_cutoff_fails(tmp_path: Path) -> None:
     assert by_name(result, "jump of the energy as an atom leaves").status in ("weak", "failed")
     place = by_name(result, "distance of the largest jump").value
     assert min(abs(place - 5.0), abs(place - 3.62)) < 0.1  # where it is 5 Å from the second atom, or from the first
+
+
+@pytest.mark.parametrize(("width", "status"), [(7e-4, "passed"), (1e-6, "failed")])
+def test_a_steep_force_along_a_line_is_no_jump(tmp_path: Path, width: float, status: str) -> None:
+    """Samples of 0.005 Å cannot tell the two, closer ones can: a LEIGNN on water was weak for a force that changes within 0.03 Å."""
+    start = bulk("Cu", cubic=True)
+
+    def step(atoms: Atoms, r: dict[str, Any]) -> None:
+        if len(atoms) == len(start):
+            u = (atoms.positions[0, 0] - start.positions[0, 0]) / width
+            r["energy"] += width * (np.logaddexp(u, -u) - np.log(2))
+            r["forces"][0, 0] -= np.tanh(u)
+
+    candidate = candidate_of(lambda: Defect(EMT(), step), tmp_path)
+    assert by_name(smoothness.check(candidate), "jump of the force within 0.01 Å").status == status
 
 
 def test_noise_has_its_size() -> None:

@@ -242,11 +242,17 @@ def check(candidate: Candidate) -> Result:
             panels.append(
                 Panel(f"Energy along a line, {name}", "largest displacement, Å", "eV", [curve(offsets, energies - energies.min())])
             )
-            return [
-                at_most(f"jump of the energy within 0.01 Å, {name}", 1000 * largest_jump(energies, spacing)[0] / len(probe), "meV/atom", 0.05, 1.0, KINK),
-                at_most(f"jump of the force within 0.01 Å, {name}", 1000 * largest_jump(slopes, spacing)[0] / float(np.linalg.norm(direction)), "meV/Å", 5.0, 50.0, KINK),
-                at_most(f"tortuosity along a line, {name}", tortuosity(energies), "", 1.05, 1.5, "Spurious minima trap atoms."),
-            ]  # fmt: skip
+            found = []
+            for what, order, scale, unit, good, poor in (
+                ("energy", -1, 1000 / len(probe), "meV/atom", 0.05, 1.0), ("force", 0, 1000 / float(np.linalg.norm(direction)), "meV/Å", 5.0, 50.0),
+            ):  # fmt: skip
+                jump = largest_jump(energies if order < 0 else slopes, spacing)[0]
+                if scale * jump > good and double:  # or only steep?
+                    jump = refined_jump(
+                        lambda x: (energies, slopes) if x is offsets else along(exact, probe, direction, x), offsets, order, (2, 4)
+                    )[0]
+                found.append(at_most(f"jump of the {what} within 0.01 Å, {name}", scale * jump, unit, good, poor, KINK))
+            return [*found, at_most(f"tortuosity along a line, {name}", tortuosity(energies), "", 1.05, 1.5, "Spurious minima trap atoms.")]
 
         metrics += attempt(f"a line through {atoms.get_chemical_formula()}", path, KINK, "failed")
         metrics += attempt(
