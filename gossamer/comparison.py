@@ -211,7 +211,6 @@ def run_one(config: Config, minutes: float, folder: Path, progress: bool = True,
     train_set, valid_set, test_set = load_data(config.data, config.model.cutoff)
     potential = load(folder / POTENTIAL, start_process_group(config.training.device).device)
     sample = test_set if test_set is not None else valid_set
-    seen = results["steps"] * min(config.training.batch_size, len(train_set))
     inference_ms, inference_way = time_inference(potential, sample[0])
     wait = results["first_step_seconds"] - results["step_ms"] / 1000
     return {
@@ -225,8 +224,8 @@ def run_one(config: Config, minutes: float, folder: Path, progress: bool = True,
         "compiled": results["compiled"],
         "compile_seconds": round(wait, 1) if results["compiled"] else 0.0,
         "train_step_ms": results["step_ms"],
-        "frames_seen": seen,
-        "epochs": round(seen / len(train_set), 1),
+        "frames_seen": round(results["epochs"] * len(train_set)),
+        "epochs": round(results["epochs"], 1),
         "n_train": len(train_set),
         "n_valid": len(valid_set),
         "n_test": 0 if test_set is None else len(test_set),

@@ -55,7 +55,7 @@ def train(
         progress: Show a progress bar.
 
     Returns:
-        What results.json holds: errors on validation and test data, steps, seconds. Of a run that SIGTERM stopped: "stopped"
+        What results.json holds: errors on validation and test data, steps, epochs, seconds. Of a run that SIGTERM stopped: "stopped"
         (the signal's name), "stopped_at_step", "out".
 
     Raises:
@@ -98,7 +98,12 @@ def train(
             raise
         if not finished(state, config.training):
             return {"stopped": "SIGTERM", "stopped_at_step": state.step, "out": str(folder)}
-        results: dict[str, Any] = {"steps": state.step, "seconds": round(state.seconds, 1), "out": str(folder)}
+        results: dict[str, Any] = {
+            "steps": state.step,
+            "epochs": round(state.epochs, 2),
+            "seconds": round(state.seconds, 1),
+            "out": str(folder),
+        }
         if group.rank == 0:
             if not (folder / POTENTIAL).exists():
                 raise RuntimeError(

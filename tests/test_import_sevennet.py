@@ -91,6 +91,16 @@ def test_what_is_not_known_is_refused(changes: dict, message: str) -> None:
         imported("two modals", **{"modal": "PBE", **changes})
 
 
+@pytest.mark.parametrize("name", ["self_connection_type", "irreps_manual", "weight_nn_hidden_neurons"])
+def test_settings_without_end_are_refused(name: str) -> None:
+    """A small file can hold tuples of tuples whose text, or hash, would take for ever."""
+    endless: tuple = ("linear",)
+    for _ in range(60):
+        endless = (endless, endless)
+    with pytest.raises(ValueError, match=f"{name} are a tuple, expected a list of"):
+        imported("both parities", **{name: endless})
+
+
 def test_a_tensor_left_over_is_refused() -> None:
     found = checkpoint("both parities")
     found["model_state_dict"]["1_convolution.gain"] = torch.ones(3)

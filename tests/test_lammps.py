@@ -79,10 +79,12 @@ def test_folders_may_have_spaces_in_their_names(tmp_path: Path) -> None:
     potential = make_potential(["C", "H", "O"])
     (folder := tmp_path / "my packages").mkdir()
     write_example(folder, potential, probe(potential), folder)
-    command = [str(installation().executable), "-in", str(folder / "in.example"), "-log", "none", "-var", "plugin", "nowhere.so"]
+    command = [str(installation().executable), "-in", str(folder / "in.example"), "-log", "none", "-var", "plugin", "'no where.so'"]
     said = subprocess.run(command, env=surroundings(), cwd=tmp_path, capture_output=True, text=True, check=False).stdout
     assert f" {len(probe(potential).atomic_numbers)} atoms" in said
+    assert "Open of file no where.so failed" in said
     assert "Unrecognized pair style 'gossamer'" in said
+    assert """-var plugin "'$(gossamer lammps build)'\"""" in (folder / "in.example").read_text()
     for text, paths in ((EXAMPLE, ("data", "package")), (INPUT, ("plugin", "package"))):
         assert all(f'"{{{path}}}"' in text for path in paths)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -154,6 +155,31 @@ def test_failures_are_their_own(potential: Potential, files: list[str], tmp_path
     assert len(alone) == 4
     for k in range(3):
         np.testing.assert_allclose(table(tmp_path / "md" / f"si-{k}"), table(tmp_path / "alone" / f"si-{k}"), rtol=1e-8, atol=1e-7)
+
+
+def test_what_is_refused_on_its_way_leaves_the_others(
+    potential: Potential, files: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a crystal whose latent charges no longer sum to zero: before, that ended the command."""
+    asked = [0]
+
+    def refuse(self: Potential, prediction: Any, graph: Any) -> None:
+        odd = (graph.atoms_per_graph() == 16).nonzero()[:, 0].tolist()
+        asked[0] += len(odd)
+        if asked[0] > 4 and odd:
+            raise ValueError(f"{graph.name(odd[0])}: it has become charged")
+
+    ase.io.write(tmp_path / "odd.extxyz", bulk("Si", cubic=True).repeat((2, 1, 1)))
+    common = dict(steps=10, interval=5, ensemble="nve")
+    alone = run(potential, files, out=tmp_path / "alone", seed=1, **common)
+    monkeypatch.setattr(Potential, "refuse_charged", refuse)
+    odd, *others = run(potential, [str(tmp_path / "odd.extxyz"), *files], out=tmp_path / "md", **common)
+    assert re.fullmatch(r"step [1-9] \(.*\): it has become charged", odd["broken"])
+    assert odd["mean_temperature_K"] is not None
+    assert (tmp_path / "md" / "odd-0" / "broken.extxyz").exists()
+    for one, other in zip(alone, others, strict=True):
+        assert other["broken"] is None
+        np.testing.assert_allclose(table(Path(one["out"])), table(Path(other["out"])), rtol=1e-8, atol=1e-7)
 
 
 def test_the_last_step_is_guarded_without_a_frame(potential: Potential, tmp_path: Path) -> None:

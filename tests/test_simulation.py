@@ -222,6 +222,8 @@ def test_guard_stops_a_hot_run_and_saves_the_frame(tmp_path: Path) -> None:
     assert "temperature" in result["broken"]
     assert result["broken"] is not None
     assert len(ase.io.read(tmp_path / "run" / "broken.extxyz")) == 32
+    sound = [float(row["temperature_K"]) for row in table(tmp_path / "run")[:-1]]
+    assert result["mean_temperature_K"] == pytest.approx(np.mean(sound[len(sound) // 2 :]), abs=0.01), "without the frame that broke it"
 
 
 def test_a_run_without_frames_answers_in_json(tmp_path: Path) -> None:
@@ -945,6 +947,34 @@ def test_chains_hold_the_temperature_asked_for(tmp_path: Path) -> None:
         means[ensemble] = answer["mean_temperature_K"]
     assert means["nose-hoover"] == pytest.approx(200, rel=0.08)
     assert means["langevin"] == pytest.approx(200, rel=0.12)
+
+
+@pytest.mark.parametrize("ensemble", ["nose-hoover", "npt", "npt-anisotropic"])
+def test_chains_and_barostats_count_what_moves(ensemble: str, tmp_path: Path) -> None:
+    """Cell and chains are at the temperature asked for, not at one that makes up for atoms counted in vain; of runs of older versions too."""
+    from gossamer.simulation.md import _prepare
+    from gossamer.simulation.recorder import STATE
+    from gossamer.simulation.state import numbers_of
+
+    atoms, config = argon(1), MDConfig(ensemble=ensemble, temperature=50, steps=20, out=tmp_path / "md")
+    atoms.set_momenta(np.zeros((len(atoms), 3)))
+    run = _prepare(lj(), atoms, config)
+    run.recorder.close()
+    numbers = numbers_of(run.dynamics)
+    heats = {name: float(value) for name, value in numbers.items() if name.endswith("_kT")}
+    assert len(heats) == (1 if ensemble == "nose-hoover" else 3)
+    assert set(heats.values()) == {50 * units.kB}
+    counted = {float(value) for name, value in numbers.items() if name in ("_num_atoms_global", "_thermostat._num_atoms_global")}
+    assert counted == {len(atoms) - 1}
+    md(lj(), atoms, replace(config, steps=20, out=tmp_path / "older"), progress=False)
+    with np.load(tmp_path / "older" / STATE) as stored:
+        state = dict(stored)
+    for name in state:
+        state[name] = state[name] * 0.75 if name.endswith("_kT") else np.array(4) if name.endswith("_num_atoms_global") else state[name]
+    np.savez(tmp_path / "older" / STATE, **state)
+    resumed = _prepare(lj(), atoms, replace(config, steps=40, out=tmp_path / "older", resume=True))
+    resumed.recorder.close()
+    assert {float(v) for k, v in numbers_of(resumed.dynamics).items() if k.endswith("_kT")} == {50 * units.kB}
 
 
 def test_calculators_without_a_free_energy_can_be_simulated(tmp_path: Path) -> None:

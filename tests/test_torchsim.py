@@ -301,6 +301,33 @@ class TestTorchSim:
         assert short == [2] * len(structures)
 
     @pytest.mark.filterwarnings("ignore::DeprecationWarning")
+    @pytest.mark.parametrize("cell", [False, True])
+    def test_what_cannot_be_relaxed_leaves_the_others(self, cell: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+        """what they are alone: atoms on one spot, a crystal that becomes charged on its way. Before, either ended the command."""
+        from gossamer.simulation.batched import relax_together
+        from gossamer.simulation.torchsim import TorchSimModel
+
+        def refuse(self: Potential, prediction: Any, graph: Any) -> None:
+            odd = (graph.atoms_per_graph() == 9).nonzero()[:, 0].tolist()
+            if model.n_evaluations > 5 and odd:
+                raise ValueError(f"{graph.name(odd[0])}: it has become charged")
+
+        spot, charged = (bulk("Si", cubic=True) for _ in range(2))
+        spot.positions[1] = spot.positions[0]
+        charged.append("H")
+        charged.rattle(0.1, seed=1)
+        model = TorchSimModel(make_potential(ELEMENTS, name="schnet"), way="plain", compute_stress=cell)
+        config, good = RelaxConfig(fmax=0.01, steps=40, cell=cell), crystals()
+        alone = relax_together(model, good, config)
+        monkeypatch.setattr(Potential, "refuse_charged", refuse)
+        model.n_evaluations = 0
+        (_, first), (_, second), *others = relax_together(model, [spot, charged, *good], config)
+        assert (first["error"], second["error"]) == ("its forces are not finite: atoms lie on one another", "it has become charged")
+        for (one, told), (other, answer) in zip(alone, others, strict=True):
+            np.testing.assert_allclose(one.positions, other.positions, atol=1e-6)
+            assert told["steps"] == answer["steps"]
+
+    @pytest.mark.filterwarnings("ignore::DeprecationWarning")
     def test_what_torchsim_does_not_relax(self, tmp_path: Path) -> None:
         write(tmp_path / "a.extxyz", molecule("CH3OH"))
         options = {"out": tmp_path / "out", "engine": "torchsim"}

@@ -557,6 +557,14 @@ def test_waiting_for_batches_is_said(caplog: pytest.LogCaptureFixture) -> None:
         assert ("50 % of the time went into waiting for batches; training.num_workers is 2" in caplog.text) is said
 
 
+def test_epochs_are_those_of_the_batches_that_were_made(tmp_path: Path) -> None:
+    """Not of as many frames as batch_size allows: atoms and edges limit them too."""
+    config = settings(tmp_path / "run", steps=9, valid_every=100, batch_size=5, batch_atoms=1)  # of one frame each
+    n_train = 6
+    config["data"] |= {"train_size": n_train}
+    assert train(config, progress=False)["epochs"] == pytest.approx(9 / n_train)
+
+
 def test_early_stopping(tmp_path: Path) -> None:
     config = settings(tmp_path / "run", steps=1000, valid_every=5, early_stopping=2, learning_rate=1e-12)
     config["training"]["ema_decay"] = 0.0

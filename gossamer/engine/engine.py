@@ -82,7 +82,7 @@ class Engine:
         with undisturbed(potential.device):
             self.potential = sharing_copy(potential, differentiable=False).eval()
         self.asked, self.weights_change = way, weights_change
-        self._weights = () if weights_change else tuple(self.potential.parameters())
+        self._weights = () if weights_change else tuple(p for p in self.potential.parameters() if not p.is_inference())
         self._known = self._changes()
         self.quick: Potential | None = None
         """the potential with kernels"""
@@ -134,7 +134,7 @@ class Engine:
 
     def _changes(self) -> int:
         """How often weights were written in place, by PyTorch's own count, which it keeps for all but tensors of inference mode."""
-        return sum(p._version for p in self._weights if not p.is_inference())
+        return sum([p._version for p in self._weights])
 
     def _predict(self, graph: Graph, stress: bool) -> Prediction:
         """The potential's own."""

@@ -92,6 +92,17 @@ def texts(values: Any, where: str, what: str) -> list[str]:
     return list(values)
 
 
+def whole_numbers(values: Any, where: str, what: str) -> list[int]:
+    """A list of sizes, as such: tuples of tuples have no end of numbers, to be hashed or shown.
+
+    Raises:
+        ValueError: something else.
+    """
+    if not isinstance(values, list | tuple) or not all(type(v) is int for v in values):
+        raise ValueError(f"{where}: {what} are {short(values)}, expected a list of whole numbers.")
+    return list(values)
+
+
 def text_or_none(value: Any) -> str | None:
     """Text such as a version; None instead of anything else, whose text might have no end."""
     return value if isinstance(value, str) else None

@@ -30,6 +30,7 @@ from gossamer.imports.contract import (
     tensors_by_name,
     text_or_none,
     texts,
+    whole_numbers,
 )
 from gossamer.imports.inert import Tree, module_state, modules_of, tensors_of
 from gossamer.imports.pickle_machine import Inert
@@ -168,11 +169,12 @@ def _module_settings(of: Mapping[str, Mapping[str, Any]], tensors: Mapping[str, 
     strange = sorted({a for k in range(len(layers)) for a in _activations(of, f"layer{k}_convnet.equivariant_nonlin.")} - {*ACTIVATIONS})
     if strange:
         raise ValueError(f"{where} has {', '.join(strange)}; this gossamer knows {', '.join(ACTIVATIONS)} only. It was refused.")
-    radial = {tuple(of[f"layer{k}_convnet.conv.edge_mlp."]["dims"][:-1]) for k in range(len(layers))}
+    dims = [of[f"layer{k}_convnet.conv.edge_mlp."]["dims"] for k in range(len(layers))]
+    radial = {tuple(whole_numbers(d, where, "sizes of a radial network")[:-1]) for d in dims}
     if len(radial) != 1:
         raise ValueError(f"{where} has radial networks of several sizes ({radial}); one for all layers is known.")
     sizes = radial.pop()
-    readout = list(of["per_atom_energy_readout.mlp_module."]["dims"])
+    readout = whole_numbers(of["per_atom_energy_readout.mlp_module."]["dims"], where, "sizes of the readout")
     scale = of["per_type_energy_scale_shift."]
     return {
         **_features(hidden, l_max, where),
@@ -194,7 +196,7 @@ def _module_settings(of: Mapping[str, Mapping[str, Any]], tensors: Mapping[str, 
 def irreps(value: Any) -> list[tuple[int, int, int]]:
     """(channels, degree, parity) of e3nn's Irreps, which are tuples of (channels, (degree, parity))."""
     if not isinstance(value, Inert) or not value.name.endswith("Irreps"):
-        raise ValueError(f"irreps that are {value!r}")
+        raise ValueError(f"irreps that are {short(value)}")
     found = []
     for entry in value.args[0]:
         mul, irrep = entry.args[0] if len(entry.args) == 1 else entry.args
@@ -243,7 +245,7 @@ def _activation(state: Mapping[str, Any]) -> str:
 
 def _power(value: Any, where: str) -> int:
     if not isinstance(value, int | float) or value != int(value) or value < 2:
-        raise ValueError(f"{where} has an envelope of power {value}; whole numbers from 2 are known.")
+        raise ValueError(f"{where} has an envelope of power {short(value)}; whole numbers from 2 are known.")
     return int(value)
 
 
@@ -318,7 +320,7 @@ def _checkpoint_settings(known: Known) -> dict[str, Any]:
         "num_layers": int(known.take("num_layers", 4)),
         "l_max": l_max,
         "parity": bool(known.take("parity", True)),
-        "num_features": list(features) if isinstance(features, list | tuple) else int(features),
+        "num_features": whole_numbers(features, known.where, "num_features") if isinstance(features, list | tuple) else int(features),
         "radial_depth": int(known.take("radial_mlp_depth", 1)),
         "radial_width": int(known.take("radial_mlp_width", 128)),
         "num_basis": int(known.take("num_bessels", 8)),

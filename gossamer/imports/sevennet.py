@@ -16,7 +16,18 @@ import torch
 from ase.data import chemical_symbols
 from torch import Tensor
 
-from gossamer.imports.contract import ImportOptions, Known, Weights, choose, chosen_elements, foreign_statistics, keep_elements, texts
+from gossamer.imports.contract import (
+    ImportOptions,
+    Known,
+    Weights,
+    choose,
+    chosen_elements,
+    foreign_statistics,
+    keep_elements,
+    short,
+    texts,
+    whole_numbers,
+)
 from gossamer.imports.inert import Tree
 from gossamer.models.sevennet import BlockLinear, Interaction, SevenNet, SevenNetConfig
 from gossamer.nn.coupling import Irrep, Path, paths_between, reachable
@@ -122,10 +133,10 @@ def network_settings(known: Known, weights: Weights, biased: bool) -> dict[str, 
     cutoff, n_layers, channel = float(known.take("cutoff")), known.take("num_convolution_layer"), known.take("channel")
     irreps = known.take("irreps_manual", False) or automatic(channel, l_max, l_node if l_node > 0 else l_max, n_layers, parity)
     connection = known.take("self_connection_type")
-    connections = set([connection] if isinstance(connection, str) else connection)
+    connections = set(texts([connection] if isinstance(connection, str) else connection, known.where, "kinds of self_connection_type"))
     if len(connections) != 1 or not connections <= {"linear", "nequip"}:
         raise ValueError(
-            f"{known.where}: self_connection_type is {connection}; this gossamer knows linear and nequip, the same in every layer."
+            f"{known.where}: self_connection_type is {short(connection)}; this gossamer knows linear and nequip, the same in every layer."
         )
     radial, envelope = (Known(known.take(name), f"{known.where}: {name}") for name in ("radial_basis", "cutoff_function"))
     radial.expect("radial_basis_name", "bessel")
@@ -141,12 +152,12 @@ def network_settings(known: Known, weights: Weights, biased: bool) -> dict[str, 
         hidden = []
     settings = {
         "variant": "published", "train_bessel": True, "cutoff": cutoff, "cutoff_on": on, "envelope_power": 6 if on else int(power), "l_max": l_max,
-        "parity": "none" if parity == 1 else "both", "irreps": [str(text) for text in irreps],
-        "num_basis": int(radial.take("bessel_basis_num", 8)), "radial_widths": list(known.take("weight_nn_hidden_neurons")),
+        "parity": "none" if parity == 1 else "both", "irreps": texts(irreps, known.where, "irreps_manual"),
+        "num_basis": int(radial.take("bessel_basis_num", 8)), "radial_widths": whole_numbers(known.take("weight_nn_hidden_neurons"), known.where, "weight_nn_hidden_neurons"),
         "unit_harmonics": bool(known.take("_normalize_sph", not old)),
         "denominators": [abs(float(weights.take(f"{k}_convolution.denominator"))) for k in range(n_layers)],
         "self_connection": "linear" if "linear" in connections else "element", "bias": bool(known.take("use_bias_in_linear", False)) or biased,
-        "readout_widths": list(hidden or []),
+        "readout_widths": whole_numbers(hidden or [], known.where, "readout_fcn_hidden_neurons"),
     }  # fmt: skip
     radial.done()
     envelope.done()

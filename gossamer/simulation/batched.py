@@ -160,6 +160,7 @@ def relax_together(model: TorchSimModel, structures: Sequence[Atoms], config: Re
 
 def _relaxed(model: TorchSimModel, structures: Sequence[Atoms], config: RelaxConfig) -> tuple[list[Atoms], list[int]]:
     """The structures where FIRE left them, and how many steps each took."""
+    model.instead = 0.0  # TorchSim's FIRE would mix no velocities of a batch in which one is not finite
     converged = torch_sim.generate_force_convergence_fn(force_tol=config.fmax, include_cell_forces=config.cell)
     steps, left, before = np.zeros(len(structures), dtype=int), np.arange(len(structures)), model.n_evaluations
 
@@ -196,10 +197,13 @@ def _plain(atoms: Atoms) -> Atoms:
 
 def _judged(model: TorchSimModel, atoms: Atoms, n_steps: int, config: RelaxConfig) -> dict[str, Any]:
     """What became of a structure, by forces of its own; they become its calculator's results."""
-    if not np.isfinite(atoms.positions).all():
-        return {"converged": False, "error": "its forces are not finite: atoms lie on one another"}
-    (found,) = model.potential.predict(atoms, stress=model.potential.conservative, run=model.engine)
+    try:
+        (found,) = model.potential.predict(atoms, stress=model.potential.conservative, run=model.engine)
+    except ValueError as error:
+        return {"converged": False, "error": str(error).removeprefix("structure 0: ")}
     largest = float(np.linalg.norm(found["forces"], axis=1).max())
+    if not np.isfinite(largest):
+        return {"converged": False, "error": "its forces are not finite: atoms lie on one another"}
     worst = largest
     if config.cell:  # as ASE's FrechetCellFilter counts them
         worst = max(worst, float(np.linalg.norm(found["stress"], axis=1).max() * atoms.get_volume() / len(atoms)))

@@ -25,6 +25,8 @@ class Guard:
 
     max_temperature: float
     """K"""
+    ensemble: str
+    """by which degrees of freedom are counted"""
     max_bond_stretch: float | None = None
     """Å by which a bond of the first frame may change (molecules: 0.5); None does not watch bonds"""
     bonds: NDArray[np.int64] = field(default_factory=lambda: np.zeros((0, 2), dtype=np.int64))
@@ -40,13 +42,13 @@ class Guard:
         hottest = max(config.temperature, config.temperature_end or 0.0)
         limit = 5 * hottest + 500 if config.max_temperature is None else config.max_temperature
         bonds = find_bonds(first)
-        return cls(limit, config.max_bond_stretch, bonds, lengths_of(first, bonds))
+        return cls(limit, config.ensemble, config.max_bond_stretch, bonds, lengths_of(first, bonds))
 
     def problem(self, atoms: Atoms) -> str | None:
         """What is wrong with the frame, or None."""
         if not (np.isfinite(atoms.positions).all() and np.isfinite(atoms.get_potential_energy())):
             return "positions or energy are not finite"
-        temperature = atoms.get_temperature()
+        temperature = temperature_of(atoms, self.ensemble)
         if not temperature <= self.max_temperature:
             return f"temperature {temperature:.0f} K is above {self.max_temperature:.0f} K"
         radii = covalent_radii[atoms.numbers]
@@ -147,7 +149,7 @@ def rotates(atoms: Atoms) -> bool:
 
 
 def temperature_of(atoms: Atoms, ensemble: str) -> float:
-    """2 E_kin / (degrees of freedom * k_B) in K. `Atoms.get_temperature` always counts 3 N."""
+    """2 E_kin / (degrees of freedom * k_B) in K. `Atoms.get_temperature` counts what is at rest too."""
     return float(2 * atoms.get_kinetic_energy() / (degrees_of_freedom(atoms, ensemble) * units.kB))
 
 

@@ -159,7 +159,7 @@ def seal(folder: Path, text: str) -> None:
 
 EXAMPLE = """\
 # Written by gossamer export --to lammps; runs as it is, on one process or several:
-#   mpiexec -n 2 lmp -in in.example -var plugin $(gossamer lammps build)
+#   mpiexec -n 2 lmp -in in.example -var plugin "'$(gossamer lammps build)'"   # both quotes: for paths with spaces
 units metal            # eV, Angstrom, ps
 atom_style atomic
 newton on

@@ -32,6 +32,7 @@ from gossamer.simulation.guard import (
     free_axes,
     rotates,
     share_of_drift,
+    temperature_of,
 )
 from gossamer.simulation.options import MDConfig, Way
 from gossamer.simulation.recorder import STATE, Recorder, begun, read_state, run_settings, state_of, stored_settings, write_broken
@@ -251,14 +252,15 @@ def give_velocities(atoms: Atoms, config: MDConfig, rng: np.random.Generator) ->
     if config.ensemble != "langevin" and drifts(atoms) and (share := share_of_drift(atoms)) > 1e-6:
         log.info("the motion of the centre of mass, %.2g of the kinetic energy, is taken out of the velocities of the structure", share)
         Stationary(atoms, preserve_temperature=False)
-    if abs(atoms.get_temperature() / config.temperature - 1) > 0.2:
+    if atoms.constraints:
+        atoms.set_momenta(atoms.get_momenta())  # those that constraints allow
+    kelvin = temperature_of(atoms, config.ensemble)
+    if abs(kelvin / config.temperature - 1) > 0.2:
         log.log(
             logging.WARNING if config.ensemble == "nve" else logging.INFO,
             "the velocities of the structure are kept: %.0f K, where temperature says %g K (new_velocities draws others)",
-            atoms.get_temperature(), config.temperature,
+            kelvin, config.temperature,
         )  # fmt: skip
-    if atoms.constraints:
-        atoms.set_momenta(atoms.get_momenta())  # those that constraints allow
     if config.ensemble == "nose-hoover" and rotates(atoms):
         log.warning(
             "the given velocities turn the structure, which is free to turn: nose-hoover keeps the direction of the angular momentum, so that "
@@ -294,7 +296,7 @@ def _advance(run: _Run, config: MDConfig, progress: bool) -> tuple[str | None, s
                     return None, None, stop.signal.name
                 if config.temperature_end is not None:
                     reached = dynamics.nsteps / config.steps
-                    _set_temperature(dynamics, config, config.temperature + reached * (config.temperature_end - config.temperature))
+                    _set_temperature(dynamics, config.temperature + reached * (config.temperature_end - config.temperature))
             run.recorder.finish()
         except UncertainError as error:
             where = f"step {dynamics.nsteps} ({dynamics.nsteps * config.timestep / 1000:.3f} ps): {error}"
@@ -319,38 +321,44 @@ def _insane(error: Exception, atoms: Atoms) -> Exception | None:
     return None
 
 
-def thermostat_temperature(atoms: Atoms, ensemble: str, temperature: float) -> float:
-    """ASE's chains count 3 N degrees of freedom, of which 3 are at rest: without this 9 atoms would be 12 % too hot. Langevin heats each by itself."""
-    if ensemble == "langevin":
-        return temperature
-    return temperature * degrees_of_freedom(atoms, ensemble) / (3 * len(atoms))
-
-
 def _integrator(atoms: Atoms, config: MDConfig, rng: np.random.Generator) -> Any:
     step, tau, pdamp = (t * units.fs for t in (config.timestep, config.thermostat_time, config.barostat_time))
-    temperature = thermostat_temperature(atoms, config.ensemble, config.temperature)
+    temperature = config.temperature
     if config.ensemble == "nve":
         return VelocityVerlet(atoms, step)
     if config.ensemble == "langevin":
         return LangevinBAOAB(atoms, step, temperature_K=temperature, T_tau=tau, rng=rng)
     if config.ensemble == "nose-hoover":
-        return NoseHooverChainNVT(atoms, step, temperature_K=temperature, tdamp=tau)
-    kind = IsotropicMTKNPT if config.ensemble == "npt" else MTKNPT
-    return kind(atoms, step, temperature_K=temperature, pressure_au=config.pressure * units.GPa, tdamp=tau, pdamp=pdamp)
-
-
-def _set_temperature(dynamics: Any, config: MDConfig, temperature: float) -> None:
-    """Change the temperature of the thermostat (and of the barostat's own); their masses stay those of the start."""
-    kelvin = thermostat_temperature(dynamics.atoms, config.ensemble, temperature)
-    if isinstance(dynamics, LangevinBAOAB):
-        dynamics.set_temperature(kelvin)
+        chains: Any = NoseHooverChainNVT(atoms, step, temperature_K=temperature, tdamp=tau)
     else:
-        put_back(dynamics, {k: np.array(kelvin * units.kB) for k in numbers_of(dynamics) if k.endswith("_kT")})
+        kind = IsotropicMTKNPT if config.ensemble == "npt" else MTKNPT
+        chains = kind(atoms, step, temperature_K=temperature, pressure_au=config.pressure * units.GPa, tdamp=tau, pdamp=pdamp)
+    _count_freedom(chains, degrees_of_freedom(atoms, config.ensemble))
+    return chains
+
+
+def _count_freedom(chains: Any, freedom: int) -> None:
+    """Let ASE's chains and barostats, which count 3 N degrees of freedom, count those that move: eight atoms whose centre of mass is at rest
+    would be 14 % too hot, and a temperature that makes up for it would hold the cell, and the chains beyond the first, too cold."""
+    thermostat = chains._thermostat
+    thermostat._Q[0] *= freedom / (3 * thermostat._num_atoms_global)
+    for counting in (chains, thermostat):
+        counting._num_atoms_global = freedom / 3
+
+
+def _set_temperature(dynamics: Any, temperature: float) -> None:
+    """Change the temperature of the thermostat (and of the barostat's own); their masses stay those of the start."""
+    if isinstance(dynamics, LangevinBAOAB):
+        dynamics.set_temperature(temperature)
+    else:
+        put_back(dynamics, {k: np.array(temperature * units.kB) for k in numbers_of(dynamics) if k.endswith("_kT")})
 
 
 def _restore(dynamics: Any, atoms: Atoms, stored: dict[str, Any], path: Path) -> None:
     with state_of(path):
         put_back_atoms(atoms, stored)
-        put_back(dynamics, {k.removeprefix("integrator."): v for k, v in stored.items() if k.startswith("integrator.")})
+        numbers = {k.removeprefix("integrator."): v for k, v in stored.items() if k.startswith("integrator.")}
+        # what heats is known from the settings: older versions counted 3 N, of a temperature that made up for it
+        put_back(dynamics, {k: v for k, v in numbers.items() if not k.endswith(("_num_atoms_global", "_kT"))})
         if isinstance(dynamics, LangevinBAOAB):
             dynamics.rng.bit_generator.state = json.loads(str(stored["rng"]))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from gossamer.signals import StopRequested
 from gossamer.simulation.batched import batches
 from gossamer.simulation.calculator import digest_of
 from gossamer.simulation.guard import Guard, SimulationBroken
-from gossamer.simulation.md import check_options, give_velocities, thermostat_temperature
+from gossamer.simulation.md import check_options, give_velocities
 from gossamer.simulation.options import MDConfig
 from gossamer.simulation.recorder import STATE, Recorder, begun, read_state, run_settings, state_of, stored_settings, write_broken
 from gossamer.simulation.state import belonging, put_back_atoms
@@ -133,14 +133,15 @@ def _run(
     walkers = [w for w in walkers if w.clock.nsteps < config.steps]
     if not walkers:
         return
-    watched = _Watched(model)
+    watched, model.instead = _Watched(model), float("nan")
     seed = int(np.random.SeedSequence([config.seed, *(w.clock.nsteps for w in walkers)]).generate_state(1)[0])
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         noise = torch.Generator(model.device).manual_seed(seed)
         step = _stepper(watched, config)
         state = _state(watched, walkers, noise)
-        model.engine.expect(config.steps, watched.graph(state))
+        with suppress(ValueError):  # of one that is refused, and leaves the batch now
+            model.engine.expect(config.steps, watched.graph(state))
         done = _look(watched, state, walkers, [w.clock.nsteps == 0 for w in walkers])
         while True:
             for k, answer in done.items():
@@ -165,6 +166,7 @@ def _look(
     leap = state.forces.isfinite().all(dim=1) & ((state.velocities * watched.timestep).norm(dim=1) < LEAP)
     if leap.all() and not any(due) and stopped is None:
         return {}
+    refused = watched.model.refused
     sound = np.array([part.all().item() for part in torch.split(leap, [len(w.atoms) for w in walkers])])
     _bring_back(watched, state, walkers)
     done: dict[int, dict[str, Any]] = {}
@@ -173,7 +175,7 @@ def _look(
         finished = step >= walker.config.steps
         try:
             if not sound[k]:
-                raise SimulationBroken(f"forces are not finite, or an atom moves more than {LEAP:g} Å in a step")
+                raise SimulationBroken(refused.get(k, f"an atom moves more than {LEAP:g} Å in a step"))
             if due[k] and (step % walker.config.interval == 0):
                 walker.recorder()
             elif finished:
@@ -243,7 +245,7 @@ def _temperatures(walkers: Sequence[_Walker], state: Any) -> Tensor:
         config, temperature = walker.config, walker.config.temperature
         if config.temperature_end is not None:
             temperature += walker.clock.nsteps / config.steps * (config.temperature_end - temperature)
-        kelvin.append(thermostat_temperature(walker.atoms, config.ensemble, temperature))
+        kelvin.append(temperature)
     return torch.tensor(kelvin, dtype=state.dtype, device=state.device) * units.kB
 
 

@@ -120,6 +120,8 @@ class Recorder:
         self.config, self.atoms, self.dynamics, self.settings, self.guard = config, atoms, dynamics, settings, guard
         self.rows: list[list[float]] = []
         """of the log, from its first"""
+        self.n_sound = 0
+        """rows that the guard let pass"""
         self.brief = ""
         self.watch = Watch(config.max_uncertainty, config.collect, config.collect_spacing, dynamics.nsteps if resumed else None)
         trajectory, table = config.out / TRAJECTORY, config.out / TABLE
@@ -130,6 +132,7 @@ class Recorder:
         if goes_on:
             rows = _cut_back(trajectory, table, dynamics.nsteps // config.interval + 1)
             self.rows = [[float(value) for value in row] for row in rows]
+            self.n_sound = len(rows)
         with atomic_path(table) as temporary, open(temporary, "w", encoding="utf-8", newline="") as file:
             csv.writer(file).writerows([COLUMNS, *rows])
         self.table = open(table, "a", encoding="utf-8", newline="")  # noqa: SIM115 - closed by close()
@@ -160,6 +163,7 @@ class Recorder:
         problem = self.guard.problem(atoms)
         if problem is not None:
             raise SimulationBroken(problem)
+        self.n_sound = len(self.rows)
         self.save_state()
         if doubt is not None:
             raise UncertainError(doubt)
@@ -222,11 +226,12 @@ class Recorder:
         }
 
     def means(self) -> dict[str, float | None]:
-        """Over the second half of the frames: temperature, pressure and density where there are any; and the drift of what is conserved.
+        """Over the second half of the frames, without one that broke the run: temperature, pressure and density where there are any; and the
+        drift of what is conserved.
 
         The drift is the slope of a line through the conserved energy of that half, None below 1 ps and for thermostats that conserve nothing.
         """
-        half = np.array(self.rows[len(self.rows) // 2 :]).reshape(-1, len(COLUMNS))
+        half = np.array(self.rows[self.n_sound // 2 : self.n_sound]).reshape(-1, len(COLUMNS))
         time, temperature, conserved, pressure, volume = (
             half[:, COLUMNS.index(name)] for name in ("time_fs", "temperature_K", "conserved_energy_eV", "pressure_GPa", "volume_A3")
         )

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from gossamer.engine.engine import Engine, Way
 from gossamer.graph import Graph
-from gossamer.potential import Potential, Prediction
+from gossamer.potential import Potential
 from gossamer.potential_file import as_potential, precision
 from gossamer.simulation.graphs import BatchGraphs
 
@@ -94,7 +94,12 @@ class TorchSimModel(ModelInterface):
         self._expected = way != "program"
         self.n_evaluations = 0
         """of batches, so far"""
-        self._last: tuple[Prediction, Graph] | None = None
+        self.instead: float | None = None
+        """what a structure gets that is refused, or whose forces are not finite, so that the others of its batch go on: NaN, or 0, with which
+        FIRE leaves it where it is. None raises errors, and gives NaN for what is not finite"""
+        self.refused: dict[int, str] = {}
+        """why, by their places in the last batch, some got that instead"""
+        self._doubt: Tensor | None = None
 
     @property
     def potential(self) -> Potential:
@@ -123,18 +128,33 @@ class TorchSimModel(ModelInterface):
         Raises:
             TypeError: an unknown keyword.
             ValueError: an unknown element, positions that are not finite, or a crystal that is refused (`Potential.refuse_charged`); says in
-                which structure.
+                which structure. Unless there is something that it gets ``instead``.
         """
         if kwargs:
             raise TypeError(f"TorchSimModel.forward takes the state alone, found {', '.join(sorted(kwargs))}.")
         self.n_evaluations += 1
-        graph = self.graph(state if isinstance(state, dict) else vars(state) | {"system_idx": state.system_idx})
+        fields = state if isinstance(state, dict) else vars(state) | {"system_idx": state.system_idx}
+        self.refused = {}
+        try:
+            found = self._answers(self.graph(fields))
+        except ValueError as error:
+            if self.instead is None or fields.get("system_idx") is None:
+                raise
+            log.debug("one structure after the other, as one of them is refused: %s", error)
+            found = self._one_by_one(fields)
+        self._doubt = found.get("forces_uncertainty")
+        if self.instead is None:
+            self._warn(found["energy"])
+        else:
+            self._put_instead(found, fields)
+        return {name: value.to(self._dtype) for name, value in found.items()}
+
+    def _answers(self, graph: Graph) -> dict[str, Tensor]:
         if not self._expected and graph.n_graphs > 1:
             self.engine.expect(1, graph)  # the program of batches, made or read now
             self._expected = True
         out = self.engine(graph, stress=self._compute_stress)
         self.potential.refuse_charged(out, graph)
-        self._last = out, graph
         found = {"energy": out.energy}
         if self._compute_forces:
             assert out.forces is not None
@@ -144,22 +164,65 @@ class TorchSimModel(ModelInterface):
             found["stress"] = out.stress
         if self.potential.uncertainty is not None:
             found |= self.potential.uncertainties(out, graph)
-        self._warn(out.energy)
-        return {name: value.detach().to(self._dtype) for name, value in found.items()}
+        return {name: value.detach() for name, value in found.items()}
+
+    def _one_by_one(self, fields: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Answers of a batch: NaN for those that are refused, and for the others what they get alone."""
+        doubts = () if self.potential.uncertainty is None else self.potential.uncertainty.known
+        asked = [
+            "energy",
+            *["forces"] * self._compute_forces,
+            *["stress"] * self._compute_stress,
+            *(f"{name}_uncertainty" for name in doubts),
+        ]
+        parts, pbc = [], torch.as_tensor(fields["pbc"])
+        for k, cell in enumerate(fields["cell"]):
+            own = fields["system_idx"] == k
+            one = {
+                "positions": fields["positions"][own], "atomic_numbers": fields["atomic_numbers"][own], "cell": cell[None],
+                "pbc": pbc[k] if pbc.ndim > 1 else pbc,
+            }  # fmt: skip
+            try:
+                parts.append(self._answers(self.graph(one, BatchGraphs(self.potential, 0.0))))
+            except ValueError as error:
+                self.refused[k] = str(error).removeprefix("Structure 0: ")
+                n = int(own.sum())
+                shapes = {"forces": (n, 3), "stress": (1, 3, 3), "forces_uncertainty": (n,)}
+                nothing = torch.full((), torch.nan, dtype=torch.float64, device=self._device)
+                parts.append({name: nothing.expand(shapes.get(name, (1,))) for name in asked})
+        return {name: torch.cat([part[name] for part in parts]) for name in asked}
+
+    def _put_instead(self, found: dict[str, Tensor], fields: Mapping[str, Any]) -> None:
+        """Replace the answers of those that are refused, and of those whose forces are not finite."""
+        assert self.instead is not None
+        n_structures, index = len(fields["cell"]), fields.get("system_idx")
+        index = torch.zeros(len(fields["positions"]), dtype=torch.int64) if index is None else index.cpu()
+        silent = torch.zeros(n_structures, dtype=torch.bool)
+        for name, value in found.items():
+            if name in ("energy", "forces"):  # what has no volume has no stress
+                where = (~value.isfinite()).reshape(len(value), -1).any(dim=1).cpu()
+                silent[index[where] if name == "forces" else where] = True
+        for k in silent.nonzero()[:, 0].tolist():
+            self.refused.setdefault(k, "its forces are not finite: atoms lie on one another")
+        for name, value in found.items():
+            which = silent[index] if name.startswith("forces") else silent
+            found[name] = torch.where(which.to(value.device).reshape(-1, *[1] * (value.ndim - 1)), self.instead, value)
 
     def uncertainties(self) -> np.ndarray | None:
         """(N,) eV/Å, what the components of the last forces may be wrong by; None where the potential does not say (`Potential.uncertainties`)."""
-        if self._last is None or self.potential.uncertainty is None or "forces" not in self.potential.uncertainty.known:
-            return None
-        return self.potential.uncertainties(*self._last)["forces_uncertainty"].detach().cpu().numpy()
+        return None if self._doubt is None else self._doubt.cpu().numpy()
 
     def _warn(self, energy: Tensor) -> None:
         bad = (~torch.isfinite(energy)).nonzero()[:, 0].tolist()
         if bad:
             log.warning("energies of structures %s of the batch are not finite: atoms lie on one another", bad)
 
-    def graph(self, fields: Mapping[str, Any]) -> Graph:
+    def graph(self, fields: Mapping[str, Any], graphs: BatchGraphs | None = None) -> Graph:
         """The batch as the potential sees it, on its device; all atoms are one structure where no system_idx says otherwise, as TorchSim has it.
+
+        Args:
+            fields: Of TorchSim's state, by name.
+            graphs: Keeps the neighbour lists, in the place of the model's own.
 
         Raises:
             ValueError: a field that is missing, an element that the potential does not know, or positions that are not finite; says in which structure.
@@ -177,4 +240,4 @@ class TorchSimModel(ModelInterface):
         pbc = np.broadcast_to(on_cpu("pbc", bool), (len(cells), 3))
         numbers = on_cpu("atomic_numbers", np.int64)
         index = np.zeros(len(numbers), dtype=np.int64) if fields.get("system_idx") is None else on_cpu("system_idx", np.int64)
-        return self.graphs(numbers, on_cpu("positions", np.float64), cells, pbc, index)
+        return (graphs or self.graphs)(numbers, on_cpu("positions", np.float64), cells, pbc, index)

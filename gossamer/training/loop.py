@@ -179,13 +179,15 @@ def run_training(
     bar = Bar(config.steps, config.minutes, logger.rows if logger else [], position, progress and group.rank == 0)
     with StopRequested() as stop, closing(logger) if logger else nullcontext(), closing(loader), bar:
         while not done:
-            batches = shared_batches(len(train), state.epoch, config, group, limits, work)[state.batch :]
+            whole = shared_batches(len(train), state.epoch, config, group, limits, work)
+            batches = whole[state.batch :]
             graphs = loader.graphs([batch for batch in batches if batch])
             for batch in batches:
                 graph = next(graphs) if batch else None
                 before = elapsed()
                 checked_step(state, graph, loss, config, group, checkpoint)
                 state.step, state.batch, state.seconds = state.step + 1, state.batch + 1, elapsed()
+                state.epochs = state.epoch + state.batch / len(whole)
                 if state.step == 1:
                     state.first_seconds = state.seconds
                     align(state, group)  # SOAP has chosen its first bases, which rounding decides

@@ -48,6 +48,8 @@ class State:
     epoch: int = 0
     batch: int = 0
     """batches of this epoch already used"""
+    epochs: float = 0.0
+    """both as one number"""
     best: float = math.inf
     stale: int = 0
     """validations since the best one"""
@@ -71,6 +73,7 @@ SCALARS = (
     "step",
     "epoch",
     "batch",
+    "epochs",
     "best",
     "stale",
     "seconds",
