@@ -1384,12 +1384,24 @@ def test_inspection_passes_good_data() -> None:
         (dict(energy_factor=1 / 27.2114), "disagree by a factor of .* Hartree"),
         (dict(energy_factor=23.06), "disagree by a factor of .* kcal/mol"),
         (dict(sign=-1.0), "wrong sign"),
+        (dict(sign=1.2), r"disagree by a factor of 0\.83. ± 0.00"),
+        (dict(sign=0.8), r"disagree by a factor of 1\.25 ± 0.00"),
     ],
 )
 def test_inspection_finds_units_and_signs(change: dict, message: str) -> None:
     report = inspect(morse_frames(**change))
     assert not report.ok
     assert any(re.search(message, e) for e in report.errors), report.errors
+
+
+def test_one_pair_of_frames_shows_nothing() -> None:
+    """Unlike frames of one cell, whose energies have nothing to do with the forces between them, one with large ones: a sign was said to be wrong."""
+    rng = np.random.default_rng(3)
+    frames = [replace(s, positions=s.positions + rng.normal(scale=0.8, size=(4, 3)), energy=float(rng.normal())) for s in morse_frames(20)]
+    step = frames[1].positions - frames[0].positions
+    frames[:2] = [replace(s, forces=1e3 * step, energy=1e3 * k) for k, s in enumerate(frames[:2])]
+    report = inspect([replace(frames[0], positions=frames[1].positions - 0.9 * step), *frames[1:]])
+    assert not any("sign" in e or "disagree" in e for e in report.errors), report.errors
 
 
 def test_inspection_finds_what_is_wrong() -> None:
@@ -1441,7 +1453,11 @@ def emt_structures(n: int = 40, rattle: float = 0.02, strain: float = 0.02) -> l
 
 @pytest.mark.parametrize(
     ("factor", "message"),
-    [(-1.0, "stress has the opposite sign, .*--stress-sign vasp"), (160.2, "disagree by a factor of 0.00.*--stress-unit GPa"), (1.0, None)],
+    [
+        (-1.0, "stress has the opposite sign, .*--stress-sign vasp"),
+        (160.2, "disagree by a factor of 0.00.*--stress-unit GPa"),
+        (1.0, None),
+    ],
 )
 def test_inspection_finds_the_sign_and_unit_of_stress(factor: float, message: str | None) -> None:
     """Strained crystals at many volumes: energies against stress, and stress against volume."""
@@ -1453,6 +1469,16 @@ def test_inspection_finds_the_sign_and_unit_of_stress(factor: float, message: st
     else:
         assert len(found) == 1, report.errors
         assert re.search(message, found[0]), found
+
+
+@pytest.mark.parametrize(("factor", "said"), [(2.0, "0.5"), (0.5, "2.0"), (1.0, None)])
+def test_inspection_finds_a_factor_of_two_in_the_stress(factor: float, said: str | None) -> None:
+    """By frames near enough to show it."""
+    report = inspect([replace(s, stress=factor * s.stress) for s in emt_structures(90, rattle=0.005, strain=0.01)])
+    assert report.numbers["energy_against_stress"]["factor"] == pytest.approx(1 / factor, rel=0.03)
+    assert report.ok is (said is None)
+    if said is not None:
+        assert re.search(f"energies and stress disagree by a factor of {said}.* ± .*check its unit", report.errors[0])
 
 
 @pytest.mark.parametrize("offset", [0.0, 0.01, -0.01])
