@@ -158,6 +158,7 @@ def test_resumed_dynamics_are_exact(ensemble: str, tmp_path: Path) -> None:
                 tmp_path / "p.safetensors", argon(1), steps=steps, out=tmp_path / name, resume=k > 0, max_temperature=1e9, **options
             )
             assert result["broken"] is None
+            assert (result["steps"], result["new_steps"]) == (steps, steps - sum(stops[:k]))
     assert table(tmp_path / "whole") == table(tmp_path / "parts")
     for a, b in zip(*(ase.io.read(tmp_path / n / "trajectory.traj", ":") for n in ("whole", "parts")), strict=True):
         np.testing.assert_array_equal(a.positions, b.positions)
@@ -966,6 +967,7 @@ def test_chains_and_barostats_count_what_moves(ensemble: str, tmp_path: Path) ->
     assert set(heats.values()) == {50 * units.kB}
     counted = {float(value) for name, value in numbers.items() if name in ("_num_atoms_global", "_thermostat._num_atoms_global")}
     assert counted == {len(atoms) - 1}
+    assert numbers.get("_barostat._cell_dof", 6) == 6, "of a symmetric matrix"
     md(lj(), atoms, replace(config, steps=20, out=tmp_path / "older"), progress=False)
     with np.load(tmp_path / "older" / STATE) as stored:
         state = dict(stored)

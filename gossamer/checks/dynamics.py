@@ -326,7 +326,8 @@ def _system(
             return metrics
     frames, log = read_trajectory(run["folder"])
     times = log["time_fs"] / 1000
-    metrics.append(measured(f"{name}: speed", run["seconds"] / max(run["steps"], 1) * 1000, "ms/step", "low"))
+    if run["new_steps"]:  # those of a judgement that was cut took their time then
+        metrics.append(measured(f"{name}: speed", run["seconds"] / run["new_steps"] * 1000, "ms/step", "low"))
     target = curve([times[0], times[-1]], [protocol.temperature] * 2, "target", reference=True)
     panels.append(Panel(f"Temperature, {name}", "time, ps", "K", [curve(times, log["temperature_K"]), target]))
     if run["broken"] or len(frames) < FEWEST_FRAMES:

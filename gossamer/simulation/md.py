@@ -159,7 +159,7 @@ def md(
         options: Options by name; they replace those of ``config``.
 
     Returns:
-        out, steps, time_ps, seconds; over the second half of the frames mean_temperature_K, mean_pressure_GPa and mean_density_g_per_cm3
+        out, steps, time_ps; new_steps and seconds, of this call (a resumed run has more steps); over the second half of the frames mean_temperature_K, mean_pressure_GPa and mean_density_g_per_cm3
         (None for what is not periodic, and where there are no frames), energy_drift_meV_per_atom_per_ps (of the conserved energy; None for langevin, ramps, and below 2 ps);
         "broken": None or what stopped the run (the frame is in broken.extxyz),
         "uncertain": None or where ``max_uncertainty`` stopped it (a resume with a larger one goes on), "collected": number of frames
@@ -339,11 +339,17 @@ def _integrator(atoms: Atoms, config: MDConfig, rng: np.random.Generator) -> Any
 
 def _count_freedom(chains: Any, freedom: int) -> None:
     """Let ASE's chains and barostats, which count 3 N degrees of freedom, count those that move: eight atoms whose centre of mass is at rest
-    would be 14 % too hot, and a temperature that makes up for it would hold the cell, and the chains beyond the first, too cold."""
+    would be 14 % too hot, and a temperature that makes up for it would hold the cell, and the chains beyond the first, too cold.
+
+    A cell of any shape moves by a symmetric matrix, which has six: of ASE's nine the cell is too hot, and its volume varies 1.2 times too much.
+    """
     thermostat = chains._thermostat
     thermostat._Q[0] *= freedom / (3 * thermostat._num_atoms_global)
     for counting in (chains, thermostat):
         counting._num_atoms_global = freedom / 3
+    if isinstance(chains, MTKNPT):
+        chains._barostat._R[0] *= 6 / chains._barostat._cell_dof
+        chains._barostat._cell_dof = 6
 
 
 def _set_temperature(dynamics: Any, temperature: float) -> None:
@@ -358,7 +364,7 @@ def _restore(dynamics: Any, atoms: Atoms, stored: dict[str, Any], path: Path) ->
     with state_of(path):
         put_back_atoms(atoms, stored)
         numbers = {k.removeprefix("integrator."): v for k, v in stored.items() if k.startswith("integrator.")}
-        # what heats is known from the settings: older versions counted 3 N, of a temperature that made up for it
-        put_back(dynamics, {k: v for k, v in numbers.items() if not k.endswith(("_num_atoms_global", "_kT"))})
+        # what heats is known from the settings: older versions counted otherwise, of a temperature that made up for some of it
+        put_back(dynamics, {k: v for k, v in numbers.items() if not k.endswith(("_num_atoms_global", "_cell_dof", "_kT"))})
         if isinstance(dynamics, LangevinBAOAB):
             dynamics.rng.bit_generator.state = json.loads(str(stored["rng"]))

@@ -118,6 +118,7 @@ class Recorder:
 
     def __init__(self, config: MDConfig, atoms: Atoms, dynamics: Any, settings: dict[str, Any], guard: Guard, resumed: bool) -> None:
         self.config, self.atoms, self.dynamics, self.settings, self.guard = config, atoms, dynamics, settings, guard
+        self.first_step = dynamics.nsteps
         self.rows: list[list[float]] = []
         """of the log, from its first"""
         self.n_sound = 0
@@ -216,6 +217,7 @@ class Recorder:
         return {
             "out": str(self.config.out),
             "steps": self.dynamics.nsteps,
+            "new_steps": self.dynamics.nsteps - self.first_step,
             "time_ps": self.dynamics.nsteps * self.config.timestep / 1000,
             "seconds": round(seconds, 2),
             **self.means(),
