@@ -13,11 +13,12 @@ import lzma
 import os
 import platform
 import re
+import secrets
 import shutil
 import sys
 import zlib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +35,13 @@ UNPACKED, SHRINKS = 2**28, 50
 
 @contextmanager
 def atomic_path(path: Path | str) -> Iterator[Path]:
-    """Yield a temporary path beside ``path``; it replaces ``path`` only if the block ends without an error."""
+    """Yield a temporary path beside ``path``; it replaces ``path`` only if the block ends without an error.
+
+    No other thread has the same one, nor a process of the same number in another container or on another machine.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.part{path.suffix}")
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}-{secrets.token_hex(4)}.part{path.suffix}")
     try:
         yield temporary
         with open(temporary, "rb+") as file:
@@ -98,7 +102,7 @@ def sync(path: Path) -> None:
 def remove_parts(folder: Path, stems: Sequence[str] | None = None) -> None:
     """Remove temporary files of ``atomic_path`` that killed processes left; with ``stems``, only those of files of these names."""
     for path in folder.glob(".*.part*"):
-        found = re.fullmatch(r"\.(.+)\.(\d+)\.part(\.[^.]*)?", path.name)
+        found = re.fullmatch(r"\.(.+)\.(\d+)(?:-[0-9a-f]+)?\.part(\.[^.]*)?", path.name)
         if found and (stems is None or found[1] in stems) and not _alive(int(found[2])):
             path.unlink(missing_ok=True)
 
@@ -114,7 +118,7 @@ def _alive(process: int) -> bool:
 
 
 @contextmanager
-def locked(folder: Path | str, name: str = "") -> Iterator[None]:
+def locked(folder: Path | str, name: str = "", wait: bool = False) -> Iterator[None]:
     """Keep other processes out of a folder while the block runs, and clear it of what killed ones left half written.
 
     The lock belongs to the open file: it ends with the process, however that ends. A second lock on the same folder in the same
@@ -123,6 +127,7 @@ def locked(folder: Path | str, name: str = "") -> Iterator[None]:
     Args:
         folder: Made if it is not there (and removed again if the block leaves it empty).
         name: Lock only the file of this name in the folder, and what is written beside it.
+        wait: For whoever holds the lock.
 
     Raises:
         RuntimeError: another run holds the lock; the message says which process.
@@ -130,7 +135,7 @@ def locked(folder: Path | str, name: str = "") -> Iterator[None]:
     folder = Path(folder)
     made = not folder.exists()
     path = folder / (f".{name}.lock" if name else ".lock")
-    descriptor = _lock(path, folder / name if name else folder)
+    descriptor = _lock(path, folder / name if name else folder, wait)
     try:
         stem = Path(name).stem
         remove_parts(folder, [stem, f"{stem}.state"] if name else None)
@@ -144,14 +149,14 @@ def locked(folder: Path | str, name: str = "") -> Iterator[None]:
             folder.rmdir()
 
 
-def _lock(path: Path, what: Path) -> int:
+def _lock(path: Path, what: Path, wait: bool) -> int:
     """Descriptor of the locked file, with a line that says who holds it."""
     while True:
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
             if fcntl is not None:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             holder = os.read(descriptor, 1000).decode(errors="replace").strip() or "another process"
             os.close(descriptor)
@@ -159,8 +164,9 @@ def _lock(path: Path, what: Path) -> int:
         except OSError as error:
             log.warning("'%s' is not protected against a second run: no locks on this file system (%s)", what, error.strerror)
         if path.exists() and os.path.samestat(os.stat(path), os.fstat(descriptor)):  # not removed by its last owner meanwhile
-            os.ftruncate(descriptor, 0)
-            os.write(descriptor, f"process {os.getpid()} on {platform.node()} ({' '.join(sys.argv)[:300]})\n".encode())
+            with suppress(OSError):  # the disk may be full, which is no reason to keep the lock for ever
+                os.ftruncate(descriptor, 0)
+                os.write(descriptor, f"process {os.getpid()} on {platform.node()} ({' '.join(sys.argv)[:300]})\n".encode())
             return descriptor
         os.close(descriptor)
 

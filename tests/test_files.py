@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,24 @@ def test_a_lock_names_its_holder_and_ends_with_its_process(name: str, tmp_path: 
         with pytest.raises(RuntimeError, match=f"in use by process {os.getpid()}"), locked(folder, name):
             pass
     assert not folder.exists() or not list(folder.iterdir())
+
+
+def test_threads_wait_for_a_lock_and_write_one_file(tmp_path: Path) -> None:
+    """Each has a temporary file of its own, and one at a time the lock."""
+    within: list[int] = []
+
+    def write(number: int) -> None:
+        with atomic_path(tmp_path / "x") as temporary:
+            temporary.write_text(str(number))
+            with locked(tmp_path, "x", wait=True):
+                within.append(number)
+                time.sleep(0.01)
+                assert within.pop() == number
+            assert temporary.read_text() == str(number)
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(write, range(16)))
+    assert [p.name for p in tmp_path.iterdir()] == ["x"]
 
 
 def test_a_lock_leaves_no_trace(tmp_path: Path) -> None:

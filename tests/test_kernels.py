@@ -5,9 +5,11 @@ from __future__ import annotations
 import copy
 import json
 import logging
+import os
 import shutil
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +19,7 @@ import torch
 from ase import Atoms
 from ase.build import bulk, molecule
 from ase.data import chemical_symbols, covalent_radii
-from conftest import DIRECT, ETHANOL, GLOBAL, MODELS, SMOOTH, make_potential, often
+from conftest import DIRECT, ETHANOL, GLOBAL, MODELS, SMOOTH, forked, make_potential, often
 from test_training import settings, weights
 
 from gossamer.accuracy import evaluate
@@ -313,6 +315,16 @@ def test_edges_out_of_order_are_refused(crystal: Atoms) -> None:
         Engine(potential, "kernels")(turned)
 
 
+@pytest.mark.parametrize("atom", [-1, 10**6])
+def test_edges_of_atoms_that_are_not_there_are_refused(atom: int) -> None:
+    """They end the process, or worse; programs sort edges before anything looks at their ends."""
+    edges = torch.tensor([[1, 0], [0, 1]])
+    edges[0, 0] = atom
+    with pytest.raises(IndexError, match="and there are 2"):
+        sort_edges(edges, torch.zeros(2))
+    assert len(sort_edges(torch.zeros((2, 0), dtype=torch.int64), torch.zeros(0)).by_sender) == 0
+
+
 def test_precision_is_checked() -> None:
     with pytest.raises(TypeError, match="different precision: torch.bfloat16, torch.float32"):
         cpu.pointers(torch.zeros(4), torch.zeros(4, dtype=torch.bfloat16))
@@ -512,6 +524,41 @@ def test_kept_libraries_are_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     with pytest.raises(Missing, match="can be written by other users"):
         cpu.build("int answer() { return 42; }", "answer")
     tmp_path.chmod(0o700)
+
+
+def test_threads_build_a_kernel_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the same moment, into an empty cache: one builds, the others wait for it."""
+    monkeypatch.setenv("GOSSAMER_CACHE", str(tmp_path))
+    built, compile_ = [], cpu._compile
+    monkeypatch.setattr(cpu, "_compile", lambda *arguments: (built.append(1), compile_(*arguments)))
+    with ThreadPoolExecutor(4) as pool:
+        paths = set(pool.map(lambda _: cpu.build("int answer() { return 42; }", "answer"), range(4)))
+    assert len(paths) == len(built) == 1
+    name = paths.pop().name
+    assert {p.name for p in tmp_path.iterdir()} == {name, f"{name}.sha256"}
+
+
+FORKED = """
+import os, signal, torch
+from conftest import make_potential
+from gossamer.engine.agreement import probe
+from gossamer.engine.engine import Engine
+torch.set_num_threads(2)
+potential = make_potential(["Si"], name="schnet")
+engine, graph = Engine(potential, "plain"), probe(potential, 1500)  # large enough for PyTorch to take its threads
+before = engine(graph)
+child = os.fork()
+if child == 0:
+    signal.alarm(60)  # ends it where it would wait for ever
+    os._exit(not torch.equal(engine(graph).forces, before.forces))
+raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) != 0)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no processes are forked here")
+def test_a_forked_process_does_not_wait_for_threads() -> None:
+    done = forked(FORKED)
+    assert done.returncode == 0, done.stdout
 
 
 @pytest.mark.slow  # the source of high degrees takes the compiler a minute

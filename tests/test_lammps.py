@@ -279,6 +279,7 @@ def test_minimization_pressure_and_restart(home: Path, tmp_path: Path) -> None:
         (dict(elements="O H"), "", "another order"), (dict(package="{folder}/damaged"), "", "damaged or altered"), (dict(mode="halo"), "neighbor 0.5 multi\ncomm_modify mode multi\n", "mode single"),
         (dict(mode="gpu 0"), "", "runs on the CPU"), (dict(mode="mpi device"), "", "runs on the CPU"), (dict(mode="gpu -1"), "", "found 'gpu -1'"),
         ({}, "pair_style hybrid gossamer lj/cut 4.0\npair_coeff * * gossamer {package} H O\npair_coeff 1 1 lj/cut 0.0 1.0\n", "hybrid gives some to other styles"),
+        ({}, "group g id 1:40\natom_modify first g\ncomm_modify group g\n", "comm_modify group takes some away"),
         ({}, "fix g all gcmc 1 5 0 1 29494 300 -3 0.1 full_energy\n", "a fix that uses it (gcmc full_energy)"),
     ],
 )  # fmt: skip

@@ -12,6 +12,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,7 @@ from gossamer.engine.agreement import probe
 from gossamer.engine.cache import check, keeping, tidy
 from gossamer.engine.engine import Engine, Way
 from gossamer.engine.program import Program, cache_name, cached_program, compare, identity, make_program, open_program
+from gossamer.graph import FIELDS
 from gossamer.potential_file import save
 from gossamer.simulation.calculator import Calculator
 from gossamer.simulation.md import md
@@ -111,6 +113,10 @@ for atoms in (crystal, crystal.repeat((2, 2, 1))):
     assert abs(exact.get_property("energy", atoms) - quick.get_property("energy", atoms)) < 1e-7
     a, b = (calculator.get_property("forces", atoms) for calculator in (plain, fast))  # and the first has kept its own
     assert np.abs(a - b).max() < (1e-10 if fast.engine.quick is None else 1e-8) * max(1.0, np.abs(a).max())
+# a graph of one's own in other precisions
+graph = plain.graph(crystal)
+cast = replace(graph, **{k: getattr(graph, k).to(t) for k, t in (("atomic_numbers", torch.int32), ("edge_shifts", torch.int64), ("edge_index", torch.int32), ("cell", torch.float32))})
+assert float((plain.engine(cast).forces - fast.engine(cast).forces).abs().max()) < 1e-5
 lone = molecule("C2H6")[:1]  # one atom: left to the potential itself
 lone.calc = fast
 lone.get_forces()
@@ -290,6 +296,15 @@ def test_a_cache_that_cannot_be_written(caplog: pytest.LogCaptureFixture) -> Non
     assert atoms.calc.engine.way != "program"
     with pytest.raises(RuntimeError, match="way 'program' cannot be had"):
         Calculator(potential, way="program")
+
+
+def test_programs_get_the_precision_they_were_made_for() -> None:
+    """They read memory as it is: whole shifts would be denormal numbers, positions in float32 the half of as many in float64."""
+    graph = probe(make_potential(["Si"]))
+    others = {"atomic_numbers": torch.int32, "positions": torch.float32, "edge_index": torch.int32, "edge_shifts": torch.int64}
+    cast: Any = SimpleNamespace(**{name: getattr(graph, name).to(others.get(name)) for name in FIELDS})
+    for name, found in zip(FIELDS, program.tensors_of(cast), strict=True):
+        torch.testing.assert_close(found, getattr(graph, name), rtol=0, atol=1e-6)
 
 
 def test_wrong_programs_and_sizes(cache: Path, tmp_path: Path) -> None:

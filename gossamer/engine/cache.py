@@ -12,10 +12,10 @@ import os
 import shutil
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
-from gossamer.files import atomic_path, cache_folder, checksum, write_text
+from gossamer.files import atomic_path, cache_folder, checksum, locked, write_text
 
 log = logging.getLogger(__name__)
 CHECKSUM = ".sha256"
@@ -36,6 +36,18 @@ def cached(name: str) -> Path:
     folder = cache_folder()
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     return folder / name
+
+
+@contextmanager
+def alone(path: Path) -> Iterator[None]:
+    """While the block runs, threads and processes that come to one for the same file wait: what one makes the others find.
+
+    Where nothing can be written all go on at once.
+    """
+    with ExitStack() as held:
+        with suppress(OSError):
+            held.enter_context(locked(path.parent, path.name, wait=True))
+        yield
 
 
 @contextmanager

@@ -16,6 +16,7 @@ with one line of the log; a way that was asked for by name and cannot be had is 
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import time
 from dataclasses import replace
@@ -43,6 +44,18 @@ IN_A_ROW = 3
 """structures of one size before "auto" records one: recording costs several evaluations"""
 MOST_EDGES = 1 << 21
 """up to which "auto" records: beyond, launches are no part of the time, and a recording keeps its memory"""
+_on_threads = False
+"""whether an engine of this process ran on several threads"""
+
+
+def _after_fork() -> None:
+    """A process that was forked from one with threads has none of them, but waits for them for ever; so it computes on its own."""
+    if _on_threads:
+        torch.set_num_threads(1)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 class Engine:
@@ -118,7 +131,8 @@ class Engine:
     def __call__(self, graph: Graph, stress: bool = True) -> Prediction:
         """Energy, forces and, for conservative forces, stress of a batch on the potential's device; nothing to differentiate further.
 
-        Programs and CUDA graphs leave to the kernels what they cannot take: lone atoms, or batches of which there is no program.
+        Programs and CUDA graphs leave to the kernels what they cannot take: lone atoms, or batches of which there is no program. So do
+        programs of several threads in a forked process.
 
         Raises:
             RuntimeError: the weights changed since the engine was made, and were not to.
@@ -128,6 +142,8 @@ class Engine:
                 "The potential's weights changed after this engine (or calculator) was made, which holds what it computed from them: answers "
                 "would be half old, half new. Make another one, or an Engine with weights_change=True."
             )
+        global _on_threads
+        _on_threads = _on_threads or torch.get_num_threads() > 1
         with self._lock, undisturbed(self.potential.device):
             out = self._predict(graph.differentiable(), stress)
         return out if self.dispersion is None else self._dispersed(self.dispersion, out, graph)
@@ -143,7 +159,7 @@ class Engine:
             if recorded is not None:
                 return recorded
         program = self.program if graph.n_graphs == 1 else self.batch_program
-        if program is not None and fits(graph):
+        if program is not None and program.has_threads and fits(graph):
             return program(graph)
         return self._evaluate(self.quick or self.potential, graph, stress)
 

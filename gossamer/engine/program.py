@@ -50,6 +50,8 @@ import torch
 from gossamer.engine.kernels import ops, polynomial  # operators that a program may name
 torch._C._aoti.AOTIModelPackageLoader(sys.argv[1], "model", False, 1, -1)
 """
+WHOLE = ("atomic_numbers", "graph_index", "edge_index")
+"""tensors of a graph that hold whole numbers"""
 NAMES = ["energy", "node_energies", "forces", "stress"]
 _sure: set[str] = set()
 """that programs open, of the machine as it is: what was found in this process"""
@@ -102,6 +104,7 @@ class Program:
             Crash: this PyTorch opens no program on this machine.
         """
         self.path, self.names, self.batch = path, names_of(potential), batch
+        self._process, self._threads = os.getpid(), torch.get_num_threads()
         values = inputs_of(potential)
         self._tables = [values[name].contiguous() for name in tables_of(potential)]
         try:
@@ -120,6 +123,11 @@ class Program:
             raise ValueError(f"'{path}' was made for something else: {listed}. Make it again with gossamer export.")
         if found.get("weights") != expected["weights"]:
             self._refill({key.replace(".", "__"): value for key, value in values.items()})
+
+    @property
+    def has_threads(self) -> bool:
+        """Whether the threads for which it was compiled are there: in a forked process there is one."""
+        return self._threads == 1 or self._process == os.getpid()
 
     def _refill(self, values: dict[str, Tensor]) -> None:
         """Put other constants in the place of those that it was made with."""
@@ -143,7 +151,7 @@ class Program:
             raise ValueError(
                 f"This compiled potential takes {wanted} of at least two atoms and edges, found {graph.n_graphs}, {graph.n_atoms} and {graph.n_edges}."
             )
-        out = self._program.run([*self._tables, *(getattr(graph, f).contiguous() for f in FIELDS)])
+        out = self._program.run([*self._tables, *tensors_of(graph)])
         values: dict[str, Any] = {"forces": None, "stress": None, **dict(zip(self.names, out, strict=True))}
         return Prediction(**values)
 
@@ -157,6 +165,12 @@ def _sound(path: Path) -> None:
         raise ValueError(f"no sound archive: {type(error).__name__}: {error}") from None
     if wrong is not None:
         raise ValueError(f"'{wrong}' in it was damaged or altered")
+
+
+def tensors_of(graph: Graph) -> list[Tensor]:
+    """What a program takes of a structure, in the precision for which it was made: it reads any other as if it were that."""
+    fields = [getattr(graph, name) for name in FIELDS]
+    return [t.to(torch.int64 if name in WHOLE else torch.float64).contiguous() for name, t in zip(FIELDS, fields, strict=True)]
 
 
 def fits(graph: Graph) -> bool:
@@ -283,7 +297,7 @@ def make_program(potential: Potential, graph: Graph, path: Path | str) -> Progra
     }
     try:
         with compiling():
-            given = [inputs[name] for name in tables], *(getattr(graph, f) for f in FIELDS)
+            given = [inputs[name] for name in tables], *tensors_of(graph)
             exported = torch.export.export(_Outputs(module, inputs, tables), given, dynamic_shapes=(lengths, shapes))
             with atomic_path(path) as temporary:
                 torch._inductor.aoti_compile_and_package(exported, package_path=str(temporary), inductor_configs=options)
@@ -324,21 +338,24 @@ def cached_program(potential: Potential, graph: Graph, make: bool = False) -> Pr
     if not make and not cache_folder().is_dir():
         return None
     path = cache.cached(cache_name(potential, batch))
-    if path.exists():
-        try:
-            cache.check(path)
-            program = Program(path, potential, batch, refill=True)
-            compare(program, potential, graph)
-            return program
-        except (cache.Untrusted, ValueError, RuntimeError) as error:
-            log.warning("a compiled potential is not used: %s", str(error).splitlines()[0])
-            cache.forget(path)
-    if not make:
+    if not make and not path.exists():
         return None
-    log.info("compiling the network for this machine: about a minute, once for all its potentials of as many elements")
-    with cache.keeping(path) as temporary:
-        make_program(potential, graph, temporary)
-    return Program(path, potential, batch)
+    with cache.alone(path):
+        if path.exists():
+            try:
+                cache.check(path)
+                program = Program(path, potential, batch, refill=True)
+                compare(program, potential, graph)
+                return program
+            except (cache.Untrusted, ValueError, RuntimeError) as error:
+                log.warning("a compiled potential is not used: %s", str(error).splitlines()[0])
+                cache.forget(path)
+        if not make:
+            return None
+        log.info("compiling the network for this machine: about a minute, once for all its potentials of as many elements")
+        with cache.keeping(path) as temporary:
+            make_program(potential, graph, temporary)
+        return Program(path, potential, batch)
 
 
 def export(model: Path | str, out: Path | str, structure: Any = None, device: str = "cpu", dtype: str | None = None) -> dict[str, Any]:

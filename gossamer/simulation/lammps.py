@@ -226,17 +226,18 @@ def build_plugin(lammps: Path | str | None = None, mpi: Path | str | None = None
     sources = [file.read_text("utf-8") for file in (SOURCE, OPERATORS, LOADER)]
     key = hashlib.sha256("\0".join([*sources, *command, *map(str, found)]).encode()).hexdigest()[:16]
     style, plugin = cache.cached(f"lammps-{key}-style.so"), cache.cached(f"lammps-{key}-plugin.so")
-    fresh = not all(path.exists() and _trusted(path) for path in (style, plugin))
-    if fresh:
-        if found.version not in TESTED:
-            log.warning(
-                "the plugin was never tested with LAMMPS %s, only with %s: compare with gossamer's own numbers",
-                found.version,
-                ", ".join(TESTED),
-            )
-        log.info("compiling the plugin for LAMMPS %s, about a minute, once", found.version)
-        _compile(command, SOURCE, style, _libraries(), found)
-        _compile(command, LOADER, plugin, [f'-DSTYLE="{style.name}"', "-ldl"], found)
+    with cache.alone(style):
+        fresh = not all(path.exists() and _trusted(path) for path in (style, plugin))
+        if fresh:
+            if found.version not in TESTED:
+                log.warning(
+                    "the plugin was never tested with LAMMPS %s, only with %s: compare with gossamer's own numbers",
+                    found.version,
+                    ", ".join(TESTED),
+                )
+            log.info("compiling the plugin for LAMMPS %s, about a minute, once", found.version)
+            _compile(command, SOURCE, style, _libraries(), found)
+            _compile(command, LOADER, plugin, [f'-DSTYLE="{style.name}"', "-ldl"], found)
     return {
         "plugin": str(plugin), "lammps": f"{found.version} ({found.source})", "mpi": found.mpi, "torch": torch.__version__,
         "built": "now" if fresh else "before",

@@ -247,19 +247,11 @@ def build(source: str, name: str) -> Path:
     digest = hashlib.sha256("\0".join([source, *command, on]).encode()).hexdigest()[:16]
     try:
         path = cache.cached(f"{name}-{digest}.so")
-        if path.exists() and _usable(path):
-            return path
-        with tempfile.TemporaryDirectory() as folder, cache.keeping(path) as library:
-            file = Path(folder) / "kernel.cpp"
-            file.write_text(source, "utf-8")
-            try:
-                result = subprocess.run([*command, str(file), "-o", str(library)], capture_output=True, text=True, check=False)
-            except OSError as error:
-                raise Missing(f"the C++ compiler '{command[0]}' cannot be run ({error}); set CXX to one that can") from None
-            if result.returncode:
-                first = next((line for line in result.stderr.splitlines() if "error" in line), result.stderr.strip()[:200])
-                raise Missing(f"{command[0]} could not build a kernel: {first}")
-        cache.check(path)
+        with cache.alone(path):
+            if path.exists() and _usable(path):
+                return path
+            _compile(command, source, path)
+            cache.check(path)
     except OSError as error:
         raise Missing(
             f"a kernel cannot be kept in '{cache_folder()}' ({error}); set GOSSAMER_CACHE to a folder that can be written"
@@ -267,6 +259,24 @@ def build(source: str, name: str) -> Path:
     except cache.Untrusted as error:
         raise Missing(f"a kernel cannot be kept safely ({error}); set GOSSAMER_CACHE to a folder of your own") from None
     return path
+
+
+def _compile(command: list[str], source: str, path: Path) -> None:
+    """
+    Raises:
+        Missing: the compiler cannot be run, or failed.
+        OSError: the result cannot be kept.
+    """
+    with tempfile.TemporaryDirectory() as folder, cache.keeping(path) as library:
+        file = Path(folder) / "kernel.cpp"
+        file.write_text(source, "utf-8")
+        try:
+            result = subprocess.run([*command, str(file), "-o", str(library)], capture_output=True, text=True, check=False)
+        except OSError as error:
+            raise Missing(f"the C++ compiler '{command[0]}' cannot be run ({error}); set CXX to one that can") from None
+        if result.returncode:
+            first = next((line for line in result.stderr.splitlines() if "error" in line), result.stderr.strip()[:200])
+            raise Missing(f"{command[0]} could not build a kernel: {first}")
 
 
 def _usable(path: Path) -> bool:

@@ -71,10 +71,15 @@ def _sort_edges(edge_index: Tensor, nodes: Tensor) -> tuple[Tensor, Tensor, Tens
     """
     Raises:
         ValueError: edges that are not sorted by receiver, whose sums would be those of other atoms.
+        IndexError: edges of atoms that are not there, whose memory is another's.
     """
     receiver = edge_index[1]
     if bool((receiver[1:] < receiver[:-1]).any()):
         raise ValueError("a kernel was given edges that are not sorted by receiver, as gossamer.neighbors and Graph have them: sort them")
+    if edge_index.numel() and not 0 <= int(edge_index.min()) <= int(edge_index.max()) < nodes.shape[0]:
+        raise IndexError(
+            f"a kernel was given edges of atoms {int(edge_index.min())} to {int(edge_index.max())}, and there are {nodes.shape[0]}"
+        )
     receiver_starts, sender_starts, by_sender = _fake_sort(edge_index, nodes)
     cpu.sorting().sort_edges(nodes.shape[0], edge_index.shape[1], *cpu.pointers(edge_index, receiver_starts, sender_starts, by_sender))
     return receiver_starts, sender_starts, by_sender
