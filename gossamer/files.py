@@ -267,7 +267,8 @@ def most_unpacked(packed: int) -> int:
 def cache_folder() -> Path:
     """Where compiled programs and kernels are kept: $GOSSAMER_CACHE, or gossamer in the user's cache folder."""
     own = os.environ.get("GOSSAMER_CACHE")
-    return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gossamer"
+    folder = Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gossamer"
+    return folder.absolute()  # libraries without a folder are looked for elsewhere
 
 
 class InputError(ValueError):

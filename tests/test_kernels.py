@@ -369,6 +369,17 @@ def pair(name: str, dtype: torch.dtype = torch.float64) -> tuple[Calculator, Cal
     return Calculator(potential, way="plain", skin=0.0), Calculator(attach_kernels(potential), way="plain", skin=0.0)
 
 
+@pytest.mark.parametrize("name", ["sound", "geodite", "mace"])
+def test_second_derivatives_of_kernels_for_inference_are_refused(name: str) -> None:
+    """A part of them would be missing, with a warning."""
+    quick = attach_kernels(potential := make_potential(ELEMENTS, **MODELS[name]))
+    graph = probe(potential, 5)
+    vectors = graph.edge_vectors().requires_grad_()
+    (slopes,) = torch.autograd.grad(quick._node_energies(graph, (vectors,), None)[0].sum(), vectors, create_graph=True)
+    with pytest.raises(RuntimeError, match="can be differentiated once"):
+        torch.autograd.grad(slopes.square().sum(), vectors)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_potential_with_kernels(name: str, ethanol: Atoms, crystal: Atoms, slab: Atoms) -> None:
     plain, quick = pair(name)
@@ -478,6 +489,7 @@ def test_without_compiler(ethanol: Atoms, monkeypatch: pytest.MonkeyPatch, caplo
     for setting, found in {
         "": "no C++ compiler was found",
         "/bin/false": "could not build a kernel",
+        "env /bin/false": "could not build a kernel",
         "/no/such/compiler": "set CXX to one that can",
     }.items():
         caplog.clear()
@@ -524,6 +536,18 @@ def test_kept_libraries_are_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     with pytest.raises(Missing, match="can be written by other users"):
         cpu.build("int answer() { return 42; }", "answer")
     tmp_path.chmod(0o700)
+
+
+def test_the_cache_may_be_the_working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a library's path would be its name, which the loader looks for elsewhere; and the compiler more than one word."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("GOSSAMER_CACHE", ".")
+    monkeypatch.setenv("CXX", f"env {' '.join(cpu.installed_compiler())}")
+    loaded = cpu.library('extern "C" int answer() { return 42; }', "answer", ())
+    assert loaded.answer() == 42
+    assert cpu.complaint("ld: final close failed: No space left on device\ncollect2: error: ld returned 1 exit status").startswith(
+        "ld: final"
+    )
 
 
 def test_threads_build_a_kernel_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

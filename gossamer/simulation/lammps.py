@@ -253,8 +253,7 @@ def _compile(command: Sequence[str], source: Path, path: Path, further: Sequence
         line = [*command, source.name, "-o", str(temporary.resolve()), *further]
         result = subprocess.run(line, cwd=source.parent, capture_output=True, text=True, check=False)
         if result.returncode:
-            first = next((line for line in result.stderr.splitlines() if "error" in line), result.stderr.strip()[:200])
-            raise RuntimeError(f"the plugin cannot be built for LAMMPS {found.version}: {first}")
+            raise RuntimeError(f"the plugin cannot be built for LAMMPS {found.version}: {cpu.complaint(result.stderr)}")
 
 
 def _trusted(path: Path) -> bool:
@@ -369,7 +368,7 @@ def compile_command(found: Installation) -> list[str]:
     from torch.utils.cpp_extension import include_paths
 
     return [
-        cpu.compiler()[0], "-std=c++20", "-O2", "-fPIC", "-shared", f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",
+        *cpu.installed_compiler(), "-std=c++20", "-O2", "-fPIC", "-shared", f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",
         f"-DLAMMPS_{found.sizes}", f'-DBUILT_FOR_VERSION="{found.version}"', f'-DBUILT_FOR_SOURCE="{found.source}"', f'-DFORMAT="{FORMAT}"',
         f'-DBUILT_FOR_TORCH="{torch.__version__}"',
         *(f"-I{p}" for p in (found.mpi_headers, found.headers, found.headers / "lammps", *include_paths())),

@@ -171,6 +171,10 @@ struct Package {
 
 namespace LAMMPS_NS {
 
+struct Border : Comm {
+  using Comm::bordergroup;  // protected: the group whose atoms other processes see
+};
+
 class PairGossamer : public Pair {
  public:
   explicit PairGossamer(LAMMPS *lmp) : Pair(lmp) {
@@ -250,7 +254,7 @@ class PairGossamer : public Pair {
     if (atom->molecular != Atom::ATOMIC && !(neighbor_keeps(1) && neighbor_keeps(2) && neighbor_keeps(3)))
       error->all(FLERR, "pair_style gossamer needs all pairs: special_bonds takes bonded ones away. Set special_bonds lj/coul 1.0 1.0 1.0");
     if (comm->mode != Comm::SINGLE) error->all(FLERR, "pair_style gossamer needs comm_modify mode single");
-    if (comm->bordergroup) error->all(FLERR, "pair_style gossamer needs the neighbours of every atom: comm_modify group takes some away. Set comm_modify group all");
+    if (comm->*(&Border::bordergroup)) error->all(FLERR, "pair_style gossamer needs the neighbours of every atom: comm_modify group takes some away. Set comm_modify group all");
     for (int t = 1; t <= atom->ntypes; t++)
       if (atom->mass && atom->mass_setflag && atom->mass_setflag[t] && std::abs(atom->mass[t] - package->masses[symbols[t]]) > 0.05 * package->masses[symbols[t]] && comm->me == 0)
         error->warning(FLERR, "gossamer: atom type {} is {} with a mass of {}, not {}: right if it is an isotope, wrong if pair_coeff names the elements in another order", t,

@@ -211,19 +211,34 @@ class Missing(RuntimeError):
     """There is no kernel on this machine, and why."""
 
 
+def installed_compiler() -> list[str]:
+    """The C++ compiler, in words: CXX may be "ccache g++".
+
+    Raises:
+        Missing: none is installed.
+    """
+    found = os.environ.get("CXX", "").split() or [c for c in ("g++", "clang++", "c++") if shutil.which(c)][:1]
+    if not found:
+        raise Missing("no C++ compiler was found (g++ or clang++; set CXX)")
+    return found
+
+
+def complaint(stderr: str) -> str:
+    """The line of a compiler's output that says what is wrong; not that of its driver, which says that the linker failed."""
+    lines = stderr.splitlines()
+    return next((line for line in lines if "error" in line and not line.startswith("collect2")), stderr.strip()[:200])
+
+
 def compiler() -> list[str]:
     """The C++ compiler and its options.
 
     Raises:
         Missing: none is installed.
     """
-    found = os.environ.get("CXX") or next((c for c in ("g++", "clang++", "c++") if shutil.which(c)), None)
-    if found is None:
-        raise Missing("no C++ compiler was found (g++ or clang++; set CXX)")
     native = "-mcpu=native" if platform.machine().startswith(("arm", "aarch64")) else "-march=native"
     openmp = ["-fopenmp"] if platform.system() == "Linux" else []
     return [
-        *found.split(),
+        *installed_compiler(),
         "-std=c++17",
         "-O2",
         "-ftree-vectorize",
@@ -275,8 +290,7 @@ def _compile(command: list[str], source: str, path: Path) -> None:
         except OSError as error:
             raise Missing(f"the C++ compiler '{command[0]}' cannot be run ({error}); set CXX to one that can") from None
         if result.returncode:
-            first = next((line for line in result.stderr.splitlines() if "error" in line), result.stderr.strip()[:200])
-            raise Missing(f"{command[0]} could not build a kernel: {first}")
+            raise Missing(f"{command[0]} could not build a kernel: {complaint(result.stderr)}")
 
 
 def _usable(path: Path) -> bool:

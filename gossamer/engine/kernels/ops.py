@@ -381,9 +381,21 @@ def _map_gradient(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
     return torch.ops.gossamer.map_by_species(gradient.contiguous(), species, maps.transpose(1, 2)), None, None
 
 
+def only_once(ctx: Any, *gradients: Tensor) -> Any:
+    """
+    Raises:
+        RuntimeError: always; without it PyTorch leaves this part of a second derivative out, with a warning.
+    """
+    raise RuntimeError(
+        "Kernels for inference can be differentiated once. For second derivatives take the potential itself, or attach_kernels(potential, 'training')."
+    )
+
+
 torch.library.register_autograd("gossamer::convolve", _convolve_gradient, setup_context=_save_convolve)
 torch.library.register_autograd("gossamer::convolve_weighted", _weighted_gradient, setup_context=_save_after_first)
 torch.library.register_autograd("gossamer::convolve_weighted_backward", _weighted_second_gradient, setup_context=_save_after_first)
 torch.library.register_autograd("gossamer::attend", _attend_gradient, setup_context=_save_after_first)
 torch.library.register_autograd("gossamer::perpendicular", _perpendicular_gradient, setup_context=_save_all)
 torch.library.register_autograd("gossamer::map_by_species", _map_gradient, setup_context=_save_all)
+for _name in ("convolve_backward", "attend_backward", "perpendicular_backward"):
+    torch.library.register_autograd(f"gossamer::{_name}", only_once)

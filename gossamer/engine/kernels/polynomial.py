@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from gossamer.engine.kernels import cpu, gpu
-from gossamer.engine.kernels.ops import on_its_gpu
+from gossamer.engine.kernels.ops import on_its_gpu, only_once
 from gossamer.nn.polynomial import Monomial, Monomials, check_sizes
 
 PIECE = 400
@@ -312,6 +312,8 @@ def _value_gradient(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
 
 
 def _to_x_gradient(ctx: Any, direction: Tensor) -> tuple[Any, ...]:
+    if not ctx.key.endswith("-training"):
+        only_once(ctx)
     to_gradient, to_x, to_coefficients = torch.ops.gossamer.polynomial_second(ctx.key, direction, *ctx.saved_tensors)
     return None, to_gradient, to_x, None, to_coefficients
 
