@@ -127,7 +127,7 @@ def locked(folder: Path | str, name: str = "", wait: bool = False) -> Iterator[N
     Args:
         folder: Made if it is not there (and removed again if the block leaves it empty).
         name: Lock only the file of this name in the folder, and what is written beside it.
-        wait: For whoever holds the lock.
+        wait: For whoever holds the lock. Nothing is cleared then: processes of other machines may be writing, which no lock keeps out.
 
     Raises:
         RuntimeError: another run holds the lock; the message says which process.
@@ -138,7 +138,8 @@ def locked(folder: Path | str, name: str = "", wait: bool = False) -> Iterator[N
     descriptor = _lock(path, folder / name if name else folder, wait)
     try:
         stem = Path(name).stem
-        remove_parts(folder, [stem, f"{stem}.state"] if name else None)
+        if not wait:
+            remove_parts(folder, [stem, f"{stem}.state"] if name else None)
         yield
     finally:
         path.unlink(missing_ok=True)  # while it is still ours
