@@ -30,12 +30,13 @@ from ase.build import bulk, molecule
 from ase.calculators.singlepoint import SinglePointCalculator
 from ase.constraints import FixAtoms, FixCartesian
 from ase.stress import full_3x3_to_voigt_6_stress
-from conftest import forked, make_potential
+from conftest import ETHANOL, forked, make_potential
 from small_formats import label, write_mptrj, write_oc20
 
 from gossamer import fitting
 from gossamer.cli import main
 from gossamer.config import load_config, make_config
+from gossamer.data import consistency
 from gossamer.data.atoms import as_atoms, read_frames
 from gossamer.data.batch import collate
 from gossamer.data.dataset import (
@@ -51,7 +52,7 @@ from gossamer.data.dataset import (
     without,
 )
 from gossamer.data.duplicates import without_duplicates
-from gossamer.data.inspection import inspect
+from gossamer.data.inspection import Inspection, inspect
 from gossamer.data.labels import ForceUnit
 from gossamer.data.legacy import _tensor, read_legacy_lmdb, restricted_loads
 from gossamer.data.lmdb_file import HEADER, LEAF
@@ -1567,6 +1568,38 @@ def test_pairs_that_are_too_far_are_not_conclusive() -> None:
     assert report.numbers["energy_against_forces"]["conclusive"] is False
     assert not any("disagree" in e for e in report.errors)
     assert inspect(frames[:3]).facts["energy against forces"].startswith("not tested (")
+
+
+def test_few_scattered_pairs_are_no_wrong_unit() -> None:
+    """Where the work scatters as much as the energies, a regression is too flat: 60 frames of aspirin would be refused as in Bohr."""
+    rng = np.random.default_rng(0)
+    true = rng.normal(size=400)
+    work, difference = true + 0.45 * rng.normal(size=400), true + 0.45 * rng.normal(size=400)
+    report = Inspection()
+    assert consistency._slope("energy against forces", list(work), list(difference), [1.0] * 400, report) == pytest.approx(1, abs=0.1)
+
+
+@pytest.mark.parametrize(("factor", "warned"), [(1.0, False), (0.529177, True)])
+def test_a_factor_of_bohr_is_not_passed_in_silence(factor: float, warned: bool) -> None:
+    """60 frames of ethanol give 10 pairs, too few to tell a factor of 1.9 for sure."""
+    frames = [s for s, _ in zip(read_structures(ETHANOL), range(60), strict=False)]
+    report = inspect([replace(s, forces=s.forces * factor) for s in frames])
+    assert report.ok
+    assert any("lengths or forces in Bohr" in w for w in report.warnings) == warned
+
+
+def test_cells_of_one_atom_have_no_forces_and_no_warning() -> None:
+    from ase.calculators.emt import EMT
+
+    frames = []
+    for k in range(4):
+        atoms = bulk("Cu", a=3.5 + 0.05 * k)
+        atoms.calc = EMT()
+        frames.append(Structure(atomic_numbers=atoms.numbers, positions=atoms.positions, cell=atoms.cell.array, pbc=np.array([True] * 3),
+                                energy=atoms.get_potential_energy(), forces=-np.zeros((1, 3)), name=str(k)))  # fmt: skip
+    report = inspect(frames)
+    assert not any("RMS force" in w for w in report.warnings)
+    assert "range 0 to 0" in report.facts["forces"]
 
 
 @pytest.mark.parametrize(("unit", "kind"), [("kcal/mol", "errors"), ("Hartree", "warnings"), ("eV", None)])

@@ -64,6 +64,14 @@ def test_a_steep_force_along_a_line_is_no_jump(tmp_path: Path, width: float, sta
     assert by_name(smoothness.check(candidate), "jump of the force within 0.01 Å").status == status
 
 
+def test_two_atoms_without_any_force_at_the_cutoff_have_no_power_there(tmp_path: Path) -> None:
+    """Such are potentials whose energy fades where two atoms are alone: nothing was measured, so nothing passes."""
+    silent = lambda: MorsePotential(epsilon=0.34, r0=2.5, rho0=4.0, rcut1=1.2, rcut2=1.3)  # noqa: E731
+    power = by_name(smoothness.check(replace(candidate_of(silent, tmp_path), cutoff=4.0)), "power with which")
+    assert (power.status, power.value) == ("skipped", None)
+    assert "do not feel each other" in power.reason
+
+
 def test_noise_has_its_size() -> None:
     rng = np.random.default_rng(0)
     noisy = Defect(EMT(), lambda atoms, r: r["forces"].__iadd__(rng.normal(scale=0.003, size=r["forces"].shape)))

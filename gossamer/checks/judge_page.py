@@ -212,7 +212,8 @@ def _draw(axes: Any, c: Curve, points: bool, colour: str, label: str | None) -> 
     elif c.reference:
         axes.plot(x, y, "--", color=REFERENCE, lw=1.3, zorder=3)
     elif points:
-        axes.plot(x, y, ".", ms=3, alpha=0.55, color=colour, rasterized=True)  # thousands of points as one picture
+        size = 3 if len(x) > 300 else 6
+        axes.plot(x, y, ".", ms=size, alpha=0.55, color=colour, rasterized=True)  # thousands of points as one picture
     else:
         axes.plot(x, y, color=colour, label=label)
 

@@ -77,7 +77,7 @@ def plot_parity(labels: np.ndarray, predictions: np.ndarray, unit: str) -> Figur
     if len(labels) > 5000:
         axes.hexbin(labels, predictions, gridsize=90, bins="log", mincnt=1, cmap="viridis", linewidths=0.1, rasterized=True)
     else:
-        axes.plot(labels, predictions, ".", ms=3, color=OURS, alpha=0.6, rasterized=True)
+        axes.plot(labels, predictions, ".", ms=3 if len(labels) > 300 else 6, color=OURS, alpha=0.6, rasterized=True)
     axes.set_aspect("equal", adjustable="datalim")
     axes.locator_params(nbins=5)
     return figure

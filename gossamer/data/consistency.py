@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from gossamer.data.inspection import Inspection
 
 OPPOSITE_SIGN = "stress has the opposite sign, that of VASP (compression positive): set --stress-sign vasp (data.labels.stress_sign)"
+BOHR = 0.529177
+"""Å"""
 STILL = 0.02
 """Å that atoms may move besides the strain where two frames are to show it"""
 NEAR, STEEP = 0.3, 5.0
@@ -62,25 +64,35 @@ def compare_pairs(structures: Sequence[Structure], report: Inspection, limit: in
     factor, error = _factor("energy against forces", works, differences, near, report) or (slope, None)
     if factor is None:
         return
+    found = report.numbers["energy_against_forces"]
     if factor < 0:
         report.errors.append(f"forces have the wrong sign: energy rises along them (slope {factor:.3g})")
-    elif not _near_one(factor, error, report.numbers["energy_against_forces"]["correlation"]):
+    elif not _near_one(factor, error, found["error"]):
         report.errors.append(
             f"energies and forces disagree by a factor of {factor:.3g}{_plus_minus(error)}: {_unit_guess(factor)}. Set --energy-unit, --force-unit "
             "or --length-unit (data.labels)"
         )
+    elif error is None and found["correlation"] > 0.9 and not BOHR**0.5 < factor < BOHR**-0.5:
+        report.warnings.append(
+            f"energies and forces agree only to a factor of {factor:.3g} ({found['pairs']} pairs of frames): chance, or lengths or forces in Bohr? Look at "
+            "--length-unit and --force-unit, or give more frames"
+        )
 
 
-def _near_one(factor: float, error: float | None, correlation: float) -> bool:
-    """Whether a factor of forces may be 1; without an error it is a slope over frames far apart, which may be far off where it is right
-    (lithium thiophosphate, 0.3 Å apart: 0.53 at a correlation of 0.85)."""
+def _near_one(factor: float, error: float | None, scatter: float) -> bool:
+    """Whether a factor of forces may be 1. Without an error of its own it is a slope over frames far apart with a relative error of ``scatter``,
+    and may be far off where it is right (lithium thiophosphate, 0.3 Å apart: 0.62 ± 0.15)."""
     if error is not None:
         return abs(factor - 1) < 0.1 + 3 * error
-    return 0.6 < factor < 1.6 if abs(correlation) > 0.95 else 0.4 < factor < 2.5
+    return bool(abs(np.log(factor)) - scatter < np.log(1.6))
 
 
 def _slope(title: str, works: Sequence[float], differences: Sequence[float], moves: Sequence[float], report: Inspection) -> float | None:
-    """Slope of energy differences against the work of a label over the nearest quarter of the pairs; None where it says nothing."""
+    """Slope of energy differences against the work of a label over the nearest quarter of the pairs; None where it says nothing.
+
+    Both scatter (the work is that of a straight line), and a regression of one on the other would come out too flat: it is the geometric
+    mean of that and of the inverse one, the ratio of both sizes. "error" in the numbers is the relative standard error.
+    """
     if len(works) < 8:
         report.facts[title] = f"not tested ({len(works)} pairs of near frames; 8 are needed)"
         return None
@@ -94,9 +106,10 @@ def _slope(title: str, works: Sequence[float], differences: Sequence[float], mov
     conclusive = bool(
         varied and abs(correlation) >= 0.8 and np.corrcoef(work[others], difference[others])[0, 1] * np.sign(correlation) >= 0.6
     )
-    slope = float((work @ difference) / (work @ work)) if varied else 0.0
+    slope = float(np.sign(work @ difference) * np.linalg.norm(difference) / np.linalg.norm(work)) if varied else 0.0
     report.numbers[title.replace(" ", "_")] = {
         "slope": slope, "correlation": correlation, "pairs": len(order), "distance": far, "conclusive": conclusive,
+        "error": float(np.sqrt((1 - correlation**2) / (len(order) - 2))),
     }  # fmt: skip
     if conclusive:
         report.facts[title] = f"slope {slope:.3g}, correlation {correlation:.3f} over {len(order)} near pairs (1 expected)"
@@ -139,7 +152,7 @@ def _plus_minus(error: float | None) -> str:
 
 def _unit_guess(slope: float) -> str:
     factors = {f"one label is in {u}": f for u, f in ENERGY_UNITS.items() if f != 1} | {
-        "lengths or forces are in Bohr": 0.529177, "forces are in Hartree/Bohr, energies in eV": 1 / 51.422}  # fmt: skip
+        "lengths or forces are in Bohr": BOHR, "forces are in Hartree/Bohr, energies in eV": 1 / 51.422}  # fmt: skip
     name, factor = min(factors.items(), key=lambda item: min(abs(np.log(slope / item[1])), abs(np.log(slope * item[1]))))
     near = min(abs(np.log(slope / factor)), abs(np.log(slope * factor)))
     return name if near < 0.3 else "units or labels do not belong together"

@@ -105,7 +105,7 @@ def _basics(structures: Sequence[Structure], report: Inspection) -> None:
         "frames": str(len(structures)),
         "atoms": f"{min(sizes)} to {max(sizes)} per frame, {sum(sizes)} in all",
         "elements": _shortened([f"{e} {n}" for e, n in sorted(elements.items(), key=lambda item: number_of[item[0]])]),
-        "periodicity": ", ".join(f"{p}: {n} frames" for p, n in periodic.items()),
+        "periodicity": ", ".join(f"{p}: {n} frame{'s' * (n > 1)}" for p, n in periodic.items()),
     }
     report.numbers |= {
         "frames": len(structures),
@@ -156,7 +156,7 @@ def _labels(structures: Sequence[Structure], report: Inspection) -> None:
         if not labelled:
             report.facts[label] = "none"
             if label in ("energy", "forces"):
-                report.errors.append(f"no frame has {label}: " + (hint or f"is it stored under another name (--{label})?"))
+                report.errors.append(f"no frame has {label}: " + (hint or f"if it is stored under another name, say --{label} NAME"))
             elif hint:
                 report.warnings.append(f"no frame has {label}: {hint}")
             continue
@@ -167,7 +167,7 @@ def _labels(structures: Sequence[Structure], report: Inspection) -> None:
         numbers = {"median": np.median(values), "rms": rms, "lowest": values.min(), "highest": values.max()}
         report.numbers[label] = {key: float(value) for key, value in numbers.items()} | {"frames": len(labelled)}
         report.facts[label] = (
-            f"median {np.median(values):.6g}, RMS {rms:.4g}, range {values.min():.6g} to {values.max():.6g} {quantity.unit}"
+            f"median {np.median(values):.6g}, RMS {rms:.4g}, range {values.min() + 0.0:.6g} to {values.max() + 0.0:.6g} {quantity.unit}"
         )
         if label == "forces" and len(structures) > 1:
             _forces(structures, rms, report)
@@ -210,7 +210,7 @@ def _forces(structures: Sequence[Structure], rms: float, report: Inspection) -> 
     largest = max((float(np.abs(s.forces).max()), s.name) for s in structures if s.forces is not None)
     if largest[0] > 100:
         report.warnings.append(f"forces up to {largest[0]:.0f} eV/Å, in {largest[1]}")
-    if not 1e-3 < rms < 30:
+    if rms > 30 or (rms < 1e-3 and any(s.n_atoms > 1 for s in structures)):  # cells of one atom have no forces
         report.warnings.append(f"RMS force of {rms:.3g} eV/Å is unusual (0.01 to 10): check --energy-unit, --force-unit and --length-unit")
     nets = [float(np.linalg.norm(s.forces.sum(axis=0))) for s in structures if s.forces is not None and s.n_atoms > 1]
     if nets and np.median(nets) > 0.1 * rms * np.sqrt(np.median([s.n_atoms for s in structures])):
