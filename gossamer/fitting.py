@@ -259,13 +259,23 @@ def _labels_to_train(data: Path | str, structures: Sequence[Structure], report: 
                 "needs them in every frame. Take the frames without out of the data, or label them."
             )
         if 0 < n < len(structures):
-            log.warning("the %s are not trained on: %d of the %d frames have none, the first is %s", label, n, len(structures), first[0])
+            log.warning(
+                "%s not trained on: %d of the %d frames have none, the first is %s",
+                "the energy is" if label == "energy" else "the forces are",
+                n,
+                len(structures),
+                first[0],
+            )
     offset = (report or inspect(structures)).stress_offset if has["stress"] else None
     if offset is not None:
         has["stress"] = False
         log.warning("the stress is not trained on: its labels hold a constant %+.3g eV/Å³ that the energies lack", offset)
     if not has["energy"] and not has["forces"]:
-        raise ValueError(f"Neither energy nor forces are in every frame of '{data}': there is nothing to learn from.")
+        counts = ", ".join(f"{label} in {len(structures) - len(lacking[label])}" for label in ("energy", "forces"))
+        raise ValueError(
+            f"Neither energy nor forces are in every frame of '{data}' (of {len(structures)} frames {counts}): there is nothing to learn from. Take the frames "
+            "without out of the data, or label them."
+        )
     return has
 
 

@@ -267,7 +267,9 @@ def _open(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     try:
         tensors, metadata = read_tensors(path)
     except (ValueError, OSError) as error:
-        raise ValueError(f"'{path}' is not a readable safetensors file ({error}). It may be truncated: copy it again.") from None
+        raise ValueError(
+            f"'{path}' is not a readable safetensors file ({error}). It may be truncated: copy it again; or no potential: give the .safetensors file that training wrote."
+        ) from None
     if "gossamer" not in metadata:
         raise ValueError(f"'{path}' is a safetensors file, but not a potential saved by gossamer (no manifest).")
     manifest = _manifest(metadata["gossamer"], path)

@@ -57,6 +57,9 @@ def _explain(cls: type, where: str, item: Any) -> tuple[str, str]:
         expected = [t.strip(" '") for t in item["ctx"]["expected_tags"].split(",")]
         near = difflib.get_close_matches(tag, expected, n=1, cutoff=0.5)
         return f"{path}.{key}", f"found {tag!r}, expected one of {', '.join(expected)}." + (f" Did you mean {near[0]}?" if near else "")
+    if item["type"] == "value_error":  # a sentence of ours
+        text = str(item["ctx"]["error"])
+        return path, text if text.endswith((".", "?")) else f"{text}."
     return path, f"{item['msg']} (found {item.get('input')!r})."
 
 

@@ -21,6 +21,7 @@ from gossamer.checks import (
     diatomics,
     smoothness,
 )
+from gossamer.checks.candidate import bond_length
 from gossamer.checks.source import SavedPotential
 from gossamer.potential import PotentialConfig, make_zbl
 from gossamer.potential_file import save
@@ -113,6 +114,23 @@ def test_dimer_numbers_of_a_known_curve() -> None:
     assert m["well_depth"] == pytest.approx(1, abs=0.01)
     holed = inside - 3e5 * np.exp(-(((r - 0.4) / 0.03) ** 2))
     assert diatomics.curve_metrics(r, holed, forces, 1.1)["hole"] > 100
+
+
+@pytest.mark.parametrize(("depth", "place", "hole"), [(2.0, 0.64, False), (20.0, 0.64, True), (2.0, 0.5, True)])
+def test_a_multiple_bond_is_no_hole(depth: float, place: float, hole: bool) -> None:
+    """W2, Mo2 and V2 are bound at 0.6 to 0.65 sums of covalent radii, which their exact curves were failed for."""
+    r = np.geomspace(0.1, 6, 119)
+    swing = np.exp(-2.0 * (r - place * 3.24))
+    energies = depth * (swing**2 - 2 * swing)
+    assert (diatomics.curve_metrics(r, energies, -np.gradient(energies, r), 3.24)["hole"] > 0.05) is hole
+
+
+def test_curves_of_dft_have_no_holes() -> None:
+    for pair, (r, energies) in diatomics.read_reference(shared_data("diatomics", "diatomics_dft_pbe_r2scan.json.gz")).items():
+        element = pair.split("-")[0]
+        if element in {"H", "C", "N", "O", "F", "Ti", "V", "Cr", "Fe", "Nb", "Mo", "Ta", "W", "U"}:  # others jump between spins
+            metrics = diatomics.curve_metrics(r, energies, -np.gradient(energies, r), bond_length(element, element))
+            assert metrics["hole"] < 0.05, pair
 
 
 def test_hole_at_short_range_fails(tmp_path: Path) -> None:

@@ -19,6 +19,10 @@ from gossamer.files import open_text
 Array = NDArray[np.float64]
 SHORTEST, LONGEST = 0.1, 6.0
 """Å, as in Matbench Discovery (119 points spaced evenly in log r)"""
+CLOSEST_BOND = 0.55
+"""sums of covalent radii, below which no two atoms are bound: Ce2 0.58, V2 0.59, W2 0.64 (PBE)"""
+STRONGEST_BOND = 15.0
+"""eV, above which a minimum at short range is no bond: CO has 11"""
 
 
 def dimer_curve(calculator: Any, first: str, second: str, distances: Array) -> tuple[Array, Array]:
@@ -49,9 +53,9 @@ def curve_metrics(distances: Array, energies: Array, forces: Array, bond: float)
 
     ``tortuosity``, ``energy_jump`` (eV), ``energy_flips``, ``force_flips`` and ``conservation_deviation`` (mean
     |F + dE/dr|, eV/Å) as in MLIP Arena (differences below 1 meV and forces below 10 meV/Å count as zero). ``hole`` is the
-    largest rise of the energy with distance within 0.8 bond lengths, in eV, zero for a wall that only falls;
+    largest rise of the energy with distance within 0.8 bond lengths and before the bond, in eV, zero for a wall that only falls;
     ``wall`` the energy at the shortest distance over that at the longest; ``well_distance`` and ``well_depth`` the minimum
-    beyond 0.6 bond lengths.
+    beyond 0.55 bond lengths.
 
     Args:
         distances: (n,) Å, rising.
@@ -80,9 +84,8 @@ def curve_metrics(distances: Array, energies: Array, forces: Array, bond: float)
     turn = np.diff(np.sign(steps)) != 0
     signs = np.sign(np.where(np.abs(f) < 1e-2, 0.0, f))
     signs = signs[signs != 0]
-    inner = e[r <= 0.8 * bond]
-    outer = r >= 0.6 * bond
-    well = int(np.argmin(np.where(outer, e, np.inf)))
+    well = int(np.argmin(np.where(r >= CLOSEST_BOND * bond, e, np.inf)))
+    inner = e[r <= min(0.8 * bond, r[well] if e[-1] - e[well] < STRONGEST_BOND else np.inf)]
     return {
         "tortuosity": tortuosity(e),
         "energy_jump": float(np.abs(steps[:-1][turn]).sum() + np.abs(steps[1:][turn]).sum()),

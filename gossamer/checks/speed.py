@@ -20,6 +20,7 @@ from ase import Atoms
 
 from gossamer.checks.candidate import Candidate, enlarged
 from gossamer.checks.result import Metric, Panel, Result, at_most, conclude, curve, measured
+from gossamer.machine import machine
 from gossamer.neighbors import neighbor_list
 from gossamer.timing import fastest
 
@@ -177,7 +178,5 @@ def check(candidate: Candidate) -> Result:
     return conclude(
         metrics,
         panels,
-        [
-            f"{name}, energy and forces through ASE, neighbour list included; ended at {stopped}. {platform.processor() or platform.machine()}"
-        ],
+        [f"{name}, energy and forces through ASE, neighbour list included; ended at {stopped}. {machine()}."],
     )

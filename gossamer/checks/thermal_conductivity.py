@@ -250,7 +250,9 @@ def check(candidate: Candidate) -> Result:
         span = [min(true), max(true)]
         panels.append(Panel("Thermal conductivity at 300 K", "reference, W/m/K", "predicted, W/m/K",
                             [curve(true, [results[k]["kappa"] for k in scored]), curve(span, span, "equal", reference=True)], log="xy", points=True))  # fmt: skip
-    notes = [f"{len(results)} crystals; displacements of {DISPLACEMENT} Å; without the non-analytical term of polar crystals."]
+    notes = [
+        f"{len(results)} crystal{'s' * (len(results) != 1)}; displacements of {DISPLACEMENT} Å; without the non-analytical term of polar crystals."
+    ]
     if unrelaxed := [str(r["name"]) for r in results.values() if r.get("converged") is False]:
         notes.append(f"Relaxed for 300 steps and still above 1e-4 eV/Å: {', '.join(unrelaxed)}.")
     return conclude(metrics, panels, notes,
