@@ -140,9 +140,13 @@ def unverified(manifest: Mapping[str, Any]) -> str | None:
 
 
 def weight_shapes(path: Path | str) -> dict[str, list[int]]:
-    """Names and shapes of the weights in a saved potential."""
+    """Names and shapes of the weights in a saved potential, layer 2 before layer 10."""
     manifest, tensors = _open(Path(path))
-    return {k: list(v.shape) for k, v in weights_of(tensors, manifest).items()}
+    found = weights_of(tensors, manifest)
+    return {
+        k: list(found[k].shape)
+        for k in sorted(found, key=lambda name: [part.zfill(4) if part.isdigit() else part for part in name.split(".")])
+    }
 
 
 def weights_of(tensors: Mapping[str, Tensor], manifest: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -136,6 +136,10 @@ def test_the_whole_path(tmp_path: Path, capsys: pytest.CaptureFixture, monkeypat
     assert json.loads(out)["model"]["num_features"] == 16
     status, out, _ = run("info", model, capsys=capsys)
     assert "elements" in out
+    status, out, _ = run("info", model, "--weights", capsys=capsys)
+    listed = [line.strip() for line in out.split("\nweights:\n")[1].splitlines()]
+    assert "MLP_E.0.weight: [8, 16]" in listed
+    assert listed == sorted(listed)
     ase.io.write("ethanol.xyz", molecule("CH3CH2OH"))
     status, out, _ = run("relax", model, "ethanol.xyz", "--fmax", "0.2", "--steps", "20", "--json", capsys=capsys)
     assert json.loads(out)["steps"] > 0

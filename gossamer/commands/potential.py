@@ -153,10 +153,9 @@ def _info(arguments: argparse.Namespace) -> int:
     from gossamer.potential_file import read_manifest, unverified, weight_shapes
 
     manifest = read_manifest(arguments.model)
-    if arguments.weights:
-        manifest["weights"] = weight_shapes(arguments.model)
+    weights = {"weights": weight_shapes(arguments.model)} if arguments.weights else {}
     if arguments.json:
-        print(json.dumps(manifest))
+        print(json.dumps(manifest | weights))
         return 0
     import yaml
 
@@ -170,6 +169,8 @@ def _info(arguments: argparse.Namespace) -> int:
             f"# trained {'with' if known['dispersion'] == 'included' else 'without'} dispersion, functional {known.get('functional') or 'unknown'}"
         )
     print(yaml.safe_dump(manifest, sort_keys=False, allow_unicode=True), end="")
+    if weights:
+        print(yaml.safe_dump(weights, sort_keys=False, default_flow_style=None), end="")
     return 0
 
 
