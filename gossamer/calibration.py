@@ -189,14 +189,29 @@ def plot_honesty(worth: Mapping[str, Mapping[str, Any]], path: Path) -> None:
         path: File to write.
     """
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullFormatter
 
-    units = {"energy": "eV/atom", "forces": "eV/Å"}
-    drawn = {name: np.array(numbers["curve"]) for name, numbers in worth.items() if numbers["curve"]}
+    units = {"energy": "meV/atom", "forces": "meV/Å"}
+    drawn = {name: 1000 * np.array(numbers["curve"]) for name, numbers in worth.items() if numbers["curve"]}
     figure = Figure(figsize=(3.6 * max(1, len(drawn)), 3.4), layout="constrained")
     for axes, (name, curve) in zip(np.atleast_1d(figure.subplots(1, max(1, len(drawn)))), drawn.items(), strict=True):
-        low, high = float(curve[curve > 0].min(initial=1e-6)), float(curve.max(initial=1e-5))
-        axes.plot([low, high], [low, high], "--", color="0.6", lw=1)
+        positive = curve[curve > 0]
+        ends = (positive.min() / 1.5, positive.max() * 1.5) if len(positive) else (0.1, 10.0)
+        axes.plot(ends, ends, "--", color="0.6", lw=1)
         axes.plot(curve[:, 0], curve[:, 1], "o-", ms=4)
-        axes.set(xscale="log", yscale="log", xlabel=f"expected error, {units[name]}", ylabel=f"error found, {units[name]}", title=name)
+        axes.set(
+            xscale="log",
+            yscale="log",
+            xlim=ends,
+            ylim=ends,
+            aspect="equal",
+            xlabel=f"expected error, {units[name]}",
+            ylabel=f"error found, {units[name]}",
+            title=name,
+        )
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.set_major_formatter("{x:g}")
+            axis.set_minor_formatter(NullFormatter())
     with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=150, format="png")

@@ -15,7 +15,7 @@ from ase.calculators.calculator import PropertyNotImplementedError
 from ase.io import read, write
 from conftest import MODELS, make_potential
 
-from gossamer.calibration import honesty, measure_uncertainty, sample
+from gossamer.calibration import honesty, measure_uncertainty, plot_honesty, sample
 from gossamer.checks.errors import predict
 from gossamer.cli import main
 from gossamer.data.structure import Structure, as_structure
@@ -406,3 +406,15 @@ def test_dynamics_need_a_potential_that_knows(tmp_path: Path) -> None:
         run(potential, tmp_path / "a", steps=4, max_uncertainty=0.1)
     with pytest.raises(ValueError, match="give both"):
         run(potential, tmp_path / "b", steps=4, collect=tmp_path / "c.extxyz")
+
+
+def test_the_picture_of_honesty_is_filled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Axes end where the errors do; before, they all began at 1e-6, and the points lay in a corner."""
+    from matplotlib.figure import Figure
+
+    seen = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path, **_: seen.append(figure) or Path(path).touch())
+    plot_honesty({"forces": {"curve": [(0.01, 0.012), (0.04, 0.03)]}, "energy": {"curve": [(0.0, 0.0)]}}, tmp_path / "p.png")
+    forces = seen[0].axes[0]
+    assert forces.get_xlim() == forces.get_ylim() == pytest.approx((10 / 1.5, 40 * 1.5))
+    assert "meV/Å" in forces.get_xlabel()
