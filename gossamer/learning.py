@@ -21,6 +21,7 @@ import torch
 from ase import Atoms
 from ase.calculators.calculator import PropertyNotImplementedError
 from ase.calculators.singlepoint import SinglePointCalculator
+from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from gossamer.checks.run_page import Report, plot_curves
@@ -326,18 +327,21 @@ def _report(curve: Sequence[dict[str, Any]], held: bool, path: Path) -> None:
     sentence = f"{100 * last['uncertain_share']:.1f} % of the frames of the last walks were uncertain, {last['broken']} walks broke."
     report.verdict("passed" if held else "weak", sentence)
     columns = {
-        "round": "round", "n_labelled": "labelled", "n_train": "trained on", "uncertain_share": "share of uncertain frames", "broken": "broken walks",
+        "round": "round", "n_labelled": "labelled", "n_train": "trained on", "uncertain_share": "uncertain frames, %", "broken": "broken walks",
         "new_forces_rmse_meV_per_A": "force error on new frames before, meV/Å", "valid_forces_rmse_meV_per_A": "on validation frames after, meV/Å",
     }  # fmt: skip
-    report.table(list(columns.values()), [[r.get(key, "–") for key in columns] for r in curve])
+    rows = [r | {"uncertain_share": 100 * r["uncertain_share"]} for r in curve]
+    report.table(list(columns.values()), [[r.get(key, "–") for key in columns] for r in rows])
     labels = np.cumsum([0, *(r["n_labelled"] for r in curve[:-1])]).astype(float)
     shares = np.array([100 * r["uncertain_share"] for r in curve])
-    errors = np.array([r["new_forces_rmse_meV_per_A"] for r in curve if "new_forces_rmse_meV_per_A" in r])
+    errors = np.array([r.get("new_forces_rmse_meV_per_A", np.nan) for r in curve])
     figures = [
         (plot_curves(labels, [(shares, "uncertain frames")], "frames labelled before", "%"), "Frames of the walks beyond the limit.")
     ]
-    if len(errors):
+    if np.isfinite(errors).any():
         figures.append((plot_curves(labels, [(errors, "new frames")], "frames labelled before", "force error, meV/Å"),
                         "Errors on frames that were labelled because they were uncertain, before training on them."))  # fmt: skip
+    for figure, _ in figures:
+        figure.axes[0].xaxis.set_major_locator(MaxNLocator(integer=True))
     report.figures(figures)
     report.write(path)

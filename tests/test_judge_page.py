@@ -131,6 +131,14 @@ def test_failures_come_first_and_skipped_checks_are_folded(tmp_path: Path) -> No
     assert "trained on 1,234 frames" in body
 
 
+def test_notes_say_whose_they_are(tmp_path: Path) -> None:
+    """Of two potentials judged on different structures nothing said which was judged on what."""
+    first, second = (conclude([measured("size", 1.0)], [], ["Common.", f"Structures: {own}."]) for own in ("frame 0", "built-in"))
+    write_page(tmp_path / "p.html", {"a": stored(("one", first)), "b": stored(("one", second))}, {"one": ("One", "Is it?", "size")})
+    notes = re.findall(r'<p class="note">([^<]+)</p>', (tmp_path / "p.html").read_text())
+    assert notes == ["Common.", "a: Structures: frame 0.", "b: Structures: built-in."]
+
+
 def test_names_and_errors_are_escaped(tmp_path: Path) -> None:
     evil = "<script>alert(1)</script>"
     result = conclude([at_most(evil, 3, evil, 1, 2, evil)], [Panel(evil, evil, "y", [curve([0, 1], [0, 1], evil)])], [evil])

@@ -160,7 +160,7 @@ def check(candidate: Candidate) -> Result:
                 name, "Å", "eV", curves, group="Curves of two atoms", x_limits=(0.0, LONGEST), y_limits=(floor, 4 * max(-floor / 1.6, 0.5))
             )
         )
-    return conclude([*verdicts(found), _gaps(missing)], panels, [f"{len(pairs)} pairs, {len(distances)} distances of {SHORTEST} to {LONGEST} Å spaced evenly in log r."],
+    return conclude([*verdicts(found), _gaps(missing)], panels, [f"{len(pairs)} pair{'s' * (len(pairs) > 1)}, {len(distances)} distances of {SHORTEST} to {LONGEST} Å spaced evenly in log r."],
                     "Every pair repels at short range, with one minimum.")  # fmt: skip
 
 

@@ -218,7 +218,7 @@ def tested_structures(run: Path, n: int) -> tuple[list[Atoms], str]:
         return [], ""
     picks = chosen_frames([found[k].n_atoms for k in range(len(found))], n)
     what = "test data" if data.test else "training data"
-    return [found[k].to_ase() for k in picks], f"frames {', '.join(map(str, picks))} of its run's {what}"
+    return [found[k].to_ase() for k in picks], f"frame{'s' * (len(picks) > 1)} {', '.join(map(str, picks))} of its run's {what}"
 
 
 def make_candidate(source: Source, config: JudgeConfig, folder: Path, inputs: Inputs, progress: bool) -> Candidate:

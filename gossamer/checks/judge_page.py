@@ -142,8 +142,17 @@ def section(check: str, about: tuple[str, str, str], names: Sequence[str], resul
         "id": check, "title": about[0], "question": about[1], "verdicts": sorted(verdicts, key=lambda v: -ORDER[v["status"]]), "columns": list(present),
         "shown": shown, "folded": [r for r in rows if r not in shown], "groups": groups_of_pictures(present, colours),
         "legend": [*((n, colours[n]) for n in present), *([(", ".join(sorted(references)), REFERENCE)] if references else [])],
-        "notes": list(dict.fromkeys(note for result in present.values() for note in result.notes)),
+        "notes": notes_of(present),
     }  # fmt: skip
+
+
+def notes_of(present: dict[str, Result]) -> list[str]:
+    """Notes of all, each once; one that is not everyone's says whose it is."""
+    found: dict[str, list[str]] = {}
+    for name, result in present.items():
+        for note in result.notes:
+            found.setdefault(note, []).append(name)
+    return [note if len(who) == len(present) else f"{', '.join(who)}: {note}" for note, who in found.items()]
 
 
 def number_rows(present: dict[str, Result]) -> list[dict[str, Any]]:

@@ -17,6 +17,8 @@ if TYPE_CHECKING:  # it imports torch
     from gossamer.evaluation import Evaluation
 
 OURS, THIRD = COLOURS[0], "#8a8f98"
+FEW = 20
+"""points of a curve that are marked: one or two would not be seen"""
 
 
 @dataclass
@@ -112,7 +114,7 @@ def plot_curves(
     figure, axes = new_axes(x_label, y_label)
     colours = [OURS, "#6a994e", "#bc6c25", "#5e548e"]
     for k, (y, label) in enumerate(curves):
-        axes.plot(x[: len(y)], y, color=colours[k % len(colours)], label=label)
+        axes.plot(x[: len(y)], y, marker="o" if len(y) <= FEW else None, ms=4, color=colours[k % len(colours)], label=label)
     if reference is not None:
         axes.plot(reference[0], reference[1], "--", color=REFERENCE, label=reference[2], lw=1.5)
     axes.legend(frameon=False)
