@@ -50,7 +50,10 @@ class _Parser(argparse.ArgumentParser):
         if left:
             near = [get_close_matches(word.partition("=")[0], self._option_string_actions, 1) for word in left if word.startswith("-")]
             meant = ", ".join(name for names in near for name in names)
-            self.error(f"unrecognized arguments: {' '.join(left)}{f'. Did you mean {meant}?' if meant else ''}")
+            hint = f". Did you mean {meant}?" if meant else ""
+            if all(os.path.exists(word) for word in left):
+                hint = ". One file or folder is taken here: put several files into a folder and give that"
+            self.error(f"unrecognized arguments: {' '.join(left)}{hint}")
         return found, left
 
 

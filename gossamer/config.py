@@ -100,7 +100,7 @@ def _apply(override: str, values: dict[str, Any]) -> None:
         if not isinstance(target, dict):
             raise ValueError(f"'{override}': {parent} is a value, not a group of settings.")
     try:
-        target[last] = _number(yaml.safe_load(text))
+        target[last] = _meant(yaml.safe_load(text))
     except yaml.YAMLError as error:
         raise ValueError(f"'{override}': the value is not valid YAML ({' '.join(str(error).split())}).") from None
 
@@ -142,9 +142,11 @@ def _check_size(values: Any, path: Path, limit: int = 100_000) -> None:
 def _plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {str(k): _plain(v) for k, v in value.items()}
-    return [_plain(v) for v in value] if isinstance(value, list) else _number(value)
+    return [_plain(v) for v in value] if isinstance(value, list) else _meant(value)
 
 
-def _number(value: Any) -> Any:
-    """YAML 1.1 reads 1e-3 as text; people mean a number. Other texts that look like one were written as texts."""
+def _meant(value: Any) -> Any:
+    """YAML 1.1 reads 1e-3 as text; people mean a number. Other texts that look like one were written as texts. ~/ is the home folder."""
+    if isinstance(value, str) and value.startswith("~/"):
+        return str(Path(value).expanduser())
     return float(value) if isinstance(value, str) and re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+", value) else value

@@ -449,6 +449,10 @@ def test_fit_names_every_network() -> None:
         (["fit", "a.xyz", "--minuts", "5"], "gossamer fit: unrecognized arguments: --minuts 5. Did you mean --minutes?"),
         (["import", "a.pth", "b"], "gossamer import: unrecognized arguments: b"),
         (
+            ["fit", "a.xyz", os.sep],
+            f"gossamer fit: unrecognized arguments: {os.sep}. One file or folder is taken here: put several files into a folder and give that",
+        ),
+        (
             ["screen", "a.cif", "--model", "m", "--timelimit=3"],
             "gossamer screen run: unrecognized arguments: --timelimit=3. Did you mean --time-limit?",
         ),

@@ -208,3 +208,10 @@ def test_a_key_that_stands_twice_in_a_file(tmp_path: Path) -> None:
         load_config(tmp_path / "config.yaml")
     (tmp_path / "config.yaml").write_text("data: {train: a.xyz}\nloss: &l {energy: 2.0}\nout: x\n")
     assert load_config(tmp_path / "config.yaml").loss.energy == 2.0
+
+
+def test_the_home_folder_is_meant_by_its_sign(tmp_path: Path) -> None:
+    """A run with ``out: ~/run`` made a folder named ~ where it was started."""
+    (tmp_path / "c.yaml").write_text("data: {train: ~/a.xyz}\nout: ~/run\n")
+    config = load_config(tmp_path / "c.yaml", ["data.test=~/b.xyz"])
+    assert [config.data.train, config.data.test, config.out] == [str(Path.home() / name) for name in ("a.xyz", "b.xyz", "run")]
