@@ -1119,3 +1119,11 @@ def test_flags_are_the_settings() -> None:
     assert to_dict(config)["block"] == ScreenConfig().block
     pytest.importorskip("parsl")
     assert set(signature(gossamer.screen).parameters) - {"progress", "config", "options"} <= vars(given).keys()
+
+
+def test_results_in_a_path_with_spaces_are_refused(tmp_path: Path) -> None:
+    """Parsl quotes no path: workers never came, and the screening waited for ever."""
+    from gossamer.screening.executor import parsl_config
+
+    with pytest.raises(ValueError, match="path has spaces"):
+        parsl_config(MachineConfig(), tmp_path / "my results", "mark")

@@ -135,9 +135,7 @@ def read_labelled(path: Path | str) -> list[Atoms]:
     """
     frames = read_frames(path)
     if not any(f.calc is not None and ("energy" in f.calc.results or "forces" in f.calc.results) for f in frames):
-        raise ValueError(
-            f"No frame of '{path}' has an energy or forces that ASE reads. Name them energy and forces, or convert the file with gossamer data convert."
-        )
+        raise ValueError(f"No frame of '{path}' has an energy or forces that ASE reads. Name them energy and forces in the file.")
     return frames
 
 

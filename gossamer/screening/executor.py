@@ -47,6 +47,8 @@ LATE = 30
 """s that a command of Slurm may take"""
 ENDED_AT_ONCE = 3
 """jobs in a row whose workers never came, after which no other is submitted"""
+UNQUOTED = " \t'\"$&;()<>|*?`"
+"""signs in a path that Parsl's shell commands, which do not quote it, would take for their own"""
 POOL, INTERCHANGE = "gossamer.screening.pool", "gossamer.screening.interchange"
 
 __all__ = ["BadStateException", "ManagerLost", "WorkerLost", "Workers", "cancel_jobs", "end_processes", "parsl_config"]
@@ -59,7 +61,14 @@ def parsl_config(machine: MachineConfig, folder: Path, mark: str) -> Config:
         machine: Where to run.
         folder: Of Parsl's own files; nodes of Slurm must see it.
         mark: Of the processes.
+
+    Raises:
+        ValueError: a folder whose name Parsl, which does not quote it, would take apart: its workers would never come.
     """
+    if any(sign in str(folder.resolve()) for sign in UNQUOTED):
+        raise ValueError(
+            f"'{folder.resolve()}': Parsl cannot start workers beside results whose path has spaces or other signs of the shell. Choose another --out."
+        )
     n_workers = machine.workers_per_node()
     here = machine.scheduler == "none"
     executor = HighThroughputExecutor(
