@@ -24,10 +24,11 @@ from gossamer.checks.candidate import (
     rattled,
 )
 from gossamer.checks.source import named_path, parse_calculator, refuse_options, supported_elements
-from gossamer.checks.speed import growth_exponent, memory, time_evaluation, without_script
+from gossamer.checks.speed import growth_exponent, memory, time_evaluation
 from gossamer.data.atoms import as_atoms
 from gossamer.files import atomic_path, write_json, write_text
 from gossamer.machine import machine, versions
+from gossamer.processes import without_script
 from gossamer.timing import cpu_seconds, fastest
 
 log = logging.getLogger(__name__)
@@ -404,13 +405,14 @@ def plot(records: Sequence[dict[str, Any]], path: Path) -> None:
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     figure, axes = plt.subplots(1, 2, figsize=(9.5, 4), layout="constrained")
+    drawn: list[Any] = []
     for k, record in enumerate(records):
         rows = record["rows"]
         if not rows:
             continue
         atoms = [r["atoms"] for r in rows]
         style: dict[str, Any] = {"color": f"C{k % 10}", "marker": "o", "markersize": 4, "linewidth": 1.4}
-        axes[0].plot(atoms, [r["us_per_atom"] for r in rows], label=record["name"], **style)
+        drawn += axes[0].plot(atoms, [r["us_per_atom"] for r in rows], **style)
         axes[1].plot(atoms, [r["memory_MB"] for r in rows], **style)
         if all("floor_ms" in r for r in rows):
             floors = [1000 * r["floor_ms"] / r["atoms"] for r in rows]
@@ -430,7 +432,8 @@ def plot(records: Sequence[dict[str, Any]], path: Path) -> None:
         axis.set_ylabel(label)
         axis.grid(alpha=0.3, which="both")
         axis.spines[["top", "right"]].set_visible(False)
-    axes[0].legend(frameon=False, fontsize=9)
+    # told which is which: from labels it would leave out those that begin with "_"
+    axes[0].legend(drawn, [r["name"] for r in records if r["rows"]], frameon=False, fontsize=9)
     with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=150, format="png")
     plt.close(figure)

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import numpy as np
 
 from gossamer.config import Config, expand_preset, load_config, make_config
+from gossamer.data.consistency import OFFSET_SAID
 from gossamer.data.dataset import open_dataset
 from gossamer.data.inspection import Inspection, inspect
 from gossamer.data.labels import LabelConfig
@@ -98,7 +99,8 @@ def fit(
         raise ValueError(f"'{data}' holds one frame: one to train on and one to validate with are the least. Give more frames.")
     report = inspect(structures)
     for message in (*report.warnings, *(report.errors if force else ())):
-        log.warning("%s", message)
+        if not message.startswith(OFFSET_SAID):  # said with what follows from it
+            log.warning("%s", message)
     if report.errors and not force:
         raise ValueError("The data is not fit for training: " + "; ".join(report.errors) + ". Mend it, or insist with --force.")
     config = choose_settings(
@@ -266,10 +268,12 @@ def _labels_to_train(data: Path | str, structures: Sequence[Structure], report: 
                 len(structures),
                 first[0],
             )
-    offset = (report or inspect(structures)).stress_offset if has["stress"] else None
-    if offset is not None:
+    if has["stress"] and (report := report or inspect(structures)).stress_offset is not None:
         has["stress"] = False
-        log.warning("the stress is not trained on: its labels hold a constant %+.3g eV/Å³ that the energies lack", offset)
+        said = report.facts["stress offset"]
+        log.warning(
+            "the stress is not trained on: its labels hold a constant %s that the energies lack (Pulay stress of a small basis set?)", said
+        )
     if not has["energy"] and not has["forces"]:
         counts = ", ".join(f"{label} in {len(structures) - len(lacking[label])}" for label in ("energy", "forces"))
         raise ValueError(

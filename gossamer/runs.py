@@ -25,6 +25,7 @@ from gossamer.evaluation import evaluate_potential
 from gossamer.files import atomic_path, locked, write_json
 from gossamer.potential import DTYPES, Potential
 from gossamer.potential_file import check_sizes, load, read_manifest, save, save_again
+from gossamer.random_stream import RandomStream
 from gossamer.settings import to_dict
 from gossamer.training.finetune import Concatenated, adapt_statistics, choose_replay, choose_weights, merge_adapters, transfer_weights
 from gossamer.training.loop import CHECKPOINT, finished, run_training
@@ -63,6 +64,7 @@ def train(
         ValueError: settings, data or labels that do not fit together.
         RuntimeError: the loss became NaN, or another process trains into the same folder.
     """
+    chosen = isinstance(config, Config) and not overrides
     config = _as_config(config, overrides)
     folder = Path(config.out)
     checkpoint = folder / CHECKPOINT
@@ -72,9 +74,11 @@ def train(
     check_loss(config)
     check_schedule(config)
     frames = read_frames(config)
+    if not chosen:  # a program, such as `fit`, has said what it leaves out
+        say_unused(frames, config)
     group = start_process_group(config.training.device, config.training.timeout)
-    with closing(group), locked(folder) if group.rank == 0 else nullcontext(), log_of_rank(folder, group):
-        torch.manual_seed(config.training.seed)
+    numbers = RandomStream(config.training.seed, group.device)
+    with closing(group), locked(folder) if group.rank == 0 else nullcontext(), log_of_rank(folder, group), numbers.drawn():
         potential, frames, tuning = prepare_potential(config, frames, group)
         state = make_state(potential, config.training, config.loss)
         settings = to_dict(config)
@@ -150,10 +154,14 @@ def read_frames(config: Config) -> Frames:
     needed = config.loss.needed()
     for part in (train_set, valid_set):
         require_labels(part, needed, "loss.{label} is above 0", config.model.cutoff)
-    for label in train_set[0].labels:
-        if label not in needed:
-            log.warning("%s labels are in the data but not in the loss (loss.%s is 0)", label, label)
     return Frames(train=train_set, valid=valid_set, test=test_set)
+
+
+def say_unused(frames: Frames, config: Config) -> None:
+    """Say which labels are there and not learned from."""
+    for label in frames.train[0].labels:
+        if label not in config.loss.needed():
+            log.warning("%s labels are in the data but not in the loss (loss.%s is 0)", label, label)
 
 
 def prepare_potential(config: Config, frames: Frames, group: ProcessGroup) -> tuple[Potential, Frames, dict[str, Any]]:

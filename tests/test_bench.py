@@ -228,3 +228,12 @@ def test_work_is_counted_without_kernels(monkeypatch: pytest.MonkeyPatch) -> Non
     calculator = Calculator(make_potential(["Si"]), way="plain")
     monkeypatch.setattr("gossamer.engine.kernels.attach.attach_kernels", missing)
     assert least_work(calculator.engine, calculator.graph(bulk("Si", cubic=True)))["multiply_adds"] > 1e4
+
+
+def test_the_legend_has_every_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[list[str]] = []
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda self, path, **_: (
+        told.append([t.get_text() for t in self.axes[0].get_legend().get_texts()]), Path(path).touch()))  # fmt: skip
+    rows = [{"atoms": n, "us_per_atom": 10.0, "memory_MB": 100.0} for n in (10, 20)]
+    bench_module.plot([{"name": "_mine", "rows": rows}, {"name": "none", "rows": []}, {"name": "other", "rows": rows}], tmp_path / "b.png")
+    assert told == [["_mine", "other"]]

@@ -1483,7 +1483,7 @@ def test_inspection_finds_a_factor_of_two_in_the_stress(factor: float, said: str
 
 
 @pytest.mark.parametrize("offset", [0.0, 0.01, -0.01])
-def test_inspection_finds_a_constant_in_the_stress(offset: float) -> None:
+def test_inspection_finds_a_constant_in_the_stress(offset: float, caplog: pytest.LogCaptureFixture) -> None:
     """Pulay stress: a pressure that the energies do not have. It is measured to 10 %, said, and `fit` does not train on such stress."""
     structures = [replace(s, stress=s.stress + offset * np.eye(3)) for s in emt_structures(40, rattle=0.0, strain=0.01)]
     report = inspect(structures)
@@ -1493,6 +1493,8 @@ def test_inspection_finds_a_constant_in_the_stress(offset: float) -> None:
     assert (report.stress_offset is None) is (offset == 0)
     config = choose_settings("none.extxyz", structures)
     assert (config.loss.stress == 0) is (offset != 0)
+    assert len([line for line in caplog.messages if "stress" in line]) == (offset != 0)
+    assert ("the stress is not trained on: its labels hold a constant" in caplog.text) is (offset != 0)
 
 
 def test_a_weakly_negative_correlation_is_an_error_where_frames_are_many() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -130,3 +132,31 @@ def test_one_file_and_one_way_need_no_list(potential: gossamer.Potential, frames
     gossamer.save(potential, tmp_path / "p.safetensors")
     (row,) = gossamer.parity(tmp_path / "p.safetensors", str(tmp_path / "frames.extxyz"), ways="plain")
     assert row["way"] == "plain"
+
+
+SCRIPT = """
+print("begins")
+from pathlib import Path
+import torch
+from ase.build import bulk
+from ase.calculators.emt import EMT
+from gossamer.checks.discovery import relax_many
+from gossamer.data.statistics import Statistics
+from gossamer.data.structure import as_structure
+from gossamer.models import MODELS
+from gossamer.potential import Potential
+from gossamer.training.loader import Loader
+crystals = [(str(k), bulk("Cu", a=3.6 + 0.01 * k)) for k in range(3)]
+print(len(relax_many(EMT, crystals, Path("results.jsonl"), processes=2, progress=False)))
+settings, network = MODELS["schnet"]
+potential = Potential(settings(**network.presets["tiny"]), Statistics(elements=["Cu"], reference_energies={"Cu": 0.0}))
+loader = Loader(potential, [as_structure(atoms) for _, atoms in crystals], num_workers=1)
+print(sum(graph.n_graphs for _ in range(2) for graph in loader.graphs([[0, 2], [1]])))
+loader.close()
+"""
+
+
+def test_processes_do_not_run_a_script_again(tmp_path: Path) -> None:
+    (tmp_path / "script.py").write_text(SCRIPT)
+    done = subprocess.run([sys.executable, "script.py"], cwd=tmp_path, capture_output=True, text=True, check=True, timeout=100)
+    assert done.stdout.split() == ["begins", "3", "6"]

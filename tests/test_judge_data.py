@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import os
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -231,6 +232,8 @@ def test_discovery_on_several_processes(tmp_path: Path) -> None:
     found = discovery.relax_many(EMT, discovery.read_initial(initial), tmp_path / "r.jsonl", processes=2, progress=False)
     alone = discovery.relax_many(EMT, discovery.read_initial(initial), tmp_path / "s.jsonl", processes=1, progress=False)
     assert {k: v["energy"] for k, v in found.items()} == {k: v["energy"] for k, v in alone.items()}
+    with pytest.raises(RuntimeError, match="One of 2 processes ended by itself: .* the same call goes on"):
+        discovery.relax_many(partial(os._exit, 1), discovery.read_initial(initial), tmp_path / "t.jsonl", processes=2, progress=False)
 
 
 @pytest.mark.parametrize(("worker", "device"), [(1, "4"), (2, "7"), (3, "4")])

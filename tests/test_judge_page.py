@@ -14,6 +14,7 @@ from gossamer.checks.judge import judge
 from gossamer.checks.judge_page import write_page
 from gossamer.checks.page import spark
 from gossamer.checks.result import Panel, Result, at_most, conclude, curve, measured, skipped
+from gossamer.checks.run_page import plot_traces
 
 # --- the page, in a browser -----------------------------------------------------------------------------------------
 
@@ -156,3 +157,8 @@ def test_small_plots_stay_in_their_place() -> None:
     assert max(numbers[::2]) <= 94
     assert max(numbers[1::2]) <= 28
     assert spark([]) == ""
+
+
+def test_the_log_of_a_simulation_that_broke_at_once_has_no_traces(tmp_path: Path) -> None:
+    (tmp_path / "log.csv").write_text("step,time_fs,temperature_K,conserved_energy_eV\n")
+    assert plot_traces(tmp_path / "log.csv") == []

@@ -53,7 +53,7 @@ from gossamer.training.matrices import weight_matrices
 from gossamer.training.muon import orthogonalized
 from gossamer.training.optim import EMA, Clipper, Schedule, ScheduleConfig, make_optimizer
 from gossamer.training.process_group import ProcessGroup, shares
-from gossamer.training.progress import expected_error
+from gossamer.training.progress import Bar, expected_error
 from gossamer.training.state import LATER
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -77,7 +77,9 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 
 
 def test_it_learns_and_writes_everything(tmp_path: Path) -> None:
+    torch.manual_seed(7)
     results = train(settings(tmp_path / "run", steps=80, valid_every=20), progress=False)
+    assert torch.equal(torch.rand(2), torch.rand(2, generator=torch.Generator().manual_seed(7)))  # the caller's random numbers go on
     assert {p.name for p in (tmp_path / "run").iterdir()} == {
         "config.yaml", "log.csv", "potential.safetensors", "results.json", "valid.extxyz", "checkpoint.safetensors", "checkpoint.safetensors.previous",
     }  # fmt: skip
@@ -936,6 +938,13 @@ def test_the_last_error_is_foretold() -> None:
     assert expected_error(shares / 5, errors) is None
     assert expected_error(shares, errors) is None
     assert expected_error(shares[:5], [*errors[:4], errors[0]]) <= errors[0]  # errors that rise are not thought to go on rising
+
+
+def test_a_run_of_less_than_a_second_is_shown(caplog: pytest.LogCaptureFixture) -> None:
+    rows = [{"step": k, "seconds": 0.05 * k, "valid_forces_mae": 9.0 / k} for k in range(1, 6)]
+    caplog.set_level("INFO")
+    Bar(10, 0.3 / 60, rows, 0, visible=False).report()
+    assert "step 5 (0 of 0 s): F 1.80 meV/Å  (F about 1.6 at the end)" in caplog.text
 
 
 @pytest.mark.parametrize("name", [*MODELS])

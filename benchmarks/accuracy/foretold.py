@@ -8,9 +8,9 @@ the last lines say how far off they were, by the share of the run that had passe
 
 from __future__ import annotations
 
+import argparse
 import csv
 import json
-import sys
 from pathlib import Path
 
 from gossamer.config import load_config
@@ -18,8 +18,10 @@ from gossamer.training.progress import expected_error
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a finished run")
     runs, found = [], []
-    for folder in map(Path, sys.argv[1:]):
+    for folder in parser.parse_args().runs:
         with open(folder / "log.csv", newline="") as file:
             rows = list(csv.DictReader(file))
         seconds, errors = ([float(row[key]) for row in rows] for key in ("seconds", "valid_forces_mae"))

@@ -11,7 +11,9 @@ import json
 import logging
 import multiprocessing
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ from gossamer.checks.candidate import Candidate
 from gossamer.checks.result import InputError, Metric, Panel, Result, at_least, at_most, conclude, curve, measured, plain, skipped
 from gossamer.data.atoms import read_frames
 from gossamer.files import open_text
+from gossamer.processes import without_script
 
 log = logging.getLogger(__name__)
 Array = NDArray[np.float64]
@@ -166,11 +169,30 @@ def relax_many(
             for name, atoms in todo:
                 keep(name, relax_one(calculator, atoms))
         else:
-            context = multiprocessing.get_context("spawn")
-            with context.Pool(min(processes, len(todo)), _start, (make,)) as pool:
-                for name, result in pool.imap_unordered(_work, todo):
-                    keep(name, result)
+            for name, result in _by_processes(make, todo, min(processes, len(todo))):
+                keep(name, result)
     return done
+
+
+def _by_processes(make: Callable[[], Any], todo: Sequence[tuple[str, Atoms]], n: int) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Results of structures as processes have them, by identifier.
+
+    Raises:
+        RuntimeError: a process ended by itself.
+    """
+    with ProcessPoolExecutor(n, multiprocessing.get_context("spawn"), _start, (make,)) as executor:
+        try:
+            with without_script():  # the processes start with the first task
+                answers = [executor.submit(_work, task) for task in todo]
+            for answer in as_completed(answers):
+                yield answer.result()
+        except BrokenProcessPool:
+            raise RuntimeError(
+                f"One of {n} processes ended by itself: is there too little memory for so many? What is done is kept; the same call goes on. "
+                "Take fewer --processes."
+            ) from None
+        finally:
+            executor.shutdown(cancel_futures=True)
 
 
 def read_results(path: Path) -> dict[str, dict[str, Any]]:

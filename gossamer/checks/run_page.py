@@ -122,9 +122,11 @@ def plot_curves(
 
 
 def plot_traces(log: Path, target: float | None = None) -> list[tuple[Figure, str]]:
-    """Temperature (with a line for the target in K, if given) and conserved energy of a simulation's log.csv."""
+    """Temperature (with a line for the target in K, if given) and conserved energy of a simulation's log.csv; nothing of one without rows."""
     with open(log, encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
+    if not rows:
+        return []
     time = np.array([float(r["time_fs"]) for r in rows]) / 1000
     temperature = np.array([float(r["temperature_K"]) for r in rows])
     line = None if target is None else (time[[0, -1]], np.array([target, target]), f"target, {target:g} K")

@@ -9,10 +9,9 @@ import platform
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from pickle import PicklingError
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -22,6 +21,7 @@ from gossamer.checks.candidate import Candidate, enlarged
 from gossamer.checks.result import Metric, Panel, Result, at_most, conclude, curve, measured
 from gossamer.machine import machine
 from gossamer.neighbors import neighbor_list
+from gossamer.processes import without_script
 from gossamer.timing import fastest
 
 
@@ -98,17 +98,6 @@ def _answer(make: Callable[[], Any], systems: Sequence[Atoms], pipe: Any) -> Non
             atoms.calc = calculator
             atoms.get_forces()
             pipe.send(_peak())
-
-
-@contextlib.contextmanager
-def without_script() -> Iterator[None]:
-    """A process started meanwhile does not run the caller's script again: it need not be written for that, with a main guard."""
-    script = sys.modules["__main__"]
-    sys.modules["__main__"] = ModuleType("__main__")
-    try:
-        yield
-    finally:
-        sys.modules["__main__"] = script
 
 
 def growth_exponent(sizes: list[int], seconds: list[float]) -> float:

@@ -229,6 +229,10 @@ def compare_strained_pairs(structures: Sequence[Structure], report: Inspection, 
         )
 
 
+OFFSET_SAID = "the stress labels hold a constant"
+"""how the warning of one begins"""
+
+
 def _stress_offset(pairs: np.ndarray, report: Inspection, factor: float) -> None:
     """A constant pressure in the stress that the energies do not have: δ of ΔE = V (σ - δ) : ε, from each pair of strained cells.
 
@@ -252,9 +256,9 @@ def _stress_offset(pairs: np.ndarray, report: Inspection, factor: float) -> None
         return  # something else is wrong: a unit, a sign
     report.numbers["stress_offset"] = {"offset": offset, "error": error, "pairs": len(offsets)}
     if report.stress_offset is not None:
-        report.facts["stress offset"] = f"{offset:+.3g} ± {error:.1g} eV/Å³ against the energies ({offset / GPa:+.2g} GPa)"
+        report.facts["stress offset"] = f"{offset:+.3g} ± {error:.1g} eV/Å³ ({offset / GPa:+.2g} GPa)"
         report.warnings.append(
-            f"the stress labels hold a constant {offset:+.3g} ± {error:.1g} eV/Å³ ({offset / GPa:+.2g} GPa) that the energies lack (Pulay stress "
+            f"{OFFSET_SAID} {offset:+.3g} ± {error:.1g} eV/Å³ ({offset / GPa:+.2g} GPa) that the energies lack (Pulay stress "
             "of a small basis set?): trained on, it makes pressures and volumes wrong. Set loss.stress: 0, or compute the labels anew"
         )
 

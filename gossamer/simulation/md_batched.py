@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from gossamer.files import locked
 from gossamer.potential import Potential
+from gossamer.random_stream import RandomStream
 from gossamer.signals import StopRequested
 from gossamer.simulation.batched import batches
 from gossamer.simulation.calculator import digest_of
@@ -135,28 +136,28 @@ def _run(
         return
     watched, model.instead = _Watched(model), float("nan")
     seed = int(np.random.SeedSequence([config.seed, *(w.clock.nsteps for w in walkers)]).generate_state(1)[0])
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        noise = torch.Generator(model.device).manual_seed(seed)
-        step = _stepper(watched, config)
-        state = _state(watched, walkers, noise)
-        with suppress(ValueError):  # of one that is refused, and leaves the batch now
-            model.engine.expect(config.steps, watched.graph(state))
-        done = _look(watched, state, walkers, [w.clock.nsteps == 0 for w in walkers])
-        while True:
-            for k, answer in done.items():
-                yield walkers[k].config.out, answer
-            if done:
-                walkers = [w for k, w in enumerate(walkers) if k not in done]
-                if not walkers:
-                    return
-                state = _state(watched, walkers, noise)
+    numbers = RandomStream(seed, model.device)
+    noise = torch.Generator(model.device).manual_seed(seed)
+    step = _stepper(watched, config)
+    state = _state(watched, walkers, noise)
+    with suppress(ValueError):  # of one that is refused, and leaves the batch now
+        model.engine.expect(config.steps, watched.graph(state))
+    done = _look(watched, state, walkers, [w.clock.nsteps == 0 for w in walkers])
+    while True:
+        for k, answer in done.items():
+            yield walkers[k].config.out, answer
+        if done:
+            walkers = [w for k, w in enumerate(walkers) if k not in done]
+            if not walkers:
+                return
+            state = _state(watched, walkers, noise)
+        with numbers.drawn():  # TorchSim 0.3 draws global ones
             state = step(state, _temperatures(walkers, state))
-            for walker in walkers:
-                walker.clock.nsteps += 1
-            bar.update(len(walkers))
-            due = [w.clock.nsteps % config.interval == 0 or w.clock.nsteps >= config.steps for w in walkers]
-            done = _look(watched, state, walkers, due, None if stop.signal is None else stop.signal.name)
+        for walker in walkers:
+            walker.clock.nsteps += 1
+        bar.update(len(walkers))
+        due = [w.clock.nsteps % config.interval == 0 or w.clock.nsteps >= config.steps for w in walkers]
+        done = _look(watched, state, walkers, due, None if stop.signal is None else stop.signal.name)
 
 
 def _look(

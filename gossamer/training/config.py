@@ -73,7 +73,7 @@ class TrainingConfig:
     """At the end measure how wrong the potential may be (docs/uncertainty.md), on training and validation frames: seconds."""
     num_workers: Annotated[int, Field(ge=0)] = 0
     """Processes beside each process that trains which read structures and make their neighbour lists ahead; 0: a thread does. They pay where a
-    GPU waits for batches (the log says so). Batches are the same. From a script of your own they need ``if __name__ == "__main__":``."""
+    GPU waits for batches (the log says so). Batches are the same."""
     timeout: Annotated[float, Field(gt=0)] = 30.0
     """Minutes after which processes under torchrun give up waiting for one that hangs."""
     tensorboard: bool = False

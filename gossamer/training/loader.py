@@ -21,6 +21,7 @@ from gossamer.data.structure import Structure
 from gossamer.graph import Graph
 from gossamer.neighbors import neighbor_list
 from gossamer.potential import Potential
+from gossamer.processes import without_script
 
 AHEAD, AHEAD_OF_THREAD = 4, 2
 """batches that each process prepares ahead, or the thread"""
@@ -151,7 +152,9 @@ class Loader:
         assert self._processes is not None
         self._order.batches = batches
         try:
-            yield from self._processes
+            with without_script():  # the processes start with the first epoch
+                prepared = iter(self._processes)
+            yield from prepared
         except RuntimeError as error:
             if "DataLoader worker" not in str(error):
                 raise

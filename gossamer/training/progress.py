@@ -124,9 +124,10 @@ class Bar:
             visible: Whether this process shows anything.
         """
         self.timed, self.rows = minutes is not None, rows
-        self.total, unit = (round(60 * minutes), "s") if minutes is not None else (steps, "step")
+        self.total: float
+        self.total, unit = (60 * minutes, "s") if minutes is not None else (steps, "step")
         # None shows the bar on a terminal only
-        self.bar = tqdm(total=self.total, initial=int(done), unit=unit, disable=None if visible else True, dynamic_ncols=True)
+        self.bar = tqdm(total=round(self.total), initial=int(done), unit=unit, disable=None if visible else True, dynamic_ncols=True)
 
     def show(self, step: int, seconds: float) -> None:
         """Move to where the run is."""
@@ -141,7 +142,7 @@ class Bar:
         self.bar.set_postfix_str(text)
         if self.bar.disable:
             left = float(row["seconds"]) / int(row["step"]) * (self.total - int(row["step"])) / 60
-            place = f" ({row['seconds']:.0f} of {self.total} s)" if self.timed else f" of {self.total} ({left:.1f} minutes left)"
+            place = f" ({row['seconds']:.0f} of {self.total:.0f} s)" if self.timed else f" of {self.total} ({left:.1f} minutes left)"
             log.info("step %d%s: %s", row["step"], place, text)
 
     def expected(self) -> str | None:
