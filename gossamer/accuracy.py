@@ -10,6 +10,7 @@ from typing import Any
 import ase.io
 import numpy as np
 
+from gossamer.arguments import whole
 from gossamer.calibration import measure_uncertainty, plot_honesty
 from gossamer.data.dataset import Data, Subset, as_dataset
 from gossamer.data.fingerprint import leave_out_training_frames
@@ -59,8 +60,7 @@ def evaluate(
     Raises:
         ValueError: a negative ``worst``, or no label to compare with.
     """
-    if worst < 0:
-        raise ValueError(f"worst must not be negative, found {worst}.")
+    worst = whole("worst", worst, 0)
     potential = as_potential(model, device)
     structures = as_dataset(data, labels)
     chosen = leave_out_training_frames(potential.seen, structures, include_training)
@@ -141,7 +141,7 @@ def calibrate(
     halves = not any(trained)
     if halves and len(structures) < 2:
         raise ValueError(
-            f"Found {len(structures)} frame: some must say what the potential knows, others what it errs. Give two at least, better hundreds."
+            f"Found {len(structures)} frame{'s' * (len(structures) != 1)}: some must say what the potential knows, others what it errs. Give two at least, better hundreds."
         )
     if halves:
         log.warning(

@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 from ase import Atoms
 
+from gossamer.arguments import FILES, listed
 from gossamer.checks.candidate import (
     builtin_crystals,
     builtin_molecules,
@@ -70,8 +71,8 @@ def bench(
         ValueError: nothing to time, two of one name, or settings that cannot be.
     """
     candidates: list[dict[str, Any]] = []
-    models = [models] if isinstance(models, str | Path) else models
-    calculator = [calculator] if isinstance(calculator, str) else calculator
+    models = listed("models", models, FILES, "files of potentials, which are read in a process of their own")
+    calculator = listed("calculator", calculator, (str,), "module:factory, which makes it in a process of its own")
     for text in models:
         name, path = named_path(str(text))
         candidates.append({"name": name, "model": path})

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from gossamer import __version__
+from gossamer.arguments import FILES, listed
 from gossamer.config import Config, load_config, make_config
 from gossamer.data.dataset import isolated_atoms, load_data, open_dataset
 from gossamer.data.structure import Structure
@@ -41,7 +42,7 @@ COMPILE_BUDGET = 0.25
 
 
 def compare(
-    configs: Sequence[Path | str | Config],
+    configs: Sequence[Path | str | Config | Mapping[str, Any]] | Path | str | Config | Mapping[str, Any],
     minutes: float = 10.0,
     out: Path | str = "comparison",
     resume: bool = False,
@@ -55,7 +56,7 @@ def compare(
     everything else is used as it is.
 
     Args:
-        configs: Settings of the models, or YAML files; their data and split must agree.
+        configs: Settings of the models, as objects, dictionaries or YAML files; their data and split must agree.
         minutes: Time for each, compilation and validation included: CPU time on one CPU thread, wall time otherwise. Reading
             the data and the final test come on top.
         out: Folder for the runs, comparison.json, comparison.md and comparison.png.
@@ -66,6 +67,7 @@ def compare(
         One dictionary per model, as in comparison.json.
 
     Raises:
+        TypeError: something else than settings.
         ValueError: no configuration, two of one name, different data, or runs in the folder of another time or other settings.
         RuntimeError: a run failed, as where its loss is NaN; raised at the end, when all others have had their time.
         Stopped: SIGTERM came during a run.
@@ -101,15 +103,16 @@ def compare(
     return records
 
 
-def name_configs(configs: Sequence[Path | str | Config]) -> dict[str, Config]:
+def name_configs(configs: Any) -> dict[str, Config]:
     """Settings by name: that of the file (with its folder's where several share one), or of the network."""
+    configs = listed("configs", configs, (*FILES, Config, Mapping), "YAML files or settings")
     if not configs:
         raise ValueError("There is nothing to compare: give at least one configuration.")
     named: dict[str, Config] = {}
-    files = iter(distinct([c for c in configs if not isinstance(c, Config)]))
+    files = iter(distinct([c for c in configs if isinstance(c, FILES)]))
     for entry in configs:
-        config = entry if isinstance(entry, Config) else load_config(entry)
-        name = config.model.name if isinstance(entry, Config) else next(files)
+        config = entry if isinstance(entry, Config) else make_config(entry) if isinstance(entry, Mapping) else load_config(entry)
+        name = next(files) if isinstance(entry, FILES) else config.model.name
         if name in named:
             raise ValueError(f"Two configurations are called '{name}'. Give their files different names.")
         check_loss(config)

@@ -61,12 +61,15 @@ class D3:
 
         Raises:
             ImportError: the package is not installed.
+            TypeError: no name.
             ValueError: a functional or a damping without parameters.
         """
         try:
             from dftd3 import interface
         except ImportError:
             raise ImportError("Dispersion is computed by the package dftd3: pip install 'gossamer[dispersion]'") from None
+        if not isinstance(functional, str):
+            raise TypeError(f"dispersion: expected the name of a functional, such as pbe, found {functional!r}.")
         self.functional, _, damping = functional.strip().lower().replace("-", "").partition("/")
         self.damping = damping or "bj"
         if self.damping not in DAMPINGS:

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from gossamer.arguments import as_path, listed
 from gossamer.config import Config, expand_preset, load_config, make_config
 from gossamer.data.consistency import OFFSET_SAID
 from gossamer.data.dataset import open_dataset
@@ -39,7 +40,7 @@ def fit(
     resume: bool = False,
     force: bool = False,
     start: Path | str | None = None,
-    weights: Sequence[str] | None = None,
+    weights: Sequence[str] | str | None = None,
     low_rank: int | None = None,
     replay: Path | str | None = None,
     speed: bool = False,
@@ -72,6 +73,7 @@ def fit(
         As ``train``.
 
     Raises:
+        TypeError: frames or a potential in memory.
         FileExistsError: ``out`` holds a run, and ``resume`` is False.
         ValueError: inspection found errors, the model is unknown, ``speed`` or ``accuracy`` beside each other, a model or a start, or a
             run to go on with that other arguments began.
@@ -83,10 +85,14 @@ def fit(
         raise ValueError("speed takes a smaller network than fit's own, accuracy a larger one: leave one of them out, or both.")
     if model is not None and model.split("/")[0] not in MODELS:
         raise ValueError(f"model '{model}' is unknown. Choose one of {', '.join(MODELS)}.")
-    finetune = _finetuning(start, weights, low_rank, replay)
     method = {k: v for k, v in (("functional", functional), ("dispersion", dispersion)) if v is not None}
     if minutes is not None and not minutes > 0:
         raise ValueError(f"minutes must be positive, found {minutes}.")
+    weights = None if weights is None else listed("weights", weights, (str,), "names of weights")
+    for name, path in (("data", data), ("start", start), ("replay", replay)):
+        if path is not None:
+            as_path(name, path, "a file, which the settings of the run name (of Atoms: ase.io.write, of a potential: gossamer.save)")
+    finetune = _finetuning(start, weights, low_rank, replay)
     folder = Path(out)
     if resume and (folder / "config.yaml").exists():
         _check_same(folder / "config.yaml", data, model, minutes, labels, finetune, speed, accuracy, method)

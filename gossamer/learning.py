@@ -19,11 +19,13 @@ import ase.io
 import numpy as np
 import torch
 from ase import Atoms
+from ase.calculators.abc import GetPropertiesMixin
 from ase.calculators.calculator import PropertyNotImplementedError
 from ase.calculators.singlepoint import SinglePointCalculator
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
+from gossamer.arguments import FILES, as_path, listed, said
 from gossamer.checks.run_page import Report, plot_curves
 from gossamer.checks.source import find_sources
 from gossamer.config import load_config, make_config
@@ -35,7 +37,7 @@ from gossamer.evaluation import evaluate_potential
 from gossamer.files import InputError, atomic_path, checksum, locked, write_bytes, write_json
 from gossamer.fitting import choose_settings
 from gossamer.potential import NO_UNCERTAINTY, Potential
-from gossamer.potential_file import load
+from gossamer.potential_file import load, read_manifest
 from gossamer.runs import POTENTIAL, train
 from gossamer.settings import configured, to_dict
 from gossamer.signals import Stopped
@@ -58,8 +60,8 @@ VALID_EVERY = 5
 
 def learn(
     start: Path | str,
-    structures: Sequence[Path | str | Atoms],
-    label: str,
+    structures: Sequence[Path | str | Atoms] | Path | str | Atoms,
+    label: Any,
     data: Path | str | None = None,
     config: LearnConfig | None = None,
     **options: Any,
@@ -70,8 +72,9 @@ def learn(
 
     Args:
         start: Saved potential with an uncertainty.
-        structures: From which walks start: files (their first frames) or Atoms.
-        label: ASE calculator as `gossamer judge` takes them, "module:factory" or "module:factory(...)".
+        structures: From which walks start: files (their first frames) or Atoms, or one.
+        label: ASE calculator as `gossamer judge` takes them, "module:factory" or "module:factory(...)", or a calculator; of that only the
+            class is compared where a folder goes on.
         data: Labelled frames that the start was trained on, to be trained on again; labels must be those of the calculator.
         config: Options as an object; ``LearnConfig`` says which there are.
         options: Options by name; they replace those of ``config``.
@@ -81,6 +84,7 @@ def learn(
         and learning.json are in the folder.
 
     Raises:
+        TypeError: a potential in memory, no calculator, or something else than files and atoms.
         ValueError: a potential without uncertainty, unknown options, or a folder that was begun with others.
         Stopped: SIGTERM; the same command goes on.
     """
@@ -89,15 +93,23 @@ def learn(
         raise ValueError(
             "frames 1 without data: the first round needs a frame to train on and another to validate. Raise frames, or give data."
         )
-    (source,) = find_sources([], [label])
+    start = as_path("start", start, "the file of a potential (gossamer.save writes one)")
+    structures = listed("structures", structures, (*FILES, Atoms), "files or ASE's Atoms")
+    if not structures:
+        raise ValueError("There are no structures to walk from: give at least one.")
+    if not isinstance(label, str | GetPropertiesMixin):
+        raise TypeError(f"label: expected module:factory or an ASE calculator, found {said(label)}.")
+    if "uncertainty" not in read_manifest(start):  # before there is a folder that these settings began
+        raise ValueError(NO_UNCERTAINTY)
+    (source,) = find_sources([], [label if isinstance(label, str) else (type(label).__name__, label)])
     walkers = [s if isinstance(s, Atoms) else read_frames(s)[0] for s in structures]
     old = [] if data is None else list(open_dataset(data))
-    current, held = Path(start), False
+    current, held = start, False
     curve: list[dict[str, Any]] = []
     files = [Path(s).name for s in structures if not isinstance(s, Atoms)]
     contents = [checksum(s)[:16] for s in (*structures, data) if isinstance(s, str | Path)]
     atoms = [fingerprints(s.numbers, s.positions, s.cell.array, s.pbc)[0] for s in structures if isinstance(s, Atoms)]
-    question = {"start": checksum(start)[:16], "structures": files, "label": label, "data": None if data is None else Path(data).name,
+    question = {"start": checksum(start)[:16], "structures": files, "label": label if isinstance(label, str) else source.fingerprint, "data": None if data is None else as_path("data", data, "a file of labelled frames").name,
                 "contents": contents, "atoms": atoms, **to_dict(config)}  # fmt: skip
     with locked(config.out):
         _check_question(config.out / "question.json", question)

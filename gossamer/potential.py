@@ -16,6 +16,7 @@ from jaxtyping import Bool, Float, Int
 from pydantic import Field
 from torch import Tensor, nn
 
+from gossamer.arguments import whole
 from gossamer.data.batch import batches_by_atoms, collate
 from gossamer.data.fingerprint import SeenFrames
 from gossamer.data.statistics import Statistics
@@ -520,10 +521,11 @@ class Potential(Float64):
 
         Raises:
             TypeError: something else than structures, such as the name of a file.
-            ValueError: an element that is not in the table, a periodic structure without a cell, a charged one that is refused, or no
+            ValueError: no ``batch_atoms``, an element that is not in the table, a periodic structure without a cell, a charged one that is refused, or no
                 uncertainty where it is asked for.
         """
-        given = [structures] if isinstance(structures, Structure | Atoms) else structures
+        batch_atoms = whole("batch_atoms", batch_atoms, 1)
+        given = [structures] if isinstance(structures, Structure | Atoms | str) else structures
         chosen = [as_structure(s, f"structure {k}") for k, s in enumerate(given)]
         was_training = self.training
         self.eval()

@@ -23,6 +23,7 @@ from ase.data import atomic_numbers as number_of
 from torch import Tensor
 
 from gossamer import __version__
+from gossamer.arguments import as_path, said
 from gossamer.data.fingerprint import SeenFrames
 from gossamer.data.statistics import Statistics
 from gossamer.data.structure import Structure, as_structure
@@ -47,7 +48,7 @@ TOLERANCES = {torch.float32: (2e-5, 2e-3), torch.float64: (1e-9, 1e-7)}
 def save(
     potential: Potential,
     path: Path | str,
-    check: Sequence[Structure | Atoms] = (),
+    check: Sequence[Structure | Atoms] | Structure | Atoms = (),
     training: Mapping[str, Any] | None = None,
     stored: Sequence[Mapping[str, Any]] | None = None,
 ) -> None:
@@ -61,10 +62,15 @@ def save(
         stored: What to store as predictions of ``check``: those of the package that a potential comes from; None: its own.
 
     Raises:
+        TypeError: something else than a potential, or no path.
         ValueError: a potential that ``load`` would refuse (`check_sizes`).
     """
+    if not isinstance(potential, Potential):
+        raise TypeError(f"potential: expected a potential, found {said(potential)}. Write save(potential, path).")
+    path = as_path("path", path, "the name of a file")
     check_sizes(potential)
-    structures = [as_structure(s, f"check[{k}]") for k, s in enumerate(check)]
+    given = [check] if isinstance(check, Structure | Atoms) else check
+    structures = [as_structure(s, f"check[{k}]") for k, s in enumerate(given)]
     tensors = {f"network.{k}": v.detach().cpu().contiguous() for k, v in potential.network.state_dict().items()}
     if stored is None:
         stored = potential.predict(structures, refuse=False)
@@ -107,7 +113,7 @@ def save(
 
 def save_again(potential: Potential, source: Path | str, path: Path | str) -> None:
     """Write what was loaded from ``source``, with the stored structures, predictions and record of training that lie there."""
-    manifest, tensors = _open(Path(source))
+    manifest, tensors = _open(source)
     numbers = range(manifest["n_check"])
     save(potential, path, [_stored(tensors, k) for k in numbers], manifest["training"], [_stored_prediction(tensors, k) for k in numbers])
 
@@ -118,7 +124,7 @@ def read_manifest(path: Path | str) -> dict[str, Any]:
     Raises:
         ValueError: not a potential of ours, truncated, or of a newer format.
     """
-    manifest, _ = _open(Path(path))
+    manifest, _ = _open(path)
     return {**manifest, "model": model_settings(manifest)}
 
 
@@ -141,7 +147,7 @@ def unverified(manifest: Mapping[str, Any]) -> str | None:
 
 def weight_shapes(path: Path | str) -> dict[str, list[int]]:
     """Names and shapes of the weights in a saved potential, layer 2 before layer 10."""
-    manifest, tensors = _open(Path(path))
+    manifest, tensors = _open(path)
     found = weights_of(tensors, manifest)
     return {
         k: list(found[k].shape)
@@ -222,10 +228,11 @@ def load(path: Path | str, device: str | torch.device = "cpu", dtype: str | torc
         dtype: "float32" or "float64"; by default as saved.
 
     Raises:
+        TypeError: something else than a path.
         ValueError: truncated or altered file, newer format, predictions that do not come out as stored, an unknown dtype, or a device that is
             not there.
     """
-    path = Path(path)
+    path = as_path("path", path, "the file of a potential")
     check_device(device)
     asked = None if dtype is None else precision(dtype)
     manifest, tensors = _open(path)
@@ -265,7 +272,8 @@ def load(path: Path | str, device: str | torch.device = "cpu", dtype: str | torc
     return potential
 
 
-def _open(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def _open(path: Path | str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    path = as_path("path", path, "the file of a potential")
     if not path.is_file():
         raise FileNotFoundError(f"There is no file '{path}'.")
     try:
@@ -398,7 +406,7 @@ def check_sizes(potential: Potential) -> None:
 
 def stored_structures(path: Path | str) -> list[Structure]:
     """The structures whose predictions are stored in a saved potential."""
-    manifest, tensors = _open(Path(path))
+    manifest, tensors = _open(path)
     return [_stored(tensors, k) for k in range(manifest["n_check"])]
 
 

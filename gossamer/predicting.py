@@ -15,6 +15,7 @@ from ase.calculators.singlepoint import SinglePointCalculator
 from ase.stress import full_3x3_to_voigt_6_stress
 from tqdm import tqdm
 
+from gossamer.arguments import whole
 from gossamer.data.atoms import count_frames, disorder, iterate_frames
 from gossamer.data.structure import Structure, as_structure
 from gossamer.engine.engine import Engine, Way
@@ -115,8 +116,7 @@ def _check(paths: Sequence[Path], out: Path, batch_atoms: int) -> None:
     """Refuse what cannot be done before a potential is loaded."""
     if not paths:
         raise ValueError("There are no structures to predict: give at least one file.")
-    if batch_atoms < 1:
-        raise ValueError(f"batch_atoms must be at least 1, found {batch_atoms}.")
+    whole("batch_atoms", batch_atoms, 1)
     if out.suffix not in (".xyz", ".extxyz"):  # ASE's other formats would leave out uncertainties, features and references
         raise ValueError(f"'{out}': predictions are written as extended XYZ. Choose an --out that ends with .extxyz or .xyz.")
     for path in paths:

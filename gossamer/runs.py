@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from gossamer import __version__
+from gossamer.arguments import as_path
 from gossamer.calibration import measure_uncertainty
 from gossamer.config import Config, load_config, make_config, save_config
 from gossamer.data.dataset import Subset, digest, load_data, open_dataset, require_labels, without
@@ -41,7 +42,7 @@ MOST_VALID = 10_000
 
 
 def train(
-    config: Config | Path | str | Mapping[str, Any], overrides: Sequence[str] = (), resume: bool = False, progress: bool = True
+    config: Config | Path | str | Mapping[str, Any], overrides: Sequence[str] | str = (), resume: bool = False, progress: bool = True
 ) -> dict[str, Any]:
     """Train a potential from settings, a YAML file or a dictionary.
 
@@ -51,7 +52,7 @@ def train(
 
     Args:
         config: Settings, or where they are.
-        overrides: ``path.to.key=value``.
+        overrides: ``path.to.key=value``, one or several.
         resume: Continue from the folder's checkpoint (if there is one). So does a process that torchrun started anew.
         progress: Show a progress bar.
 
@@ -60,6 +61,7 @@ def train(
         (the signal's name), "stopped_at_step", "out".
 
     Raises:
+        TypeError: no settings.
         FileExistsError: the folder holds a run and ``resume`` is False.
         ValueError: settings, data or labels that do not fit together.
         RuntimeError: the loss became NaN, or another process trains into the same folder.
@@ -412,10 +414,13 @@ def tuning_errors(
     return out
 
 
-def _as_config(config: Config | Path | str | Mapping[str, Any], overrides: Sequence[str]) -> Config:
+def _as_config(config: Config | Path | str | Mapping[str, Any], overrides: Sequence[str] | str) -> Config:
+    overrides = [overrides] if isinstance(overrides, str) else overrides
     if isinstance(config, Config):
         return make_config(to_dict(config), overrides) if overrides else config
-    return make_config(config, overrides) if isinstance(config, Mapping) else load_config(config, overrides)
+    if isinstance(config, Mapping):
+        return make_config(config, overrides)
+    return load_config(as_path("config", config, "settings, or a YAML file of them"), overrides)
 
 
 def check_loss(config: Config) -> None:

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from ase.calculators.lammps import Prism
 from ase.io.lammpsdata import write_lammps_data
 from ase.stress import voigt_6_to_full_3x3_stress
 
+from gossamer.arguments import FILES, listed, whole
 from gossamer.data.atoms import read_frames
 from gossamer.data.structure import as_structure, spread
 from gossamer.engine.agreement import TABLE_TOLERANCE
@@ -33,7 +35,7 @@ from gossamer.engine.program import Program, fits
 from gossamer.files import write_json
 from gossamer.machine import versions
 from gossamer.potential import Potential
-from gossamer.potential_file import load, save, stored_structures
+from gossamer.potential_file import as_potential, save, stored_structures
 from gossamer.simulation.calculator import Calculator
 from gossamer.timing import fastest
 
@@ -66,8 +68,8 @@ class Row:
 
 
 def parity(
-    model: Path | str,
-    structures: Sequence[Path | str] | Path | str = (),
+    model: Potential | Path | str,
+    structures: Sequence[Path | str | Atoms] | Path | str | Atoms = (),
     ways: Sequence[str] | str | None = None,
     exported: Path | str | None = None,
     count: int = 5,
@@ -81,8 +83,9 @@ def parity(
         parity("potential.safetensors", ["water.extxyz"])
 
     Args:
-        model: Saved potential.
-        structures: Files, or one; of each at most ``count`` frames, spread evenly. By default the structures kept in the potential's file.
+        model: Saved potential, or a potential.
+        structures: Files or atoms, or one; of each file at most ``count`` frames, spread evenly. By default the structures kept in the
+            potential's file.
         ways: Which (`WAYS`); by default all. A way asked for by name that cannot be had here does not agree.
         exported: Program made by `gossamer export` from this potential, in this precision.
         count: Frames of each file.
@@ -97,26 +100,33 @@ def parity(
         A `Row` for each way, as a dictionary.
 
     Raises:
+        TypeError: something else than a potential, files and atoms.
         ValueError: an unknown way, no structures or such as the potential has no forces for, or a setting that cannot be.
         FileNotFoundError: no such file.
     """
-    ways = [ways] if isinstance(ways, str) else ways
+    ways = None if ways is None else listed("ways", ways, (str,), "their names")
     wrong = sorted(set(ways or ()) - set(WAYS))
-    if wrong:
-        raise ValueError(f"ways: {', '.join(wrong)} are unknown. Choose among {', '.join(WAYS)}.")
-    if count < 1 or (tolerance is not None and not tolerance > 0):
-        raise ValueError(f"count and tolerance must be positive, found {count} and {tolerance}.")
-    potential = load(model, device, dtype)
-    files = [structures] if isinstance(structures, str | Path) else structures
-    frames = [found[k] for found in map(read_frames, files) for k in spread(len(found), count)]
-    frames = frames or [s.to_ase() for s in stored_structures(model)]
+    if wrong or ways == []:
+        raise ValueError(f"ways: {', '.join(wrong) + ' are unknown' if wrong else 'none is given'}. Choose among {', '.join(WAYS)}.")
+    count = whole("count", count, 1)
+    if tolerance is not None and not tolerance > 0:
+        raise ValueError(f"tolerance must be positive, found {tolerance}.")
+    potential = as_potential(model, device, dtype)
+    frames: list[Atoms] = []
+    for given in listed("structures", structures, (*FILES, Atoms), "files or ASE's Atoms"):
+        found = [given.copy()] if isinstance(given, Atoms) else read_frames(given)
+        frames += [found[k] for k in spread(len(found), count)]
+    if not frames and not isinstance(model, Potential):
+        frames = [s.to_ase() for s in stored_structures(model)]
     if not frames:
-        raise ValueError(f"'{model}' keeps no structures. Give some to compare on.")
+        raise ValueError(
+            f"{'A potential in memory' if isinstance(model, Potential) else repr(str(model))} keeps no structures. Give some to compare on."
+        )
     for k, atoms in enumerate(frames):
         atoms.calc = None
         potential.check_elements(atoms.numbers, f"Structure {k}")
     limit = tolerance or TABLE_TOLERANCE[potential.dtype]
-    exact = load(model, device, "float64").predict(frames, batch_atoms=1)
+    exact = deepcopy(potential).to(torch.float64).predict(frames, batch_atoms=1)
     unsound = [k for k, answer in enumerate(exact) if not np.isfinite(answer["forces"]).all()]
     if unsound:
         raise ValueError(f"Structures {unsound}: the plain potential's own forces are not finite, as of atoms on one spot. Leave them out.")
@@ -138,11 +148,16 @@ def parity(
             seconds = sum(took) if took else fastest(run, 3, seconds=20.0)
             rows.append(_compared(way, frames, answers, exact, potential.energy_scale, limit, 1000 * seconds / len(frames)))
             log.info("%s: largest difference %.1e (relative)", way, rows[-1].relative)
-    found = [asdict(row) for row in rows]
+    answer = [asdict(row) for row in rows]
     if out is not None:
-        told = {"model": str(model), "dtype": str(potential.dtype), "structures": len(frames), "tolerance": limit}
-        write_json(out, {**told, "versions": versions(), "ways": found})
-    return found
+        told = {
+            "model": type(model).__name__ if isinstance(model, Potential) else str(model),
+            "dtype": str(potential.dtype),
+            "structures": len(frames),
+            "tolerance": limit,
+        }
+        write_json(out, {**told, "versions": versions(), "ways": answer})
+    return answer
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:

@@ -303,7 +303,7 @@ def test_wrong_use_of_a_potential(tmp_path: Path, capsys: pytest.CaptureFixture)
         (["evaluate", model, tmp_path / "bare.extxyz"], "there is nothing to compare with"),
         (["evaluate", model, tmp_path / "named.extxyz"], "found REF_energy: if REF_energy is it, say --energy REF_energy"),
         (["evaluate", tmp_path / "nothing", ETHANOL], "There is no file"),
-        (["evaluate", model, ETHANOL, "--worst", "-1"], "worst must not be negative, found -1"),
+        (["evaluate", model, ETHANOL, "--worst", "-1"], "worst must be at least 0, found -1"),
         (["md", model, tmp_path / "ethanol.xyz", "--out", out], "O (8) not among the potential's elements"),
         (["md", model, tmp_path / "none.xyz", "--out", out], "There is no structure file"),
         (["relax", model, tmp_path / "twins.xyz", "--out", tmp_path / "r.xyz"], "Separate overlapping atoms"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +21,7 @@ from conftest import ETHANOL, make_potential
 import gossamer
 from gossamer.checks.errors import predict
 from gossamer.data.labels import LabelConfig
+from gossamer.screening.structures import read_items
 
 
 @pytest.fixture(scope="module")
@@ -134,6 +136,123 @@ def test_one_file_and_one_way_need_no_list(potential: gossamer.Potential, frames
     assert row["way"] == "plain"
 
 
+class Shifted(EMT):
+    """EMT with another zero of energy."""
+
+    def __init__(self, shift: float) -> None:
+        super().__init__()
+        self.shift = shift
+
+    def calculate(self, *arguments: Any, **options: Any) -> None:
+        super().calculate(*arguments, **options)
+        self.results["energy"] += self.shift
+
+
+def test_potentials_and_calculators_in_memory_are_judged(potential: gossamer.Potential, frames: list[Atoms], tmp_path: Path) -> None:
+    asked: dict[str, Any] = {"only": "symmetry", "progress": False, "out": tmp_path}
+    assert list(gossamer.judge({"mine": potential}, structures=frames[0], **asked)) == ["mine"]
+    about = json.loads((tmp_path / "mine" / "about.json").read_text())
+    assert about["ours"]
+    assert list(gossamer.judge(potential, EMT(), structures=frames[0], **asked)) == ["leignn", "EMT"]
+    other = make_potential(["H", "C", "O"], seed=1)
+    with pytest.raises(ValueError, match="holds the judgement of another potential called 'mine'"):
+        gossamer.judge({"mine": other}, **asked)
+    given = {"elements": ["Cu"], **asked, "only": ("symmetry",)}
+    for _ in range(2):
+        assert gossamer.judge(Shifted(0.0), **given)["Shifted"]["symmetry"].status == "passed"
+    with pytest.raises(ValueError, match="holds the judgement of another potential called 'Shifted'"):
+        gossamer.judge(calculator=[Shifted(0.1)], **given)
+    for wrong in (EMT, None, [7]):
+        with pytest.raises(TypeError, match="models: expected a saved potential or ASE calculator, or one in memory, found"):
+            gossamer.judge(wrong, **asked)
+    with pytest.raises(TypeError, match="structures: expected files or ASE's Atoms, found int"):
+        gossamer.judge(potential, structures=[7], **asked)
+    with pytest.raises(ValueError, match="data: Input should be a valid string"):
+        gossamer.judge(potential, data=frames, **asked)
+
+
+def test_parity_of_what_is_in_memory(potential: gossamer.Potential, frames: list[Atoms]) -> None:
+    for structures, ways in ((frames[0], "plain"), (iter(frames), (way for way in ["plain"]))):
+        (row,) = gossamer.parity(potential, structures, ways=ways, count=np.int64(2))
+        assert row["agrees"]
+        assert row["relative"] < 1e-10
+    with pytest.raises(ValueError, match="A potential in memory keeps no structures"):
+        gossamer.parity(potential, ways="plain")
+    with pytest.raises(ValueError, match="ways: none is given. Choose among plain"):
+        gossamer.parity(potential, frames, ways=[])
+    with pytest.raises(TypeError, match="structures: expected files or ASE's Atoms, found int"):
+        gossamer.parity(potential, [3])
+
+
+def test_several_structures_are_one_file_or_more(potential: gossamer.Potential, frames: list[Atoms], tmp_path: Path) -> None:
+    ase.io.write(tmp_path / "a.extxyz", frames[0])
+    for structures in (tmp_path / "a.extxyz", str(tmp_path / "a.extxyz"), iter([tmp_path / "a.extxyz"])):
+        (answer,) = gossamer.relax_files(potential, structures, out=tmp_path / "relaxed", steps=1, way="plain")
+        assert answer["steps"] == 1
+    (answer,) = gossamer.md_files(potential, tmp_path / "a.extxyz", out=tmp_path / "md", steps=1, way="plain", progress=False)
+    assert answer["steps"] == 1
+    with pytest.raises(TypeError, match="structures: expected files, whose names the relaxed ones get .*gossamer.relax.* found Atoms"):
+        gossamer.relax_files(potential, frames, out=tmp_path / "relaxed")
+    with pytest.raises(TypeError, match="structures: expected files, whose names the folders get .*gossamer.md.* found Atoms"):
+        gossamer.md_files(potential, frames[0])
+
+
+def test_atoms_are_screened_by_their_places(frames: list[Atoms], tmp_path: Path) -> None:
+    ase.io.write(tmp_path / "a.extxyz", frames[:1])
+    strange = frames[1].copy()
+    strange.info["occupancy"] = {"0": {"C": 0.5, "N": 0.5}}
+    items = list(read_items([frames[0], tmp_path / "a.extxyz", strange, Atoms()]))
+    assert [(i.source.rpartition("/")[2], i.frame) for i in items] == [("memory", 0), ("memory", 1), ("memory", 2), ("a.extxyz", 0)]
+    assert items[0].digest == items[3].digest
+    assert [bool(i.problem) for i in items] == [False, True, True, False]
+
+
+def test_what_is_given_instead_of_files_and_settings_is_said(potential: gossamer.Potential, frames: list[Atoms], tmp_path: Path) -> None:
+    file = tmp_path / "p.safetensors"
+    gossamer.save(potential, file, check=frames[0])
+    out = tmp_path / "out"
+    for what, message, call in (
+        ("a potential to screen", "model: expected the file of a potential, which every worker reads", lambda: gossamer.screen(frames, potential)),
+        ("a calculator to screen", "calculator: expected module:factory", lambda: gossamer.screen(frames, calculator=EMT())),
+        ("no structures", "structures: expected files or ASE's Atoms, found int", lambda: gossamer.screen(3, file)),
+        ("a start", "start: expected the file of a potential", lambda: gossamer.learn(potential, frames, "ase.calculators.emt:EMT")),
+        ("a label", "label: expected module:factory or an ASE calculator, found the class EMT", lambda: gossamer.learn(file, frames, EMT)),
+        ("walks", "structures: expected files or ASE's Atoms, found int", lambda: gossamer.learn(file, 3, EMT())),
+        ("settings", "configs: expected YAML files or settings, found int", lambda: gossamer.compare([3], out=out)),
+        ("a configuration", "config: expected settings, or a YAML file of them, found list", lambda: gossamer.train([])),
+        ("frames", "data: expected a file, which the settings of the run name", lambda: gossamer.fit(frames, out=out)),
+        ("a saved start", "start: expected a file", lambda: gossamer.fit(file, start=potential, out=out)),
+        ("files", "path: expected files or folders, found Atoms", lambda: list(gossamer.read_structures(frames))),
+        ("a file", "path: expected the file of a potential, found Potential", lambda: gossamer.load(potential)),
+        ("no file", "path: expected the file of a potential, found NoneType", lambda: gossamer.load(None)),
+        ("swapped", "potential: expected a potential, found PosixPath", lambda: gossamer.save(file, potential)),
+        ("no calculator", "model: expected a saved potential, a potential or an ASE calculator, found NoneType", lambda: gossamer.md(None, frames[0])),
+        ("a class", "model: expected .*, found the class EMT", lambda: gossamer.relax(EMT, frames[0])),
+        ("frames to relax", "structure: expected a file or ASE's Atoms, found list", lambda: gossamer.relax(potential, frames)),
+        ("no functional", "expected the name of a functional, such as pbe, found None", lambda: gossamer.with_dispersion(EMT(), None)),
+    ):  # fmt: skip
+        with pytest.raises(TypeError, match=message):
+            raise AssertionError(f"{what}: {call()}")
+    with pytest.raises(ValueError, match="This potential has no uncertainty"):
+        gossamer.learn(file, frames[0], EMT(), out=tmp_path / "learned")
+    assert not (tmp_path / "learned").exists()
+    with pytest.raises(ValueError, match="There are no structures to screen"):
+        gossamer.screen([], file)
+
+
+@pytest.mark.parametrize(
+    ("number", "message"), [(0, "at least 1, found 0"), (-3, "at least 1, found -3"), (2.5, "a whole number, found 2.5"), (None, "a whole")]
+)
+def test_numbers_that_make_no_sense(number: Any, message: str, potential: gossamer.Potential, frames: list[Atoms], tmp_path: Path) -> None:
+    if isinstance(number, int):  # while testing, types in signatures of potentials are checked
+        with pytest.raises(ValueError, match=f"batch_atoms must be {message}"):
+            potential.predict(frames, batch_atoms=number)
+    with pytest.raises(ValueError, match=f"batch_atoms must be {message}"):
+        gossamer.predict(potential, tmp_path / "none.extxyz", batch_atoms=number)
+    with pytest.raises(ValueError, match=f"count must be {message}"):
+        gossamer.parity(potential, frames, count=number)
+
+
 SCRIPT = """
 print("begins")
 from pathlib import Path
@@ -156,6 +275,7 @@ loader.close()
 """
 
 
+@pytest.mark.thorough
 def test_processes_do_not_run_a_script_again(tmp_path: Path) -> None:
     (tmp_path / "script.py").write_text(SCRIPT)
     done = subprocess.run([sys.executable, "script.py"], cwd=tmp_path, capture_output=True, text=True, check=True, timeout=100)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
@@ -80,12 +81,14 @@ class JudgeConfig:
                      "discovery_table", "discovery_relaxed", mode="before")  # fmt: skip
     @classmethod
     def _text(cls, value: object) -> object:
-        return value if value is None or isinstance(value, str) else str(value)
+        return str(value) if isinstance(value, Path) else value
 
-    @field_validator("references", mode="before")
+    @field_validator("only", "skip", "elements", "references", mode="before")
     @classmethod
     def _texts(cls, value: object) -> object:
-        return [str(v) for v in value] if isinstance(value, list | tuple) else value
+        """One needs no list."""
+        found = (value,) if isinstance(value, str | Path) else value
+        return tuple(str(v) if isinstance(v, Path) else v for v in found) if isinstance(found, list | tuple) else found
 
     @field_validator("only", "skip")
     @classmethod

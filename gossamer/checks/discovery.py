@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
+from pickle import PicklingError
 from typing import Any
 
 import numpy as np
@@ -186,6 +187,8 @@ def _by_processes(make: Callable[[], Any], todo: Sequence[tuple[str, Atoms]], n:
                 answers = [executor.submit(_work, task) for task in todo]
             for answer in as_completed(answers):
                 yield answer.result()
+        except (PicklingError, AttributeError, TypeError) as error:
+            raise InputError(f"The calculator cannot be sent to other processes ({error}). Take processes 1.") from None
         except BrokenProcessPool:
             raise RuntimeError(
                 f"One of {n} processes ended by itself: is there too little memory for so many? What is done is kept; the same call goes on. "

@@ -5,9 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import re
+import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -15,9 +17,12 @@ from typing import Any
 
 import numpy as np
 from ase import Atoms
+from ase.calculators.abc import GetPropertiesMixin
 from ase.data import atomic_numbers, chemical_symbols
 
 from gossamer import __version__
+from gossamer.arguments import FILES as PATHS
+from gossamer.arguments import listed
 from gossamer.checks import (
     conservation,
     crystals,
@@ -35,7 +40,7 @@ from gossamer.checks.candidate import LEVELS, Candidate, bond_length, builtin_cr
 from gossamer.checks.config import FILES, JudgeConfig
 from gossamer.checks.judge_page import write_page
 from gossamer.checks.result import ORDER, Result, skipped
-from gossamer.checks.source import Source, find_sources, supported_elements
+from gossamer.checks.source import CalculatorInMemory, Source, find_sources, supported_elements
 from gossamer.data.atoms import read_frames
 from gossamer.data.structure import spread
 from gossamer.files import InputError, checksum, write_json
@@ -87,8 +92,8 @@ CHECKS = {
 
 
 def judge(
-    models: Sequence[Path | str] | Path | str = (),
-    calculator: Sequence[str] | str = (),
+    models: Any = (),
+    calculator: Any = (),
     out: Path | str = "judgement",
     structures: Sequence[Path | str | Atoms] | Path | str | Atoms = (),
     crystals: Sequence[Path | str | Atoms] | Path | str | Atoms = (),
@@ -103,8 +108,10 @@ def judge(
     judged into the same folder before (from another environment, say) stand beside on the page.
 
     Args:
-        models: Saved potentials, "FILE" or "name=FILE".
-        calculator: ASE calculators, "module:factory" or "name=module:factory(key=value)".
+        models: Saved potentials, "FILE" or "name=FILE"; or potentials and ASE calculators in memory, {"name": potential} for names of one's
+            own. One, or several. Each check of a calculator in memory asks the same object, whose energies of a few clusters tell it from
+            others of its class in a second call.
+        calculator: ASE calculators, "module:factory" or "name=module:factory(key=value)", or in memory likewise.
         out: Folder of the report.
         structures: Files or atoms for symmetry, conservation, smoothness, speed and dynamics. By default those the potential
             was tested on, if its run is still there, else simple crystals and molecules of its elements.
@@ -118,6 +125,7 @@ def judge(
         Results by potential and check.
 
     Raises:
+        TypeError: something else than potentials, calculators, files or atoms.
         ValueError: unknown or wrong options (with the nearest known name), nothing to judge, or unreadable input.
         FileNotFoundError: a file is not there.
     """
@@ -128,7 +136,7 @@ def judge(
     for path in config.references:
         _need_file(path)
     inputs = Inputs(
-        read_all(structures, LEVELS[config.level].n_structures), read_all(crystals), read_all(systems, 1),
+        read_all(structures, LEVELS[config.level].n_structures), read_all(crystals, what="crystals"), read_all(systems, 1, "systems"),
         errors.read_labelled(config.data) if config.data else [],
     )  # fmt: skip
     for name, atoms in named(inputs.crystals).items():
@@ -140,8 +148,10 @@ def judge(
             f"{len(config.references)} references for {n_systems} {'systems' if inputs.systems else 'system (the first structure)'}: "
             "give systems, and one reference for each, in the same order."
         )
-    sources = find_sources(_listed(models), _listed(calculator), config.device, config.dtype, config.way, config.dispersion)
-    if config.device != "cpu" and any(source.ours for source in sources):  # else every check would fail
+    sources = find_sources(
+        entries("models", models), entries("calculator", calculator), config.device, config.dtype, config.way, config.dispersion
+    )
+    if config.device != "cpu" and any(source.device == config.device for source in sources):  # else every check would fail
         from gossamer.potential_file import check_device
 
         check_device(config.device)
@@ -156,9 +166,18 @@ def judge(
     return results
 
 
-def _listed(entries: Any) -> list[Any]:
-    """One thing, or several, as a list."""
-    return [entries] if isinstance(entries, str | Path | Atoms) else list(entries)
+def entries(what: str, given: Any) -> list[Any]:
+    """What is to be judged, as `find_sources` takes it: texts and paths, and of what is in memory (name, it).
+
+    Raises:
+        TypeError: something else, such as the class of a calculator.
+    """
+    if isinstance(given, Mapping):
+        return [f"{name}={thing}" if isinstance(thing, PATHS) else (str(name), thing) for name, thing in given.items()]
+    potential = getattr(sys.modules.get("gossamer.potential"), "Potential", GetPropertiesMixin)  # not loaded: there is none
+    expected = "a saved potential or ASE calculator, or one in memory"
+    found = listed(what, given, (*PATHS, GetPropertiesMixin, potential), expected)
+    return [e if isinstance(e, PATHS) else (getattr(getattr(e, "model_config", None), "name", type(e).__name__), e) for e in found]
 
 
 def _need_file(path: str | None) -> None:
@@ -179,15 +198,16 @@ class Inputs:
     labelled: list[Atoms]
 
 
-def read_all(entries: Any, n: int | None = None) -> list[Atoms]:
+def read_all(given: Any, n: int | None = None, what: str = "structures") -> list[Atoms]:
     """Atoms (copied) and frames of structure files, chosen as by `chosen_frames` if only ``n`` of each file are wanted.
 
     Raises:
+        TypeError: something else among them.
         FileNotFoundError: no such file.
         ValueError: a file without atoms.
     """
     out: list[Atoms] = []
-    for entry in _listed(entries):
+    for entry in listed(what, given, (*PATHS, Atoms), "files or ASE's Atoms"):
         if isinstance(entry, Atoms):
             out.append(entry.copy())
             continue
@@ -316,15 +336,28 @@ def claim(folder: Path, source: Source, config: JudgeConfig) -> None:
     about = folder / "about.json"
     if about.exists():
         before = json.loads(about.read_text("utf-8"))
-        if before.get("fingerprint") != source.fingerprint:
+        if before.get("fingerprint") != source.fingerprint or not _answers_alike(source, before.get("energies")):
             raise ValueError(
                 f"'{folder}' holds the judgement of another potential called '{source.name}', or of files or a package that have changed since. "
                 "Give this one a name (name=...), or use another --out."
             )
         return
+    energies = (
+        {"energies": source.make.probed(config.elements or chemical_symbols[1:95])} if isinstance(source.make, CalculatorInMemory) else {}
+    )
     facts = {"name": source.name, "fingerprint": source.fingerprint, "ours": source.ours, "n_train": source.n_train, "unverified": source.unverified,
-             "machine": machine(config.device if source.ours else None), "versions": versions(PACKAGES), "date": date.today().isoformat()}  # fmt: skip
+             "machine": machine(source.device), "versions": versions(PACKAGES), "date": date.today().isoformat(), **energies}  # fmt: skip
     write_json(about, facts)
+
+
+def _answers_alike(source: Source, energies: dict[str, float] | None) -> bool:
+    """Whether a calculator in memory still has these energies of clusters; of others their fingerprint tells."""
+    if not isinstance(source.make, CalculatorInMemory):
+        return True
+    now = source.make.probed(list(energies or {}))
+    return now.keys() == (energies or {}).keys() and all(
+        math.isclose(now[e], x, rel_tol=1e-5, abs_tol=1e-4) for e, x in (energies or {}).items()
+    )
 
 
 def run_check(name: str, candidate: Candidate, folder: Path) -> Result:

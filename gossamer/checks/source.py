@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import ast
+import hashlib
 import inspect
+import json
 import logging
 import re
 import sys
 import sysconfig
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
@@ -17,8 +20,9 @@ from typing import Any
 import numpy as np
 from ase import Atoms
 from ase.calculators.abc import GetPropertiesMixin
-from ase.data import chemical_symbols
+from ase.data import atomic_numbers, chemical_symbols, covalent_radii
 
+from gossamer.arguments import said
 from gossamer.checks.candidate import SeenFrames
 from gossamer.files import checksum
 
@@ -62,6 +66,66 @@ class AnyCalculator:
         return with_dispersion(calculator, self.dispersion)
 
 
+@dataclass(frozen=True)
+class PotentialInMemory:
+    """Makes calculators of one of our potentials that is no file."""
+
+    potential: Any
+    way: Any = "auto"
+    dispersion: str | None = None
+
+    def __call__(self) -> Any:
+        from gossamer.simulation.calculator import Calculator
+
+        return Calculator(self.potential, way=self.way, dispersion=self.dispersion)
+
+    def in_double(self) -> Any:
+        """As `SavedPotential.in_double`."""
+        import torch
+
+        return replace(self, potential=deepcopy(self.potential).to(torch.float64), way="plain")()
+
+
+@dataclass(frozen=True)
+class CalculatorInMemory:
+    """Gives a calculator that was made elsewhere, without what it found before."""
+
+    calculator: Any
+    dispersion: str | None = None
+
+    def __call__(self) -> Any:
+        if hasattr(self.calculator, "reset"):
+            self.calculator.reset()
+        if self.dispersion is None:
+            return self.calculator
+        from gossamer.simulation.dispersion import with_dispersion
+
+        return with_dispersion(self.calculator, self.dispersion)
+
+    def probed(self, symbols: Sequence[str]) -> dict[str, float]:
+        """Energies, eV, of four atoms of each element that it knows, at most `PROBED`: they tell it from another of its class."""
+        found: dict[str, float] = {}
+        for element in symbols:
+            apart = 2 * covalent_radii[atomic_numbers[element]]
+            four = Atoms(
+                [element] * 4, apart * np.array([[0, 0, 0], [1.1, 0, 0], [0.4, 1.2, 0], [0.5, 0.3, 1.3]]), cell=[20.0] * 3, pbc=True
+            )
+            try:
+                energy = float(self.calculator.get_potential_energy(four))
+            except Exception as error:  # it may raise anything
+                log.debug("%s: %s", element, error)
+                continue
+            if np.isfinite(energy):
+                found[element] = energy
+            if len(found) == PROBED:
+                break
+        return found
+
+
+PROBED = 5
+"""elements by which a calculator in memory is known again"""
+
+
 @dataclass
 class Source:
     """Where a candidate comes from, and what is known of it before it is asked."""
@@ -81,28 +145,42 @@ class Source:
     ours: bool = False
     unverified: str | None = None
     """one line, where another package trained it and nobody compared the two"""
+    device: str | None = None
+    """where it runs, if it is one of ours"""
 
 
 def find_sources(
-    models: Sequence[Path | str],
-    calculators: Sequence[str],
+    models: Sequence[Any],
+    calculators: Sequence[Any],
     device: str = "cpu",
     dtype: str | None = None,
     way: str = "auto",
     dispersion: str | None = None,
 ) -> list[Source]:
-    """Saved potentials ("[name=]FILE") and calculators ("[name=]module:factory").
+    """Saved potentials ("[name=]FILE") and calculators ("[name=]module:factory"); or potentials and calculators in memory, (name, it).
 
     Raises:
+        TypeError: a pair of which the second is neither.
         ValueError: nothing to judge, two of one name, a calculator that is not one, or options of potentials where there is none.
         FileNotFoundError: no such potential.
     """
-    if calculators and not models:
+    given = [
+        (entry, isinstance(entry[1], GetPropertiesMixin) if isinstance(entry, tuple) else foreign)
+        for several, foreign in ((models, False), (calculators, True))
+        for entry in several
+    ]
+    if given and all(foreign for _, foreign in given):
         refuse_options(device, dtype, way)
-    found = [_saved(str(entry), device, dtype, way, dispersion) for entry in models]
-    for text in calculators:
-        name, _ = parse_calculator(text)
-        found.append(Source(name, AnyCalculator(text, dispersion), fingerprint_of(text) + _also(dispersion)))
+    found = []
+    for entry, foreign in given:
+        if isinstance(entry, tuple):
+            name, what = entry
+            found.append(_in_memory(name, what, device, dtype, way, dispersion))
+        elif foreign:
+            name, _ = parse_calculator(entry)
+            found.append(Source(name, AnyCalculator(entry, dispersion), fingerprint_of(entry) + _also(dispersion)))
+        else:
+            found.append(_saved(str(entry), device, dtype, way, dispersion))
     if not found:
         raise ValueError("There is nothing to judge: give a saved potential, or --calculator module:factory.")
     for source in found:
@@ -155,7 +233,30 @@ def _saved(entry: str, device: str, dtype: str | None, way: str, dispersion: str
         f"{manifest['checksum']}-{dtype}{'' if way == 'auto' else f'-{way}'}{_also(dispersion)}",
         elements=list(manifest["statistics"]["elements"]), cutoff=manifest["model"].get("cutoff"), conservative=bool(manifest["conservative"]),
         run=file.parent if (file.parent / "config.yaml").exists() else None, n_train=manifest["statistics"].get("n_structures") or None,
-        seen=read_seen_frames(path), ours=True, unverified=unverified(manifest),
+        seen=read_seen_frames(path), ours=True, unverified=unverified(manifest), device=device,
+    )  # fmt: skip
+
+
+def _in_memory(name: str, what: Any, device: str, dtype: str | None, way: str, dispersion: str | None) -> Source:
+    """A calculator, or a potential, that is no file."""
+    if isinstance(what, GetPropertiesMixin):
+        kind = f"{type(what).__module__}.{type(what).__qualname__}"
+        return Source(name, CalculatorInMemory(what, dispersion), f"{kind} in memory{_also(dispersion)}")
+    from gossamer.potential import Potential
+    from gossamer.potential_file import as_potential, unverified
+    from gossamer.settings import to_dict
+    from gossamer.simulation.calculator import digest_of
+
+    if not isinstance(what, Potential):
+        raise TypeError(f"{name}: expected a potential or an ASE calculator, found {said(what)}.")
+    potential = as_potential(what, device, dtype)
+    statistics = potential.statistics
+    around = [to_dict(part) for part in (potential.model_config, potential.potential_config, statistics)] + [str(potential.terms)]
+    settings = hashlib.sha256(json.dumps(around, sort_keys=True).encode()).hexdigest()[:12]
+    return Source(
+        name, PotentialInMemory(potential, way, dispersion), f"{digest_of(potential)}-{settings}-{potential.dtype}-{way}{_also(dispersion)}",
+        elements=list(statistics.elements), cutoff=potential.cutoff, conservative=potential.conservative, n_train=statistics.n_structures or None,
+        seen=potential.seen, ours=True, unverified=unverified({"imported": potential.imported}), device=str(potential.device),
     )  # fmt: skip
 
 

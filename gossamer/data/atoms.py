@@ -11,6 +11,7 @@ from typing import Any
 import ase.io
 from ase import Atoms
 
+from gossamer.arguments import as_path
 from gossamer.data.npz_file import npz_names, read_npz
 from gossamer.data.xyz import xyz_frames, xyz_heads
 from gossamer.files import COMPRESSIONS, InputError, open_text
@@ -32,12 +33,17 @@ def as_atoms(structure: Atoms | Path | str, frame: int = 0, supercell: tuple[int
         supercell: How often along each cell vector. Copies would move in step for ever, so a repeated structure has no velocities.
 
     Raises:
+        TypeError: something else, such as several Atoms.
         FileNotFoundError: no such file.
         ValueError: it cannot be read, holds no atoms or not this frame; a frame of Atoms; repeats along an axis that is not periodic.
     """
     if isinstance(structure, Atoms) and frame != 0:
         raise ValueError(f"frame {frame} is asked of Atoms, which are one frame. Give a file, or the frame itself.")
-    atoms = structure.copy() if isinstance(structure, Atoms) else read_frames(structure, frame)[0]
+    atoms = (
+        structure.copy()
+        if isinstance(structure, Atoms)
+        else read_frames(as_path("structure", structure, "a file or ASE's Atoms"), frame)[0]
+    )
     if tuple(supercell) == (1, 1, 1):
         return atoms
     if any(n > 1 and not periodic for n, periodic in zip(supercell, atoms.pbc, strict=True)):

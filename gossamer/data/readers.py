@@ -21,6 +21,7 @@ from ase import Atoms, units
 from ase.constraints import FixAtoms, FixCartesian
 from ase.stress import voigt_6_to_full_3x3_stress
 
+from gossamer.arguments import FILES, listed
 from gossamer.data.labels import LabelConfig, names_virial, refuse_unread
 from gossamer.data.lmdb_file import check_lmdb
 from gossamer.data.npz_file import npz_names, read_npz
@@ -49,11 +50,12 @@ def read_structures(path: Path | str | Sequence[Path | str], labels: LabelConfig
     else ASE reads. Of a folder every such file is read; one line of the log says what is not.
 
     Raises:
+        TypeError: something else, such as Atoms.
         FileNotFoundError, ValueError: naming file and frame.
     """
     labels = labels or LabelConfig()
     if not isinstance(path, str | Path):
-        for item in path:
+        for item in listed("path", path, FILES, "files or folders"):
             yield from read_structures(item, labels)
         return
     path = Path(path)

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gossamer.arguments import as_path
 from gossamer.files import checksum
 from gossamer.imports.pickle_machine import MAX_PICKLE, Inert, loads
 
@@ -125,7 +126,7 @@ def open_tree(path: Path | str) -> Tree:
         ValueError: a damaged archive, or one that grows beyond measure or has members that lie upon one another or leave the folder; or a
             file of torch's before 2020, which is a row of pickles.
     """
-    path = Path(path)
+    path = as_path("path", path, "a file of another package")
     if not path.is_file():
         raise FileNotFoundError(f"There is no file '{path}'.")
     with _damaged(path):

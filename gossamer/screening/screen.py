@@ -15,15 +15,17 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
+from ase import Atoms
 from tqdm import tqdm
 
+from gossamer.arguments import FILES, listed
 from gossamer.data.atoms import count_frames
 from gossamer.files import locked
 from gossamer.screening.config import BLOCK, MachineConfig, ScreenConfig, load_machine
 from gossamer.screening.database import Results, Row
 from gossamer.screening.executor import BadStateException, ManagerLost, WorkerLost, Workers, cancel_jobs, end_processes
 from gossamer.screening.limited import Died
-from gossamer.screening.structures import Item, read_items, sources_of
+from gossamer.screening.structures import MEMORY, Item, read_items, sources_of
 from gossamer.screening.tasks import Asked, make_question, run_block, stored_question
 from gossamer.settings import configured
 from gossamer.signals import StopRequested
@@ -44,7 +46,7 @@ REPORT = 20.0
 
 
 def screen(
-    structures: Sequence[Path | str] | Path | str,
+    structures: Sequence[Path | str | Atoms] | Path | str | Atoms,
     model: Path | str | None = None,
     calculator: str | None = None,
     machine: MachineConfig | Path | str | None = None,
@@ -58,7 +60,8 @@ def screen(
         screen("crystals.extxyz", "potential.safetensors", task="relax", cell=True, out="relaxed.sqlite")
 
     Args:
-        structures: Files; what cannot be read of one is one failed row.
+        structures: Files; what cannot be read of one is one failed row. Or Atoms, whose source is "memory" and whose frame says their place
+            among these Atoms: give them in the same order to go on.
         model: Saved potential.
         calculator: In its place any ASE calculator, "module:factory" as `gossamer judge` takes them.
         machine: YAML file of `MachineConfig`, or one; by default this machine.
@@ -72,6 +75,7 @@ def screen(
         name of the signal that ended it early, or None.
 
     Raises:
+        TypeError: something else than files or atoms; a potential or a calculator in memory, where workers make theirs by themselves.
         ValueError: unknown options, nothing to ask, results of another question, or a potential that the workers cannot load.
         FileNotFoundError: no such file.
         RuntimeError: another process writes the results, or workers die without ever giving an answer.
@@ -83,8 +87,11 @@ def screen(
     elif workers is not None:
         machine = replace(machine, workers=workers)
     asked = make_question(model, calculator, config)
-    paths = [structures] if isinstance(structures, str | Path) else list(structures)
-    counts = {source: count_frames(source) for source in sources_of(paths)}
+    given = listed("structures", structures, (*FILES, Atoms), "files or ASE's Atoms")
+    if not given:
+        raise ValueError("There are no structures to screen: give at least one file.")
+    paths = [one for one in given if not isinstance(one, Atoms)]
+    counts = {source: count_frames(source) for source in sources_of(paths)} | {MEMORY: len(given) - len(paths)}
     out = config.out
     with locked(out.parent, out.name), Results(out, stored_question(asked)) as results:
         there = {} if config.again else results.n_of_sources()
@@ -107,7 +114,7 @@ def screen(
             log.warning("cancelled jobs that an earlier screening, killed, had left in Slurm: %s", ", ".join(cancelled))
         workers_ = Workers(machine, folder, mark)
         try:
-            stopped = screening.run(read_items(paths), workers_)
+            stopped = screening.run(read_items(given), workers_)
         finally:
             workers_.close()
             results.end([mark, *left])

@@ -27,7 +27,7 @@ class Item:
     """A structure to be screened."""
 
     source: str
-    """its file, as given"""
+    """its file, as given, or ``MEMORY``"""
     frame: int
     digest: str
     """of elements, masses, positions, cell, periodicity, charges, spins and constraints; of the file where it cannot be read"""
@@ -42,13 +42,21 @@ class Item:
         return f"{self.source}#{self.frame}@{self.digest}"
 
 
-def read_items(paths: Sequence[Path | str]) -> Iterator[Item]:
-    """Every frame of every file, read when its turn comes; what cannot be read of a file is one item that says why, a disordered frame another.
+MEMORY = "memory"
+"""source of Atoms that are of no file"""
+
+
+def read_items(given: Sequence[Path | str | Atoms]) -> Iterator[Item]:
+    """Atoms, and every frame of every file, read when its turn comes; what cannot be read of a file is one item that says why, a disordered
+    frame another.
 
     Raises:
         FileNotFoundError: no such file.
     """
-    for source in sources_of(paths):
+    for k, atoms in enumerate(one for one in given if isinstance(one, Atoms)):
+        problem = disorder(atoms) if len(atoms) else "There are no atoms."
+        yield Item(MEMORY, k, digest_of(atoms), None if problem else bare(atoms), problem)
+    for source in sources_of([one for one in given if not isinstance(one, Atoms)]):
         frame = 0
         try:
             for atoms in iterate_frames(source):

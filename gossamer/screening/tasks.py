@@ -21,6 +21,7 @@ from ase.calculators.singlepoint import SinglePointCalculator
 from ase.filters import FrechetCellFilter
 from ase.optimize import FIRE
 
+from gossamer.arguments import as_path, said
 from gossamer.checks.source import Source, find_sources
 from gossamer.screening.config import FMAX, ScreenConfig
 from gossamer.screening.database import Row
@@ -85,11 +86,16 @@ def make_question(model: Path | str | None, calculator: str | None, config: Scre
     """What is asked, with the potential's fingerprint, and "auto" replaced by the engine that it is.
 
     Raises:
+        TypeError: something in memory, which workers do not have.
         ValueError: no potential or two, an engine that cannot do the task, or options without effect.
         FileNotFoundError: no such potential.
     """
     if (model is None) == (calculator is None):
         raise ValueError("Give a saved potential (--model FILE), or --calculator module:factory; one of them.")
+    if model is not None:
+        as_path("model", model, "the file of a potential, which every worker reads (gossamer.save writes one)")
+    elif not isinstance(calculator, str):
+        raise TypeError(f"calculator: expected module:factory, by which every worker makes its own, found {said(calculator)}.")
     _check_options(config, calculator is not None)
     model = None if model is None else str(Path(model).resolve())
     models, calculators = [f"model={model}"] if model else [], [calculator] if calculator else []

@@ -10,6 +10,7 @@ from ase.calculators.calculator import PropertyNotImplementedError, all_changes
 from ase.calculators.mixing import SumCalculator
 from ase.stress import full_3x3_to_voigt_6_stress
 
+from gossamer.arguments import said
 from gossamer.dispersion import D3, checked
 
 
@@ -50,10 +51,8 @@ def with_dispersion(calculator: Any, functional: str) -> SumCalculator:
         TypeError: no calculator, but a potential, say.
         ValueError: a calculator of one of our potentials that has dispersion already, by its labels or as it was made, or of another functional.
     """
-    if not hasattr(calculator, "implemented_properties"):
-        raise TypeError(
-            f"Expected an ASE calculator, found {type(calculator).__name__}. Of a potential: gossamer.Calculator(..., dispersion=...)."
-        )
+    if isinstance(calculator, type) or not hasattr(calculator, "implemented_properties"):
+        raise TypeError(f"Expected an ASE calculator, found {said(calculator)}. Of a potential: gossamer.Calculator(..., dispersion=...).")
     known = getattr(getattr(calculator, "potential", None), "statistics", None)
     if known is not None:
         checked(functional, known.functional, "included" if calculator.engine.dispersion is not None else known.dispersion)

@@ -18,6 +18,7 @@ from ase.md.velocitydistribution import Stationary, ZeroRotation
 from ase.md.verlet import VelocityVerlet
 from tqdm import tqdm
 
+from gossamer.arguments import said
 from gossamer.data.atoms import as_atoms
 from gossamer.files import locked
 from gossamer.settings import configured
@@ -65,12 +66,15 @@ def as_calculator(
         dispersion: Functional whose D3 is added.
 
     Raises:
+        TypeError: none of the three.
         ValueError: ``way``, ``dtype`` or ``device`` for a calculator, which runs as it was made; dispersion that the potential's labels held already.
     """
     if not isinstance(model, str | Path | BaseCalculator):
         from gossamer.potential import Potential
 
         if not isinstance(model, Potential):  # calculators that are none of ASE's classes
+            if isinstance(model, type) or not hasattr(model, "get_potential_energy") or isinstance(model, Atoms):
+                raise TypeError(f"model: expected a saved potential, a potential or an ASE calculator, found {said(model)}.")
             return model if dispersion is None else with_dispersion(model, dispersion)
     if isinstance(model, BaseCalculator):
         if way != "auto" or dtype is not None or device != "cpu":

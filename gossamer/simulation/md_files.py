@@ -11,34 +11,40 @@ from ase import Atoms
 from ase.calculators.calculator import BaseCalculator
 
 from gossamer.data.atoms import as_atoms
+from gossamer.settings import configured
 from gossamer.simulation.md import as_calculator, foretell, md, way_before
 from gossamer.simulation.options import MDConfig, Way
 from gossamer.simulation.recorder import stored_settings
 from gossamer.simulation.several import Job, failed, jobs
 
 
-def md_files(model: Any, structures: Sequence[Path | str], config: MDConfig, *, progress: bool = True) -> list[dict[str, Any]]:
+def md_files(
+    model: Any, structures: Sequence[Path | str] | Path | str, config: MDConfig | None = None, *, progress: bool = True, **options: Any
+) -> list[dict[str, Any]]:
     """Run molecular dynamics of several structures, each in a folder of its own within ``config.out``; one that fails or breaks does not
     stop the others.
 
     Args:
         model: Saved potential, potential, or (with ASE) any ASE calculator.
-        structures: Files; the folders have their names, with ``config.all_frames`` and the frame's number.
-        config: Options of each. With ``resume`` every run goes on from its state, and those without one begin.
+        structures: Files, or one; the folders have their names, with ``config.all_frames`` and the frame's number.
+        config: Options of each, as an object. With ``resume`` every run goes on from its state, and those without one begin.
         progress: Show a progress bar.
+        options: Options by name; they replace those of ``config``.
 
     Returns:
         For each structure "structure" and either the answer of ``md`` or "error". SIGTERM ends them all, states saved.
 
     Raises:
+        TypeError: something else than files, such as Atoms.
         ValueError: two files of one name, or options that TorchSim does not have.
         ImportError: TorchSim is not installed.
     """
+    config = configured(MDConfig, config, options)
     if config.collect is not None:
         raise ValueError(
             "collect writes the frames of one run to one file. Run structures one by one, or stop them (max_uncertainty alone)."
         )
-    found, answers = jobs(structures, config.frame, config.all_frames)
+    found, answers = jobs(structures, config.frame, config.all_frames, "folders", "md")
     run = _on_torchsim if config.engine == "torchsim" else _on_ase
     return answers + run(model, found, config, progress)
 

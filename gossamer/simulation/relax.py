@@ -110,29 +110,35 @@ def relax(model: Any, structure: Atoms | Path | str, config: RelaxConfig | None 
     }
 
 
-def relax_files(model: Any, structures: Sequence[Path | str], config: RelaxConfig) -> list[dict[str, Any]]:
+def relax_files(
+    model: Any, structures: Sequence[Path | str] | Path | str, config: RelaxConfig | None = None, **options: Any
+) -> list[dict[str, Any]]:
     """Relax several structures with one calculator, each into the folder ``config.out``; one that fails does not stop the others.
 
     Args:
         model: Saved potential, potential, or (with ASE) any ASE calculator.
-        structures: Files; the relaxed ones have their names, with ``config.all_frames`` and the frame's number, and the ending .extxyz.
-        config: Options of each. With TorchSim ``resume`` leaves out what converged before, as the files in the folder say, and begins the others.
+        structures: Files, or one; the relaxed ones have their names, with ``config.all_frames`` and the frame's number, and the ending .extxyz.
+        config: Options of each, as an object. With TorchSim ``resume`` leaves out what converged before, as the files in the folder say, and
+            begins the others.
+        options: Options by name; they replace those of ``config``.
 
     Returns:
         For each structure "structure" and either the answer of ``relax`` without the atoms, with "out", or
         "error". SIGTERM ends the list.
 
     Raises:
+        TypeError: something else than files, such as Atoms.
         ValueError: two files of one name, no folder, or options that TorchSim does not have.
         FileExistsError: ``config.out`` is a file.
         ImportError: TorchSim is not installed.
     """
+    config = configured(RelaxConfig, config, options)
     folder = config.out
     if folder is None:
         raise ValueError("Several structures need out: the folder of the relaxed ones.")
     if folder.is_file():
         raise FileExistsError(f"'{folder}' is a file; several structures are relaxed into a folder. Choose another --out.")
-    found, answers = jobs(structures, config.frame, config.all_frames)
+    found, answers = jobs(structures, config.frame, config.all_frames, "relaxed ones", "relax")
     run = _on_torchsim if config.engine == "torchsim" else _on_ase
     return [{**a, "converged": False} for a in answers] + run(model, [(job, folder / f"{job.name}.extxyz") for job in found], config)
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gossamer.arguments import FILES, listed
 from gossamer.data.atoms import read_frames
 from gossamer.files import explain
 
@@ -32,17 +33,24 @@ def distinct(paths: Sequence[Path | str]) -> list[str]:
     return [s if stems.count(s) == 1 else f"{Path(p).absolute().parent.name}-{s}" for p, s in zip(paths, stems, strict=True)]
 
 
-def jobs(structures: Sequence[Path | str], frame: int, all_frames: bool) -> tuple[list[Job], list[dict[str, Any]]]:
+def jobs(
+    structures: Sequence[Path | str] | Path | str, frame: int, all_frames: bool, what: str, alone: str
+) -> tuple[list[Job], list[dict[str, Any]]]:
     """The frames asked for, and answers for files that cannot be read.
 
     Args:
-        structures: Files.
+        structures: Files, or one.
         frame: Which frame of each.
         all_frames: Every frame of each.
+        what: Files or folders that come of it, for messages.
+        alone: The function for one structure.
 
     Raises:
+        TypeError: something else than files.
         ValueError: two files of one name in folders of one name, or both a frame and all frames.
     """
+    expected = f"files, whose names the {what} get (of Atoms gossamer.{alone}, one after the other)"
+    structures = listed("structures", structures, FILES, expected)
     names = distinct(structures)
     twice = sorted({n for n in names if names.count(n) > 1})
     if twice:

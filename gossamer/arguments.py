@@ -1,0 +1,63 @@
+"""What the public functions are given: one of something or several, files, whole numbers; what else it is, is said."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from ase import Atoms
+
+FILES = (str, Path)
+
+
+def listed(name: str, given: Any, kinds: tuple[type, ...], expected: str) -> list[Any]:
+    """One thing of these kinds, or several, as a list.
+
+    Args:
+        name: Of the argument, for the message.
+        given: Its value.
+        kinds: Types that count.
+        expected: What they are, for the message.
+
+    Raises:
+        TypeError: something else, or among them.
+    """
+    several = isinstance(given, Iterable) and not isinstance(given, (*kinds, str, Atoms, Mapping))
+    items = list(given) if several else [given]
+    for item in items:
+        if not isinstance(item, kinds):
+            raise TypeError(f"{name}: expected {expected}, found {said(item)}.")
+    return items
+
+
+def as_path(name: str, given: Any, expected: str) -> Path:
+    """A path.
+
+    Raises:
+        TypeError: something else than the name of a file.
+    """
+    if not isinstance(given, FILES):
+        raise TypeError(f"{name}: expected {expected}, found {said(given)}.")
+    return Path(given)
+
+
+def whole(name: str, given: Any, least: int) -> int:
+    """A whole number.
+
+    Raises:
+        ValueError: something else, or less than ``least``.
+    """
+    try:
+        number = operator.index(given)
+    except TypeError:
+        raise ValueError(f"{name} must be a whole number, found {given!r}.") from None
+    if number < least:
+        raise ValueError(f"{name} must be at least {least}, found {number}.")
+    return number
+
+
+def said(thing: Any) -> str:
+    """What something is, for a message."""
+    return f"the class {thing.__name__}" if isinstance(thing, type) else type(thing).__name__
