@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -100,7 +99,7 @@ def _apply(override: str, values: dict[str, Any]) -> None:
         if not isinstance(target, dict):
             raise ValueError(f"'{override}': {parent} is a value, not a group of settings.")
     try:
-        target[last] = _meant(yaml.safe_load(text))
+        target[last] = _at_home(parse_yaml(text))
     except yaml.YAMLError as error:
         raise ValueError(f"'{override}': the value is not valid YAML ({' '.join(str(error).split())}).") from None
 
@@ -142,11 +141,9 @@ def _check_size(values: Any, path: Path, limit: int = 100_000) -> None:
 def _plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {str(k): _plain(v) for k, v in value.items()}
-    return [_plain(v) for v in value] if isinstance(value, list) else _meant(value)
+    return [_plain(v) for v in value] if isinstance(value, list) else _at_home(value)
 
 
-def _meant(value: Any) -> Any:
-    """YAML 1.1 reads 1e-3 as text; people mean a number. Other texts that look like one were written as texts. ~/ is the home folder."""
-    if isinstance(value, str) and value.startswith("~/"):
-        return str(Path(value).expanduser())
-    return float(value) if isinstance(value, str) and re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+", value) else value
+def _at_home(value: Any) -> Any:
+    """~/ is the home folder; anything else is what it was."""
+    return str(Path(value).expanduser()) if isinstance(value, str) and value.startswith("~/") else value

@@ -203,8 +203,18 @@ def checksum(path: Path | str) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+YAML_WORDS = (
+    ("null", r"~|null|Null|NULL|", "~nN"),
+    ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
+    ("int", r"[-+]?(0|[1-9][0-9_]*)", "-+0123456789"),
+    ("float", r"[-+]?([0-9][0-9_]*\.[0-9_]*|\.[0-9][0-9_]*)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)", "-+.0123456789"),
+    ("merge", r"<<", "<"),
+)
+"""what a word without quotes may be, beside text: kind, pattern, first letters"""
+
+
 def parse_yaml(text: str) -> Any:
-    """What a YAML text holds.
+    """What a YAML text holds; as in YAML 1.2, No, on, 010, 12:30:00 and 2026-11-28 are texts. So is 1e5 (`gossamer.settings.build`).
 
     Raises:
         yaml.YAMLError: it is not valid, or a key stands twice in one group, of which YAML itself would keep the last.
@@ -212,6 +222,8 @@ def parse_yaml(text: str) -> Any:
     import yaml
 
     class Loader(yaml.SafeLoader):
+        yaml_implicit_resolvers: dict[Any, Any] = {}  # noqa: RUF012 - PyYAML's own, of YAML 1.1, are not wanted
+
         def construct_mapping(self, node: Any, deep: bool = False) -> Any:
             seen: set[Any] = set()
             for key, _ in node.value:
@@ -221,6 +233,10 @@ def parse_yaml(text: str) -> Any:
                     seen.add(key.value)
             return super().construct_mapping(node, deep)
 
+    for kind, pattern, first in YAML_WORDS:
+        Loader.add_implicit_resolver(
+            f"tag:yaml.org,2002:{kind}", re.compile(f"^(?:{pattern})$"), [*first, *([""] if kind == "null" else [])]
+        )
     return yaml.load(text, Loader)
 
 

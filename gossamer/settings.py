@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
-from typing import Any, TypeVar, dataclass_transform, get_args, get_type_hints
+from pathlib import Path
+from types import UnionType
+from typing import Any, TypeVar, Union, dataclass_transform, get_args, get_origin, get_type_hints
 
 import pydantic
 from pydantic.dataclasses import dataclass as pydantic_dataclass
@@ -25,17 +28,57 @@ def settings(cls: type[T]) -> type[T]:
 def build(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
     """Make a settings object from nested dictionaries, with errors a person can act on.
 
+    Texts such as 1e5, which YAML reads as such, are numbers where only numbers will do.
+
     Raises:
         ValueError: an unknown setting (with the nearest known name), or a value of the wrong type or range.
     """
     try:
-        return pydantic.TypeAdapter(cls).validate_python(dict(values))
+        return pydantic.TypeAdapter(cls).validate_python(_read([cls], dict(values), where))
     except pydantic.ValidationError as error:
         lines: dict[str, str] = {}
         for item in error.errors():
             path, message = _explain(cls, where, item)
             lines[path] = f"{lines[path][:-1]}; or {message}" if path in lines else f"{path}: {message}"
         raise ValueError("\n".join(lines.values())) from None
+
+
+NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
+"""as people write numbers, which YAML takes for texts"""
+
+
+def _read(kinds: Sequence[Any], value: Any, path: str) -> Any:
+    """A value with numbers where it has texts such as 1e5 and only numbers will do.
+
+    Args:
+        kinds: What it may be: types, of which nested settings and containers say what is in them.
+        value: As given.
+        path: Of the setting.
+
+    Raises:
+        ValueError: true or false where a number is expected, for which Python would take them.
+    """
+    kinds = [k for kind in kinds for k in (get_args(kind) if get_origin(kind) in (Union, UnionType) else [kind])]
+    numbers = any(k in (int, float) for k in kinds)
+    if isinstance(value, str):
+        return float(value) if numbers and NUMBER.fullmatch(value) and not any(k in (str, Path, Any) for k in kinds) else value
+    if str in kinds and type(value).__name__ == "device":  # PyTorch's, which is not imported here
+        return str(value)
+    if isinstance(value, bool) and numbers and not any(k in (bool, Any) for k in kinds):
+        raise ValueError(f"{path}: found {str(value).lower()}, expected a number.")
+    if isinstance(value, Mapping):
+        tables = [k for k in kinds if get_origin(k) in (dict, Mapping)]
+        if tables:
+            return {key: _read([get_args(k)[1] for k in tables], v, f"{path}.{key}") for key, v in value.items()}
+        classes = {k: get_type_hints(k) for k in kinds if is_dataclass(k)}
+        named = {k: hints for k, hints in classes.items() if value.get("name") in get_args(hints.get("name"))}
+        hints = named or classes
+        return {key: _read([h[key] for h in hints.values() if key in h], v, f"{path}.{key}".strip(".")) for key, v in value.items()}
+    if isinstance(value, list | tuple):
+        several = [get_args(k) for k in kinds if get_origin(k) in (list, tuple, Sequence)]
+        members = [k for arguments in several for k in arguments if k is not Ellipsis]
+        return type(value)(_read(members, v, f"{path}.{n}") for n, v in enumerate(value)) if members else value
+    return value
 
 
 def _explain(cls: type, where: str, item: Any) -> tuple[str, str]:
@@ -60,7 +103,19 @@ def _explain(cls: type, where: str, item: Any) -> tuple[str, str]:
     if item["type"] == "value_error":  # a sentence of ours
         text = str(item["ctx"]["error"])
         return path, text if text.endswith((".", "?")) else f"{text}."
-    return path, f"{item['msg']} (found {item.get('input')!r})."
+    found = item.get("input")
+    hint = (
+        f" A text that looks like a number stands in quotes: '{found}'."
+        if item["type"] == "string_type" and isinstance(found, int | float)
+        else ""
+    )
+    return path, f"{item['msg']} (found {shortened(found)}).{hint}"
+
+
+def shortened(value: Any, most: int = 120) -> str:
+    """A value for a message."""
+    text = repr(value)
+    return text if len(text) <= most else f"{text[:most]} ..."
 
 
 def leaves(cls: type, prefix: str = "") -> Iterator[tuple[str, Any]]:

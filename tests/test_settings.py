@@ -9,13 +9,15 @@ from typing import Annotated, Any, Literal
 
 import pydantic
 import pytest
+import torch
 from pydantic import Field
 
-from gossamer.config import load_config, make_config
+from gossamer.config import load_config, make_config, save_config
 from gossamer.flags import add_flags, from_flags
 from gossamer.models import MODELS
 from gossamer.potential import PotentialConfig
 from gossamer.settings import build, configured, settings, to_dict
+from gossamer.simulation.options import MDConfig
 
 
 @settings
@@ -199,6 +201,65 @@ def test_texts_that_look_like_numbers() -> None:
     """YAML 1.1 takes 1e-3 for a text and it is a number; a folder may be called 1.5."""
     config = make_config({"data": {"train": "1.5"}, "out": "2026.11", "training": {"learning_rate": "1e-3"}}, ["loss.energy=2E1"])
     assert (config.data.train, config.out, config.training.learning_rate, config.loss.energy) == ("1.5", "2026.11", 1e-3, 20.0)
+
+
+NEQUIP = {"data": {"train": "a.xyz"}, "model": {"name": "nequip", "l_max": 2}}
+
+
+@pytest.mark.parametrize(
+    ("override", "value"),
+    [
+        ("training.steps=1e4", 10_000),
+        ("training.seed=007", 7),
+        ("training.compile=on", True),
+        ("training.compile=No", False),
+        ("potential.zbl_radius=5e-1", 0.5),
+        ("model.num_features=[1e1, 5, 5]", [10, 5, 5]),
+        ("model.element_neighbors={No: 1e1}", {"No": 10.0}),
+        ("data.reference_energies={No: -1e2, H: 3}", {"No": -100.0, "H": 3.0}),
+        ("data.elements=[No, H]", ["No", "H"]),
+        ("data.train=[1e5, no]", ["1e5", "no"]),
+        ("data.labels.energy=off", "off"),
+        ("out=1e5", "1e5"),
+        ("out=2026-11-28", "2026-11-28"),
+        ("out=12:30:00", "12:30:00"),
+        ("out='2026'", "2026"),
+    ],
+)  # fmt: skip
+def test_what_is_written_is_read_by_what_is_expected(override: str, value: Any, tmp_path: Path) -> None:
+    """Numbers where there must be numbers, texts where there must be texts, whatever YAML takes them for; files keep them."""
+    config = make_config(NEQUIP, [override])
+    save_config(config, tmp_path / "config.yaml")
+    for read in (config, load_config(tmp_path / "config.yaml")):
+        found: Any = read
+        for part in override.partition("=")[0].split("."):
+            found = getattr(found, part)
+        assert found == value
+        assert type(found) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("training.device=null", "training.device: Input should be a valid string"),
+        ("out=2026", r"out: Input should be a valid string \(found 2026\). A text that looks like a number stands in quotes: '2026'."),
+        ("training.steps=true", "training.steps: found true, expected a number."),
+        ("training.learning_rate=off", "training.learning_rate: Input should be a valid number"),
+        ("training.steps=1.5", "training.steps: Input should be a valid integer"),
+        ("training.compile=2", "training.compile: Input should be a valid boolean"),
+        ("model.num_features=[4, true]", "model.num_features.1: found true, expected a number."),
+        ("model.element_neighbors={No: yes}", "model.element_neighbors: Input should be a valid number"),
+    ],
+)  # fmt: skip
+def test_wrong_kinds_of_values_are_said(override: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_config(NEQUIP, [override])
+
+
+def test_a_device_of_torch_is_a_device() -> None:
+    assert build(MDConfig, {"device": torch.device("cpu")}).device == "cpu"
+    with pytest.raises(ValueError, match=r"device: Input should be a valid string \(found \[0, 0, 0, .* \.\.\.\)"):
+        build(MDConfig, {"device": [0] * 1000})
 
 
 def test_a_key_that_stands_twice_in_a_file(tmp_path: Path) -> None:
