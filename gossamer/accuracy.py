@@ -18,11 +18,12 @@ from gossamer.data.labels import LabelConfig
 from gossamer.data.structure import Structure
 from gossamer.engine.engine import Engine, Way
 from gossamer.evaluation import Evaluation, evaluate_potential
-from gossamer.files import atomic_path, write_json
+from gossamer.files import atomic_path, say_replaced, write_json
 from gossamer.potential import Potential
 from gossamer.potential_file import as_potential, load, read_manifest, save_again
 
 log = logging.getLogger(__name__)
+ERRORS, WORST, HONESTY = "errors.json", "worst.extxyz", "uncertainty.png"
 
 
 def evaluate(
@@ -46,7 +47,7 @@ def evaluate(
         data: File, folder or store, or several; or frames in memory: structures, or Atoms with the labels they were read with.
         labels: Names and units of the labels; structures have their own.
         out: Folder for errors.json, worst.extxyz (the frames with the largest errors, labels and predictions) and, of a potential with an
-            uncertainty, uncertainty.png (errors found against errors expected).
+            uncertainty, uncertainty.png (errors found against errors expected); those of an evaluation before are replaced.
         worst: How many of those.
         device: Where to compute, if ``model`` is a file.
         way: How to evaluate (`gossamer.engine.engine`).
@@ -62,6 +63,9 @@ def evaluate(
     """
     worst = whole("worst", worst, 0)
     potential = as_potential(model, device)
+    folder = None if out is None else Path(out)
+    if folder is not None:
+        say_replaced(*(folder / name for name in (ERRORS, WORST, HONESTY)))
     structures = as_dataset(data, labels)
     chosen = leave_out_training_frames(potential.seen, structures, include_training)
     engine = Engine(potential, way, dispersion=dispersion)
@@ -75,13 +79,13 @@ def evaluate(
     fixed = sum(int((~s.free).sum()) for s in used) if free_atoms_only else 0
     if fixed:
         evaluation.notes.append(f"forces of {fixed:,} atoms held fixed do not count, as in its training (loss.free_atoms_only)")
-    if out is not None:
-        folder = Path(out)
+    if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / "errors.json", evaluation.summary())
+        write_json(folder / ERRORS, evaluation.summary())
+        (folder / HONESTY).unlink(missing_ok=True)  # of another potential, where this one has no uncertainty
         if evaluation.expected:
-            plot_honesty(evaluation.honesty(), folder / "uncertainty.png")
-        write_worst(engine, structures, evaluation, folder / "worst.extxyz", worst)
+            plot_honesty(evaluation.honesty(), folder / HONESTY)
+        write_worst(engine, structures, evaluation, folder / WORST, worst)
     return evaluation
 
 
@@ -135,6 +139,8 @@ def calibrate(
     """
     if not isinstance(model, str | Path):
         raise TypeError(f"calibrate writes into the file of a potential: expected its path, found {type(model).__name__}.")
+    if out is not None and Path(out).resolve() != Path(model).resolve():
+        say_replaced(out)
     structures = as_dataset(data, labels)
     potential = load(model, device)
     trained = [potential.seen is not None and potential.seen.where(s) == "train" for s in structures]

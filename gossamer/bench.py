@@ -27,7 +27,7 @@ from gossamer.checks.candidate import (
 from gossamer.checks.source import named_path, parse_calculator, refuse_options, supported_elements
 from gossamer.checks.speed import growth_exponent, memory, time_evaluation
 from gossamer.data.atoms import as_atoms
-from gossamer.files import atomic_path, write_json, write_text
+from gossamer.files import atomic_path, say_replaced, write_json, write_text
 from gossamer.machine import machine, versions
 from gossamer.processes import without_script
 from gossamer.timing import cpu_seconds, fastest
@@ -61,7 +61,7 @@ def bench(
         way: How our potentials are evaluated (`gossamer.engine.engine`).
         device: Of our potentials.
         dtype: "float32" or "float64" of our potentials; by default as saved.
-        out: Folder.
+        out: Folder; files of a bench before are replaced.
 
     Returns:
         For each candidate ``name``, ``rows`` (one for each size), ``growth`` (power n of time ~ atoms^n), ``stopped`` (why no larger
@@ -95,6 +95,8 @@ def bench(
     atoms = as_atoms(structure) if structure is not None else None
     if atoms is not None:
         atoms.calc = None
+    folder = Path(out)
+    say_replaced(*(folder / name for name in ("bench.json", "bench.md", "bench.png")))
     records = []
     for c in candidates:
         job = {
@@ -112,7 +114,7 @@ def bench(
         if atoms is None and record.get("atoms") is not None:
             atoms = record["atoms"]  # the same for all that follow
         records.append({k: v for k, v in record.items() if k != "atoms"})
-        write_summary(records, Path(out))
+        write_summary(records, folder)
     return records
 
 
@@ -395,6 +397,8 @@ def write_summary(records: Sequence[dict[str, Any]], folder: Path) -> None:
     write_text(folder / "bench.md", table(records) + "\n" + "\n".join(notes) + "\n")
     if any(r["rows"] for r in records):
         plot(records, folder / "bench.png")
+    else:
+        (folder / "bench.png").unlink(missing_ok=True)  # of a bench before
 
 
 def plot(records: Sequence[dict[str, Any]], path: Path) -> None:

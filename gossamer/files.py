@@ -240,6 +240,14 @@ def parse_yaml(text: str) -> Any:
     return yaml.load(text, Loader)
 
 
+def say_replaced(*paths: Path | str) -> None:
+    """Say in the log, before the work begins, which results of before it will replace."""
+    there = [str(path) for path in paths if Path(path).exists()]
+    if there:
+        more = f" and {len(there) - 3} more" if len(there) > 3 else ""
+        log.warning("%s%s will be replaced: results of before", ", ".join(f"'{path}'" for path in there[:3]), more)
+
+
 def write_bytes(path: Path | str, data: bytes) -> None:
     """Replace the content of a file, or leave the old one untouched."""
     with atomic_path(path) as temporary:

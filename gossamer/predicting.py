@@ -19,7 +19,7 @@ from gossamer.arguments import whole
 from gossamer.data.atoms import count_frames, disorder, iterate_frames
 from gossamer.data.structure import Structure, as_structure
 from gossamer.engine.engine import Engine, Way
-from gossamer.files import InputError, atomic_path
+from gossamer.files import InputError, atomic_path, say_replaced
 from gossamer.graph import Graph
 from gossamer.potential import Potential, Prediction
 from gossamer.potential_file import as_potential
@@ -50,7 +50,7 @@ def predict(
     Args:
         model: Potential, or file of one.
         structures: One file or several, of any format that ASE reads; all frames.
-        out: Extended XYZ file to write, whole or not at all.
+        out: Extended XYZ file to write, whole or not at all; one of before is replaced.
         device: Where to compute, if ``model`` is a file.
         dtype: Precision, if ``model`` is a file; by default as saved.
         way: How to evaluate (`gossamer.engine.engine`).
@@ -73,6 +73,7 @@ def predict(
     paths = _paths(structures)
     out = Path(out)
     _check(paths, out, batch_atoms)
+    say_replaced(out)
     potential = as_potential(model, device, dtype)
     if not potential.conservative:
         log.warning("this potential predicts forces directly: they are not the gradient of the energy, and there is no stress")

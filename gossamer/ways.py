@@ -32,7 +32,7 @@ from gossamer.data.structure import as_structure, spread
 from gossamer.engine.agreement import TABLE_TOLERANCE
 from gossamer.engine.engine import Engine
 from gossamer.engine.program import Program, fits
-from gossamer.files import write_json
+from gossamer.files import say_replaced, write_json
 from gossamer.machine import versions
 from gossamer.potential import Potential
 from gossamer.potential_file import as_potential, save, stored_structures
@@ -94,7 +94,7 @@ def parity(
             or to its largest component if that is more, as in a squeezed crystal whose forces vanish. By default 1e-4 in float32, 1e-7 in float64.
         device: Where the potential runs.
         dtype: "float32" or "float64"; by default as saved.
-        out: JSON file to write.
+        out: JSON file to write; one of before is replaced.
 
     Returns:
         A `Row` for each way, as a dictionary.
@@ -111,6 +111,8 @@ def parity(
     count = whole("count", count, 1)
     if tolerance is not None and not tolerance > 0:
         raise ValueError(f"tolerance must be positive, found {tolerance}.")
+    if out is not None:
+        say_replaced(out)
     potential = as_potential(model, device, dtype)
     frames: list[Atoms] = []
     for given in listed("structures", structures, (*FILES, Atoms), "files or ASE's Atoms"):

@@ -253,6 +253,26 @@ def test_numbers_that_make_no_sense(number: Any, message: str, potential: gossam
         gossamer.parity(potential, frames, count=number)
 
 
+def test_results_of_before_are_replaced_with_a_word(
+    potential: gossamer.Potential, frames: list[Atoms], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    ase.io.write(tmp_path / "a.extxyz", frames)
+    (tmp_path / "evaluation").mkdir()
+    (tmp_path / "evaluation" / "uncertainty.png").touch()  # of another potential, which had one
+    calls: dict[str, Any] = {
+        "relaxed.extxyz": lambda out: gossamer.relax(potential, frames[0], out=out, steps=1, way="plain"),
+        "predicted.extxyz": lambda out: gossamer.predict(potential, tmp_path / "a.extxyz", out=out, progress=False),
+        "evaluation": lambda out: gossamer.evaluate(potential, frames, out=out, way="plain"),
+        "parity.json": lambda out: gossamer.parity(potential, frames, ways="plain", out=out),
+    }
+    for name, call in calls.items():
+        for there in (False, True):
+            caplog.clear()
+            call(tmp_path / name)
+            assert (f"{name}" in caplog.text and "will be replaced: results of before" in caplog.text) is (there or name == "evaluation")
+    assert not (tmp_path / "evaluation" / "uncertainty.png").exists()
+
+
 SCRIPT = """
 print("begins")
 from pathlib import Path

@@ -748,6 +748,8 @@ def test_stopped_relaxation_says_so_and_resumes_exactly(tmp_path: Path, caplog: 
     assert [(a["stopped"], a["converged"], a["steps"]) for a in stopped] == [("SIGTERM", False, 3)]
     assert "SIGTERM: stopped at step 3; --resume goes on from" in caplog.text
     assert not (tmp_path / "r" / "a.extxyz").exists()
+    with pytest.raises(FileExistsError, match=r"of a relaxation that was stopped before it wrote '.*'. Go on with it \(--resume\)"):
+        relax(EMT(), atoms, out=tmp_path / "r" / "a.extxyz", **options)
     Stopping.armed = False
     first, second = relax_files(
         Stopping(), [tmp_path / n for n in ("a.xyz", "b.xyz")], RelaxConfig(out=tmp_path / "r", resume=True, **options)

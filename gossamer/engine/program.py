@@ -36,7 +36,7 @@ from gossamer.engine import cache
 from gossamer.engine.agreement import TOLERANCE, agree, probe, rattled
 from gossamer.engine.kernels.attach import TableKernel
 from gossamer.engine.kernels.cpu import processor
-from gossamer.files import atomic_path, cache_folder
+from gossamer.files import atomic_path, cache_folder, say_replaced
 from gossamer.graph import FIELDS, Graph
 from gossamer.potential import Potential, Prediction, state_of
 from gossamer.potential_file import load
@@ -368,7 +368,7 @@ def export(model: Path | str, out: Path | str, structure: Any = None, device: st
 
     Args:
         model: Saved potential.
-        out: File to make (.pt2).
+        out: File to make (.pt2); one of before is replaced.
         structure: Atoms or file to trace and compare with; by default a disordered cell of the potential's elements.
         device: The program runs on this kind of device only.
         dtype: "float32" or "float64"; by default as saved.
@@ -383,6 +383,7 @@ def export(model: Path | str, out: Path | str, structure: Any = None, device: st
     out = Path(out)
     if out.suffix != ".pt2":
         raise ValueError(f"'{out}': a compiled potential is a .pt2 file.")
+    say_replaced(out)
     potential = load(model, device, dtype)
     potential.requires_grad_(False)
     graph = probe(potential) if structure is None else potential.collate([from_atoms(as_atoms(structure), LabelConfig(), "structure")])

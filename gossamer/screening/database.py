@@ -15,7 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from gossamer.files import InputError, atomic_path, write_text
+from gossamer.files import InputError, atomic_path, say_replaced, write_text
 
 VERSION = 2
 """of the tables below; those of version 1 refuse the status "timed out" and are made anew when a screening goes on"""
@@ -293,6 +293,7 @@ def export(path: Path | str, out: Path | str) -> int:
     with closing(Results(path)) as results:
         rows = results.rows()
     check_export(out, {r["source"] for r in rows})
+    say_replaced(out)
     if out.suffix == ".parquet":
         _parquet(rows, out)
     elif out.suffix == ".json":

@@ -33,7 +33,7 @@ from gossamer.engine.domain import Domain, compare, compile_domain
 from gossamer.engine.kernels import cpu, ops, polynomial
 from gossamer.engine.kernels.attach import AttentionKernel
 from gossamer.engine.program import identity, open_program
-from gossamer.files import InputError, atomic_folder
+from gossamer.files import InputError, atomic_folder, say_replaced
 from gossamer.graph import Graph
 from gossamer.potential import Potential
 from gossamer.potential_file import load
@@ -74,6 +74,7 @@ def export_lammps(model: Path | str, out: Path | str, dtype: str | None = None, 
     out = Path(out)
     if out.exists() and not (out / "manifest.txt").is_file():
         raise InputError(f"'{out}' is in the way, and no package for LAMMPS: move it, or choose another name.")
+    say_replaced(out)
     check_device(device)
     potential = load(model, device, dtype)
     potential.requires_grad_(False)

@@ -96,7 +96,7 @@ class RelaxConfig:
     all_frames: bool = False
     """Relax every frame of each structure file; the names of the relaxed ones get the frame's number."""
     out: Path | None = None
-    """File of the relaxed structure, in the format of its name; the path (.traj) and the optimiser's memory (.state.npz) lie beside it.
+    """File of the relaxed structure, in the format of its name, in place of one of before; the path (.traj) and the optimiser's memory (.state.npz) lie beside it.
     Of several structures: folder of the relaxed ones. The command line writes relaxed.extxyz by default, or the folder relaxed."""
     frame: int = 0
     """Which frame of the structure file; -1 is the last."""

@@ -21,7 +21,7 @@ from ase.optimize import FIRE, LBFGS
 
 from gossamer.data.atoms import as_atoms
 from gossamer.data.npz_file import read_npz
-from gossamer.files import atomic_path, locked
+from gossamer.files import atomic_path, locked, say_replaced
 from gossamer.potential import Potential
 from gossamer.potential_file import as_potential
 from gossamer.settings import configured
@@ -67,7 +67,7 @@ def relax(model: Any, structure: Atoms | Path | str, config: RelaxConfig | None 
 
     Raises:
         ValueError: unknown options, a cell asked for without periodicity or stress, a file format that cannot be written, nothing to resume.
-        FileExistsError: a file would be written over that is the structure, or the path (.traj) of no relaxation.
+        FileExistsError: a file would be written over that is the structure, the path (.traj) of no relaxation, or of one that was stopped.
         RuntimeError: another process writes the same file.
     """
     config = configured(RelaxConfig, config, options)
@@ -95,6 +95,7 @@ def relax(model: Any, structure: Atoms | Path | str, config: RelaxConfig | None 
         with locked(config.out.parent, config.out.name):
             if not config.resume:
                 _check_path(structure, config.out)
+                say_replaced(config.out)
             converged, stopped, algorithm = _relax_to_disk(atoms, config, config.out)
             if stopped is None:
                 with atomic_path(config.out) as temporary:
@@ -217,6 +218,8 @@ def _on_torchsim(model: Any, asked: Sequence[tuple[Job, Path]], config: RelaxCon
             answers.append(_failed(named[out], error))
     assert config.out is not None
     if chosen:
+        if not config.resume:
+            say_replaced(*(out for _, out in chosen))
         config.out.mkdir(parents=True, exist_ok=True)
         with locked(config.out, "relax"):
             for out, answer in relax_batched(potential, chosen, config, _bare):
@@ -275,12 +278,16 @@ def _keep_input(structure: Atoms | Path | str, out: Path) -> None:
 
 
 def _check_path(structure: Atoms | Path | str, out: Path) -> None:
-    """Refuse to write the path of a new relaxation over what is read, or what is of no relaxation."""
+    """Refuse to write the path of a new relaxation over what is read, of no relaxation, or of one that is to go on."""
     path, memory = out.with_suffix(".traj"), out.with_suffix(".state.npz")
     if not path.exists():
         return
     if not isinstance(structure, Atoms) and path.samefile(structure):
         raise FileExistsError(f"'{path}' is read, and the path to '{out}' would be written over it. Choose another --out.")
+    if memory.exists() and not out.exists() and int(read_npz(memory).get("optimizer.nsteps", 0)) > 0:
+        raise FileExistsError(
+            f"'{memory}' is of a relaxation that was stopped before it wrote '{out}'. Go on with it (--resume), choose another --out, or remove it."
+        )
     if not memory.exists():
         raise FileExistsError(
             f"'{path}' is of no relaxation (there is no '{memory.name}' beside it), and the path to '{out}' would be written over it. "
