@@ -109,7 +109,7 @@ def test_what_cannot_be_had(model: Path, tmp_path: Path, capsys: pytest.CaptureF
     assert "There is no program" in rows["exported"]["reason"]
     for change, message in (
         ({"ways": ["fast"]}, "fast are unknown"),
-        ({"count": 0}, "must be positive"),
+        ({"count": 0}, "count must be at least 1"),
         ({"tolerance": -1.0}, "positive"),
     ):
         with pytest.raises(ValueError, match=message):
