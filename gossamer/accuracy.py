@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ ERRORS, WORST, HONESTY = "errors.json", "worst.extxyz", "uncertainty.png"
 def evaluate(
     model: Potential | Path | str,
     data: Data,
-    labels: LabelConfig | None = None,
+    labels: LabelConfig | Mapping[str, Any] | None = None,
     out: Path | str | None = None,
     worst: int = 20,
     device: str = "cpu",
@@ -45,7 +45,7 @@ def evaluate(
     Args:
         model: Potential, or file of one.
         data: File, folder or store, or several; or frames in memory: structures, or Atoms with the labels they were read with.
-        labels: Names and units of the labels; structures have their own.
+        labels: Names and units of the labels, as an object or a dictionary; structures have their own.
         out: Folder for errors.json, worst.extxyz (the frames with the largest errors, labels and predictions) and, of a potential with an
             uncertainty, uncertainty.png (errors found against errors expected); those of an evaluation before are replaced.
         worst: How many of those.
@@ -112,7 +112,7 @@ def write_worst(engine: Engine, structures: Sequence[Structure], evaluation: Eva
 def calibrate(
     model: Path | str,
     data: Data,
-    labels: LabelConfig | None = None,
+    labels: LabelConfig | Mapping[str, Any] | None = None,
     out: Path | str | None = None,
     device: str = "cpu",
 ) -> dict[str, Any]:

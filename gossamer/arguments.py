@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable, Mapping
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,19 @@ def whole(name: str, given: Any, least: int) -> int:
     return number
 
 
+def positive(name: str, given: Any) -> float:
+    """A number above zero.
+
+    Raises:
+        ValueError: something else.
+    """
+    if not isinstance(given, Real) or not float(given) > 0:
+        raise ValueError(f"{name} must be positive, found {given!r}.")
+    return float(given)
+
+
 def said(thing: Any) -> str:
     """What something is, for a message."""
-    return f"the class {thing.__name__}" if isinstance(thing, type) else type(thing).__name__
+    if isinstance(thing, type):
+        return f"the class {thing.__name__}"
+    return type(thing).__name__ + (" (its to_ase() gives Atoms)" if hasattr(thing, "to_ase") else "")

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from gossamer import __version__
-from gossamer.arguments import FILES, listed
+from gossamer.arguments import FILES, listed, positive
 from gossamer.config import Config, load_config, make_config
 from gossamer.data.dataset import isolated_atoms, load_data, open_dataset
 from gossamer.data.structure import Structure
@@ -72,8 +72,7 @@ def compare(
         RuntimeError: a run failed, as where its loss is NaN; raised at the end, when all others have had their time.
         Stopped: SIGTERM came during a run.
     """
-    if not minutes > 0:
-        raise ValueError(f"minutes must be positive, found {minutes}.")
+    minutes = positive("minutes", minutes)
     named = name_configs(configs)
     check_same_data(named)
     folder = Path(out)

@@ -141,7 +141,9 @@ def _check_size(values: Any, path: Path, limit: int = 100_000) -> None:
 def _plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {str(k): _plain(v) for k, v in value.items()}
-    return [_plain(v) for v in value] if isinstance(value, list) else _at_home(value)
+    if isinstance(value, Path):
+        return str(value)
+    return [_plain(v) for v in value] if isinstance(value, list | tuple) else _at_home(value)
 
 
 def _at_home(value: Any) -> Any:

@@ -10,12 +10,12 @@ from typing import Any, Literal
 
 import numpy as np
 
-from gossamer.arguments import as_path, listed
+from gossamer.arguments import as_path, listed, positive, said
 from gossamer.config import Config, expand_preset, load_config, make_config
 from gossamer.data.consistency import OFFSET_SAID
 from gossamer.data.dataset import open_dataset
 from gossamer.data.inspection import Inspection, inspect
-from gossamer.data.labels import LabelConfig
+from gossamer.data.labels import LabelConfig, as_labels
 from gossamer.data.structure import Structure
 from gossamer.engine.compiler_cache import is_kept, step_name
 from gossamer.models import ACCURATE, MODELS
@@ -36,7 +36,7 @@ def fit(
     model: str | None = None,
     out: Path | str = "fit",
     minutes: float | None = None,
-    labels: LabelConfig | None = None,
+    labels: LabelConfig | Mapping[str, Any] | None = None,
     resume: bool = False,
     force: bool = False,
     start: Path | str | None = None,
@@ -83,11 +83,13 @@ def fit(
         raise ValueError(f"{asked[0]} chooses the network, and {'model' if start is None else 'start'} names one: leave one of them out.")
     if len(asked) > 1:
         raise ValueError("speed takes a smaller network than fit's own, accuracy a larger one: leave one of them out, or both.")
+    labels = None if labels is None else as_labels(labels)
+    if model is not None and not isinstance(model, str):
+        raise TypeError(f"model: expected the name of a network, found {said(model)}.")
     if model is not None and model.split("/")[0] not in MODELS:
         raise ValueError(f"model '{model}' is unknown. Choose one of {', '.join(MODELS)}.")
     method = {k: v for k, v in (("functional", functional), ("dispersion", dispersion)) if v is not None}
-    if minutes is not None and not minutes > 0:
-        raise ValueError(f"minutes must be positive, found {minutes}.")
+    minutes = None if minutes is None else positive("minutes", minutes)
     weights = None if weights is None else listed("weights", weights, (str,), "names of weights")
     for name, path in (("data", data), ("start", start), ("replay", replay)):
         if path is not None:

@@ -15,7 +15,7 @@ from ase.calculators.singlepoint import SinglePointCalculator
 from ase.stress import full_3x3_to_voigt_6_stress
 from tqdm import tqdm
 
-from gossamer.arguments import whole
+from gossamer.arguments import as_path, whole
 from gossamer.data.atoms import count_frames, disorder, iterate_frames
 from gossamer.data.structure import Structure, as_structure
 from gossamer.engine.engine import Engine, Way
@@ -71,7 +71,7 @@ def predict(
             potential does not know, or features of a compiled program that has none.
     """
     paths = _paths(structures)
-    out = Path(out)
+    out = as_path("out", out, "the name of a file")
     _check(paths, out, batch_atoms)
     say_replaced(out)
     potential = as_potential(model, device, dtype)

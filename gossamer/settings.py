@@ -143,15 +143,15 @@ def describe(cls: type) -> list[tuple[str, Any, str]]:
     return [(name, entry.get("default", ...), entry.get("description", "")) for name, entry in properties.items()]
 
 
-def configured(cls: type[T], config: T | None, options: Mapping[str, Any]) -> T:
-    """Settings of a function that takes a settings object, keywords, or both (keywords replace what the object says).
+def configured(cls: type[T], config: T | Mapping[str, Any] | None, options: Mapping[str, Any]) -> T:
+    """Settings of a function that takes a settings object (or a dictionary of them), keywords, or both; keywords replace what the object says.
 
     Raises:
         TypeError: ``config`` is something else.
         ValueError: as ``build``.
     """
-    if config is None:
-        return build(cls, options)
+    if config is None or isinstance(config, Mapping):
+        return build(cls, {**(config or {}), **options})
     if not isinstance(config, cls):
         first = fields(cls)[0].name  # type: ignore[arg-type]
         raise TypeError(f"Expected {cls.__name__}, found {config!r}. Options are given by name: {first}={config!r}.")

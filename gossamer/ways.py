@@ -26,7 +26,7 @@ from ase.calculators.lammps import Prism
 from ase.io.lammpsdata import write_lammps_data
 from ase.stress import voigt_6_to_full_3x3_stress
 
-from gossamer.arguments import FILES, listed, whole
+from gossamer.arguments import FILES, listed, positive, whole
 from gossamer.data.atoms import read_frames
 from gossamer.data.structure import as_structure, spread
 from gossamer.engine.agreement import TABLE_TOLERANCE
@@ -109,8 +109,7 @@ def parity(
     if wrong or ways == []:
         raise ValueError(f"ways: {', '.join(wrong) + ' are unknown' if wrong else 'none is given'}. Choose among {', '.join(WAYS)}.")
     count = whole("count", count, 1)
-    if tolerance is not None and not tolerance > 0:
-        raise ValueError(f"tolerance must be positive, found {tolerance}.")
+    tolerance = None if tolerance is None else positive("tolerance", tolerance)
     if out is not None:
         say_replaced(out)
     potential = as_potential(model, device, dtype)

@@ -20,6 +20,7 @@ from conftest import ETHANOL, make_potential
 
 import gossamer
 from gossamer.checks.errors import predict
+from gossamer.config import make_config
 from gossamer.data.labels import LabelConfig
 from gossamer.screening.structures import read_items
 
@@ -251,6 +252,29 @@ def test_numbers_that_make_no_sense(number: Any, message: str, potential: gossam
         gossamer.predict(potential, tmp_path / "none.extxyz", batch_atoms=number)
     with pytest.raises(ValueError, match=f"count must be {message}"):
         gossamer.parity(potential, frames, count=number)
+
+
+def test_names_of_labels_and_options_may_be_dictionaries(potential: gossamer.Potential, frames: list[Atoms], tmp_path: Path) -> None:
+    path = tmp_path / "frames.extxyz"
+    renamed = [a.copy() for a in frames]
+    for new, old in zip(renamed, frames, strict=True):
+        new.info["E"] = old.get_potential_energy()
+    ase.io.write(path, renamed)
+    wanted = gossamer.evaluate(potential, frames, way="plain").energy.mae
+    for data in (path, renamed):
+        assert gossamer.evaluate(potential, data, {"energy": "E"}, way="plain").energy.mae == pytest.approx(wanted, rel=1e-6)
+    assert all(s.energy is not None for s in gossamer.read_structures(path, {"energy": "E"}))
+    with pytest.raises(ValueError, match=r"labels.enrgy: unknown setting. Did you mean labels.energy\?"):
+        gossamer.inspect(path, {"enrgy": "E"})
+    with pytest.raises(TypeError, match="labels: expected a LabelConfig or a dictionary of its names, found str"):
+        gossamer.fit(path, labels="E")
+    assert gossamer.relax(potential, frames[0], {"steps": 1, "way": "plain"})["steps"] == 1
+    config = make_config({"data": {"train": (path,), "valid": path}, "out": tmp_path})
+    assert (config.data.train, config.data.valid, config.out) == ([str(path)], str(path), str(tmp_path))
+    with pytest.raises(ValueError, match="minutes must be positive, found '1'"):
+        gossamer.fit(path, minutes="1")
+    with pytest.raises(TypeError, match="out: expected the name of a file, found NoneType"):
+        gossamer.predict(potential, path, out=None)
 
 
 def test_results_of_before_are_replaced_with_a_word(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -17,7 +17,7 @@ from pydantic import Field, field_validator
 
 from gossamer.data.atoms import own_results
 from gossamer.data.fingerprint import Copies
-from gossamer.data.labels import LabelConfig, refuse_unread
+from gossamer.data.labels import LabelConfig, as_labels, refuse_unread
 from gossamer.data.readers import from_atoms, read_structures, suggestion
 from gossamer.data.store import Store
 from gossamer.data.structure import REACH, Structure
@@ -70,10 +70,10 @@ class DataConfig:
         return elements
 
 
-def open_dataset(path: str | Path | Sequence[str | Path], labels: LabelConfig | None = None) -> Sequence[Structure]:
+def open_dataset(path: str | Path | Sequence[str | Path], labels: LabelConfig | Mapping[str, Any] | None = None) -> Sequence[Structure]:
     """Structures by index: a store stays on disk, everything else is read into memory."""
     if isinstance(path, str | Path) and (Path(path) / "store.json").exists():
-        refuse_unread(labels or LabelConfig(), f"'{path}'", ())
+        refuse_unread(as_labels(labels), f"'{path}'", ())
         return Store(path)
     return list(read_structures(path, labels))
 
@@ -82,7 +82,7 @@ Data = Path | str | Structure | Atoms | Iterable[Path | str] | Iterable[Structur
 """labelled frames: where they are, or they themselves"""
 
 
-def as_dataset(data: Data, labels: LabelConfig | None = None) -> Sequence[Structure]:
+def as_dataset(data: Data, labels: LabelConfig | Mapping[str, Any] | None = None) -> Sequence[Structure]:
     """Structures by index, of files (`open_dataset`) or of frames in memory: structures as they are, Atoms with the labels they carry.
 
     Raises:
@@ -97,7 +97,7 @@ def as_dataset(data: Data, labels: LabelConfig | None = None) -> Sequence[Struct
     items: list[Any] = list(given)
     if items and all(isinstance(item, str | Path) for item in items):
         return open_dataset(items, labels)
-    config = labels or LabelConfig()
+    config = as_labels(labels)
     if items and all(isinstance(item, Structure) for item in items):
         refuse_unread(config, "a Structure", ())
     return [_in_memory(item, config, k) for k, item in enumerate(items)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -67,7 +67,7 @@ class Inspection:
         return {"ok": self.ok, "numbers": self.numbers, "warnings": self.warnings, "errors": self.errors}
 
 
-def inspect(data: Data, labels: LabelConfig | None = None) -> Inspection:
+def inspect(data: Data, labels: LabelConfig | Mapping[str, Any] | None = None) -> Inspection:
     """Look through a data set for what makes trained potentials wrong.
 
     Args:

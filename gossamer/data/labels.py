@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import fields
 from typing import Any, Literal
 
 from pydantic import field_validator
 
+from gossamer.arguments import said
 from gossamer.quantities import QUANTITIES, known_extras
-from gossamer.settings import settings
+from gossamer.settings import build, settings
 
 ForceUnit = Literal["eV/Angstrom", "meV/Angstrom", "Hartree/Bohr", "Hartree/Angstrom", "Ry/Bohr", "kcal/mol/Angstrom", "kJ/mol/Angstrom",
                     "kJ/mol/nm"]  # fmt: skip
@@ -69,6 +70,18 @@ class LabelConfig:
 def names_virial(name: str) -> bool:
     """Whether an entry of this name is a virial, and not a stress: virial, dft_virial, REF_virials, but not virial_stress."""
     return "virial" in name.lower() and "stress" not in name.lower()
+
+
+def as_labels(given: LabelConfig | Mapping[str, Any] | None) -> LabelConfig:
+    """Names and units of labels, as an object, a dictionary, or by default.
+
+    Raises:
+        TypeError: something else.
+        ValueError: an unknown name, or a wrong value.
+    """
+    if given is not None and not isinstance(given, LabelConfig | Mapping):
+        raise TypeError(f"labels: expected a LabelConfig or a dictionary of its names, found {said(given)}.")
+    return given if isinstance(given, LabelConfig) else build(LabelConfig, given or {}, "labels")
 
 
 def refuse_unread(labels: LabelConfig, what: str, read: Collection[str] | None = None) -> None:

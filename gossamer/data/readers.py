@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from ase.constraints import FixAtoms, FixCartesian
 from ase.stress import voigt_6_to_full_3x3_stress
 
 from gossamer.arguments import FILES, listed
-from gossamer.data.labels import LabelConfig, names_virial, refuse_unread
+from gossamer.data.labels import LabelConfig, as_labels, names_virial, refuse_unread
 from gossamer.data.lmdb_file import check_lmdb
 from gossamer.data.npz_file import npz_names, read_npz
 from gossamer.data.structure import Structure, label_fields
@@ -42,7 +42,7 @@ WORDS = {"energy": ("energy", "e", "etot"), "forces": ("force", "f"), "stress": 
 """what names of labels contain, or are if they have one letter"""
 
 
-def read_structures(path: Path | str | Sequence[Path | str], labels: LabelConfig | None = None) -> Iterator[Structure]:
+def read_structures(path: Path | str | Sequence[Path | str], labels: LabelConfig | Mapping[str, Any] | None = None) -> Iterator[Structure]:
     """Yield the structures of a file, a folder, or several of them.
 
     Formats by name: extended XYZ (also .xz .gz .bz2), ASE .db and .aselmdb, ASE .traj, VASP (vasprun.xml, OUTCAR), MD17
@@ -53,7 +53,7 @@ def read_structures(path: Path | str | Sequence[Path | str], labels: LabelConfig
         TypeError: something else, such as Atoms.
         FileNotFoundError, ValueError: naming file and frame.
     """
-    labels = labels or LabelConfig()
+    labels = as_labels(labels)
     if not isinstance(path, str | Path):
         for item in listed("path", path, FILES, "files or folders"):
             yield from read_structures(item, labels)

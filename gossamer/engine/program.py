@@ -29,6 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from gossamer import __version__
+from gossamer.arguments import as_path
 from gossamer.data.atoms import as_atoms
 from gossamer.data.labels import LabelConfig
 from gossamer.data.readers import from_atoms
@@ -380,7 +381,7 @@ def export(model: Path | str, out: Path | str, structure: Any = None, device: st
         ValueError: the structure is too small, or holds unknown elements.
         RuntimeError: the compiler failed, or its program gives other numbers.
     """
-    out = Path(out)
+    out = as_path("out", out, "the name of a file")
     if out.suffix != ".pt2":
         raise ValueError(f"'{out}': a compiled potential is a .pt2 file.")
     say_replaced(out)

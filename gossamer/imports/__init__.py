@@ -9,6 +9,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from gossamer.arguments import listed
 from gossamer.imports.contract import ImportOptions
 from gossamer.imports.inert import Tree, open_tree
 from gossamer.imports.verify import ask_reference, calmed, compare, predictions, structures
@@ -31,7 +32,7 @@ def import_potential(
     elements: Sequence[str] | str | None = None,
     head: str | None = None,
     reference: Path | str | None = None,
-    given: Mapping[str, str] | Sequence[str] = (),
+    given: Mapping[str, str] | Sequence[str] | str = (),
 ) -> dict[str, Any]:
     """Bring a potential that another package trained; nothing of its file is run here (`gossamer.imports.inert`).
 
@@ -105,14 +106,15 @@ def _known(values: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value is not None}
 
 
-def _pairs(given: Mapping[str, str] | Sequence[str]) -> dict[str, str]:
+def _pairs(given: Mapping[str, str] | Sequence[str] | str) -> dict[str, str]:
     """NAME=VALUE as a dictionary."""
     if isinstance(given, Mapping):
         return dict(given)
-    wrong = [text for text in given if "=" not in text]
+    pairs = listed("given", given, (str,), "NAME=VALUE")
+    wrong = [text for text in pairs if "=" not in text]
     if wrong:
         raise ValueError(f"--given {wrong[0]}: expected NAME=VALUE.")
-    return dict(text.split("=", 1) for text in given)  # type: ignore[misc]
+    return dict(text.split("=", 1) for text in pairs)
 
 
 def read_potential(tree: Tree, options: ImportOptions) -> tuple[str, Potential]:

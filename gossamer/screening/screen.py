@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import replace
 from itertools import chain, islice
@@ -27,7 +27,7 @@ from gossamer.screening.executor import BadStateException, ManagerLost, WorkerLo
 from gossamer.screening.limited import Died
 from gossamer.screening.structures import MEMORY, Item, read_items, sources_of
 from gossamer.screening.tasks import Asked, make_question, run_block, stored_question
-from gossamer.settings import configured
+from gossamer.settings import build, configured
 from gossamer.signals import StopRequested
 
 log = logging.getLogger(__name__)
@@ -49,7 +49,7 @@ def screen(
     structures: Sequence[Path | str | Atoms] | Path | str | Atoms,
     model: Path | str | None = None,
     calculator: str | None = None,
-    machine: MachineConfig | Path | str | None = None,
+    machine: MachineConfig | Mapping[str, Any] | Path | str | None = None,
     workers: int | None = None,
     progress: bool = True,
     config: ScreenConfig | None = None,
@@ -64,7 +64,7 @@ def screen(
             among these Atoms: give them in the same order to go on.
         model: Saved potential.
         calculator: In its place any ASE calculator, "module:factory" as `gossamer judge` takes them.
-        machine: YAML file of `MachineConfig`, or one; by default this machine.
+        machine: YAML file of `MachineConfig`, or one, or a dictionary; by default this machine.
         workers: Processes on each node, in place of the machine's.
         progress: Show a bar, or lines in the log.
         config: What is asked, as an object.
@@ -82,6 +82,8 @@ def screen(
         ImportError: Parsl is not installed.
     """
     config = configured(ScreenConfig, config, options)
+    if isinstance(machine, Mapping):
+        machine = build(MachineConfig, machine)
     if not isinstance(machine, MachineConfig):
         machine = load_machine(machine, workers)
     elif workers is not None:
