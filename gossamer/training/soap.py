@@ -122,4 +122,4 @@ def by_cholesky(matrices: Tensor, bases: Tensor) -> Tensor:
 def eigenvectors(matrices: Tensor) -> Tensor:
     """(b, n, n): of symmetric ones, as columns, that of the largest eigenvalue first."""
     vectors: Tensor = torch.linalg.eigh(matrices.double())[1].flip(-1).to(matrices)
-    return vectors
+    return vectors.contiguous()  # as they come back from a checkpoint: products round otherwise where columns lie one behind the other
