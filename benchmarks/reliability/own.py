@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 from ase import Atoms
-from ase.build import bulk
+from ase.build import bulk, molecule
 
 import gossamer
 from gossamer.config import make_config
@@ -59,14 +59,15 @@ SYSTEMS: dict[str, dict[str, Any]] = {
     "copper": {"files": sides("mlearn/mlearn_Cu"), "dynamics": {"timestep": 2.0}, "start": lambda: crystal("Cu", 1000.0)},
     "ethanol": {"files": sides("rmd17/rmd17_ethanol"), "dynamics": {"protocol": "molecule"}, "start": None},
     "water": {"files": sides("water_pbe0ts_330K/water_pbe0ts"), "dynamics": {"protocol": "water", "temperature": 330.0}, "start": None},
-    "lips": {"files": sides("lips/lips"), "dynamics": {"protocol": "lips"}, "start": None},
+    "lips": {"files": sides("lips/lips"), "dynamics": {"protocol": "lips", "temperature": 520.0}, "start": None},
     "methane": {
         "files": tuple(f"no_upstream_licence/ch4/ch4_aimd_{t}K" for t in (1000, 300)),
-        "dynamics": {"protocol": "methane"},
-        "start": None,
+        "dynamics": {"protocol": "methane", "temperature": 300.0},
+        "start": lambda: molecule("CH4"),
     },
 }
-"""data; how dynamics are asked for; where they start, if not from the first test frame. Without a start of their own the test frames are the reference."""
+"""data; how dynamics are asked for; where they start, if not from the first test frame. Without a start of their own the test frames are the reference
+(methane's are one picosecond of one molecule, with the energy in each vibration that it happened to start with)"""
 
 
 def run(network: str, system: str, arguments: argparse.Namespace) -> dict[str, Any]:
