@@ -963,6 +963,7 @@ def test_fit_of_few_frames_takes_small_batches_and_slow_radial_functions() -> No
         config = fitting.choose_settings(ETHANOL, some)
         assert (config.training.batch_size, config.model.basis_decay) == (batch_size, decay)
         assert (config.training.optimizer, config.training.learning_rate) == (("muon", 0.04) if count == 50 else ("soap", 0.08))
+    assert fitting.choose_settings(ETHANOL, some, minutes=60).training.learning_rate == 0.04  # which ends lower after many steps
     assert not hasattr(fitting.choose_settings(ETHANOL, some[:50], model="painn").model, "basis_decay")
 
 
