@@ -300,7 +300,7 @@ FEW_FORCES = 30_000
 """force components below which radial functions that vary fast are held back: fewer of them teach their noise (benchmarks/accuracy)"""
 FEW_FOR_SOAP = 20_000
 """force components below which Muon is always the optimiser: SOAP learns few frames by heart (benchmarks/accuracy)"""
-LONG = 30.0
+LONG = 40.0
 """minutes from which SOAP takes half its rate: aspirin ends at 8.1 after 40 minutes and 7.5 after 56, at the whole rate at 8.2 (benchmarks/accuracy)"""
 FRAMES_OF_BATCH = 50
 """so many times as many frames as a batch holds, at least: what is learned from large ones of few frames holds less well for others (benchmarks/accuracy)"""
