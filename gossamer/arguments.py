@@ -8,8 +8,6 @@ from numbers import Real
 from pathlib import Path
 from typing import Any
 
-from ase import Atoms
-
 FILES = (str, Path)
 
 
@@ -25,6 +23,8 @@ def listed(name: str, given: Any, kinds: tuple[type, ...], expected: str) -> lis
     Raises:
         TypeError: something else, or among them.
     """
+    from ase import Atoms  # here: the flags of the command line read labels, which are named here, and answer at once
+
     several = isinstance(given, Iterable) and not isinstance(given, (*kinds, str, Atoms, Mapping))
     items = list(given) if several else [given]
     for item in items:
