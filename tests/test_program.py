@@ -115,7 +115,8 @@ for atoms in (crystal, crystal.repeat((2, 2, 1))):
     assert np.abs(a - b).max() < (1e-10 if fast.engine.quick is None else 1e-8) * max(1.0, np.abs(a).max())
 # a graph of one's own in other precisions
 graph = plain.graph(crystal)
-cast = replace(graph, **{k: getattr(graph, k).to(t) for k, t in (("atomic_numbers", torch.int32), ("edge_shifts", torch.int64), ("edge_index", torch.int32), ("cell", torch.float32))})
+others = dict(atomic_numbers=torch.int32, edge_shifts=torch.int64, edge_index=torch.int32, cell=torch.float32)
+cast = replace(graph, **dict((k, getattr(graph, k).to(t)) for k, t in others.items()))
 assert float((plain.engine(cast).forces - fast.engine(cast).forces).abs().max()) < 1e-5
 lone = molecule("C2H6")[:1]  # one atom: left to the potential itself
 lone.calc = fast
