@@ -24,7 +24,6 @@ from gossamer.files import write_json, write_text
 
 HERE = Path(__file__).resolve().parent
 SYSTEMS = ("lips", "water", "methane")
-NETWORKS = ("leignn", "weft", "nequip", "geodite", "mace", "painn", "schnet", "sevennet")
 COLUMNS = {
     "breaks, ps": ("time before it breaks", ".3g"),
     "mean T, K": ("mean temperature", ".0f"),
@@ -54,7 +53,7 @@ def collect(folder: Path) -> list[dict[str, Any]]:
         del row["verdicts"], row["judge_seconds"]
         new.append(row)
     rows = {(r["system"], r["network"]): r for r in (*old, *new)}
-    kept = sorted(rows.values(), key=lambda r: (SYSTEMS.index(r["system"]), NETWORKS.index(r["network"])))
+    kept = sorted(rows.values(), key=lambda r: (SYSTEMS.index(r["system"]), r["network"]))
     write_json(file, kept)
     return kept
 
