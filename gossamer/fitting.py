@@ -261,15 +261,16 @@ def choose_settings(
 
 
 def _labels_to_train(data: Path | str, structures: Sequence[Structure], report: Inspection | None) -> dict[str, bool]:
-    """Which labels go into the loss: those that every frame has. What is left out, or stands in the way, is said."""
-    lacking = {label: [s.name for s in structures if s.lacks(label)] for label in QUANTITIES}
-    has = {label: not names for label, names in lacking.items()}
+    """Which labels go into the loss: those that every frame has that can have them. What is left out, or stands in the way, is said."""
+    lacking = {label: [s.name for s in structures if s.lacks(label) and (label != "stress" or s.pbc.all())] for label in QUANTITIES}
+    has = {label: not names and any(label in s.labels for s in structures) for label, names in lacking.items()}
     for label in ("energy", "forces"):
         n, first = len(lacking[label]), lacking[label][:1]
         if 0 < n < len(structures) / 2:
             raise ValueError(
                 f"{n} of the {len(structures)} frames of '{data}' have no {label}, the first is {first[0]}: most have, and a training on {label} "
-                "needs them in every frame. Take the frames without out of the data, or label them."
+                "needs them in every frame. Take the frames without out of the data, label them, or learn from what there is (gossamer train "
+                "with loss.missing: skip)."
             )
         if 0 < n < len(structures):
             log.warning(
@@ -279,6 +280,12 @@ def _labels_to_train(data: Path | str, structures: Sequence[Structure], report: 
                 len(structures),
                 first[0],
             )
+    if has["stress"] and (idle := sum(not s.pbc.all() for s in structures)):
+        log.info(
+            "the stress is learned from %d of the %d frames: the others are not periodic along all axes",
+            len(structures) - idle,
+            len(structures),
+        )
     if has["stress"] and (report := report or inspect(structures)).stress_offset is not None:
         has["stress"] = False
         said = report.facts["stress offset"]

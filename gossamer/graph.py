@@ -6,7 +6,7 @@ the centre to the neighbour; rows of `cell` are lattice vectors.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -47,6 +47,10 @@ class Graph:
     """labels of further quantities (gossamer/quantities.py); NaN in a frame without"""
     free: Bool[Tensor, " n_atoms"] | None = None
     """False for atoms that were held fixed when the labels were made"""
+    incomplete: tuple[str, ...] = ()
+    """labels that some of its structures have and others lack (NaN)"""
+    weights: Float[Tensor, " n_graphs"] | None = None
+    """of each structure in the loss; None: all count alike"""
     names: tuple[str, ...] = ()
     """where each structure came from, for error messages"""
     n_padding: int = 0
@@ -57,6 +61,15 @@ class Graph:
         """The labels that the batch has, by the names of their quantities."""
         named = {"energy": self.energy, "forces": self.forces, "stress": self.stress, **self.extras}
         return {name: value for name, value in named.items() if value is not None}
+
+    def with_places(self, labels: Sequence[str]) -> Graph:
+        """The same, in which each of these labels (energy, forces, stress) has a place, NaN where no structure has it."""
+        shapes = {"energy": (self.n_graphs,), "forces": (self.n_atoms, 3), "stress": (self.n_graphs, 3, 3)}
+        absent = [name for name in labels if name in shapes and getattr(self, name) is None]
+        if not absent:
+            return self
+        empty: dict[str, Any] = {name: self.positions.new_full(shapes[name], torch.nan) for name in absent}
+        return replace(self, **empty, incomplete=(*self.incomplete, *absent))
 
     @property
     def n_graphs(self) -> int:

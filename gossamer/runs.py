@@ -153,9 +153,16 @@ def read_frames(config: Config) -> Frames:
         ValueError: a label is missing, or a frame is on two sides.
     """
     train_set, valid_set, test_set = load_data(config.data, config.model.cutoff)
-    needed = config.loss.needed()
-    for part in (train_set, valid_set):
-        require_labels(part, needed, "loss.{label} is above 0", config.model.cutoff)
+    loss = config.loss
+    for name, part in (("training", train_set), ("validation", valid_set)):
+        lacking = require_labels(part, loss.needed(), "loss.{label} is above 0", config.model.cutoff, loss.missing)
+        for label, n in lacking.items():
+            if 0 < n < len(part):
+                log.info("%s: in %d of %d %s frames, %d have none", label, len(part) - n, len(part), name, n)
+            elif n and part is train_set:
+                raise ValueError(f"None of the {n} training frames has {label}, but loss.{label} is above 0. Set it to 0, or label frames.")
+            elif n:
+                log.warning("no validation frame has %s: the best weights are chosen without it", label)
     return Frames(train=train_set, valid=valid_set, test=test_set)
 
 
@@ -257,7 +264,8 @@ def start_finetuning(config: Config, frames: Frames) -> tuple[Potential, Frames,
         indices, others = choose_replay(old, n_new, tune.replay_fraction, config.data.seed)
         used = Subset(old, indices)
         kept = without(Subset(old, others), frames.train, used) or None
-        require_labels(used, config.loss.needed(), "loss.{label} is above 0 (frames of finetune.replay)", config.model.cutoff)
+        why = "loss.{label} is above 0 (frames of finetune.replay)"
+        require_labels(used, config.loss.needed(), why, config.model.cutoff, config.loss.missing)
         for structure in old:
             start.check_elements(structure.atomic_numbers, structure.name)
     statistics = adapt_statistics(start, fresh, frames.train, used or ())

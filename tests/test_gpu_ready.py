@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from types import SimpleNamespace
 from typing import Any
 
@@ -176,7 +177,8 @@ class _Replay:
 
 
 def test_recorded_gradients_are_those_of_every_batch(ethanol: Atoms, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Batches of changing sizes in turn: recorded from the second of each number of structures, again where one does not fit."""
+    """Batches of changing sizes in turn: recorded from the second of each number of structures, again where one does not fit. In some a
+    structure has no energy, or none has; where they do not all count alike nothing is recorded."""
     made: list[int] = []
 
     def fake(run: Any, warm_ups: int = 3) -> Any:
@@ -189,12 +191,18 @@ def test_recorded_gradients_are_those_of_every_batch(ethanol: Atoms, monkeypatch
     run = step_of(potential, loss)
     recorder = recorded.RecordedGradients([run], potential.cutoff, torch.float64)
     for step, (n_structures, n_made) in enumerate([(3, 0), (3, 1), (2, 1), (3, 1), (2, 2), (3, 2), (2, 2)]):
-        graph = potential.collate(labelled(ethanol, n_structures, seed=10 * step))
+        structures = labelled(ethanol, n_structures, seed=10 * step)
+        structures[: step % 4] = [dataclasses.replace(s, energy=None) for s in structures[: step % 4]]
+        graph = potential.collate(structures).with_places(loss.needed())
         counts = counts_of(graph, loss)
         found, wanted = recorder(graph, counts), run(graph, counts)
         torch.testing.assert_close(flat(found.gradients), flat(wanted.gradients), rtol=1e-8, atol=1e-9)
         torch.testing.assert_close(found.loss, wanted.loss)
         assert len(made) == n_made
+    uneven = dataclasses.replace(graph, weights=torch.tensor([2.0, 0.0]).double())
+    found, wanted, before = recorder(uneven, counts), run(uneven, counts), run(graph, counts)
+    torch.testing.assert_close(flat(found.gradients), flat(wanted.gradients), rtol=1e-8, atol=1e-9)
+    assert float((flat(found.gradients) - flat(before.gradients)).norm()) > 1e-3 * float(flat(before.gradients).norm())
     crowd = bulk("Si", cubic=True).repeat(2)
     many = [Structure(atomic_numbers=crowd.numbers, positions=crowd.positions, energy=0.0, forces=0.0 * crowd.positions)] * 3
     graph = potential.collate(many)

@@ -85,7 +85,7 @@ def test_stores_without_their_list_of_checksums_are_refused(tmp_path: Path) -> N
     (tmp_path / "a.store" / "checksums.bin").unlink()
     with pytest.raises(ValueError, match=r"'checksums\.bin' has 0 bytes, expected 4"):
         Store(tmp_path / "a.store")
-    for content in ({"format": 3, "n_structures": 1}, {"format": 2, "n_structures": -1}, {"format": 2, "n_structures": "1"}, [1]):
+    for content in ({"format": 4, "n_structures": 1}, {"format": 2, "n_structures": -1}, {"format": 2, "n_structures": "1"}, [1]):
         (tmp_path / "a.store" / "store.json").write_text(json.dumps(content))
         with pytest.raises(ValueError, match="not a complete store"):
             Store(tmp_path / "a.store")

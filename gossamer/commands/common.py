@@ -32,12 +32,21 @@ def add_way(parser: argparse.ArgumentParser) -> None:
                         help="how our potentials are evaluated (default: auto)")  # fmt: skip
 
 
-def add_labels(parser: argparse.ArgumentParser) -> None:
-    """Options that say what labels are called in the data, and their units; ``label_config`` reads them."""
+def add_labels(parser: argparse.ArgumentParser, weighed: bool = False) -> None:
+    """Options that say what labels are called in the data, and their units; ``label_config`` reads them.
+
+    Args:
+        parser: Of the command.
+        weighed: It has a use for the weights of frames.
+    """
     from gossamer.data.labels import LabelConfig
     from gossamer.flags import add_flags
 
-    add_flags(parser.add_argument_group("labels", "names and units in the data"), LabelConfig, without=["extras"])
+    add_flags(
+        parser.add_argument_group("labels", "names and units in the data"),
+        LabelConfig,
+        without=["extras", *([] if weighed else ["weight"])],
+    )
 
 
 def label_config(arguments: argparse.Namespace) -> Any:

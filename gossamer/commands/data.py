@@ -16,7 +16,7 @@ def _data_parser(data: argparse.ArgumentParser) -> None:
     inspect = actions.add_parser("inspect", help=text, description=text)
     inspect.set_defaults(run=_inspect)
     inspect.add_argument("data", help="labelled structures")
-    add_labels(inspect)
+    add_labels(inspect, weighed=True)
     add_json(inspect)
     text = "Stream data into a store: a folder of arrays, read from disk by index."
     convert = actions.add_parser("convert", help=text, description=text)
@@ -32,7 +32,7 @@ def _data_parser(data: argparse.ArgumentParser) -> None:
         metavar="FUNCTIONAL",
         help="take D3 of this functional (pbe, pbe/zero ...) off energies, forces and stresses",
     )
-    add_labels(convert)
+    add_labels(convert, weighed=True)
     add_json(convert)
 
 

@@ -48,7 +48,7 @@ def _fit_parser(fit: argparse.ArgumentParser) -> None:
     tune.add_argument("--weights", nargs="+", metavar="NAME", help="train only these weights (wildcards); the others stay frozen")
     tune.add_argument("--low-rank", type=int, metavar="RANK", help="train low-rank adapters; the weights themselves stay frozen")
     tune.add_argument("--replay", metavar="DATA", help="labelled structures of the old data to mix in, so that they are not forgotten")
-    add_labels(fit)
+    add_labels(fit, weighed=True)
     add_json(fit)
 
 

@@ -46,6 +46,7 @@ def collate(
         pbc=torch.from_numpy(np.stack([s.pbc for s in structures])),
         **label_fields({name: _joined(quantity, structures) for name, quantity in QUANTITIES.items()}),
         free=torch.from_numpy(np.concatenate([s.free for s in structures])),
+        incomplete=tuple(name for name in QUANTITIES if 0 < sum(name in s.labels for s in structures) < len(structures)),
         names=tuple(s.name for s in structures),
     )
 

@@ -282,6 +282,8 @@ def digest(structures: Sequence[Structure]) -> str:
             total.update(np.ascontiguousarray(part).tobytes())
         for name, label in sorted(s.labels.items()):
             total.update(name.encode() + np.ascontiguousarray(label, dtype=np.float64).tobytes())
+        if s.weight != 1:
+            total.update(np.float64(s.weight).tobytes())
     return total.hexdigest()
 
 
@@ -328,13 +330,24 @@ class LoneStresses(Sequence[Structure]):
         return self.parent[index].with_lone_stress(self.cutoff)
 
 
-def require_labels(structures: Sequence[Structure], needed: Sequence[str], why: str, cutoff: float = REACH) -> None:
-    """Raise ValueError naming the first frame that lacks a needed label; isolated atoms (``cutoff`` in Å) need no stress."""
+def require_labels(
+    structures: Sequence[Structure], needed: Sequence[str], why: str, cutoff: float = REACH, missing: str = "error"
+) -> dict[str, int]:
+    """How many structures lack each needed label and may: anything with ``missing`` "skip", else the stress of what has no volume.
+
+    Raises:
+        ValueError: naming the first frame that lacks one and may not; isolated atoms (``cutoff`` in Å) need no stress.
+    """
+    lacking = dict.fromkeys(needed, 0)
     for structure in structures:
         for label in needed:
-            if structure.lacks(label, cutoff):
+            if not structure.lacks(label, cutoff):
+                continue
+            lacking[label] += 1
+            if missing == "error" and (label != "stress" or structure.pbc.all()):
                 raise ValueError(
                     f"{structure.name} has no {label}, but {why.format(label=label)}. Set that weight to 0, remove frames "
-                    f"without {label}, or say under which name it is stored (data.labels.{label})."
+                    f"without {label}, learn it from the others (loss.missing: skip), or say under which name it is stored (data.labels.{label})."
                     + (f" In the file: {hint}." if (hint := suggestion(label, structure.entries)) else "")
                 )
+    return lacking

@@ -28,7 +28,7 @@ REMARKS = {
     "stress without volume": "have a stress but are not periodic along all axes, so that there is no volume it belongs to: it is not read",
     "not converged": "of VASP took all iterations that NELM allows and their electrons did not converge: their labels may be far off. Leave them out",
     "a weight of its own": "have a weight of their own (config_weight and the like, of MACE), which is not read: all count alike, also where a weight "
-    "of 0 says that a label is none. Leave out what should not be trained on",
+    "of 0 says that a label is none. Read that of frames with --weight NAME (data.labels.weight), and leave out labels that are none",
     "another free energy": "have a free_energy more than 1 meV/atom from the energy. With smeared electrons forces are the gradient of the free energy "
     "(VASP and others): train on that with --energy free_energy (data.labels.energy)",
 }
@@ -134,6 +134,9 @@ def _basics(structures: Sequence[Structure], report: Inspection) -> None:
                 f"isolated atoms of {', '.join(isolated)} are in the data, but not of every element: their energies cannot be "
                 "met unless data.reference_energies gives them"
             )
+    weights = {s.weight for s in structures}
+    if weights != {1.0}:
+        report.facts["weights"] = f"{min(weights):.6g} to {max(weights):.6g}, of {sum(s.weight == 0 for s in structures)} frames zero"
     fixed = sum(s.fixed is not None for s in structures)
     if fixed:
         report.facts["fixed atoms"] = f"in {fixed} frames (loss.free_atoms_only leaves their forces out)"
@@ -180,11 +183,17 @@ def _labels(structures: Sequence[Structure], report: Inspection) -> None:
 
 def _partly_missing(label: str, missing: Sequence[Structure], n_frames: int, hint: str, report: Inspection) -> None:
     """Frames without a label that others have: an error, but for the stress of what has no volume."""
-    message = f"{len(missing)} of {n_frames} frames have no {label}, the first is {missing[0].name}" + (f"; {hint}" if hint else "")
-    if label == "stress" and not any(s.pbc.all() for s in missing):
-        report.warnings.append(f"{message} (not periodic): stress can be trained on where every frame has it (loss.stress)")
-    else:
-        report.errors.append(message)
+    idle = [s for s in missing if not s.pbc.all()] if label == "stress" else []
+    if idle:
+        report.warnings.append(
+            f"{len(idle)} of {n_frames} frames have no stress, the first is {idle[0].name}: they are not periodic along all axes, and it is "
+            "learned from the others"
+        )
+    missing = [s for s in missing if s.pbc.all()] if label == "stress" else missing
+    if missing:
+        report.errors.append(
+            f"{len(missing)} of {n_frames} frames have no {label}, the first is {missing[0].name}" + (f"; {hint}" if hint else "")
+        )
 
 
 def _forces(structures: Sequence[Structure], rms: float, report: Inspection) -> None:

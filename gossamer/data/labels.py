@@ -42,6 +42,8 @@ class LabelConfig:
     """Names in the file of further quantities (gossamer/quantities.py), where they differ from ours; read in the table's units."""
     group: str | None = None
     """Name of a per-frame entry that says which frames belong together (material or trajectory id)."""
+    weight: str | None = None
+    """Name of a per-frame entry by which the frame counts in the loss (config_weight); set beside the mean over all training frames."""
 
     @field_validator("extras")
     @classmethod

@@ -141,7 +141,7 @@ def from_atoms(atoms: Atoms, labels: LabelConfig, name: str, extra: dict[str, An
         energy_scale = label_scales(labels)[0]
         if abs(energy_scale * float(free) - values["energy"]) > 1e-3 * len(atoms):
             remarks.append("another free energy")
-    if any(found[key] != 1 for key in WEIGHTS if isinstance(found.get(key), int | float | np.number)):
+    if any(found[key] != 1 for key in WEIGHTS if key != labels.weight and isinstance(found.get(key), int | float | np.number)):
         remarks.append("a weight of its own")
     if isinstance(found.get("head"), str):
         remarks.append(f"{HEAD}{found['head']}")
@@ -159,10 +159,28 @@ def from_atoms(atoms: Atoms, labels: LabelConfig, name: str, extra: dict[str, An
         **label_fields(values),
         fixed=fixed if fixed.any() else None,
         group=None if group is None else str(group),
+        weight=1.0 if labels.weight is None else _weight(found, labels.weight, name),
         name=name,
         entries=tuple(sorted(str(key) for key in found if key not in ("numbers", "positions", *labels.names().values()))),
         remarks=tuple(remarks),
     )
+
+
+def _weight(found: Mapping[str, Any], key: str, name: str) -> float:
+    """How much a frame counts.
+
+    Raises:
+        ValueError: there is no such entry, or it is no number from 0 on.
+    """
+    if key not in found:
+        raise ValueError(f"{name}: no entry '{key}' (data.labels.weight). Found: {_listed(found)}.")
+    try:
+        weight = float(found[key])
+    except (TypeError, ValueError):
+        weight = np.nan
+    if not (weight >= 0 and np.isfinite(weight)):
+        raise ValueError(f"{name}: '{key}' (data.labels.weight) is {str(found[key])[:40]!r}, expected a number from 0 on.")
+    return weight
 
 
 def suggestion(label: str, entries: Sequence[str]) -> str:
@@ -214,7 +232,7 @@ def _full_stress(value: np.ndarray, name: str, key: str) -> np.ndarray:
     raise ValueError(f"{name}: '{key}' holds {value.size} numbers, expected 9 (3 x 3) or 6 (xx, yy, zz, yz, xz, xy).")
 
 
-def _listed(found: dict[str, Any]) -> str:
+def _listed(found: Mapping[str, Any]) -> str:
     return ", ".join(sorted(str(k) for k in found if k not in ("numbers", "positions"))) or "no labels at all"
 
 

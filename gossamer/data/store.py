@@ -29,10 +29,13 @@ PER_FRAME: dict[str, tuple[Any, tuple[int, ...]]] = {
     "pbc": (np.bool_, (3,)),
     "n_atoms": (np.int64, ()),
     "group": (np.dtype("S48"), ()),
+    "weight": (np.float64, ()),
 }
 CHECKSUMS = "checksums"
 """of the frames, one CRC-32 each: a frame is read only as it was written. The first stores (format 1) have none"""
-FORMAT = 2
+FORMAT = 3
+SINCE = {"weight": 3}
+"""formats before which there was none: what their frames have is the default"""
 
 
 def _kinds(quantities: Iterable[Quantity]) -> dict[str, tuple[Any, tuple[int, ...]]]:
@@ -80,6 +83,7 @@ def _write(structures: Iterable[Structure], folder: Path) -> int:
                 "pbc": s.pbc,
                 "n_atoms": s.n_atoms,
                 "group": (s.group or "").encode()[:48].decode(errors="ignore").encode(),  # no half of a letter
+                "weight": s.weight,
                 **{name: s.labels.get(name, np.full(q.full_shape(s.n_atoms), np.nan)) for name, q in QUANTITIES.items()},
             }
             rows = {name: np.ascontiguousarray(values[name], dtype=kind).tobytes() for name, (kind, _) in kinds.items()}
@@ -120,7 +124,8 @@ class Store(Sequence[Structure]):
             raise ValueError(
                 f"'{path}' holds {', '.join(unknown)}, which this gossamer does not know. Update gossamer, or convert the data again."
             )
-        per_frame = PER_FRAME | _kinds(q for q in known if q.per == "structure")
+        own = {name: kind for name, kind in PER_FRAME.items() if form >= SINCE.get(name, 1)}
+        per_frame = own | _kinds(q for q in known if q.per == "structure")
         self._frames = {name: self._map(name, kind, count) for name, kind in per_frame.items()}
         if count and self._frames["n_atoms"].min() < 1:
             raise self._damaged("a frame without atoms")
@@ -185,6 +190,7 @@ class Store(Sequence[Structure]):
             **label_fields(labels),
             fixed=atom["fixed"] if atom["fixed"].any() else None,
             group=group or None,
+            weight=float(frame.get("weight", 1.0)),
             name=f"'{self.path}' frame {index}",
             remarks=("stress without volume",) if idle else (),
         )

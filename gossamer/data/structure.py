@@ -45,6 +45,8 @@ class Structure:
     """(n_atoms,) atoms held fixed when the data was made"""
     group: str | None = None
     """material or trajectory id, for splits that must not leak"""
+    weight: float = 1.0
+    """in the loss, beside other frames"""
     name: str = UNNAMED
     """file and frame, for messages"""
     entries: tuple[str, ...] = ()

@@ -10,10 +10,11 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import torch
 from torch.utils.data import DataLoader, Dataset
 
 from gossamer.data.batch import collate
@@ -80,14 +81,21 @@ class NeighborLists:
 class Loader:
     """Gives the batches of an epoch as graphs, and counts edges."""
 
-    def __init__(self, potential: Potential, structures: Sequence[Structure], num_workers: int = 0) -> None:
+    def __init__(
+        self,
+        potential: Potential,
+        structures: Sequence[Structure],
+        num_workers: int = 0,
+        weights: np.ndarray | None = None,
+    ) -> None:
         """
         Args:
             potential: Gives cutoff, elements and device.
             structures: All of them; with ``num_workers`` every process gets them once, of a store its path.
             num_workers: Processes; 0: one thread of this one.
+            weights: (n_structures,) of each in the loss; None: all count alike.
         """
-        self.potential, self.structures = potential, structures
+        self.potential, self.structures, self.weights = potential, structures, weights
         self.lists = NeighborLists(potential)
         self.waited = 0.0
         """s that batches were waited for"""
@@ -102,12 +110,12 @@ class Loader:
     def graphs(self, batches: Sequence[Sequence[int]]) -> Iterator[Graph]:
         """Collated batches on the potential's device; ``batches``: indices of the structures of each."""
         found = self._by_thread(batches) if self._processes is None else self._by_processes(batches)
-        while True:
+        for batch in batches:
             began = time.perf_counter()
-            graph = next(found, None)
+            graph = next(found)
+            if self.weights is not None:
+                graph = replace(graph, weights=torch.from_numpy(self.weights[batch]).to(graph.positions))
             self.waited += time.perf_counter() - began
-            if graph is None:
-                return
             yield graph
 
     def edge_counts(self, indices: Sequence[int]) -> np.ndarray:

@@ -32,7 +32,7 @@ from gossamer.signals import StopRequested
 from gossamer.timing import cpu_seconds
 from gossamer.training.config import TrainingConfig
 from gossamer.training.loader import Loader, epoch_batches
-from gossamer.training.losses import LossConfig, loss_counts
+from gossamer.training.losses import LossConfig, frame_weights, loss_counts
 from gossamer.training.optim import set_rate
 from gossamer.training.process_group import ProcessGroup, shares
 from gossamer.training.progress import Bar, Log
@@ -64,6 +64,7 @@ def train_step(state: State, graph: Graph | None, loss: LossConfig, config: Trai
     progress = time_progress(state, config)
     set_rate(state.optimizer, state.schedule.rate(state.step, progress))
     parameters: list[Tensor] = [p for p in potential.network.parameters() if p.requires_grad]
+    graph = None if graph is None else graph.with_places(loss.needed())
     own = [0] * len(loss.weights()) if graph is None else list(loss_counts(graph, loss).values())
     counts = group.sum(torch.tensor(own, dtype=torch.float64, device=potential.device))
     if graph is None:
@@ -164,7 +165,7 @@ def run_training(
     checkpoint = folder / CHECKPOINT
     began = CLOCKS[config.clock]() - state.seconds
     labelled = LoneStresses(train, state.potential.cutoff) if loss.stress > 0 else train
-    loader = Loader(state.potential, labelled, config.num_workers)
+    loader = Loader(state.potential, labelled, config.num_workers, frame_weights(train, loss))
     work = None if group.world == 1 and config.batch_edges is None else count_edges(loader, group, folder, identity)
     limits = batch_limits(train, config, work)
     state.forward.single = mostly_single(shared_batches(len(train), 0, config, group, limits, work))

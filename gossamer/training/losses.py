@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Literal
 
+import numpy as np
 import torch
 from pydantic import Field, field_validator
 from torch import Tensor
 
+from gossamer.data.structure import Structure
 from gossamer.graph import Graph
 from gossamer.potential import Prediction
 from gossamer.quantities import QUANTITIES, known_extras
@@ -27,7 +29,12 @@ class LossConfig:
     forces: Annotated[float, Field(ge=0)] = 10.0
     """Weight of the forces."""
     stress: Annotated[float, Field(ge=0)] = 0.0
-    """Weight of the stress; 0 leaves stress labels unread. About 20 suits residuals in eV/Å³."""
+    """Weight of the stress; 0 leaves stress labels unread. About 20 suits residuals in eV/Å³. Frames that are not periodic along all axes
+    have none, and it is learned from the others."""
+    missing: Literal["error", "skip"] = "error"
+    """What becomes of a frame that lacks a label with a weight. "error": it is refused. "skip": the label is learned from the others."""
+    group_weights: dict[str, Annotated[float, Field(ge=0)]] | None = None
+    """How much frames count, by the groups of data.labels.group, {surface: 3.0}; 1 where a group is not named. Set beside their mean over all training frames."""
     extras: dict[str, Annotated[float, Field(ge=0)]] | None = None
     """Weights of further quantities (gossamer/quantities.py), by name, for networks with such heads."""
     huber_delta: Annotated[float, Field(gt=0)] = 0.01
@@ -54,7 +61,7 @@ class LossConfig:
         return {name: weight for name, weight in named.items() if weight > 0}
 
     def needed(self) -> list[str]:
-        """Labels that every training frame must have."""
+        """Labels that are learned."""
         return list(self.weights())
 
 
@@ -84,18 +91,42 @@ def conditional_deltas(forces: Tensor, delta: float) -> Tensor:
     return delta * factor
 
 
+def frame_weights(structures: Sequence[Structure], config: LossConfig) -> np.ndarray | None:
+    """(n_structures,) how much each counts, 1 on average; None if all count alike.
+
+    Raises:
+        ValueError: a group that no structure is of, or all count nothing.
+    """
+    by_group = dict(config.group_weights or {})
+    unknown = sorted(by_group.keys() - {s.group for s in structures}) if by_group else []
+    if unknown:
+        found = sorted({str(s.group) for s in structures if s.group is not None})
+        raise ValueError(
+            f"loss.group_weights names {', '.join(unknown)}, of which no training frame is. Their groups are {', '.join(found[:12]) or 'not known'}"
+            f"{' ...' if len(found) > 12 else ''} (data.labels.group)."
+        )
+    weights = np.array([s.weight * by_group.get(s.group or "", 1.0) for s in structures])
+    if not weights.any():
+        raise ValueError("All training frames have weight 0 (data.labels.weight, loss.group_weights): there is nothing to learn from.")
+    return None if (weights == weights[0]).all() else weights / weights.mean()
+
+
 def loss_counts(graph: Graph, config: LossConfig) -> dict[str, int]:
     """Number of terms in the sum of penalties of each label with a weight."""
-    labels = graph.labels
-    counts = {name: labels[name].numel() for name in config.weights()}
-    if "forces" in counts and config.free_atoms_only:
-        assert graph.free is not None
-        counts["forces"] = 3 * int(graph.free.sum())
+    counts = {}
+    for name in config.weights():
+        label = graph.labels[name]
+        if name == "forces" and config.free_atoms_only:
+            assert graph.free is not None
+            label = label[graph.free]
+        counts[name] = int((~label.isnan()).sum()) if name in graph.incomplete else label.numel()
     return counts
 
 
 def loss_sums(prediction: Prediction, graph: Graph, config: LossConfig, spreads: Mapping[str, float] | None = None) -> dict[str, Tensor]:
     """Sum of penalties of each label with a weight; the caller divides (by the counts of all ranks, say).
+
+    What a structure lacks (NaN) adds nothing, and has no gradient.
 
     Args:
         prediction: Of the batch; lone atoms that pad it count nothing.
@@ -108,11 +139,15 @@ def loss_sums(prediction: Prediction, graph: Graph, config: LossConfig, spreads:
     predictions, targets = prediction.values, graph.labels
     for name in config.weights():
         label = targets[name]
-        residual = predictions[name] - label
+        residual = torch.where(label.isnan(), 0.0, predictions[name] - label)
+        weights = graph.weights
+        if weights is not None and QUANTITIES[name].per == "atom":
+            weights = weights.index_select(0, graph.graph_index)
         delta: float | Tensor | None = None
         if name == "forces":
             if config.free_atoms_only:
                 residual, label = residual[graph.free], label[graph.free]
+                weights = None if weights is None else weights[graph.free]
             delta = conditional_deltas(label, config.huber_delta) if config.kind == "conditional_huber" else None
         elif name == "stress":
             delta = config.stress_huber_delta
@@ -120,5 +155,6 @@ def loss_sums(prediction: Prediction, graph: Graph, config: LossConfig, spreads:
             residual = residual / graph.atoms_per_graph().reshape(-1, *[1] * (residual.ndim - 1))
         if QUANTITIES[name].per == "structure" and graph.n_padding:
             residual = residual[: -graph.n_padding]
-        out[name] = penalty(residual / unit.get(name, 1.0), config, delta).sum()
+        penalties = penalty(residual / unit.get(name, 1.0), config, delta)
+        out[name] = (penalties if weights is None else weights.reshape(-1, *[1] * (penalties.ndim - 1)) * penalties).sum()
     return out

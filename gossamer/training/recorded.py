@@ -75,7 +75,9 @@ class RecordedGradients:
         self.on = True
 
     def __call__(self, graph: Graph, counts: Tensor) -> Gradients:
-        """Tensors of a recording are overwritten by the next call."""
+        """Tensors of a recording are overwritten by the next call; structures that do not all count alike are not recorded."""
+        if graph.weights is not None:
+            return self.fallback(graph, counts)
         seen = self.seen[graph.n_graphs] = self.seen.get(graph.n_graphs, 0) + 1
         recording = self.recordings.get(graph.n_graphs)
         if recording is None or not recording.inputs.fits(graph):
