@@ -20,6 +20,7 @@ from gossamer.calibration import measure_uncertainty
 from gossamer.config import Config, load_config, make_config, save_config
 from gossamer.data.dataset import Subset, digest, load_data, open_dataset, require_labels, without
 from gossamer.data.fingerprint import SeenFrames
+from gossamer.data.readers import suggestion
 from gossamer.data.statistics import compute_statistics, find_limits, widened
 from gossamer.data.structure import Structure, spread
 from gossamer.evaluation import evaluate_potential
@@ -160,7 +161,11 @@ def read_frames(config: Config) -> Frames:
             if 0 < n < len(part):
                 log.info("%s: in %d of %d %s frames, %d have none", label, len(part) - n, len(part), name, n)
             elif n and part is train_set:
-                raise ValueError(f"None of the {n} training frames has {label}, but loss.{label} is above 0. Set it to 0, or label frames.")
+                hint = suggestion(label, part[0].entries)
+                raise ValueError(
+                    f"None of the {n} training frames has {label}, but loss.{label} is above 0. Set that weight to 0, or say under which name it is "
+                    f"stored (data.labels.{label})." + (f" In the file: {hint}." if hint else "")
+                )
             elif n:
                 log.warning("no validation frame has %s: the best weights are chosen without it", label)
     return Frames(train=train_set, valid=valid_set, test=test_set)

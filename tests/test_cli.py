@@ -173,7 +173,7 @@ def test_the_whole_path(tmp_path: Path, capsys: pytest.CaptureFixture, monkeypat
         (dict(), ["loss.kind=l2"], "loss.kind: Input should be 'l1', 'mse', 'huber' or 'conditional_huber'"),
         (dict(), ["loss.forces=-1"], "loss.forces: Input should be greater than or equal to 0"),
         (dict(), ["loss.energy=0", "loss.forces=0"], "there is nothing to learn from"),
-        (dict(), ["loss.stress=1"], "has no stress, but loss.stress is above 0"),
+        (dict(), ["loss.stress=1"], "None of the 40 training frames has stress, but loss.stress is above 0"),
         (dict(), ["model.direct_forces=true", "loss.forces=0"], "model.direct_forces needs loss.forces above 0"),
         (dict(), ["model.direct_forces=true", "loss.stress=1"], "model.direct_forces predicts no stress"),
         (dict(), ["data.train=nowhere.xyz"], "There is no data file 'nowhere.xyz'"),

@@ -85,7 +85,7 @@ def test_there_is_a_recipe_for_every_network_and_data_set() -> None:
 def test_recipe_that_asks_for_labels_the_data_lacks(tmp_path: Path) -> None:
     values = yaml.safe_load((RECIPES[0].parent / "mlearn-leignn.yaml").read_text())
     values["data"] = {"train": ETHANOL}
-    with pytest.raises(ValueError, match=r"has no stress, but loss.stress is above 0"):
+    with pytest.raises(ValueError, match=r"frames has stress, but loss.stress is above 0"):
         train(cut(values, tmp_path / "run"), progress=False)
 
 
