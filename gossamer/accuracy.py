@@ -10,7 +10,7 @@ from typing import Any
 import ase.io
 import numpy as np
 
-from gossamer.arguments import whole
+from gossamer.arguments import as_path, at_home, whole
 from gossamer.calibration import measure_uncertainty, plot_honesty
 from gossamer.data.dataset import Data, Subset, as_dataset
 from gossamer.data.fingerprint import leave_out_training_frames
@@ -63,7 +63,7 @@ def evaluate(
     """
     worst = whole("worst", worst, 0)
     potential = as_potential(model, device)
-    folder = None if out is None else Path(out)
+    folder = None if out is None else as_path("out", out, "the name of a folder")
     if folder is not None:
         say_replaced(*(folder / name for name in (ERRORS, WORST, HONESTY)))
     structures = as_dataset(data, labels)
@@ -139,6 +139,7 @@ def calibrate(
     """
     if not isinstance(model, str | Path):
         raise TypeError(f"calibrate writes into the file of a potential: expected its path, found {type(model).__name__}.")
+    model, out = at_home(model), at_home(out)
     if out is not None and Path(out).resolve() != Path(model).resolve():
         say_replaced(out)
     structures = as_dataset(data, labels)

@@ -11,6 +11,11 @@ from typing import Any
 FILES = (str, Path)
 
 
+def at_home(given: Any) -> Any:
+    """The name of a file with the home folder for the ~ that it begins with; anything else is what it was."""
+    return type(given)(Path(given).expanduser()) if isinstance(given, FILES) and str(given).startswith("~/") else given
+
+
 def listed(name: str, given: Any, kinds: tuple[type, ...], expected: str) -> list[Any]:
     """One thing of these kinds, or several, as a list.
 
@@ -30,18 +35,18 @@ def listed(name: str, given: Any, kinds: tuple[type, ...], expected: str) -> lis
     for item in items:
         if not isinstance(item, kinds):
             raise TypeError(f"{name}: expected {expected}, found {said(item)}.")
-    return items
+    return [at_home(item) for item in items]
 
 
 def as_path(name: str, given: Any, expected: str) -> Path:
-    """A path.
+    """A path; ~/ is the home folder.
 
     Raises:
         TypeError: something else than the name of a file.
     """
     if not isinstance(given, FILES):
         raise TypeError(f"{name}: expected {expected}, found {said(given)}.")
-    return Path(given)
+    return Path(at_home(given))
 
 
 def whole(name: str, given: Any, least: int) -> int:

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from ase import Atoms
 
-from gossamer.arguments import FILES, listed
+from gossamer.arguments import FILES, as_path, listed
 from gossamer.checks.candidate import (
     builtin_crystals,
     builtin_molecules,
@@ -95,7 +95,7 @@ def bench(
     atoms = as_atoms(structure) if structure is not None else None
     if atoms is not None:
         atoms.calc = None
-    folder = Path(out)
+    folder = as_path("out", out, "the name of a folder")
     say_replaced(*(folder / name for name in ("bench.json", "bench.md", "bench.png")))
     records = []
     for c in candidates:

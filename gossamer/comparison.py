@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from gossamer import __version__
-from gossamer.arguments import FILES, listed, positive
+from gossamer.arguments import FILES, as_path, listed, positive
 from gossamer.config import Config, load_config, make_config
 from gossamer.data.dataset import isolated_atoms, load_data, open_dataset
 from gossamer.data.structure import Structure
@@ -75,7 +75,7 @@ def compare(
     minutes = positive("minutes", minutes)
     named = name_configs(configs)
     check_same_data(named)
-    folder = Path(out)
+    folder = as_path("out", out, "the name of a folder")
     finished = {name: kept for name, config in named.items() if resume and (kept := finished_run(config, minutes, folder / name))}
     records, failures = [], []
     for name, config in named.items():

@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from gossamer.arguments import as_path
 from gossamer.data.dataset import DataConfig
 from gossamer.files import parse_yaml, write_text
 from gossamer.models import DEFAULT, MODELS, ModelConfig
@@ -40,7 +41,7 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
     Raises:
         FileNotFoundError, ValueError: unreadable file, unknown setting, value of the wrong kind.
     """
-    path = Path(path)
+    path = as_path("config", path, "a YAML file of settings")
     if not path.is_file():
         raise FileNotFoundError(f"There is no configuration file '{path}'.")
     try:
@@ -99,7 +100,7 @@ def _apply(override: str, values: dict[str, Any]) -> None:
         if not isinstance(target, dict):
             raise ValueError(f"'{override}': {parent} is a value, not a group of settings.")
     try:
-        target[last] = _at_home(parse_yaml(text))
+        target[last] = parse_yaml(text)
     except yaml.YAMLError as error:
         raise ValueError(f"'{override}': the value is not valid YAML ({' '.join(str(error).split())}).") from None
 
@@ -143,9 +144,4 @@ def _plain(value: Any) -> Any:
         return {str(k): _plain(v) for k, v in value.items()}
     if isinstance(value, Path):
         return str(value)
-    return [_plain(v) for v in value] if isinstance(value, list | tuple) else _at_home(value)
-
-
-def _at_home(value: Any) -> Any:
-    """~/ is the home folder; anything else is what it was."""
-    return str(Path(value).expanduser()) if isinstance(value, str) and value.startswith("~/") else value
+    return [_plain(v) for v in value] if isinstance(value, list | tuple) else value

@@ -12,7 +12,6 @@ import numpy as np
 
 from gossamer.arguments import as_path, listed, positive, said
 from gossamer.config import Config, expand_preset, load_config, make_config
-from gossamer.data.consistency import OFFSET_SAID
 from gossamer.data.dataset import open_dataset
 from gossamer.data.inspection import Inspection, inspect
 from gossamer.data.labels import LabelConfig, as_labels
@@ -91,11 +90,11 @@ def fit(
     method = {k: v for k, v in (("functional", functional), ("dispersion", dispersion)) if v is not None}
     minutes = None if minutes is None else positive("minutes", minutes)
     weights = None if weights is None else listed("weights", weights, (str,), "names of weights")
-    for name, path in (("data", data), ("start", start), ("replay", replay)):
-        if path is not None:
-            as_path(name, path, "a file, which the settings of the run name (of Atoms: ase.io.write, of a potential: gossamer.save)")
+    expected = "a file, which the settings of the run name (of Atoms: ase.io.write, of a potential: gossamer.save)"
+    data = as_path("data", data, expected)
+    start, replay = (None if path is None else as_path(name, path, expected) for name, path in (("start", start), ("replay", replay)))
     finetune = _finetuning(start, weights, low_rank, replay)
-    folder = Path(out)
+    folder = as_path("out", out, "the name of a folder")
     if resume and (folder / "config.yaml").exists():
         _check_same(folder / "config.yaml", data, model, minutes, labels, finetune, speed, accuracy, method)
         return train(folder / "config.yaml", resume=True, progress=progress)
@@ -107,12 +106,12 @@ def fit(
         raise ValueError(f"'{data}' holds one frame: one to train on and one to validate with are the least. Give more frames.")
     report = inspect(structures)
     for message in (*report.warnings, *(report.errors if force else ())):
-        if not message.startswith(OFFSET_SAID):  # said with what follows from it
+        if message != report.offset_warning:  # said with what follows from it
             log.warning("%s", message)
     if report.errors and not force:
         raise ValueError("The data is not fit for training: " + "; ".join(report.errors) + ". Mend it, or insist with --force.")
     config = choose_settings(
-        data, structures, model=model, out=out, minutes=minutes, labels=labels, finetune=finetune, speed=speed, accuracy=accuracy, method=method,
+        data, structures, model=model, out=folder, minutes=minutes, labels=labels, finetune=finetune, speed=speed, accuracy=accuracy, method=method,
         report=report,
     )  # fmt: skip
     log.info("training for %g minutes; settings are in '%s'", minutes, folder / "config.yaml")

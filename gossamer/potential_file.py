@@ -218,6 +218,7 @@ def check_device(device: str | torch.device) -> None:
         raise ValueError(f"device '{device}' cannot be used here ({reason}). PyTorch {torch.__version__} has {', '.join(there)}.") from None
 
 
+@torch.random.fork_rng(devices=[])  # the network is made with random weights first: the caller's numbers are not drawn
 @torch.inference_mode(False)  # tensors made there could not be differentiated later
 def load(path: Path | str, device: str | torch.device = "cpu", dtype: str | torch.dtype | None = None) -> Potential:
     """Read a saved potential, and recompute its stored predictions on this device and dtype.

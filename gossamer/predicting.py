@@ -15,7 +15,7 @@ from ase.calculators.singlepoint import SinglePointCalculator
 from ase.stress import full_3x3_to_voigt_6_stress
 from tqdm import tqdm
 
-from gossamer.arguments import as_path, whole
+from gossamer.arguments import as_path, at_home, whole
 from gossamer.data.atoms import count_frames, disorder, iterate_frames
 from gossamer.data.structure import Structure, as_structure
 from gossamer.engine.engine import Engine, Way
@@ -110,7 +110,7 @@ def _paths(structures: Any) -> list[Path]:
             raise TypeError(
                 f"structures: expected files, found {type(item).__name__}. Of frames in memory gossamer.load(model).predict(frames) gives all this."
             )
-    return [Path(item) for item in found]
+    return [Path(at_home(item)) for item in found]
 
 
 def _check(paths: Sequence[Path], out: Path, batch_atoms: int) -> None:

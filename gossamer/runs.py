@@ -28,7 +28,7 @@ from gossamer.files import atomic_path, locked, write_json
 from gossamer.potential import DTYPES, Potential
 from gossamer.potential_file import check_sizes, load, read_manifest, save, save_again
 from gossamer.random_stream import RandomStream
-from gossamer.settings import to_dict
+from gossamer.settings import build, to_dict
 from gossamer.training.finetune import Concatenated, adapt_statistics, choose_replay, choose_weights, merge_adapters, transfer_weights
 from gossamer.training.loop import CHECKPOINT, finished, run_training
 from gossamer.training.optim import Schedule
@@ -246,6 +246,9 @@ def start_finetuning(config: Config, frames: Frames) -> tuple[Potential, Frames,
     tune = config.finetune
     assert tune is not None
     start = load(tune.start)
+    Potential(
+        start.model_config, start.statistics, start.potential_config
+    )  # draws what `load` drew before it kept to itself: a seed gives what it gave
     for name, part in (("validation", frames.valid), ("test", frames.test or ())):
         known = 0 if start.seen is None else sum(start.seen.where(s) == "train" for s in part)
         if known:
@@ -430,7 +433,7 @@ def tuning_errors(
 def _as_config(config: Config | Path | str | Mapping[str, Any], overrides: Sequence[str] | str) -> Config:
     overrides = [overrides] if isinstance(overrides, str) else overrides
     if isinstance(config, Config):
-        return make_config(to_dict(config), overrides) if overrides else config
+        return make_config(to_dict(config), overrides) if overrides else build(Config, to_dict(config))  # ~/ is the home folder
     if isinstance(config, Mapping):
         return make_config(config, overrides)
     return load_config(as_path("config", config, "settings, or a YAML file of them"), overrides)

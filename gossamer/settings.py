@@ -13,6 +13,8 @@ from typing import Any, TypeVar, Union, dataclass_transform, get_args, get_origi
 import pydantic
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 
+from gossamer.arguments import at_home
+
 T = TypeVar("T")
 
 
@@ -28,7 +30,7 @@ def settings(cls: type[T]) -> type[T]:
 def build(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
     """Make a settings object from nested dictionaries, with errors a person can act on.
 
-    Texts such as 1e5, which YAML reads as such, are numbers where only numbers will do.
+    Texts such as 1e5, which YAML reads as such, are numbers where only numbers will do, and ~/ is the home folder.
 
     Raises:
         ValueError: an unknown setting (with the nearest known name), or a value of the wrong type or range.
@@ -48,7 +50,7 @@ NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
 
 
 def _read(kinds: Sequence[Any], value: Any, path: str) -> Any:
-    """A value with numbers where it has texts such as 1e5 and only numbers will do.
+    """A value with numbers where it has texts such as 1e5 and only numbers will do, and with the home folder where it has ~/.
 
     Args:
         kinds: What it may be: types, of which nested settings and containers say what is in them.
@@ -61,7 +63,7 @@ def _read(kinds: Sequence[Any], value: Any, path: str) -> Any:
     kinds = [k for kind in kinds for k in (get_args(kind) if get_origin(kind) in (Union, UnionType) else [kind])]
     numbers = any(k in (int, float) for k in kinds)
     if isinstance(value, str):
-        return float(value) if numbers and NUMBER.fullmatch(value) and not any(k in (str, Path, Any) for k in kinds) else value
+        return float(value) if numbers and NUMBER.fullmatch(value) and not any(k in (str, Path, Any) for k in kinds) else at_home(value)
     if str in kinds and type(value).__name__ == "device":  # PyTorch's, which is not imported here
         return str(value)
     if isinstance(value, bool) and numbers and not any(k in (bool, Any) for k in kinds):
@@ -78,7 +80,7 @@ def _read(kinds: Sequence[Any], value: Any, path: str) -> Any:
         several = [get_args(k) for k in kinds if get_origin(k) in (list, tuple, Sequence)]
         members = [k for arguments in several for k in arguments if k is not Ellipsis]
         return type(value)(_read(members, v, f"{path}.{n}") for n, v in enumerate(value)) if members else value
-    return value
+    return at_home(value)
 
 
 def _explain(cls: type, where: str, item: Any) -> tuple[str, str]:

@@ -26,7 +26,7 @@ from ase.calculators.lammps import Prism
 from ase.io.lammpsdata import write_lammps_data
 from ase.stress import voigt_6_to_full_3x3_stress
 
-from gossamer.arguments import FILES, listed, positive, whole
+from gossamer.arguments import FILES, as_path, at_home, listed, positive, whole
 from gossamer.data.atoms import read_frames
 from gossamer.data.structure import as_structure, spread
 from gossamer.engine.agreement import TABLE_TOLERANCE
@@ -110,6 +110,7 @@ def parity(
         raise ValueError(f"ways: {', '.join(wrong) + ' are unknown' if wrong else 'none is given'}. Choose among {', '.join(WAYS)}.")
     count = whole("count", count, 1)
     tolerance = None if tolerance is None else positive("tolerance", tolerance)
+    out = at_home(out)
     if out is not None:
         say_replaced(out)
     potential = as_potential(model, device, dtype)
@@ -133,7 +134,7 @@ def parity(
         raise ValueError(f"Structures {unsound}: the plain potential's own forces are not finite, as of atoms on one spot. Leave them out.")
     makers = {way: make for way, make in WAYS.items() if ways is None or way in ways}
     if exported is not None:
-        makers["exported"] = _exported(Path(exported))
+        makers["exported"] = _exported(as_path("exported", exported, "a compiled program"))
     rows = []
     with tempfile.TemporaryDirectory(prefix="gossamer-parity.") as work:
         for way, make in makers.items():

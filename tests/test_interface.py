@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -299,6 +300,7 @@ def test_results_of_before_are_replaced_with_a_word(
 
 SCRIPT = """
 print("begins")
+from dataclasses import replace
 from pathlib import Path
 import torch
 from ase.build import bulk
@@ -324,3 +326,36 @@ def test_processes_do_not_run_a_script_again(tmp_path: Path) -> None:
     (tmp_path / "script.py").write_text(SCRIPT)
     done = subprocess.run([sys.executable, "script.py"], cwd=tmp_path, capture_output=True, text=True, check=True, timeout=100)
     assert done.stdout.split() == ["begins", "3", "6"]
+
+
+def test_the_home_folder_is_meant_by_its_sign(potential: gossamer.Potential, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Functions that were given ``~/run`` made a folder named ~ where they were called, and found no files there."""
+    home, here = tmp_path / "home", tmp_path / "here"
+    for folder in (home, here):
+        folder.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.chdir(here)
+    (home / "frames.extxyz").write_text(Path(ETHANOL).read_text())
+    small = {"name": "leignn", "num_features": 8, "num_layers": 1, "cutoff": 3.0}
+    config = make_config({"data": {"train": "x", "train_size": 8, "valid_size": 4}, "model": small, "training": {"steps": 1}})
+    config = replace(config, data=replace(config.data, train="~/frames.extxyz"), out="~/run")
+    gossamer.train(config, progress=False)
+    gossamer.save(potential, "~/saved.safetensors")
+    gossamer.load(Path("~/saved.safetensors"))
+    gossamer.evaluate("~/saved.safetensors", ["~/frames.extxyz"], out="~/errors", way="plain")
+    gossamer.predict("~/saved.safetensors", "~/frames.extxyz", out="~/predicted.extxyz", way="plain", progress=False)
+    gossamer.md(potential, "~/frames.extxyz", steps=1, out="~/md", way="plain", progress=False)
+    with pytest.raises(FileExistsError, match=f"'{home / 'run'}' holds a run"):
+        gossamer.fit("~/frames.extxyz", out="~/run")
+    with pytest.raises(FileNotFoundError, match=str(home / "no.extxyz")):
+        gossamer.fit("~/no.extxyz", out="~/fit")
+    assert not list(here.iterdir())
+    assert {p.name for p in home.iterdir()} == {"frames.extxyz", "run", "saved.safetensors", "errors", "predicted.extxyz", "md"}
+
+
+def test_loading_leaves_random_numbers_alone(potential: gossamer.Potential, tmp_path: Path) -> None:
+    """The network of a potential is made with random weights, which came from the caller's generator."""
+    gossamer.save(potential, tmp_path / "a.safetensors")
+    torch.manual_seed(7)
+    gossamer.load(tmp_path / "a.safetensors")
+    assert torch.equal(torch.rand(2), torch.rand(2, generator=torch.Generator().manual_seed(7)))

@@ -22,7 +22,7 @@ from ase.data import atomic_numbers, chemical_symbols
 
 from gossamer import __version__
 from gossamer.arguments import FILES as PATHS
-from gossamer.arguments import listed
+from gossamer.arguments import as_path, listed
 from gossamer.checks import (
     conservation,
     crystals,
@@ -155,7 +155,7 @@ def judge(
         from gossamer.potential_file import check_device
 
         check_device(config.device)
-    folder = Path(out)
+    folder = as_path("out", out, "the name of a folder")
     results: dict[str, dict[str, Result]] = {}
     for source in sources:
         own = folder / source.name

@@ -22,7 +22,7 @@ from ase import Atoms
 from ase.calculators.abc import GetPropertiesMixin
 from ase.data import atomic_numbers, chemical_symbols, covalent_radii
 
-from gossamer.arguments import said
+from gossamer.arguments import at_home, said
 from gossamer.checks.candidate import SeenFrames
 from gossamer.files import checksum
 
@@ -213,7 +213,7 @@ def named_path(text: str) -> tuple[str, str]:
     """
     name, equals, path = text.partition("=")
     if equals and "/" not in name and not Path(text).exists():
-        return name, path
+        return name, at_home(path)
     file = Path(text)
     return (file.resolve().parent.name if file.stem == "potential" else file.stem), text
 

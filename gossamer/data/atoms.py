@@ -11,7 +11,7 @@ from typing import Any
 import ase.io
 from ase import Atoms
 
-from gossamer.arguments import as_path
+from gossamer.arguments import as_path, at_home
 from gossamer.data.npz_file import npz_names, read_npz
 from gossamer.data.xyz import xyz_frames, xyz_heads
 from gossamer.files import COMPRESSIONS, InputError, open_text
@@ -108,7 +108,7 @@ def iterate_frames(path: Path | str, frame: int | None = None) -> Iterator[Atoms
 
     Raises: as ``read_frames``, of a frame when its turn comes.
     """
-    path = Path(path)
+    path = Path(at_home(path))
     if not path.exists():
         raise FileNotFoundError(f"There is no structure file '{path}'.")
     if path.is_dir() and path.suffix != ".bundle":

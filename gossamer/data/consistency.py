@@ -229,10 +229,6 @@ def compare_strained_pairs(structures: Sequence[Structure], report: Inspection, 
         )
 
 
-OFFSET_SAID = "the stress labels hold a constant"
-"""how the warning of one begins"""
-
-
 def _stress_offset(pairs: np.ndarray, report: Inspection, factor: float) -> None:
     """A constant pressure in the stress that the energies do not have: δ of ΔE = V (σ - δ) : ε, from each pair of strained cells.
 
@@ -257,10 +253,11 @@ def _stress_offset(pairs: np.ndarray, report: Inspection, factor: float) -> None
     report.numbers["stress_offset"] = {"offset": offset, "error": error, "pairs": len(offsets)}
     if report.stress_offset is not None:
         report.facts["stress offset"] = f"{offset:+.3g} ± {error:.1g} eV/Å³ ({offset / GPa:+.2g} GPa)"
-        report.warnings.append(
-            f"{OFFSET_SAID} {offset:+.3g} ± {error:.1g} eV/Å³ ({offset / GPa:+.2g} GPa) that the energies lack (Pulay stress "
+        report.offset_warning = (
+            f"the stress labels hold a constant {offset:+.3g} ± {error:.1g} eV/Å³ ({offset / GPa:+.2g} GPa) that the energies lack (Pulay stress "
             "of a small basis set?): trained on, it makes pressures and volumes wrong. Set loss.stress: 0, or compute the labels anew"
         )
+        report.warnings.append(report.offset_warning)
 
 
 def compare_stress_with_volume(structures: Sequence[Structure], report: Inspection) -> None:

@@ -15,6 +15,7 @@ from ase.data import chemical_symbols
 from numpy.typing import NDArray
 from pydantic import Field, field_validator
 
+from gossamer.arguments import at_home
 from gossamer.data.atoms import own_results
 from gossamer.data.fingerprint import Copies
 from gossamer.data.labels import LabelConfig, as_labels, refuse_unread
@@ -72,6 +73,7 @@ class DataConfig:
 
 def open_dataset(path: str | Path | Sequence[str | Path], labels: LabelConfig | Mapping[str, Any] | None = None) -> Sequence[Structure]:
     """Structures by index: a store stays on disk, everything else is read into memory."""
+    path = at_home(path)
     if isinstance(path, str | Path) and (Path(path) / "store.json").exists():
         refuse_unread(as_labels(labels), f"'{path}'", ())
         return Store(path)

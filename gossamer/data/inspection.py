@@ -50,6 +50,8 @@ class Inspection:
     numbers: dict[str, Any] = field(default_factory=dict)
     """the same as numbers, for programs: eV, Å, eV/Å, eV/Å³"""
     warnings: list[str] = field(default_factory=list)
+    offset_warning: str | None = None
+    """that of the warnings which is about `stress_offset`"""
     errors: list[str] = field(default_factory=list)
 
     @property

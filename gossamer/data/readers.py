@@ -21,7 +21,7 @@ from ase import Atoms, units
 from ase.constraints import FixAtoms, FixCartesian
 from ase.stress import voigt_6_to_full_3x3_stress
 
-from gossamer.arguments import FILES, listed
+from gossamer.arguments import FILES, at_home, listed
 from gossamer.data.labels import LabelConfig, as_labels, names_virial, refuse_unread
 from gossamer.data.lmdb_file import check_lmdb
 from gossamer.data.npz_file import npz_names, read_npz
@@ -58,7 +58,7 @@ def read_structures(path: Path | str | Sequence[Path | str], labels: LabelConfig
         for item in listed("path", path, FILES, "files or folders"):
             yield from read_structures(item, labels)
         return
-    path = Path(path)
+    path = Path(at_home(path))
     if not path.exists():
         raise FileNotFoundError(f"There is no data file '{path}'.")
     yield from _named_errors(path, (structure.validate() for structure in _labelled(path, labels)))

@@ -15,6 +15,7 @@ from typing import Any, overload
 
 import numpy as np
 
+from gossamer.arguments import as_path
 from gossamer.data.structure import Structure, label_fields
 from gossamer.files import locked, sync, write_json
 from gossamer.quantities import OWN, QUANTITIES, Quantity
@@ -49,7 +50,7 @@ def write_store(structures: Iterable[Structure], path: Path | str) -> int:
         FileExistsError: the target exists.
         RuntimeError: another process is writing it.
     """
-    path = Path(path)
+    path = as_path("path", path, "the name of a folder")
     if path.exists():
         raise FileExistsError(f"'{path}' exists. Choose another name, or remove it first.")
     partial = path.with_name(f".{path.name}.part")

@@ -9,7 +9,9 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from gossamer.arguments import listed
+import torch
+
+from gossamer.arguments import as_path, listed
 from gossamer.imports.contract import ImportOptions
 from gossamer.imports.inert import Tree, open_tree
 from gossamer.imports.verify import ask_reference, calmed, compare, predictions, structures
@@ -60,7 +62,8 @@ def import_potential(
     options = build(
         ImportOptions, {"modal": modal, "elements": None if chosen is None else list(chosen), "head": head, "given": _pairs(given)}
     )
-    if Path(out).exists():
+    out = as_path("out", out, "the name of a file")
+    if out.exists():
         raise FileExistsError(f"'{out}' exists already, and would be written over. Name another file (--out), or move it away.")
     tree = open_tree(path)
     name, potential = read_potential(tree, options)
@@ -117,6 +120,7 @@ def _pairs(given: Mapping[str, str] | Sequence[str] | str) -> dict[str, str]:
     return dict(text.split("=", 1) for text in pairs)
 
 
+@torch.random.fork_rng(devices=[])  # as `load`
 def read_potential(tree: Tree, options: ImportOptions) -> tuple[str, Potential]:
     """(source, potential) of an opened file.
 

@@ -93,11 +93,11 @@ def make_question(model: Path | str | None, calculator: str | None, config: Scre
     if (model is None) == (calculator is None):
         raise ValueError("Give a saved potential (--model FILE), or --calculator module:factory; one of them.")
     if model is not None:
-        as_path("model", model, "the file of a potential, which every worker reads (gossamer.save writes one)")
+        model = as_path("model", model, "the file of a potential, which every worker reads (gossamer.save writes one)").resolve()
     elif not isinstance(calculator, str):
         raise TypeError(f"calculator: expected module:factory, by which every worker makes its own, found {said(calculator)}.")
     _check_options(config, calculator is not None)
-    model = None if model is None else str(Path(model).resolve())
+    model = None if model is None else str(model)
     models, calculators = [f"model={model}"] if model else [], [calculator] if calculator else []
     (source,) = find_sources(models, calculators, config.device, config.dtype, config.way, config.dispersion)
     fits = config.task == "relax" and model is not None

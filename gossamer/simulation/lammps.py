@@ -27,6 +27,7 @@ from ase.io.lammpsdata import write_lammps_data
 from torch import Tensor
 
 from gossamer import __version__
+from gossamer.arguments import as_path
 from gossamer.engine import cache
 from gossamer.engine.agreement import probe
 from gossamer.engine.domain import Domain, compare, compile_domain
@@ -71,7 +72,7 @@ def export_lammps(model: Path | str, out: Path | str, dtype: str | None = None, 
         ValueError: a potential whose atoms see more than their surroundings, or forces that are no gradient; another device, or no GPU.
         RuntimeError: no kernels on this machine, the compiler failed, or its program gives other numbers.
     """
-    out = Path(out)
+    out = as_path("out", out, "the name of a folder")
     if out.exists() and not (out / "manifest.txt").is_file():
         raise InputError(f"'{out}' is in the way, and no package for LAMMPS: move it, or choose another name.")
     say_replaced(out)

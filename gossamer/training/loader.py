@@ -105,6 +105,7 @@ class Loader:
             self._processes = DataLoader(
                 _Frames(structures), batch_sampler=self._order, collate_fn=_Prepare(potential.cutoff, potential.max_neighbors),
                 num_workers=num_workers, prefetch_factor=AHEAD, persistent_workers=True, multiprocessing_context="spawn", worker_init_fn=_stand_apart,
+                generator=torch.Generator(),  # it draws seeds for its processes, which must not come from those of the training (dropout)
             )  # fmt: skip
 
     def graphs(self, batches: Sequence[Sequence[int]]) -> Iterator[Graph]:

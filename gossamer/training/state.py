@@ -157,6 +157,8 @@ def state_tensors(state: State) -> dict[str, Tensor]:
 def save_state(state: State, path: Path, identity: dict[str, Any]) -> None:
     """Write a checkpoint; ``identity`` is compared when it is read back."""
     tensors = {**state_tensors(state), "rng": torch.get_rng_state()}
+    if state.potential.device.type == "cuda":  # dropout draws there
+        tensors["rng_cuda"] = torch.cuda.get_rng_state(state.potential.device)
     scalars = {k: getattr(state, k) for k in SCALARS}
     extra = {"schedule": state.schedule.state(), "clipper": state.clipper.state(), "ema_updates": state.ema.updates, "identity": identity}
     save_checkpoint(path, tensors, {**scalars, **extra})
@@ -184,6 +186,8 @@ def load_state(state: State, path: Path, identity: dict[str, Any]) -> None:
     state.ema.module.network.load_state_dict({k[4:]: v for k, v in tensors.items() if k.startswith("ema.")})
     load_optimizer(state.optimizer, tensors)
     torch.set_rng_state(tensors["rng"])
+    if state.potential.device.type == "cuda" and "rng_cuda" in tensors:  # a checkpoint of a CPU, or of an older gossamer, has none
+        torch.cuda.set_rng_state(tensors["rng_cuda"], state.potential.device)
     for name in SCALARS:
         setattr(state, name, stored.get(name, getattr(state, name)))  # an older gossamer kept fewer
     state.schedule.load_state(stored["schedule"])
