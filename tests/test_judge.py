@@ -14,7 +14,7 @@ from typing import Any, get_args, get_type_hints
 import numpy as np
 import pytest
 from ase import Atoms
-from ase.build import bulk, molecule
+from ase.build import bulk, fcc111, molecule
 from ase.calculators.emt import EMT
 from ase.calculators.morse import MorsePotential
 from broken_calculators import Broken, by_name, candidate_of
@@ -29,6 +29,7 @@ from gossamer.checks.candidate import (
     builtin_crystals,
     builtin_molecules,
     enlarged,
+    molecule_in,
 )
 from gossamer.checks.config import NAMES, JudgeConfig
 from gossamer.checks.judge import CHECKS, judge
@@ -187,6 +188,35 @@ def test_elements_and_structures_are_found() -> None:
     assert len(enlarged(molecule("H2O"), 30)) == 3
 
 
+def test_molecules_are_found_in_their_boxes() -> None:
+    """However they are wrapped into whatever cell; what touches its images, or is two, is none."""
+    ethanol = molecule("CH3CH2OH")
+    skewed = np.array([[12.0, 0, 0], [4, 13, 0], [-3, 2, 12.5]])
+    for cell in (10 * np.eye(3), skewed, skewed[[1, 0, 2]]):
+        boxed = ethanol.copy()
+        boxed.set_cell(cell)
+        boxed.pbc = True
+        boxed.positions += [3.0, -50.0, 7.0]
+        boxed.wrap()
+        boxed.positions += np.random.default_rng(0).integers(-2, 3, size=(9, 3)) @ cell
+        whole = molecule_in(boxed)
+        assert whole is not None
+        assert not whole.pbc.any()
+        assert whole.get_all_distances() == pytest.approx(ethanol.get_all_distances())
+    alone, dimer = Atoms("Ar", cell=[10.0] * 3, pbc=True), ethanol.copy()
+    dimer.positions += [4.5, 0, 0]
+    dimer += ethanol
+    dimer.set_cell([20.0] * 3)
+    dimer.pbc = True
+    assert molecule_in(alone) is not None
+    assert molecule_in(dimer) is not None
+    dimer.positions[:9, 0] += 5.0
+    wire = Atoms("C8", [[1.5 * k, 0, 0] for k in range(8)], cell=[12, 20, 20], pbc=True)
+    slab = fcc111("Cu", (2, 2, 3), vacuum=15.0, periodic=True)
+    for atoms in (dimer, wire, slab, bulk("Xe"), bulk("Cs"), bulk("Cs", cubic=True).repeat(3), ethanol):
+        assert molecule_in(atoms) is None
+
+
 # --- the command ----------------------------------------------------------------------------------------------------
 
 
@@ -315,7 +345,10 @@ def test_the_machine_is_named() -> None:
         ({"calculator": ["ase.calculators.emt:EMT", "ase.calculators.emt:EMT"]}, "Two potentials are called 'EMT'"),
         ({"models": "ase.calculators.emt:EMT"}, "For a calculator write --calculator"),
         ({"calculator": "ase.calculators.emt:EMT", "references": [__file__, __file__]}, "2 references for 1 system"),
-        ({"calculator": "ase.calculators.emt:EMT", "elements": ["Si"]}, "could not evaluate any pair"),
+        (
+            {"calculator": "ase.calculators.emt:EMT", "elements": ["Si"]},
+            r"could not evaluate any pair of atoms \(Si: NotImplementedError: No EMT-potential",
+        ),
         ({"calculator": "ase.calculators.emt:EMT", "crystals": [bulk("Cu"), molecule("H2O")]}, "'H2O' is no crystal: it is periodic along"),
         ({"calculator": "ase.calculators.emt:EMT", "elements": ["Sx"]}, "'Sx' is not the symbol of an element"),
         ({"calculator": "ase.calculators.emt:EMT", "only": ["speed"], "skip": ["speed"]}, "No check is left"),

@@ -243,6 +243,44 @@ def test_frames_of_several_atoms_are_chosen() -> None:
     assert judge.chosen_frames([1, 9], None) == [0, 1]
 
 
+def test_forces_belong_to_the_free_energy_of_smeared_electrons() -> None:
+    """Codes give the energy extrapolated to cold electrons, of which the forces are not the gradient."""
+
+    class Smeared(Defect):
+        implemented_properties: ClassVar[list[str]] = ["energy", "free_energy", "forces", "stress"]
+
+    def spoil(atoms: Atoms, r: dict[str, Any]) -> None:
+        r["free_energy"] = r["energy"]
+        r["energy"] += 0.02 * float(np.abs(np.sin(atoms.get_scaled_positions())).sum() * atoms.get_volume())
+
+    assert conservation.force_gradient_error(Defect(EMT(), spoil), copper(), 1e-3, 1) > 0.01
+    assert conservation.force_gradient_error(Smeared(EMT(), spoil), copper(), 1e-3, 1) < 1e-5
+    assert conservation.stress_gradient_error(Smeared(EMT(), spoil), copper(), 1e-3) < 1e-6
+    energies = conservation.nve_energies(Smeared(EMT(), spoil), copper(), 1.0, 20)
+    assert np.ptp(energies) < 1e-3
+    from_energy, from_stress = crystals.two_moduli(Smeared(EMT(), spoil), bulk("Cu", cubic=True))
+    assert from_energy == pytest.approx(from_stress, rel=1e-3)
+
+
+def test_what_a_calculator_does_not_give_is_not_judged(tmp_path: Path) -> None:
+    """Without stress no cell can be relaxed, which does not say that a crystal falls apart."""
+
+    class Stressless(Defect):
+        implemented_properties: ClassVar[list[str]] = ["energy", "forces"]
+
+    def candidate() -> Any:
+        return candidate_of(lambda: Stressless(EMT(), lambda atoms, r: None), tmp_path, structures=[copper()])
+
+    for check in (crystals.check, phonons.check):
+        result = check(candidate())
+        assert result.status == "skipped"
+        assert "needs what the calculator does not give (stress property not implemented)" in result.reason
+    result = conservation.check(candidate())
+    assert by_name(result, "stress").status == "skipped"
+    assert result.status == "passed", result.reason
+    assert result.reason.startswith("Forces are the gradient")
+
+
 # --- questions ------------------------------------------------------------------------------------------------------
 
 
@@ -328,6 +366,21 @@ def test_knowing_nothing_is_no_small_error(tmp_path: Path) -> None:
     assert by_name(result, "energy error over the spread").status != "passed"
     few = errors.check(candidate_of(zero, tmp_path, ("H", "O", "S", "Se"), labelled=labelled(energies[:3], symbols[:3])))
     assert by_name(few, "energy error over the spread").status == "skipped"
+
+
+@pytest.mark.parametrize("push", [0.0, 0.03])
+def test_structures_at_rest_have_errors_too(push: float, tmp_path: Path) -> None:
+    """Of perfect crystals all forces are zero: nothing is divided by that, nor judged by directions; wrong forces are found all the same."""
+    frames = []
+    for a in (3.5, 3.6, 3.7):
+        frame = bulk("Cu", a=a, cubic=True)
+        frame.calc = EMT()
+        frame.calc = SinglePointCalculator(frame, energy=frame.get_potential_energy(), forces=np.zeros((4, 3)))
+        frames.append(frame)
+    pushed = Defect(EMT(), lambda atoms, r: r["forces"].__iadd__(push))
+    result = errors.check(candidate_of(lambda: pushed, tmp_path, labelled=frames))
+    assert by_name(result, "cosine").status == "skipped"
+    assert result.status == ("failed" if push else "passed"), result.reason
 
 
 def test_the_worst_frame_is_named_as_in_the_file(tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from gossamer.checks import (
 )
 from gossamer.checks.judge import judge
 from gossamer.data.atoms import read_frames
+from gossamer.files import InputError
 
 
 @pytest.mark.thorough
@@ -241,9 +242,57 @@ def test_a_protocol_gives_way_to_what_was_asked(tmp_path: Path) -> None:
         progress=False,
     )
     own = judge(out=tmp_path, **asked)["EMT"]["dynamics"]
-    assert "300 K, 0.5 fs" in own.notes[0]
+    assert "300 K (of the protocol methane), 0.5 fs" in own.notes[0]
     other = judge(out=tmp_path, timestep=2.0, temperature=100, **asked)["EMT"]["dynamics"]  # another question: done again
-    assert "100 K, 2 fs" in other.notes[0]
+    assert "100 K (as asked), 2 fs" in other.notes[0]
+
+
+def test_who_says_the_temperature(tmp_path: Path) -> None:
+    """A frame of AIMD says the temperature of its moment: it does not go before one that was asked for, or that a protocol names."""
+    frame = bulk("Cu", cubic=True)
+    frame.info["temperature_K"] = 1745.2
+
+    def said(**options: Any) -> tuple[float, str]:
+        protocol, _, why = dynamics.asked(candidate_of(EMT, tmp_path, **options), "Cu", frame)
+        return protocol.temperature, why
+
+    assert said(temperature=250.0) == (250.0, "as asked, not the 1745.2 K of its temperature_K")
+    assert said(temperature=250.0, protocol="lips")[0] == 250.0
+    assert said(protocol="lips") == (520.0, "of the protocol lips, not the 1745.2 K of its temperature_K")
+    assert said(protocol="electrolyte") == said() == (1745.2, "as its temperature_K says")  # many systems, each at its own
+    frame.info["temperature_K"] = "hot"
+    with pytest.raises(InputError, match="Cu: temperature_K is 'hot', where K are expected"):
+        said()
+    del frame.info["temperature_K"]
+    assert said() == (300.0, "as nothing says another")
+
+
+@pytest.mark.parametrize("needs_box", [False, True])
+def test_a_molecule_alone_in_a_box_is_no_liquid(needs_box: bool, tmp_path: Path) -> None:
+    """Plane-wave codes know molecules in boxes only: it has bonds and distances, no g(r), no diffusivity, and no crystals are asked about."""
+
+    def refuse(atoms: Atoms, r: dict[str, Any]) -> None:
+        if needs_box and not atoms.pbc.all():
+            raise ValueError("there is no cell")
+
+    frames = []
+    for k in range(30):
+        atoms = molecule("CH4", cell=[10.0, 10.0, 10.0], pbc=True)
+        atoms.rattle(0.03, seed=k)
+        atoms.wrap()  # it lies across the border
+        frames.append(atoms)
+    ase.io.write(tmp_path / "reference.extxyz", frames)
+    found = judge(
+        Defect(EMT(), refuse), out=tmp_path / "out", elements=["C", "H"], structures=frames[0], references=tmp_path / "reference.extxyz",
+        only=["crystals", "dynamics", "symmetry"], picoseconds=0.05, progress=False,
+    )["Defect"]  # fmt: skip
+    assert found["crystals"].status == "skipped"
+    names = [m.name for m in found["dynamics"].metrics]
+    assert "CH4: time before a bond changes by 0.5 Å" in names
+    assert "CH4: error of h(r)" in names
+    assert not any("g(r)" in name for name in names)
+    assert ("CH4: CH4 without its box, langevin" in found["dynamics"].notes[0]) is not needs_box
+    assert any("are judged without these" in note for note in found["symmetry"].notes) is not needs_box
 
 
 @pytest.mark.parametrize("name", ["references", "diatomics_reference"])

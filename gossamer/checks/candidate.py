@@ -13,11 +13,21 @@ from ase import Atoms
 from ase.build import bulk, molecule
 from ase.collections import g2
 from ase.data import atomic_numbers, covalent_radii, reference_states
+from scipy.sparse import csr_array
+from scipy.sparse.csgraph import breadth_first_order
 from tqdm import tqdm
 
 from gossamer.checks.config import JudgeConfig
+from gossamer.neighbors import neighbor_list
+from gossamer.simulation.guard import BONDED
 
 log = logging.getLogger(__name__)
+
+
+ALONE = 5.0
+"""Å within which atoms of a solid or liquid have neighbours, if these are not bonded farther out (rubidium, caesium)"""
+UNBOXED = "without_box"
+"""entry of info of what was taken out of a box"""
 
 
 @dataclass(frozen=True)
@@ -140,6 +150,18 @@ class Candidate:
             lone.pbc = True
         return lone
 
+    def unboxed(self, structures: Sequence[Atoms]) -> list[Atoms]:
+        """The structures, of which molecules that lie alone in a periodic box go without it, where the calculator needs none."""
+        out = []
+        for atoms in structures:
+            whole = molecule_in(atoms)
+            if whole is not None and not self.free(whole).pbc.any():
+                whole.info[UNBOXED] = True
+                out.append(whole)
+            else:
+                out.append(atoms)
+        return out
+
     def bar(self, items: Sequence[Any], text: str) -> Any:
         """The items with a progress bar."""
         return tqdm(items, desc=f"{self.name}: {text}", disable=None if self.progress else True, dynamic_ncols=True, leave=False)
@@ -190,6 +212,36 @@ def enlarged(atoms: Atoms, n_atoms: int) -> Atoms:
     while len(atoms) * repeats.prod() < n_atoms:
         repeats[np.argmin(lengths * repeats)] += 1
     return atoms.repeat(tuple(int(r) for r in repeats))
+
+
+def molecule_in(atoms: Atoms) -> Atoms | None:
+    """What lies alone in a periodic box, as plane-wave codes have molecules: whole, and without the box. None for anything else.
+
+    Atoms that are bonded, or within `ALONE` of each other, belong together; they are alone if all do, and none with an image of another.
+    """
+    if not atoms.pbc.any():
+        return None
+    radii, n = covalent_radii[atoms.numbers], len(atoms)
+    (sender, receiver), shifts = neighbor_list(atoms.positions, atoms.cell.array, atoms.pbc, max(ALONE, 2 * BONDED * radii.max()))
+    lengths = np.linalg.norm(atoms.positions[sender] + shifts @ atoms.cell.array - atoms.positions[receiver], axis=1)
+    near = lengths < np.maximum(ALONE, BONDED * (radii[sender] + radii[receiver]))
+    sender, receiver, shifts = sender[near], receiver[near], shifts[near]
+    pairs = receiver * n + sender  # rising
+    if (np.diff(pairs) == 0).any() or (sender == receiver).any():  # two images of an atom
+        return None
+    order, before = breadth_first_order(csr_array((np.ones(len(pairs)), (receiver, sender)), shape=(n, n)), 0)
+    if len(order) < n:
+        return None
+    crossed = np.zeros((n, 3), dtype=np.int64)
+    steps = shifts[np.searchsorted(pairs, before[order[1:]].astype(np.int64) * n + order[1:])]
+    for atom, step in zip(order[1:], steps, strict=True):
+        crossed[atom] = crossed[before[atom]] + step
+    if (crossed[sender] - crossed[receiver] != shifts).any():  # the same image by two ways
+        return None
+    whole = atoms.copy()
+    whole.positions += crossed @ atoms.cell.array
+    whole.pbc, whole.cell = False, None
+    return whole
 
 
 def bond_length(first: str, second: str) -> float:

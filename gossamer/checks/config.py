@@ -47,7 +47,7 @@ class JudgeConfig:
     picoseconds: Annotated[float, Field(gt=0)] | None = None
     """Length of the dynamics in ps (by default 1, 5 or 50 by level, or that of the protocol)."""
     temperature: Annotated[float, Field(gt=0)] | None = None
-    """K (by default that of the protocol or of the structure's temperature_K, else 300)."""
+    """K (by default that of the protocol, else the structure's temperature_K, else 300; of the protocol electrolyte the structure's first)."""
     timestep: Annotated[float, Field(gt=0)] | None = None
     """fs (by default that of the protocol, else 0.5)."""
     two_temperatures: bool = False

@@ -24,7 +24,7 @@ from ase.optimize import FIRE
 from numpy.typing import NDArray
 
 from gossamer.checks import liquids
-from gossamer.checks.candidate import Candidate, enlarged
+from gossamer.checks.candidate import UNBOXED, Candidate, enlarged, molecule_in
 from gossamer.checks.result import Curve, Metric, Panel, Result, at_least, at_most, attempt, conclude, curve, measured
 from gossamer.data.atoms import read_frames
 from gossamer.files import InputError, atomic_path, write_json
@@ -66,6 +66,8 @@ class Protocol:
     """ps dropped before structure and diffusion are measured; 0 drops the first half, but no more than that is ever dropped"""
     species: str | None = None
     """element whose diffusion is measured; None takes all atoms"""
+    yields: bool = False
+    """a structure's own temperature_K goes before its temperature"""
 
 
 PROTOCOLS = {
@@ -73,9 +75,11 @@ PROTOCOLS = {
     "water": Protocol("langevin", 300.0, 0.5, 100.0, 100, 50.0, 2.0, 5.0, "O"),
     "methane": Protocol("langevin", 300.0, 0.5, 100.0, 100, 50.0, 2.0, 5.0, "C"),
     "molecule": Protocol("nose-hoover", 500.0, 0.5, 10.0, 20, 300.0, 1.0, 0.0, None),
-    "electrolyte": Protocol("nose-hoover", 600.0, 1.0, 100.0, 100, 1000.0, 1.0, 50.0, "Li"),
+    "electrolyte": Protocol("nose-hoover", 600.0, 1.0, 100.0, 100, 1000.0, 1.0, 50.0, "Li", yields=True),
 }
 """lips, water, methane, molecule: Fu et al. and LEIGNN; electrolyte: 1 ns at the reference temperature (Geodite; step and thermostat are ours)"""
+TEMPERATURE = "temperature_K"
+"""entry of info of structures"""
 
 
 def prepare(
@@ -176,7 +180,7 @@ def simulate(candidate: Candidate, name: str, atoms: Atoms, protocol: Protocol, 
 
 def bonds_last(atoms: Atoms) -> bool:
     """Whether it is a molecule, of which a right potential breaks no bond."""
-    return not atoms.pbc.any() and set(atoms.symbols) <= COVALENT
+    return set(atoms.symbols) <= COVALENT and (not atoms.pbc.any() or molecule_in(atoms) is not None)
 
 
 def read_trajectory(folder: Path) -> tuple[list[Atoms], dict[str, Array]]:
@@ -188,13 +192,18 @@ def read_trajectory(folder: Path) -> tuple[list[Atoms], dict[str, Array]]:
     return frames, {key: np.array([float(r[key]) for r in rows]) for key in rows[0]}
 
 
+def whole(frames: Sequence[Atoms]) -> list[Atoms]:
+    """Frames of a molecule without the box in which it may be."""
+    return [molecule_in(frame) or frame for frame in frames]
+
+
 def read_reference(path: str, atoms: Atoms) -> list[Atoms]:
-    """Frames of a reference trajectory of a system.
+    """Frames of a reference trajectory of a system; of a molecule without the box in which it may be.
 
     Raises:
         ValueError: it is of other elements, or periodic along other axes.
     """
-    frames = read_frames(path)
+    frames = read_frames(path) if atoms.pbc.any() else whole(read_frames(path))
     for k, frame in enumerate(frames):
         if set(frame.symbols) != set(atoms.symbols) or (frame.pbc != atoms.pbc).any():
             raise InputError(
@@ -278,10 +287,10 @@ def check(candidate: Candidate) -> Result:
     for name, atoms in candidate.systems.items():
         reference = candidate.references.get(name)
         system = enlarged(atoms, candidate.effort.md_atoms) if candidate.builtin_systems else atoms
-        protocol, picoseconds = asked(candidate, atoms)
+        protocol, picoseconds, why = asked(candidate, name, atoms)
         metrics += attempt(
             f"{name}: molecular dynamics",
-            lambda n=name, a=system, p=protocol, t=picoseconds, r=reference: _system(candidate, n, a, p, t, r, panels, notes), BROKE, "failed",
+            lambda n=name, a=system, p=protocol, t=picoseconds, w=why, r=reference: _system(candidate, n, a, p, t, w, r, panels, notes), "failed",
         )  # fmt: skip
     if candidate.builtin_systems and candidate.origin:
         notes.append(f"Structures: {candidate.origin}.")
@@ -293,19 +302,36 @@ def check(candidate: Candidate) -> Result:
     )
 
 
-def asked(candidate: Candidate, atoms: Atoms) -> tuple[Protocol, float]:
-    """Protocol and length in ps of a system: what the user said, else what the structure or the protocol says."""
+def asked(candidate: Candidate, name: str, atoms: Atoms) -> tuple[Protocol, float, str]:
+    """Protocol and length in ps of a system, and who says its temperature: the user, else the protocol that they named, else the structure.
+
+    Raises:
+        InputError: the structure's temperature_K is none.
+    """
     config = candidate.config
-    protocol = PROTOCOLS[config.protocol] if config.protocol else Protocol()
-    temperature = config.temperature or atoms.info.get("temperature_K") or protocol.temperature
-    own = replace(protocol, temperature=float(temperature), timestep=config.timestep or protocol.timestep)
+    protocol = PROTOCOLS[config.protocol] if config.protocol else Protocol(yields=True)
+    try:
+        own = float(atoms.info.get(TEMPERATURE) or 0.0)
+        if not 0 <= own < np.inf:
+            raise ValueError
+    except (TypeError, ValueError):
+        raise InputError(f"{name}: {TEMPERATURE} is {atoms.info[TEMPERATURE]!r}, where K are expected. Correct or remove it.") from None
+    if config.temperature:
+        temperature, why = config.temperature, "as asked"
+    elif own and protocol.yields:
+        temperature, why = own, f"as its {TEMPERATURE} says"
+    else:
+        temperature, why = protocol.temperature, f"of the protocol {config.protocol}" if config.protocol else "as nothing says another"
+    if own and own != temperature:
+        why += f", not the {own:g} K of its {TEMPERATURE}"
     published = protocol.picoseconds if candidate.effort.md_ps >= 50 else None
-    return own, float(config.picoseconds or published or candidate.effort.md_ps)
+    length = float(config.picoseconds or published or candidate.effort.md_ps)
+    return replace(protocol, temperature=temperature, timestep=config.timestep or protocol.timestep), length, why
 
 
 def _system(
-    candidate: Candidate, name: str, atoms: Atoms, protocol: Protocol, picoseconds: float, reference: str | None, panels: list[Panel],
-    notes: list[str],
+    candidate: Candidate, name: str, atoms: Atoms, protocol: Protocol, picoseconds: float, why: str, reference: str | None,
+    panels: list[Panel], notes: list[str],
 ) -> list[Metric]:  # fmt: skip
     try:
         check_constraints(atoms, protocol.ensemble)
@@ -314,7 +340,8 @@ def _system(
     known = read_reference(reference, atoms) if reference else None
     run = simulate(candidate, name, atoms, protocol, picoseconds)
     notes.append(
-        f"{name}: {atoms.get_chemical_formula()}, {protocol.ensemble}, {protocol.temperature:g} K, {protocol.timestep:g} fs, {picoseconds:g} ps. "
+        f"{name}: {atoms.get_chemical_formula()}{' without its box' if atoms.info.get(UNBOXED) else ''}, {protocol.ensemble}, "
+        f"{protocol.temperature:g} K ({why}), {protocol.timestep:g} fs, {picoseconds:g} ps. "
         f"Start: {run['prepared']}."
     )
     stable = run["time_ps"] if run["broken"] else picoseconds
@@ -334,7 +361,9 @@ def _system(
         return metrics
     metrics += _ensemble(candidate, name, atoms, protocol, picoseconds, frames, log)
     kept = frames[len(frames) // 2 if protocol.skip <= 0 else min(int(protocol.skip / run["interval_ps"]), len(frames) // 2) :]
-    metrics += (_bulk if atoms.pbc.all() else _molecule)(name, frames, kept, run["interval_ps"], protocol, known, panels, candidate)
+    alone = molecule_in(atoms) is not None  # in the box of a calculator that needs one
+    compare, shown = (_molecule, whole) if alone else (_bulk if atoms.pbc.all() else _molecule, list)
+    metrics += compare(name, shown(frames), shown(kept), run["interval_ps"], protocol, known and shown(known), panels, candidate)
     wavenumbers, density = vibrational_density(kept, run["interval_ps"])
     if wavenumbers[-1] > 800:  # frames too far apart fold the spectrum
         panels.append(

@@ -10,7 +10,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,7 @@ from gossamer.checks import (
     symmetry,
     thermal_conductivity,
 )
-from gossamer.checks.candidate import LEVELS, Candidate, bond_length, builtin_crystals, builtin_molecules
+from gossamer.checks.candidate import LEVELS, UNBOXED, Candidate, bond_length, builtin_crystals, builtin_molecules, molecule_in
 from gossamer.checks.config import FILES, JudgeConfig
 from gossamer.checks.judge_page import write_page
 from gossamer.checks.result import ORDER, Result, skipped
@@ -250,16 +250,19 @@ def make_candidate(source: Source, config: JudgeConfig, folder: Path, inputs: In
         ours=source.ours,
     )  # fmt: skip
     known = known_elements(source, own, config.elements)
+    own.elements = list(known)
+    inputs = replace(inputs, structures=own.unboxed(inputs.structures), systems=own.unboxed(inputs.systems))
     own.elements = sorted(known, key=lambda e: (e not in {s for a in inputs.structures for s in a.symbols}, atomic_numbers[e]))
     allowed = set(known)
     given = list(known_ones(own, "judgement on the structures", inputs.structures, allowed).values())
     own.origin = ", ".join(dict.fromkeys(str(a.info.get("origin", a.get_chemical_formula())) for a in given[: effort.n_structures]))
     if not given and source.run is not None:
         given, own.origin = tested_structures(source.run, effort.n_structures)
+        given = own.unboxed(given)
     builtin = builtin_crystals(own.elements, effort.n_crystals)
     if inputs.crystals:
         own.crystals = known_ones(own, "judgement on the crystals", inputs.crystals, allowed)
-    elif not given or any(a.pbc.all() for a in given):  # a potential of molecules is not asked about crystals
+    elif not given or any(a.pbc.all() and molecule_in(a) is None for a in given):  # a potential of molecules is not asked about crystals
         own.crystals = builtin
     molecules = builtin_molecules(own.elements, 1)
     own.structures = given[: effort.n_structures] or [*builtin.values(), *molecules.values()][: max(1, effort.n_structures)]
@@ -267,6 +270,8 @@ def make_candidate(source: Source, config: JudgeConfig, folder: Path, inputs: In
         apart = bond_length(own.elements[0], own.elements[0])
         own.structures = [Atoms([own.elements[0]] * 2, [[0, 0, 0], [apart, 0, 0]])]
     own.origin = own.origin or "built-in crystals and molecules"
+    if any(a.info.get(UNBOXED) for a in own.structures):
+        own.origin += "; molecules that are alone in their periodic boxes are judged without these"
     add_systems(own, inputs, allowed)
     return own
 
@@ -305,9 +310,15 @@ def known_elements(source: Source, own: Candidate, wanted: Sequence[str] | None)
         if not wanted:
             log.info("%s: finding out which elements it knows (give --elements to save this time)", source.name)
         make_calculator(own)
-        known = supported_elements(own.calculator, wanted or chemical_symbols[1:95])
+        refused: dict[str, str] = {}
+        known = supported_elements(own.calculator, wanted or chemical_symbols[1:95], refused)
+        if not known:
+            element, said = next(iter(refused.items()))
+            raise ValueError(
+                f"'{source.name}' could not evaluate any pair of atoms ({element}: {said}). Is it an ASE calculator with its weights in place?"
+            )
     if not known:
-        raise ValueError(f"'{source.name}' could not evaluate any pair of atoms. Is it an ASE calculator with its weights in place?")
+        raise ValueError(f"'{source.name}' knows none of {', '.join(wanted or ())}: it knows {', '.join(source.elements or ())}.")
     return known
 
 

@@ -242,9 +242,7 @@ def check(candidate: Candidate) -> Result:
     if unused := [name for name in known if name not in candidate.crystals]:
         notes.append(f"References not used: {', '.join(unused)}; the crystals are {', '.join(candidate.crystals)}.")
     for name, atoms in candidate.crystals.items():
-        metrics += attempt(
-            f"{name}: phonons", lambda n=name, a=atoms: _phonons(candidate, n, a, panels, known.get(n, {})), IMAGINARY, "failed"
-        )
+        metrics += attempt(f"{name}: phonons", lambda n=name, a=atoms: _phonons(candidate, n, a, panels, known.get(n, {})), "failed")
     return conclude(metrics, panels, notes, "No imaginary modes; the acoustic sum rule holds.")
 
 

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 import numpy as np
+from ase.calculators.calculator import PropertyNotImplementedError
 
 from gossamer.files import InputError
 
@@ -160,16 +161,21 @@ def _metric(name: str, value: float, unit: str, status: Status, limit: str, edge
     return Metric(name, float(value) if math.isfinite(value) else None, unit, status, limit, best, reason, consequence)
 
 
-def attempt(name: str, measure: Callable[..., Metric | Sequence[Metric]], consequence: str, status: Status = "weak") -> list[Metric]:
-    """Metrics of a measurement, or one that says why the potential could not be asked."""
+NO_ANSWER = "Whatever rests on it cannot be computed with this calculator."
+
+
+def attempt(name: str, measure: Callable[..., Metric | Sequence[Metric]], status: Status = "weak") -> list[Metric]:
+    """Metrics of a measurement, or one that says why the potential could not be asked; what a calculator does not give at all is not judged."""
     try:
         found = measure()
     except (KeyboardInterrupt, InputError):
         raise
+    except PropertyNotImplementedError as error:
+        return [Metric(name, None, "", "skipped", reason=f"needs what the calculator does not give ({error})")]
     except Exception as error:  # a judged calculator may raise anything
         text = " ".join(str(error).split())[:200]
         return [
-            Metric(name, None, "", status, "an answer", "", f"{name}: could not be evaluated ({type(error).__name__}: {text})", consequence)
+            Metric(name, None, "", status, "an answer", "", f"{name}: could not be evaluated ({type(error).__name__}: {text})", NO_ANSWER)
         ]
     return [found] if isinstance(found, Metric) else list(found)
 
@@ -179,7 +185,10 @@ def conclude(
 ) -> Result:
     """The result of a check: as bad as the worst of its numbers, with that number as the reason."""
     judged = [m for m in metrics if m.status in ("passed", "weak", "failed")]
-    notes = [*notes, *(f"Not judged: {m.name}: {m.reason}" for m in metrics if m.status == "skipped")]
+    unasked = [f"{m.name}: {m.reason}" for m in metrics if m.status == "skipped"]
+    notes = [*notes, *(f"Not judged: {text}" for text in unasked)]
+    if unasked and len(unasked) == len(metrics):
+        return Result("skipped", f"Nothing could be judged: {unasked[0]}.", "", list(metrics), list(panels), list(notes))
     if not judged:
         status: Status = "measured" if metrics else "skipped"
         return Result(

@@ -370,15 +370,22 @@ def check_factory(found: Any, text: str) -> None:
     raise ValueError(f"'{text}' names a {type(found).__name__}, which makes no ASE calculator: it is not called. {FORM}")
 
 
-def supported_elements(calculator: Any, symbols: Sequence[str] = chemical_symbols[1:95]) -> list[str]:
-    """The elements whose dimer (3 Å apart, in a box of 12 Å) the calculator evaluates to a finite energy."""
+def supported_elements(
+    calculator: Any, symbols: Sequence[str] = chemical_symbols[1:95], refused: dict[str, str] | None = None
+) -> list[str]:
+    """The elements whose dimer (3 Å apart, in a box of 12 Å) the calculator evaluates to a finite energy; ``refused`` gets what it says of others."""
     found = []
+    refused = {} if refused is None else refused
     for element in symbols:
         try:
             pair = Atoms([element] * 2, [[0, 0, 0], [3.0, 0, 0]], cell=[12.0] * 3, pbc=True)
             pair.calc = calculator
-            if np.isfinite(pair.get_potential_energy()):
+            energy = pair.get_potential_energy()
+            if np.isfinite(energy):
                 found.append(element)
+            else:
+                refused[element] = f"an energy of {energy}"
         except Exception as error:
             log.debug("%s: %s", element, error)
+            refused[element] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
     return found

@@ -222,7 +222,7 @@ def check(candidate: Candidate) -> Result:
         key = identifier(atoms)
         path = folder / f"{key}.json"
         if not path.exists():
-            found = attempt(f"{name}: κ", lambda a=atoms, p=path: _store(candidate, a, p), HEAT, "failed")
+            found = attempt(f"{name}: κ", lambda a=atoms, p=path: _store(candidate, a, p), "failed")
             if not path.exists():
                 metrics += found
                 results[key] = {"kappa": np.nan}  # it counts as no prediction

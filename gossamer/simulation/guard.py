@@ -15,6 +15,8 @@ from gossamer.simulation.options import MDConfig
 
 HOLDING = (FixAtoms, FixCartesian, FixedLine, FixedPlane, FixCom)
 """constraints that hold by what they take from the momenta, whoever integrates"""
+BONDED = 1.25
+"""times the sum of the covalent radii, up to which two atoms are bonded"""
 INTERNAL = (FixBondLengths, FixInternals, FixLinearTriatomic)
 """constraints between atoms: the centre of mass moves as without them"""
 
@@ -67,7 +69,7 @@ class Guard:
         return None
 
 
-def find_bonds(atoms: Atoms, factor: float = 1.25) -> NDArray[np.int64]:
+def find_bonds(atoms: Atoms, factor: float = BONDED) -> NDArray[np.int64]:
     """Pairs (n_bonds, 2) closer than ``factor`` times the sum of their covalent radii."""
     radii = covalent_radii[atoms.numbers]
     (sender, receiver), shifts = neighbor_list(atoms.positions, atoms.cell.array, atoms.pbc, 2 * factor * radii.max())
