@@ -37,7 +37,7 @@ from gossamer import fitting
 from gossamer.cli import main
 from gossamer.config import load_config, make_config
 from gossamer.data import consistency
-from gossamer.data.atoms import as_atoms, read_frames
+from gossamer.data.atoms import as_atoms, count_frames, read_frames
 from gossamer.data.batch import collate
 from gossamer.data.dataset import (
     DataConfig,
@@ -1350,6 +1350,71 @@ def test_xyz_frames_are_those_of_ase(tmp_path: Path) -> None:
             read_frames(tmp_path / "a.xyz", frame)
     with pytest.raises(ValueError, match="expected the number of atoms, found 'H 0 0 0'"):
         list(xyz_frames(io.StringIO("1\n\nHe 1 2 3\nH 0 0 0\n")))
+
+
+HEAD = 'Lattice="4 0 0 0 5 0 0 0 6" Properties=species:S:1:pos:R:3:forces:R:3 energy=-1.5'
+ROWS = "H 0 0 0 0.1 0.2 0.3\nO 0 0 1 -0.1 -0.2 -0.3\n"
+
+
+def xyz_file(folder: Path, head: str, rows: str = ROWS) -> Path:
+    """A file of one frame, by hand."""
+    path = folder / "a.xyz"
+    path.write_text(f"{rows.count(chr(10))}\n{head}\n{rows}")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("head", "pbc", "stress"),
+    [
+        (HEAD + " pbc=FFF", "000", None),  # ASE takes FFF, f f f and PBC for periodic along all axes
+        (HEAD + ' pbc="f f f"', "000", None),
+        (HEAD + ' PBC = "F T F"', "010", None),
+        (HEAD + ' pbc="TTF"', "110", None),
+        (HEAD + " pbc=[T, T, F] tags=[1, 2]", "110", None),
+        (HEAD + " pbc=[1,1,0]", "110", None),
+        (HEAD + " pbc=0", "000", None),
+        (HEAD + ' note="energy=3 pbc=F"', "111", None),
+        (HEAD.replace("Lattice", "lattice").replace("Properties", "properties"), "111", None),  # ASE: a molecule without forces
+        (HEAD.replace('"4 0 0 0 5 0 0 0 6"', "[[4, 0, 0], [0, 5, 0], [0, 0, 6]]"), "111", None),
+        (HEAD + " stress=[1,2,3,4,5,6]", "111", [1, 2, 3, 4, 5, 6]),
+        (HEAD + ' stress="1, 2, 3, 4, 5, 6"', "111", [1, 2, 3, 4, 5, 6]),
+        (HEAD + " stress=[[1, 6, 5], [6, 2, 4], [5, 4, 3]]", "111", [1, 2, 3, 4, 5, 6]),
+    ],
+)
+def test_entries_of_xyz_that_ase_passes_over(head: str, pbc: str, stress: list[float] | None, tmp_path: Path) -> None:
+    """Other letters, brackets and commas, as other programs write them: before, crystals were molecules and molecules crystals, without a word."""
+    (s,) = read_structures(xyz_file(tmp_path, head))
+    assert (s.energy, s.forces[0].tolist(), np.diag(s.cell).tolist()) == (-1.5, [0.1, 0.2, 0.3], [4, 5, 6])
+    assert "".join(str(int(periodic)) for periodic in s.pbc) == pbc
+    assert s.stress is None if stress is None else full_3x3_to_voigt_6_stress(s.stress).tolist() == stress
+
+
+@pytest.mark.parametrize(
+    ("head", "rows", "message"),
+    [
+        (HEAD + ' pbc="no no no"', ROWS, r"""a\.xyz' frame 0: pbc is "no no no", expected T or F for each axis, as in pbc="T T F"\.$"""),
+        (HEAD + " energy=-2.5", ROWS, r"a\.xyz' frame 0: the entry energy stands twice, as -1\.5 and as -2\.5\. Take the wrong one out\.$"),
+        (HEAD, ROWS.replace("0.3", "0.3 9"), "Properties announces 7 columns, but the first atom has 8"),
+        (HEAD.replace("pos:", "frac:"), ROWS, r"Properties names no positions \(pos:R:3\), but species, frac, forces"),
+        (HEAD, ROWS.replace("O", "O2"), "'O2' is not the symbol of an element"),
+        (HEAD + " stress=None", ROWS, r"'stress' holds 'None', expected numbers \(stress\)"),
+        (HEAD + ' stress="1 2 3"', ROWS, "'stress' holds 3 numbers, expected 9"),
+        (HEAD.replace("-1.5", "T"), ROWS, r"'energy' holds 'True', expected numbers \(energy\)"),
+    ],
+)
+def test_entries_of_xyz_that_are_wrong(head: str, rows: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        list(read_structures(xyz_file(tmp_path, head, rows)))
+    if "holds" not in message:  # of labels, structures alone know nothing
+        with pytest.raises(ValueError, match=message):
+            read_frames(tmp_path / "a.xyz")
+
+
+def test_xyz_of_editors_that_begin_files_with_a_mark(tmp_path: Path) -> None:
+    text = xyz_file(tmp_path, HEAD).read_text()
+    (tmp_path / "a.xyz").write_text("\ufeff" + text, "utf-8")
+    assert next(read_structures(tmp_path / "a.xyz")).energy == -1.5
+    assert count_frames(tmp_path / "a.xyz") == 1
 
 
 # --- inspection ---------------------------------------------------------------------------------------------------

@@ -120,8 +120,10 @@ def iterate_frames(path: Path | str, frame: int | None = None) -> Iterator[Atoms
                 raise InputError(f"'{path}' has a frame without atoms{f', {n}' if n else ''}.")
             yield atoms
             n += 1
-    except (InputError, ImportError):
-        raise
+    except (InputError, ImportError) as error:
+        if isinstance(error, ImportError) or str(path) in str(error):
+            raise
+        raise InputError(f"'{path}' frame {n if frame is None else frame}: {error}.") from None
     except Exception as error:  # ASE's parsers raise whatever they meet
         if n or not isinstance(error, IndexError):
             text = " ".join(str(error).split())[:200]

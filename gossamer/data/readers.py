@@ -28,7 +28,7 @@ from gossamer.data.npz_file import npz_names, read_npz
 from gossamer.data.structure import Structure, label_fields
 from gossamer.data.units import label_scales, units_of_database, units_of_npz, with_stated_units
 from gossamer.data.xyz import xyz_frames
-from gossamer.files import COMPRESSIONS, open_text
+from gossamer.files import COMPRESSIONS, InputError, open_text
 from gossamer.quantities import QUANTITIES
 
 log = logging.getLogger(__name__)
@@ -204,6 +204,8 @@ def _value(label: str, stored: Any, key: str, atoms: Atoms, labels: LabelConfig,
     """
     try:
         value = np.asarray(stored, dtype=np.float64)
+        if np.asarray(stored).dtype == bool:
+            raise TypeError("true or false is no number")
     except (TypeError, ValueError):
         raise ValueError(f"{name}: '{key}' holds {str(stored)[:40]!r}, expected numbers ({label}).") from None
     energy_scale, length_scale, force_scale, stress_scale = label_scales(labels)
@@ -290,6 +292,8 @@ def _frames(path: Path, frames: Iterator[Atoms], labels: LabelConfig) -> Iterato
             break
         except (ase.io.formats.UnknownFileTypeError, FileNotFoundError):
             raise
+        except InputError as error:
+            raise ValueError(f"'{path}' frame {index}: {error}.") from None
         except Exception as error:  # ASE raises whatever its parser meets
             raise ValueError(
                 f"'{path}' frame {index} cannot be read ({type(error).__name__}: {error}). The file may be truncated or damaged there."

@@ -11,8 +11,19 @@ from typing import IO
 import ase.io
 from ase import Atoms
 
-SIX = re.compile(r"(?<![\w-])((?:stress|virial)\s*=\s*[\"'{])([^\"'}]*)")
-"""a stress or virial in the line above a frame's atoms"""
+from gossamer.files import InputError
+
+ENTRY = re.compile(
+    r"""(?<![^\s="'{}\[\]])([^\s="'{}\[\]]+)\s*=\s*("""  # its name
+    r""""(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*'|\{[^}=]*\}|\[(?:[^\[\]=]|\[[^\[\]=]*\])*\]|[^\s"'{\[]\S*|)"""
+)
+"""an entry of the line above a frame's atoms: its name, and the text of its value, with quotes or brackets"""
+NAMES = {"lattice": "Lattice", "properties": "Properties", "pbc": "pbc"}
+"""entries that say how the others are to be read, as ASE knows them; some programs write them in other letters"""
+TENSORS = ("Lattice", "stress", "virial")
+"""entries that ASE takes as nine numbers in quotes, and in no other form"""
+ASIDE = "aside_"
+"""what a stress or virial is called that is not so many numbers, while ASE reads the others"""
 
 
 def xyz_frames(file: IO[str]) -> Iterator[Atoms]:
@@ -21,9 +32,10 @@ def xyz_frames(file: IO[str]) -> Iterator[Atoms]:
     ASE first looks where all frames begin, and trusts their numbers of atoms; here a frame's lines are read before they are believed.
 
     Raises:
-        ValueError: no number of atoms where a frame begins, or fewer lines or columns than it announces.
+        ValueError: no number of atoms where a frame begins, or fewer lines than it announces.
+        InputError: other columns than it announces, an entry that stands twice, a periodicity that is none, a word that is no element.
     """
-    header = file.readline()
+    header = file.readline().removeprefix("\ufeff")  # which editors of Windows put before a text
     while header:
         if not header.strip():
             header = file.readline()
@@ -39,11 +51,9 @@ def xyz_frames(file: IO[str]) -> Iterator[Atoms]:
         while header.lstrip().startswith("VEC"):  # cell vectors, one a line, as some programs write them
             lines.append(header)
             header = file.readline()
+        lines[1] = _entries(lines[1])
         _check_columns(lines)
-        lines[1] = SIX.sub(_as_nine, lines[1])
-        atoms = ase.io.read(StringIO("".join(lines)), index=0, format="extxyz")
-        assert isinstance(atoms, Atoms)
-        yield atoms
+        yield _as_ase(lines)
 
 
 def xyz_heads(file: IO[str]) -> Iterator[str]:
@@ -55,24 +65,67 @@ def xyz_heads(file: IO[str]) -> Iterator[str]:
     for header in file:
         if not header.strip() or header.lstrip().startswith("VEC"):
             continue
-        n_lines = 1 + max(0, min(int(header), 10**12))
+        n_lines = 1 + max(0, min(int(header.removeprefix("\ufeff")), 10**12))
         if sum(1 for _ in islice(file, n_lines)) != n_lines:
             raise ValueError("the file ends within a frame")
         yield header
 
 
-def _as_nine(found: re.Match[str]) -> str:
-    """Six numbers (xx, yy, zz, yz, xz, xy), which ASE refuses under these names, as the nine that it reads; others as they are."""
-    numbers = found[2].split()
-    return found[1] + (" ".join(numbers[k] for k in (0, 5, 4, 5, 1, 3, 4, 3, 2)) if len(numbers) == 6 else found[2])
+def _as_ase(lines: list[str]) -> Atoms:
+    """The frame of these lines."""
+    try:
+        atoms = ase.io.read(StringIO("".join(lines)), index=0, format="extxyz")
+    except KeyError as error:
+        raise InputError(f"{error} is not the symbol of an element") from None
+    assert isinstance(atoms, Atoms)
+    for name in TENSORS:
+        if ASIDE + name in atoms.info:
+            atoms.info[name] = atoms.info.pop(ASIDE + name)
+    return atoms
+
+
+def _entries(line: str) -> str:
+    """The line above a frame's atoms in the form that ASE reads, where it would pass over something, or read it as something else."""
+    found: dict[str, str] = {}
+
+    def entry(match: re.Match[str]) -> str:
+        name, text = NAMES.get(match[1].lower(), match[1]), match[2]
+        if found.setdefault(name, text) != text:
+            raise InputError(f"the entry {name} stands twice, as {found[name][:40]} and as {text[:40]}. Take the wrong one out")
+        if name == "pbc":
+            text = _periodicity(text)
+        elif name in TENSORS:
+            numbers = re.split(r"[\s,\[\]{}\"']+", text.strip("\"'{}[], \t"))
+            if len(numbers) == 6 and name != "Lattice":
+                numbers = [numbers[k] for k in (0, 5, 4, 5, 1, 3, 4, 3, 2)]
+            if len(numbers) == 9:
+                text = f'"{" ".join(numbers)}"'
+            elif name != "Lattice":
+                name = ASIDE + name
+        return match[0] if (name, text) == match.groups() else f"{name}={text}"
+
+    return ENTRY.sub(entry, line)
+
+
+def _periodicity(text: str) -> str:
+    """Three letters, T or F; ASE takes other words, FFF among them, for T."""
+    words = re.split(r"[\s,]+", text.strip("\"'{}[], \t"))
+    letters = ["T" if word.lower() in ("t", "true", "1") else "F" if word.lower() in ("f", "false", "0") else word for word in words]
+    if re.fullmatch("[TF]{3}", letters[0]) and len(letters) == 1:
+        letters = list(letters[0])
+    if not (set(letters) <= {"T", "F"} and len(letters) in (1, 3)):
+        raise InputError(f'pbc is {text[:40]}, expected T or F for each axis, as in pbc="T T F"')
+    return f'"{" ".join(letters * (3 // len(letters)))}"'
 
 
 def _check_columns(lines: list[str]) -> None:
-    """Raise ValueError if a frame announces more columns than its first atom has: ASE would make room for them."""
-    found = re.search(r"properties\s*=\s*[\"']?([^\"'\s]*)", lines[1], re.IGNORECASE)
-    if found is None:
+    """Raise InputError if a frame announces other columns than its first atom has, or none of positions: ASE would make room, or pass over them."""
+    found = re.search(r"Properties\s*=\s*[\"']?([^\"'\s]*)", lines[1])
+    if found is None or len(lines) < 3:
         return
-    counts = [int(word) for word in found[1].split(":")[2::3] if word.isdecimal()]
-    there = len(lines[2].split()) if len(lines) > 2 else 0
-    if len(lines) > 2 and sum(counts) > there:
-        raise ValueError(f"Properties announces {sum(counts)} columns, but the first atom has {there}")
+    words = found[1].split(":")
+    announced, there = sum(int(word) for word in words[2::3] if word.isdecimal()), len(lines[2].split())
+    if announced != there:
+        raise InputError(f"Properties announces {announced} columns, but the first atom has {there}")
+    if not {"pos", "positions"} & set(words[0::3]):
+        raise InputError(f"Properties names no positions (pos:R:3), but {', '.join(words[0::3])}")
