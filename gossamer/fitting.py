@@ -14,7 +14,7 @@ from gossamer.arguments import as_path, listed, positive, said
 from gossamer.config import Config, expand_preset, load_config, make_config
 from gossamer.data.dataset import open_dataset
 from gossamer.data.inspection import Inspection, inspect
-from gossamer.data.labels import LabelConfig, as_labels
+from gossamer.data.labels import LabelConfig, as_labels, leaving_out
 from gossamer.data.structure import Structure
 from gossamer.engine.compiler_cache import is_kept, step_name
 from gossamer.models import ACCURATE, MODELS
@@ -268,8 +268,8 @@ def _labels_to_train(data: Path | str, structures: Sequence[Structure], report: 
         if 0 < n < len(structures) / 2:
             raise ValueError(
                 f"{n} of the {len(structures)} frames of '{data}' have no {label}, the first is {first[0]}: most have, and a training on {label} "
-                "needs them in every frame. Take the frames without out of the data, label them, or learn from what there is (gossamer train "
-                "with loss.missing: skip)."
+                "needs them in every frame. Label the others, learn from what there is (gossamer train with loss.missing: skip), or leave them out: "
+                f"{leaving_out(['energy', 'forces'])}"
             )
         if 0 < n < len(structures):
             log.warning(
@@ -294,8 +294,8 @@ def _labels_to_train(data: Path | str, structures: Sequence[Structure], report: 
     if not has["energy"] and not has["forces"]:
         counts = ", ".join(f"{label} in {len(structures) - len(lacking[label])}" for label in ("energy", "forces"))
         raise ValueError(
-            f"Neither energy nor forces are in every frame of '{data}' (of {len(structures)} frames {counts}): there is nothing to learn from. Take the frames "
-            "without out of the data, or label them."
+            f"Neither energy nor forces are in every frame of '{data}' (of {len(structures)} frames {counts}): there is nothing to learn from. Label the "
+            f"others, or leave them out: {leaving_out(['energy', 'forces'])}"
         )
     return has
 

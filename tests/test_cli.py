@@ -6,6 +6,7 @@ import inspect as python_inspect
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +21,7 @@ from ase.calculators.singlepoint import SinglePointCalculator
 from conftest import ETHANOL, make_potential
 
 from gossamer.cli import UsageError, build_parser, main
+from gossamer.data.readers import read_structures
 from gossamer.models import MODELS
 from gossamer.potential_file import save
 from gossamer.signals import Stopped
@@ -240,18 +242,20 @@ def ethanol_frame(**changes) -> str:
         (ethanol_frame(replace=[('pbc="F F F"', 'pbc="T T T"')]), "has no volume there"),
         (ethanol_frame()[:200], "frame 0 cannot be read"),
         (ethanol_frame() + "9\nProperties=species:S:1:pos:R:3\nC 0 0 0\n", "frame 1 cannot be read"),
-        (ethanol_frame(replace=[("\nC ", "\nQq ")]), "frame 0 cannot be read"),
+        (ethanol_frame(replace=[("\nC ", "\nQq ")]), "'Qq' is not the symbol of an element"),
         (ethanol_frame(replace=[("energy=-1.0", 'energy="1.0 2.0 3.0"')]), "holds 3 numbers, expected one total energy"),
         ("this is not a structure\n", "cannot be read"),
     ],
 )  # fmt: skip
 def test_wrong_data_files(text: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     (tmp_path / "bad.extxyz").write_text(text)
-    status, _, err = run("data", "inspect", tmp_path / "bad.extxyz", capsys=capsys)
-    assert status == 2
-    assert message in err
-    assert "bad.extxyz" in err
+    status, out, err = run("data", "inspect", tmp_path / "bad.extxyz", capsys=capsys)
+    assert status == (1 if "ERROR" in out else 2)
+    assert message in out + err
+    assert "bad.extxyz" in out + err
     assert "Traceback" not in err
+    with pytest.raises(ValueError, match=re.escape(message)):
+        list(read_structures(tmp_path / "bad.extxyz"))
 
 
 def test_other_wrong_files(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -872,6 +872,143 @@ def test_missing_label_names_file_and_frame(tmp_path: Path) -> None:
         require_labels(list(read_structures(tmp_path / "a.extxyz")), ["energy", "stress"], "loss.{label} is above 0")
 
 
+def broken_frames() -> list[Atoms]:
+    """Frames whose labels have other names, and the first eight something wrong with them each."""
+    frames = [labelled(k) for k in range(12)]
+    for atoms in frames:
+        atoms.info |= {"REF_energy": atoms.calc.results["energy"], "REF_stress": atoms.get_stress()}
+        atoms.arrays["REF_forces"] = atoms.calc.results["forces"]
+        atoms.calc = None
+    del frames[0].info["REF_energy"]
+    frames[1].arrays["REF_forces"][3, 1] = np.nan
+    frames[2].arrays["REF_forces"][:] = 0
+    frames[3].info["config_energy_weight"] = 0.0
+    frames[4].info["REF_energy"] = None  # ASE writes the name alone, and reads it as True: it was 1 eV
+    frames[5].info["REF_stress"] = np.full(6, np.nan)
+    frames[6].info["REF_stress"] = np.zeros(4)
+    frames[7].info["config_stress_weight"] = 0.0
+    return frames
+
+
+REF_LABELS = ["--energy", "REF_energy", "--forces", "REF_forces", "--stress", "REF_stress"]
+OF_ENERGY_AND_FORCES = {"no energy": 0, "forces not finite": 1, "forces all zero": 2, "energy of weight 0": 3, "energy is no number": 4}
+OF_STRESS = {"stress not finite": 5, "stress of another size": 6, "stress of weight 0": 7}
+
+
+@pytest.mark.parametrize(
+    ("required", "reasons"),
+    [(["energy", "forces"], OF_ENERGY_AND_FORCES), (["energy", "forces", "stress"], OF_ENERGY_AND_FORCES | OF_STRESS)],
+)
+def test_frames_with_missing_or_broken_labels_are_left_out(
+    required: list[str], reasons: dict[str, int], tmp_path: Path, capsys: pytest.CaptureFixture, caplog: pytest.LogCaptureFixture
+) -> None:
+    """By name of the labels that are needed; each with the reason, and written apart if asked for."""
+    ase.io.write(tmp_path / "a.extxyz", broken_frames())
+    command = ["data", "convert", str(tmp_path / "a.extxyz"), *REF_LABELS, "--require", *required]
+    assert main([*command, "--out", str(tmp_path / "a.store"), "--left-out", str(tmp_path / "rest.extxyz"), "--json"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert (answer["structures"], answer["left_out"]["frames"], answer["left_out_to"]) == (
+        12 - len(reasons),
+        len(reasons),
+        str(tmp_path / "rest.extxyz"),
+    )
+    assert {reason: found["frames"] for reason, found in answer["left_out"]["reasons"].items()} == dict.fromkeys(reasons, 1)
+    for reason, frame in reasons.items():
+        assert f"a.extxyz' frame {frame}" in answer["left_out"]["reasons"][reason]["first"]
+    kept = [labelled(k) for k in range(12) if k not in reasons.values()]
+    for structure, atoms in zip(Store(tmp_path / "a.store"), kept, strict=True):
+        np.testing.assert_allclose(structure.positions, atoms.positions, atol=1e-7)
+        assert structure.energy == pytest.approx(atoms.calc.results["energy"])
+        assert all(label in structure.labels for label in required)
+    assert ("stress not finite in 1 of the frames that are kept: they are kept without" in caplog.text) == ("stress" not in required)
+    apart = ase.io.read(tmp_path / "rest.extxyz", ":")
+    assert [(a.info["left_out"], a.info["source"].rpartition("/")[2]) for a in apart] == [
+        (r, f"a.extxyz frame {k}") for r, k in reasons.items()
+    ]
+
+    assert main([*command, "--out", str(tmp_path / "b.store")]) == 0
+    said = capsys.readouterr().out
+    assert re.search(rf"left out +{len(reasons)}\n  no energy +1; the first: '.*a.extxyz' frame 0: no entry 'REF_energy'", said), said
+    assert main([*command, "--out", str(tmp_path / "c.store"), "--left-out", str(tmp_path / "rest.extxyz")]) == 2
+    assert not (tmp_path / "c.store").exists()
+    assert "rest.extxyz' exists" in capsys.readouterr().err
+
+
+def test_frames_of_which_none_is_sound(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    ase.io.write(tmp_path / "a.extxyz", broken_frames())
+    command = [
+        "data",
+        "convert",
+        str(tmp_path / "a.extxyz"),
+        "--out",
+        str(tmp_path / "a.store"),
+        "--left-out",
+        str(tmp_path / "rest.extxyz"),
+    ]
+    assert main([*command, "--require", "energy", "--energy", "E"]) == 2
+    assert re.search(r"No frame has sound labels of energy; of the first, .* no entry 'E' .*Found: REF_forces", capsys.readouterr().err)
+    assert main(command) == 2
+    assert "--left-out writes what --require leaves out" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["a.extxyz"]
+
+
+def test_sound_frames_are_all_kept(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """Also isolated atoms, whose stress is known, and crystals whose forces are zero by symmetry."""
+    perfect = bulk("Cu", cubic=True)
+    perfect.calc = SinglePointCalculator(perfect, energy=-1.0, forces=np.zeros((4, 3)), stress=np.zeros(6))
+    alone = Atoms("Cu", cell=20 * np.eye(3), pbc=True)
+    alone.calc = SinglePointCalculator(alone, energy=-1.0)
+    ase.io.write(tmp_path / "a.extxyz", [labelled(), perfect, alone])
+    command = [
+        "data",
+        "convert",
+        str(tmp_path / "a.extxyz"),
+        "--require",
+        "energy",
+        "forces",
+        "stress",
+        "--left-out",
+        str(tmp_path / "rest.xyz"),
+    ]
+    assert main([*command, "--out", str(tmp_path / "a.store"), "--json"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert (answer["structures"], answer["left_out"]) == (3, {"frames": 0, "reasons": {}})
+    assert not (tmp_path / "rest.xyz").exists()
+    assert "left_out_to" not in answer
+
+
+def test_steps_that_did_not_converge_are_left_out(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    steps = [(2, "because EDIFF is reached"), (3, "EDIFF was not reached (unconverged)"), (2, "because EDIFF is reached")]
+    (tmp_path / "OUTCAR").write_text(OUTCAR_HEAD + "".join(outcar_step(k + 1, n, said, -6.7 - k) for k, (n, said) in enumerate(steps)))
+    assert main(["data", "convert", str(tmp_path / "OUTCAR"), "--out", str(tmp_path / "a.store"), "--require", "energy", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["left_out"]["reasons"].keys() == {"not converged"}
+    assert [s.energy for s in Store(tmp_path / "a.store")] == [-6.7, -8.7]
+
+
+def test_broken_labels_are_counted_by_inspection_and_refused_by_training(tmp_path: Path) -> None:
+    """With the command that leaves such frames out."""
+    ase.io.write(tmp_path / "a.extxyz", broken_frames())
+    labels = LabelConfig(energy="REF_energy", forces="REF_forces", stress="REF_stress")
+    errors = inspect(tmp_path / "a.extxyz", labels).errors
+    found = [
+        e
+        for e in errors
+        if re.match(r"2 of 12 frames have no energy, .* it cannot be read of 2 frames \(.* frame 0: no entry 'REF_energy'", e)
+    ]
+    assert found[0].endswith("Leave such frames out: gossamer data convert DATA --out NAME.store --require energy"), errors
+    assert any("1 of 12 frames have no forces" in e and "forces[3, 1] is not finite" in e for e in errors), errors
+    with pytest.raises(
+        ValueError, match=r"frame 0: no entry 'REF_energy' .*out: gossamer data convert DATA --out NAME.store --require energy$"
+    ):
+        list(read_structures(tmp_path / "a.extxyz", labels))
+    kept = list(read_structures(tmp_path / "a.extxyz", labels, keep_broken=True))
+    assert [sorted(s.faults) for s in kept] == [["energy"], ["forces"], [], [], ["energy"], ["stress"], ["stress"], *[[]] * 5]
+    with pytest.raises(
+        ValueError, match=r"has no energy, .*or leave out frames without: gossamer data convert .* --require energy forces\.$"
+    ):
+        require_labels(kept, ["energy", "forces"], "loss.{label} is above 0")
+
+
 # --- files that are damaged, forged, or named otherwise -------------------------------------------------------------
 
 

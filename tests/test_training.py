@@ -1039,7 +1039,8 @@ def test_fit_says_what_it_does_not_train_on(tmp_path: Path, monkeypatch: pytest.
     with pytest.raises(ValueError, match="not fit for training: 7 of 40 frames have no forces"):
         fit(path, out=tmp_path / "fit")
     with pytest.raises(
-        ValueError, match=r"7 of the 40 frames of .*some\.extxyz' have no forces, the first is .* frame 3: .*Take the frames"
+        ValueError,
+        match=r"7 of the 40 frames of .*some\.extxyz' have no forces, the first is .* frame 3: .*leave them out: gossamer data convert",
     ):
         fit(path, out=tmp_path / "fit", force=True)
     assert "7 of 40 frames have no forces" in caplog.text

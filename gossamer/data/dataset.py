@@ -18,8 +18,8 @@ from pydantic import Field, field_validator
 from gossamer.arguments import at_home
 from gossamer.data.atoms import own_results
 from gossamer.data.fingerprint import Copies
-from gossamer.data.labels import LabelConfig, as_labels, refuse_unread
-from gossamer.data.readers import from_atoms, read_structures, suggestion
+from gossamer.data.labels import LabelConfig, as_labels, leaving_out, refuse_unread
+from gossamer.data.readers import checked, from_atoms, read_structures, suggestion
 from gossamer.data.store import Store
 from gossamer.data.structure import REACH, Structure
 from gossamer.settings import settings
@@ -71,48 +71,51 @@ class DataConfig:
         return elements
 
 
-def open_dataset(path: str | Path | Sequence[str | Path], labels: LabelConfig | Mapping[str, Any] | None = None) -> Sequence[Structure]:
-    """Structures by index: a store stays on disk, everything else is read into memory."""
+def open_dataset(
+    path: str | Path | Sequence[str | Path], labels: LabelConfig | Mapping[str, Any] | None = None, keep_broken: bool = False
+) -> Sequence[Structure]:
+    """Structures by index: a store stays on disk, everything else is read into memory. ``keep_broken`` as in `read_structures`."""
     path = at_home(path)
     if isinstance(path, str | Path) and (Path(path) / "store.json").exists():
         refuse_unread(as_labels(labels), f"'{path}'", ())
         return Store(path)
-    return list(read_structures(path, labels))
+    return list(read_structures(path, labels, keep_broken))
 
 
 Data = Path | str | Structure | Atoms | Iterable[Path | str] | Iterable[Structure | Atoms]
 """labelled frames: where they are, or they themselves"""
 
 
-def as_dataset(data: Data, labels: LabelConfig | Mapping[str, Any] | None = None) -> Sequence[Structure]:
+def as_dataset(data: Data, labels: LabelConfig | Mapping[str, Any] | None = None, keep_broken: bool = False) -> Sequence[Structure]:
     """Structures by index, of files (`open_dataset`) or of frames in memory: structures as they are, Atoms with the labels they carry.
+    ``keep_broken`` as in `read_structures`.
 
     Raises:
         TypeError: something else among the frames.
         ValueError: Atoms whose calculator went on to other atoms, or names and units of labels for structures, which have their own.
     """
     if isinstance(data, str | Path):
-        return open_dataset(data, labels)
+        return open_dataset(data, labels, keep_broken)
     given: Any = [data] if isinstance(data, Structure | Atoms) else data
     if isinstance(given, Sequence) and not isinstance(given, list | tuple):
         return given  # a store, or some of one: not read whole
     items: list[Any] = list(given)
     if items and all(isinstance(item, str | Path) for item in items):
-        return open_dataset(items, labels)
+        return open_dataset(items, labels, keep_broken)
     config = as_labels(labels)
     if items and all(isinstance(item, Structure) for item in items):
         refuse_unread(config, "a Structure", ())
-    return [_in_memory(item, config, k) for k, item in enumerate(items)]
+    return [_in_memory(item, config, k, keep_broken) for k, item in enumerate(items)]
 
 
-def _in_memory(frame: Any, labels: LabelConfig, k: int) -> Structure:
+def _in_memory(frame: Any, labels: LabelConfig, k: int, keep_broken: bool) -> Structure:
     """A frame with its labels."""
     if isinstance(frame, Structure):
-        return frame.validate()
+        return checked(frame, keep_broken)
     if not isinstance(frame, Atoms):
         raise TypeError(f"frame {k}: expected ASE's Atoms or a gossamer.Structure, found {type(frame).__name__}.")
     own_results(frame, f"frame {k}")
-    return from_atoms(frame, labels, f"frame {k}").validate()
+    return checked(from_atoms(frame, labels, f"frame {k}"), keep_broken)
 
 
 class Subset(Sequence[Structure]):
@@ -348,8 +351,8 @@ def require_labels(
             lacking[label] += 1
             if missing == "error" and (label != "stress" or structure.pbc.all()):
                 raise ValueError(
-                    f"{structure.name} has no {label}, but {why.format(label=label)}. Set that weight to 0, remove frames "
-                    f"without {label}, learn it from the others (loss.missing: skip), or say under which name it is stored (data.labels.{label})."
-                    + (f" In the file: {hint}." if (hint := suggestion(label, structure.entries)) else "")
+                    f"{structure.name} has no {label}, but {why.format(label=label)}. Set that weight to 0, say under which name it is stored "
+                    f"(data.labels.{label}), learn it from the frames that have it (loss.missing: skip), or leave out frames without: "
+                    f"{leaving_out(needed)}." + (f" In the file: {hint}." if (hint := suggestion(label, structure.entries)) else "")
                 )
     return lacking

@@ -15,7 +15,7 @@ from ase.data import chemical_symbols, covalent_radii
 from gossamer.data.consistency import compare_pairs, compare_strained_pairs, compare_stress_with_volume
 from gossamer.data.dataset import Data, as_dataset
 from gossamer.data.duplicates import find_duplicates
-from gossamer.data.labels import LabelConfig
+from gossamer.data.labels import LabelConfig, leaving_out
 from gossamer.data.readers import CHARGE, HEAD, suggestion
 from gossamer.data.structure import Structure
 from gossamer.data.units import ENERGY_UNITS
@@ -26,9 +26,11 @@ log = logging.getLogger(__name__)
 
 REMARKS = {
     "stress without volume": "have a stress but are not periodic along all axes, so that there is no volume it belongs to: it is not read",
-    "not converged": "of VASP took all iterations that NELM allows and their electrons did not converge: their labels may be far off. Leave them out",
+    "not converged": "of VASP took all iterations that NELM allows and their electrons did not converge: their labels may be far off. Leave them out: "
+    f"{leaving_out(['energy', 'forces'])}",
     "a weight of its own": "have a weight of their own (config_weight and the like, of MACE), which is not read: all count alike, also where a weight "
-    "of 0 says that a label is none. Read that of frames with --weight NAME (data.labels.weight), and leave out labels that are none",
+    "of 0 says that a label is none. Read that of frames with --weight NAME (data.labels.weight); gossamer data convert --require takes a weight of 0 "
+    "for a missing label",
     "another free energy": "have a free_energy more than 1 meV/atom from the energy. With smeared electrons forces are the gradient of the free energy "
     "(VASP and others): train on that with --energy free_energy (data.labels.energy)",
 }
@@ -76,7 +78,7 @@ def inspect(data: Data, labels: LabelConfig | Mapping[str, Any] | None = None) -
         data: File, folder or store, or several; or frames in memory: structures, or Atoms with the labels they were read with.
         labels: Names and units of the labels; structures have their own.
     """
-    structures = as_dataset(data, labels)
+    structures = as_dataset(data, labels, keep_broken=True)
     report = Inspection()
     if len(structures) == 0:
         report.errors.append("there are no frames")
@@ -157,7 +159,12 @@ def _labels(structures: Sequence[Structure], report: Inspection) -> None:
     for label, quantity in QUANTITIES.items():
         labelled = [s for s in structures if label in s.labels]
         missing = [s for s in structures if s.lacks(label)]
-        hint = suggestion(label, sorted({entry for s in missing for entry in s.entries}))
+        unread = [f"{s.name}: {s.faults[label].text}" for s in missing if label in s.faults]
+        hint = (
+            f"it cannot be read of {len(unread)} frames ({unread[0]})"
+            if unread
+            else suggestion(label, sorted({entry for s in missing for entry in s.entries}))
+        )
         if not labelled:
             report.facts[label] = "none"
             if label in ("energy", "forces"):
@@ -193,9 +200,8 @@ def _partly_missing(label: str, missing: Sequence[Structure], n_frames: int, hin
         )
     missing = [s for s in missing if s.pbc.all()] if label == "stress" else missing
     if missing:
-        report.errors.append(
-            f"{len(missing)} of {n_frames} frames have no {label}, the first is {missing[0].name}" + (f"; {hint}" if hint else "")
-        )
+        message = f"{len(missing)} of {n_frames} frames have no {label}, the first is {missing[0].name}" + (f"; {hint}" if hint else "")
+        report.errors.append(f"{message}. Leave such frames out: {leaving_out([label])}")
 
 
 def _forces(structures: Sequence[Structure], rms: float, report: Inspection) -> None:
@@ -203,15 +209,13 @@ def _forces(structures: Sequence[Structure], rms: float, report: Inspection) -> 
     zeroed: list[str] = []
     partly: list[str] = []
     for s in structures:
-        if s.forces is None or s.n_atoms < 2:
-            continue
-        silent = ~np.any(s.forces, axis=1) & s.free
-        if silent.any() and not _symmetric(s)[silent].all():
+        silent = _silent(s)
+        if silent.any():
             (zeroed if silent.all() else partly).append(s.name)
     if zeroed:
         report.errors.append(
             f"{len(zeroed)} frames have forces that are all zero though symmetry does not ask for it (a missing label?), the first is "
-            f"{zeroed[0]}"
+            f"{zeroed[0]}. Leave such frames out: {leaving_out(['forces'])}"
         )
     if partly:
         report.warnings.append(
@@ -226,6 +230,20 @@ def _forces(structures: Sequence[Structure], rms: float, report: Inspection) -> 
     nets = [float(np.linalg.norm(s.forces.sum(axis=0))) for s in structures if s.forces is not None and s.n_atoms > 1]
     if nets and np.median(nets) > 0.1 * rms * np.sqrt(np.median([s.n_atoms for s in structures])):
         report.warnings.append(f"the forces of a frame do not sum to zero (median {np.median(nets):.2g} eV/Å): fixed atoms or noisy labels")
+
+
+def has_zeroed_forces(s: Structure) -> bool:
+    """Whether the forces of a frame are all zero though symmetry does not ask for it."""
+    return bool(_silent(s).all())
+
+
+def _silent(s: Structure) -> np.ndarray:
+    """(n_atoms,) which free atoms have exactly zero force, where symmetry does not account for all of these; none without forces, or of an only atom."""
+    none = np.zeros(s.n_atoms, dtype=bool)
+    if s.forces is None or s.n_atoms < 2:
+        return none
+    silent = ~np.any(s.forces, axis=1) & s.free
+    return silent if silent.any() and not _symmetric(s)[silent].all() else none
 
 
 def _symmetric(s: Structure) -> np.ndarray:

@@ -74,6 +74,11 @@ def names_virial(name: str) -> bool:
     return "virial" in name.lower() and "stress" not in name.lower()
 
 
+def leaving_out(labels: Collection[str]) -> str:
+    """The command that leaves frames out of which one of these labels is missing or broken, for messages."""
+    return f"gossamer data convert DATA --out NAME.store --require {' '.join(labels)}"
+
+
 def as_labels(given: LabelConfig | Mapping[str, Any] | None) -> LabelConfig:
     """Names and units of labels, as an object, a dictionary, or by default.
 

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from gossamer.data.lmdb_file import check_lmdb
+from gossamer.data.readers import checked
 from gossamer.data.structure import Structure
 
 OPERATIONS = {
@@ -196,11 +197,11 @@ def _structure(values: dict[str, Any], name: str) -> Structure:
         fixed=None if fixed is None else np.asarray(fixed).astype(bool).ravel(),
         group=None if values.get("sid") is None else str(int(values["sid"])),
         name=name,
-    ).validate()
+    ).validate(labels=False)
 
 
-def read_legacy_lmdb(path: Path | str) -> Iterator[Structure]:
-    """Structures of a legacy OC20 LMDB: atomic_numbers, pos, cell, y (eV), force (eV/Å), fixed.
+def read_legacy_lmdb(path: Path | str, keep_broken: bool = False) -> Iterator[Structure]:
+    """Structures of a legacy OC20 LMDB: atomic_numbers, pos, cell, y (eV), force (eV/Å), fixed. ``keep_broken`` as in `read_structures`.
 
     Raises:
         ImportError: lmdb is not installed.
@@ -221,7 +222,7 @@ def read_legacy_lmdb(path: Path | str) -> Iterator[Structure]:
         ):
             for key, value in transaction.cursor():
                 if key.isdigit():
-                    yield _record(value, f"'{path}' record {key.decode()}")
+                    yield checked(_record(value, f"'{path}' record {key.decode()}"), keep_broken)
     except lmdb.Error as error:
         raise ValueError(f"'{path}' is not a readable LMDB ({error}). It may be truncated: copy it again.") from None
 

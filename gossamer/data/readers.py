@@ -25,15 +25,18 @@ from gossamer.arguments import FILES, at_home, listed
 from gossamer.data.labels import LabelConfig, as_labels, names_virial, refuse_unread
 from gossamer.data.lmdb_file import check_lmdb
 from gossamer.data.npz_file import npz_names, read_npz
-from gossamer.data.structure import Structure, label_fields
+from gossamer.data.structure import Fault, Structure, label_fields
 from gossamer.data.units import label_scales, units_of_database, units_of_npz, with_stated_units
 from gossamer.data.xyz import xyz_frames
 from gossamer.files import COMPRESSIONS, InputError, open_text
-from gossamer.quantities import QUANTITIES
+from gossamer.quantities import OWN, QUANTITIES
 
 log = logging.getLogger(__name__)
-WEIGHTS = ("config_weight", "config_energy_weight", "config_forces_weight", "config_stress_weight", "config_virials_weight")
-"""entries by which MACE weighs frames and their labels; a weight of zero marks a label that is missing"""
+WEIGHTS = {"config_weight": OWN, "weight": OWN, "config_energy_weight": ("energy",), "config_forces_weight": ("forces",),
+           "config_stress_weight": ("stress",), "config_virials_weight": ("stress",)}  # fmt: skip
+"""entries by which MACE (and GPUMD: weight) weighs frames and their labels, and which labels; a weight of zero marks a label that is missing"""
+WEIGHTLESS = "weight 0 of "
+"""what a remark begins with that says which label a frame weighs with zero"""
 HEAD = "head "
 """what a remark begins with that says to which of MACE's heads a frame belongs"""
 CHARGE = "charge "
@@ -42,12 +45,20 @@ WORDS = {"energy": ("energy", "e", "etot"), "forces": ("force", "f"), "stress": 
 """what names of labels contain, or are if they have one letter"""
 
 
-def read_structures(path: Path | str | Sequence[Path | str], labels: LabelConfig | Mapping[str, Any] | None = None) -> Iterator[Structure]:
+def read_structures(
+    path: Path | str | Sequence[Path | str], labels: LabelConfig | Mapping[str, Any] | None = None, keep_broken: bool = False
+) -> Iterator[Structure]:
     """Yield the structures of a file, a folder, or several of them.
 
     Formats by name: extended XYZ (also .xz .gz .bz2), ASE .db and .aselmdb, ASE .traj, VASP (vasprun.xml, OUTCAR), MD17
     and rMD17 .npz, MPtrj .json, a folder of OC20 S2EF files (extxyz with their txt of reference energies), and whatever
     else ASE reads. Of a folder every such file is read; one line of the log says what is not.
+
+    Args:
+        path: File, folder or store, or several.
+        labels: Names and units of the labels.
+        keep_broken: Also yield frames with a label that is not finite, no numbers or of a wrong size, without that label, which
+            ``Structure.faults`` tells; by default the first of them is an error.
 
     Raises:
         TypeError: something else, such as Atoms.
@@ -56,12 +67,17 @@ def read_structures(path: Path | str | Sequence[Path | str], labels: LabelConfig
     labels = as_labels(labels)
     if not isinstance(path, str | Path):
         for item in listed("path", path, FILES, "files or folders"):
-            yield from read_structures(item, labels)
+            yield from read_structures(item, labels, keep_broken)
         return
     path = Path(at_home(path))
     if not path.exists():
         raise FileNotFoundError(f"There is no data file '{path}'.")
-    yield from _named_errors(path, (structure.validate() for structure in _labelled(path, labels)))
+    yield from _named_errors(path, (checked(structure, keep_broken) for structure in _labelled(path, labels)))
+
+
+def checked(structure: Structure, keep_broken: bool) -> Structure:
+    """The structure, if shapes and numbers make sense; labels may be broken if asked for, and are then set aside."""
+    return structure.validate(labels=False).set_aside() if keep_broken else structure.validate()
 
 
 def _labelled(path: Path, labels: LabelConfig) -> Iterator[Structure]:
@@ -117,19 +133,20 @@ def from_atoms(atoms: Atoms, labels: LabelConfig, name: str, extra: dict[str, An
     for constraint in atoms.constraints:
         if isinstance(constraint, FixAtoms) or (isinstance(constraint, FixCartesian) and np.all(constraint.mask)):
             fixed[constraint.index] = True
-    values = {}
+    values: dict[str, Any] = {}
+    faults: dict[str, Fault] = {}
     for label, key in labels.names().items():
         if key in found and found[key] is not None:
-            values[label] = _value(label, found[key], key, atoms, labels, name)
+            value = _value(label, found[key], key, atoms, labels)
+            (faults if isinstance(value, Fault) else values)[label] = value
         elif (
             key != label
             and key not in found
             and not (label in ("forces", "stress") and len(atoms) == 1)
             and (label != "stress" or atoms.pbc.all())
         ):
-            raise ValueError(
-                f"{name}: no entry '{key}' (data.labels.{'virial' if key == labels.virial else label}). Found: {_listed(found)}."
-            )
+            setting = "virial" if key == labels.virial else label
+            faults[label] = Fault(f"no {label}", f"no entry '{key}' (data.labels.{setting}). Found: {_listed(found)}")
     if len(atoms) == 1 and "energy" in values:
         values.setdefault("forces", np.zeros((1, 3)))  # by symmetry, also of a crystal of one atom: files of isolated atoms often have none
     remarks = []
@@ -141,8 +158,10 @@ def from_atoms(atoms: Atoms, labels: LabelConfig, name: str, extra: dict[str, An
         energy_scale = label_scales(labels)[0]
         if abs(energy_scale * float(free) - values["energy"]) > 1e-3 * len(atoms):
             remarks.append("another free energy")
-    if any(found[key] != 1 for key in WEIGHTS if key != labels.weight and isinstance(found.get(key), int | float | np.number)):
+    weights = {key: found[key] for key in WEIGHTS if key != labels.weight and isinstance(found.get(key), int | float | np.number)}
+    if any(weight != 1 for weight in weights.values()):
         remarks.append("a weight of its own")
+    remarks += {f"{WEIGHTLESS}{label}": None for key, weight in weights.items() if weight == 0 for label in WEIGHTS[key]}
     if isinstance(found.get("head"), str):
         remarks.append(f"{HEAD}{found['head']}")
     charge = next((found[key] for key in ("charge", "total_charge") if isinstance(found.get(key), int | float | np.number)), 0)
@@ -161,6 +180,7 @@ def from_atoms(atoms: Atoms, labels: LabelConfig, name: str, extra: dict[str, An
         group=None if group is None else str(group),
         weight=1.0 if labels.weight is None else _weight(found, labels.weight, name),
         name=name,
+        faults=faults,
         entries=tuple(sorted(str(key) for key in found if key not in ("numbers", "positions", *labels.names().values()))),
         remarks=tuple(remarks),
     )
@@ -196,42 +216,29 @@ def suggestion(label: str, entries: Sequence[str]) -> str:
     return f"found {shown}: if {alike[0]} is it, say --{option} {alike[0]} (data.labels.{option}: {alike[0]})"
 
 
-def _value(label: str, stored: Any, key: str, atoms: Atoms, labels: LabelConfig, name: str) -> Any:
-    """One label in our units and sign.
-
-    Raises:
-        ValueError: not numbers, or not as many as the quantity has.
-    """
+def _value(label: str, stored: Any, key: str, atoms: Atoms, labels: LabelConfig) -> Any:
+    """One label in our units and sign; a `Fault` where there are no numbers, or not as many as the quantity has."""
     try:
         value = np.asarray(stored, dtype=np.float64)
         if np.asarray(stored).dtype == bool:
             raise TypeError("true or false is no number")
     except (TypeError, ValueError):
-        raise ValueError(f"{name}: '{key}' holds {str(stored)[:40]!r}, expected numbers ({label}).") from None
+        return Fault(f"{label} is no number", f"'{key}' holds {str(stored)[:40]!r}, expected numbers ({label})")
     energy_scale, length_scale, force_scale, stress_scale = label_scales(labels)
+    shape = QUANTITIES[label].full_shape(len(atoms))
+    expected = {"energy": "one total energy", "stress": "9 (3 x 3) or 6 (xx, yy, zz, yz, xz, xy)"}.get(label, f"{list(shape)} ({label})")
+    if label != "forces" and value.size != np.prod(shape) and not (label == "stress" and value.size == 6):
+        return Fault(f"{label} of another size", f"'{key}' holds {value.size} numbers, expected {expected}")
     if label == "energy":
-        if value.size != 1:
-            raise ValueError(f"{name}: '{key}' holds {value.size} numbers, expected one total energy.")
         return float(value.reshape(())) * energy_scale
     if label == "forces":
         return value * force_scale
     if label == "stress":
-        stress = _full_stress(value, name, key) * stress_scale
+        stress = stress_scale * (value.reshape(3, 3) if value.size == 9 else voigt_6_to_full_3x3_stress(value.reshape(6)))
         if not labels.is_virial():
             return stress
         return stress / (atoms.get_volume() * length_scale**3) if atoms.cell.rank == 3 else None
-    shape = QUANTITIES[label].full_shape(len(atoms))
-    if value.size != np.prod(shape):
-        raise ValueError(f"{name}: '{key}' holds {value.size} numbers, expected {list(shape)} ({label}).")
     return value.reshape(shape)
-
-
-def _full_stress(value: np.ndarray, name: str, key: str) -> np.ndarray:
-    if value.size == 9:
-        return value.reshape(3, 3)
-    if value.size == 6:
-        return voigt_6_to_full_3x3_stress(value.reshape(6))
-    raise ValueError(f"{name}: '{key}' holds {value.size} numbers, expected 9 (3 x 3) or 6 (xx, yy, zz, yz, xz, xy).")
 
 
 def _listed(found: Mapping[str, Any]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from ase import Atoms
@@ -13,6 +13,7 @@ from ase.constraints import FixAtoms
 from ase.stress import full_3x3_to_voigt_6_stress
 from numpy.typing import NDArray
 
+from gossamer.data.labels import leaving_out
 from gossamer.neighbors import neighbor_list
 from gossamer.quantities import OWN, QUANTITIES
 
@@ -21,6 +22,15 @@ REACH = 6.0
 
 UNNAMED = "structure"
 """name of one that was given none"""
+
+
+class Fault(NamedTuple):
+    """Why a label that a file holds, or that was asked for by its name, cannot be used."""
+
+    reason: str
+    """in a few words, by which frames are counted"""
+    text: str
+    """in a sentence"""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -53,6 +63,8 @@ class Structure:
     """names of what else the file holds for the frame, for messages"""
     remarks: tuple[str, ...] = ()
     """what reading met in the frame's labels, which inspection counts (`inspection.REMARKS`)"""
+    faults: Mapping[str, Fault] = field(default_factory=dict)
+    """labels that could not be read, by quantity: such a frame is refused, unless it was asked for (`validate`, `set_aside`)"""
 
     @property
     def labels(self) -> dict[str, Any]:
@@ -87,8 +99,11 @@ class Structure:
         cell = self.cell if self.pbc.all() else 3 * cutoff * np.eye(3)
         return replace(self, stress=np.zeros((3, 3)), cell=cell, pbc=np.ones(3, dtype=bool))
 
-    def validate(self) -> Structure:
+    def validate(self, labels: bool = True) -> Structure:
         """Return self if shapes and numbers make sense.
+
+        Args:
+            labels: Also those of the labels.
 
         Raises:
             ValueError: names the structure, what is wrong, and where.
@@ -99,26 +114,32 @@ class Structure:
         n = self.n_atoms
         if n == 0:
             raise ValueError(f"{self.name}: no atoms. Remove the frame.")
+        if self.atomic_numbers.shape != (n,):
+            raise ValueError(f"{self.name}: atomic_numbers has shape {self.atomic_numbers.shape}, expected ({n},).")
         if self.atomic_numbers.min() < 1 or self.atomic_numbers.max() > 118:
             bad = int(self.atomic_numbers[(self.atomic_numbers < 1) | (self.atomic_numbers > 118)][0])
             raise ValueError(f"{self.name}: atomic number {bad} is not between 1 and 118.")
-        shapes: dict[str, tuple[Any, tuple[int, ...]]] = {
-            "positions": (self.positions, (n, 3)),
-            "cell": (self.cell, (3, 3)),
-            **{label: (value, QUANTITIES[label].full_shape(n)) for label, value in self.labels.items()},
-        }
-        for label, (value, shape) in shapes.items():
-            if np.shape(value) != shape:
-                raise ValueError(f"{self.name}: {label} has shape {np.shape(value)}, expected {shape}.")
-            if not np.isfinite(value).all():
-                where = [int(i) for i in np.argwhere(~np.isfinite(value))[0]]
-                raise ValueError(f"{self.name}: {label}{where or ''} is not finite. Remove the frame or repair the label.")
+        for part, shape in (("positions", (n, 3)), ("cell", (3, 3))):
+            if (fault := _fault(part, getattr(self, part), shape)) is not None:
+                raise ValueError(f"{self.name}: {fault.text}. Remove the frame, or mend it.")
         if self.pbc.any() and np.linalg.matrix_rank(self.cell[self.pbc], tol=1e-6) < self.pbc.sum():
             raise ValueError(
                 f"{self.name}: periodic along {np.flatnonzero(self.pbc).tolist()}, but the cell {self.cell.tolist()} has no "
                 'volume there. Give the Lattice, or set pbc="F F F".'
             )
+        for label, fault in self.set_aside().faults.items() if labels else ():
+            raise ValueError(f"{self.name}: {fault.text}. Mend it, or leave such frames out: {leaving_out([label])}")
         return self
+
+    def set_aside(self) -> Structure:
+        """Itself; labels of a wrong shape or with numbers that are not finite are taken out, and said in ``faults``."""
+        values = self.labels
+        found = {label: _fault(label, value, QUANTITIES[label].full_shape(self.n_atoms)) for label, value in values.items()}
+        wrong = {label: fault for label, fault in found.items() if fault is not None}
+        if not wrong:
+            return self
+        rest = {label: value for label, value in values.items() if label not in wrong}
+        return replace(self, **label_fields(rest), faults={**self.faults, **wrong})
 
     def to_ase(self) -> Atoms:
         """The structure as ASE Atoms whose calculator holds energy, forces and stress; further labels are in arrays and info.
@@ -137,6 +158,16 @@ class Structure:
         for name, value in self.extras.items():
             (atoms.arrays if QUANTITIES[name].per == "atom" else atoms.info)[name] = value
         return atoms
+
+
+def _fault(name: str, value: Any, shape: tuple[int, ...]) -> Fault | None:
+    """What is wrong with an array of numbers; None if nothing is."""
+    if np.shape(value) != shape:
+        return Fault(f"{name} of another shape", f"{name} has shape {np.shape(value)}, expected {shape}")
+    if not np.isfinite(value).all():
+        where = [int(i) for i in np.argwhere(~np.isfinite(value))[0]]
+        return Fault(f"{name} not finite", f"{name}{where or ''} is not finite")
+    return None
 
 
 def label_fields(labels: Mapping[str, Any]) -> dict[str, Any]:
