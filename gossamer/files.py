@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bz2
 import errno
+import filecmp
 import gzip
 import hashlib
 import io
@@ -19,6 +20,7 @@ import sys
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +52,24 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
         sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def keeping_before(path: Path | str) -> Iterator[Path]:
+    """As ``atomic_path``; what ``path`` held, if it was something else, gets the first free name of NAME.previous, NAME.previous-2 ..."""
+    path = Path(path)
+    with atomic_path(path) as temporary:
+        yield temporary
+        if path.exists() and not filecmp.cmp(temporary, path, shallow=False):
+            set_aside(path)
+
+
+def set_aside(path: Path) -> None:
+    """Rename a file that is in the way, and say so."""
+    names = (path.with_name(f"{path.name}.previous{f'-{k}' if k > 1 else ''}") for k in count(1))
+    free = next(name for name in names if not name.exists())
+    path.rename(free)
+    log.warning("'%s' was there before: it is called '%s' now", path, free.name)
 
 
 @contextmanager

@@ -24,7 +24,7 @@ from gossamer.data.readers import suggestion
 from gossamer.data.statistics import compute_statistics, find_limits, widened
 from gossamer.data.structure import Structure, spread
 from gossamer.evaluation import evaluate_potential
-from gossamer.files import atomic_path, locked, write_json
+from gossamer.files import keeping_before, locked, set_aside, write_json
 from gossamer.potential import DTYPES, Potential
 from gossamer.potential_file import check_sizes, load, read_manifest, save, save_again
 from gossamer.random_stream import RandomStream
@@ -350,13 +350,18 @@ def check_statistics(path: Path, potential: Potential) -> None:
 
 
 def write_start(config: Config, folder: Path, frames: Frames, potential: Potential, tuning: dict[str, Any], resumed: bool) -> None:
-    """What is known before the first step: settings, frames kept aside, errors of the start of fine-tuning."""
-    save_config(config, folder / "config.yaml")
+    """What is known before the first step: settings, frames kept aside, errors of the start of fine-tuning.
+
+    What a folder of the user's holds under these names, or a run left that ended before its first checkpoint, is kept.
+    """
+    with nullcontext(folder / "config.yaml") if resumed else keeping_before(folder / "config.yaml") as path:
+        save_config(config, path)
     path = folder / VALID
     if not (resumed and path.exists()) and not _reads(config, path):
-        path.unlink(missing_ok=True)  # of a run that ended before its first checkpoint
         if config.data.valid is None:
             write_frames(frames.valid, path)
+        elif path.exists():
+            set_aside(path)
     if tuning and not resumed:
         tuning["before"] = tuning_errors(potential, frames.valid, frames.old, config.loss.free_atoms_only)
         write_json(folder / "finetune.json", tuning)
@@ -375,7 +380,7 @@ def write_frames(structures: Sequence[Structure], path: Path) -> None:
     chosen = spread(n, MOST_VALID)
     if n > MOST_VALID:
         log.info("'%s' holds %d of the %d validation frames", path, len(chosen), n)
-    with atomic_path(path) as temporary:
+    with keeping_before(path) as temporary:
         ase.io.write(temporary, [structures[k].to_ase() for k in chosen], format="extxyz")
 
 

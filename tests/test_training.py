@@ -212,6 +212,24 @@ def test_validation_frames_are_those_of_the_run(tmp_path: Path) -> None:
             assert (folder / "valid.extxyz").exists() == (Path(valid).parent == folder)
 
 
+def test_files_of_the_user_in_the_folder_of_a_run_are_kept(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """With ``out: .`` a hand-written config.yaml and a valid.extxyz beside the training data were written over."""
+    config, own = tmp_path / "config.yaml", tmp_path / "valid.extxyz"
+    text = "# mine\n" + json.dumps(settings(tmp_path, steps=1))
+    config.write_text(text)
+    ase.io.write(own, ase.io.read(ETHANOL, ":3"))
+    frames = own.read_text()
+    train(config, progress=False)
+    assert (tmp_path / "config.yaml.previous").read_text() == text
+    assert (tmp_path / "valid.extxyz.previous").read_text() == frames
+    assert "'valid.extxyz.previous' now" in caplog.text
+    for name in ("potential", "checkpoint"):
+        (tmp_path / f"{name}.safetensors").unlink()
+    train(config, ["training.seed=2"], progress=False)
+    assert {p.name for p in tmp_path.glob("*.previous*")} == {"config.yaml.previous", "config.yaml.previous-2", "valid.extxyz.previous"}
+    assert (tmp_path / "config.yaml.previous").read_text() == text
+
+
 def test_faults_of_test_data_show_before_training(tmp_path: Path) -> None:
     frames = [s.to_ase() for s in read_structures(ETHANOL)][90:93]
     for atoms in frames:
