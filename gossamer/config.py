@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,33 @@ def make_config(values: Mapping[str, Any], overrides: Sequence[str] = ()) -> Con
             raise ValueError(f"model.{name} is {value}, which has no effect beside {reason}. Leave one of the two out.")
     # from a preset: it is written as by default, so that what a run writes can be read
     return build(Config, {**merged, "model": {k: v for k, v in merged["model"].items() if k not in unused}})
+
+
+def without_effect(config: Config) -> list[str]:
+    """Settings of a run that differ from their defaults and change nothing beside others, in words."""
+    data, potential, loss, training = config.data, config.potential, config.loss, config.training
+    schedule = training.schedule
+    rules: tuple[tuple[bool, str, str, Any, tuple[str, ...]], ...] = (
+        (data.valid is not None, "data.valid", "data", data, ("valid_fraction", "valid_size", "split")),
+        (data.valid_size is not None, "data.valid_size", "data", data, ("valid_fraction",)),
+        (not potential.zbl, "potential.zbl false", "potential", potential, ("zbl_radius", "zbl_power", "zbl_order")),
+        (potential.long_range is None, "no potential.long_range", "potential", potential, ("charge_smearing", "net_charge")),
+        (loss.kind in ("l1", "mse"), f"loss.kind {loss.kind}", "loss", loss, ("huber_delta", "stress_huber_delta")),
+        (loss.stress == 0, "loss.stress 0", "loss", loss, ("stress_huber_delta",)),
+        (loss.energy == 0, "loss.energy 0", "loss", loss, ("energy_per_atom",)),
+        (schedule.kind != "plateau", f"training.schedule.kind {schedule.kind}", "training.schedule", schedule, ("factor", "patience")),
+        (schedule.kind == "constant", "training.schedule.kind constant", "training.schedule", schedule, ("final",)),
+        (schedule.warmup_steps == 0, "training.schedule.warmup_steps 0", "training.schedule", schedule, ("initial",)),
+        (training.minutes is not None, "training.minutes", "training", training, ("steps", "valid_every", "checkpoint_every")),
+        (training.minutes is None, "no training.minutes", "training", training, ("clock",)),
+    )
+    found: dict[str, str] = {}
+    for idle, reason, where, part, names in rules:
+        defaults = {f.name: f.default for f in fields(part)}
+        for name in names if idle else ():
+            if getattr(part, name) != defaults[name]:
+                found.setdefault(f"{where}.{name}", f"{where}.{name} is {getattr(part, name)}, which has no effect beside {reason}")
+    return list(found.values())
 
 
 def _apply(override: str, values: dict[str, Any]) -> None:

@@ -17,7 +17,7 @@ import torch
 from gossamer import __version__
 from gossamer.arguments import as_path
 from gossamer.calibration import measure_uncertainty
-from gossamer.config import Config, load_config, make_config, save_config
+from gossamer.config import Config, load_config, make_config, save_config, without_effect
 from gossamer.data.dataset import Subset, digest, load_data, open_dataset, require_labels, without
 from gossamer.data.fingerprint import SeenFrames
 from gossamer.data.readers import suggestion
@@ -27,6 +27,7 @@ from gossamer.evaluation import evaluate_potential
 from gossamer.files import keeping_before, locked, set_aside, write_json
 from gossamer.potential import DTYPES, Potential
 from gossamer.potential_file import check_sizes, load, read_manifest, save, save_again
+from gossamer.quantities import QUANTITIES
 from gossamer.random_stream import RandomStream
 from gossamer.settings import build, to_dict
 from gossamer.training.finetune import Concatenated, adapt_statistics, choose_replay, choose_weights, merge_adapters, transfer_weights
@@ -40,6 +41,8 @@ POTENTIAL = "potential.safetensors"
 VALID = "valid.extxyz"
 MOST_VALID = 10_000
 """validation frames written to a run's folder"""
+SOME = 100
+"""training frames that are looked at for labels which the loss does not need"""
 
 
 def train(
@@ -76,6 +79,8 @@ def train(
         check_free(folder)
     check_loss(config)
     check_schedule(config)
+    for sentence in without_effect(config):
+        log.warning("%s", sentence)
     frames = read_frames(config)
     if not chosen:  # a program, such as `fit`, has said what it leaves out
         say_unused(frames, config)
@@ -173,8 +178,9 @@ def read_frames(config: Config) -> Frames:
 
 def say_unused(frames: Frames, config: Config) -> None:
     """Say which labels are there and not learned from."""
-    for label in frames.train[0].labels:
-        if label not in config.loss.needed():
+    some = [frames.train[k].labels for k in spread(len(frames.train), SOME)]  # the first may be an isolated atom, with an energy alone
+    for label in QUANTITIES:
+        if any(label in labels for labels in some) and label not in config.loss.needed():
             log.warning("%s labels are in the data but not in the loss (loss.%s is 0)", label, label)
 
 

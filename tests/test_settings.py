@@ -12,7 +12,7 @@ import pytest
 import torch
 from pydantic import Field
 
-from gossamer.config import load_config, make_config, save_config
+from gossamer.config import load_config, make_config, save_config, without_effect
 from gossamer.flags import add_flags, from_flags
 from gossamer.models import MODELS
 from gossamer.potential import PotentialConfig
@@ -144,6 +144,24 @@ def test_numbers_that_no_run_could_use_are_refused(setting: str, message: str) -
 
 
 # --- settings without effect ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("override", "reason"),
+    [
+        ("training.schedule.patience=9", "training.schedule.patience is 9, which has no effect beside training.schedule.kind cosine"),
+        ("loss={kind: l1, huber_delta: 0.1}", "loss.huber_delta is 0.1, which has no effect beside loss.kind l1"),
+        ("loss.stress_huber_delta=0.1", "loss.stress_huber_delta is 0.1, which has no effect beside loss.stress 0"),
+        ("potential={zbl: false, zbl_radius: 0.7}", "potential.zbl_radius is 0.7, which has no effect beside potential.zbl false"),
+        ("potential.charge_smearing=2", "potential.charge_smearing is 2.0, which has no effect beside no potential.long_range"),
+        ("training={minutes: 1, steps: 500}", "training.steps is 500, which has no effect beside training.minutes"),
+        ("training.clock=cpu", "training.clock is cpu, which has no effect beside no training.minutes"),
+        ("data={train: a, valid: b, split: group}", "data.split is group, which has no effect beside data.valid"),
+        ("training.schedule={kind: plateau, patience: 9}", None),
+    ],
+)
+def test_settings_of_a_run_without_effect_are_said(override: str, reason: str | None) -> None:
+    assert without_effect(make_config({"data": {"train": "a"}}, [override])) == ([] if reason is None else [reason])
 
 
 @pytest.mark.parametrize(

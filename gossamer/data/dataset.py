@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
@@ -149,8 +150,6 @@ def load_data(config: DataConfig, cutoff: float = REACH) -> tuple[Sequence[Struc
         if part is not None and len(part) == 0:
             raise ValueError(f"data.{name} ({getattr(config, name)!r}) holds no structures. Give some, or leave it out.")
     if given is not None:
-        if config.valid_size is not None or config.split == "group":
-            log.warning("data.valid names the validation frames, so that nothing is split off: data.valid_size and data.split are not used")
         train, valid = everything, given
     else:
         train, valid = split(everything, config, cutoff)
@@ -341,18 +340,21 @@ def require_labels(
     """How many structures lack each needed label and may: anything with ``missing`` "skip", else the stress of what has no volume.
 
     Raises:
-        ValueError: naming the first frame that lacks one and may not; isolated atoms (``cutoff`` in Å) need no stress.
+        ValueError: naming the first frame that lacks one and may not, and how many do; isolated atoms (``cutoff`` in Å) need no stress.
     """
-    lacking = dict.fromkeys(needed, 0)
+    lacking, refused = dict.fromkeys(needed, 0), dict.fromkeys(needed, 0)
+    first: dict[str, Structure] = {}
     for structure in structures:
         for label in needed:
-            if not structure.lacks(label, cutoff):
-                continue
-            lacking[label] += 1
-            if missing == "error" and (label != "stress" or structure.pbc.all()):
-                raise ValueError(
-                    f"{structure.name} has no {label}, but {why.format(label=label)}. Set that weight to 0, say under which name it is stored "
-                    f"(data.labels.{label}), learn it from the frames that have it (loss.missing: skip), or leave out frames without: "
-                    f"{leaving_out(needed)}." + (f" In the file: {hint}." if (hint := suggestion(label, structure.entries)) else "")
-                )
+            if structure.lacks(label, cutoff):
+                lacking[label] += 1
+                if missing == "error" and (label != "stress" or structure.pbc.all()):
+                    first.setdefault(label, structure)
+                    refused[label] += 1
+    for label, structure in first.items():
+        raise ValueError(
+            f"{structure.name} has no {label}, but {why.format(label=label)}: {refused[label]} of {len(structures)} frames have none. Set that weight "
+            f"to 0, say under which name it is stored (data.labels.{label}), learn it from the frames that have it (loss.missing: skip), or leave "
+            f"out frames without: {leaving_out(needed)}." + (f" In the file: {hint}." if (hint := suggestion(label, structure.entries)) else "")
+        )
     return lacking
