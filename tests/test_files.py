@@ -92,6 +92,16 @@ def test_parts_of_dead_processes_are_removed(tmp_path: Path) -> None:
         assert [p.name for p in tmp_path.glob(".x*")] == [temporary.name]
 
 
+def test_errors_of_a_full_disk_name_the_file(tmp_path: Path) -> None:
+    """Writing to an open file fails without a name, opening a temporary one with that."""
+    for given in ((), (str(tmp_path / "a.json"),)):
+        with pytest.raises(OSError) as raised, atomic_path(tmp_path / "a.json") as temporary:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), *(str(temporary) for _ in given))
+        assert explain(raised.value).startswith(f"'{tmp_path / 'a.json'}': No space left on device. Free some space")
+    with pytest.raises(FileNotFoundError, match="other"), atomic_path(tmp_path / "a.json"):
+        (tmp_path / "other").read_text()
+
+
 def test_errors_of_the_system_say_what_to_do(tmp_path: Path) -> None:
     assert explain(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "a.npz")).startswith(
         "'a.npz': No space left on device. Free some space"

@@ -53,7 +53,7 @@ from gossamer.training.matrices import weight_matrices
 from gossamer.training.muon import orthogonalized
 from gossamer.training.optim import EMA, Clipper, Schedule, ScheduleConfig, make_optimizer
 from gossamer.training.process_group import ProcessGroup, shares
-from gossamer.training.progress import Bar, expected_error
+from gossamer.training.progress import Bar, Log, expected_error
 from gossamer.training.state import LATER
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -1406,6 +1406,16 @@ def test_muon_splits_by_meaning() -> None:
     assert [len(m) for m in found[last](last)] == layer.convolution.convolution.channels
     maps = layer.self_connection[0].weight
     assert [tuple(m.shape) for m in found[maps](maps)] == [(maps.shape[0], maps.shape[2])] * maps.shape[1]
+
+
+def test_a_row_of_the_log_that_was_cut_is_made_again(tmp_path: Path) -> None:
+    """As a machine leaves it that loses its power: with it, the first validation of a resumed run ended in a TypeError."""
+    writer = Log(tmp_path, 0, False, False)
+    writer.write({"step": 5, "valid_forces_mae": 3.0})
+    whole = (tmp_path / "log.csv").read_text()
+    for cut in ("1", "10,0.2", "\0\0\0"):
+        (tmp_path / "log.csv").write_text(whole + cut)
+        assert [row["step"] for row in Log(tmp_path, 100, False, False).rows] == ["5"]
 
 
 @pytest.mark.parametrize("name", ["tensorboard", "wandb"])

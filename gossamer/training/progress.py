@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from gossamer.files import write_text
+from gossamer.files import naming, write_text
 from gossamer.quantities import QUANTITIES
 
 log = logging.getLogger(__name__)
@@ -41,7 +41,8 @@ class Log:
         self.rows: list[dict[str, Any]] = []
         if step > 0 and self.path.exists():
             with open(self.path, encoding="utf-8", newline="") as file:
-                self.rows = [row for row in csv.DictReader(file) if int(row["step"]) <= step]
+                whole = [row for row in csv.DictReader(file) if None not in row.values()]  # the last one may have been cut
+                self.rows = [row for row in whole if row["step"].isdecimal() and int(row["step"]) <= step]
         text = io.StringIO()
         writer = csv.DictWriter(text, columns())
         writer.writeheader()
@@ -73,9 +74,8 @@ class Log:
     def write(self, row: dict[str, Any]) -> None:
         """Add a row of ``columns``."""
         self.rows.append(row)
-        with open(self.path, "a", encoding="utf-8", newline="") as file:
+        with naming(self.path), open(self.path, "a", encoding="utf-8", newline="") as file:
             csv.DictWriter(file, columns()).writerow(row)
-            file.flush()
         for writer in self.writers:
             writer(row)
 
