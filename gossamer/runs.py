@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -102,6 +103,8 @@ def train(
         def save_best(best: Potential) -> None:
             save(merge_adapters(best), folder / POTENTIAL, checks, settings)
 
+        if resumed:
+            replace_lost(state, folder / POTENTIAL, group, save_best)
         try:
             run_training(state, frames.train, frames.valid, config.loss, config.training, group, folder, identity, save_best, progress)
         except KeyboardInterrupt:
@@ -353,6 +356,16 @@ def check_statistics(path: Path, potential: Potential) -> None:
             f"'{path}' has other reference energies or another scale of energy than gossamer {__version__} finds in the same data: the run was "
             "begun with an older one. Finish it with that, or fine-tune its potential (finetune.start)."
         )
+
+
+def replace_lost(state: State, path: Path, group: ProcessGroup, save_best: Callable[[Potential], None]) -> None:
+    """Where the saved potential of a run that goes on is gone, the averaged weights take its place, until a validation finds others."""
+    if not group.broadcast(float(state.best < math.inf and not path.exists())):
+        return
+    state.best, state.stale = math.inf, 0
+    if group.rank == 0:
+        log.warning("'%s' is gone: the averaged weights of the checkpoint take its place, and those of the next validation", path)
+        save_best(state.ema.module)
 
 
 def write_start(config: Config, folder: Path, frames: Frames, potential: Potential, tuning: dict[str, Any], resumed: bool) -> None:

@@ -312,6 +312,26 @@ def test_resume_refuses_other_scales(tmp_path: Path) -> None:
         check_statistics(path, potential)
 
 
+@pytest.mark.parametrize("step", [45, 60])
+def test_a_potential_that_is_gone_is_made_again(
+    step: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Moved away to be used, say: the run ended without one, and said that no validation had a number."""
+    config, path = settings(tmp_path / "run", uncertainty=False), tmp_path / "run" / "potential.safetensors"
+    if step < 60:
+        interrupt(monkeypatch, config, step)
+    else:
+        train(config, progress=False)
+    path.unlink()
+    train(config, resume=True, progress=False)
+    assert "is gone: the averaged weights" in caplog.text
+    averaged = {
+        k.removeprefix("ema."): v for k, v in load_file(tmp_path / "run" / "checkpoint.safetensors").items() if k.startswith("ema.")
+    }
+    saved = load_file(path)
+    assert all(torch.equal(saved[f"network.{k}"], v) for k, v in averaged.items())
+
+
 def test_damaged_checkpoint_points_to_the_one_before(tmp_path: Path) -> None:
     """Cut short, or with a single bit flipped in a weight, in the optimiser, in the numbers beside them."""
     config = settings(tmp_path / "run", steps=20)
