@@ -77,16 +77,8 @@ def fit(
         ValueError: inspection found errors, the model is unknown, ``speed`` or ``accuracy`` beside each other, a model or a start, or a
             run to go on with that other arguments began.
     """
-    asked = [name for name, given in (("speed", speed), ("accuracy", accuracy)) if given]
-    if asked and (model is not None or start is not None):
-        raise ValueError(f"{asked[0]} chooses the network, and {'model' if start is None else 'start'} names one: leave one of them out.")
-    if len(asked) > 1:
-        raise ValueError("speed takes a smaller network than fit's own, accuracy a larger one: leave one of them out, or both.")
+    _check_network(model, start, speed, accuracy)
     labels = None if labels is None else as_labels(labels)
-    if model is not None and not isinstance(model, str):
-        raise TypeError(f"model: expected the name of a network, found {said(model)}.")
-    if model is not None and model.split("/")[0] not in MODELS:
-        raise ValueError(f"model '{model}' is unknown. Choose one of {', '.join(MODELS)}.")
     method = {k: v for k, v in (("functional", functional), ("dispersion", dispersion)) if v is not None}
     minutes = None if minutes is None else positive("minutes", minutes)
     weights = None if weights is None else listed("weights", weights, (str,), "names of weights")
@@ -116,6 +108,19 @@ def fit(
     )  # fmt: skip
     log.info("training for %g minutes; settings are in '%s'", minutes, folder / "config.yaml")
     return train(config, progress=progress)
+
+
+def _check_network(model: str | None, start: Path | str | None, speed: bool, accuracy: bool) -> None:
+    """Refuse arguments of `fit` that name no network, or more than one."""
+    asked = [name for name, given in (("speed", speed), ("accuracy", accuracy)) if given]
+    if asked and (model is not None or start is not None):
+        raise ValueError(f"{asked[0]} chooses the network, and {'model' if start is None else 'start'} names one: leave one of them out.")
+    if len(asked) > 1:
+        raise ValueError("speed takes a smaller network than fit's own, accuracy a larger one: leave one of them out, or both.")
+    if model is not None and not isinstance(model, str):
+        raise TypeError(f"model: expected the name of a network, found {said(model)}.")
+    if model is not None and model.split("/")[0] not in MODELS:
+        raise ValueError(f"model '{model}' is unknown. Choose one of {', '.join(MODELS)}.")
 
 
 def _finetuning(

@@ -120,15 +120,7 @@ def train(
             "out": str(folder),
         }
         if group.rank == 0:
-            if not (folder / POTENTIAL).exists():
-                raise RuntimeError(
-                    f"'{folder}' has no potential: at no validation was the error a number. Look at the validation frames (gossamer data inspect), or "
-                    "lower training.learning_rate."
-                )
-            if config.training.uncertainty:
-                log.info("measuring what the potential's uncertainties are worth, and its last errors")
-                add_uncertainty(folder / POTENTIAL, frames, group.device, config.loss.free_atoms_only)
-            results |= step_times(state) | final_errors(folder, frames, tuning, group.device, config.loss.free_atoms_only)
+            results |= step_times(state) | measure(config, folder, frames, tuning, group.device)
             write_json(folder / "results.json", results)
         return results
 
@@ -409,6 +401,23 @@ def step_times(state: State) -> dict[str, Any]:
     return {
         "step_ms": 1000 * step, "first_step_seconds": round(state.first_seconds, 1), "compiled": state.forward.compiled is not None,
     }  # fmt: skip
+
+
+def measure(config: Config, folder: Path, frames: Frames, tuning: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """What the potential that a run has saved is worth: its uncertainty, which goes into its file, and its errors.
+
+    Raises:
+        RuntimeError: there is none.
+    """
+    if not (folder / POTENTIAL).exists():
+        raise RuntimeError(
+            f"'{folder}' has no potential: at no validation was the error a number. Look at the validation frames (gossamer data inspect), or "
+            "lower training.learning_rate."
+        )
+    if config.training.uncertainty:
+        log.info("measuring what the potential's uncertainties are worth, and its last errors")
+        add_uncertainty(folder / POTENTIAL, frames, device, config.loss.free_atoms_only)
+    return final_errors(folder, frames, tuning, device, config.loss.free_atoms_only)
 
 
 def add_uncertainty(path: Path, frames: Frames, device: torch.device, free_atoms_only: bool = False) -> None:
