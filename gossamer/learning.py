@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 
 from gossamer.arguments import FILES, as_path, listed, said
 from gossamer.checks.run_page import Report, plot_curves
-from gossamer.checks.source import find_sources
+from gossamer.checks.source import CalculatorInMemory, find_sources
 from gossamer.config import load_config, make_config
 from gossamer.data.atoms import read_frames
 from gossamer.data.dataset import open_dataset
@@ -73,8 +73,8 @@ def learn(
     Args:
         start: Saved potential with an uncertainty.
         structures: From which walks start: files (their first frames) or Atoms, or one.
-        label: ASE calculator as `gossamer judge` takes them, "module:factory" or "module:factory(...)", or a calculator; of that only the
-            class is compared where a folder goes on.
+        label: ASE calculator as `gossamer judge` takes them, "module:factory" or "module:factory(...)", or a calculator; where a folder goes
+            on, that is known again by its class and its parameters, or without these by its energies of a few clusters.
         data: Labelled frames that the start was trained on, to be trained on again; labels must be those of the calculator.
         config: Options as an object; ``LearnConfig`` says which there are.
         options: Options by name; they replace those of ``config``.
@@ -112,7 +112,9 @@ def learn(
     question = {"start": checksum(start)[:16], "structures": files, "label": label if isinstance(label, str) else source.fingerprint, "data": None if data is None else as_path("data", data, "a file of labelled frames").name,
                 "contents": contents, "atoms": atoms, **to_dict(config)}  # fmt: skip
     with locked(config.out):
-        _check_question(config.out / "question.json", question)
+        before = config.out / "question.json"
+        question |= _known_by(source.make, sorted({s for a in walkers for s in a.symbols}), before)
+        _check_question(before, question)
         for number in range(1, config.rounds + 1):
             folder = config.out / f"round-{number:02d}"
             done = folder / "round.json"
@@ -130,11 +132,26 @@ def learn(
     return {"out": str(config.out), "held": held, "rounds": len(curve), "n_labelled": sum(r["n_labelled"] for r in curve)}
 
 
+KNOWN_BY = "label_settings", "label_energies"
+"""entries of a question by which a calculator in memory is known again"""
+
+
+def _known_by(make: Any, symbols: Sequence[str], path: Path) -> dict[str, Any]:
+    """Settings of a calculator in memory, and where it has none energies of clusters: those of the question before, if it still has them."""
+    if not isinstance(make, CalculatorInMemory):
+        return dict.fromkeys(KNOWN_BY)
+    settings = make.settings()
+    if settings:
+        return dict(zip(KNOWN_BY, (settings, None), strict=True))
+    before = json.loads(path.read_text(encoding="utf-8")).get(KNOWN_BY[1]) if path.exists() else None
+    return dict(zip(KNOWN_BY, (settings, before if before and make.alike(before) else make.probed(symbols)), strict=True))
+
+
 def _check_question(path: Path, question: dict[str, Any]) -> None:
     """Refuse to go on with what other settings began; how many rounds, and on which device, may change."""
     asked = {k: v for k, v in question.items() if k not in ("out", "rounds", "device")}
     before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else asked
-    before = {name: asked[name] for name in ("contents", "atoms")} | before  # older folders do not know them
+    before = {name: asked[name] for name in ("contents", "atoms", *KNOWN_BY)} | before  # older folders do not know them
     differ = [f"{k} {before.get(k)} (now {asked[k]})" for k in asked if before.get(k) != asked[k]]
     if differ:
         raise InputError(

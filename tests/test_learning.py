@@ -12,10 +12,14 @@ import pytest
 from ase import Atoms
 from ase.build import bulk
 from ase.calculators.emt import EMT
+from ase.calculators.lj import LennardJones
+from ase.calculators.mixing import SumCalculator
 from ase.io import read, write
 from conftest import make_potential
 
+from gossamer import learning
 from gossamer.calibration import measure_uncertainty
+from gossamer.checks.source import CalculatorInMemory
 from gossamer.data.readers import read_structures
 from gossamer.files import InputError
 from gossamer.learning import farthest, learn
@@ -105,6 +109,40 @@ def test_a_loop_and_the_same_again(start: dict[str, Any]) -> None:
     with pytest.raises(InputError, match="begun with other settings: contents"):
         learn(**start)
     assert Counting.calls == calls
+
+
+class Bare(Counting):
+    """Without parameters, as calculators of other potentials are."""
+
+    def __init__(self, scale: float = 1.0) -> None:
+        super().__init__()
+        self.parameters.clear()
+        self.scale = scale
+
+    def calculate(self, *arguments: Any, **keywords: Any) -> None:
+        self.parameters["asap_cutoff"] = False
+        super().calculate(*arguments, **keywords)
+        self.parameters.clear()
+        self.results["energy"] *= self.scale
+
+
+def test_a_calculator_with_other_settings_is_another(start: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its labels would be mixed with those of the first."""
+    monkeypatch.setattr(learning, "_round", lambda *arguments: {"round": 1, "n_labelled": 0, "held": True, "limit_eV_per_A": 1.0})
+    monkeypatch.setattr(learning, "_report", lambda *arguments: None)
+    answer = learn(**start | {"label": EMT()})
+    assert learn(**start | {"label": EMT()}) == answer
+    with pytest.raises(InputError, match=r"label_settings \{'asap_cutoff': 'False'\} \(now \{'asap_cutoff': 'True'\}\)"):
+        learn(**start | {"label": EMT(asap_cutoff=True)})
+    with pytest.raises(InputError, match="begun with other settings: label "):
+        learn(**start | {"label": Bare()})
+    start["out"] = start["out"].with_name("bare")
+    learn(**start | {"label": Bare()})
+    learn(**start | {"label": Bare()})
+    with pytest.raises(InputError, match="begun with other settings: label_energies"):
+        learn(**start | {"label": Bare(scale=1.1)})
+    summed = CalculatorInMemory(SumCalculator([EMT(), LennardJones(sigma=2.0)])).settings()
+    assert summed["LennardJones-2 sigma"] == "2.0"
 
 
 @pytest.mark.thorough

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import math
 import re
 import sys
 import time
@@ -347,7 +346,9 @@ def claim(folder: Path, source: Source, config: JudgeConfig) -> None:
     about = folder / "about.json"
     if about.exists():
         before = json.loads(about.read_text("utf-8"))
-        if before.get("fingerprint") != source.fingerprint or not _answers_alike(source, before.get("energies")):
+        make = source.make
+        answers_alike = not isinstance(make, CalculatorInMemory) or make.alike(before.get("energies"))
+        if before.get("fingerprint") != source.fingerprint or not answers_alike:
             raise ValueError(
                 f"'{folder}' holds the judgement of another potential called '{source.name}', or of files or a package that have changed since. "
                 "Give this one a name (name=...), or use another --out."
@@ -359,16 +360,6 @@ def claim(folder: Path, source: Source, config: JudgeConfig) -> None:
     facts = {"name": source.name, "fingerprint": source.fingerprint, "ours": source.ours, "n_train": source.n_train, "unverified": source.unverified,
              "machine": machine(source.device), "versions": versions(PACKAGES), "date": date.today().isoformat(), **energies}  # fmt: skip
     write_json(about, facts)
-
-
-def _answers_alike(source: Source, energies: dict[str, float] | None) -> bool:
-    """Whether a calculator in memory still has these energies of clusters; of others their fingerprint tells."""
-    if not isinstance(source.make, CalculatorInMemory):
-        return True
-    now = source.make.probed(list(energies or {}))
-    return now.keys() == (energies or {}).keys() and all(
-        math.isclose(now[e], x, rel_tol=1e-5, abs_tol=1e-4) for e, x in (energies or {}).items()
-    )
 
 
 def run_check(name: str, candidate: Candidate, folder: Path) -> Result:

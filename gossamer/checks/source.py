@@ -7,10 +7,11 @@ import hashlib
 import inspect
 import json
 import logging
+import math
 import re
 import sys
 import sysconfig
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from importlib import import_module
@@ -120,6 +121,36 @@ class CalculatorInMemory:
             if len(found) == PROBED:
                 break
         return found
+
+    def alike(self, energies: Mapping[str, float] | None) -> bool:
+        """Whether it still has the energies that ``probed`` found."""
+        before = energies or {}
+        now = self.probed(list(before))
+        return now.keys() == before.keys() and all(math.isclose(now[e], x, rel_tol=1e-5, abs_tol=1e-4) for e, x in before.items())
+
+    def settings(self) -> dict[str, str]:
+        """What it says of its own settings, as texts: ASE's parameters, of sums those of each part; nothing of calculators that have none."""
+        parts = [self.calculator, *getattr(getattr(self.calculator, "mixer", None), "calcs", ())]
+        found = {}
+        for k, part in enumerate(parts):
+            where = f"{type(part).__qualname__}-{k} " if k else ""
+            found |= {f"{where}{name}": _as_text(value) for name, value in sorted((getattr(part, "parameters", None) or {}).items())}
+        return found
+
+
+def _as_text(value: Any) -> str:
+    """A setting of a calculator, the same in every process: of objects what they say of themselves, or their class."""
+    if isinstance(value, np.ndarray | np.generic):
+        return _as_text(value.tolist())
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(sorted(f"{key}: {_as_text(item)}" for key, item in value.items())) + "}"
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(map(_as_text, value)) + "]"
+    if value is None or isinstance(value, str | bytes | bool | int | float | complex | Path):
+        return str(value)
+    if hasattr(value, "todict") and not isinstance(value, type):
+        return f"{type(value).__qualname__} {_as_text(value.todict())}"
+    return str(getattr(value, "__qualname__", type(value).__qualname__))
 
 
 PROBED = 5
