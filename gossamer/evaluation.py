@@ -161,7 +161,8 @@ class Evaluation:
 
 def described(summary: Mapping[str, Any]) -> str:
     """Errors, as `Evaluation.summary` gives them, as a table for people."""
-    lines = [f"{summary['n_frames']} frames{'' if summary['conservative_forces'] else '; forces are NOT the gradient of the energy'}"]
+    n = summary["n_frames"]
+    lines = [f"{n} frame{'s' * (n != 1)}{'' if summary['conservative_forces'] else '; forces are NOT the gradient of the energy'}"]
     lines.append(f"{'':16s}{'MAE':>10s}{'RMSE':>10s}")
     for label, quantity in QUANTITIES.items():
         mae, rmse = (summary.get(f"{label}_{kind}_{quantity.error_key}") for kind in ("mae", "rmse"))

@@ -349,11 +349,16 @@ def _fit(current: Path, potential: Potential, old: Sequence[Structure], config: 
     return answer | {"n_train": len(sides["train"])}
 
 
+def labelled_in(n_labelled: int, n_rounds: int) -> str:
+    """What a run has done, in words."""
+    return f"{n_labelled} frame{'s' * (n_labelled != 1)} labelled in {n_rounds} round{'s' * (n_rounds != 1)}"
+
+
 def _report(curve: Sequence[dict[str, Any]], held: bool, path: Path) -> None:
     """One page: what each round met, and the learning curve."""
-    report = Report("Active learning", f"{sum(r['n_labelled'] for r in curve)} frames labelled in {len(curve)} rounds")
+    report = Report("Active learning", labelled_in(sum(r["n_labelled"] for r in curve), len(curve)))
     last = curve[-1]
-    sentence = f"{100 * last['uncertain_share']:.1f} % of the frames of the last walks were uncertain, {last['broken']} walks broke."
+    sentence = f"{100 * last['uncertain_share']:.1f} % of the frames of the last walks were uncertain, {last['broken']} walk{'s' * (last['broken'] != 1)} broke."
     report.verdict("passed" if held else "weak", sentence)
     columns = {
         "round": "round", "n_labelled": "labelled", "n_train": "trained on", "uncertain_share": "uncertain frames, %", "broken": "broken walks",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import inspect as python_inspect
 import io
 import json
@@ -57,6 +58,17 @@ def test_help_answers_at_once() -> None:
     # what takes time is importing torch, ase and matplotlib: none of them for --help
     code = "import sys, gossamer.cli; gossamer.cli.build_parser(); sys.exit(any(m in sys.modules for m in ('torch', 'ase', 'numpy', 'matplotlib')))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_answers_for_people(capsys: pytest.CaptureFixture) -> None:
+    """What does not exist is a dash, and one frame is no frames."""
+    from gossamer.commands.common import print_errors, show
+
+    show(argparse.Namespace(json=False), {"mean_pressure_GPa": None, "broken": None, "steps": 1})
+    assert [line.split() for line in capsys.readouterr().out.splitlines()] == [["mean_pressure_GPa", "-"], ["broken", "-"], ["steps", "1"]]
+    for n, said in ((1, "  1 frame\n"), (2, "  2 frames\n")):
+        print_errors({"n_frames": n, "conservative_forces": True, "forces_per_element_meV_per_A": {}})
+        assert capsys.readouterr().out.startswith(said)
 
 
 def test_a_terminal_without_our_letters_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:

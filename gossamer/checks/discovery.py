@@ -365,7 +365,7 @@ def check(candidate: Candidate) -> Result:
     return conclude(
         metrics,
         panels,
-        [f"{len(names)} structures; FIRE, FrechetCellFilter, fmax {FMAX} eV/Å, {STEPS} steps."],
+        [f"{len(names)} structure{'s' * (len(names) != 1)}; FIRE, FrechetCellFilter, fmax {FMAX} eV/Å, {STEPS} steps."],
         "Finds the stable materials.",
     )
 

@@ -259,7 +259,9 @@ def unseen(candidate: Candidate, frames: list[Atoms]) -> tuple[list[Atoms], list
     n_train, n_valid = kinds.count("train"), kinds.count("valid")
     notes = [f"{n_train} of {len(frames)} frames were trained on and are left out."] if n_train and fresh else []
     if n_valid:
-        notes.append(f"{n_valid} frames chose the best weights (validation): errors on new frames are a little larger.")
+        notes.append(
+            f"{n_valid} frame{'s' * (n_valid != 1)} chose the best weights (validation): errors on new frames are a little larger."
+        )
     if fresh:
         return fresh, [], notes
     return frames, [at_most("frames that were trained on", 100.0, "%", 0.0, 0.0, TRAINED)], notes

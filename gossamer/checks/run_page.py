@@ -43,7 +43,7 @@ class Report:
         self.parts.append({"kind": "note", "text": text})
 
     def table(self, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-        shown = [[number(value) if isinstance(value, float) else str(value) for value in row] for row in rows]
+        shown = [[number(value) if value is None or isinstance(value, float) else str(value) for value in row] for row in rows]
         self.parts.append({"kind": "table", "columns": list(columns), "rows": shown})
 
     def figures(self, figures: Sequence[tuple[Figure, str]]) -> None:
@@ -90,7 +90,7 @@ def parity_figures(evaluation: Evaluation) -> list[tuple[Figure, str]]:
     out = []
     if evaluation.energies:
         labels, predictions = np.array(evaluation.energies).T
-        text = f"Energy per atom less reference energies: MAE {evaluation.energy.mae:.2f} meV/atom on {len(labels)} frames."
+        text = f"Energy per atom less reference energies: MAE {evaluation.energy.mae:.2f} meV/atom on {len(labels)} frame{'s' * (len(labels) != 1)}."
         out.append((plot_parity(labels, predictions, "eV/atom"), text))
     if evaluation.components:
         labels, predictions = np.concatenate(evaluation.components, axis=1)

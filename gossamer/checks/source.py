@@ -131,7 +131,7 @@ class CalculatorInMemory:
     def settings(self) -> dict[str, str]:
         """What it says of its own settings, as texts: ASE's parameters, of sums those of each part; nothing of calculators that have none."""
         parts = [self.calculator, *getattr(getattr(self.calculator, "mixer", None), "calcs", ())]
-        found = {}
+        found: dict[str, str] = {}
         for k, part in enumerate(parts):
             where = f"{type(part).__qualname__}-{k} " if k else ""
             found |= {f"{where}{name}": _as_text(value) for name, value in sorted((getattr(part, "parameters", None) or {}).items())}

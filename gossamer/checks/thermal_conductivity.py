@@ -243,8 +243,8 @@ def check(candidate: Candidate) -> Result:
     if scored:
         srme, sre = (float(np.mean([e[k] for e in scored.values()])) for k in ("srme", "sre"))
         metrics += [
-            at_most("κ_SRME", srme, f"over {len(scored)} crystals", 0.5, 1.0, HEAT),
-            at_most("κ_SRE", sre, f"over {len(scored)} crystals", 0.5, 1.0, HEAT),
+            at_most("κ_SRME", srme, f"over {len(scored)} crystal{'s' * (len(scored) > 1)}", 0.5, 1.0, HEAT),
+            at_most("κ_SRE", sre, f"over {len(scored)} crystal{'s' * (len(scored) > 1)}", 0.5, 1.0, HEAT),
         ]
         true = [references[k]["kappa"] for k in scored]
         span = [min(true), max(true)]

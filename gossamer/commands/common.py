@@ -58,13 +58,13 @@ def label_config(arguments: argparse.Namespace) -> Any:
 
 
 def show(arguments: argparse.Namespace, answer: dict[str, Any]) -> None:
-    """Print an answer: as JSON if asked for, else a line for each key."""
+    """Print an answer: as JSON if asked for, else a line for each key, a dash where there is nothing."""
     if arguments.json:
         print(json.dumps(answer))
         return
     for key, value in answer.items():
         shown = value if not isinstance(value, float) else f"{value:.6f}" if key.endswith("energy_eV") else f"{value:.6g}"
-        print(f"{key:36s} {shown}")
+        print(f"{key:36s} {'-' if value is None else shown}")
 
 
 def print_errors(summary: dict[str, Any]) -> None:

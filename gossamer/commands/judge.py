@@ -39,7 +39,8 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         for note in evaluation.notes:
             print(f"  {note}")
         print_errors(evaluation.summary())
-        print(f"  the {min(arguments.worst, len(evaluation.frames))} worst frames are in '{out}/worst.extxyz'")
+        n = min(arguments.worst, len(evaluation.frames))
+        print(f"  the {f'{n} worst frames are' if n != 1 else 'worst frame is'} in '{out}/worst.extxyz'")
     return 0
 
 

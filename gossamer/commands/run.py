@@ -110,7 +110,7 @@ def _relax(arguments: argparse.Namespace) -> int:
         print(json.dumps(answers))
     else:
         for found in answers:
-            steps = f" in {found['steps']} steps" if "steps" in found else ""
+            steps = f" in {found['steps']} step{'s' * (found['steps'] != 1)}" if "steps" in found else ""
             said = found.get("error") or (f"{'converged' if found['converged'] else 'NOT converged'}{steps}, "
                                           f"{found['energy_eV']:.6f} eV, largest force {found['max_force_eV_per_A']:.3g} eV/Å")  # fmt: skip
             print(f"{found['structure']}: {said}")

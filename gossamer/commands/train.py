@@ -69,7 +69,7 @@ def _trained(arguments: argparse.Namespace, answer: dict[str, Any]) -> int:
     if arguments.json or "stopped" in answer:
         show(arguments, answer)
         return STOPPED if "stopped" in answer else 0
-    print(f"trained {answer['steps']} steps in {answer['seconds']:.0f} s; everything is in '{answer['out']}'")
+    print(f"trained {answer['steps']} step{'s' * (answer['steps'] != 1)} in {answer['seconds']:.0f} s; everything is in '{answer['out']}'")
     if "finetune" in answer:
         tuning = answer["finetune"]
         print(f"fine-tuned '{tuning['start']}': {tuning['n_trained']:,} weights trained, {tuning['n_frozen']:,} frozen, "
@@ -99,7 +99,7 @@ def _learn_parser(learn: argparse.ArgumentParser) -> None:
 
 def _learn(arguments: argparse.Namespace) -> int:
     from gossamer.flags import from_flags
-    from gossamer.learning import learn
+    from gossamer.learning import labelled_in, learn
     from gossamer.simulation.options import LearnConfig
 
     answer = learn(arguments.start, arguments.structures, arguments.label, arguments.data, from_flags(LearnConfig, arguments))
@@ -107,7 +107,7 @@ def _learn(arguments: argparse.Namespace) -> int:
         show(arguments, answer)
     else:
         said = "its walks meet hardly anything uncertain" if answer["held"] else "its walks still meet what it does not know: more --rounds"
-        print(f"{answer['n_labelled']} frames labelled in {answer['rounds']} round{'' if answer['rounds'] == 1 else 's'}; {said}")
+        print(f"{labelled_in(answer['n_labelled'], answer['rounds'])}; {said}")
         print(f"potential.safetensors and report.html are in '{answer['out']}'")
     return 0 if answer["held"] else 1
 

@@ -90,7 +90,7 @@ def _run(arguments: argparse.Namespace) -> int:
         print(json.dumps(answer))
     else:
         statuses = ", ".join(f"{n} {status}" for status, n in answer["statuses"].items())
-        print(f"{answer['done']} structures in {answer['seconds']:.3g} s, {pace(answer['per_second'])}"
+        print(f"{_structures(answer['done'])} in {answer['seconds']:.3g} s, {pace(answer['per_second'])}"
               + (f"; {answer['done_before']} were there before" if answer["done_before"] else ""))  # fmt: skip
         print(f"'{answer['out']}': {statuses or 'nothing yet'}")
         if answer["stopped"]:
@@ -127,6 +127,10 @@ def table(rows: Sequence[dict[str, Any]], sort: str | None = None) -> str:
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines)
 
 
+def _structures(n: int) -> str:
+    return f"{n} structure{'s' * (n != 1)}"
+
+
 def _cell(value: Any) -> str:
     return "-" if value is None else f"{value:.6g}" if isinstance(value, float) else str(value)
 
@@ -135,7 +139,7 @@ def _export(arguments: argparse.Namespace) -> int:
     from gossamer.screening.database import export
 
     answer = {"structures": export(arguments.results, arguments.out), "out": arguments.out}
-    print(json.dumps(answer) if arguments.json else f"{answer['structures']} structures in '{answer['out']}'")
+    print(json.dumps(answer) if arguments.json else f"{_structures(answer['structures'])} in '{answer['out']}'")
     return 0
 
 
@@ -143,6 +147,6 @@ def _hull(arguments: argparse.Namespace) -> int:
     from gossamer.screening.hull import add_hull
 
     answer = add_hull(arguments.results, arguments.reference)
-    print(json.dumps(answer) if arguments.json else f"{answer['placed']} structures placed above a hull of {answer['references']} references; "
-          f"{answer['not_placed']} hold elements that these lack, or have no energy")  # fmt: skip
+    print(json.dumps(answer) if arguments.json else f"{_structures(answer['placed'])} placed above a hull of {answer['references']} reference{'s' * (answer['references'] != 1)}; "
+          f"not placed, as elements of theirs are in none of these, or without an energy: {answer['not_placed']}")  # fmt: skip
     return 0
