@@ -131,6 +131,12 @@ def test_metals_have_no_bonds_that_last(tmp_path: Path) -> None:
     assert not any(map(dynamics.bonds_last, (atoms, molecule("NaCl"), fcc111("Cu", (1, 1, 3), vacuum=5.0, periodic=False))))
 
 
+def test_one_atom_is_no_nonsense() -> None:
+    start, sentence = dynamics.prepare(EMT(), bulk("Cu"), 300.0, 2.0, 0.02)
+    assert "then 0.02 ps with a thermostat at 300 K" in sentence
+    assert np.isfinite(start.get_momenta()).all()
+
+
 def test_a_start_that_cannot_be_prepared_is_said(tmp_path: Path) -> None:
     uphill = Defect(EMT(), lambda atoms, r: r["forces"].__imul__(-3))
     _, sentence = dynamics.prepare(uphill, bulk("Cu", cubic=True), 300.0, 2.0, 0.2)
@@ -264,7 +270,7 @@ def test_who_says_the_temperature(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="Cu: temperature_K is 'hot', where K are expected"):
         said()
     del frame.info["temperature_K"]
-    assert said() == (300.0, "as nothing says another")
+    assert said() == (300.0, "by default")
 
 
 @pytest.mark.parametrize("needs_box", [False, True])

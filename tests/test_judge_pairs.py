@@ -41,6 +41,17 @@ def test_jumps_are_measured_not_curvature() -> None:
         assert smoothness.largest_jump(smooth, x[1], order)[0] < 0.02 * size
 
 
+@pytest.mark.parametrize("atoms", [bulk("Cu"), Atoms("Cu")])
+def test_lines_through_one_atom(atoms: Atoms, tmp_path: Path) -> None:
+    """Moving it moves all there is: what rounding leaves of the energy has no minima."""
+
+    def round_off(atoms: Atoms, r: dict[str, Any]) -> None:
+        r["energy"] += 1e-9 * np.sin(1e9 * atoms.positions.sum())
+
+    result = smoothness.check(candidate_of(lambda: Defect(EMT(), round_off), tmp_path, structures=[atoms]))
+    assert by_name(result, "tortuosity along a line").status == ("passed" if atoms.pbc.all() else "skipped")
+
+
 def test_a_kink_at_the_cutoff_fails(tmp_path: Path) -> None:
     cut = lambda: MorsePotential(epsilon=0.34, r0=2.5, rho0=4.0, rcut1=1.9999999, rcut2=2.0)  # noqa: E731
     result = smoothness.check(candidate_of(cut, tmp_path))

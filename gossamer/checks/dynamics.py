@@ -113,7 +113,7 @@ def prepare(
     relaxation.run(fmax=0.1, steps=50)
     after = _largest_force(work)
     draw_momenta(work, 2 * temperature, rng)
-    Stationary(work)
+    Stationary(work, preserve_temperature=False)
     steps = max(1, round(picoseconds * 1000 / timestep))
     try:
         sane = np.isfinite(after)
@@ -321,7 +321,7 @@ def asked(candidate: Candidate, name: str, atoms: Atoms) -> tuple[Protocol, floa
     elif own and protocol.yields:
         temperature, why = own, f"as its {TEMPERATURE} says"
     else:
-        temperature, why = protocol.temperature, f"of the protocol {config.protocol}" if config.protocol else "as nothing says another"
+        temperature, why = protocol.temperature, f"of the protocol {config.protocol}" if config.protocol else "by default"
     if own and own != temperature:
         why += f", not the {own:g} K of its {TEMPERATURE}"
     published = protocol.picoseconds if candidate.effort.md_ps >= 50 else None

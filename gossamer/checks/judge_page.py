@@ -172,7 +172,13 @@ def number_rows(present: dict[str, Result]) -> list[dict[str, Any]]:
         } for name in present]  # fmt: skip
         worst = max(ORDER[m.status] for m in found.values())
         out.append(
-            {"title": title, "unit": unit, "limit": next((m.limit for m in found.values() if m.limit), ""), "cells": cells, "worst": worst}
+            {
+                "title": title,
+                "unit": unit,
+                "limit": "; ".join(dict.fromkeys(m.limit for m in found.values() if m.limit)),
+                "cells": cells,
+                "worst": worst,
+            }
         )
     return sorted(out, key=lambda r: -r["worst"] if r["worst"] >= ORDER["weak"] else 0)
 
