@@ -135,6 +135,31 @@ def test_supercells_keep_images_apart_whatever_the_angles() -> None:
     assert phonons.supercell_for(bulk("Zn")) == [4, 4, 2]
 
 
+def test_what_a_file_holds_fixed_is_no_property_of_the_solid(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Atoms of silicon that may not move in a strained cell made its shear modulus 72 instead of 52 GPa."""
+    fixed, found = bulk("Cu", cubic=True), []
+    fixed.set_constraint(FixAtoms([0, 1, 2, 3]))
+
+    def look(candidate: Any) -> Result:
+        found.append(candidate.crystals["Cu"].constraints)
+        return Result("passed", "")
+
+    monkeypatch.setitem(judge.CHECKS, "crystals", replace(judge.CHECKS["crystals"], run=look))
+    judge.judge(EMT(), crystals=fixed, elements=["Cu"], only=["crystals"], out=tmp_path, progress=False)
+    assert found == [[]]
+    assert len(fixed.constraints) == 1
+
+
+def test_a_charged_crystal_is_not_the_potentials_fault(tmp_path: Path) -> None:
+    pytest.importorskip("phono3py")
+    charged = candidate_of(EMT, tmp_path)
+    charged.crystals["Cu"].info["charge"] = 1
+    for check in (phonons.check, heat.check):
+        result = check(charged)
+        assert result.status == "skipped"
+        assert "this cell has charge 1" in result.reason
+
+
 def test_phonons_keep_isotopes_apart() -> None:
     pytest.importorskip("phonopy")
     ordered = bulk("Cu", cubic=True)

@@ -138,6 +138,8 @@ def judge(
         read_all(structures, LEVELS[config.level].n_structures), read_all(crystals, what="crystals"), read_all(systems, 1, "systems"),
         errors.read_labelled(config.data) if config.data else [],
     )  # fmt: skip
+    for atoms in inputs.crystals:  # what is held fixed in a file is no property of the solid
+        atoms.set_constraint()
     for name, atoms in named(inputs.crystals).items():
         if not atoms.pbc.all():
             raise ValueError(f"'{name}' is no crystal: it is periodic along {atoms.pbc.tolist()}. Give crystals that are along all axes.")

@@ -17,7 +17,20 @@ from numpy.typing import NDArray
 
 from gossamer.checks.candidate import Candidate
 from gossamer.checks.crystals import relaxed, unsettled
-from gossamer.checks.result import Curve, Metric, Panel, Result, at_least, at_most, attempt, conclude, curve, measured, skipped
+from gossamer.checks.result import (
+    Curve,
+    Metric,
+    NoQuestionError,
+    Panel,
+    Result,
+    at_least,
+    at_most,
+    attempt,
+    conclude,
+    curve,
+    measured,
+    skipped,
+)
 from gossamer.files import InputError, open_text
 
 Array = NDArray[np.float64]
@@ -40,13 +53,13 @@ def to_phonopy(atoms: Atoms) -> Any:
     Isotopes of one element get numbers ("Fe", "Fe1"): no symmetry may exchange them, where phonopy is told to look at the numbers.
 
     Raises:
-        ValueError: a charge, or a spin of the whole: of a supercell neither is known.
+        NoQuestionError: a charge, or a spin of the whole: of a supercell neither is known.
     """
     from phonopy.structure.atoms import PhonopyAtoms
 
     charge = atoms.info.get("charge", 0) or atoms.get_initial_charges().sum()
     if abs(charge) > 1e-6 or atoms.info.get("spin", 1) not in (0, 1):
-        raise ValueError(
+        raise NoQuestionError(
             f"Vibrations are those of supercells, whose charge and spin are not known: this cell has charge {charge:g} and spin "
             f"{atoms.info.get('spin', 1)}. Give initial magnetic moments in place of a spin; charged crystals have no supercell."
         )

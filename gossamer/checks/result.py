@@ -161,6 +161,10 @@ def _metric(name: str, value: float, unit: str, status: Status, limit: str, edge
     return Metric(name, float(value) if math.isfinite(value) else None, unit, status, limit, best, reason, consequence)
 
 
+class NoQuestionError(ValueError):
+    """Something that no potential could be asked, which says nothing of this one."""
+
+
 NO_ANSWER = "Whatever rests on it cannot be computed with this calculator."
 
 
@@ -172,6 +176,8 @@ def attempt(name: str, measure: Callable[..., Metric | Sequence[Metric]], status
         raise
     except PropertyNotImplementedError as error:
         return [Metric(name, None, "", "skipped", reason=f"needs what the calculator does not give ({error})")]
+    except NoQuestionError as error:
+        return [Metric(name, None, "", "skipped", reason=str(error))]
     except Exception as error:  # a judged calculator may raise anything
         text = " ".join(str(error).split())[:200]
         return [

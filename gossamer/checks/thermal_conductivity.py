@@ -20,7 +20,20 @@ from numpy.typing import NDArray
 
 from gossamer.checks.candidate import Candidate
 from gossamer.checks.phonons import forces_of, quiet, supercell_for, to_phonopy
-from gossamer.checks.result import InputError, Metric, Panel, Result, at_most, attempt, conclude, curve, measured, plain, skipped
+from gossamer.checks.result import (
+    InputError,
+    Metric,
+    NoQuestionError,
+    Panel,
+    Result,
+    at_most,
+    attempt,
+    conclude,
+    curve,
+    measured,
+    plain,
+    skipped,
+)
 from gossamer.checks.scattering import isotope_linewidths, linewidths
 from gossamer.data.atoms import read_frames
 from gossamer.files import open_text, write_json
@@ -71,13 +84,15 @@ def conductivity(
         ``same_symmetry``, ``imaginary``.
 
     Raises:
-        ValueError: several isotopes of one element, or what ``to_phonopy`` refuses.
+        NoQuestionError: several isotopes of one element, or what ``to_phonopy`` refuses.
     """
     from phono3py import Phono3py
 
     info = atoms.info
     if any(symbol[-1].isdigit() for symbol in to_phonopy(atoms).symbols):
-        raise ValueError("Atoms of one element have several masses, which phono3py's symmetry would exchange. Give each element one mass.")
+        raise NoQuestionError(
+            "Atoms of one element have several masses, which phono3py's symmetry would exchange. Give each element one mass."
+        )
     cell, converged, same = relax_symmetric(calculator, atoms) if relax else (atoms.copy(), True, True)
     with quiet():
         solver = Phono3py(
@@ -225,7 +240,8 @@ def check(candidate: Candidate) -> Result:
             found = attempt(f"{name}: κ", lambda a=atoms, p=path: _store(candidate, a, p), "failed")
             if not path.exists():
                 metrics += found
-                results[key] = {"kappa": np.nan}  # it counts as no prediction
+                if found[0].status != "skipped":
+                    results[key] = {"kappa": np.nan}  # it counts as no prediction
                 continue
         result = {k: np.nan if v is None else v for k, v in json.loads(path.read_text("utf-8")).items()}
         results[key] = {**result, "name": name}
