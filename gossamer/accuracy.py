@@ -76,6 +76,10 @@ def evaluate(
         frame["index"] = chosen.used[frame["index"]]
     evaluation.n_training_frames, evaluation.n_validation_frames = chosen.n_train, chosen.n_valid
     evaluation.training_error, evaluation.notes = chosen.training_error, [*chosen.notes]
+    for label in evaluation.errors:
+        n_with = sum(bool({f"{label}_error", f"{label}_rmse"} & frame.keys()) for frame in evaluation.frames)
+        if 0 < n_with < len(evaluation.frames):
+            evaluation.notes.append(f"errors of {label} are of {n_with} of {len(evaluation.frames)} frames: the others have no {label}")
     fixed = sum(int((~s.free).sum()) for s in used) if free_atoms_only else 0
     if fixed:
         evaluation.notes.append(f"forces of {fixed:,} atoms held fixed do not count, as in its training (loss.free_atoms_only)")

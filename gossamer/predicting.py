@@ -182,5 +182,8 @@ def _written(atoms: Atoms, answer: dict[str, Any]) -> Atoms:
     results: dict[str, Any] = {name: answer[name] for name in ("energy", "forces", "charges") if name in answer}
     if answer["stress"] is not None:
         results["stress"] = full_3x3_to_voigt_6_stress(answer["stress"])
+    for table in (frame.info, frame.arrays):  # what the frame says under the same names is a reference, too
+        for name in results.keys() & table.keys():
+            table.setdefault(f"reference_{name}", table.pop(name))
     frame.calc = SinglePointCalculator(frame, **results)
     return frame

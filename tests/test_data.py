@@ -871,6 +871,111 @@ def test_missing_label_names_file_and_frame(tmp_path: Path) -> None:
         require_labels(list(read_structures(tmp_path / "a.extxyz")), ["energy", "stress"], "loss.{label} is above 0")
 
 
+@pytest.mark.parametrize(
+    ("entries", "remark", "said"),
+    [
+        ("REF_energy=-2.5", "another label", "under a second name"),
+        ('stress="5 0 0 0 5 0 0 0 5" virial="1 0 0 0 1 0 0 0 1"', "another label", "virial ..."),
+        ('stress="1 0 0 0 1 0 0 0 1" virials="-120 0 0 0 -120 0 0 0 -120" REF_energy=-1.5', None, ""),
+        ('stress="1 9 5 6 2 4 5 4 3"', "a stress that is not symmetric", "another order"),
+        ('stress="1 6 5 6.0001 2 4 5 4 3"', None, ""),
+        ("weight=2", "a weight of its own", "weight of their own"),
+    ],
+)
+def test_entries_that_contradict_labels_are_told(entries: str, remark: str | None, said: str, tmp_path: Path) -> None:
+    path = xyz_file(tmp_path, f"{HEAD} {entries}")
+    (s,) = read_structures(path)
+    assert s.remarks == (() if remark is None else (remark,))
+    assert (remark is not None) == any(said in w for w in inspect(path).warnings if "1 of 1 frames" in w)
+
+
+def test_forces_of_a_second_name_are_told(tmp_path: Path) -> None:
+    """As in files that hold those of a reference and of another method."""
+    frames = [labelled(k) for k in range(2)]
+    for k, atoms in enumerate(frames):
+        atoms.arrays["dft_forces"] = atoms.calc.results["forces"] + 0.1 * k
+    ase.io.write(tmp_path / "a.extxyz", frames)
+    assert [s.remarks for s in read_structures(tmp_path / "a.extxyz")] == [(), ("another label",)]
+    assert all(s.remarks == () for s in read_structures(tmp_path / "a.extxyz", LabelConfig(forces="dft_forces")))
+
+
+def test_cells_and_isolated_atoms_that_are_none(tmp_path: Path) -> None:
+    (s,) = read_structures(xyz_file(tmp_path, HEAD.replace("Lattice", "cell")))
+    assert (s.remarks, s.pbc.any()) == (("a cell under another name",), False)
+    head = 'Lattice="5 0 0 0 5 0 0 0 5" Properties=species:S:1:pos:R:3 energy=-1.5 config_type=IsolatedAtom'
+    (s,) = read_structures(xyz_file(tmp_path, head, "H 0 0 0\n"))
+    assert (s.remarks, s.is_isolated()) == (("isolated in name",), False)
+    (s,) = read_structures(xyz_file(tmp_path, head.replace("5 0 0 0 5 0 0 0 5", "9 0 0 0 9 0 0 0 9"), "H 0 0 0\n"))
+    assert (s.remarks, s.is_isolated()) == ((), True)
+
+
+def test_structures_of_several_spins_are_told(tmp_path: Path) -> None:
+    frames = [labelled(k) for k in range(4)]
+    for k, atoms in enumerate(frames):
+        atoms.info["spin"] = 1 + 2 * (k == 3)
+    ase.io.write(tmp_path / "a.extxyz", frames)
+    assert any("structures have several spins (1: 3, 3: 1)" in w for w in inspect(tmp_path / "a.extxyz").warnings)
+    ase.io.write(tmp_path / "a.extxyz", frames[:3])
+    assert not any("spin" in w for w in inspect(tmp_path / "a.extxyz").warnings)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"lattice": 5 * np.eye(3)}, "holds lattice: its frames lie in a cell, and files of this layout are read as molecules"),
+        ({"z": np.array([6.4, 1, 1])}, "the atomic numbers are no whole numbers"),
+        ({"z": np.ones((2, 3))}, "4 frames of positions, but 2 of atomic numbers"),
+        ({"R": np.zeros((3, 3))}, r"positions have shape \(3, 3\), expected \(n_frames, n_atoms, 3\)"),
+    ],
+)
+def test_arrays_that_are_not_what_md17_has(changes: dict[str, np.ndarray], message: str, tmp_path: Path) -> None:
+    """A cell was passed over, fractions of atomic numbers cut off, without a word."""
+    rng = np.random.default_rng(0)
+    arrays = {"z": np.array([6, 1, 1]), "R": rng.normal(size=(4, 3, 3)), "E": np.arange(4.0), "F": rng.normal(size=(4, 3, 3))}
+    np.savez(tmp_path / "a.npz", **(arrays | changes))
+    with pytest.raises(ValueError, match=message):
+        list(read_structures(tmp_path / "a.npz"))
+    each = np.array([[6, 1, 1], [1, 6, 1], [1, 1, 6], [1, 1, 1]])
+    np.savez(tmp_path / "a.npz", **(arrays | {"z": each, "lattice": np.zeros((3, 3))}))
+    assert [s.atomic_numbers.tolist() for s in read_structures(tmp_path / "a.npz")] == each.tolist()
+
+
+def test_what_lies_beside_data_in_a_folder(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The metadata.npz of OMat24's folders, and a note that is called as a file is, are no data."""
+    ase.io.write(tmp_path / "a.extxyz", [labelled()])
+    np.savez(tmp_path / "metadata.npz", natoms=np.array([8]))
+    (tmp_path / "a.txt").write_text("PBE, 520 eV, spin-polarised, made in May\n")
+    assert len(list(read_structures(tmp_path))) == 1
+    assert "1 files are read as data, 2 are not: a.txt, metadata.npz" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["a.db", "a.npz", "a.json"])
+def test_compressed_files_that_are_no_text(name: str, tmp_path: Path) -> None:
+    """They were called truncated."""
+    (tmp_path / f"{name}.gz").write_bytes(gzip.compress(b"{}"))
+    with pytest.raises(ValueError, match=rf"{name}\.gz' is compressed, and only text \(extended XYZ\) is read so\. Unpack it\."):
+        list(read_structures(tmp_path / f"{name}.gz"))
+
+
+def test_a_row_with_two_values_of_a_label(tmp_path: Path) -> None:
+    """The one among its data was taken, without a word."""
+    with ase.db.connect(str(tmp_path / "a.db")) as database:
+        database.write(labelled(), data={"forces": labelled().get_forces()})
+        database.write(labelled(), data={"forces": np.zeros((8, 3))})
+    with pytest.raises(ValueError, match="row 2 holds forces twice, of a calculator and among its data, and they differ"):
+        list(read_structures(tmp_path / "a.db"))
+
+
+def test_groups_of_long_names_stay_apart(tmp_path: Path) -> None:
+    """A store cut their names, so that a split by group took all of them for one."""
+    groups = ["materials/" * 5 + str(k) for k in range(3)] + ["ü" * 40, "short"]
+    write_store([replace(s, group=group) for s, group in zip(morse_frames(5), groups, strict=True)], tmp_path / "a.store")
+    found = [s.group for s in Store(tmp_path / "a.store")]
+    assert len(set(found)) == 5
+    assert found[-1] == "short"
+    assert found[0].startswith("materials/materials/materials/m~")
+
+
 def broken_frames() -> list[Atoms]:
     """Frames whose labels have other names, and the first eight something wrong with them each."""
     frames = [labelled(k) for k in range(12)]

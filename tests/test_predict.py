@@ -122,3 +122,23 @@ def test_what_cannot_be_done_is_refused_and_leaves_nothing(frames: list[Atoms], 
     ase.io.write(tmp_path / "a.extxyz", frames)
     assert main(["predict", model, structures, "--out", str(tmp_path / "p.extxyz"), "--dtype", "float64", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["frames"] == len(ase.io.read(tmp_path / "p.extxyz", ":")) == 4
+
+
+def test_entries_called_like_predictions_are_references(tmp_path: Path) -> None:
+    """Of Atoms that somebody gave an energy without a calculator; extended XYZ cannot hold both under one name."""
+    atoms = bulk("Si", cubic=True)
+    atoms.rattle(0.1, seed=0)
+    atoms.info["energy"] = -3.0
+    ase.io.write(tmp_path / "a.traj", atoms)
+    gossamer.predict(make_potential(["Si"], name="painn"), tmp_path / "a.traj", tmp_path / "p.extxyz", progress=False)
+    found = ase.io.read(tmp_path / "p.extxyz")
+    assert found.info["reference_energy"] == -3.0
+    assert found.get_potential_energy() != -3.0
+
+
+def test_errors_of_labels_that_some_frames_lack(frames: list[Atoms]) -> None:
+    """How many frames each error is of is said."""
+    evaluation = gossamer.evaluate(make_potential(["H", "O", "Si"], name="painn"), [frames[0], frames[0], frames[1]])
+    assert evaluation.notes == [
+        f"errors of {label} are of 2 of 3 frames: the others have no {label}" for label in ("energy", "forces", "stress")
+    ]

@@ -16,7 +16,7 @@ from gossamer.data.consistency import compare_pairs, compare_strained_pairs, com
 from gossamer.data.dataset import Data, as_dataset
 from gossamer.data.duplicates import find_duplicates
 from gossamer.data.labels import LabelConfig, leaving_out
-from gossamer.data.readers import CHARGE, HEAD, suggestion
+from gossamer.data.readers import CHARGE, HEAD, SPIN, suggestion
 from gossamer.data.structure import Structure
 from gossamer.data.units import ENERGY_UNITS
 from gossamer.neighbors import neighbor_list
@@ -31,6 +31,12 @@ REMARKS = {
     "a weight of its own": "have a weight of their own (config_weight and the like, of MACE), which is not read: all count alike, also where a weight "
     "of 0 says that a label is none. Read that of frames with --weight NAME (data.labels.weight); gossamer data convert --require takes a weight of 0 "
     "for a missing label",
+    "another label": "have an energy, forces or a stress under a second name (REF_energy, dft_forces, virial ...) that says otherwise than the one read. Which is "
+    "the reference's? Say its name (--energy REF_energy)",
+    "a stress that is not symmetric": "have a stress that is not symmetric, as a stress is: its nine numbers may be in another order",
+    "a cell under another name": "are read without a cell, though an entry looks like one (cell, box ...): ASE knows Lattice. They are molecules here",
+    "isolated in name": "are called isolated atoms (config_type), but their cell is so small that they see their own images: their energies are no "
+    "reference. Put them into a larger box",
     "another free energy": "have a free_energy more than 1 meV/atom from the energy. With smeared electrons forces are the gradient of the free energy "
     "(VASP and others): train on that with --energy free_energy (data.labels.energy)",
 }
@@ -273,13 +279,19 @@ def with_remarks_told(structures: Iterable[Structure]) -> Iterator[Structure]:
 
 
 def _mixtures(found: Counter[str], n: int, say: Callable[[str], None]) -> None:
-    """Say so if remarks on n frames are of several heads of MACE, or of several charges: no potential tells them apart."""
+    """Say so if remarks on n frames are of several heads of MACE, charges or spins: no potential tells them apart."""
     charges = {remark.removeprefix(CHARGE): count for remark, count in found.items() if remark.startswith(CHARGE)}
     charges |= {"0": n - sum(charges.values())} if charges and sum(charges.values()) < n else {}
     if len(charges) > 1:
         say(
             f"structures have several charges ({_shortened([f'{charge}: {count}' for charge, count in charges.items()])}), which a potential does not "
             "see: where ions and neutral structures look alike, it learns their mean. Train on those of one charge"
+        )
+    spins = {remark.removeprefix(SPIN): count for remark, count in found.items() if remark.startswith(SPIN)}
+    if len(spins) > 1:
+        say(
+            f"structures have several spins ({_shortened([f'{spin}: {count}' for spin, count in spins.items()])}), which a potential does not see: it "
+            "learns their mean. Train on those of one"
         )
     heads = {remark.removeprefix(HEAD): n for remark, n in found.items() if remark.startswith(HEAD)}
     if len(heads) > 1:

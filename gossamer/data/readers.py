@@ -25,10 +25,11 @@ from gossamer.arguments import FILES, at_home, listed
 from gossamer.data.labels import LabelConfig, as_labels, names_virial, refuse_unread
 from gossamer.data.lmdb_file import check_lmdb
 from gossamer.data.npz_file import npz_names, read_npz
-from gossamer.data.structure import Fault, Structure, label_fields
+from gossamer.data.structure import REACH, Fault, Structure, label_fields
 from gossamer.data.units import label_scales, units_of_database, units_of_npz, with_stated_units
 from gossamer.data.xyz import xyz_frames
 from gossamer.files import COMPRESSIONS, InputError, open_text
+from gossamer.neighbors import neighbor_list
 from gossamer.quantities import OWN, QUANTITIES
 
 log = logging.getLogger(__name__)
@@ -41,6 +42,16 @@ HEAD = "head "
 """what a remark begins with that says to which of MACE's heads a frame belongs"""
 CHARGE = "charge "
 """likewise, which charge a structure has that is not neutral"""
+SPIN = "spin "
+"""likewise, which spin"""
+CHARGES, SPINS = ("charge", "total_charge"), ("spin", "total_spin", "multiplicity", "spin_multiplicity")
+"""entries of a structure's charge and spin"""
+CELLS = ("lattice", "cell", "box", "unit_cell", "cell_vectors", "lattice_vectors")
+"""entries by which programs say a cell, where ASE has found none; in small letters"""
+SECOND = ("ref", "dft", "qm", "reference", "true", "target")
+"""words before the name of a label in files that hold several of it: of a reference, say, beside those of another method"""
+ASYMMETRY = 0.02
+"""of the largest component, by which a stress may differ from its transpose"""
 WORDS = {"energy": ("energy", "e", "etot"), "forces": ("force", "f"), "stress": ("stress", "virial")}
 """what names of labels contain, or are if they have one letter"""
 
@@ -104,6 +115,8 @@ def _reader(path: Path) -> Any:
     suffix = path.with_suffix("").suffix if path.suffix in COMPRESSIONS else path.suffix
     if path.is_dir():
         return _read_directory
+    if path.suffix in COMPRESSIONS and suffix in (".db", ".aselmdb", ".npz", ".json"):
+        raise ValueError(f"'{path}' is compressed, and only text (extended XYZ) is read so. Unpack it.")
     if suffix in (".extxyz", ".xyz"):
         return _read_extxyz
     if suffix in (".db", ".aselmdb"):
@@ -149,24 +162,9 @@ def from_atoms(atoms: Atoms, labels: LabelConfig, name: str, extra: dict[str, An
             faults[label] = Fault(f"no {label}", f"no entry '{key}' (data.labels.{setting}). Found: {_listed(found)}")
     if len(atoms) == 1 and "energy" in values:
         values.setdefault("forces", np.zeros((1, 3)))  # by symmetry, also of a crystal of one atom: files of isolated atoms often have none
-    remarks = []
-    if "stress" in values and not atoms.pbc.all():
-        del values["stress"]
-        remarks.append("stress without volume")
-    free = found.get("free_energy")
-    if labels.energy == "energy" and "energy" in values and isinstance(free, int | float | np.number):
-        energy_scale = label_scales(labels)[0]
-        if abs(energy_scale * float(free) - values["energy"]) > 1e-3 * len(atoms):
-            remarks.append("another free energy")
-    weights = {key: found[key] for key in WEIGHTS if key != labels.weight and isinstance(found.get(key), int | float | np.number)}
-    if any(weight != 1 for weight in weights.values()):
-        remarks.append("a weight of its own")
-    remarks += {f"{WEIGHTLESS}{label}": None for key, weight in weights.items() if weight == 0 for label in WEIGHTS[key]}
-    if isinstance(found.get("head"), str):
-        remarks.append(f"{HEAD}{found['head']}")
-    charge = next((found[key] for key in ("charge", "total_charge") if isinstance(found.get(key), int | float | np.number)), 0)
-    if charge != 0:
-        remarks.append(f"{CHARGE}{charge:+g}")
+    remarks = _remarks(found, values, atoms, labels)
+    if not atoms.pbc.all():
+        values.pop("stress", None)
     group = None if labels.group is None else found.get(labels.group)
     if labels.group is not None and group is None:
         raise ValueError(f"{name}: no entry '{labels.group}' (data.labels.group). Found: {_listed(found)}.")
@@ -201,6 +199,54 @@ def _weight(found: Mapping[str, Any], key: str, name: str) -> float:
     if not (weight >= 0 and np.isfinite(weight)):
         raise ValueError(f"{name}: '{key}' (data.labels.weight) is {str(found[key])[:40]!r}, expected a number from 0 on.")
     return weight
+
+
+def _remarks(found: Mapping[str, Any], values: Mapping[str, Any], atoms: Atoms, labels: LabelConfig) -> list[str]:
+    """What is to be said of a frame whose labels are read: entries that are not, and mean something; numbers that can hardly be right."""
+    numbers = {key: value for key, value in found.items() if isinstance(value, int | float | np.number) and not isinstance(value, bool)}
+    remarks = ["stress without volume"] if "stress" in values and not atoms.pbc.all() else []
+    if labels.energy == "energy" and "energy" in values and "free_energy" in numbers:
+        energy_scale = label_scales(labels)[0]
+        if abs(energy_scale * float(numbers["free_energy"]) - values["energy"]) > 1e-3 * len(atoms):
+            remarks.append("another free energy")
+    if _second_names(found, values, atoms, labels):
+        remarks.append("another label")
+    stress = values.get("stress")
+    if stress is not None and np.abs(stress - stress.T).max() > ASYMMETRY * np.abs(stress).max():
+        remarks.append("a stress that is not symmetric")
+    weights = {key: numbers[key] for key in WEIGHTS if key in numbers and key != labels.weight}
+    if any(weight != 1 for weight in weights.values()):
+        remarks.append("a weight of its own")
+    remarks += {f"{WEIGHTLESS}{label}": None for key, weight in weights.items() if weight == 0 for label in WEIGHTS[key]}
+    if isinstance(found.get("head"), str):
+        remarks.append(f"{HEAD}{found['head']}")
+    if charge := next((numbers[key] for key in CHARGES if key in numbers), 0):
+        remarks.append(f"{CHARGE}{charge:+g}")
+    if spin := next((key for key in SPINS if key in numbers), None):
+        remarks.append(f"{SPIN}{numbers[spin]:g}")
+    if not atoms.cell.any() and any(key.lower() in CELLS for key in found):
+        remarks.append("a cell under another name")
+    if len(atoms) == 1 and re.search("isolated.?atom", str(found.get("config_type", "")), re.IGNORECASE):
+        scale = label_scales(labels)[1]
+        if len(neighbor_list(atoms.positions * scale, atoms.cell.array * scale, atoms.pbc, REACH)[0][0]):
+            remarks.append("isolated in name")
+    return remarks
+
+
+def _second_names(found: Mapping[str, Any], values: Mapping[str, Any], atoms: Atoms, labels: LabelConfig) -> list[str]:
+    """Entries that are called as a label is, with a usual word before it, and say otherwise than what is read under its plain name."""
+    differing = []
+    for key in found:
+        word, _, kind = key.rpartition("_")
+        plain = {"force": "forces", "virial": "stress", "virials": "stress"}.get(kind, kind)
+        if (word.lower() not in SECOND and (word or "virial" not in kind)) or labels.names().get(plain) != plain or plain not in values:
+            continue
+        other = _value(plain, found[key], key, atoms, replace(labels, virial=key) if names_virial(key) else labels)
+        if isinstance(other, Fault) or other is None or np.shape(other) != np.shape(values[plain]):
+            continue
+        if not np.allclose(other, values[plain], rtol=1e-3, atol=1e-3 * len(atoms) if plain == "energy" else 1e-3):
+            differing.append(key)
+    return differing
 
 
 def suggestion(label: str, entries: Sequence[str]) -> str:
@@ -327,6 +373,12 @@ def _read_database(path: Path, labels: LabelConfig) -> Iterator[Structure]:
         labels = with_stated_units(path, labels, units_of_database(database.metadata, labels))
         for row in database.select():
             extra = {**row.key_value_pairs, **row.data}
+            for label in QUANTITIES:
+                if label in extra and row.get(label) is not None and not np.array_equal(extra[label], row.get(label)):
+                    raise ValueError(
+                        f"'{path}' row {row.id} holds {label} twice, of a calculator and among its data, and they differ. Give the one to be read "
+                        f"a name of its own, and say it (--{label} NAME)."
+                    )
             if "atomic_forces" in extra and labels.forces == "forces" and row.get("forces") is None:
                 extra["forces"] = extra["atomic_forces"]  # ISO17 and other databases written by schnetpack
             if "total_energy" in extra and labels.energy == "energy" and row.get("energy") is None:
@@ -379,6 +431,12 @@ def _is_data(path: Path) -> bool:
         return False  # the same frames, in fewer digits
     if path.name.startswith((".", *NO_LABELS)) or path.name.endswith(("~", "-lock")) or suffix.lower() in NO_DATA:
         return False
+    if suffix == ".npz":  # beside data there may be others, such as the metadata.npz of OMat24
+        try:
+            names = set(npz_names(path))
+        except ValueError:
+            return True  # damaged, which the reader says
+        return any(set(layout.values()) <= names for layout in NPZ_LAYOUTS.values())
     if suffix in (*OURS, ".lmdb"):  # of the last, the reader says what to do
         return True
     if suffix == ".json":
@@ -394,8 +452,11 @@ def _is_data(path: Path) -> bool:
 def _twin(path: Path) -> Path | None:
     """The txt of reference energies that belongs to a file of OC20's S2EF."""
     stem = path.name.split(".")[0]
-    found = (path.with_name(f"{stem}.txt"), path.with_name(f"{stem}.txt.xz"))
-    return next((t for t in found if t.exists()), None) if {".extxyz", ".xyz"} & set(path.suffixes) else None
+    for twin in (path.with_name(f"{stem}.txt"), path.with_name(f"{stem}.txt.xz")):
+        if twin.exists() and {".extxyz", ".xyz"} & set(path.suffixes):
+            with open_text(twin) as file:  # a note beside data is none
+                return twin if re.fullmatch(r"[^,]+,[^,]+,[-+\s\d.eE]+", file.readline()) else None
+    return None
 
 
 def _read_s2ef(path: Path, twin: Path, labels: LabelConfig) -> Iterator[Structure]:
@@ -429,13 +490,20 @@ def _read_npz(path: Path, labels: LabelConfig) -> Iterator[Structure]:
     if labels.energy_unit is None:
         log.info("'%s' states no unit of energy: it is read in kcal/mol, as MD17 is (--energy-unit says otherwise)", path)
     energy_scale, length_scale, force_scale, _ = label_scales(labels, "kcal/mol")
+    if arrays["positions"].ndim != 3:
+        raise ValueError(f"'{path}': positions have shape {arrays['positions'].shape}, expected (n_frames, n_atoms, 3).")
     n_frames = len(arrays["positions"])
+    numbers = arrays["numbers"]
+    if not np.array_equal(numbers, numbers.astype(np.int64)):
+        raise ValueError(f"'{path}': the atomic numbers are no whole numbers.")
+    if numbers.ndim == 2 and len(numbers) != n_frames:
+        raise ValueError(f"'{path}': {n_frames} frames of positions, but {len(numbers)} of atomic numbers.")
     for name in ("energy", "forces"):
         if len(arrays[name]) != n_frames:
             raise ValueError(f"'{path}': {n_frames} frames of positions, but {len(arrays[name])} of {name}.")
     for k in range(n_frames):
         yield Structure(
-            atomic_numbers=arrays["numbers"].astype(np.int64),
+            atomic_numbers=(numbers[k] if numbers.ndim == 2 else numbers).astype(np.int64),
             positions=arrays["positions"][k].astype(np.float64) * length_scale,
             energy=float(np.reshape(arrays["energy"][k], ())) * energy_scale,
             forces=arrays["forces"][k].astype(np.float64) * force_scale,
@@ -454,6 +522,11 @@ def _npz_arrays(path: Path) -> dict[str, np.ndarray]:
     if layout is None:
         expected = "; ".join(f"{name}: {', '.join(v.values())}" for name, v in NPZ_LAYOUTS.items())
         raise ValueError(f"'{path}' holds {', '.join(sorted(names))}, which is neither layout known ({expected}).")
+    periodic = [name for name in names if name.lower() in (*CELLS, "cells", "pbc")]
+    if any(array.any() for array in read_npz(path, periodic).values()):
+        raise ValueError(
+            f"'{path}' holds {', '.join(periodic)}: its frames lie in a cell, and files of this layout are read as molecules. Convert it to extended XYZ."
+        )
     arrays = read_npz(path, layout.values())
     return {name: arrays[key] for name, key in layout.items()}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 import math
 import os
@@ -83,7 +84,7 @@ def _write(structures: Iterable[Structure], folder: Path) -> int:
                 "cell": s.cell,
                 "pbc": s.pbc,
                 "n_atoms": s.n_atoms,
-                "group": (s.group or "").encode()[:48].decode(errors="ignore").encode(),  # no half of a letter
+                "group": _group_name(s.group),
                 "weight": s.weight,
                 **{name: s.labels.get(name, np.full(q.full_shape(s.n_atoms), np.nan)) for name, q in QUANTITIES.items()},
             }
@@ -97,6 +98,14 @@ def _write(structures: Iterable[Structure], folder: Path) -> int:
             os.fsync(file.fileno())
     write_json(folder / "store.json", {"format": FORMAT, "n_structures": count, "quantities": list(QUANTITIES)})
     return count
+
+
+def _group_name(group: str | None) -> bytes:
+    """At most 48 bytes; of a longer name its beginning and a digest, so that groups that begin alike stay apart."""
+    name = (group or "").encode()
+    if len(name) <= 48:
+        return name
+    return name[:31].decode(errors="ignore").encode() + b"~" + hashlib.sha256(name).hexdigest()[:16].encode()  # no half of a letter
 
 
 def _checksum(rows: Mapping[str, bytes]) -> int:

@@ -9,6 +9,7 @@ from itertools import islice
 from typing import IO
 
 import ase.io
+import numpy as np
 from ase import Atoms
 
 from gossamer.files import InputError
@@ -23,7 +24,7 @@ NAMES = {"lattice": "Lattice", "properties": "Properties", "pbc": "pbc"}
 TENSORS = ("Lattice", "stress", "virial")
 """entries that ASE takes as nine numbers in quotes, and in no other form"""
 ASIDE = "aside_"
-"""what a stress or virial is called that is not so many numbers, while ASE reads the others"""
+"""what a stress or virial is called that is not so many numbers, or not symmetric, while ASE reads the others"""
 
 
 def xyz_frames(file: IO[str]) -> Iterator[Atoms]:
@@ -98,13 +99,22 @@ def _entries(line: str) -> str:
             numbers = re.split(r"[\s,\[\]{}\"']+", text.strip("\"'{}[], \t"))
             if len(numbers) == 6 and name != "Lattice":
                 numbers = [numbers[k] for k in (0, 5, 4, 5, 1, 3, 4, 3, 2)]
-            if len(numbers) == 9:
+            if len(numbers) == 9 and (name == "Lattice" or _symmetric(numbers)):  # of a stress ASE keeps half of the off-diagonal numbers
                 text = f'"{" ".join(numbers)}"'
             elif name != "Lattice":
-                name = ASIDE + name
+                name, text = ASIDE + name, f'"{" ".join(numbers)}"' if len(numbers) == 9 else text
         return match[0] if (name, text) == match.groups() else f"{name}={text}"
 
     return ENTRY.sub(entry, line)
+
+
+def _symmetric(numbers: list[str]) -> bool:
+    """Whether nine words are a symmetric matrix to a thousandth of its largest number, or no numbers."""
+    try:
+        matrix = np.array(numbers, dtype=float).reshape(3, 3)
+    except ValueError:
+        return True
+    return not np.abs(matrix - matrix.T).max() > 1e-3 * np.abs(matrix).max()
 
 
 def _periodicity(text: str) -> str:
