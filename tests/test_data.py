@@ -1346,6 +1346,34 @@ def test_vasp_steps_that_are_no_labels(tmp_path: Path) -> None:
     assert next(read_structures(tmp_path / "vasprun.xml")).remarks == ("not converged",)
 
 
+def test_vasp_that_was_stopped(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """As by a batch system: the steps that are complete are read, and the log says so."""
+    text = OUTCAR_HEAD + "".join(outcar_step(k + 1, 2, "because EDIFF is reached", -6.7 - k) for k in range(3))
+    (tmp_path / "OUTCAR").write_text(text[: text.rindex("FREE ENERGIE")])
+    assert len(list(read_structures(tmp_path / "OUTCAR"))) == 2
+    assert "OUTCAR' has no end, as where VASP was stopped: the steps that are complete are read (2)" in caplog.text
+    (tmp_path / "vasprun.xml").write_text(VASPRUN.replace("</modeling>", "<calculation><scstep>"))
+    assert len(list(read_structures(tmp_path / "vasprun.xml"))) == 1
+    assert "vasprun.xml' has no end" in caplog.text
+    caplog.clear()
+    (tmp_path / "OUTCAR").write_text(text + " General timing and accounting informations for this job:\n")
+    (tmp_path / "vasprun.xml").write_text(VASPRUN)
+    assert [len(list(read_structures(tmp_path / name))) for name in ("OUTCAR", "vasprun.xml")] == [3, 1]
+    assert not caplog.text
+
+
+def test_several_files_are_inspected_as_one_set(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """As a shell spells a pattern out; a pattern itself is not looked up."""
+    for k in range(2):
+        ase.io.write(tmp_path / f"{k}.extxyz", [labelled(2 * k), labelled(2 * k + 1)])
+    assert main(["data", "inspect", str(tmp_path / "0.extxyz"), str(tmp_path / "1.extxyz"), "--json"]) in (0, 1)
+    assert json.loads(capsys.readouterr().out)["numbers"]["frames"] == 4
+    with pytest.raises(
+        FileNotFoundError, match=r"no data file '.*\*\.extxyz'\. Patterns are not looked up: give the files, or the folder\."
+    ):
+        list(read_structures(tmp_path / "*.extxyz"))
+
+
 @pytest.mark.parametrize("key", ["stress", "virial"])
 def test_a_stress_of_six_numbers_in_xyz(key: str, tmp_path: Path) -> None:
     atoms = labelled()

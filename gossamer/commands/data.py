@@ -16,7 +16,7 @@ def _data_parser(data: argparse.ArgumentParser) -> None:
     text = "What is in a data file; exit status 1 when training on it would be wrong."
     inspect = actions.add_parser("inspect", help=text, description=text)
     inspect.set_defaults(run=_inspect)
-    inspect.add_argument("data", help="labelled structures")
+    inspect.add_argument("data", nargs="+", help="labelled structures: files or folders")
     add_labels(inspect, weighed=True)
     add_json(inspect)
     text = "Stream data into a store: a folder of arrays, read from disk by index."
@@ -51,7 +51,7 @@ def _data_parser(data: argparse.ArgumentParser) -> None:
 def _inspect(arguments: argparse.Namespace) -> int:
     from gossamer.data.inspection import inspect
 
-    report = inspect(arguments.data, label_config(arguments))
+    report = inspect(arguments.data[0] if len(arguments.data) == 1 else arguments.data, label_config(arguments))
     if arguments.json:
         print(json.dumps(report.to_dict()))
     else:

@@ -82,7 +82,8 @@ def read_structures(
         return
     path = Path(at_home(path))
     if not path.exists():
-        raise FileNotFoundError(f"There is no data file '{path}'.")
+        pattern = " Patterns are not looked up: give the files, or the folder." * bool(set("*?[") & set(path.name))
+        raise FileNotFoundError(f"There is no data file '{path}'.{pattern}")
     yield from _named_errors(path, (checked(structure, keep_broken) for structure in _labelled(path, labels)))
 
 
@@ -299,23 +300,28 @@ def _read_extxyz(path: Path, labels: LabelConfig) -> Iterator[Structure]:
 def _read_ase(path: Path, labels: LabelConfig) -> Iterator[Structure]:
     try:
         kind = ase.io.formats.filetype(str(path))
-        unfinished = _unfinished(path) if kind in ("vasp-out", "vasp-xml") else set()
+        unfinished, whole = _unfinished(path) if kind in ("vasp-out", "vasp-xml") else (set(), True)
+        index = -1
         for index, structure in enumerate(_frames(path, ase.io.iread(path, index=":"), labels)):
             yield replace(structure, remarks=(*structure.remarks, "not converged")) if index in unfinished else structure
+        if not whole:
+            log.warning("'%s' has no end, as where VASP was stopped: the steps that are complete are read (%d)", path, index + 1)
     except ase.io.formats.UnknownFileTypeError:
         raise ValueError(f"'{path}': ASE does not know this file type. Convert it to extended XYZ.") from None
 
 
-def _unfinished(path: Path) -> set[int]:
-    """Frames of an OUTCAR or vasprun.xml whose electrons took all NELM iterations and did not converge; VASP goes on all the same.
+def _unfinished(path: Path) -> tuple[set[int], bool]:
+    """Frames of an OUTCAR or vasprun.xml whose electrons took all NELM iterations and did not converge (VASP goes on all the same), and whether
+    the file has its end.
 
     Raises:
         ValueError: frames of VASP's machine-learned force field among them.
     """
     found: set[int] = set()
-    most, iterations, frames = 0, 0, 0
+    most, iterations, frames, whole = 0, 0, 0, False
     with open_text(path) as file:
         for line in file:
+            whole = whole or "</modeling>" in line or "General timing and accounting" in line
             if limit := re.search(r"NELM\s*=\s*(\d+)|name=\"NELM\">\s*(\d+)", line):
                 most = int(limit[1] or limit[2])
             elif number := re.search(r"Iteration\s+\d+\(\s*(\d+)\)", line):
@@ -333,7 +339,7 @@ def _unfinished(path: Path) -> set[int]:
                 if 0 < most <= iterations:
                     found.add(frames)
                 frames, iterations = frames + 1, 0
-    return found
+    return found, whole
 
 
 def _frames(path: Path, frames: Iterator[Atoms], labels: LabelConfig) -> Iterator[Structure]:
