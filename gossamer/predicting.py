@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from gossamer.arguments import as_path, at_home, whole
 from gossamer.data.atoms import count_frames, disorder, iterate_frames
+from gossamer.data.readers import is_own_format, read_structures
 from gossamer.data.structure import Structure, as_structure
 from gossamer.engine.engine import Engine, Way
 from gossamer.files import InputError, atomic_path, say_replaced
@@ -49,7 +50,8 @@ def predict(
 
     Args:
         model: Potential, or file of one.
-        structures: One file or several, of any format that ASE reads; all frames.
+        structures: One file or several, of any format that ASE reads; or a folder, a store and other formats of ``read_structures``, whose
+            labels become references in our units. All frames.
         out: Extended XYZ file to write, whole or not at all; one of before is replaced.
         device: Where to compute, if ``model`` is a file.
         dtype: Precision, if ``model`` is a file; by default as saved.
@@ -81,7 +83,7 @@ def predict(
     began = time.perf_counter()
     n_frames = n_atoms = 0
     worst: tuple[float, int | None] = (-1.0, None)
-    total = sum(count_frames(path) for path in paths)
+    total = None if any(is_own_format(path) for path in paths) else sum(count_frames(path) for path in paths)
     bar = tqdm(total=total, unit="frame", disable=None if progress else True, dynamic_ncols=True)
     with bar, atomic_path(out) as temporary, open(temporary, "w", encoding="utf-8") as file:
         for batch in _batches(paths, batch_atoms):
@@ -130,7 +132,8 @@ def _batches(paths: Sequence[Path], batch_atoms: int) -> Iterator[list[tuple[str
     batch: list[tuple[str, Atoms]] = []
     size = 0
     for path in paths:
-        for k, atoms in enumerate(iterate_frames(path)):
+        own = (s.to_ase() for s in read_structures(path, keep_broken=True)) if is_own_format(path) else iterate_frames(path)
+        for k, atoms in enumerate(own):
             if disordered := disorder(atoms):
                 raise InputError(f"'{path}', frame {k}: {disordered}")
             if batch and size + len(atoms) > batch_atoms:

@@ -8,16 +8,19 @@ from pathlib import Path
 import ase.io
 import numpy as np
 import pytest
-from ase import Atoms
+from ase import Atoms, units
 from ase.build import bulk, molecule
 from ase.calculators.singlepoint import SinglePointCalculator
 from ase.constraints import FixAtoms
 from conftest import make_potential
+from small_formats import write_mptrj
 from test_electrostatics import with_charges
 from test_uncertainty import measured
 
 import gossamer
 from gossamer.cli import main
+from gossamer.data.readers import read_structures
+from gossamer.data.store import write_store
 from gossamer.potential_file import save
 from gossamer.simulation.calculator import Calculator
 
@@ -142,3 +145,25 @@ def test_errors_of_labels_that_some_frames_lack(frames: list[Atoms]) -> None:
     assert evaluation.notes == [
         f"errors of {label} are of 2 of 3 frames: the others have no {label}" for label in ("energy", "forces", "stress")
     ]
+
+
+def test_data_that_ase_does_not_read(tmp_path: Path) -> None:
+    """Stores, folders, npz in the layout of MD17, MPtrj's JSON: their labels are references, in our units."""
+    rng = np.random.default_rng(0)
+    water = molecule("H2O")
+    positions = water.positions + rng.normal(scale=0.05, size=(2, 3, 3))
+    np.savez(tmp_path / "md.npz", z=water.numbers, R=positions, E=np.array([1.0, np.nan]), F=np.ones((2, 3, 3)))
+    write_mptrj(tmp_path / "m.json", 2)
+    write_store(read_structures(tmp_path / "m.json"), tmp_path / "m.store")
+    (tmp_path / "folder").mkdir()
+    ase.io.write(tmp_path / "folder" / "a.extxyz", water)
+    paths = [tmp_path / name for name in ("md.npz", "m.json", "m.store", "folder")]
+    potential = make_potential(["H", "O", "Cu", "Au"], name="painn")
+    assert gossamer.predict(potential, paths, tmp_path / "p.extxyz", progress=False)["frames"] == 7
+    found = ase.io.read(tmp_path / "p.extxyz", ":")
+    np.testing.assert_allclose([a.positions for a in found[:2]], positions, atol=1e-7)
+    assert found[0].info["reference_energy"] == pytest.approx(units.kcal / units.mol)
+    np.testing.assert_allclose(found[1].arrays["reference_forces"], units.kcal / units.mol, rtol=1e-6)
+    assert "reference_energy" not in found[1].info  # which is not finite
+    assert [a.info["reference_energy"] for a in found[2:4]] == [a.info["reference_energy"] for a in found[4:6]]
+    assert found[2].get_potential_energy() == pytest.approx(found[4].get_potential_energy(), abs=1e-6)

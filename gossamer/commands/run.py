@@ -12,7 +12,7 @@ from gossamer.signals import STOPPED
 
 def _predict_parser(predict: argparse.ArgumentParser) -> None:
     predict.add_argument("model", help="saved potential")
-    predict.add_argument("structures", nargs="+", help="structure files; all of their frames")
+    predict.add_argument("structures", nargs="+", help="structure files (or folders, stores); all of their frames")
     predict.add_argument("--out", default="predicted.extxyz", help="extended XYZ file to write (default: predicted.extxyz)")
     predict.add_argument("--device", default="cpu", help="default: cpu")
     predict.add_argument("--dtype", choices=["float32", "float64"], help="default: as saved")

@@ -135,6 +135,13 @@ def _reader(path: Path) -> Any:
     return _read_ase
 
 
+def is_own_format(path: Path) -> bool:
+    """Whether `read_structures` knows a file or folder that ASE does not: a store, a folder, npz in the layout of MD17, MPtrj's JSON."""
+    if path.suffix == ".npz" and path.is_file():
+        return any(set(layout.values()) <= set(npz_names(path)) for layout in NPZ_LAYOUTS.values())
+    return (path.is_dir() and path.suffix != ".bundle") or (path.suffix == ".json" and path.is_file() and _reader(path) is _read_mptrj)
+
+
 # --- ASE and its relatives ----------------------------------------------------------------------------------------
 
 
