@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from gossamer.calibration import measure_uncertainty, plot_honesty
 from gossamer.data.dataset import Data, Subset, as_dataset
 from gossamer.data.fingerprint import leave_out_training_frames
 from gossamer.data.labels import LabelConfig
+from gossamer.data.readers import suggestion
 from gossamer.data.structure import Structure
 from gossamer.engine.engine import Engine, Way
 from gossamer.evaluation import Evaluation, evaluate_potential
@@ -78,6 +80,8 @@ def evaluate(
     evaluation.training_error, evaluation.notes = chosen.training_error, [*chosen.notes]
     for label in evaluation.errors:
         n_with = sum(bool({f"{label}_error", f"{label}_rmse"} & frame.keys()) for frame in evaluation.frames)
+        if n_with == 0 and (hint := suggestion(label, sorted({entry for s in islice(used, 100) for entry in s.entries}))):
+            evaluation.notes.append(f"no frame has {label}: {hint}")
         if 0 < n_with < len(evaluation.frames):
             evaluation.notes.append(f"errors of {label} are of {n_with} of {len(evaluation.frames)} frames: the others have no {label}")
     fixed = sum(int((~s.free).sum()) for s in used) if free_atoms_only else 0

@@ -34,6 +34,7 @@ from conftest import ETHANOL, forked, make_potential
 from small_formats import label, write_mptrj, write_oc20
 
 from gossamer import fitting
+from gossamer.accuracy import evaluate
 from gossamer.cli import main
 from gossamer.config import load_config, make_config
 from gossamer.data import consistency
@@ -1140,6 +1141,25 @@ def test_labels_under_other_names_are_suggested(tmp_path: Path) -> None:
     assert suggestion("energy", ("volume", "name")) == ""
     assert "say --energy E (" in suggestion("energy", ("E", "name", "free_energy"))
     assert "found virial: if virial is it, say --virial virial (data.labels.virial: virial)" in suggestion("stress", ("virial",))
+
+
+def test_labels_that_a_store_loses_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """As those of files for GPUMD (force, virial): a conversion without their names made a store of energies, without a word."""
+    frames = [labelled(k) for k in range(3)]
+    for atoms in frames:
+        atoms.arrays["force"] = atoms.calc.results.pop("forces")
+        atoms.info["virial"] = -atoms.get_volume() * atoms.get_stress(voigt=False)
+        del atoms.calc.results["stress"]
+    ase.io.write(tmp_path / "a.extxyz", frames)
+    assert main(["data", "convert", str(tmp_path / "a.extxyz"), "--out", str(tmp_path / "a.store")]) == 0
+    assert "3 of 3 frames have no forces: found force: if force is it, say --forces force (data.labels.forces: force)" in caplog.text
+    assert "3 of 3 frames have no stress: found virial: if virial is it, say --virial virial" in caplog.text
+    notes = evaluate(make_potential(["C", "Si"], name="painn"), tmp_path / "a.extxyz").notes
+    assert [note.partition(": ")[0] for note in notes] == ["no frame has forces", "no frame has stress"]
+    caplog.clear()
+    names = ["--forces", "force", "--virial", "virial"]
+    assert main(["data", "convert", str(tmp_path / "a.extxyz"), "--out", str(tmp_path / "b.store"), *names]) == 0
+    assert not caplog.text
 
 
 @pytest.mark.parametrize("name", ["virial", "REF_virial"])

@@ -266,12 +266,22 @@ def _symmetric(s: Structure) -> np.ndarray:
 
 
 def with_remarks_told(structures: Iterable[Structure]) -> Iterator[Structure]:
-    """The same structures; what reading remarked on their labels, which a store does not keep, goes to the log at the end."""
-    n, found = 0, Counter[str]()
+    """The same structures; what reading remarked on their labels, and what they lack and may have under other names, none of which a store
+    keeps, goes to the log at the end."""
+    n, found, lacking = 0, Counter[str](), Counter[str]()
+    entries: dict[str, set[str]] = defaultdict(set)
     for s in structures:
         n += 1
         found.update(s.remarks)
+        for label in QUANTITIES:
+            if s.lacks(label) and (label != "stress" or s.pbc.all()):
+                lacking[label] += 1
+                entries[label].update(s.entries)
         yield s
+    for label, count in lacking.items():
+        hint = suggestion(label, sorted(entries[label]))
+        if hint or label in ("energy", "forces") or count < n:
+            log.warning("%d of %d frames have no %s%s", count, n, label, f": {hint}" * bool(hint))
     for remark, text in REMARKS.items():
         if found[remark]:
             log.warning("%d of %d frames %s", found[remark], n, text)
