@@ -357,6 +357,8 @@ def test_legacy_lmdb_of_pickled_graphs(tmp_path: Path) -> None:
         graph.__dict__ |= {"pos": torch.rand(4, 3), "cell": torch.eye(3)[None] * 9, "atomic_numbers": torch.tensor([8.0, 1, 1, 29]), "y": -3.5,
                            "force": torch.rand(4, 3), "fixed": torch.tensor([0.0, 0, 0, 1]), "sid": 17}  # fmt: skip
         good = pickle.dumps(graph)
+        graph.y = float("nan")
+        broken = pickle.dumps(graph)
     finally:
         for name in ("torch_geometric", "torch_geometric.data", module.__name__):
             del sys.modules[name]
@@ -365,7 +367,7 @@ def test_legacy_lmdb_of_pickled_graphs(tmp_path: Path) -> None:
         def __reduce__(self):
             return (print, ("this must never be printed",))
 
-    for name, content in (("good", good), ("evil", pickle.dumps(Evil()))):
+    for name, content in (("good", good), ("broken", broken), ("evil", pickle.dumps(Evil()))):
         environment = lmdb.open(str(tmp_path / f"{name}.lmdb"), subdir=False, map_size=2**24)
         with environment.begin(write=True) as transaction:
             transaction.put(b"0", content)
@@ -377,6 +379,10 @@ def test_legacy_lmdb_of_pickled_graphs(tmp_path: Path) -> None:
     assert structure.atomic_numbers.tolist() == [8, 1, 1, 29]
     assert structure.fixed.tolist() == [False, False, False, True]
     np.testing.assert_allclose(structure.forces, graph.force.numpy())
+    (structure,) = read_legacy_lmdb(tmp_path / "broken.lmdb", keep_broken=True)
+    assert (structure.energy, structure.faults["energy"].reason) == (None, "energy not finite")
+    with pytest.raises(ValueError, match=r"broken.lmdb' record 0: energy is not finite. Mend it, or leave such frames out"):
+        list(read_legacy_lmdb(tmp_path / "broken.lmdb"))
     with pytest.raises(ValueError, match=r"asks for builtins\.print"):
         list(read_legacy_lmdb(tmp_path / "evil.lmdb"))
     with pytest.raises(ValueError, match="gossamer data convert --legacy-lmdb"):
@@ -1055,6 +1061,32 @@ def test_frames_of_which_none_is_sound(tmp_path: Path, capsys: pytest.CaptureFix
     assert main(command) == 2
     assert "--left-out writes what --require leaves out" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["a.extxyz"]
+
+
+def test_data_is_converted_to_extended_xyz(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """In our units and names, with groups and fixed atoms, whole or not at all; before, a store of that name was made."""
+    frames = [labelled(k) for k in range(3)]
+    for k, atoms in enumerate(frames):
+        atoms.info["run"] = f"r {k}"
+        atoms.set_constraint(FixAtoms([k]))
+    ase.io.write(tmp_path / "a.traj", frames)
+    command = ["data", "convert", str(tmp_path / "a.traj"), "--group", "run"]
+    assert main([*command, "--energy-unit", "Hartree", "--out", str(tmp_path / "b.extxyz"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["structures"] == 3
+    asked = LabelConfig(energy_unit="Hartree", group="run")
+    for mine, theirs in zip(
+        read_structures(tmp_path / "b.extxyz", LabelConfig(group="group")), read_structures(tmp_path / "a.traj", asked), strict=True
+    ):
+        assert mine.group == theirs.group
+        assert mine.energy == pytest.approx(theirs.energy, abs=1e-9)
+        for name in ("positions", "cell", "forces", "stress", "fixed"):
+            np.testing.assert_allclose(getattr(mine, name), getattr(theirs, name), atol=1e-7)
+    assert main([*command, "--out", str(tmp_path / "b.extxyz")]) == 2
+    assert "b.extxyz' exists" in capsys.readouterr().err
+    frames[2].calc.results["energy"] = np.nan
+    ase.io.write(tmp_path / "a.traj", frames)
+    assert main([*command, "--out", str(tmp_path / "c.xyz")]) == 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.traj", "b.extxyz"]
 
 
 def test_sound_frames_are_all_kept(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

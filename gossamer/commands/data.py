@@ -19,11 +19,11 @@ def _data_parser(data: argparse.ArgumentParser) -> None:
     inspect.add_argument("data", nargs="+", help="labelled structures: files or folders")
     add_labels(inspect, weighed=True)
     add_json(inspect)
-    text = "Stream data into a store: a folder of arrays, read from disk by index."
+    text = "Stream data into a store (a folder of arrays, read from disk by index), or into extended XYZ."
     convert = actions.add_parser("convert", help=text, description=text)
     convert.set_defaults(run=_convert)
     convert.add_argument("data", nargs="+", help="files or folders")
-    convert.add_argument("--out", required=True, help="folder to make")
+    convert.add_argument("--out", required=True, help="folder to make; or, if it ends with .extxyz or .xyz, a file of extended XYZ")
     convert.add_argument(
         "--legacy-lmdb", action="store_true", help="the files are LMDBs of pickled graphs (read with a restricted unpickler)"
     )
@@ -68,7 +68,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
 
 
 def _convert(arguments: argparse.Namespace) -> int:
-    from gossamer.data.store import write_store
+    from gossamer.data.store import write_store, write_xyz
 
     keep_broken = arguments.require is not None
     if arguments.left_out is not None and not keep_broken:
@@ -100,7 +100,7 @@ def _convert(arguments: argparse.Namespace) -> int:
 
         structures = subtract_dispersion(structures, arguments.subtract_dispersion)
         answer |= {"train with": f"data.dispersion=none data.functional={arguments.subtract_dispersion.partition('/')[0]}"}
-    count = write_store(structures, arguments.out)
+    count = (write_xyz if arguments.out.endswith((".xyz", ".extxyz")) else write_store)(structures, arguments.out)
     if keep_broken and arguments.json:
         answer |= {"left_out": left_out.to_dict()}
     elif keep_broken:

@@ -14,11 +14,12 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, overload
 
+import ase.io
 import numpy as np
 
 from gossamer.arguments import as_path
 from gossamer.data.structure import Structure, label_fields
-from gossamer.files import locked, sync, write_json
+from gossamer.files import atomic_path, locked, sync, write_json
 from gossamer.quantities import OWN, QUANTITIES, Quantity
 
 PER_ATOM: dict[str, tuple[Any, tuple[int, ...]]] = {
@@ -67,6 +68,26 @@ def write_store(structures: Iterable[Structure], path: Path | str) -> int:
             sync(path.parent)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
+    return count
+
+
+def write_xyz(structures: Iterable[Structure], path: Path | str) -> int:
+    """Stream structures into extended XYZ, in our units and names (``group`` is an entry); returns how many. The file is written whole or not at all.
+
+    Raises:
+        FileExistsError: the target exists.
+    """
+    path = Path(path)
+    if path.exists():
+        raise FileExistsError(f"'{path}' exists. Choose another name, or remove it first.")
+    count = 0
+    with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+        for s in structures:
+            atoms = s.to_ase()
+            if s.group is not None:
+                atoms.info["group"] = s.group
+            ase.io.write(file, atoms, format="extxyz")
+            count += 1
     return count
 
 
