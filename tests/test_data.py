@@ -914,6 +914,8 @@ def test_cells_and_isolated_atoms_that_are_none(tmp_path: Path) -> None:
     assert (s.remarks, s.is_isolated()) == (("isolated in name",), False)
     (s,) = read_structures(xyz_file(tmp_path, head.replace("5 0 0 0 5 0 0 0 5", "9 0 0 0 9 0 0 0 9"), "H 0 0 0\n"))
     assert (s.remarks, s.is_isolated()) == ((), True)
+    with pytest.raises(ValueError, match=r"a.xyz' frame 0: positions\[0, 1\] is not finite\. Remove the frame, or mend it\."):
+        list(read_structures(xyz_file(tmp_path, head, "H 0 nan 0\n")))
 
 
 def test_structures_of_several_spins_are_told(tmp_path: Path) -> None:
@@ -1719,6 +1721,8 @@ def test_entries_of_xyz_that_ase_passes_over(head: str, pbc: str, stress: list[f
         (HEAD.replace("pos:", "frac:"), ROWS, r"Properties names no positions \(pos:R:3\), but species, frac, forces"),
         (HEAD, ROWS.replace("O", "O2"), "'O2' is not the symbol of an element"),
         (HEAD + " stress=None", ROWS, r"'stress' holds 'None', expected numbers \(stress\)"),
+        (HEAD + ' stress="a b c d e f"', ROWS, r"'stress' holds .*, expected numbers \(stress\)"),
+        (HEAD + ' stress="1e400 0 0 0 1 0 0 0 1"', ROWS, r"stress\[0, 0\] is not finite"),
         (HEAD + ' stress="1 2 3"', ROWS, "'stress' holds 3 numbers, expected 9"),
         (HEAD.replace("-1.5", "T"), ROWS, r"'energy' holds 'True', expected numbers \(energy\)"),
     ],
@@ -1726,7 +1730,7 @@ def test_entries_of_xyz_that_ase_passes_over(head: str, pbc: str, stress: list[f
 def test_entries_of_xyz_that_are_wrong(head: str, rows: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message):
         list(read_structures(xyz_file(tmp_path, head, rows)))
-    if "holds" not in message:  # of labels, structures alone know nothing
+    if not re.search("holds|finite", message):  # of labels, structures alone know nothing
         with pytest.raises(ValueError, match=message):
             read_frames(tmp_path / "a.xyz")
 

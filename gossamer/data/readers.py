@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -220,7 +221,7 @@ def _remarks(found: Mapping[str, Any], values: Mapping[str, Any], atoms: Atoms, 
     if _second_names(found, values, atoms, labels):
         remarks.append("another label")
     stress = values.get("stress")
-    if stress is not None and np.abs(stress - stress.T).max() > ASYMMETRY * np.abs(stress).max():
+    if stress is not None and np.isfinite(stress).all() and np.abs(stress - stress.T).max() > ASYMMETRY * np.abs(stress).max():
         remarks.append("a stress that is not symmetric")
     weights = {key: numbers[key] for key in WEIGHTS if key in numbers and key != labels.weight}
     if any(weight != 1 for weight in weights.values()):
@@ -236,8 +237,9 @@ def _remarks(found: Mapping[str, Any], values: Mapping[str, Any], atoms: Atoms, 
         remarks.append("a cell under another name")
     if len(atoms) == 1 and re.search("isolated.?atom", str(found.get("config_type", "")), re.IGNORECASE):
         scale = label_scales(labels)[1]
-        if len(neighbor_list(atoms.positions * scale, atoms.cell.array * scale, atoms.pbc, REACH)[0][0]):
-            remarks.append("isolated in name")
+        with suppress(ValueError):  # of a place or a cell that is none, which is said where the structure is looked at
+            if len(neighbor_list(atoms.positions * scale, atoms.cell.array * scale, atoms.pbc, REACH)[0][0]):
+                remarks.append("isolated in name")
     return remarks
 
 

@@ -24,7 +24,7 @@ NAMES = {"lattice": "Lattice", "properties": "Properties", "pbc": "pbc"}
 TENSORS = ("Lattice", "stress", "virial")
 """entries that ASE takes as nine numbers in quotes, and in no other form"""
 ASIDE = "aside_"
-"""what a stress or virial is called that is not so many numbers, or not symmetric, while ASE reads the others"""
+"""what a stress or virial is called that is not so many numbers, no numbers, or not symmetric, while ASE reads the others"""
 
 
 def xyz_frames(file: IO[str]) -> Iterator[Atoms]:
@@ -109,12 +109,12 @@ def _entries(line: str) -> str:
 
 
 def _symmetric(numbers: list[str]) -> bool:
-    """Whether nine words are a symmetric matrix to a thousandth of its largest number, or no numbers."""
+    """Whether nine words are a symmetric matrix to a thousandth of its largest number."""
     try:
         matrix = np.array(numbers, dtype=float).reshape(3, 3)
     except ValueError:
-        return True
-    return not np.abs(matrix - matrix.T).max() > 1e-3 * np.abs(matrix).max()
+        return False
+    return not np.isfinite(matrix).all() or bool(np.abs(matrix - matrix.T).max() <= 1e-3 * np.abs(matrix).max())
 
 
 def _periodicity(text: str) -> str:
