@@ -1134,10 +1134,10 @@ def test_broken_labels_are_counted_by_inspection_and_refused_by_training(tmp_pat
         for e in errors
         if re.match(r"2 of 12 frames have no energy, .* it cannot be read of 2 frames \(.* frame 0: no entry 'REF_energy'", e)
     ]
-    assert found[0].endswith("Leave such frames out: gossamer data convert DATA --out NAME.store --require energy"), errors
+    assert found[0].endswith("Leave such frames out: gossamer data convert DATA --out NAME.store --require energy forces"), errors
     assert any("1 of 12 frames have no forces" in e and "forces[3, 1] is not finite" in e for e in errors), errors
     with pytest.raises(
-        ValueError, match=r"frame 0: no entry 'REF_energy' .*out: gossamer data convert DATA --out NAME.store --require energy$"
+        ValueError, match=r"frame 0: no entry 'REF_energy' .*out: gossamer data convert DATA --out NAME.store --require energy forces$"
     ):
         list(read_structures(tmp_path / "a.extxyz", labels))
     kept = list(read_structures(tmp_path / "a.extxyz", labels, keep_broken=True))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
@@ -355,6 +354,7 @@ def require_labels(
         raise ValueError(
             f"{structure.name} has no {label}, but {why.format(label=label)}: {refused[label]} of {len(structures)} frames have none. Set that weight "
             f"to 0, say under which name it is stored (data.labels.{label}), learn it from the frames that have it (loss.missing: skip), or leave "
-            f"out frames without: {leaving_out(needed)}." + (f" In the file: {hint}." if (hint := suggestion(label, structure.entries)) else "")
+            f"out frames without: {leaving_out(needed)}."
+            + (f" In the file: {hint}." if (hint := suggestion(label, structure.entries)) else "")
         )
     return lacking

@@ -207,7 +207,7 @@ def _partly_missing(label: str, missing: Sequence[Structure], n_frames: int, hin
     missing = [s for s in missing if s.pbc.all()] if label == "stress" else missing
     if missing:
         message = f"{len(missing)} of {n_frames} frames have no {label}, the first is {missing[0].name}" + (f"; {hint}" if hint else "")
-        report.errors.append(f"{message}. Leave such frames out: {leaving_out([label])}")
+        report.errors.append(f"{message}. Leave such frames out: {leaving_out(['energy', 'forces', label])}")
 
 
 def _forces(structures: Sequence[Structure], rms: float, report: Inspection) -> None:
@@ -221,7 +221,7 @@ def _forces(structures: Sequence[Structure], rms: float, report: Inspection) -> 
     if zeroed:
         report.errors.append(
             f"{len(zeroed)} frames have forces that are all zero though symmetry does not ask for it (a missing label?), the first is "
-            f"{zeroed[0]}. Leave such frames out: {leaving_out(['forces'])}"
+            f"{zeroed[0]}. Leave such frames out: {leaving_out(['energy', 'forces'])}"
         )
     if partly:
         report.warnings.append(

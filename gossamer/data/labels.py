@@ -76,7 +76,7 @@ def names_virial(name: str) -> bool:
 
 def leaving_out(labels: Collection[str]) -> str:
     """The command that leaves frames out of which one of these labels is missing or broken, for messages."""
-    return f"gossamer data convert DATA --out NAME.store --require {' '.join(labels)}"
+    return f"gossamer data convert DATA --out NAME.store --require {' '.join(dict.fromkeys(labels))}"
 
 
 def as_labels(given: LabelConfig | Mapping[str, Any] | None) -> LabelConfig:

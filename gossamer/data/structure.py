@@ -128,7 +128,7 @@ class Structure:
                 'volume there. Give the Lattice, or set pbc="F F F".'
             )
         for label, fault in self.set_aside().faults.items() if labels else ():
-            raise ValueError(f"{self.name}: {fault.text}. Mend it, or leave such frames out: {leaving_out([label])}")
+            raise ValueError(f"{self.name}: {fault.text}. Mend it, or leave such frames out: {leaving_out(['energy', 'forces', label])}")
         return self
 
     def set_aside(self) -> Structure:
