@@ -278,6 +278,9 @@ def test_stores_keep_weights(file: Path, tmp_path: Path, monkeypatch: pytest.Mon
     )
     kept = Store(tmp_path / "a.store")
     assert [s.weight for s in kept] == [s.weight for s in read_structures(file, LabelConfig(weight="config_weight"))]
+    assert main(["data", "convert", str(tmp_path / "a.store"), "--out", str(tmp_path / "a.extxyz")]) == 0
+    back = list(read_structures(tmp_path / "a.extxyz", LabelConfig(weight="weight", group="group")))
+    assert [(s.weight, s.group) for s in back] == [(s.weight, s.group) for s in kept]
     with pytest.raises(ValueError, match="would change nothing"):
         list(read_structures(tmp_path / "a.store", {"weight": "config_weight"}))
     with monkeypatch.context() as older:  # as stores were before there were weights

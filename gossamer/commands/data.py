@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from pathlib import Path
 from typing import Any
 
 from gossamer.commands.common import Command, add_json, add_labels, label_config, show, show_help
@@ -68,7 +69,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
 
 
 def _convert(arguments: argparse.Namespace) -> int:
-    from gossamer.data.store import write_store, write_xyz
+    from gossamer.data.store import Store, write_store, write_xyz
 
     keep_broken = arguments.require is not None
     if arguments.left_out is not None and not keep_broken:
@@ -100,7 +101,11 @@ def _convert(arguments: argparse.Namespace) -> int:
 
         structures = subtract_dispersion(structures, arguments.subtract_dispersion)
         answer |= {"train with": f"data.dispersion=none data.functional={arguments.subtract_dispersion.partition('/')[0]}"}
-    count = (write_xyz if arguments.out.endswith((".xyz", ".extxyz")) else write_store)(structures, arguments.out)
+    if arguments.out.endswith((".xyz", ".extxyz")):
+        stores = [Store(path) for path in arguments.data if (Path(path) / "store.json").exists()]
+        count = write_xyz(structures, arguments.out, arguments.weight is not None or any(store.weighted for store in stores))
+    else:
+        count = write_store(structures, arguments.out)
     if keep_broken and arguments.json:
         answer |= {"left_out": left_out.to_dict()}
     elif keep_broken:

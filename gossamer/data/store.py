@@ -71,8 +71,10 @@ def write_store(structures: Iterable[Structure], path: Path | str) -> int:
     return count
 
 
-def write_xyz(structures: Iterable[Structure], path: Path | str) -> int:
-    """Stream structures into extended XYZ, in our units and names (``group`` is an entry); returns how many. The file is written whole or not at all.
+def write_xyz(structures: Iterable[Structure], path: Path | str, weights: bool = False) -> int:
+    """Stream structures into extended XYZ, in our units and names (``group`` and, if asked for, ``weight`` are entries); returns how many.
+
+    The file is written whole or not at all.
 
     Raises:
         FileExistsError: the target exists.
@@ -86,6 +88,8 @@ def write_xyz(structures: Iterable[Structure], path: Path | str) -> int:
             atoms = s.to_ase()
             if s.group is not None:
                 atoms.info["group"] = s.group
+            if weights:
+                atoms.info["weight"] = s.weight
             ase.io.write(file, atoms, format="extxyz")
             count += 1
     return count
@@ -185,6 +189,11 @@ class Store(Sequence[Structure]):
     def sizes(self) -> np.ndarray:
         """(n_structures,) numbers of atoms"""
         return np.array(self._frames["n_atoms"], dtype=np.int64)
+
+    @property
+    def weighted(self) -> bool:
+        """Whether frames do not all count alike."""
+        return "weight" in self._frames and bool((self._frames["weight"] != 1).any())
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Store, (self.path.absolute(),)  # another process maps the files itself
