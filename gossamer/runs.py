@@ -80,10 +80,10 @@ def train(
         check_free(folder)
     check_loss(config)
     check_schedule(config)
-    for sentence in without_effect(config):
+    for sentence in () if chosen else without_effect(config):
         log.warning("%s", sentence)
     frames = read_frames(config)
-    if not chosen:  # a program, such as `fit`, has said what it leaves out
+    if not chosen:  # a program, such as `fit` and `compare`, has said what it leaves out
         say_unused(frames, config)
     group = start_process_group(config.training.device, config.training.timeout)
     numbers = RandomStream(config.training.seed, group.device)
