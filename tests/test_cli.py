@@ -374,7 +374,7 @@ def test_errors_of_the_system_are_one_line_and_json(tmp_path: Path, capsys: pyte
         status, out, err = run("md", model, tmp_path / "m.xyz", "--out", tmp_path / "b", "--json", capsys=capsys)
     assert status == 2
     assert "No space left on device. Free some space" in err
-    assert json.loads(out)["error"].startswith("No space left on device")
+    assert "state.npz': No space left on device" in json.loads(out)["error"]
 
 
 def test_interrupts_say_how_to_go_on(tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
