@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import dataclass, replace
@@ -21,8 +22,10 @@ from gossamer.calibration import measure_uncertainty
 from gossamer.config import Config, load_config, make_config, save_config, without_effect
 from gossamer.data.dataset import Subset, digest, load_data, open_dataset, require_labels, without
 from gossamer.data.fingerprint import SeenFrames
+from gossamer.data.inspection import say_remarks
 from gossamer.data.readers import suggestion
 from gossamer.data.statistics import compute_statistics, find_limits, widened
+from gossamer.data.store import Store
 from gossamer.data.structure import Structure, spread
 from gossamer.evaluation import evaluate_potential
 from gossamer.files import keeping_before, locked, set_aside, write_json
@@ -172,11 +175,16 @@ def read_frames(config: Config) -> Frames:
 
 
 def say_unused(frames: Frames, config: Config) -> None:
-    """Say which labels are there and not learned from."""
+    """Say which labels are there and not learned from, and what reading remarked on the frames (a store remembers none of it)."""
     some = [frames.train[k].labels for k in spread(len(frames.train), SOME)]  # the first may be an isolated atom, with an energy alone
     for label in QUANTITIES:
         if any(label in labels for labels in some) and label not in config.loss.needed():
             log.warning("%s labels are in the data but not in the loss (loss.%s is 0)", label, label)
+    data = frames.train
+    while isinstance(data, Subset):
+        data = data.parent
+    if not isinstance(data, Store):
+        say_remarks(Counter(remark for s in frames.train for remark in s.remarks), len(frames.train))
 
 
 def prepare_potential(config: Config, frames: Frames, group: ProcessGroup) -> tuple[Potential, Frames, dict[str, Any]]:

@@ -1138,6 +1138,16 @@ def test_training_frames_do_not_count(tmp_path: Path, capsys: pytest.CaptureFixt
     assert evaluate(path, valid_set).forces.mae == pytest.approx(results["valid"]["forces_mae_meV_per_A"], rel=1e-3)
 
 
+def test_training_says_what_reading_remarks_on_frames(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """As inspection does, which nobody need have asked."""
+    frames = [s.to_ase() for s in read_structures(ETHANOL)][:12]
+    for atoms in frames:
+        atoms.info["config_weight"] = 0.5
+    ase.io.write(tmp_path / "a.extxyz", frames)
+    train(settings(tmp_path / "run", steps=2) | {"data": {"train": str(tmp_path / "a.extxyz"), "valid_size": 2}}, progress=False)
+    assert "10 of 10 frames have a weight of their own" in caplog.text
+
+
 def test_evaluation_adds_up(tmp_path: Path) -> None:
     train(settings(tmp_path / "run", steps=20), progress=False)
     potential = load(tmp_path / "run" / "potential.safetensors")

@@ -282,6 +282,11 @@ def with_remarks_told(structures: Iterable[Structure]) -> Iterator[Structure]:
         hint = suggestion(label, sorted(entries[label]))
         if hint or label in ("energy", "forces") or count < n:
             log.warning("%d of %d frames have no %s%s", count, n, label, f": {hint}" * bool(hint))
+    say_remarks(found, n)
+
+
+def say_remarks(found: Counter[str], n: int) -> None:
+    """Say in the log what reading remarked on n frames."""
     for remark, text in REMARKS.items():
         if found[remark]:
             log.warning("%d of %d frames %s", found[remark], n, text)
