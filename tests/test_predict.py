@@ -139,12 +139,14 @@ def test_entries_called_like_predictions_are_references(tmp_path: Path) -> None:
     assert found.get_potential_energy() != -3.0
 
 
-def test_errors_of_labels_that_some_frames_lack(frames: list[Atoms]) -> None:
-    """How many frames each error is of is said."""
+def test_errors_of_labels_that_some_frames_lack(frames: list[Atoms], caplog: pytest.LogCaptureFixture) -> None:
+    """How many frames each error is of is said, and what reading remarks on them."""
+    frames[0].info["free_energy"] = -4.0
     evaluation = gossamer.evaluate(make_potential(["H", "O", "Si"], name="painn"), [frames[0], frames[0], frames[1]])
     assert evaluation.notes == [
         f"errors of {label} are of 2 of 3 frames: the others have no {label}" for label in ("energy", "forces", "stress")
     ]
+    assert "2 of 3 frames have a free_energy more than 1 meV/atom from the energy" in caplog.text
 
 
 def test_data_that_ase_does_not_read(tmp_path: Path) -> None:
