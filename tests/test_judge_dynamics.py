@@ -216,6 +216,31 @@ def test_references_of_another_system_and_short_ones(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize(("n", "statuses"), [(1, {"skipped"}), (3, {"passed"})])
+def test_a_short_reference_fails_nobody(n: int, statuses: set[str], tmp_path: Path) -> None:
+    """Frames of one ensemble: what a few of them lack of its average was taken for an error of g(r) and of h(r)."""
+    frames = []
+    for k in range(43):
+        frames.append(bulk("Cu", cubic=True).repeat((2, 2, 1)))
+        frames[-1].rattle(0.1, seed=k)
+    ours, known, candidate = frames[:40], frames[40 : 40 + n], candidate_of(EMT, tmp_path)
+    found = dynamics._bulk("Cu", ours, ours, 0.05, dynamics.Protocol(), known, [], candidate)
+    for frame in frames:
+        frame.pbc = False
+    found += dynamics._molecule("Cu", ours, ours, 0.05, dynamics.Protocol(), known, [], candidate)
+    assert {m.status for m in found if "(r)" in m.name} == statuses, [m.reason for m in found]
+
+
+def test_two_temperatures_of_a_short_run_fail_nobody(tmp_path: Path) -> None:
+    """Ten independent energies hardly overlap with ten others: the whole check failed, with all that was measured before."""
+    pytest.importorskip("physical_validation")
+    candidate = candidate_of(EMT, tmp_path, picoseconds=0.1, two_temperatures=True)
+    candidate.builtin_systems = False  # four atoms are enough
+    result = dynamics.check(candidate)
+    assert result.status == "passed", result.reason
+    assert by_name(result, "Boltzmann factor").reason.startswith("needs a longer run")
+
+
 def test_ensembles_of_harmonic_atoms_are_right(tmp_path: Path) -> None:
     """Einstein crystals are exact: kinetic energies and the Boltzmann factor between two temperatures."""
     pytest.importorskip("physical_validation")
