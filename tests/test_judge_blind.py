@@ -22,7 +22,7 @@ from broken_calculators import Defect, by_name, candidate_of, copper
 from gossamer.checks import conservation, crystals, diatomics, discovery, dynamics, errors, judge, judge_page, phonons, smoothness, symmetry
 from gossamer.checks import thermal_conductivity as heat
 from gossamer.checks.config import JudgeConfig
-from gossamer.checks.result import Result
+from gossamer.checks.result import Result, at_most, conclude
 from gossamer.checks.source import find_sources
 
 
@@ -158,6 +158,18 @@ def test_a_charged_crystal_is_not_the_potentials_fault(tmp_path: Path) -> None:
         result = check(charged)
         assert result.status == "skipped"
         assert "this cell has charge 1" in result.reason
+
+
+def test_phonons_of_left_handed_cells() -> None:
+    """phonopy refuses them; the lattice is that of the opposite vectors."""
+    pytest.importorskip("phonopy")
+    gold = bulk("Cu", cubic=True)
+    gold.symbols[0] = "Au"
+    left = gold.copy()
+    left.set_cell(gold.cell.array[[1, 0, 2]])
+    expected, found = (phonons.mesh_frequencies(phonons.make_phonons(EMT(), a, [2, 2, 2]))[0].max() for a in (gold, left))
+    assert found == pytest.approx(expected, rel=1e-6)
+    assert conclude([at_most("cBN: width", 2.0, "", 1.0, 3.0, "")]).reason.startswith("cBN: width")
 
 
 def test_phonons_keep_isotopes_apart() -> None:

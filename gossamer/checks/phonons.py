@@ -48,7 +48,7 @@ def quiet() -> Iterator[None]:
 
 
 def to_phonopy(atoms: Atoms) -> Any:
-    """phonopy's atoms, with masses and magnetic moments of their own where they have some.
+    """phonopy's atoms, with masses and magnetic moments of their own where they have some; left-handed cells, which it refuses, by the opposite vectors.
 
     Isotopes of one element get numbers ("Fe", "Fe1"): no symmetry may exchange them, where phonopy is told to look at the numbers.
 
@@ -65,8 +65,10 @@ def to_phonopy(atoms: Atoms) -> Any:
         )
     masses = atoms.get_masses() if atoms.has("masses") else None
     moments = atoms.get_initial_magnetic_moments()
+    right = atoms.copy()
+    right.set_cell(atoms.cell.array * (1 if atoms.cell.handedness > 0 else -1))
     return PhonopyAtoms(
-        symbols=_numbered(atoms), cell=atoms.cell.array, scaled_positions=atoms.get_scaled_positions(), masses=masses,
+        symbols=_numbered(atoms), cell=right.cell.array, scaled_positions=right.get_scaled_positions(), masses=masses,
         magnetic_moments=moments if moments.any() else None,
     )  # fmt: skip
 

@@ -210,9 +210,8 @@ def conclude(
     if worst.status == "passed":
         return Result("passed", passed, "", list(metrics), list(panels), list(notes))
     more = f" ({len(bad) - 1} more)" if len(bad) > 1 else ""
-    return Result(
-        worst.status, worst.reason[:1].upper() + worst.reason[1:] + more + ".", worst.consequence, list(metrics), list(panels), list(notes)
-    )
+    first = worst.reason[:1] if ": " in worst.name else worst.reason[:1].upper()  # names stay as they are
+    return Result(worst.status, first + worst.reason[1:] + more + ".", worst.consequence, list(metrics), list(panels), list(notes))
 
 
 def skipped(reason: str) -> Result:
