@@ -112,10 +112,12 @@ def judge(
             others of its class in a second call.
         calculator: ASE calculators, "module:factory" or "name=module:factory(key=value)", or in memory likewise.
         out: Folder of the report.
-        structures: Files or atoms for symmetry, conservation, smoothness, speed and dynamics. By default those the potential
-            was tested on, if its run is still there, else simple crystals and molecules of its elements.
+        structures: Files or atoms for symmetry, conservation, smoothness, speed and dynamics; a molecule alone in a periodic box is
+            taken out of it. By default those the potential was tested on, if its run is still there, else simple crystals and molecules of
+            its elements.
         crystals: Files or atoms for equation of state, elasticity, phonons and thermal conductivity.
-        systems: Files or atoms for molecular dynamics; ``info["temperature_K"]`` sets the temperature of each.
+        systems: Files or atoms for molecular dynamics; ``info["temperature_K"]`` sets the temperature of each, unless ``temperature`` or
+            ``protocol`` does.
         config: What is asked, as a `JudgeConfig`.
         progress: Show progress bars.
         **options: Fields of `JudgeConfig` that replace those of ``config``: ``level="quick"``, ``only=["phonons"]`` ...
