@@ -16,9 +16,9 @@ from gossamer.arguments import as_path, at_home, whole
 from gossamer.calibration import measure_uncertainty, plot_honesty
 from gossamer.data.dataset import Data, Subset, as_dataset
 from gossamer.data.fingerprint import leave_out_training_frames
+from gossamer.data.from_atoms import suggestion
 from gossamer.data.inspection import say_remarks
 from gossamer.data.labels import LabelConfig
-from gossamer.data.readers import suggestion
 from gossamer.data.store import Store
 from gossamer.data.structure import Structure
 from gossamer.engine.engine import Engine, Way

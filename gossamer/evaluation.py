@@ -11,7 +11,7 @@ from ase.data import chemical_symbols
 
 from gossamer.calibration import honesty
 from gossamer.data.batch import batches_by_atoms
-from gossamer.data.readers import suggestion
+from gossamer.data.from_atoms import suggestion
 from gossamer.data.structure import Structure
 from gossamer.graph import Graph
 from gossamer.potential import Potential, Prediction

@@ -22,8 +22,8 @@ from gossamer.calibration import measure_uncertainty
 from gossamer.config import Config, load_config, make_config, save_config, without_effect
 from gossamer.data.dataset import Subset, digest, load_data, open_dataset, require_labels, without
 from gossamer.data.fingerprint import SeenFrames
+from gossamer.data.from_atoms import suggestion
 from gossamer.data.inspection import say_remarks
-from gossamer.data.readers import suggestion
 from gossamer.data.statistics import compute_statistics, find_limits, widened
 from gossamer.data.store import Store
 from gossamer.data.structure import Structure, spread

@@ -19,7 +19,8 @@ from gossamer import bench as bench_module
 from gossamer.bench import bench, ceilings, floor, least_work, table
 from gossamer.checks.source import named_path
 from gossamer.cli import main
-from gossamer.data.readers import LabelConfig, from_atoms
+from gossamer.data.from_atoms import from_atoms
+from gossamer.data.labels import LabelConfig
 from gossamer.engine.kernels.cpu import Missing, operations
 from gossamer.potential_file import save
 from gossamer.simulation.calculator import Calculator

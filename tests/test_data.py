@@ -53,11 +53,12 @@ from gossamer.data.dataset import (
     without,
 )
 from gossamer.data.duplicates import without_duplicates
+from gossamer.data.from_atoms import from_atoms, suggestion
 from gossamer.data.inspection import Inspection, inspect
-from gossamer.data.labels import ForceUnit
+from gossamer.data.labels import ForceUnit, LabelConfig
 from gossamer.data.legacy import _tensor, read_legacy_lmdb, restricted_loads
 from gossamer.data.lmdb_file import HEADER, LEAF
-from gossamer.data.readers import LabelConfig, from_atoms, read_structures, suggestion
+from gossamer.data.readers import read_structures
 from gossamer.data.statistics import compute_statistics
 from gossamer.data.store import Store, write_store
 from gossamer.data.structure import Structure

@@ -29,7 +29,9 @@ from gossamer.checks.conservation import force_gradient_error, nve_conservation,
 from gossamer.checks.smoothness import cutoff_exponent, energy_jump
 from gossamer.checks.symmetry import net_force, separation_error, supercell_error, symmetry_errors
 from gossamer.config import make_config
-from gossamer.data.readers import LabelConfig, from_atoms, read_structures
+from gossamer.data.from_atoms import from_atoms
+from gossamer.data.labels import LabelConfig
+from gossamer.data.readers import read_structures
 from gossamer.data.statistics import compute_statistics
 from gossamer.data.structure import as_structure
 from gossamer.engine import cache as engine_cache

@@ -13,7 +13,8 @@ import torch
 from ase import Atoms
 from conftest import make_potential, often
 
-from gossamer.data.readers import LabelConfig, from_atoms
+from gossamer.data.from_atoms import from_atoms
+from gossamer.data.labels import LabelConfig
 from gossamer.engine.kernels import polynomial
 from gossamer.engine.kernels.attach import PolynomialKernel, attach_kernels
 from gossamer.nn.polynomial import Monomial, Monomials, Polynomial

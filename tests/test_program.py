@@ -22,7 +22,8 @@ from ase import Atoms
 from ase.build import bulk
 from conftest import make_potential, often
 
-from gossamer.data.readers import LabelConfig, from_atoms
+from gossamer.data.from_atoms import from_atoms
+from gossamer.data.labels import LabelConfig
 from gossamer.engine import engine as engine_module
 from gossamer.engine import program
 from gossamer.engine.agreement import probe
@@ -126,7 +127,8 @@ lone.get_forces()
 
 BATCHES = """
 # batches: a program of their own
-from gossamer.data.readers import LabelConfig, from_atoms
+from gossamer.data.from_atoms import from_atoms
+from gossamer.data.labels import LabelConfig
 frames = [crystal, crystal.repeat((2, 1, 1)), molecule("CH3OH"), molecule("C2H6")[:1], molecule("H2O")]
 for structures in (frames, frames[:2] * 2):
     graph = potential.collate([from_atoms(a, LabelConfig(), "frame") for a in structures])

@@ -33,7 +33,9 @@ from gossamer.accuracy import evaluate
 from gossamer.cli import main
 from gossamer.config import load_config, make_config, save_config
 from gossamer.data.dataset import load_data
-from gossamer.data.readers import LabelConfig, from_atoms, read_structures
+from gossamer.data.from_atoms import from_atoms
+from gossamer.data.labels import LabelConfig
+from gossamer.data.readers import read_structures
 from gossamer.data.statistics import compute_statistics
 from gossamer.data.structure import Structure
 from gossamer.engine.compiler_cache import is_kept, kept_compiler_files

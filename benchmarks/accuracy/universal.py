@@ -27,8 +27,8 @@ from ase.data import atomic_numbers
 import gossamer
 from gossamer.config import load_config
 from gossamer.data.dataset import open_dataset
+from gossamer.data.from_atoms import from_atoms
 from gossamer.data.labels import LabelConfig
-from gossamer.data.readers import from_atoms
 from gossamer.data.store import write_store
 from gossamer.engine.engine import Engine
 from gossamer.evaluation import evaluate_potential

@@ -18,8 +18,9 @@ from pydantic import Field, field_validator
 from gossamer.arguments import at_home
 from gossamer.data.atoms import own_results
 from gossamer.data.fingerprint import Copies
+from gossamer.data.from_atoms import from_atoms, suggestion
 from gossamer.data.labels import LabelConfig, as_labels, leaving_out, refuse_unread
-from gossamer.data.readers import checked, from_atoms, read_structures, suggestion
+from gossamer.data.readers import checked, read_structures
 from gossamer.data.store import Store
 from gossamer.data.structure import REACH, Structure
 from gossamer.settings import settings

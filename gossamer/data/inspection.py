@@ -15,8 +15,8 @@ from ase.data import chemical_symbols, covalent_radii
 from gossamer.data.consistency import compare_pairs, compare_strained_pairs, compare_stress_with_volume
 from gossamer.data.dataset import Data, as_dataset
 from gossamer.data.duplicates import find_duplicates
+from gossamer.data.from_atoms import CHARGE, HEAD, SPIN, suggestion
 from gossamer.data.labels import LabelConfig, leaving_out
-from gossamer.data.readers import CHARGE, HEAD, SPIN, suggestion
 from gossamer.data.structure import Structure
 from gossamer.data.units import ENERGY_UNITS
 from gossamer.neighbors import neighbor_list

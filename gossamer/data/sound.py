@@ -11,8 +11,8 @@ from typing import IO, Any
 
 import ase.io
 
+from gossamer.data.from_atoms import WEIGHTLESS
 from gossamer.data.inspection import has_zeroed_forces
-from gossamer.data.readers import WEIGHTLESS
 from gossamer.data.structure import Structure
 from gossamer.files import atomic_path
 

@@ -31,8 +31,8 @@ from torch import Tensor, nn
 from gossamer import __version__
 from gossamer.arguments import as_path
 from gossamer.data.atoms import as_atoms
+from gossamer.data.from_atoms import from_atoms
 from gossamer.data.labels import LabelConfig
-from gossamer.data.readers import from_atoms
 from gossamer.engine import cache
 from gossamer.engine.agreement import TOLERANCE, agree, probe, rattled
 from gossamer.engine.kernels.attach import TableKernel
