@@ -27,7 +27,8 @@ from ase.build import bulk
 from damage import digest
 
 from gossamer.cli import main
-from gossamer.data.readers import from_atoms, read_structures
+from gossamer.data.from_atoms import from_atoms
+from gossamer.data.readers import read_structures
 from gossamer.data.store import Store, write_store
 from gossamer.engine import cache
 from gossamer.potential_file import load, save
