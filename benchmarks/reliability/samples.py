@@ -25,8 +25,8 @@ import gossamer.simulation.calculator  # noqa: F401
 from gossamer.calibration import measure_uncertainty
 from gossamer.config import make_config, save_config
 from gossamer.data.fingerprint import SeenFrames
-from gossamer.data.labels import LabelConfig
 from gossamer.data.from_atoms import from_atoms
+from gossamer.data.labels import LabelConfig
 from gossamer.data.readers import read_structures
 from gossamer.data.store import write_store
 from gossamer.potential_file import save
