@@ -22,6 +22,7 @@ from conftest import shared_data
 from gossamer.checks import (
     conservation,
     dynamics,
+    walks,
 )
 from gossamer.checks.judge import judge
 from gossamer.checks.result import NoQuestionError
@@ -115,7 +116,7 @@ def test_a_hot_frame_is_not_the_potentials_fault(tmp_path: Path) -> None:
     assert by_name(result, "mean temperature").value == pytest.approx(300, rel=0.2)
     (note,) = [n for n in result.notes if n.startswith("Cu: Cu16")]
     assert re.search(r"Start: relaxed by \d+ steps \(largest force [1-9].* to 0.\d+ eV/Å\), then 0.02 ps with a thermostat at 300 K", note)
-    start, _ = dynamics.prepare(EMT(), hot, 300.0, 2.0, 0.1)
+    start, _ = walks.prepare(EMT(), hot, 300.0, 2.0, 0.1)
     assert start.get_temperature() < 600
     assert hot.get_temperature() > 1000  # the user's atoms are left as they are
 
@@ -133,14 +134,14 @@ def test_metals_have_no_bonds_that_last(tmp_path: Path) -> None:
 
 
 def test_one_atom_is_no_nonsense() -> None:
-    start, sentence = dynamics.prepare(EMT(), bulk("Cu"), 300.0, 2.0, 0.02)
+    start, sentence = walks.prepare(EMT(), bulk("Cu"), 300.0, 2.0, 0.02)
     assert "then 0.02 ps with a thermostat at 300 K" in sentence
     assert np.isfinite(start.get_momenta()).all()
 
 
 def test_a_start_that_cannot_be_prepared_is_said(tmp_path: Path) -> None:
     uphill = Defect(EMT(), lambda atoms, r: r["forces"].__imul__(-3))
-    _, sentence = dynamics.prepare(uphill, bulk("Cu", cubic=True), 300.0, 2.0, 0.2)
+    _, sentence = walks.prepare(uphill, bulk("Cu", cubic=True), 300.0, 2.0, 0.2)
     assert "as given" in sentence
 
 
