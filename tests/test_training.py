@@ -461,6 +461,24 @@ train(json.load(open(sys.argv[1])), progress=False)
 """
 
 
+def test_processes_that_go_on_align_tensors_of_one_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A checkpoint is read in another order by each process: they gave each other unlike tensors, or ended in an error of gloo."""
+    config = settings(tmp_path / "run", steps=2)
+    train(config, progress=False)
+    path = tmp_path / "run" / "checkpoint.safetensors"
+    tensors, stored = read_checkpoint(path)
+    found = []
+    for names in (sorted(tensors), sorted(tensors, reverse=True)):
+        monkeypatch.setattr(state, "read_checkpoint", lambda _, names=names: ({name: tensors[name] for name in names}, stored))
+        training = make_config(config).training
+        made = state.make_state(load(tmp_path / "run" / "potential.safetensors").train(), training, LossConfig())
+        state.load_state(made, path, stored["identity"])
+        group = types.SimpleNamespace(align=lambda given: found.append([t.clone() for t in given]) or 0.0, rank=0)
+        loop.align(made, group)
+    assert len(found[0]) > 50
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
 @pytest.mark.thorough
 def test_processes_that_round_differently_stay_together(tmp_path: Path) -> None:
     """Rank 1 turns its first bases of SOAP and moves its weights after every step; rank 0's numbers go on, and the log tells."""

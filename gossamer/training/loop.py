@@ -224,7 +224,8 @@ def run_training(
 
 def align(state: State, group: ProcessGroup) -> None:
     """All processes go on with the first one's weights and optimiser: machines of different kinds round differently, which adds up."""
-    apart = group.align(state_tensors(state).values())
+    tensors = state_tensors(state)  # in the order of their names: that in which a checkpoint is read is another in each process
+    apart = group.align(tensors[name] for name in sorted(tensors))
     if apart > 0 and group.rank == 0:
         say = log.warning if apart > DRIFT else log.info
         say("step %d: numbers of the processes were up to %.1e of the largest apart; those of the first one go on", state.step, apart)
