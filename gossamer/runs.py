@@ -5,14 +5,12 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import ase.io
 import numpy as np
 import torch
 
@@ -20,19 +18,16 @@ from gossamer import __version__
 from gossamer.arguments import as_path
 from gossamer.calibration import measure_uncertainty
 from gossamer.config import Config, load_config, make_config, save_config, without_effect
-from gossamer.data.dataset import Subset, digest, load_data, open_dataset, require_labels, without
+from gossamer.data.dataset import Subset, digest, require_labels, without
 from gossamer.data.fingerprint import SeenFrames
-from gossamer.data.from_atoms import suggestion
-from gossamer.data.inspection import say_remarks
 from gossamer.data.statistics import compute_statistics, find_limits, widened
-from gossamer.data.store import Store
-from gossamer.data.structure import Structure, spread
+from gossamer.data.structure import Structure
 from gossamer.evaluation import evaluate_potential
 from gossamer.files import keeping_before, locked, set_aside, write_json
 from gossamer.potential import DTYPES, Potential
 from gossamer.potential_file import check_sizes, load, read_manifest, save, save_again
-from gossamer.quantities import QUANTITIES
 from gossamer.random_stream import RandomStream
+from gossamer.run_frames import Frames, old_frames, read_frames, reads, say_unused, write_frames
 from gossamer.settings import build, to_dict
 from gossamer.training.finetune import Concatenated, adapt_statistics, choose_replay, choose_weights, merge_adapters, transfer_weights
 from gossamer.training.loop import CHECKPOINT, finished, run_training
@@ -43,10 +38,6 @@ from gossamer.training.state import State, close, load_state, make_state
 log = logging.getLogger(__name__)
 POTENTIAL = "potential.safetensors"
 VALID = "valid.extxyz"
-MOST_VALID = 10_000
-"""validation frames written to a run's folder"""
-SOME = 100
-"""training frames that are looked at for labels which the loss does not need"""
 
 
 def train(
@@ -137,54 +128,6 @@ def check_free(folder: Path) -> None:
 
 
 # --- the steps of training --------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, kw_only=True)
-class Frames:
-    """The structures of a run."""
-
-    train: Sequence[Structure]
-    valid: Sequence[Structure]
-    test: Sequence[Structure] | None = None
-    old: Sequence[Structure] | None = None
-    """of the data that the start of fine-tuning was trained on, to see what is forgotten"""
-
-
-def read_frames(config: Config) -> Frames:
-    """Training, validation and test structures with the labels that the loss needs.
-
-    Raises:
-        ValueError: a label is missing, or a frame is on two sides.
-    """
-    train_set, valid_set, test_set = load_data(config.data, config.model.cutoff)
-    loss = config.loss
-    for name, part in (("training", train_set), ("validation", valid_set)):
-        lacking = require_labels(part, loss.needed(), "loss.{label} is above 0", config.model.cutoff, loss.missing)
-        for label, n in lacking.items():
-            if 0 < n < len(part):
-                log.info("%s: in %d of %d %s frames, %d have none", label, len(part) - n, len(part), name, n)
-            elif n and part is train_set:
-                hint = suggestion(label, part[0].entries)
-                raise ValueError(
-                    f"None of the {n} training frames has {label}, but loss.{label} is above 0. Set that weight to 0, or say under which name it is "
-                    f"stored (data.labels.{label})." + (f" In the file: {hint}." if hint else "")
-                )
-            elif n:
-                log.warning("no validation frame has %s: the best weights are chosen without it", label)
-    return Frames(train=train_set, valid=valid_set, test=test_set)
-
-
-def say_unused(frames: Frames, config: Config) -> None:
-    """Say which labels are there and not learned from, and what reading remarked on the frames (a store remembers none of it)."""
-    some = [frames.train[k].labels for k in spread(len(frames.train), SOME)]  # the first may be an isolated atom, with an energy alone
-    for label in QUANTITIES:
-        if any(label in labels for labels in some) and label not in config.loss.needed():
-            log.warning("%s labels are in the data but not in the loss (loss.%s is 0)", label, label)
-    data = frames.train
-    while isinstance(data, Subset):
-        data = data.parent
-    if not isinstance(data, Store):
-        say_remarks(Counter(remark for s in frames.train for remark in s.remarks), len(frames.train))
 
 
 def prepare_potential(config: Config, frames: Frames, group: ProcessGroup) -> tuple[Potential, Frames, dict[str, Any]]:
@@ -309,29 +252,6 @@ def start_finetuning(config: Config, frames: Frames) -> tuple[Potential, Frames,
     return potential, replace(frames, train=train_set, old=kept), report
 
 
-def old_frames(config: Config, frames: Frames) -> Sequence[Structure]:
-    """Frames of finetune.replay that are not to validate or to test on.
-
-    Raises:
-        ValueError: there are no others.
-    """
-    tune = config.finetune
-    assert tune is not None
-    assert tune.replay is not None
-    everything = open_dataset(tune.replay, tune.replay_labels or config.data.labels)
-    old = without(everything, frames.valid, frames.test or ())
-    if len(old) == 0:
-        raise ValueError(
-            f"All {len(everything)} frames of finetune.replay ('{tune.replay}') are validation or test frames. Give data that the start "
-            "was trained on."
-        )
-    if len(old) < len(everything):
-        log.warning(
-            "%d of %d frames of finetune.replay are validation or test frames: left out", len(everything) - len(old), len(everything)
-        )
-    return old
-
-
 def run_identity(settings: Mapping[str, Any], potential: Potential, frames: Frames, tuning: Mapping[str, Any]) -> dict[str, Any]:
     """What a checkpoint must share with the run that goes on from it (`gossamer.training.state.differing`)."""
     statistics = potential.statistics
@@ -376,7 +296,7 @@ def write_start(config: Config, folder: Path, frames: Frames, potential: Potenti
     with nullcontext(folder / "config.yaml") if resumed else keeping_before(folder / "config.yaml") as path:
         save_config(config, path)
     path = folder / VALID
-    if not (resumed and path.exists()) and not _reads(config, path):
+    if not (resumed and path.exists()) and not reads(config, path):
         if config.data.valid is None:
             write_frames(frames.valid, path)
         elif path.exists():
@@ -384,23 +304,6 @@ def write_start(config: Config, folder: Path, frames: Frames, potential: Potenti
     if tuning and not resumed:
         tuning["before"] = tuning_errors(potential, frames.valid, frames.old, config.loss.free_atoms_only)
         write_json(folder / "finetune.json", tuning)
-
-
-def _reads(config: Config, path: Path) -> bool:
-    """Whether a file is among the data of the settings."""
-    data = [config.data.train, config.data.valid, config.data.test, config.finetune and config.finetune.replay]
-    paths = [p for part in data if part for p in ([part] if isinstance(part, str) else part)]
-    return path.resolve() in (Path(p).resolve() for p in paths)
-
-
-def write_frames(structures: Sequence[Structure], path: Path) -> None:
-    """Structures with their labels in eV and Å as extended XYZ, at most ``MOST_VALID`` of them, spread evenly."""
-    n = len(structures)
-    chosen = spread(n, MOST_VALID)
-    if n > MOST_VALID:
-        log.info("'%s' holds %d of the %d validation frames", path, len(chosen), n)
-    with keeping_before(path) as temporary:
-        ase.io.write(temporary, [structures[k].to_ase() for k in chosen], format="extxyz")
 
 
 def step_times(state: State) -> dict[str, Any]:

@@ -23,7 +23,8 @@ from gossamer.engine.engine import Engine
 from gossamer.evaluation import evaluate_potential
 from gossamer.potential import Potential
 from gossamer.potential_file import load, read_manifest, save
-from gossamer.runs import Frames, add_uncertainty
+from gossamer.run_frames import Frames
+from gossamer.runs import add_uncertainty
 from gossamer.simulation.calculator import Calculator
 from gossamer.simulation.md import md
 

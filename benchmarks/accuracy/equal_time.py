@@ -33,7 +33,8 @@ def step_costs(which: str, data: Path, networks: list[str]) -> dict[str, float]:
     import torch
 
     from gossamer.config import load_config
-    from gossamer.runs import prepare_potential, read_frames
+    from gossamer.run_frames import read_frames
+    from gossamer.runs import prepare_potential
     from gossamer.training.loop import train_step
     from gossamer.training.process_group import start_process_group
     from gossamer.training.state import make_state
@@ -64,7 +65,8 @@ def inference_costs(data: Path, networks: list[str]) -> dict[str, float]:
 
     from gossamer.config import load_config
     from gossamer.engine.engine import Engine
-    from gossamer.runs import prepare_potential, read_frames
+    from gossamer.run_frames import read_frames
+    from gossamer.runs import prepare_potential
     from gossamer.training.process_group import start_process_group
 
     torch.set_num_threads(1)
