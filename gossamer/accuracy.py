@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import islice
 from pathlib import Path
@@ -17,9 +16,8 @@ from gossamer.calibration import measure_uncertainty, plot_honesty
 from gossamer.data.dataset import Data, Subset, as_dataset
 from gossamer.data.fingerprint import leave_out_training_frames
 from gossamer.data.from_atoms import suggestion
-from gossamer.data.inspection import say_remarks
+from gossamer.data.inspection import tell_remarks
 from gossamer.data.labels import LabelConfig
-from gossamer.data.store import Store
 from gossamer.data.structure import Structure
 from gossamer.engine.engine import Engine, Way
 from gossamer.evaluation import Evaluation, evaluate_potential
@@ -72,8 +70,7 @@ def evaluate(
     if folder is not None:
         say_replaced(*(folder / name for name in (ERRORS, WORST, HONESTY)))
     structures = as_dataset(data, labels)
-    if not isinstance(structures, Store):  # which remembers none of it
-        say_remarks(Counter(remark for s in structures for remark in s.remarks), len(structures))
+    tell_remarks(structures)
     chosen = leave_out_training_frames(potential.seen, structures, include_training)
     engine = Engine(potential, way, dispersion=dispersion)
     used = Subset(structures, chosen.used)

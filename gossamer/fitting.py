@@ -266,7 +266,7 @@ def choose_settings(
 
 def _labels_to_train(data: Path | str, structures: Sequence[Structure], report: Inspection | None) -> dict[str, bool]:
     """Which labels go into the loss: those that every frame has that can have them. What is left out, or stands in the way, is said."""
-    lacking = {label: [s.name for s in structures if s.lacks(label) and (label != "stress" or s.pbc.all())] for label in QUANTITIES}
+    lacking = {label: [s.name for s in structures if s.lacks(label)] for label in QUANTITIES}
     has = {label: not names and any(label in s.labels for s in structures) for label, names in lacking.items()}
     for label in ("energy", "forces"):
         n, first = len(lacking[label]), lacking[label][:1]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,10 +10,9 @@ from pathlib import Path
 import ase.io
 
 from gossamer.config import Config
-from gossamer.data.dataset import Subset, load_data, open_dataset, require_labels, without
+from gossamer.data.dataset import load_data, open_dataset, require_labels, without
 from gossamer.data.from_atoms import suggestion
-from gossamer.data.inspection import say_remarks
-from gossamer.data.store import Store
+from gossamer.data.inspection import tell_remarks
 from gossamer.data.structure import Structure, spread
 from gossamer.files import keeping_before
 from gossamer.quantities import QUANTITIES
@@ -46,17 +44,17 @@ def read_frames(config: Config) -> Frames:
     train_set, valid_set, test_set = load_data(config.data, config.model.cutoff)
     loss = config.loss
     for name, part in (("training", train_set), ("validation", valid_set)):
-        lacking = require_labels(part, loss.needed(), "loss.{label} is above 0", config.model.cutoff, loss.missing)
-        for label, n in lacking.items():
+        having = require_labels(part, loss.needed(), "loss.{label} is above 0", config.model.cutoff, loss.missing)
+        for label, n in having.items():
             if 0 < n < len(part):
-                log.info("%s: in %d of %d %s frames, %d have none", label, len(part) - n, len(part), name, n)
-            elif n and part is train_set:
+                log.info("%s: in %d of %d %s frames, %d have none", label, n, len(part), name, len(part) - n)
+            elif n == 0 and part is train_set:
                 hint = suggestion(label, part[0].entries)
                 raise ValueError(
-                    f"None of the {n} training frames has {label}, but loss.{label} is above 0. Set that weight to 0, or say under which name it is "
+                    f"None of the {len(part)} training frames has {label}, but loss.{label} is above 0. Set that weight to 0, or say under which name it is "
                     f"stored (data.labels.{label})." + (f" In the file: {hint}." if hint else "")
                 )
-            elif n:
+            elif n == 0:
                 log.warning("no validation frame has %s: the best weights are chosen without it", label)
     return Frames(train=train_set, valid=valid_set, test=test_set)
 
@@ -67,11 +65,7 @@ def say_unused(frames: Frames, config: Config) -> None:
     for label in QUANTITIES:
         if any(label in labels for labels in some) and label not in config.loss.needed():
             log.warning("%s labels are in the data but not in the loss (loss.%s is 0)", label, label)
-    data = frames.train
-    while isinstance(data, Subset):
-        data = data.parent
-    if not isinstance(data, Store):
-        say_remarks(Counter(remark for s in frames.train for remark in s.remarks), len(frames.train))
+    tell_remarks(frames.train)
 
 
 def old_frames(config: Config, frames: Frames) -> Sequence[Structure]:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -290,3 +294,34 @@ def test_stores_keep_weights(file: Path, tmp_path: Path, monkeypatch: pytest.Mon
     assert not (tmp_path / "b.store" / "weight.bin").exists()
     assert [s.weight for s in Store(tmp_path / "b.store")] == [1.0] * 18
     assert collate(list(Store(tmp_path / "b.store"))[:2], 4.0).weights is None
+
+
+@pytest.mark.thorough
+def test_compiled_steps_of_mixed_batches_are_the_plain_ones(file: Path, tmp_path: Path) -> None:
+    """In processes of their own, where shapes are not checked: the same steps, in float64."""
+    found = []
+    for name in ("plain", "compiled"):
+        settings = {
+            "data": {"train": str(file), "valid_size": 6},
+            "model": {"name": "leignn", "num_features": 8, "num_layers": 1, "cutoff": 4.0},
+            "loss": {"stress": 20.0},
+            "training": {
+                "steps": 8,
+                "batch_size": 4,
+                "valid_every": 8,
+                "dtype": "float64",
+                "kernels": False,
+                "compile": name == "compiled",
+            },
+            "out": str(tmp_path / name),
+        }
+        (tmp_path / f"{name}.yaml").write_text(json.dumps(settings))
+        environment = {**os.environ, "GOSSAMER_CACHE": str(tmp_path / "cache")}
+        command = [sys.executable, "-m", "gossamer", "train", str(tmp_path / f"{name}.yaml")]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+        assert done.returncode == 0, done.stderr
+        results = json.loads((tmp_path / name / "results.json").read_text())
+        assert results["compiled"] is (name == "compiled"), done.stderr
+        found.append(results["valid"])
+    for key in ("forces_mae_meV_per_A", "stress_mae_meV_per_A3", "energy_mae_meV_per_atom"):
+        assert found[0][key] == pytest.approx(found[1][key], rel=1e-6)

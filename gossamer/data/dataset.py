@@ -337,25 +337,25 @@ class LoneStresses(Sequence[Structure]):
 def require_labels(
     structures: Sequence[Structure], needed: Sequence[str], why: str, cutoff: float = REACH, missing: str = "error"
 ) -> dict[str, int]:
-    """How many structures lack each needed label and may: anything with ``missing`` "skip", else the stress of what has no volume.
+    """Of how many structures each needed label is learned: those that have it, and for the stress isolated atoms (``cutoff`` in Å).
 
     Raises:
-        ValueError: naming the first frame that lacks one and may not, and how many do; isolated atoms (``cutoff`` in Å) need no stress.
+        ValueError: naming the first frame that lacks one (`Structure.lacks`), and how many do, unless ``missing`` is "skip".
     """
-    lacking, refused = dict.fromkeys(needed, 0), dict.fromkeys(needed, 0)
+    having, lacking = dict.fromkeys(needed, 0), dict.fromkeys(needed, 0)
     first: dict[str, Structure] = {}
     for structure in structures:
         for label in needed:
-            if structure.lacks(label, cutoff):
+            if label in structure.labels or (label == "stress" and structure.is_isolated(cutoff)):
+                having[label] += 1
+            elif missing == "error" and structure.lacks(label, cutoff):
+                first.setdefault(label, structure)
                 lacking[label] += 1
-                if missing == "error" and (label != "stress" or structure.pbc.all()):
-                    first.setdefault(label, structure)
-                    refused[label] += 1
     for label, structure in first.items():
         raise ValueError(
-            f"{structure.name} has no {label}, but {why.format(label=label)}: {refused[label]} of {len(structures)} frames have none. Set that weight "
+            f"{structure.name} has no {label}, but {why.format(label=label)}: {lacking[label]} of {len(structures)} frames have none. Set that weight "
             f"to 0, say under which name it is stored (data.labels.{label}), learn it from the frames that have it (loss.missing: skip), or leave "
             f"out frames without: {leaving_out(needed)}."
             + (f" In the file: {hint}." if (hint := suggestion(label, structure.entries)) else "")
         )
-    return lacking
+    return having

@@ -13,10 +13,11 @@ from ase.data import atomic_numbers as number_of
 from ase.data import chemical_symbols, covalent_radii
 
 from gossamer.data.consistency import compare_pairs, compare_strained_pairs, compare_stress_with_volume
-from gossamer.data.dataset import Data, as_dataset
+from gossamer.data.dataset import Data, Subset, as_dataset
 from gossamer.data.duplicates import find_duplicates
 from gossamer.data.from_atoms import CHARGE, HEAD, SPIN, suggestion
 from gossamer.data.labels import LabelConfig, leaving_out
+from gossamer.data.store import Store
 from gossamer.data.structure import Structure
 from gossamer.data.units import ENERGY_UNITS
 from gossamer.neighbors import neighbor_list
@@ -178,8 +179,16 @@ def _labels(structures: Sequence[Structure], report: Inspection) -> None:
             elif hint:
                 report.warnings.append(f"no frame has {label}: {hint}")
             continue
+        if label == "stress" and (idle := [s.name for s in structures if s.stress is None and not s.pbc.all() and not s.is_isolated()]):
+            report.warnings.append(
+                f"{len(idle)} of {len(structures)} frames have no stress, the first is {idle[0]}: they are not periodic along all axes, and it is "
+                "learned from the others"
+            )
         if missing:
-            _partly_missing(label, missing, len(structures), hint, report)
+            message = f"{len(missing)} of {len(structures)} frames have no {label}, the first is {missing[0].name}" + f"; {hint}" * bool(
+                hint
+            )
+            report.errors.append(f"{message}. Leave such frames out: {leaving_out(['energy', 'forces', label])}")
         values = np.concatenate([np.ravel(s.labels[label]) for s in labelled])
         rms = float(np.sqrt((values**2).mean()))
         numbers = {"median": np.median(values), "rms": rms, "lowest": values.min(), "highest": values.max()}
@@ -194,20 +203,6 @@ def _labels(structures: Sequence[Structure], report: Inspection) -> None:
                 f"stress has median magnitude {np.median(np.abs(values)):.3g}; eV/Å³ values are rarely above 0.5. If they are GPa, set "
                 "data.labels.stress_unit: GPa"
             )
-
-
-def _partly_missing(label: str, missing: Sequence[Structure], n_frames: int, hint: str, report: Inspection) -> None:
-    """Frames without a label that others have: an error, but for the stress of what has no volume."""
-    idle = [s for s in missing if not s.pbc.all()] if label == "stress" else []
-    if idle:
-        report.warnings.append(
-            f"{len(idle)} of {n_frames} frames have no stress, the first is {idle[0].name}: they are not periodic along all axes, and it is "
-            "learned from the others"
-        )
-    missing = [s for s in missing if s.pbc.all()] if label == "stress" else missing
-    if missing:
-        message = f"{len(missing)} of {n_frames} frames have no {label}, the first is {missing[0].name}" + (f"; {hint}" if hint else "")
-        report.errors.append(f"{message}. Leave such frames out: {leaving_out(['energy', 'forces', label])}")
 
 
 def _forces(structures: Sequence[Structure], rms: float, report: Inspection) -> None:
@@ -274,7 +269,7 @@ def with_remarks_told(structures: Iterable[Structure]) -> Iterator[Structure]:
         n += 1
         found.update(s.remarks)
         for label in QUANTITIES:
-            if s.lacks(label) and (label != "stress" or s.pbc.all()):
+            if s.lacks(label):
                 lacking[label] += 1
                 entries[label].update(s.entries)
         yield s
@@ -283,6 +278,15 @@ def with_remarks_told(structures: Iterable[Structure]) -> Iterator[Structure]:
         if hint or label in ("energy", "forces") or count < n:
             log.warning("%d of %d frames have no %s%s", count, n, label, f": {hint}" * bool(hint))
     say_remarks(found, n)
+
+
+def tell_remarks(structures: Sequence[Structure]) -> None:
+    """Say in the log what reading remarked on these; a store remembers none of it, and is not read for it."""
+    data = structures
+    while isinstance(data, Subset):
+        data = data.parent
+    if not isinstance(data, Store):
+        say_remarks(Counter(remark for s in structures for remark in s.remarks), len(structures))
 
 
 def say_remarks(found: Counter[str], n: int) -> None:

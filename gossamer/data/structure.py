@@ -89,8 +89,8 @@ class Structure:
         return self.n_atoms == 1 and neighbor_list(self.positions, self.cell, self.pbc, cutoff)[0].size == 0
 
     def lacks(self, label: str, cutoff: float = REACH) -> bool:
-        """Whether a label is not there and not known either: the stress of an isolated atom is zero in whatever box."""
-        return label not in self.labels and not (label == "stress" and self.is_isolated(cutoff))
+        """Whether a label is not there and could be: without a volume there is no stress, and that of an isolated atom is zero in whatever box."""
+        return label not in self.labels and not (label == "stress" and (not self.pbc.all() or self.is_isolated(cutoff)))
 
     def with_lone_stress(self, cutoff: float) -> Structure:
         """Itself; an isolated atom without a stress gets the one it has, zero, and where it has no volume a box of three cutoffs (Å)."""
